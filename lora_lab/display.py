@@ -1,0 +1,141 @@
+"""What a person sees while a trial runs and when it is over."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lora_lab import events as said
+from lora_lab.events import Event, Phase
+from lora_lab.outcome import End, Outcome
+from lora_lab.telemetry.sampler import Sampler
+from lora_lab.telemetry.summary import GIB, Summary
+
+_DOING = {
+    Phase.start.value: "starting the worker",
+    Phase.data.value: "reading and tokenising the rows",
+    Phase.model.value: "loading the model",
+    Phase.evaluation_before.value: "held-out loss before",
+    Phase.warm_up.value: "warm-up",
+    Phase.window.value: "measured window",
+    Phase.evaluation_after.value: "held-out loss after",
+    Phase.saving.value: "saving the adapter",
+}
+_QUIET_SECONDS = 5.0
+"""How often a line is printed where no live bar can be drawn."""
+
+
+class Display:
+    """A live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, name: str, steps: int, sampler: Sampler) -> None:
+        self._console = Console(stderr=True)
+        self._name = name
+        self._steps = steps
+        self._sampler = sampler
+        self._phase = Phase.start.value
+        self._recent: list[said.Step] = []
+        self._printed = 0.0
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="")
+
+    def __enter__(self) -> "Display":
+        self._console.print(f"[bold]{self._name}[/bold]", highlight=False)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Take in one event."""
+        if isinstance(event, said.PhaseBegan):
+            if (self._phase, event.phase) != (Phase.warm_up.value, Phase.window.value):
+                self._bar.reset(self._task, total=None, figures="")
+            self._phase = event.phase
+            self._bar.update(self._task, description=_DOING[event.phase])
+            self._line(force=True)
+        elif isinstance(event, said.Progress):
+            self._bar.update(self._task, completed=event.done, total=event.total)
+        elif isinstance(event, said.Step):
+            self._recent = [*self._recent[-9:], event]
+            self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
+            self._line()
+        elif isinstance(event, said.Warned):
+            self.warn(event.text)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know, above the bar."""
+        self._console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
+
+    def _figures(self, step: said.Step) -> str:
+        figures = [f"step {step.step}/{self._steps}", f"loss {step.loss:.3f}"]
+        seconds = [s.seconds for s in self._recent if s.seconds is not None]
+        if seconds:
+            real = sum(s.real for s in self._recent if s.seconds is not None)
+            figures.append(f"{real / sum(seconds):,.0f} tokens/s")
+        sample = self._sampler.samples[-1] if self._sampler.samples else None
+        if sample and sample.used_bytes is not None:
+            figures.append(f"{sample.used_bytes / GIB:.1f} GiB")
+        if sample and sample.power_watts is not None:
+            figures.append(f"{sample.power_watts:.0f} W")
+        return "  ".join(figures)
+
+    def _line(self, force: bool = False) -> None:
+        """Where there is no terminal: a line a phase, and one every few seconds."""
+        now = time.monotonic()
+        if self._console.is_terminal or not (force or now - self._printed > _QUIET_SECONDS):
+            return
+        self._printed = now
+        figures = ""
+        if self._recent and self._phase in (Phase.warm_up.value, Phase.window.value):
+            left = (self._steps - self._recent[-1].step) * (self._recent[-1].seconds or 0.0)
+            figures = f": {self._figures(self._recent[-1])}" + (f"  {left:.0f} s left" if left else "")
+        self._console.print(f"  {_DOING[self._phase]}{figures}", highlight=False)
+
+
+_SHOWN = (
+    ("throughput", "throughput/tokens_per_second", "{:,.0f} tokens/s"),
+    ("", "throughput/seconds_per_10k_tokens", "{:,.2f} s per 10k tokens"),
+    ("step time, median", "throughput/step_seconds_p50", "{:.3f} s"),
+    ("VRAM, torch's peak", "vram/peak_allocated_gib", "{:.2f} GiB"),
+    ("VRAM, card's peak", "vram/peak_device_gib", "{:.2f} GiB"),
+    ("energy", "energy/joules_per_token", "{:.4f} J/token"),
+    ("held-out loss before", "loss/eval_before", "{:.4f}"),
+    ("held-out loss after", "loss/eval", "{:.4f}"),
+)
+
+
+def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[str]) -> None:
+    """The table at the end of a trial, on standard output."""
+    console = Console(file=sys.stdout)
+    colour = "green" if end.outcome is Outcome.finished else "red"
+    table = Table(title=f"[{colour}]{end.outcome.value}[/{colour}]", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    if end.reason:
+        table.add_row("why", end.reason)
+    for label, name, form in _SHOWN:
+        if name in summary.metrics:
+            table.add_row(label, form.format(summary.metrics[name]))
+        elif label and name in summary.absent:
+            table.add_row(label, f"[dim]absent: {summary.absent[name]}[/dim]")
+    for stand_in in stand_ins:
+        table.add_row("stand-in", f"[yellow]{stand_in}[/yellow]")
+    for warning in summary.warnings:
+        table.add_row("warning", f"[yellow]{warning}[/yellow]")
+    console.print(table)
+    for place in places:
+        console.print(f"  {place}", highlight=False, soft_wrap=True)

@@ -1,0 +1,55 @@
+"""Where a trial ran: versions, machine, commit. Imports none of what it describes."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from lora_lab import __version__
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "mlflow-skinny")
+
+
+def environment() -> dict[str, str]:
+    """Plain facts by dotted name. What cannot be known says so."""
+    facts = {"version.lora_lab": __version__, "version.python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            facts[f"version.{name.removesuffix('-skinny')}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[f"version.{name}"] = "not installed"
+    commit, dirty = _commit()
+    facts |= {
+        "commit": commit,
+        "dirty": dirty,
+        "machine.os": platform.platform(),
+        "machine.cpu": _cpu_name(),
+        "machine.cpu_count": str(os.cpu_count()),
+        "machine.memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+    }
+    return facts
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> tuple[str, str]:
+    """(commit, 'true' or 'false' for uncommitted changes) of this code, where it runs from a clone."""
+    package = Path(__file__).resolve().parent
+    try:
+        top = Path(_git(package, "rev-parse", "--show-toplevel"))
+        if top != package.parent:  # installed into somebody else's repository
+            raise FileNotFoundError
+        return _git(package, "rev-parse", "HEAD"), "true" if _git(package, "status", "--porcelain") else "false"
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git clone", "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,82 @@
+"""How a trial can end, and how an error becomes one of these ends."""
+
+import traceback
+from dataclasses import dataclass
+from enum import Enum
+
+from lora_lab.config import RefusedInput
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+class Outcome(Enum):
+    """How a trial ended. Every trial ends in exactly one of these."""
+
+    finished = "finished"
+    out_of_memory = "out_of_memory"
+    diverged = "diverged"
+    unsupported = "unsupported"
+    timed_out = "timed_out"
+    killed = "killed"
+    failed = "failed"
+    refused = "refused"
+    """The worker found input that cannot be meant, before any weights were loaded."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 finished; 3 measured but not finished; 2 refused input; 1 anything else."""
+        if self is Outcome.finished:
+            return 0
+        if self in (Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported):
+            return 3
+        return EXIT_REFUSED if self is Outcome.refused else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """An outcome with what a reader needs to believe it."""
+
+    outcome: Outcome
+    reason: str
+    traceback: str | None = None
+
+
+class Diverged(RuntimeError):
+    """The training loss is not finite, or has risen beyond measure.loss_spike."""
+
+
+class Unsupported(RuntimeError):
+    """This machine cannot do what was asked; another one could."""
+
+
+def end_of(error: BaseException) -> End:
+    """Turn the error that stopped a trial into its end. Needs no torch: types are told by name."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, RefusedInput):
+        return End(outcome=Outcome.refused, reason=text)
+    if isinstance(error, Unsupported):
+        return End(outcome=Outcome.unsupported, reason=text)
+    if isinstance(error, Diverged):
+        return End(outcome=Outcome.diverged, reason=text)
+    if _is_out_of_memory(error, text):
+        return End(outcome=Outcome.out_of_memory, reason=text.splitlines()[0])
+    trace = "".join(traceback.format_exception(error))
+    return End(outcome=Outcome.failed, reason=f"{type(error).__name__}: {text.splitlines()[0]}", traceback=trace)
+
+
+def _is_out_of_memory(error: BaseException, text: str) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch's CPU allocator, the CUDA driver and bitsandbytes' managed allocator each raise a plain RuntimeError
+    said = ("CUDA out of memory", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, RuntimeError) and any(words in text for words in said)
+
+
+def combined_exit_code(codes: list[int]) -> int:
+    """One exit code for several trials: 0 when all were measured and at least one finished, 1 when
+    any failed, timed out or was killed, 2 when any was refused, 3 when none finished."""
+    for decisive in (EXIT_INTERRUPTED, 1, EXIT_REFUSED):
+        if decisive in codes:
+            return decisive
+    return 0 if 0 in codes else 3

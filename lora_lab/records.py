@@ -1,0 +1,109 @@
+"""What is kept of a trial: one record, the same for every tracker, built from plain data."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lora_lab.config import TrialConfig
+from lora_lab.events import DataCounted, Event, PhaseBegan, Ran, Step
+from lora_lab.outcome import End
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.summary import GIB, Summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One value of a series. `t_ms` is Unix time."""
+
+    key: str
+    value: float
+    step: int
+    t_ms: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """One trial as it goes into a tracker."""
+
+    name: str
+    params: dict[str, str]
+    outcome: str = "running"
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    series: list[Point] = field(default_factory=list)
+    folder: Path | None = None
+    """Files to keep: config, environment, steps, samples, worker log, adapter."""
+
+
+def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
+    """What tells this run from its neighbours in a list."""
+    shape = f"{config.batch_size}x{config.seq_len}"
+    return " ".join([choices["model"], choices["method"], choices["optimizer"], choices["precision"], shape])
+
+
+def params(config: TrialConfig, choices: dict[str, str]) -> dict[str, str]:
+    """The chosen option of each group under its plain name, and every leaf under its dotted key."""
+    return dict(choices) | dict(_leaves(dataclasses.asdict(config), ""))
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, without_secrets(node.name if isinstance(node, Enum) else str(node))
+
+
+def without_secrets(text: str) -> str:
+    """Cut user names and passwords out of addresses."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def complete(
+    record: Record, end: End, events: Sequence[Event], samples: Sequence[Sample], summary: Summary, unix_minus_monotonic: float
+) -> None:
+    """Add to `record` everything that is known at the end.
+
+    Args:
+        unix_minus_monotonic: seconds that turn an event's `t` into Unix time.
+    """
+    record.outcome = end.outcome.value
+    phase = next((event.phase for event in reversed(events) if isinstance(event, PhaseBegan)), "start")
+    record.tags |= {"outcome": end.outcome.value, "reason": end.reason or "none", "phase": phase}
+    for ran in (event for event in events if isinstance(event, Ran)):
+        record.tags |= {f"ran.{key}": value for key, value in ran.facts.items()}
+        record.tags["stand_ins"] = "; ".join(ran.stand_ins) or "none"
+    for counted in (event for event in events if isinstance(event, DataCounted)):
+        record.metrics |= {
+            f"data/{key}": float(value) for key, value in dataclasses.asdict(counted).items() if key.startswith("rows")
+        }
+        record.tags["data_digest"] = counted.digest
+    record.metrics |= summary.metrics
+    record.tags |= {f"absent.{name}": why for name, why in summary.absent.items()}
+    record.tags["energy_source"] = summary.energy_source
+    record.tags["warnings"] = "; ".join(summary.warnings) or "none"
+    record.series = [*_step_series(events, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)]
+
+
+def _step_series(events: Sequence[Event], offset: float) -> Iterator[Point]:
+    for step in (event for event in events if isinstance(event, Step)):
+        t_ms = round((step.t + offset) * 1e3)
+        yield Point(key="step/loss", value=step.loss, step=step.step, t_ms=t_ms)
+        if step.seconds:
+            yield Point(key="step/seconds", value=step.seconds, step=step.step, t_ms=t_ms)
+            rate = step.real / step.seconds
+            yield Point(key="step/tokens_per_second", value=rate, step=step.step, t_ms=t_ms)
+
+
+def _card_series(samples: Sequence[Sample], offset: float) -> Iterator[Point]:
+    every = max(1, len(samples) // 500)  # the whole series is in samples.jsonl
+    for number, sample in enumerate(samples[::every]):
+        t_ms = round((sample.t + offset) * 1e3)
+        used = None if sample.used_bytes is None else sample.used_bytes / GIB
+        for key, value in (("card/power_watts", sample.power_watts), ("card/used_gib", used)):
+            if value is not None:
+                yield Point(key=key, value=value, step=number, t_ms=t_ms)

@@ -1,0 +1,69 @@
+"""Reads a card at a steady rate from a thread of the parent, while the worker trains."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+RATE_HZ = 10.0
+"""One reading is several NVML calls of up to 4 ms each; the energy counter moves every 100 ms."""
+
+_FAULTS_IN_A_ROW = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One reading. None where the card does not offer it."""
+
+    t: float
+    """time.monotonic() seconds, midway through the reading."""
+    energy_joules: float | None
+    """The card's running counter."""
+    power_watts: float | None
+    used_bytes: int | None
+    """Device memory in use by everybody."""
+    temperature_celsius: float | None
+
+
+class SensorFailed(RuntimeError):
+    """A sensor did not answer."""
+
+
+class Sampler:
+    """Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
+    ends the sampling, and `fault` says why."""
+
+    def __init__(self, read: Callable[[], Sample] | None, rate_hz: float = RATE_HZ) -> None:
+        self._read = read
+        self._interval = 1.0 / rate_hz
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="sampler")
+        self.samples: list[Sample] = []
+        self.fault: str | None = None
+
+    def __enter__(self) -> "Sampler":
+        if self._read is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        assert self._read is not None
+        faults = 0
+        due = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                self.samples.append(self._read())
+                faults = 0
+            except SensorFailed as error:
+                faults += 1
+                self.fault = str(error)
+                if faults >= _FAULTS_IN_A_ROW:
+                    return
+            due = max(due + self._interval, time.monotonic())
+            self._stop.wait(due - time.monotonic())

@@ -1,0 +1,52 @@
+"""Which attention kernel really runs: seen in the operations of one training forward."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_KERNELS = {
+    "_scaled_dot_product_flash_attention": "flash",
+    "_scaled_dot_product_flash_attention_for_cpu": "flash_cpu",
+    "_scaled_dot_product_efficient_attention": "memory_efficient",
+    "_scaled_dot_product_cudnn_attention": "cudnn",
+}
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.softmax = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in _KERNELS:
+            self.seen.add(_KERNELS[name])
+        self.softmax |= name in ("_softmax", "_safe_softmax")
+        return func(*args, **(kwargs or {}))
+
+
+class AttentionKernels:
+    """Watches the first forward it is shown and nothing after it, so the window is not touched."""
+
+    def __init__(self) -> None:
+        self._recorder: _Recorder | None = None
+        self.seen: frozenset[str] | None = None
+        """Kernel names: flash, memory_efficient, cudnn, math (softmax and products apart); None before."""
+
+    def watch_one(self) -> None:
+        """A forward begins."""
+        if self.seen is None and torch.is_grad_enabled():
+            self._recorder = _Recorder()
+            self._recorder.__enter__()
+
+    def over(self) -> None:
+        """The forward is over."""
+        if self._recorder is None:
+            return
+        self._recorder.__exit__(None, None, None)
+        seen = self._recorder.seen
+        # transformers' own eager attention and torch's math path both show as a softmax
+        self.seen = frozenset(seen or ({"math"} if self._recorder.softmax else set()))
+        self._recorder = None

@@ -1,0 +1,145 @@
+"""What a trial reports from inside Trainer: steps, the window's edges, losses."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_lab.config import MeasureConfig
+from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory, Step, WindowClosed, WindowOpened
+from lora_lab.worker.attention import AttentionKernels
+from lora_lab.worker.data import TokenCounts
+from lora_lab.worker.losses import DivergenceWatch, LossRelay
+
+Emit = Callable[[Event], None]
+
+
+class PhaseClock:
+    """Announces phases, and what torch's allocator peaked at in the one that is over."""
+
+    def __init__(self, emit: Emit, device: torch.device) -> None:
+        self._emit = emit
+        self._device = device
+        self.present = Phase.start
+
+    def enter(self, phase: Phase) -> None:
+        """`phase` begins now."""
+        self.leave()
+        self.present = phase
+        self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
+
+    def leave(self) -> None:
+        """The present phase is over."""
+        if self._device.type != "cuda":
+            return
+        self._emit(
+            PhaseMemory(
+                t=time.monotonic(),
+                phase=self.present.value,
+                peak_allocated_bytes=torch.cuda.max_memory_allocated(self._device),
+                peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+            )
+        )
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+class TelemetryCallback(TrainerCallback):
+    """Watches one training from inside.
+
+    Trainer tells its callbacks neither loss nor inputs, so hooks on the model see them: the first takes the
+    token counts out of the batch, the second adds up the loss on the device. The device is synchronised at
+    the two edges of the window and nowhere between.
+    """
+
+    def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
+        self._warmup_steps = measure.warmup_steps
+        self._last_step = measure.warmup_steps + measure.steps
+        self._device = device
+        self._emit = emit
+        self._clock = clock
+        self._relay = LossRelay(device, self._last_step)
+        self._watch = DivergenceWatch(measure.loss_spike)
+        self._counts = TokenCounts(0, 0, 0, 0)
+        self._loss = torch.zeros((), device=device)
+        self._micro_batches = 0
+        self._loss_is_a_share = False
+        self.attention = AttentionKernels()
+        self.trainer: Any = None
+        """Set once there is one: a GradScaler's skipped steps are known only there."""
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Hook onto the model that Trainer will call."""
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        counts = kwargs.pop("counts", None)
+        if model.training and counts is not None:
+            self._counts = TokenCounts(
+                self._counts.rows + counts.rows,
+                self._counts.slots + counts.slots,
+                self._counts.real + counts.real,
+                self._counts.trained + counts.trained,
+            )
+            # with num_items_in_batch a micro-batch's loss is its share of the step's, else it is a mean
+            self._loss_is_a_share = kwargs.get("num_items_in_batch") is not None
+            self.attention.watch_one()
+        return args, kwargs
+
+    def _after_forward(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if model.training and output.loss is not None:
+            self.attention.over()
+            self._loss += output.loss.detach()
+            self._micro_batches += 1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.enter(Phase.warm_up)
+        if self._warmup_steps == 0:
+            self._open_window()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
+        skipped = bool(self.trainer.accelerator.optimizer_step_was_skipped)
+        self._relay.push(state.global_step, loss, self._counts, skipped)
+        self._counts = TokenCounts(0, 0, 0, 0)
+        self._loss = torch.zeros_like(self._loss)
+        self._micro_batches = 0
+        if state.global_step == self._last_step:
+            self._close_window()
+        elif state.global_step == self._warmup_steps:
+            self._open_window()
+        self._send_arrived()
+
+    def _open_window(self) -> None:
+        self._synchronize()
+        self._clock.enter(Phase.window)
+        self._emit(WindowOpened(t=time.monotonic(), after_step=self._warmup_steps))
+
+    def _close_window(self) -> None:
+        self._synchronize()
+        self._emit(WindowClosed(t=time.monotonic(), after_step=self._last_step))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _send_arrived(self) -> None:
+        for record in self._relay.arrived():
+            self._emit(
+                Step(
+                    t=record.t,
+                    step=record.step,
+                    seconds=record.seconds,
+                    loss=record.loss,
+                    rows=record.counts.rows,
+                    slots=record.counts.slots,
+                    real=record.counts.real,
+                    trained=record.counts.trained,
+                    skipped=record.skipped,
+                )
+            )
+            self._watch.see(record.step, record.loss)

@@ -1,0 +1,228 @@
+"""Rows of text to batches of token ids, with every token counted."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.config import Batching, DataConfig, DataSource, RefusedInput, TrialConfig
+from lora_lab.rows import SHIPPED, Row, heldout_indices, read_jsonl, refuse_too_few, row_of
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. `labels` are the ids that are predicted and IGNORED elsewhere; both have
+    the same length. `starts` are the positions where a document begins (several when packed)."""
+
+    ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def trained(self) -> int:
+        """Labels that are predicted: the first position never is."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """What one micro-batch holds; it travels inside the batch, so that it can't be matched wrongly."""
+
+    rows: int
+    slots: int
+    real: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The tokenised data set of one trial."""
+
+    train: list[Example]
+    heldout: list[Example]
+    rows_read: int
+    rows_truncated: int
+    rows_without_labels: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 over every example's ids and labels, in order."""
+        sha = hashlib.sha256()
+        for example in [*self.train, *self.heldout]:
+            sha.update(repr((example.ids, example.labels)).encode())
+        return sha.hexdigest()
+
+
+def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examples:
+    """Read the rows the config names, tokenise, hold out, and pack if asked to.
+
+    Raises: RefusedInput when there are too few usable rows or the rows cannot be had.
+    """
+    if config.data.source is DataSource.random_tokens:
+        made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
+        empty = 0
+    else:
+        rows, empty = _read_rows(config.data)
+        made = [tokenize(row, tokenizer, config.seq_len) for row in rows]
+    usable = [example for example in made if example.trained > 0]
+    if not usable:
+        raise RefusedInput(
+            f"at seq_len={config.seq_len} no row has a token left to train on: every prompt alone is longer. "
+            "Raise seq_len."
+        )
+    per_step = config.batch_size * config.grad_accum_steps
+    refuse_too_few(len(usable), config.data.holdout, 1 if config.data.batching is Batching.packed else per_step)
+    held = heldout_indices(len(usable), config.data.holdout)
+    train = [example for i, example in enumerate(usable) if i not in held]
+    if config.data.batching is Batching.packed:
+        train = pack(train, config.seq_len)
+        if len(train) < per_step:
+            raise RefusedInput(
+                f"packed to seq_len={config.seq_len} the data makes {len(train)} rows, but one step needs {per_step} "
+                "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
+            )
+    return Examples(
+        train=train,
+        heldout=[usable[i] for i in sorted(held)],
+        rows_read=len(made) + empty,
+        rows_truncated=sum(example.truncated for example in made),
+        rows_without_labels=len(made) - len(usable) + empty,
+    )
+
+
+def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
+    """The rows, and how many of a hub's data set had an empty answer (alpaca has some)."""
+    if data.source is DataSource.shipped:
+        return read_jsonl(SHIPPED, data.columns, data.rows), 0
+    if data.source is DataSource.jsonl:
+        return read_jsonl(Path(str(data.path)), data.columns, data.rows), 0
+    import datasets
+
+    split = f"train[:{data.rows}]" if data.rows else "train"
+    try:
+        loaded = datasets.load_dataset(data.id, revision=data.revision, split=split)
+    except (OSError, ValueError) as error:
+        raise RefusedInput(
+            f"data.id={data.id} cannot be had from the Hugging Face hub ({type(error).__name__}). "
+            "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
+        ) from error
+    records = [dict(record) for record in loaded]
+    answered = [record for record in records if record.get(data.columns.output) != ""]
+    return [row_of(record, data.columns) for record in answered], len(records) - len(answered)
+
+
+def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
+    """One row through the model's chat template; only the response (and its end-of-turn token) is trained.
+
+    Prompt and response are tokenised apart, as they are when the model is used: the prompt is complete
+    before the first response token exists.
+    """
+    messages = [{"role": "user", "content": row.prompt}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    answer = [*messages, {"role": "assistant", "content": row.response}]
+    whole = tokenizer.apply_chat_template(answer, tokenize=False)
+    if not whole.startswith(prompt):
+        raise RefusedInput(
+            "this model's chat template does not put the answer straight after the generation prompt, so the "
+            "response cannot be told from the prompt. Use a model with another template."
+        )
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # what follows the end-of-turn token (a newline in most templates) is never generated, so not trained
+    response_ids = tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
+    ids = [*prompt_ids, *response_ids]
+    labels = [IGNORED] * len(prompt_ids) + response_ids
+    return Example(ids[:seq_len], labels[:seq_len], truncated=len(ids) > seq_len)
+
+
+def _random_examples(count: int, seq_len: int, vocab_size: int, seed: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (count, seq_len), generator=generator).tolist()
+    return [Example(row, [IGNORED, *row[1:]]) for row in ids]
+
+
+def pack(examples: Sequence[Example], seq_len: int) -> list[Example]:
+    """Lay documents end to end into rows of at most `seq_len` tokens, each into the first row with room.
+
+    A document's first label is never predicted from the document before it.
+    """
+    bins: list[list[Example]] = []
+    free: list[int] = []
+    for example in examples:
+        need = len(example.ids)
+        place = next((i for i, room in enumerate(free) if room >= need), None)
+        if place is None:
+            bins.append([example])
+            free.append(seq_len - need)
+        else:
+            bins[place].append(example)
+            free[place] -= need
+    return [_joined(documents) for documents in bins]
+
+
+def _joined(documents: Sequence[Example]) -> Example:
+    ids: list[int] = []
+    labels: list[int] = []
+    starts: list[int] = []
+    for document in documents:
+        starts.append(len(ids))
+        ids += document.ids
+        labels += [IGNORED, *document.labels[1:]]
+    return Example(ids, labels, any(d.truncated for d in documents), tuple(starts))
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Examples to one micro-batch of shape (rows, width), padded on the right.
+
+    `width` None pads to the longest row. A packed batch carries position_ids that begin anew with every
+    document and no attention mask: transformers then builds a mask in which documents don't see each other.
+    """
+
+    pad_id: int
+    width: int | None
+    packed: bool = False
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | TokenCounts]:
+        """The batch for the model, with its TokenCounts under `counts`."""
+        width = self.width or max(len(example.ids) for example in examples)
+        ids = torch.full((len(examples), width), self.pad_id)
+        labels = torch.full((len(examples), width), IGNORED)
+        mask = torch.zeros((len(examples), width), dtype=torch.long)
+        for row, example in enumerate(examples):
+            length = len(example.ids)
+            ids[row, :length] = torch.tensor(example.ids)
+            labels[row, :length] = torch.tensor(example.labels)
+            mask[row, :length] = 1
+        counts = TokenCounts(
+            rows=len(examples),
+            slots=len(examples) * width,
+            real=sum(len(example.ids) for example in examples),
+            trained=sum(example.trained for example in examples),
+        )
+        batch: dict[str, Tensor | TokenCounts] = {"input_ids": ids, "labels": labels, "counts": counts}
+        if self.packed:
+            batch["position_ids"] = torch.tensor([_positions(example, width) for example in examples])
+        else:
+            batch["attention_mask"] = mask
+        return batch
+
+
+def _positions(example: Example, width: int) -> list[int]:
+    """Positions counted from the start of each document; the padding is one more document."""
+    edges = [*example.starts, len(example.ids), width]
+    return [i for start, end in zip(edges, edges[1:], strict=False) for i in range(end - start)]
+
+
+def train_collator(config: TrialConfig, pad_id: int) -> Collator:
+    """The collator for `data.batching`."""
+    batching = config.data.batching
+    width = None if batching is Batching.longest else config.seq_len
+    return Collator(pad_id=pad_id, width=width, packed=batching is Batching.packed)

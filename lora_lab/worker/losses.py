@@ -1,0 +1,103 @@
+"""Losses on their way from the device to the parent, without a synchronisation, and watched for divergence."""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lab.outcome import Diverged
+from lora_lab.worker.data import TokenCounts
+
+_NEAR = 5
+"""How many steps make a level: single batches of few rows vary too much to be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished optimizer step. `seconds` is None for the first."""
+
+    t: float
+    step: int
+    seconds: float | None
+    loss: float
+    counts: TokenCounts
+    skipped: bool
+
+
+@dataclass(slots=True)
+class _Pending:
+    t: float
+    step: int
+    loss: Tensor
+    counts: TokenCounts
+    skipped: bool
+    done: torch.cuda.Event | None
+
+
+class LossRelay:
+    """Takes each step's loss as a device tensor and gives it back as a number once it has arrived.
+
+    On CUDA it is copied into pinned memory behind the step's kernels, with an event that tells when: the
+    host never waits, and two such events give the device's own time for a step.
+    """
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self._cuda = device.type == "cuda"
+        self._host = torch.empty(steps, pin_memory=self._cuda)
+        self._pending: list[_Pending] = []
+        self._last: _Pending | None = None
+
+    def push(self, step: int, loss: Tensor, counts: TokenCounts, skipped: bool) -> None:
+        """Step number `step` (from 1) has been queued; `loss` is its scalar, on the device."""
+        slot = self._host[step - 1]
+        slot.copy_(loss, non_blocking=self._cuda)
+        done = None
+        if self._cuda:
+            done = torch.cuda.Event(enable_timing=True)
+            done.record()
+        self._pending.append(_Pending(time.monotonic(), step, slot, counts, skipped, done))
+
+    def arrived(self) -> list[StepRecord]:
+        """The steps whose loss is here by now, in order; never waits."""
+        records = []
+        while self._pending and (self._pending[0].done is None or self._pending[0].done.query()):
+            pending = self._pending.pop(0)
+            loss = float(pending.loss)
+            records.append(
+                StepRecord(pending.t, pending.step, self._seconds(pending), loss, pending.counts, pending.skipped)
+            )
+            self._last = pending
+        return records
+
+    def _seconds(self, pending: _Pending) -> float | None:
+        if self._last is None:
+            return None
+        if pending.done is None or self._last.done is None:
+            return pending.t - self._last.t
+        return self._last.done.elapsed_time(pending.done) / 1e3
+
+
+class DivergenceWatch:
+    """Says when a training loss has gone wrong: not finite, or its recent level (median of five steps)
+    more than `spike` nats a token above the level it began at."""
+
+    def __init__(self, spike: float) -> None:
+        self._spike = spike
+        self._losses: list[float] = []
+
+    def see(self, step: int, loss: float) -> None:
+        """Raises: Diverged, naming the step."""
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss was {loss} at step {step}")
+        self._losses.append(loss)
+        start = statistics.median(self._losses[:_NEAR])
+        recent = statistics.median(self._losses[-_NEAR:])
+        if len(self._losses) >= 2 * _NEAR and recent > start + self._spike:
+            began = next(i for i, seen in enumerate(self._losses, 1) if seen > start + self._spike)
+            raise Diverged(
+                f"the training loss rose from {start:.3f} to {recent:.3f}, more than measure.loss_spike={self._spike}; "
+                f"it began at step {began}"
+            )

@@ -1,0 +1,61 @@
+"""The first function of a worker process: environment, log file, connection; then the trial."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from lora_lab.config import TrialConfig
+from lora_lab.events import Event, Ready, encode
+
+
+def main(connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
+    """Run one trial in this process and send its events.
+
+    Args:
+        connection: takes one encoded event a message.
+        environment: set before anything looks for a GPU.
+        folder: gets worker.log (everything printed) and the adapter.
+    """
+    _die_with_parent()
+    os.environ.update(environment)
+    with open(folder / "worker.log", "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+    def emit(event: Event) -> None:
+        connection.send_bytes(encode(event).encode())
+
+    prepared = "transformers.trainer" in sys.modules and "bitsandbytes" not in sys.modules
+    emit(Ready(t=time.monotonic(), pid=os.getpid(), prepared=prepared))
+    if prepared:
+        _forget_hidden_gpus()
+    from lora_lab.worker.trial import run_trial
+
+    run_trial(config, folder, emit)
+    connection.close()
+
+
+def _die_with_parent() -> None:
+    """A killed parent would otherwise leave this process training on the card, unseen."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _forget_hidden_gpus() -> None:
+    """Answers that were cached while the GPUs were hidden are asked anew."""
+    from transformers.utils import import_utils
+
+    for name, function in vars(import_utils).items():
+        if name.startswith("is_") and hasattr(function, "cache_clear"):
+            function.cache_clear()

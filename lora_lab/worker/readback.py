@@ -1,0 +1,108 @@
+"""What actually ran, read from the live objects, and how it differs from what was asked."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from lora_lab.config import DType, Quantization, TrialConfig
+
+
+def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
+    """Facts of a trainer that has taken a step, as plain text by dotted name."""
+    model = trainer.model
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    defaults = optimizer.defaults
+    state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    quantised = [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")]
+    device = adapters[0].device
+    scaler = trainer.accelerator.scaler
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "optimizer_class": f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}",
+        "optimizer_fused": str(bool(defaults.get("fused"))),
+        "optimizer_bits": str(getattr(getattr(optimizer, "args", None), "optim_bits", 32)),
+        "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
+        "optimizer_state_dtypes": _counted(state),
+        "optimizer_state_paged_tensors": f"{sum(bool(getattr(t, 'is_paged', False)) for t in state)} of {len(state)}",
+        "adapter_dtypes": _counted(adapters),
+        "weight_dtypes": _counted([p for p in model.parameters() if not p.requires_grad]),
+        "trainable_parameters": str(sum(p.numel() for p in adapters)),
+        "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
+        "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
+        "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
+        "attention": str(model.config._attn_implementation),
+        "attention_kernel": ", ".join(sorted(kernels)) if kernels else "not seen",
+        "autocast": str(trainer.accelerator.mixed_precision),
+        "grad_scaler": str(scaler is not None and scaler.is_enabled()),
+        "gradient_checkpointing": str(any(getattr(m, "gradient_checkpointing", False) for m in model.modules())),
+    }
+    if device.type == "cpu" and facts["autocast"] == "fp16":
+        facts["autocast"] = "no"  # accelerate's state still says fp16, but it wraps nothing on a CPU
+    return facts
+
+
+def _counted(tensors: list[Any]) -> str:
+    """Dtypes by number of stored elements, most first: 'uint8 53084160, bfloat16 28312320'."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[_short(tensor.dtype)] += tensor.numel()
+    return ", ".join(f"{dtype} {count}" for dtype, count in sizes.most_common()) or "none"
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def expected(config: TrialConfig) -> dict[str, str]:
+    """The facts that the config asks for, by the same names. Optimizer names say what they mean:
+    'paged', '8bit' and 'fused' stand in transformers' own names."""
+    precision = config.precision.dtype
+    quantised = config.method.quantization is not Quantization.none
+    asked = {
+        "quantization": config.method.quantization.value,
+        "double_quantization": str(config.method.double_quantization),
+        "quantized_compute_dtype": precision.value if quantised else "none",
+        "attention": config.attention.value,
+        "gradient_checkpointing": str(config.gradient_checkpointing),
+        "autocast": "no" if precision is DType.fp32 else precision.name,
+        "grad_scaler": str(precision is DType.fp16),
+    }
+    name = config.optimizer.optim
+    if name:
+        asked["optimizer_paged"] = str("paged" in name)
+        asked["optimizer_bits"] = "8" if "8bit" in name else "32"
+        asked["optimizer_fused"] = str("fused" in name)
+    return asked
+
+
+def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) -> tuple[list[str], list[str]]:
+    """(differences, stand-ins). A stand-in is one of the two things a CPU is allowed to do instead."""
+    differences = []
+    stand_ins = []
+    for key, value in expected(config).items():
+        if facts[key] == value:
+            continue
+        if device.type == "cpu" and config.precision.dtype is DType.fp16 and key in ("autocast", "grad_scaler"):
+            continue
+        differences.append(f"{key}: asked for {value}, got {facts[key]}")
+    differences += _dtype_differences(facts, config)
+    if device.type == "cpu":
+        if config.precision.dtype is DType.fp16:
+            stand_ins.append("fp16 on a CPU has neither autocast nor GradScaler")
+        if facts["optimizer_paged"] == "True":
+            stand_ins.append("paged optimizer state on a CPU is plain memory")
+    return differences, stand_ins
+
+
+def _dtype_differences(facts: dict[str, str], config: TrialConfig) -> list[str]:
+    found = []
+    adapters = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
+    if adapters != {"float32"}:
+        found.append(f"adapter_dtypes: asked for float32, got {facts['adapter_dtypes']}")
+    plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8"}
+    wanted = "float32" if config.method.raise_to_fp32 else config.precision.dtype.value
+    if plain - {wanted}:
+        found.append(f"weight_dtypes: asked for {wanted} where not quantised, got {facts['weight_dtypes']}")
+    return found

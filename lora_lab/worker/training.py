@@ -1,0 +1,92 @@
+"""transformers' Trainer for one trial: constructor arguments only, nothing patched."""
+
+import importlib
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from lora_lab.config import DType, OptimizerConfig, RefusedInput, TrialConfig
+from lora_lab.worker.data import Collator, Example
+
+
+def make_trainer(
+    config: TrialConfig,
+    model: Any,
+    examples: list[Example],
+    collator: Collator,
+    callback: TrainerCallback,
+    folder: str,
+    device: torch.device,
+) -> Trainer:
+    """A Trainer that takes warm-up plus measured steps and neither logs, saves nor evaluates by itself."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=config.measure.warmup_steps + config.measure.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer.optim or "adamw_torch",
+        fp16=config.precision.dtype is DType.fp16,
+        bf16=config.precision.dtype is DType.bf16,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it hides a diverged loss, and synchronises to look
+    )
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=examples,  # type: ignore[arg-type]  # any sized sequence serves
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=_own_optimizer(config),
+    )
+
+
+def _own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    if config.optimizer.target is None:
+        return None
+    return optimizer_class(config.optimizer.target), {"lr": config.learning_rate, **config.optimizer.args}
+
+
+def refuse_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise RefusedInput unless the optimizer exists and takes its arguments; builds no state."""
+    if optimizer.target is None:
+        known = [name.value for name in OptimizerNames]
+        if optimizer.optim not in known:
+            raise RefusedInput(f"optimizer.optim={optimizer.optim} is not known to transformers; it knows {', '.join(known)}.")
+        return
+    probe = [torch.nn.Parameter(torch.zeros(1))]
+    try:
+        optimizer_class(optimizer.target)(probe, lr=1e-3, **optimizer.args)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise RefusedInput(f"optimizer.args={optimizer.args} does not fit {optimizer.target}: {error}") from error
+
+
+def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
+    """Import an optimizer by its path.
+
+    Raises: RefusedInput when there is none there, or it is no torch.optim.Optimizer.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RefusedInput(f"optimizer.target={target} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise RefusedInput(f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is.")
+    return found

@@ -1,0 +1,146 @@
+"""One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora_lab.config import Attention, DataSource, Quantization, TrialConfig
+from lora_lab.events import DataCounted, Ended, Evaluated, Phase, Progress, Ran, Warned
+from lora_lab.outcome import Outcome, Unsupported, end_of
+from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
+from lora_lab.worker.data import Example, Examples, load_examples, train_collator
+from lora_lab.worker.evaluation import heldout_loss
+from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, refuse_unfit
+from lora_lab.worker.readback import compare, read_back
+from lora_lab.worker.training import make_trainer, refuse_optimizer
+
+
+def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
+    """Run one trial and say everything about it through `emit`; the last event is Ended.
+
+    Args:
+        config: what to run.
+        folder: where the adapter is left, as `adapter/` in PEFT's layout.
+        emit: takes each event; must return quickly.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    clock = PhaseClock(emit, device)
+    try:
+        clock.enter(Phase.start)
+        _check_machine(config, device)
+        transformers.set_seed(config.seed)
+        _train(config, folder, emit, clock, device)
+        clock.leave()
+        end = Ended(t=time.monotonic(), outcome=Outcome.finished.value, reason="")
+    except Exception as error:  # the one broad except: every way to stop becomes a recorded end
+        told = end_of(error)
+        end = Ended(t=time.monotonic(), outcome=told.outcome.value, reason=told.reason, traceback=told.traceback)
+        clock.leave()
+    emit(end)
+
+
+def _check_machine(config: TrialConfig, device: torch.device) -> None:
+    """Raise what can be known before data and model are touched."""
+    refuse_optimizer(config.optimizer)
+    if config.attention is Attention.flash_attention_2 and not transformers.utils.is_flash_attn_2_available():
+        raise Unsupported("attention=flash_attention_2 needs the package flash-attn and a GPU; use attention=sdpa.")
+    needs_bitsandbytes = config.method.quantization is not Quantization.none or "bit" in (config.optimizer.optim or "")
+    if needs_bitsandbytes and device.type == "cuda":
+        import bitsandbytes
+
+        # it chooses its side while being imported, for good: see worker/preload.py
+        if not getattr(bitsandbytes.cextension.lib, "compiled_with_cuda", False):
+            raise RuntimeError("bitsandbytes runs its CPU side although a GPU is there; 4-bit and 8-bit work would be wrong.")
+
+
+def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, device: torch.device) -> None:
+    clock.enter(Phase.data)
+    architecture = load_architecture(config.model)
+    refuse_unfit(config, architecture)
+    tokenizer = load_tokenizer(config.model)
+    examples = load_examples(config, tokenizer, architecture.vocab_size)
+    _report_data(config, examples, emit)
+
+    clock.enter(Phase.model)
+    model = load_model(config, architecture, device)
+    callback = TelemetryCallback(config.measure, device, emit, clock)
+    callback.watch(model)
+    trainer = make_trainer(
+        config, model, examples.train, train_collator(config, tokenizer.pad_token_id), callback, str(folder), device
+    )
+    callback.trainer = trainer
+
+    heldout = examples.heldout[: config.measure.eval_rows]
+    _evaluate(Phase.evaluation_before, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
+    model.train()
+    trainer.train()
+    _report_what_ran(config, trainer, callback, emit, device)
+    # Trainer leaves an autocast wrapper on forward that would turn whole logits to fp32
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    _evaluate(Phase.evaluation_after, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
+
+    clock.enter(Phase.saving)
+    model.save_pretrained(folder / "adapter", safe_serialization=True, save_embedding_layers=False)
+
+
+def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
+    emit(
+        DataCounted(
+            t=time.monotonic(),
+            rows_read=examples.rows_read,
+            rows_train=len(examples.train),
+            rows_heldout=len(examples.heldout),
+            rows_truncated=examples.rows_truncated,
+            rows_without_labels=examples.rows_without_labels,
+            real=sum(len(example.ids) for example in examples.train),
+            trained=sum(example.trained for example in examples.train),
+            digest=examples.digest,
+        )
+    )
+    if config.data.source is DataSource.random_tokens:
+        return
+    warnings = []
+    if examples.rows_without_labels:
+        warnings.append(
+            f"{examples.rows_without_labels} of {examples.rows_read} rows have no token to train on within "
+            f"seq_len={config.seq_len} and are left out"
+        )
+    if examples.rows_truncated > 0.05 * examples.rows_read:
+        warnings.append(
+            f"{examples.rows_truncated} of {examples.rows_read} rows are longer than seq_len={config.seq_len} and are cut"
+        )
+    for text in warnings:
+        emit(Warned(t=time.monotonic(), text=text))
+
+
+def _report_what_ran(config: TrialConfig, trainer: Any, callback: TelemetryCallback, emit: Emit, device: torch.device) -> None:
+    """Read back what ran; raise when it is not what was asked for."""
+    facts = read_back(trainer, callback.attention.seen)
+    differences, stand_ins = compare(facts, config, device)
+    emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
+    if differences:
+        raise RuntimeError("what ran is not what was asked for: " + "; ".join(differences))
+
+
+def _evaluate(
+    phase: Phase,
+    config: TrialConfig,
+    model: Any,
+    heldout: list[Example],
+    pad_id: int,
+    emit: Emit,
+    clock: PhaseClock,
+    device: torch.device,
+) -> None:
+    if not heldout:
+        return
+    clock.enter(phase)
+
+    def progress(done: int, total: int) -> None:
+        emit(Progress(t=time.monotonic(), done=done, total=total))
+
+    loss, tokens = heldout_loss(model, heldout, config.batch_size, pad_id, config.precision.dtype, device, progress)
+    emit(Evaluated(t=time.monotonic(), phase=phase.value, loss=loss, rows=len(heldout), tokens=tokens))
