@@ -1,12 +1,13 @@
-"""`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
+"""
+`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
 
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
 
 import io
 import sys
-from pathlib import Path
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def main() -> None:
 def _trial(composed: "DictConfig") -> int:
     """Run one composed trial and return its exit code."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from lora_lab.compose import GROUPS, load
     from lora_lab.config import RefusedInput
@@ -58,13 +60,14 @@ def _trial(composed: "DictConfig") -> int:
         print(f"Refused, nothing was started:\n{refusal}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        if hydra_config.mode.name == "RUN":
+        if hydra_config.mode is RunMode.RUN:
             return EXIT_INTERRUPTED
         raise
 
 
 class _Composing:
-    """While Hydra composes, its complaints are held back, so that they can be put better.
+    """
+    While Hydra composes, its complaints are held back, so that they can be put better.
 
     Hydra leaves with exit code 1 whatever was wrong with the command line; a refusal is 2 here."""
 

@@ -1,4 +1,5 @@
-"""The typed schema of a trial: what can be set, in which unit, and what may not be combined.
+"""
+The typed schema of a trial: what can be set, in which unit, and what may not be combined.
 
 Plain data and the standard library only, so that the worker reads it without Hydra and the parent
 without torch. `lora_lab.compose` builds it from the yaml files under conf/.
@@ -300,9 +301,7 @@ def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
             "give one: add optimizer.optim=null to use the target."
         ]
     if not optimizer.optim and not optimizer.target:
-        return [
-            "neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."
-        ]
+        return ["neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."]
     if optimizer.target and "." not in optimizer.target:
         return [f"optimizer.target={optimizer.target} is no import path; write for example torch.optim.SGD."]
     if optimizer.optim and optimizer.args:
@@ -338,7 +337,8 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
         )
     if model.max_seq_len is not None and seq_len > model.max_seq_len:
         found.append(
-            f"seq_len={seq_len} is beyond the model's {model.max_seq_len} positions; use seq_len={model.max_seq_len} or less."
+            f"seq_len={seq_len} is beyond the model's {model.max_seq_len} positions; "
+            f"use seq_len={model.max_seq_len} or less."
         )
     return found
 

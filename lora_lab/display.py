@@ -16,6 +16,7 @@ from lora_lab.telemetry.summary import GIB, Summary
 
 _DOING = {
     Phase.start.value: "starting the worker",
+    Phase.conversion.value: "converting the weights, this once",
     Phase.data.value: "reading and tokenising the rows",
     Phase.model.value: "loading the model",
     Phase.evaluation_before.value: "held-out loss before",
@@ -56,7 +57,9 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def show(self, event: Event) -> None:

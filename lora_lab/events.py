@@ -1,4 +1,5 @@
-"""What a worker says while it works: plain records, one JSON object a line.
+"""
+What a worker says while it works: plain records, one JSON object a line.
 
 All times `t` are seconds of time.monotonic(), one clock for every process of a Linux machine.
 """
@@ -10,9 +11,10 @@ from typing import Any
 
 
 class Phase(Enum):
-    """What a worker is doing, in this order."""
+    """What a worker is doing, in this order; conversion only when weights are used for the first time."""
 
     start = "start"
+    conversion = "conversion"
     data = "data"
     model = "model"
     evaluation_before = "evaluation_before"
@@ -60,7 +62,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCounted:
-    """What became of the rows; tokens `real` and `trained` over the training rows. `digest` is a sha256
+    """
+    What became of the rows; tokens `real` and `trained` over the training rows. `digest` is a sha256
     over every example's token ids and labels."""
 
     t: float
@@ -96,7 +99,8 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
+    """
+    One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
 
     `t` is when the host had queued it, `seconds` the device's time since the end of the step before
     (None for the first). `slots` counts every token position with padding, `real` without, `trained`
@@ -171,7 +175,8 @@ def encode(event: Event) -> str:
 
 
 def decode(line: str | bytes) -> Event:
-    """The record that `encode` wrote.
+    """
+    The record that `encode` wrote.
 
     Raises: KeyError or TypeError for a line of another version, json.JSONDecodeError for a torn one."""
     fields = json.loads(line)

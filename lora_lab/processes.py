@@ -20,7 +20,8 @@ _context.set_forkserver_preload(["lora_lab.worker.preload"])
 
 
 def prepare() -> None:
-    """Start the server that workers are forked from. Returns at once; the server imports torch, some
+    """
+    Start the server that workers are forked from. Returns at once; the server imports torch, some
     seconds' work, meanwhile. It must not see a GPU: importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
@@ -38,7 +39,8 @@ def prepare() -> None:
 def run_worker(
     config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
 ) -> End:
-    """Run one trial in a worker of its own, or in this process with isolation=inline.
+    """
+    Run one trial in a worker of its own, or in this process with isolation=inline.
 
     Args:
         environment: what the worker's environment has beyond this process's (which GPU it sees).
@@ -91,7 +93,9 @@ def _end_of_silence(exit_code: int | None, folder: Path) -> End:
         name = signal.Signals(-exit_code).name
         hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
         return End(outcome=Outcome.killed, reason=f"the worker was ended by {name}{hint}")
-    return End(outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {folder / 'worker.log'}")
+    return End(
+        outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {folder / 'worker.log'}"
+    )
 
 
 def _run_inline(

@@ -64,9 +64,15 @@ def without_secrets(text: str) -> str:
 
 
 def complete(
-    record: Record, end: End, events: Sequence[Event], samples: Sequence[Sample], summary: Summary, unix_minus_monotonic: float
+    record: Record,
+    end: End,
+    events: Sequence[Event],
+    samples: Sequence[Sample],
+    summary: Summary,
+    unix_minus_monotonic: float,
 ) -> None:
-    """Add to `record` everything that is known at the end.
+    """
+    Add to `record` everything that is known at the end.
 
     Args:
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.

@@ -20,7 +20,8 @@ class Row:
 
 
 def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
-    """Read rows from a file with one JSON object a line; blank lines are skipped.
+    """
+    Read rows from a file with one JSON object a line; blank lines are skipped.
 
     Raises: RefusedInput naming the lines that are broken or lack a column, or that the file is empty.
     """
@@ -53,7 +54,8 @@ def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> 
 
 
 def row_of(fields: object, columns: ColumnsConfig) -> Row:
-    """Turn one record into a row: the instruction, then the optional input after a blank line.
+    """
+    Turn one record into a row: the instruction, then the optional input after a blank line.
 
     Raises: RefusedInput when it is no object, lacks a column, or a column holds something other than text.
     """
@@ -75,7 +77,8 @@ def row_of(fields: object, columns: ColumnsConfig) -> Row:
 
 
 def heldout_indices(count: int, share: float) -> set[int]:
-    """Which of `count` rows are held out: at least one, the same ones for every seed and batch size,
+    """
+    Which of `count` rows are held out: at least one, the same ones for every seed and batch size,
     so that held-out losses of different trials can be compared."""
     return set(random.Random(_SPLIT_SEED).sample(range(count), max(1, round(count * share))))
 

@@ -19,7 +19,7 @@ from lora_lab.records import Record, complete, params, run_name, without_secrets
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sampler
-from lora_lab.telemetry.summary import Summary, summarise
+from lora_lab.telemetry.summary import summarise
 from lora_lab.tracking import Tracker, TrackingFailed, open_tracker, refuse_unwritable
 
 
@@ -48,7 +48,8 @@ class _Story:
 
 
 def run_session(request: Request) -> Outcome:
-    """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
+    """
+    Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
     Raises: RefusedInput before a worker starts, and when the worker finds that the input cannot be meant;
     KeyboardInterrupt on Ctrl-C, after the worker has been ended and what there is has been recorded.
@@ -64,7 +65,10 @@ def run_session(request: Request) -> Outcome:
     interrupted: KeyboardInterrupt | None = None
     try:
         refuse_incapable(config, card)
-        with sampler, Display(story.record.name, config.measure.warmup_steps + config.measure.steps, sampler) as display:
+        with (
+            sampler,
+            Display(story.record.name, config.measure.warmup_steps + config.measure.steps, sampler) as display,
+        ):
             if story.tracking_fault:
                 display.warn(_kept_where(story))
             end = _work(story, worker_environment(card), display)

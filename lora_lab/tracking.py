@@ -30,12 +30,14 @@ class Tracker(Protocol):
     """Takes the record of each trial."""
 
     def begin(self, record: Record) -> str:
-        """The trial is under way: name, params and first tags. Returns an id.
+        """
+        The trial is under way: name, params and first tags. Returns an id.
 
         Raises: TrackingFailed."""
 
     def finish(self, run_id: str, record: Record) -> None:
-        """The trial is over: everything.
+        """
+        The trial is over: everything.
 
         Raises: TrackingFailed."""
 
@@ -121,7 +123,8 @@ _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
 
 
 def open_tracker(tracking: TrackingConfig) -> Tracker:
-    """The tracker the config asks for; makes the local store if there is none.
+    """
+    The tracker the config asks for; makes the local store if there is none.
 
     Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached.
     """
@@ -145,7 +148,8 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:
-    """The local store's folder, made if missing.
+    """
+    The local store's folder, made if missing.
 
     Raises: RefusedInput when nothing can be written there.
     """
@@ -173,7 +177,8 @@ def _refuse_unreachable(uri: str) -> None:
 
 
 def _create_store(database: Path) -> None:
-    """Make a new store under another name and move it into place whole: two first starts at once, or a
+    """
+    Make a new store under another name and move it into place whole: two first starts at once, or a
     kill while its tables are made, would otherwise leave a store that never opens again."""
     if database.exists():
         return

@@ -39,7 +39,9 @@ def _counter_joules(window: Window, samples: Sequence[Sample]) -> Energy:
         return Energy(None, "none", "the card's energy counter ran backwards")
     inside = sum(window.start <= t <= window.end for t, _ in ticks)
     if inside < _FEWEST_TICKS:
-        return Energy(None, "none", f"the window holds {inside} ticks of the energy counter, fewer than {_FEWEST_TICKS}")
+        return Energy(
+            None, "none", f"the window holds {inside} ticks of the energy counter, fewer than {_FEWEST_TICKS}"
+        )
     if not ticks[0][0] <= window.start or not window.end <= ticks[-1][0]:
         return Energy(None, "none", "the energy counter was not read on both sides of the window")
     return Energy(_interpolated(ticks, window.end) - _interpolated(ticks, window.start), "counter")

@@ -31,7 +31,8 @@ class SensorFailed(RuntimeError):
 
 
 class Sampler:
-    """Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
+    """
+    Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
     ends the sampling, and `fault` says why."""
 
     def __init__(self, read: Callable[[], Sample] | None, rate_hz: float = RATE_HZ) -> None:
@@ -47,7 +48,9 @@ class Sampler:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)

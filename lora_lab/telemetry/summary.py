@@ -30,7 +30,8 @@ class Summary:
 
 
 def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> Summary:
-    """Figures of one trial.
+    """
+    Figures of one trial.
 
     Args:
         events: everything the worker said, in order.
@@ -60,11 +61,15 @@ def _add_throughput(summary: Summary, window: Window | None) -> None:
     skipped = sum(step.skipped for step in window.steps)
     if skipped:
         summary.metrics["window/steps_skipped"] = float(skipped)
-        summary.warnings.append(f"{skipped} of {len(window.steps)} measured steps overflowed fp16 and changed no weight")
+        summary.warnings.append(
+            f"{skipped} of {len(window.steps)} measured steps overflowed fp16 and changed no weight"
+        )
 
 
 def _add_vram(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> None:
-    training = [e for e in events if isinstance(e, PhaseMemory) and e.phase in (Phase.warm_up.value, Phase.window.value)]
+    training = [
+        e for e in events if isinstance(e, PhaseMemory) and e.phase in (Phase.warm_up.value, Phase.window.value)
+    ]
     no_allocator = "torch's allocator reports on GPUs only" if no_sensor else "no training step was reached"
     allocated = max((m.peak_allocated_bytes / GIB for m in training), default=None)
     reserved = max((m.peak_reserved_bytes / GIB for m in training), default=None)

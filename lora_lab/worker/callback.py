@@ -46,7 +46,8 @@ class PhaseClock:
 
 
 class TelemetryCallback(TrainerCallback):
-    """Watches one training from inside.
+    """
+    Watches one training from inside.
 
     Trainer tells its callbacks neither loss nor inputs, so hooks on the model see them: the first takes the
     token counts out of the batch, the second adds up the loss on the device. The device is synchronised at
@@ -97,11 +98,13 @@ class TelemetryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Training begins: warm-up, or the window at once without one."""
         self._clock.enter(Phase.warm_up)
         if self._warmup_steps == 0:
             self._open_window()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An optimizer step has been queued: send off its loss, and see to the window's edges."""
         loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
         skipped = bool(self.trainer.accelerator.optimizer_step_was_skipped)
         self._relay.push(state.global_step, loss, self._counts, skipped)

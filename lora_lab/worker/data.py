@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens. `labels` are the ids that are predicted and IGNORED elsewhere; both have
+    """
+    One row as tokens. `labels` are the ids that are predicted and IGNORED elsewhere; both have
     the same length. `starts` are the positions where a document begins (several when packed)."""
 
     ids: list[int]
@@ -62,7 +64,8 @@ class Examples:
 
 
 def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examples:
-    """Read the rows the config names, tokenise, hold out, and pack if asked to.
+    """
+    Read the rows the config names, tokenise, hold out, and pack if asked to.
 
     Raises: RefusedInput when there are too few usable rows or the rows cannot be had.
     """
@@ -120,7 +123,8 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
-    """One row through the model's chat template; only the response (and its end-of-turn token) is trained.
+    """
+    One row through the model's chat template; only the response (and its end-of-turn token) is trained.
 
     Prompt and response are tokenised apart, as they are when the model is used: the prompt is complete
     before the first response token exists.
@@ -149,7 +153,8 @@ def _random_examples(count: int, seq_len: int, vocab_size: int, seed: int) -> li
 
 
 def pack(examples: Sequence[Example], seq_len: int) -> list[Example]:
-    """Lay documents end to end into rows of at most `seq_len` tokens, each into the first row with room.
+    """
+    Lay documents end to end into rows of at most `seq_len` tokens, each into the first row with room.
 
     A document's first label is never predicted from the document before it.
     """
@@ -180,7 +185,8 @@ def _joined(documents: Sequence[Example]) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Examples to one micro-batch of shape (rows, width), padded on the right.
+    """
+    Examples to one micro-batch of shape (rows, width), padded on the right.
 
     `width` None pads to the longest row. A packed batch carries position_ids that begin anew with every
     document and no attention mask: transformers then builds a mask in which documents don't see each other.
@@ -218,7 +224,7 @@ class Collator:
 def _positions(example: Example, width: int) -> list[int]:
     """Positions counted from the start of each document; the padding is one more document."""
     edges = [*example.starts, len(example.ids), width]
-    return [i for start, end in zip(edges, edges[1:], strict=False) for i in range(end - start)]
+    return [i for start, end in pairwise(edges) for i in range(end - start)]
 
 
 def train_collator(config: TrialConfig, pad_id: int) -> Collator:

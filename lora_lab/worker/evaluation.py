@@ -7,6 +7,7 @@ import torch
 
 from lora_lab.config import DType
 from lora_lab.worker.data import Collator, Example, TokenCounts
+from lora_lab.worker.models import working_dtype
 
 
 def heldout_loss(
@@ -18,24 +19,26 @@ def heldout_loss(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> tuple[float, int]:
-    """Mean loss in nats over every trained token of `examples`, and the number of those tokens.
+    """
+    Mean loss in nats over every trained token of `examples`, and the number of those tokens.
 
     Weighted by tokens, so that the batch size does not change the figure (Trainer's own evaluation
     averages batch means). Rows are padded to the longest, also when training packs them.
     """
     collator = Collator(pad_id=pad_id, width=None)
-    # as in training: autocast on a GPU and for bf16, nothing for fp16 on a CPU
-    wraps = precision is DType.bf16 or (precision is DType.fp16 and device.type == "cuda")
+    dtype = working_dtype(precision, device)
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0
     was_training = model.training
     _evaluation_mode(model)
-    with torch.no_grad(), torch.autocast(device.type, getattr(torch, precision.value), enabled=wraps):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
             counts = batch.pop("counts")
             assert isinstance(counts, TokenCounts)
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)})
+            output = model(
+                **{name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+            )
             total += output.loss.double().cpu() * counts.trained
             tokens += counts.trained
             progress(min(start + batch_size, len(examples)), len(examples))
@@ -44,7 +47,8 @@ def heldout_loss(
 
 
 def _evaluation_mode(model: Any) -> None:
-    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
+    """
+    model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
     evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
     that would run through an operation without a gradient, and wrongly."""
     model.eval()

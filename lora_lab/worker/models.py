@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_lab.config import (
+    DType,
     MethodConfig,
     ModelConfig,
     ModelSource,
@@ -53,7 +55,9 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
     """Raise RefusedInput for what only the model's shapes can tell; allocates nothing."""
     longest = getattr(architecture, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
-        raise RefusedInput(f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less.")
+        raise RefusedInput(
+            f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less."
+        )
     if config.method.target_modules == ["all-linear"]:
         return
     with torch.device("meta"):
@@ -69,7 +73,7 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
 
 def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> PeftModel:
     """The frozen model on `device` with fresh fp32 adapters, as `method` and `precision` ask."""
-    dtype = getattr(torch, config.precision.dtype.value)
+    dtype = working_dtype(config.precision.dtype, device)
     asked: dict[str, Any] = {
         "config": architecture,
         "dtype": dtype,
@@ -94,6 +98,19 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
     return adapted
 
 
+def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
+    """
+    The format that weights are held and products calculated in.
+
+    The asked one, but for fp16 on a CPU, where fp32 stands in: there is no autocast and no GradScaler for it
+    there, and without a CPU that multiplies fp16 one product of the default model's head takes 24 s.
+    """
+    if precision is DType.fp16 and device.type == "cpu":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, precision.value)
+    return dtype
+
+
 def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if method.quantization is Quantization.none:
         return None
@@ -111,7 +128,7 @@ def _adapters(method: MethodConfig) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules="all-linear" if everywhere else method.target_modules,
         use_rslora=method.use_rslora,
@@ -127,7 +144,7 @@ def _from_hub(kind: Any, model: ModelConfig, **asked: Any) -> Any:
     """kind.from_pretrained for a hub id, a folder or a package, with refusals in plain words."""
     if model.source is ModelSource.package:
         assert model.package is not None
-        return kind.from_pretrained(converted(model.package), **asked)
+        return kind.from_pretrained(convert(model.package), **asked)
     if model.source is ModelSource.local:
         place = str(model.path)
     else:
@@ -157,8 +174,9 @@ def _why_not_had(model: ModelConfig, error: OSError) -> str:
     )
 
 
-def converted(package: PackageConfig) -> Path:
-    """The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
+def convert(package: PackageConfig) -> Path:
+    """
+    The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
 
     Raises: RefusedInput when the package is missing or its file is not the pinned one.
     """
@@ -183,8 +201,15 @@ def converted(package: PackageConfig) -> Path:
             source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
             AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
             # bf16 is what the model was published in; the 4-bit GGUF holds less than that
-            AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(temporary)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **_plain_weights())
+            model.save_pretrained(temporary)
             os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _plain_weights() -> dict[str, Any]:
+    """Newer transformers keep a GGUF's weights packed unless told; older ones always unpack them."""
+    gguf = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": gguf(dequantize=True)} if gguf else {}

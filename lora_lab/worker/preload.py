@@ -1,4 +1,5 @@
-"""Imported once by the forkserver, with the GPUs hidden: every later worker starts with this done.
+"""
+Imported once by the forkserver, with the GPUs hidden: every later worker starts with this done.
 
 transformers.trainer and peft import bitsandbytes, which picks its CPU or CUDA library while being
 imported, for good. Here no GPU is to be seen, so it must wait for the worker, which sees one.
@@ -29,7 +30,7 @@ class _Later:
 
 
 _later = _Later()
-sys.meta_path.insert(0, _later)  # type: ignore[arg-type]
+sys.meta_path.insert(0, _later)
 try:
     import torch._inductor.compile_fx  # noqa: F401  # bitsandbytes applies torch.compile while being imported
     import transformers.models.llama.modeling_llama
@@ -37,6 +38,6 @@ try:
 
     import lora_lab.worker.trial  # noqa: F401
 finally:
-    sys.meta_path.remove(_later)  # type: ignore[arg-type]
+    sys.meta_path.remove(_later)
 gc.collect()
 gc.freeze()

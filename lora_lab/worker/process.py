@@ -14,7 +14,8 @@ from lora_lab.events import Event, Ready, encode
 
 
 def main(connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
-    """Run one trial in this process and send its events.
+    """
+    Run one trial in this process and send its events.
 
     Args:
         connection: takes one encoded event a message.
@@ -33,7 +34,7 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
     prepared = "transformers.trainer" in sys.modules and "bitsandbytes" not in sys.modules
     emit(Ready(t=time.monotonic(), pid=os.getpid(), prepared=prepared))
     if prepared:
-        _forget_hidden_gpus()
+        forget_hidden_gpus()
     from lora_lab.worker.trial import run_trial
 
     run_trial(config, folder, emit)
@@ -52,7 +53,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-def _forget_hidden_gpus() -> None:
+def forget_hidden_gpus() -> None:
     """Answers that were cached while the GPUs were hidden are asked anew."""
     from transformers.utils import import_utils
 

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 
 from lora_lab.config import DType, Quantization, TrialConfig
+from lora_lab.worker.models import working_dtype
+
+_AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""accelerate's word for each."""
 
 
 def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
@@ -15,7 +19,9 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     defaults = optimizer.defaults
     state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
     adapters = [p for p in model.parameters() if p.requires_grad]
-    quantised = [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")]
+    quantised = [
+        m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")
+    ]
     device = adapters[0].device
     scaler = trainer.accelerator.scaler
     facts = {
@@ -38,8 +44,6 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "grad_scaler": str(scaler is not None and scaler.is_enabled()),
         "gradient_checkpointing": str(any(getattr(m, "gradient_checkpointing", False) for m in model.modules())),
     }
-    if device.type == "cpu" and facts["autocast"] == "fp16":
-        facts["autocast"] = "no"  # accelerate's state still says fp16, but it wraps nothing on a CPU
     return facts
 
 
@@ -55,19 +59,20 @@ def _short(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def expected(config: TrialConfig) -> dict[str, str]:
-    """The facts that the config asks for, by the same names. Optimizer names say what they mean:
+def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
+    """
+    The facts that the config asks for on this device, by the same names. Optimizer names say what they mean:
     'paged', '8bit' and 'fused' stand in transformers' own names."""
-    precision = config.precision.dtype
+    dtype = working_dtype(config.precision.dtype, device)
     quantised = config.method.quantization is not Quantization.none
     asked = {
         "quantization": config.method.quantization.value,
         "double_quantization": str(config.method.double_quantization),
-        "quantized_compute_dtype": precision.value if quantised else "none",
+        "quantized_compute_dtype": _short(dtype) if quantised else "none",
         "attention": config.attention.value,
         "gradient_checkpointing": str(config.gradient_checkpointing),
-        "autocast": "no" if precision is DType.fp32 else precision.name,
-        "grad_scaler": str(precision is DType.fp16),
+        "autocast": _AUTOCAST[dtype],
+        "grad_scaler": str(dtype is torch.float16),
     }
     name = config.optimizer.optim
     if name:
@@ -79,30 +84,25 @@ def expected(config: TrialConfig) -> dict[str, str]:
 
 def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) -> tuple[list[str], list[str]]:
     """(differences, stand-ins). A stand-in is one of the two things a CPU is allowed to do instead."""
-    differences = []
+    asked = expected(config, device)
+    differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
+    differences += _dtype_differences(facts, config, device)
     stand_ins = []
-    for key, value in expected(config).items():
-        if facts[key] == value:
-            continue
-        if device.type == "cpu" and config.precision.dtype is DType.fp16 and key in ("autocast", "grad_scaler"):
-            continue
-        differences.append(f"{key}: asked for {value}, got {facts[key]}")
-    differences += _dtype_differences(facts, config)
     if device.type == "cpu":
         if config.precision.dtype is DType.fp16:
-            stand_ins.append("fp16 on a CPU has neither autocast nor GradScaler")
+            stand_ins.append("fp16 on a CPU has neither autocast nor GradScaler: fp32 stands in")
         if facts["optimizer_paged"] == "True":
             stand_ins.append("paged optimizer state on a CPU is plain memory")
     return differences, stand_ins
 
 
-def _dtype_differences(facts: dict[str, str], config: TrialConfig) -> list[str]:
+def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch.device) -> list[str]:
     found = []
     adapters = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
     if adapters != {"float32"}:
         found.append(f"adapter_dtypes: asked for float32, got {facts['adapter_dtypes']}")
     plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8"}
-    wanted = "float32" if config.method.raise_to_fp32 else config.precision.dtype.value
+    wanted = "float32" if config.method.raise_to_fp32 else _short(working_dtype(config.precision.dtype, device))
     if plain - {wanted}:
         found.append(f"weight_dtypes: asked for {wanted} where not quantised, got {facts['weight_dtypes']}")
     return found

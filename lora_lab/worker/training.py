@@ -33,7 +33,7 @@ def make_trainer(
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optimizer.optim or "adamw_torch",
-        fp16=config.precision.dtype is DType.fp16,
+        fp16=config.precision.dtype is DType.fp16 and device.type == "cuda",
         bf16=config.precision.dtype is DType.bf16,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
@@ -51,7 +51,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=examples,  # type: ignore[arg-type]  # any sized sequence serves
+        train_dataset=examples,  # any sized sequence serves
         callbacks=[callback],
         optimizer_cls_and_kwargs=_own_optimizer(config),
     )
@@ -68,7 +68,9 @@ def refuse_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.target is None:
         known = [name.value for name in OptimizerNames]
         if optimizer.optim not in known:
-            raise RefusedInput(f"optimizer.optim={optimizer.optim} is not known to transformers; it knows {', '.join(known)}.")
+            raise RefusedInput(
+                f"optimizer.optim={optimizer.optim} is not known to transformers; it knows {', '.join(known)}."
+            )
         return
     probe = [torch.nn.Parameter(torch.zeros(1))]
     try:
@@ -78,7 +80,8 @@ def refuse_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
-    """Import an optimizer by its path.
+    """
+    Import an optimizer by its path.
 
     Raises: RefusedInput when there is none there, or it is no torch.optim.Optimizer.
     """
@@ -88,5 +91,7 @@ def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
     except (ImportError, AttributeError) as error:
         raise RefusedInput(f"optimizer.target={target} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise RefusedInput(f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is.")
+        raise RefusedInput(
+            f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is."
+        )
     return found

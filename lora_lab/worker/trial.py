@@ -7,19 +7,21 @@ from typing import Any
 import torch
 import transformers
 
-from lora_lab.config import Attention, DataSource, Quantization, TrialConfig
+from lora_lab.config import Attention, DataSource, Quantization, TrialConfig, Weights
 from lora_lab.events import DataCounted, Ended, Evaluated, Phase, Progress, Ran, Warned
 from lora_lab.outcome import Outcome, Unsupported, end_of
+from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.data import Example, Examples, load_examples, train_collator
 from lora_lab.worker.evaluation import heldout_loss
-from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, refuse_unfit
+from lora_lab.worker.models import convert, load_architecture, load_model, load_tokenizer, refuse_unfit
 from lora_lab.worker.readback import compare, read_back
 from lora_lab.worker.training import make_trainer, refuse_optimizer
 
 
 def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
-    """Run one trial and say everything about it through `emit`; the last event is Ended.
+    """
+    Run one trial and say everything about it through `emit`; the last event is Ended.
 
     Args:
         config: what to run.
@@ -53,10 +55,16 @@ def _check_machine(config: TrialConfig, device: torch.device) -> None:
 
         # it chooses its side while being imported, for good: see worker/preload.py
         if not getattr(bitsandbytes.cextension.lib, "compiled_with_cuda", False):
-            raise RuntimeError("bitsandbytes runs its CPU side although a GPU is there; 4-bit and 8-bit work would be wrong.")
+            raise RuntimeError(
+                "bitsandbytes runs its CPU side although a GPU is there; 4-bit and 8-bit work would be wrong."
+            )
 
 
 def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, device: torch.device) -> None:
+    package = config.model.package
+    if config.model.weights is Weights.pretrained and package and not converted_folder(package).is_dir():
+        clock.enter(Phase.conversion)
+        convert(package)
     clock.enter(Phase.data)
     architecture = load_architecture(config.model)
     refuse_unfit(config, architecture)
@@ -110,13 +118,16 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
         )
     if examples.rows_truncated > 0.05 * examples.rows_read:
         warnings.append(
-            f"{examples.rows_truncated} of {examples.rows_read} rows are longer than seq_len={config.seq_len} and are cut"
+            f"{examples.rows_truncated} of {examples.rows_read} rows are longer than seq_len={config.seq_len} "
+            "and are cut"
         )
     for text in warnings:
         emit(Warned(t=time.monotonic(), text=text))
 
 
-def _report_what_ran(config: TrialConfig, trainer: Any, callback: TelemetryCallback, emit: Emit, device: torch.device) -> None:
+def _report_what_ran(
+    config: TrialConfig, trainer: Any, callback: TelemetryCallback, emit: Emit, device: torch.device
+) -> None:
     """Read back what ran; raise when it is not what was asked for."""
     facts = read_back(trainer, callback.attention.seen)
     differences, stand_ins = compare(facts, config, device)

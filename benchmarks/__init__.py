@@ -1,0 +1,1 @@
+"""What is timed on a real card, and the stored results."""
