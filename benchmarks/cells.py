@@ -4,6 +4,7 @@ Every cell goes through the same composition and the same session as the command
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import open_dict
 
 from lora_lab.compose import CONF, GROUPS, load, register_schema
 from lora_lab.session import Request, run_session
@@ -24,7 +26,8 @@ def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
     choices = {group: str(composed.hydra.runtime.choices[group]) for group in GROUPS}
-    del composed._metadata.flags["struct"], composed["hydra"]
+    with open_dict(composed):
+        del composed["hydra"]
     request = Request(config=load(composed), choices=choices, overrides=list(overrides), folder=folder)
     run_session(request)
     record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
@@ -63,5 +66,7 @@ def provenance(records: Sequence[dict[str, Any]], commit: str) -> dict[str, str]
 
 def checked_out_commit() -> str:
     """The commit these figures were measured at; 'unknown' outside a clone."""
+    if "LORA_LAB_COMMIT" in os.environ:  # on a machine that has the files but not the history
+        return os.environ["LORA_LAB_COMMIT"]
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

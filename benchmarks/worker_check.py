@@ -28,7 +28,7 @@ from lora_lab.devices import choose_card, worker_environment
 from lora_lab.events import Ended, Event, Ran, Step, WindowOpened
 
 OVERRIDES = ["optimizer=paged_adamw", "precision=fp16", "method=qlora", "tracking=none"]
-REPEATS = 3
+REPEATS = 2
 
 
 def compose(overrides: list[str]) -> TrialConfig:

@@ -92,13 +92,12 @@ class _Composing:
         from lora_lab.outcome import EXIT_REFUSED
 
         refused = self._composing and isinstance(error, SystemExit) and error.code == 1
+        said = self._said.getvalue()
         if refused:
-            said = self._said.getvalue()
-            self._said.truncate(0)
-            self._said.seek(0)
-            self._said.write(f"Refused, nothing was started:\n{explain(said)}\n")
+            self._said = io.StringIO()
         self.over()
         if refused:
+            print(f"Refused, nothing was started:\n{explain(said)}", file=sys.stderr)
             raise SystemExit(EXIT_REFUSED) from None
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -47,12 +49,17 @@ def load(composed: DictConfig) -> TrialConfig:
 
 def _unknown_keys(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys of `node` that the dataclass does not have (`+group.typo=1` gets past Hydra)."""
-    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    fields = {f.name: _group_of(f.type) for f in dataclasses.fields(schema)}
     for key, value in node.items():
         if key not in fields:
             yield f"{prefix}{key}"
-        elif dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+        elif fields[key] and isinstance(value, dict):
             yield from _unknown_keys(value, fields[key], f"{prefix}{key}.")
+
+
+def _group_of(hint: Any) -> Any:
+    """The dataclass in a field's type, also in `X | None`; None when there is none."""
+    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
 
 
 def known_keys(schema: Any = TrialConfig, prefix: str = "") -> list[str]:
@@ -60,8 +67,9 @@ def known_keys(schema: Any = TrialConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for f in dataclasses.fields(schema):
         keys.append(f"{prefix}{f.name}")
-        if dataclasses.is_dataclass(f.type):
-            keys += known_keys(f.type, f"{prefix}{f.name}.")
+        group = _group_of(f.type)
+        if group:
+            keys += known_keys(group, f"{prefix}{f.name}.")
     return keys
 
 
@@ -83,4 +91,21 @@ def explain(refusal: str) -> str:
     unknown = re.search(r"Could not override '([^']+)'", refusal)
     if unknown and unknown.group(1) not in GROUPS:
         return _unknown_key(unknown.group(1))
+    twice = re.search(r"Multiple values for (\S+)\. .* 'override [^:]+: (.+)'", refusal)
+    if twice:
+        return f"'{twice[1]}' has an option already; to choose another, write {twice[1]}={twice[2]} without a +."
+    if "Config group override must be a string" in refusal:
+        return "A group takes the name of one of its options, as in optimizer=adamw; --help lists them."
+    mistyped = re.search(r"Error merging override (.+)\n(.+)\n +full_key: (\S+)", refusal)
+    if mistyped:
+        return f"{mistyped[1]}: {mistyped[2].rstrip('.')}. By default it is {_default(mistyped[3])}."
     return _HYDRA_ASIDES.sub("", refusal).strip()
+
+
+def _default(key: str) -> str:
+    """What the schema has for a dotted key, as it is written on the command line."""
+    value = OmegaConf.select(OmegaConf.structured(TrialConfig), key)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    written = value.name if isinstance(value, Enum) else json.dumps(value).replace('"', "")
+    return f"{key}={written}"

@@ -289,6 +289,8 @@ def _number_faults(config: TrialConfig) -> list[str]:
     # `not x > 0` rather than `x <= 0`, so that nan is refused as well
     found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
     found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
+    if config.seed >= 2**32:
+        found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
     if not 0 < config.data.holdout < 1:
         found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
     return found
@@ -328,6 +330,8 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
         found.append("model.path is missing; give the folder of a model, for example model.path=models/mine.")
     if model.source is ModelSource.package and not model.package:
         found.append("model.package is missing; copy the block from conf/model/smollm2_135m.yaml.")
+    if model.source is ModelSource.tiny and model.weights is Weights.pretrained:
+        found.append("model.source=tiny has no weights to load; add model.weights=random or choose another model.")
     if model.weights is Weights.random and not model.architecture:
         found.append("model.weights=random needs model.architecture; only models with stated shapes have it.")
     if model.trust_remote_code and not model.revision:

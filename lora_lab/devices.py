@@ -1,5 +1,6 @@
 """Which card a trial runs on, and whether that card can do what is asked."""
 
+import os
 import re
 
 from lora_lab.config import DType, RefusedInput, TrialConfig
@@ -26,7 +27,11 @@ def choose_card(device: str) -> Card | None:
         if card.uuid == device or (numbered and card.index == int(numbered[1])):
             return card
     listed = ", ".join(f"gpu:{card.index} ({card.name}, {card.uuid})" for card in there) or "no NVIDIA card"
-    raise RefusedInput(f"device={device} is not there; this machine shows {listed}. Use device=auto or device=cpu.")
+    limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+    within = "" if limit is None else f" within CUDA_VISIBLE_DEVICES={limit!r}"
+    raise RefusedInput(
+        f"device={device} is not there; this machine shows {listed}{within}. Use device=auto or device=cpu."
+    )
 
 
 def worker_environment(card: Card | None) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The worker process: start it, hear its events, survive its death."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,15 +26,27 @@ def prepare() -> None:
     seconds' work, meanwhile. It must not see a GPU: importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
+    with _environment(_HIDDEN):
         forkserver.ensure_running()
+
+
+_HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""The server's environment. Hiding the cards is not enough: a plain `torch.cuda.is_available()` at some import
+would ask the driver, which then answers 'no device' in every forked worker too. NVML is asked instead."""
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
     finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_worker(

@@ -60,7 +60,7 @@ def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
 
 def without_secrets(text: str) -> str:
     """Cut user names and passwords out of addresses."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
+    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def complete(

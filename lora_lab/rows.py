@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,24 +27,26 @@ def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> 
     Raises: RefusedInput naming the lines that are broken or lack a column, or that the file is empty.
     """
     if not path.is_file():
-        raise RefusedInput(f"data.path={path}: there is no such file (looked in {Path.cwd()}).")
+        raise RefusedInput(f"data.path={path}: there is no such file (looked in {Path.cwd()}). Give a jsonl file.")
     rows: list[Row] = []
     broken: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if limit is not None and len(rows) + len(broken) >= limit:
-                    break
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(row_of(json.loads(line), columns))
-                except json.JSONDecodeError as error:
-                    broken.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
-                except RefusedInput as error:
-                    broken.append(f"line {number}: {error}")
-    except UnicodeDecodeError as error:
-        raise RefusedInput(f"data.path={path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(rows) + len(broken) >= limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                rows.append(row_of(json.loads(line.decode("utf-8-sig")), columns))
+            except UnicodeDecodeError as error:
+                raise RefusedInput(
+                    f"data.path={path} is not UTF-8 text (line {number}: {error.reason}). Convert it, for example:\n"
+                    f"  iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} > utf8.jsonl"
+                ) from error
+            except json.JSONDecodeError as error:
+                broken.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
+            except RefusedInput as error:
+                broken.append(f"line {number}: {error}")
     if broken:
         shown = "\n  ".join(broken[:5])
         more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""

@@ -33,7 +33,7 @@ class SensorFailed(RuntimeError):
 class Sampler:
     """
     Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
-    ends the sampling, and `fault` says why."""
+    ends the sampling, and `fault` says why; it is None again when the sensor has recovered."""
 
     def __init__(self, read: Callable[[], Sample] | None, rate_hz: float = RATE_HZ) -> None:
         self._read = read
@@ -63,6 +63,7 @@ class Sampler:
             try:
                 self.samples.append(self._read())
                 faults = 0
+                self.fault = None
             except SensorFailed as error:
                 faults += 1
                 self.fault = str(error)

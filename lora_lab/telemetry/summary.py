@@ -1,9 +1,10 @@
 """All summary figures of a trial: a pure function of what the worker said and the card showed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora_lab.events import Evaluated, Event, Phase, PhaseMemory, Step, Warned
+from lora_lab.events import Evaluated, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.throughput import throughput
@@ -36,7 +37,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str
     Args:
         events: everything the worker said, in order.
         samples: what the card showed meanwhile; empty without a sensor.
-        no_sensor: why there are no samples, for the figures that need them.
+        no_sensor: why there are no samples, or none up to the end, for the figures that need them.
     """
     summary = Summary(warnings=[event.text for event in events if isinstance(event, Warned)])
     window = find_window(events)
@@ -70,24 +71,40 @@ def _add_vram(summary: Summary, events: Sequence[Event], samples: Sequence[Sampl
     training = [
         e for e in events if isinstance(e, PhaseMemory) and e.phase in (Phase.warm_up.value, Phase.window.value)
     ]
-    no_allocator = "torch's allocator reports on GPUs only" if no_sensor else "no training step was reached"
+    on_gpu = not no_sensor or any(isinstance(event, PhaseMemory) for event in events)
+    no_allocator = "no training step was reached" if on_gpu else "torch's allocator reports on GPUs only"
     allocated = max((m.peak_allocated_bytes / GIB for m in training), default=None)
     reserved = max((m.peak_reserved_bytes / GIB for m in training), default=None)
     summary.add("vram/peak_allocated_gib", allocated, no_allocator)
     summary.add("vram/peak_reserved_gib", reserved, no_allocator)
-    used = max((s.used_bytes / GIB for s in samples if s.used_bytes is not None), default=None)
-    summary.add("vram/peak_device_gib", used, no_sensor or "the card does not report its used memory")
+    start, end = _training_times(events)
+    used = max((s.used_bytes / GIB for s in samples if s.used_bytes is not None and start <= s.t <= end), default=None)
+    # a sensor that failed on the way has not seen the rest of the training
+    seen = not no_sensor or (bool(samples) and samples[-1].t >= end)
+    summary.add(
+        "vram/peak_device_gib", used if seen else None, no_sensor or "no reading of used memory fell into training"
+    )
+
+
+def _training_times(events: Sequence[Event]) -> tuple[float, float]:
+    """When training began and ended, in seconds; loading and evaluation lie outside."""
+    begins = {event.phase: event.t for event in events if isinstance(event, PhaseBegan)}
+    start = begins.get(Phase.warm_up.value, math.inf)
+    after = [t for t in begins.values() if t > begins.get(Phase.window.value, start)]
+    return start, min(after, default=math.inf)
 
 
 def _add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], no_sensor: str) -> None:
-    if window is None or not samples:
-        reason = no_sensor or ("the measured window was not completed" if window is None else "no sensor was read")
-        summary.absent["energy/joules_per_token"] = reason
+    if not samples:
+        summary.absent["energy/joules_per_token"] = no_sensor or "no sensor was read"
+        return
+    if window is None:
+        summary.absent["energy/joules_per_token"] = "the measured window was not completed"
         return
     energy = window_energy(window, samples)
     summary.energy_source = energy.source
     if energy.joules is None:
-        summary.absent["energy/joules_per_token"] = energy.reason
+        summary.absent["energy/joules_per_token"] = no_sensor or energy.reason
         return
     summary.metrics["energy/joules"] = energy.joules
     summary.metrics["energy/joules_per_token"] = energy.joules / sum(step.real for step in window.steps)

@@ -19,9 +19,8 @@ Emit = Callable[[Event], None]
 class PhaseClock:
     """Announces phases, and what torch's allocator peaked at in the one that is over."""
 
-    def __init__(self, emit: Emit, device: torch.device) -> None:
+    def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._device = device
         self.present = Phase.start
 
     def enter(self, phase: Phase) -> None:
@@ -32,17 +31,17 @@ class PhaseClock:
 
     def leave(self) -> None:
         """The present phase is over."""
-        if self._device.type != "cuda":
+        if not torch.cuda.is_initialized():
             return
         self._emit(
             PhaseMemory(
                 t=time.monotonic(),
                 phase=self.present.value,
-                peak_allocated_bytes=torch.cuda.max_memory_allocated(self._device),
-                peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+                peak_allocated_bytes=torch.cuda.max_memory_allocated(),
+                peak_reserved_bytes=torch.cuda.max_memory_reserved(),
             )
         )
-        torch.cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.reset_peak_memory_stats()
 
 
 class TelemetryCallback(TrainerCallback):

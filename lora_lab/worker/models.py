@@ -1,5 +1,6 @@
 """The model of a trial: tokenizer, frozen weights, adapters."""
 
+import gc
 import hashlib
 import os
 import shutil
@@ -66,7 +67,7 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
     missing = [name for name in config.method.target_modules if name.rsplit(".", 1)[-1] not in linear]
     if missing:
         raise RefusedInput(
-            f"method.target_modules names {', '.join(missing)}, which {_name(config.model)} does not have; "
+            f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
             f"it has {', '.join(sorted(linear))}."
         )
 
@@ -95,6 +96,8 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
     adapted = get_peft_model(model, _adapters(config.method))
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
+    gc.collect()
+    torch.cuda.empty_cache()  # what loading alone needed must not count as reserved while training
     return adapted
 
 

