@@ -31,6 +31,7 @@ def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     request = Request(config=load(composed), choices=choices, overrides=list(overrides), folder=folder)
     run_session(request)
     record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    record.pop("folder")  # where it lay on that machine tells nobody anything
     return record
 
 
@@ -61,7 +62,8 @@ def provenance(records: Sequence[dict[str, Any]], commit: str) -> dict[str, str]
     """Where figures come from: card, versions, commit, command."""
     tags = records[0]["tags"]
     keep = {k: v for k, v in tags.items() if k.startswith(("version.", "device", "machine."))}
-    return {"command": " ".join(["python", *sys.argv]), "commit": commit, **keep}
+    module = Path(sys.argv[0]).stem
+    return {"command": " ".join(["python -m", f"benchmarks.{module} OUT", *sys.argv[2:]]), "commit": commit, **keep}
 
 
 def checked_out_commit() -> str:

@@ -98,7 +98,9 @@ class DivergenceWatch:
         start = statistics.median(self._losses[:_NEAR])
         recent = statistics.median(self._losses[-_NEAR:])
         if len(self._losses) >= 2 * _NEAR and recent > start + self._spike:
-            began = next(i for i, seen in enumerate(self._losses, 1) if seen > start + self._spike)
+            high = [seen > start + self._spike for seen in self._losses]
+            # since when most have been high: a single hard batch long before is not where it began
+            began = next(i for i, now in enumerate(high, 1) if now and 2 * sum(high[i - 1 :]) > len(high) - i + 1)
             raise Diverged(
                 f"the training loss rose from {start:.3f} to {recent:.3f}, more than measure.loss_spike={self._spike}; "
                 f"it began at step {began}"

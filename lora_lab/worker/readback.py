@@ -102,7 +102,10 @@ def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch
     if adapters != {"float32"}:
         found.append(f"adapter_dtypes: asked for float32, got {facts['adapter_dtypes']}")
     plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8"}
-    wanted = "float32" if config.method.raise_to_fp32 else _short(working_dtype(config.precision.dtype, device))
-    if plain - {wanted}:
-        found.append(f"weight_dtypes: asked for {wanted} where not quantised, got {facts['weight_dtypes']}")
+    working = _short(working_dtype(config.precision.dtype, device))
+    allowed = {"float32"} if config.method.raise_to_fp32 else {working}
+    if config.method.quantization is not Quantization.none:
+        allowed |= {working}  # bitsandbytes casts the biases of its 4-bit layers back while it runs
+    if plain - allowed:
+        found.append(f"weight_dtypes: asked for {min(allowed)} where not quantised, got {facts['weight_dtypes']}")
     return found
