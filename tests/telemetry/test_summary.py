@@ -1,0 +1,225 @@
+"""Every headline figure of every trial is there or has a reason, wherever the trial stopped."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_lab.events import (
+    Ended,
+    Evaluated,
+    Event,
+    Phase,
+    PhaseBegan,
+    PhaseMemory,
+    Step,
+    Warned,
+    WindowClosed,
+    WindowOpened,
+)
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.summary import GIB, Summary, summarise
+
+HEADLINES = {
+    "throughput/tokens_per_second",
+    "throughput/seconds_per_10k_tokens",
+    "vram/peak_allocated_gib",
+    "vram/peak_reserved_gib",
+    "vram/peak_device_gib",
+    "energy/joules_per_token",
+    "loss/eval_before",
+    "loss/eval",
+    "loss/train",
+}
+
+WARMUP, STEPS = 3, 10
+NO_CARD = "no NVIDIA card was used"
+WATTS = 300.0
+
+
+def step(number: int) -> Step:
+    return Step(
+        t=float(number),
+        step=number,
+        seconds=None if number == 1 else 1.0,
+        loss=9.0 if number <= WARMUP else 2.0,
+        rows=2,
+        slots=2000,
+        real=10**6 if number <= WARMUP else 1500,
+        trained=10**5 if number <= WARMUP else 600,
+        skipped=False,
+    )
+
+
+def story(on_gpu: bool) -> list[Event]:
+    """A whole trial, one step a second: on a GPU each loss is one step late."""
+
+    def memory(t: float, phase: Phase, gib: float) -> list[Event]:
+        allocated, reserved = round(gib * GIB), round(1.5 * gib * GIB)
+        told = PhaseMemory(t=t, phase=phase.value, peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+        return [told] if on_gpu else []
+
+    def began(t: float, phase: Phase) -> Event:
+        return PhaseBegan(t=t, phase=phase.value)
+
+    events: list[Event] = [began(0, Phase.start), *memory(0, Phase.start, 0.1), began(0, Phase.data)]
+    events += [Warned(t=0, text="careful"), *memory(0, Phase.data, 0.1), began(0, Phase.model)]
+    events += [*memory(0, Phase.model, 9.0), began(0, Phase.evaluation_before)]
+    events += [Evaluated(t=0, phase=Phase.evaluation_before.value, loss=3.0, rows=4, tokens=40)]
+    events += [*memory(0, Phase.evaluation_before, 8.0), began(0, Phase.warm_up)]
+    late: list[Event] = []
+    last = WARMUP + STEPS
+    for number in range(1, last + 1):
+        late.append(step(number))
+        if number == last:
+            events.append(WindowClosed(t=float(number), after_step=last))
+        if on_gpu and number < last:
+            events += late[:-1]
+            late = late[-1:]
+        else:
+            events += late
+            late = []
+        if number == WARMUP:
+            events += [*memory(number, Phase.warm_up, 2.0), began(number, Phase.window)]
+            events += [WindowOpened(t=float(number), after_step=WARMUP)]
+    events += [*memory(last, Phase.window, 1.0), began(last, Phase.evaluation_after)]
+    events += [Evaluated(t=last, phase=Phase.evaluation_after.value, loss=1.5, rows=4, tokens=40)]
+    events += [*memory(last, Phase.evaluation_after, 7.0), Ended(t=last, outcome="finished", reason="")]
+    return events
+
+
+def card(until: float = 20.0) -> list[Sample]:
+    return [
+        Sample(
+            t=i / 10,
+            energy_joules=WATTS * i / 10,
+            power_watts=WATTS,
+            used_bytes={50: 3, 180: 9}.get(i, 2) * GIB,
+            temperature_celsius=60.0,
+        )
+        for i in range(int(until * 10))
+    ]
+
+
+def assert_accounted(summary: Summary) -> None:
+    """Each headline in exactly one place; a reason for what is missing; nothing made up."""
+    assert summary.metrics.keys() & summary.absent.keys() == set()
+    assert summary.metrics.keys() | summary.absent.keys() >= HEADLINES
+    assert all(summary.absent.values())
+    assert all(
+        math.isfinite(summary.metrics[name]) and summary.metrics[name] > 0 for name in HEADLINES & set(summary.metrics)
+    )
+
+
+def test_a_whole_trial_on_a_gpu_has_every_figure() -> None:
+    summary = summarise(story(on_gpu=True), card(), "")
+    assert_accounted(summary)
+    assert summary.absent == {}
+    measured = {name: summary.metrics[name] for name in HEADLINES}
+    assert measured == pytest.approx(
+        {
+            "throughput/tokens_per_second": 1500.0,
+            "throughput/seconds_per_10k_tokens": 10 / 1.5,
+            "vram/peak_allocated_gib": 2.0,  # of the training; the model's loading and evaluations take more here
+            "vram/peak_reserved_gib": 3.0,
+            "vram/peak_device_gib": 3.0,
+            "energy/joules_per_token": WATTS / 1500,
+            "loss/eval_before": 3.0,
+            "loss/eval": 1.5,
+            "loss/train": 2.0,  # of the window, not of the warm-up
+        },
+        rel=0.02,
+    )
+    assert summary.metrics["energy/mean_power_watts"] == pytest.approx(WATTS, rel=0.02)
+    assert summary.energy_source == "counter"
+    assert summary.warnings == ["careful"]
+
+
+def test_on_a_cpu_what_only_a_card_knows_is_absent() -> None:
+    summary = summarise(story(on_gpu=False), [], NO_CARD)
+    assert_accounted(summary)
+    assert summary.absent == {
+        "vram/peak_allocated_gib": "torch's allocator reports on GPUs only",
+        "vram/peak_reserved_gib": "torch's allocator reports on GPUs only",
+        "vram/peak_device_gib": NO_CARD,
+        "energy/joules_per_token": NO_CARD,
+    }
+
+
+@settings(max_examples=150)
+@given(on_gpu=st.booleans(), stopped=st.integers(0, 60), sampled=st.floats(0, 20), fault=st.booleans())
+def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
+    on_gpu: bool, stopped: int, sampled: float, fault: bool
+) -> None:
+    whole = story(on_gpu)
+    events = whole[:stopped]
+    samples = card(sampled) if on_gpu else []
+    no_sensor = NO_CARD if not on_gpu else "the sensor failed (GPU is lost)" if fault or not samples else ""
+    summary = summarise(events, samples, no_sensor)
+    assert_accounted(summary)
+
+    complete = all(event in events for event in whole if isinstance(event, Step | WindowClosed))
+    rate = "throughput/tokens_per_second"
+    assert (rate in summary.metrics) == complete
+    assert summary.metrics.get(rate, 1500.0) == pytest.approx(1500.0)
+    # a sample at or after the window's end must have been taken, or there is no energy
+    assert ("energy/joules_per_token" in summary.metrics) == (complete and len(samples) > 10 * (WARMUP + STEPS))
+    assert (summary.energy_source == "none") == ("energy/joules_per_token" in summary.absent)
+    if not on_gpu:
+        assert summary.absent["vram/peak_device_gib"] == NO_CARD
+
+
+def test_a_sensor_that_failed_leaves_no_peak_of_half_a_trial() -> None:
+    summary = summarise(story(on_gpu=True), card(4.0), "the sensor failed (GPU is lost)")
+    assert summary.absent["vram/peak_device_gib"] == "the sensor failed (GPU is lost)"
+    assert summary.absent["energy/joules_per_token"] == "the sensor failed (GPU is lost)"
+    assert summary.metrics["vram/peak_allocated_gib"] == 2.0, "torch's own figure needs no sensor"
+
+
+def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
+    summary = summarise(story(on_gpu=True), card(15.0), "the sensor failed (GPU is lost)")
+    assert summary.metrics["vram/peak_device_gib"] == 3.0
+    assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500, rel=0.02)
+
+
+def test_reasons_are_the_true_ones_when_a_trial_on_a_gpu_stops_before_training() -> None:
+    events = story(on_gpu=True)[:8]
+    for no_sensor in ("", "the sensor failed (GPU is lost)"):
+        summary = summarise(events, card(), no_sensor)
+        assert summary.absent["vram/peak_allocated_gib"] == "no training step was reached"
+        assert summary.absent["energy/joules_per_token"] == "the measured window was not completed"
+
+
+def test_a_card_without_power_sensors_still_shows_its_memory() -> None:
+    silent = [replace(sample, energy_joules=None, power_watts=None) for sample in card()]
+    summary = summarise(story(on_gpu=True), silent, "")
+    assert_accounted(summary)
+    assert summary.metrics["vram/peak_device_gib"] == 3.0
+    assert set(summary.absent) == {"energy/joules_per_token"}
+
+
+def test_a_card_without_a_counter_is_measured_by_its_power_and_says_so() -> None:
+    summary = summarise(story(on_gpu=True), [replace(sample, energy_joules=None) for sample in card()], "")
+    assert summary.energy_source == "power"
+    assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500)
+
+
+def with_steps(**changes: float) -> list[Event]:
+    return [replace(e, **changes) if isinstance(e, Step) else e for e in story(on_gpu=True)]  # type: ignore[arg-type]
+
+
+def test_mostly_padding_and_overflows_are_warned_of() -> None:
+    padded = summarise(with_steps(slots=6000), card(), "")
+    assert any("75% of the token slots were padding" in warning for warning in padded.warnings)
+    skipped = summarise(with_steps(skipped=True), card(), "")
+    assert skipped.metrics["window/steps_skipped"] == STEPS, "those of the warm-up are not measured"
+
+
+def test_the_training_loss_weighs_tokens_not_steps() -> None:
+    events = story(on_gpu=True)
+    at = events.index(step(WARMUP + 1))
+    events[at] = replace(step(WARMUP + 1), loss=5.0, trained=6000)
+    expected = (5.0 * 6000 + 2.0 * 600 * (STEPS - 1)) / (6000 + 600 * (STEPS - 1))
+    assert summarise(events, card(), "").metrics["loss/train"] == pytest.approx(expected)

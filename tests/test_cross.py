@@ -1,0 +1,50 @@
+"""Every optimizer x precision x method runs, and what ran is what was asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import lab_in, records_in
+
+OPTIMIZERS = {  # class, bits, paged, fused
+    "adafactor": ("transformers.Adafactor", "32", "False", "False"),
+    "adamw": ("torch.AdamW", "32", "False", "False"),
+    "adamw_8bit": ("bitsandbytes.AdamW", "8", "False", "False"),
+    "adamw_fused": ("torch.AdamW", "32", "False", "True"),
+    "lion_8bit": ("bitsandbytes.Lion", "8", "False", "False"),
+    "paged_adamw": ("bitsandbytes.AdamW", "8", "True", "False"),
+    "paged_adamw_32bit": ("bitsandbytes.AdamW", "32", "True", "False"),
+}
+PRECISIONS = {"fp32": ("float32", "no"), "fp16": ("float32", "no"), "bf16": ("bfloat16", "bf16")}  # on a CPU
+METHODS = {"lora": "none", "rslora": "none", "dora": "none", "qlora": "nf4", "qlora_fp4": "fp4"}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("cross")
+    axes = [f"optimizer={','.join(OPTIMIZERS)}", f"precision={','.join(PRECISIONS)}", f"method={','.join(METHODS)}"]
+    short = ("seq_len=48", "measure=quick", "measure.steps=1", "measure.eval_rows=2", "data.rows=40")
+    said = lab_in(folder)("-m", *axes, "model=tiny", *short, "tracking=none")
+    assert said.code == 0, said.text[-3000:]
+    return records_in(folder)
+
+
+@pytest.mark.timeout(900)
+def test_all_of_them_finished(records: list[dict[str, Any]]) -> None:
+    assert len(records) == len(OPTIMIZERS) * len(PRECISIONS) * len(METHODS)
+    assert {record["outcome"] for record in records} == {"finished"}
+
+
+def test_what_ran_is_what_was_asked_for(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        asked, ran = record["params"], {k.removeprefix("ran."): v for k, v in record["tags"].items()}
+        optimizer = tuple(ran[f"optimizer_{key}"] for key in ("class", "bits", "paged", "fused"))
+        assert optimizer == OPTIMIZERS[asked["optimizer"]], record["name"]
+        dtype, autocast = PRECISIONS[asked["precision"]]
+        assert (ran["autocast"], ran["grad_scaler"]) == (autocast, "False"), record["name"]
+        assert ran["quantization"] == METHODS[asked["method"]], record["name"]
+        assert ran["quantized_compute_dtype"] == ("none" if ran["quantization"] == "none" else dtype)
+        assert {item.split()[0] for item in ran["weight_dtypes"].split(", ")} - {"uint8"} == {dtype}, record["name"]
+        assert ("uint8" in ran["optimizer_state_dtypes"]) == (optimizer[1] == "8"), record["name"]
+        assert ("fp16" in ran["stand_ins"]) == (asked["precision"] == "fp16"), record["name"]
+        assert ("paged" in ran["stand_ins"]) == (optimizer[2] == "True"), record["name"]

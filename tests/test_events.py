@@ -1,0 +1,69 @@
+"""What a worker says survives the pipe, to the last bit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_lab import events
+from lora_lab.events import Event, Ready, Step, decode, encode
+
+KINDS = [kind for kind in vars(events).values() if is_dataclass(kind) and isinstance(kind, type)]
+"""Every record of the module, found by looking."""
+
+TEXT = st.text(st.characters(codec=None), max_size=30)
+"""With lone surrogates, which paths and messages of other programs can hold."""
+
+st.register_type_strategy(str, TEXT)
+
+
+def anything(kind: Any) -> st.SearchStrategy[Any]:
+    return st.builds(kind, **{name: st.from_type(hint) for name, hint in get_type_hints(kind).items()})
+
+
+def test_every_record_is_an_event() -> None:
+    assert set(KINDS) == set(Event.__args__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_an_event_comes_back_as_it_went(kind: Callable[..., Event], data: st.DataObject) -> None:
+    event = data.draw(anything(kind))
+    line = encode(event)
+    assert "\n" not in line
+    assert repr(decode(line)) == repr(event)  # repr, since nan is not equal to itself
+    assert repr(decode(line.encode("ascii"))) == repr(event)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf"), 5e-324, 0.1 + 0.2])
+def test_a_loss_keeps_its_every_bit(loss: float) -> None:
+    step = Step(t=1.0, step=1, seconds=None, loss=loss, rows=1, slots=8, real=7, trained=3, skipped=False)
+    back = decode(encode(step))
+    assert isinstance(back, Step)
+    assert repr(back.loss) == repr(loss)
+
+
+@settings(max_examples=60)
+@given(event=st.sampled_from(KINDS).flatmap(anything), cut=st.floats(0, 1, exclude_max=True))
+def test_a_torn_line_is_never_taken_for_an_event(event: Event, cut: float) -> None:
+    line = encode(event)
+    with pytest.raises(json.JSONDecodeError):
+        decode(line[: int(cut * len(line))])
+
+
+def test_a_line_of_another_version_is_told_from_a_torn_one() -> None:
+    ready = json.loads(encode(Ready(t=0.0, pid=1, prepared=True)))
+    with pytest.raises(KeyError):
+        decode(json.dumps(ready | {"event": "Elsewhere"}))
+    with pytest.raises(TypeError):
+        decode(json.dumps(ready | {"colour": "red"}))
+
+
+def test_every_field_of_every_event_is_plain_data() -> None:
+    for kind in KINDS:
+        assert "t" in {field.name for field in fields(kind)}
