@@ -1,5 +1,4 @@
-"""
-`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
+"""`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
 
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
@@ -21,7 +20,7 @@ def main() -> None:
     import hydra
 
     from lora_lab.compose import CONF, register_schema
-    from lora_lab.outcome import combined_exit_code
+    from lora_lab.outcome import EXIT_INTERRUPTED, combined_exit_code
 
     register_schema()
     codes: list[int] = []
@@ -32,19 +31,21 @@ def main() -> None:
         codes.append(_trial(composed))
         return codes[-1]
 
-    with composing:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    try:
+        with composing:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
     raise SystemExit(combined_exit_code(codes) if codes else 0)
 
 
 def _trial(composed: "DictConfig") -> int:
     """Run one composed trial and return its exit code."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     from lora_lab.compose import GROUPS, load
     from lora_lab.config import RefusedInput
-    from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
+    from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.session import Request, run_session
 
     hydra_config = HydraConfig.get()
@@ -57,17 +58,12 @@ def _trial(composed: "DictConfig") -> int:
         )
         return run_session(request).exit_code
     except RefusedInput as refusal:
-        print(f"Refused, nothing was started:\n{refusal}", file=sys.stderr)
+        print(f"Refused, no model was loaded:\n{refusal}", file=sys.stderr)
         return EXIT_REFUSED
-    except KeyboardInterrupt:
-        if hydra_config.mode is RunMode.RUN:
-            return EXIT_INTERRUPTED
-        raise
 
 
 class _Composing:
-    """
-    While Hydra composes, its complaints are held back, so that they can be put better.
+    """While Hydra composes, its complaints are held back, so that they can be put better.
 
     Hydra leaves with exit code 1 whatever was wrong with the command line; a refusal is 2 here."""
 

@@ -29,8 +29,7 @@ def register_schema() -> None:
 
 
 def load(composed: DictConfig) -> TrialConfig:
-    """
-    Check a composed config and turn it into typed data.
+    """Check a composed config and turn it into typed data.
 
     Raises: RefusedInput with every fault found, one a line.
     """
@@ -83,8 +82,7 @@ _HYDRA_ASIDES = re.compile(r"\n(Config search path:(\n\t.*)*|Set the environment
 
 
 def explain(refusal: str) -> str:
-    """
-    Hydra's words for a refused command line, with its advice to append unknown keys replaced.
+    """Hydra's words for a refused command line, with its advice to append unknown keys replaced.
 
     `+key=value` would only be refused one step later, so the nearest existing key is named instead.
     """

@@ -1,5 +1,4 @@
-"""
-The typed schema of a trial: what can be set, in which unit, and what may not be combined.
+"""The typed schema of a trial: what can be set, in which unit, and what may not be combined.
 
 Plain data and the standard library only, so that the worker reads it without Hydra and the parent
 without torch. `lora_lab.compose` builds it from the yaml files under conf/.

@@ -12,8 +12,7 @@ _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
 
 
 def choose_card(device: str) -> Card | None:
-    """
-    The card that `device` names; None for the CPU.
+    """The card that `device` names; None for the CPU.
 
     Raises: RefusedInput when it names a card that is not there.
     """

@@ -1,5 +1,4 @@
-"""
-What a worker says while it works: plain records, one JSON object a line.
+"""What a worker says while it works: plain records, one JSON object a line.
 
 All times `t` are seconds of time.monotonic(), one clock for every process of a Linux machine.
 """
@@ -62,8 +61,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCounted:
-    """
-    What became of the rows; tokens `real` and `trained` over the training rows. `digest` is a sha256
+    """What became of the rows; tokens `real` and `trained` over the training rows. `digest` is a sha256
     over every example's token ids and labels."""
 
     t: float
@@ -99,8 +97,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """
-    One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
+    """One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
 
     `t` is when the host had queued it, `seconds` the device's time since the end of the step before
     (None for the first). `slots` counts every token position with padding, `real` without, `trained`
@@ -175,8 +172,7 @@ def encode(event: Event) -> str:
 
 
 def decode(line: str | bytes) -> Event:
-    """
-    The record that `encode` wrote.
+    """The record that `encode` wrote.
 
     Raises: KeyError or TypeError for a line of another version, json.JSONDecodeError for a torn one."""
     fields = json.loads(line)

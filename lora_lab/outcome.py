@@ -74,8 +74,7 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 
 def combined_exit_code(codes: list[int]) -> int:
-    """
-    One exit code for several trials: 0 when all were measured and at least one finished, 1 when
+    """One exit code for several trials: 0 when all were measured and at least one finished, 1 when
     any failed, timed out or was killed, 2 when any was refused, 3 when none finished."""
     for decisive in (EXIT_INTERRUPTED, 1, EXIT_REFUSED):
         if decisive in codes:

@@ -18,8 +18,7 @@ def converted_folder(package: PackageConfig) -> Path:
 
 
 def locate(package: PackageConfig) -> Path:
-    """
-    The package's GGUF file.
+    """The package's GGUF file.
 
     Raises: RefusedInput with the pip command when the package is not installed.
     """

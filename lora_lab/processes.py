@@ -21,8 +21,7 @@ _context.set_forkserver_preload(["lora_lab.worker.preload"])
 
 
 def prepare() -> None:
-    """
-    Start the server that workers are forked from. Returns at once; the server imports torch, some
+    """Start the server that workers are forked from. Returns at once; the server imports torch, some
     seconds' work, meanwhile. It must not see a GPU: importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
@@ -52,8 +51,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 def run_worker(
     config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
 ) -> End:
-    """
-    Run one trial in a worker of its own, or in this process with isolation=inline.
+    """Run one trial in a worker of its own, or in this process with isolation=inline.
 
     Args:
         environment: what the worker's environment has beyond this process's (which GPU it sees).

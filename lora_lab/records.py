@@ -45,17 +45,33 @@ def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
     return " ".join([choices["model"], choices["method"], choices["optimizer"], choices["precision"], shape])
 
 
+def plain(config: TrialConfig) -> dict[str, Any]:
+    """The config as yaml has it: nested dictionaries, enums by name, no passwords."""
+
+    def node(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): node(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [node(inner) for inner in value]
+        if isinstance(value, Enum):
+            return value.name
+        return without_secrets(value) if isinstance(value, str) else value
+
+    tree: dict[str, Any] = node(dataclasses.asdict(config))
+    return tree
+
+
 def params(config: TrialConfig, choices: dict[str, str]) -> dict[str, str]:
     """The chosen option of each group under its plain name, and every leaf under its dotted key."""
-    return dict(choices) | dict(_leaves(dataclasses.asdict(config), ""))
+    return dict(choices) | dict(_leaves(plain(config), ""))
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, dict) and node:
         for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+            yield from _leaves(value, f"{key}.{name}" if key else name)
     else:
-        yield key, without_secrets(node.name if isinstance(node, Enum) else str(node))
+        yield key, str(node)
 
 
 def without_secrets(text: str) -> str:
@@ -71,8 +87,7 @@ def complete(
     summary: Summary,
     unix_minus_monotonic: float,
 ) -> None:
-    """
-    Add to `record` everything that is known at the end.
+    """Add to `record` everything that is known at the end.
 
     Args:
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.

@@ -21,8 +21,7 @@ class Row:
 
 
 def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
-    """
-    Read rows from a file with one JSON object a line; blank lines are skipped.
+    """Read rows from a file with one JSON object a line; blank lines are skipped.
 
     Raises: RefusedInput naming the lines that are broken or lack a column, or that the file is empty.
     """
@@ -57,8 +56,7 @@ def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> 
 
 
 def row_of(fields: object, columns: ColumnsConfig) -> Row:
-    """
-    Turn one record into a row: the instruction, then the optional input after a blank line.
+    """Turn one record into a row: the instruction, then the optional input after a blank line.
 
     Raises: RefusedInput when it is no object, lacks a column, or a column holds something other than text.
     """
@@ -80,17 +78,16 @@ def row_of(fields: object, columns: ColumnsConfig) -> Row:
 
 
 def heldout_indices(count: int, share: float) -> set[int]:
-    """
-    Which of `count` rows are held out: at least one, the same ones for every seed and batch size,
+    """Which of `count` rows are held out: at least one, the same ones for every seed and batch size,
     so that held-out losses of different trials can be compared."""
     return set(random.Random(_SPLIT_SEED).sample(range(count), max(1, round(count * share))))
 
 
-def refuse_too_few(count: int, holdout: float, needed: int) -> None:
+def refuse_too_few(count: int, holdout: float, needed: int, which: str = "rows") -> None:
     """Raise RefusedInput unless, after holding out, `needed` rows (one optimizer step's) remain to train on."""
     remaining = count - max(1, round(count * holdout))
     if remaining < needed:
         raise RefusedInput(
-            f"the data has {count} rows, {remaining} after holding out {holdout:.0%}, but one step needs {needed} "
+            f"the data has {count} {which}, {remaining} after holding out {holdout:.0%}, but one step needs {needed} "
             "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
         )

@@ -7,6 +7,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import yaml
+
 from lora_lab import processes
 from lora_lab.config import DataSource, Isolation, ModelSource, RefusedInput, TrialConfig, Weights
 from lora_lab.devices import choose_card, refuse_incapable, worker_environment
@@ -15,7 +17,7 @@ from lora_lab.environment import environment
 from lora_lab.events import Event, Phase, PhaseBegan, Ran, encode
 from lora_lab.outcome import End, Outcome, Unsupported
 from lora_lab.packages import converted_folder, locate
-from lora_lab.records import Record, complete, params, run_name, without_secrets
+from lora_lab.records import Record, complete, params, plain, run_name, without_secrets
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sampler
@@ -48,8 +50,7 @@ class _Story:
 
 
 def run_session(request: Request) -> Outcome:
-    """
-    Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
+    """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
     Raises: RefusedInput before a worker starts, and when the worker finds that the input cannot be meant;
     KeyboardInterrupt on Ctrl-C, after the worker has been ended and what there is has been recorded.
@@ -114,7 +115,8 @@ def _begin(request: Request, card: Card | None) -> _Story:
         facts["device"] = f"cpu ({platform.machine()})"
     asked = params(request.config, request.choices)
     overrides = " ".join(without_secrets(override) for override in request.overrides)
-    _write_json(request.folder / "config.json", asked)
+    composed = yaml.safe_dump(plain(request.config), sort_keys=False)
+    (request.folder / "config.yaml").write_text(composed, encoding="utf-8")
     _write_json(request.folder / "environment.json", facts | {"overrides": overrides})
     record = Record(
         name=run_name(request.config, request.choices), params=asked, tags={**facts, "overrides": overrides or "none"}

@@ -30,14 +30,12 @@ class Tracker(Protocol):
     """Takes the record of each trial."""
 
     def begin(self, record: Record) -> str:
-        """
-        The trial is under way: name, params and first tags. Returns an id.
+        """The trial is under way: name, params and first tags. Returns an id.
 
         Raises: TrackingFailed."""
 
     def finish(self, run_id: str, record: Record) -> None:
-        """
-        The trial is over: everything.
+        """The trial is over: everything.
 
         Raises: TrackingFailed."""
 
@@ -70,12 +68,11 @@ class MlflowTracker:
     """Records into an MLflow store or server."""
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None, look: str) -> None:
-        """
-        Args:
-            uri: MLflow tracking URI.
-            experiment: its name; made if missing.
-            artifacts: where a new experiment keeps files; None leaves it to the server.
-            look: the command or address that opens the UI.
+        """Args:
+        uri: MLflow tracking URI.
+        experiment: its name; made if missing.
+        artifacts: where a new experiment keeps files; None leaves it to the server.
+        look: the command or address that opens the UI.
         """
         from mlflow.tracking import MlflowClient
 
@@ -123,8 +120,7 @@ _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
 
 
 def open_tracker(tracking: TrackingConfig) -> Tracker:
-    """
-    The tracker the config asks for; makes the local store if there is none.
+    """The tracker the config asks for; makes the local store if there is none.
 
     Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached.
     """
@@ -148,8 +144,7 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:
-    """
-    The local store's folder, made if missing.
+    """The local store's folder, made if missing.
 
     Raises: RefusedInput when nothing can be written there.
     """
@@ -177,8 +172,7 @@ def _refuse_unreachable(uri: str) -> None:
 
 
 def _create_store(database: Path) -> None:
-    """
-    Make a new store under another name and move it into place whole: two first starts at once, or a
+    """Make a new store under another name and move it into place whole: two first starts at once, or a
     kill while its tables are made, would otherwise leave a store that never opens again."""
     if database.exists():
         return

@@ -23,7 +23,14 @@ METHODS = {"lora": "none", "rslora": "none", "dora": "none", "qlora": "nf4", "ql
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("cross")
     axes = [f"optimizer={','.join(OPTIMIZERS)}", f"precision={','.join(PRECISIONS)}", f"method={','.join(METHODS)}"]
-    short = ("seq_len=48", "measure=quick", "measure.steps=1", "measure.eval_rows=2", "data.rows=40")
+    short = (
+        "data=random_tokens",
+        "data.rows=16",
+        "seq_len=32",
+        "measure=quick",
+        "measure.steps=1",
+        "measure.eval_rows=1",
+    )
     said = lab_in(folder)("-m", *axes, "model=tiny", *short, "tracking=none")
     assert said.code == 0, said.text[-3000:]
     return records_in(folder)

@@ -27,8 +27,7 @@ class Card:
     driver: str
 
     def sample(self) -> Sample:
-        """
-        Read the sensors once.
+        """Read the sensors once.
 
         Raises: SensorFailed when the card does not answer at all.
         """

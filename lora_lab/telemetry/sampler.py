@@ -31,8 +31,7 @@ class SensorFailed(RuntimeError):
 
 
 class Sampler:
-    """
-    Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
+    """Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
     ends the sampling, and `fault` says why; it is None again when the sensor has recovered."""
 
     def __init__(self, read: Callable[[], Sample] | None, rate_hz: float = RATE_HZ) -> None:

@@ -31,8 +31,7 @@ class Summary:
 
 
 def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> Summary:
-    """
-    Figures of one trial.
+    """Figures of one trial.
 
     Args:
         events: everything the worker said, in order.

@@ -6,8 +6,7 @@ from lora_lab.telemetry.window import Window
 
 
 def throughput(window: Window) -> dict[str, float]:
-    """
-    Rates over the window by metric name. 'tokens' are real ones: padding is not counted.
+    """Rates over the window by metric name. 'tokens' are real ones: padding is not counted.
 
     seconds_per_10k_tokens is the unit of arXiv 2509.12229: 10,000 / (tokens per second).
     """

@@ -22,8 +22,7 @@ class Window:
 
 
 def find_window(events: Sequence[Event]) -> Window | None:
-    """
-    The window, or None when it never opened, never closed, or a step's loss never arrived: figures of half a
+    """The window, or None when it never opened, never closed, or a step's loss never arrived: figures of half a
     window are not kept, nor those of a whole one with a part of its steps."""
     opened = next((event for event in events if isinstance(event, WindowOpened)), None)
     closed = next((event for event in events if isinstance(event, WindowClosed)), None)

@@ -45,8 +45,7 @@ class PhaseClock:
 
 
 class TelemetryCallback(TrainerCallback):
-    """
-    Watches one training from inside.
+    """Watches one training from inside.
 
     Trainer tells its callbacks neither loss nor inputs, so hooks on the model see them: the first takes the
     token counts out of the batch, the second adds up the loss on the device. The device is synchronised at

@@ -19,8 +19,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """
-    One row as tokens. `labels` are the ids that are predicted and IGNORED elsewhere; both have
+    """One row as tokens. `labels` are the ids that are predicted and IGNORED elsewhere; both have
     the same length. `starts` are the positions where a document begins (several when packed)."""
 
     ids: list[int]
@@ -64,8 +63,7 @@ class Examples:
 
 
 def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examples:
-    """
-    Read the rows the config names, tokenise, hold out, and pack if asked to.
+    """Read the rows the config names, tokenise, hold out, and pack if asked to.
 
     Raises: RefusedInput when there are too few usable rows or the rows cannot be had.
     """
@@ -82,7 +80,9 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
             "Raise seq_len."
         )
     per_step = config.batch_size * config.grad_accum_steps
-    refuse_too_few(len(usable), config.data.holdout, 1 if config.data.batching is Batching.packed else per_step)
+    needed = 1 if config.data.batching is Batching.packed else per_step
+    which = f"rows with something to train on at seq_len={config.seq_len}"
+    refuse_too_few(len(usable), config.data.holdout, needed, which)
     held = heldout_indices(len(usable), config.data.holdout)
     train = [example for i, example in enumerate(usable) if i not in held]
     if config.data.batching is Batching.packed:
@@ -123,8 +123,7 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
-    """
-    One row through the model's chat template; only the response (and its end-of-turn token) is trained.
+    """One row through the model's chat template; only the response (and its end-of-turn token) is trained.
 
     Prompt and response are tokenised apart, as they are when the model is used: the prompt is complete
     before the first response token exists.
@@ -153,8 +152,7 @@ def _random_examples(count: int, seq_len: int, vocab_size: int, seed: int) -> li
 
 
 def pack(examples: Sequence[Example], seq_len: int) -> list[Example]:
-    """
-    Lay documents end to end into rows of at most `seq_len` tokens, each into the first row with room.
+    """Lay documents end to end into rows of at most `seq_len` tokens, each into the first row with room.
 
     A document's first label is never predicted from the document before it.
     """
@@ -185,8 +183,7 @@ def _joined(documents: Sequence[Example]) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """
-    Examples to one micro-batch of shape (rows, width), padded on the right.
+    """Examples to one micro-batch of shape (rows, width), padded on the right.
 
     `width` None pads to the longest row. A packed batch carries position_ids that begin anew with every
     document and no attention mask: transformers then builds a mask in which documents don't see each other.

@@ -19,8 +19,7 @@ def heldout_loss(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> tuple[float, int]:
-    """
-    Mean loss in nats over every trained token of `examples`, and the number of those tokens.
+    """Mean loss in nats over every trained token of `examples`, and the number of those tokens.
 
     Weighted by tokens, so that the batch size does not change the figure (Trainer's own evaluation
     averages batch means). Rows are padded to the longest, also when training packs them.
@@ -47,8 +46,7 @@ def heldout_loss(
 
 
 def _evaluation_mode(model: Any) -> None:
-    """
-    model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
+    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
     evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
     that would run through an operation without a gradient, and wrongly."""
     model.eval()

@@ -38,8 +38,7 @@ class _Pending:
 
 
 class LossRelay:
-    """
-    Takes each step's loss as a device tensor and gives it back as a number once it has arrived.
+    """Takes each step's loss as a device tensor and gives it back as a number once it has arrived.
 
     On CUDA it is copied into pinned memory behind the step's kernels, with an event that tells when: the
     host never waits, and two such events give the device's own time for a step.
@@ -82,8 +81,7 @@ class LossRelay:
 
 
 class DivergenceWatch:
-    """
-    Says when a training loss has gone wrong: not finite, or its recent level (median of five steps)
+    """Says when a training loss has gone wrong: not finite, or its recent level (median of five steps)
     more than `spike` nats a token above the level it began at."""
 
     def __init__(self, spike: float) -> None:

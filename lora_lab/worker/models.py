@@ -102,8 +102,7 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
 
 
 def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
-    """
-    The format that weights are held and products calculated in.
+    """The format that weights are held and products calculated in.
 
     The asked one, but for fp16 on a CPU, where fp32 stands in: there is no autocast and no GradScaler for it
     there, and without a CPU that multiplies fp16 one product of the default model's head takes 24 s.
@@ -178,8 +177,7 @@ def _why_not_had(model: ModelConfig, error: OSError) -> str:
 
 
 def convert(package: PackageConfig) -> Path:
-    """
-    The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
+    """The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
 
     Raises: RefusedInput when the package is missing or its file is not the pinned one.
     """

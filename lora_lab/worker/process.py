@@ -14,8 +14,7 @@ from lora_lab.events import Event, Ready, encode
 
 
 def main(connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
-    """
-    Run one trial in this process and send its events.
+    """Run one trial in this process and send its events.
 
     Args:
         connection: takes one encoded event a message.

@@ -60,8 +60,7 @@ def _short(dtype: Any) -> str:
 
 
 def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
-    """
-    The facts that the config asks for on this device, by the same names. Optimizer names say what they mean:
+    """The facts that the config asks for on this device, by the same names. Optimizer names say what they mean:
     'paged', '8bit' and 'fused' stand in transformers' own names."""
     dtype = working_dtype(config.precision.dtype, device)
     quantised = config.method.quantization is not Quantization.none

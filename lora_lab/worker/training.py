@@ -81,8 +81,7 @@ def refuse_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
-    """
-    Import an optimizer by its path.
+    """Import an optimizer by its path.
 
     Raises: RefusedInput when there is none there, or it is no torch.optim.Optimizer.
     """

@@ -21,8 +21,7 @@ from lora_lab.worker.training import make_trainer, refuse_optimizer
 
 
 def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
-    """
-    Run one trial and say everything about it through `emit`; the last event is Ended.
+    """Run one trial and say everything about it through `emit`; the last event is Ended.
 
     Args:
         config: what to run.
