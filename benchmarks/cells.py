@@ -5,8 +5,6 @@ Every cell goes through the same composition and the same session as the command
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +56,31 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def provenance(records: Sequence[dict[str, Any]], commit: str) -> dict[str, str]:
-    """Where figures come from: card, versions, commit, command."""
-    tags = records[0]["tags"]
+def provenance(record: dict[str, Any], command: str) -> dict[str, str]:
+    """Where figures come from: command, commit, card, versions."""
+    tags = record["tags"]
     keep = {k: v for k, v in tags.items() if k.startswith(("version.", "device", "machine."))}
-    module = Path(sys.argv[0]).stem
-    return {"command": " ".join(["python -m", f"benchmarks.{module} OUT", *sys.argv[2:]]), "commit": commit, **keep}
+    return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
 
 
-def checked_out_commit() -> str:
-    """The commit these figures were measured at; 'unknown' outside a clone."""
-    if "LORA_LAB_COMMIT" in os.environ:  # on a machine that has the files but not the history
-        return os.environ["LORA_LAB_COMMIT"]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def write(out: Path, name: str, title: str, command: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Write NAME.md for people and NAME.json with everything; returns the table.
+
+    LORA_LAB_COMMIT names the commit on a machine that has the files but not the history.
+    """
+    origin = provenance(rows[0][1], command)
+    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
+    text = table(rows)
+    losses = [
+        f"| {cell} | {record['metrics']['loss/eval_before']:.4f} | {record['metrics']['loss/eval']:.4f} |"
+        for cell, record in rows
+        if "loss/eval" in record["metrics"]
+    ]
+    if losses:
+        text += "\n\n| cell | held-out loss before | after |\n|---|---|---|\n" + "\n".join(losses)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(f"# {title}\n\n{head}\n\n{text}\n", encoding="utf-8")
+    cells = ",\n".join(json.dumps(row) for row in rows)
+    written = f'{{"origin": {json.dumps(origin, indent=1)},\n"cells": [\n{cells}\n]}}\n'
+    (out / f"{name}.json").write_text(written, encoding="utf-8")
+    return text

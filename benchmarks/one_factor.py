@@ -8,11 +8,10 @@ not state rank, learning rate or what else was raised to fp32: this project's de
 Further overrides replace those below (model=tiny for a rehearsal on a CPU).
 """
 
-import json
 import sys
 from pathlib import Path
 
-from benchmarks.cells import checked_out_commit, provenance, run_cell, table
+from benchmarks.cells import run_cell, write
 
 COMMON = [
     "model=qwen2_5_1_5b",
@@ -59,20 +58,14 @@ def last_wins(overrides: list[str]) -> list[str]:
 
 def main() -> None:
     out, more = Path(sys.argv[1]), sys.argv[2:]
+    command = " ".join(["python -m benchmarks.one_factor OUT", *more])
     rows = []
     for number, (name, changes) in enumerate(CELLS.items()):
         overrides = last_wins([*COMMON, *more, *changes.split()])
         record = run_cell(overrides, Path("multirun/one_factor").resolve() / str(number))
         record.pop("series")
         rows.append((name, record))
-        text = table(rows)
-        out.mkdir(parents=True, exist_ok=True)
-        origin = provenance([r for _, r in rows], checked_out_commit())
-        (out / "one_factor.json").write_text(json.dumps({"origin": origin, "cells": rows}, indent=1) + "\n")
-        head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
-        (out / "one_factor.md").write_text(
-            f"# One factor at a time\n\n{head}\n- common: {' '.join(COMMON + more)}\n\n{text}\n"
-        )
+        text = write(out, "one_factor", "One factor at a time", command, rows)
     print(text)
 
 
