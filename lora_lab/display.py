@@ -1,5 +1,6 @@
 """What a person sees while a trial runs and when it is over."""
 
+import statistics
 import sys
 import time
 from types import TracebackType
@@ -104,7 +105,8 @@ class Display:
         self._printed = now
         figures = ""
         if self._recent and self._phase in (Phase.warm_up.value, Phase.window.value):
-            left = (self._steps - self._recent[-1].step) * (self._recent[-1].seconds or 0.0)
+            seconds = [s.seconds for s in self._recent if s.seconds is not None]
+            left = (self._steps - self._recent[-1].step) * statistics.median(seconds) if seconds else 0.0
             figures = f": {self._figures(self._recent[-1])}" + (f"  {left:.0f} s left" if left else "")
         self._console.print(f"  {_DOING[self._phase]}{figures}", highlight=False)
 
