@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -54,7 +55,7 @@ class Display:
         self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="")
 
     def __enter__(self) -> "Display":
-        self._console.print(f"[bold]{self._name}[/bold]", highlight=False)
+        self._console.print(f"[bold]{escape(self._name)}[/bold]", highlight=False)
         self._bar.start()
         return self
 
@@ -82,7 +83,7 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Something the user should know, above the bar."""
-        self._console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
+        self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False)
 
     def _figures(self, step: said.Step) -> str:
         figures = [f"step {step.step}/{self._steps}", f"loss {step.loss:.3f}"]
@@ -108,7 +109,7 @@ class Display:
             seconds = [s.seconds for s in self._recent if s.seconds is not None]
             left = (self._steps - self._recent[-1].step) * statistics.median(seconds) if seconds else 0.0
             figures = f": {self._figures(self._recent[-1])}" + (f"  {left:.0f} s left" if left else "")
-        self._console.print(f"  {_DOING[self._phase]}{figures}", highlight=False)
+        self._console.print(f"  {_DOING[self._phase]}{figures}", highlight=False, soft_wrap=True)
 
 
 _SHOWN = (
@@ -131,16 +132,16 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
     table.add_column(style="dim")
     table.add_column()
     if end.reason:
-        table.add_row("why", end.reason)
+        table.add_row("why", escape(end.reason))
     for label, name, form in _SHOWN:
         if name in summary.metrics:
             table.add_row(label, form.format(summary.metrics[name]))
         elif label and name in summary.absent:
-            table.add_row(label, f"[dim]absent: {summary.absent[name]}[/dim]")
+            table.add_row(label, f"[dim]absent: {escape(summary.absent[name])}[/dim]")
     for stand_in in stand_ins:
-        table.add_row("stand-in", f"[yellow]{stand_in}[/yellow]")
+        table.add_row("stand-in", f"[yellow]{escape(stand_in)}[/yellow]")
     for warning in summary.warnings:
-        table.add_row("warning", f"[yellow]{warning}[/yellow]")
+        table.add_row("warning", f"[yellow]{escape(warning)}[/yellow]")
     console.print(table)
     for place in places:
-        console.print(f"  {place}", highlight=False, soft_wrap=True)
+        console.print(f"  {place}", highlight=False, markup=False, soft_wrap=True)

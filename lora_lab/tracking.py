@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -68,11 +69,13 @@ class MlflowTracker:
     """Records into an MLflow store or server."""
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None, look: str) -> None:
-        """Args:
-        uri: MLflow tracking URI.
-        experiment: its name; made if missing.
-        artifacts: where a new experiment keeps files; None leaves it to the server.
-        look: the command or address that opens the UI.
+        """Connect to a store; an experiment is made when the first run begins.
+
+        Args:
+            uri: MLflow tracking URI.
+            experiment: its name.
+            artifacts: where a new experiment keeps files; None leaves it to the server.
+            look: the command or address that opens the UI.
         """
         from mlflow.tracking import MlflowClient
 
@@ -93,7 +96,7 @@ class MlflowTracker:
         """Add tags, metrics, series and files; set the run's status."""
         from mlflow.entities import Metric, RunTag
 
-        ended_ms = max((point.t_ms for point in record.series), default=0)
+        ended_ms = round(time.time() * 1e3)
         points = [Metric(p.key, p.value, p.t_ms, p.step) for p in record.series]
         points += [Metric(key, value, ended_ms, 0) for key, value in record.metrics.items()]
         with _store_errors():
@@ -109,10 +112,18 @@ class MlflowTracker:
         return [f"run {run_id} of experiment {self._experiment}", self._look]
 
     def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(self._experiment)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+        try:
+            return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(self._experiment)  # another start made it meanwhile
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
 
 _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
