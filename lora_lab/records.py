@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, Event, PhaseBegan, Ran, Step
-from lora_lab.outcome import End
+from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.outcome import End, Outcome
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import GIB, Summary
 
@@ -93,8 +93,10 @@ def complete(
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.
     """
     record.outcome = end.outcome.value
-    phase = next((event.phase for event in reversed(events) if isinstance(event, PhaseBegan)), "start")
-    record.tags |= {"outcome": end.outcome.value, "reason": end.reason or "none", "phase": phase}
+    phase = next((event.phase for event in reversed(events) if isinstance(event, PhaseBegan)), Phase.start.value)
+    record.tags |= {"outcome": end.outcome.value, "phase": "done" if end.outcome is Outcome.finished else phase}
+    if end.reason:
+        record.tags["reason"] = end.reason
     for ran in (event for event in events if isinstance(event, Ran)):
         record.tags |= {f"ran.{key}": value for key, value in ran.facts.items()}
         record.tags["stand_ins"] = "; ".join(ran.stand_ins) or "none"
@@ -106,7 +108,8 @@ def complete(
     record.metrics |= summary.metrics
     record.tags |= {f"absent.{name}": why for name, why in summary.absent.items()}
     record.tags["energy_source"] = summary.energy_source
-    record.tags["warnings"] = "; ".join(summary.warnings) or "none"
+    if summary.warnings:
+        record.tags["warnings"] = "; ".join(summary.warnings)
     record.series = [*_step_series(events, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)]
 
 

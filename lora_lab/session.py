@@ -117,11 +117,9 @@ def _begin(request: Request, card: Card | None) -> _Story:
     overrides = " ".join(without_secrets(override) for override in request.overrides)
     composed = yaml.safe_dump(plain(request.config), sort_keys=False)
     (request.folder / "config.yaml").write_text(composed, encoding="utf-8")
-    _write_json(request.folder / "environment.json", facts | {"overrides": overrides})
-    record = Record(
-        name=run_name(request.config, request.choices), params=asked, tags={**facts, "overrides": overrides or "none"}
-    )
-    record.tags["command"] = f"python -m lora_lab {overrides}".strip()
+    facts["command"] = f"python -m lora_lab {overrides}".strip()
+    _write_json(request.folder / "environment.json", facts)
+    record = Record(name=run_name(request.config, request.choices), params=asked, tags=facts)
     try:
         return _Story(request, record, open_tracker(request.config.tracking))
     except TrackingFailed as fault:

@@ -68,14 +68,14 @@ class InMemoryTracker:
 class MlflowTracker:
     """Records into an MLflow store or server."""
 
-    def __init__(self, uri: str, experiment: str, artifacts: str | None, look: str) -> None:
+    def __init__(self, uri: str, experiment: str, artifacts: str | None, look: list[str]) -> None:
         """Connect to a store; an experiment is made when the first run begins.
 
         Args:
             uri: MLflow tracking URI.
             experiment: its name.
             artifacts: where a new experiment keeps files; None leaves it to the server.
-            look: the command or address that opens the UI.
+            look: lines that tell how to open the UI; {page} becomes the runs' page.
         """
         from mlflow.tracking import MlflowClient
 
@@ -108,8 +108,10 @@ class MlflowTracker:
             self._client.set_terminated(run_id, status=_STATUS.get(record.outcome, "FAILED"))
 
     def where(self, run_id: str) -> list[str]:
-        """The run and the UI's command."""
-        return [f"run {run_id} of experiment {self._experiment}", self._look]
+        """The run, the UI's command, and the page with the runs (MLflow opens on another one)."""
+        with _store_errors():
+            page = f"#/experiments/{self._experiment_id()}/runs?workflowType=machine_learning"
+        return [f"run {run_id} of experiment {self._experiment}", *(ln.replace("{page}", page) for ln in self._look)]
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -145,12 +147,12 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     if tracking.kind is TrackingKind.server:
         uri = str(tracking.uri)
         _refuse_unreachable(uri)
-        return MlflowTracker(uri, tracking.experiment, None, f"open {without_secrets(uri)} in a browser")
+        return MlflowTracker(uri, tracking.experiment, None, [f"see {without_secrets(uri).rstrip('/')}/{{page}}"])
     root = refuse_unwritable(tracking)
     database = root / "mlflow.db"
     uri = f"sqlite:///{database}"
     _create_store(database)
-    look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    look = [f"mlflow ui --backend-store-uri {shlex.quote(uri)}", "then see http://127.0.0.1:5000/{page}"]
     return MlflowTracker(uri, tracking.experiment, (root / "artifacts").as_uri(), look)
 
 
