@@ -80,6 +80,8 @@ class Display:
             self._line()
         elif isinstance(event, said.Warned):
             self.warn(event.text)
+        elif isinstance(event, said.Ready) and not event.prepared:
+            self.warn("the server that workers are forked from could not import torch and its kin; starts take longer")
 
     def warn(self, text: str) -> None:
         """Something the user should know, above the bar."""

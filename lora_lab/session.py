@@ -1,5 +1,6 @@
 """One trial from the parent's side: check, start the worker, watch the card, summarise, record."""
 
+import contextlib
 import json
 import os
 import platform
@@ -79,6 +80,7 @@ def run_session(request: Request) -> Outcome:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
     if end.outcome is Outcome.refused:
+        _discard_run(story)
         raise RefusedInput(end.reason)
     _finish(story, end, sampler, "" if card else "no NVIDIA card was used")
     if interrupted:
@@ -148,6 +150,14 @@ def _begin_run(story: _Story) -> None:
         story.run_id = story.tracker.begin(story.record)
     except TrackingFailed as fault:
         story.tracking_fault = str(fault)
+
+
+def _discard_run(story: _Story) -> None:
+    """Some input is refused only while the model is loaded, when the run has begun already."""
+    if story.tracker is None or story.run_id is None:
+        return
+    with contextlib.suppress(TrackingFailed):
+        story.tracker.discard(story.run_id)
 
 
 def _finish(story: _Story, end: End, sampler: Sampler, no_sensor: str) -> None:

@@ -40,6 +40,11 @@ class Tracker(Protocol):
 
         Raises: TrackingFailed."""
 
+    def discard(self, run_id: str) -> None:
+        """The trial turned out to be refused input: leave no run behind.
+
+        Raises: TrackingFailed."""
+
     def where(self, run_id: str) -> list[str]:
         """Lines that tell a person where the run is and how to look at it."""
 
@@ -59,6 +64,10 @@ class InMemoryTracker:
     def finish(self, run_id: str, record: Record) -> None:
         """Remember that it is complete."""
         self.finished[run_id] = record
+
+    def discard(self, run_id: str) -> None:
+        """Forget the record."""
+        del self.begun[int(run_id)]
 
     def where(self, run_id: str) -> list[str]:
         """Not in any store."""
@@ -106,6 +115,12 @@ class MlflowTracker:
             if record.folder is not None:
                 self._client.log_artifacts(run_id, str(record.folder))
             self._client.set_terminated(run_id, status=_STATUS.get(record.outcome, "FAILED"))
+
+    def discard(self, run_id: str) -> None:
+        """Delete the run (MLflow keeps deleted runs in its trash)."""
+        with _store_errors():
+            self._client.set_terminated(run_id, status="FAILED")
+            self._client.delete_run(run_id)
 
     def where(self, run_id: str) -> list[str]:
         """The run, the UI's command, and the page with the runs (MLflow opens on another one)."""

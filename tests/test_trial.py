@@ -176,9 +176,10 @@ def test_pickled_weights_are_never_loaded(lab: Lab, tmp_path: Path) -> None:
     _save_tiny(folder)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    said = lab("model=local", "model.path=mine", "measure=quick", "tracking=none")
+    said = lab("model=local", "model.path=mine", "measure=quick")
     assert said.code == 2, said.text
     assert "safetensors" in said.err
+    assert store_of(tmp_path)[1] == [], "no run is left behind"
 
 
 def _save_tiny(folder: Path) -> None:
@@ -247,11 +248,10 @@ def test_a_tracking_server_takes_the_whole_record(lab: Lab, tmp_path: Path, mlfl
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_passwords_in_an_address_are_not_recorded(lab: Lab, tmp_path: Path) -> None:
-    lab(*TINY, "tracking=server", "tracking.uri=http://me:hunter2@127.0.0.1:9")
-    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert kept
-    assert not [path for path in kept if b"hunter2" in path.read_bytes()]
+def test_a_password_in_an_address_is_refused_and_kept_nowhere(lab: Lab, tmp_path: Path) -> None:
+    said = lab(*TINY, "tracking=server", "tracking.uri=http://me:hunter2@127.0.0.1:9")
+    assert (said.code, "MLFLOW_TRACKING_PASSWORD" in said.err, "hunter2" in said.text) == (2, True, False), said.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
 def test_the_parent_never_imports_torch() -> None:

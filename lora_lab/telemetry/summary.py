@@ -67,15 +67,20 @@ def _add_throughput(summary: Summary, window: Window | None) -> None:
 
 
 def _add_vram(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> None:
-    training = [
-        e for e in events if isinstance(e, PhaseMemory) and e.phase in (Phase.warm_up.value, Phase.window.value)
-    ]
-    on_gpu = not no_sensor or any(isinstance(event, PhaseMemory) for event in events)
-    no_allocator = "no training step was reached" if on_gpu else "torch's allocator reports on GPUs only"
-    allocated = max((m.peak_allocated_bytes / GIB for m in training), default=None)
-    reserved = max((m.peak_reserved_bytes / GIB for m in training), default=None)
-    summary.add("vram/peak_allocated_gib", allocated, no_allocator)
-    summary.add("vram/peak_reserved_gib", reserved, no_allocator)
+    phases = {Phase.warm_up.value, Phase.window.value}
+    told = {event.phase: event for event in events if isinstance(event, PhaseMemory)}
+    begun = {event.phase for event in events if isinstance(event, PhaseBegan)} & phases
+    if no_sensor and not told:
+        why = "torch's allocator reports on GPUs only"
+    elif begun <= told.keys():
+        why = "no training step was reached"
+    else:
+        why = "the worker was gone before it could report the allocator's peak"
+    training = [told[phase] for phase in begun] if begun <= told.keys() else []
+    allocated = max((memory.peak_allocated_bytes / GIB for memory in training), default=None)
+    reserved = max((memory.peak_reserved_bytes / GIB for memory in training), default=None)
+    summary.add("vram/peak_allocated_gib", allocated, why)
+    summary.add("vram/peak_reserved_gib", reserved, why)
     start, end = _training_times(events)
     used = max((s.used_bytes / GIB for s in samples if s.used_bytes is not None and start <= s.t <= end), default=None)
     # a sensor that failed on the way has not seen the rest of the training

@@ -1,6 +1,5 @@
 """The model of a trial: tokenizer, frozen weights, adapters."""
 
-import gc
 import hashlib
 import os
 import shutil
@@ -96,8 +95,6 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
     adapted = get_peft_model(model, _adapters(config.method))
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
-    gc.collect()
-    torch.cuda.empty_cache()  # what loading alone needed must not count as reserved while training
     return adapted
 
 

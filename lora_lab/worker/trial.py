@@ -1,5 +1,6 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -96,6 +97,8 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     heldout = examples.heldout[: config.measure.eval_rows]
     _evaluate(Phase.evaluation_before, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
     model.train()
+    gc.collect()
+    torch.cuda.empty_cache()  # what loading and evaluation needed must not count as reserved while training
     trainer.train()
     _report_what_ran(config, trainer, callback, emit, device)
     # Trainer leaves an autocast wrapper on forward that would turn whole logits to fp32
