@@ -87,6 +87,9 @@ def explain(refusal: str) -> str:
     `+key=value` would only be refused one step later, so the nearest existing key is named instead.
     """
     unknown = re.search(r"Could not override '([^']+)'", refusal)
+    parent = unknown.group(1).rpartition(".")[0] if unknown else ""
+    if unknown and parent in ("optimizer.args", "model.architecture"):
+        return f"'{unknown[1]}' is not set yet; to add it, write +{unknown[1]}=..."
     if unknown and unknown.group(1) not in GROUPS:
         return _unknown_key(unknown.group(1))
     twice = re.search(r"Multiple values for (\S+)\. .* 'override [^:]+: (.+)'", refusal)

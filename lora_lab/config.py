@@ -245,6 +245,8 @@ class TrialConfig:
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, gpu:N (nvidia-smi's number) or a GPU's UUID."""
     isolation: Isolation = Isolation.process
+    timeout_minutes: float | None = None
+    """A worker that is not done by then is ended, outcome timed_out. Not with isolation=inline."""
 
 
 class RefusedInput(ValueError):
@@ -286,6 +288,8 @@ def _number_faults(config: TrialConfig) -> list[str]:
     }
     if config.data.rows is not None:
         positive["data.rows"] = config.data.rows
+    if config.timeout_minutes is not None:
+        positive["timeout_minutes"] = config.timeout_minutes
     # `not x > 0` rather than `x <= 0`, so that nan is refused as well
     found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
     found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
@@ -293,6 +297,15 @@ def _number_faults(config: TrialConfig) -> list[str]:
         found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
     if not 0 < config.data.holdout < 1:
         found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
+    if (
+        config.attention is Attention.flash_attention_2
+        and config.data.batching is Batching.packed
+        and config.batch_size > 1
+    ):
+        found.append(
+            f"attention=flash_attention_2 tells packed documents apart only at batch_size=1, not {config.batch_size}; "
+            "use batch_size=1 with grad_accum_steps, or attention=sdpa."
+        )
     return found
 
 

@@ -6,6 +6,7 @@ import re
 from lora_lab.config import DType, RefusedInput, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.telemetry.nvml import Card, visible_cards
+from lora_lab.telemetry.sampler import SensorFailed
 
 _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
 """CUDA's compute capability from which a card calculates in that format."""
@@ -18,7 +19,19 @@ def choose_card(device: str) -> Card | None:
     """
     if device == "cpu":
         return None
-    there = visible_cards()
+    try:
+        there = visible_cards()
+    except SensorFailed as error:
+        raise RefusedInput(
+            f"device={device}: this machine's NVIDIA driver does not answer ({error}). Mend it (a reboot after a "
+            "driver update often does), or use device=cpu."
+        ) from error
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "auto" and not there and hidden:
+        raise RefusedInput(
+            f"device=auto: CUDA_VISIBLE_DEVICES={hidden} names no card of this machine. Unset it, name a card as "
+            "nvidia-smi -L does, or use device=cpu."
+        )
     if device == "auto":
         return there[0] if there else None
     numbered = re.fullmatch(r"gpu:(\d+)", device)

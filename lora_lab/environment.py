@@ -48,7 +48,7 @@ def _commit() -> tuple[str, str]:
         if top != package.parent:  # installed into somebody else's repository
             raise FileNotFoundError
         return _git(package, "rev-parse", "HEAD"), "true" if _git(package, "status", "--porcelain") else "false"
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "not a git clone", "unknown"
 
 

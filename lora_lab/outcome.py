@@ -69,8 +69,13 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # torch's CPU allocator, the CUDA driver and bitsandbytes' managed allocator each raise a plain RuntimeError
-    said = ("CUDA out of memory", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
-    return isinstance(error, RuntimeError) and any(words in text for words in said)
+    return isinstance(error, RuntimeError) and says_out_of_memory(text)
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text, or the end of a log, tells of memory that could not be had."""
+    said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return any(words in text for words in said)
 
 
 def combined_exit_code(codes: list[int]) -> int:

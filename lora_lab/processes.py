@@ -1,20 +1,26 @@
 """The worker process: start it, hear its events, survive its death."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from lora_lab.config import Isolation, TrialConfig
 from lora_lab.events import Ended, Event, decode
-from lora_lab.outcome import End, Outcome
+from lora_lab.outcome import End, Outcome, says_out_of_memory
 
 _GRACE_SECONDS = 5.0
 """What a worker has to leave by itself after SIGTERM."""
+
+_LEAVING_SECONDS = 30.0
+"""What a worker has to leave after its last word: CUDA and its files must be closed."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["lora_lab.worker.preload"])
@@ -71,21 +77,56 @@ def run_worker(
     worker = _context.Process(target=process.main, args=(sender, config, environment, folder), name="lora_lab worker")
     worker.start()
     sender.close()
-    end: End | None = None
+    limit = None if config.timeout_minutes is None else config.timeout_minutes * 60
     try:
-        while True:
-            try:
-                event = decode(receiver.recv_bytes())
-            except (EOFError, OSError):
-                break
-            on_event(event)
-            if isinstance(event, Ended):
-                end = End(outcome=Outcome(event.outcome), reason=event.reason, traceback=event.traceback)
-        worker.join()
+        with _ctrl_c() as interrupt:
+            end = _hear(receiver, interrupt, limit, on_event)
+        if end is None or end.outcome is not Outcome.timed_out:
+            worker.join(_LEAVING_SECONDS)  # it has said its last word, or is gone already
     finally:
         _stop(worker)
         receiver.close()
     return end or _end_of_silence(worker.exitcode, folder)
+
+
+def _hear(
+    receiver: Connection, interrupt: Connection, limit_seconds: float | None, on_event: Callable[[Event], None]
+) -> End | None:
+    """Pass on events until the worker's last word; None when it left without one.
+
+    Raises: KeyboardInterrupt when Ctrl-C was pressed.
+    """
+    due = math.inf if limit_seconds is None else time.monotonic() + limit_seconds
+    while True:
+        ready = wait([receiver, interrupt], None if due == math.inf else max(0.0, due - time.monotonic()))
+        if interrupt in ready:
+            raise KeyboardInterrupt
+        if not ready:
+            return End(
+                outcome=Outcome.timed_out, reason=f"not done within timeout_minutes={(limit_seconds or 0) / 60:g}"
+            )
+        try:
+            event = decode(receiver.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        on_event(event)
+        if isinstance(event, Ended):
+            return End(outcome=Outcome(event.outcome), reason=event.reason, traceback=event.traceback)
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Connection]:
+    """Ctrl-C as something to wait for. As an exception it could break into any line, a destructor even, where
+    Python drops it, and the trial would go on."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    if threading.current_thread() is not threading.main_thread():
+        yield receiver
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: sender.send_bytes(b"Ctrl-C"))
+    try:
+        yield receiver
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(worker: "multiprocessing.context.ForkServerProcess") -> None:
@@ -104,15 +145,16 @@ def _end_of_silence(exit_code: int | None, folder: Path) -> End:
         name = signal.Signals(-exit_code).name
         hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
         return End(outcome=Outcome.killed, reason=f"the worker was ended by {name}{hint}")
-    return End(
-        outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {folder / 'worker.log'}"
-    )
+    log = folder / "worker.log"
+    last = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else ""
+    if says_out_of_memory(last):  # bitsandbytes leaves the process when CUDA refuses it
+        return End(outcome=Outcome.out_of_memory, reason=f"a library ended the worker; see {log}")
+    return End(outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {log}")
 
 
 def _run_inline(
     config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
 ) -> End:
-    os.environ.update(environment)
     from lora_lab.worker.trial import run_trial
 
     events: list[Event] = []
@@ -121,7 +163,8 @@ def _run_inline(
         events.append(event)
         on_event(event)
 
-    run_trial(config, folder, emit)
+    with _environment(environment):
+        run_trial(config, folder, emit)
     last = events[-1]
     assert isinstance(last, Ended)
     return End(outcome=Outcome(last.outcome), reason=last.reason, traceback=last.traceback)

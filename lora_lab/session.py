@@ -16,7 +16,7 @@ from lora_lab.devices import choose_card, refuse_incapable, worker_environment
 from lora_lab.display import Display, show_result
 from lora_lab.environment import environment
 from lora_lab.events import Event, Phase, PhaseBegan, Ran, encode
-from lora_lab.outcome import End, Outcome, Unsupported
+from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
 from lora_lab.records import Record, complete, params, plain, run_name, without_secrets
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
@@ -76,6 +76,8 @@ def run_session(request: Request) -> Outcome:
             end = _work(story, worker_environment(card), display)
     except Unsupported as error:
         end = End(outcome=Outcome.unsupported, reason=str(error))
+    except OSError as error:
+        end = end_of(error)  # the disk is full, say
     except KeyboardInterrupt as error:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")

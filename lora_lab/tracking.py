@@ -1,6 +1,7 @@
 """Where results are kept: the Tracker protocol, MLflow, and one in memory. The only importer of mlflow."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -53,13 +54,15 @@ class InMemoryTracker:
     """Keeps records in a list: for tests, and for tracking=none, where the trial's folder is the record."""
 
     def __init__(self) -> None:
-        self.begun: list[Record] = []
+        self.begun: dict[str, Record] = {}
         self.finished: dict[str, Record] = {}
+        self._numbers = itertools.count()
 
     def begin(self, record: Record) -> str:
         """Remember the record."""
-        self.begun.append(record)
-        return str(len(self.begun) - 1)
+        run_id = str(next(self._numbers))
+        self.begun[run_id] = record
+        return run_id
 
     def finish(self, run_id: str, record: Record) -> None:
         """Remember that it is complete."""
@@ -67,7 +70,7 @@ class InMemoryTracker:
 
     def discard(self, run_id: str) -> None:
         """Forget the record."""
-        del self.begun[int(run_id)]
+        del self.begun[run_id]
 
     def where(self, run_id: str) -> list[str]:
         """Not in any store."""

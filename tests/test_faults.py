@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import record_of, store_of, until
+from conftest import lab_in, record_of, store_of, until
 
 LONG = ("model=tiny", "seq_len=64", "measure.warmup_steps=1", "measure.steps=100000", "measure.eval_rows=2")
 
@@ -73,3 +73,12 @@ def test_a_killed_parent_takes_its_worker_along(long_trial: subprocess.Popen[str
     os.kill(long_trial.pid, signal.SIGKILL)
     until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker's end", seconds=20)
     assert sum(event["event"] == "Step" for event in events_in(tmp_path)) > 3, "its events are on disk"
+
+
+def test_a_trial_that_takes_too_long_is_ended_and_recorded(tmp_path: Path) -> None:
+    said = lab_in(tmp_path)(*LONG, "timeout_minutes=0.3", "measure.steps=1000000")
+    assert said.code == 1, said.text
+    client, [run] = store_of(tmp_path)
+    assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("timed_out", "window")
+    assert "timeout_minutes=0.3" in run.data.tags["reason"]
+    assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3

@@ -261,6 +261,21 @@ def test_a_card_that_is_not_there_is_refused(lab: Lab, tmp_path: Path, faked: di
     assert_refused(said, tmp_path, "device=gpu:7 is not there", "no NVIDIA card", "device=auto or device=cpu")
 
 
+def test_a_driver_that_does_not_answer_is_no_reason_to_use_the_cpu_in_silence(
+    lab: Lab, tmp_path: Path, faked: dict[str, str]
+) -> None:
+    said = lab("model=tiny", **faked, FAKE_NVML_DRIVER="mismatch")
+    assert said.code == 2, said.text
+    assert "Driver/library version mismatch" in said.err
+    assert "device=cpu" in said.err
+
+
+def test_visible_devices_that_name_no_card_are_refused(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
+    said = lab("model=tiny", **faked, CUDA_VISIBLE_DEVICES="9")
+    assert said.code == 2, said.text
+    assert "CUDA_VISIBLE_DEVICES=9 names no card" in said.err
+
+
 def test_a_wrong_card_number_lists_the_cards(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
     said = lab("model=tiny", "device=gpu:5", **faked)
     listed = [f"gpu:{index} (Fake Card {index}, {uuid})" for index, uuid in enumerate(UUIDS)]

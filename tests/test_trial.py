@@ -254,9 +254,21 @@ def test_a_password_in_an_address_is_refused_and_kept_nowhere(lab: Lab, tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
-def test_the_parent_never_imports_torch() -> None:
-    code = "import lora_lab.session, lora_lab.compose, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_the_parent_never_imports_torch_in_a_whole_trial(tmp_path: Path) -> None:
+    code = """
+import sys
+from lora_lab.__main__ import main
+try:
+    main()
+except SystemExit as left:
+    assert left.code == 0, left
+heavy = {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *TINY], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu

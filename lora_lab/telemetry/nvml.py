@@ -50,12 +50,20 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """Every card of this machine; empty without a driver."""
+    """Every card of this machine; empty without a driver.
+
+    Raises: SensorFailed when there is a driver but its cards can't be read (after an update without a reboot, say).
+    """
     try:
         pynvml.nvmlInit()
-        return [_card(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return []
+    except pynvml.NVMLError as error:
+        raise SensorFailed(f"NVML: {error}") from error
+    try:
+        return [_card(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        raise SensorFailed(f"NVML: {error}") from error
 
 
 def visible_cards() -> list[Card]:

@@ -58,6 +58,9 @@ def _add_throughput(summary: Summary, window: Window | None) -> None:
         summary.warnings.append(
             f"{1 - share:.0%} of the token slots were padding; data.batching=longest or packed wastes less"
         )
+    trained = summary.metrics["tokens/trained_share"] / share
+    if trained < 0.1:
+        summary.warnings.append(f"only {trained:.0%} of the real tokens were trained on; the rest is prompt")
     skipped = sum(step.skipped for step in window.steps)
     if skipped:
         summary.metrics["window/steps_skipped"] = float(skipped)

@@ -59,14 +59,17 @@ class TelemetryCallback(TrainerCallback):
         self._emit = emit
         self._clock = clock
         self._relay = LossRelay(device, self._last_step)
+        self._read_back_step = self._warmup_steps or self._last_step
         self._watch = DivergenceWatch(measure.loss_spike)
         self._counts = TokenCounts(0, 0, 0, 0)
         self._loss = torch.zeros((), device=device)
         self._micro_batches = 0
         self._loss_is_a_share = False
         self.attention = AttentionKernels()
-        self.trainer: Any = None
-        """Set once there is one: a GradScaler's skipped steps are known only there."""
+        self.scaler: Any = None
+        """The GradScaler, where there is one."""
+        self.on_stepped: Callable[[], None] = lambda: None
+        """Called once, outside the window, after steps: before it opens, or at the end where there is no warm-up."""
 
     def watch(self, model: torch.nn.Module) -> None:
         """Hook onto the model that Trainer will call."""
@@ -97,6 +100,8 @@ class TelemetryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Training begins: warm-up, or the window at once without one."""
+        if self.scaler is not None:
+            self._relay = LossRelay(self._device, self._last_step, first_scale=self.scaler.get_scale())
         self._clock.enter(Phase.warm_up)
         if self._warmup_steps == 0:
             self._open_window()
@@ -104,14 +109,17 @@ class TelemetryCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An optimizer step has been queued: send off its loss, and see to the window's edges."""
         loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
-        skipped = bool(self.trainer.accelerator.optimizer_step_was_skipped)
-        self._relay.push(state.global_step, loss, self._counts, skipped)
+        # _scale is the tensor behind get_scale(), which would synchronise
+        scale = None if self.scaler is None else self.scaler._scale
+        self._relay.push(state.global_step, loss, self._counts, scale)
         self._counts = TokenCounts(0, 0, 0, 0)
         self._loss = torch.zeros_like(self._loss)
         self._micro_batches = 0
         if state.global_step == self._last_step:
             self._close_window()
-        elif state.global_step == self._warmup_steps:
+        if state.global_step == self._read_back_step:
+            self.on_stepped()
+        if state.global_step == self._warmup_steps:
             self._open_window()
         self._send_arrived()
 

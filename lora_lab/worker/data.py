@@ -117,9 +117,17 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
             f"data.id={data.id} cannot be had from the Hugging Face hub ({type(error).__name__}). "
             "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
         ) from error
-    records = [dict(record) for record in loaded]
-    answered = [record for record in records if record.get(data.columns.output) != ""]
-    return [row_of(record, data.columns) for record in answered], len(records) - len(answered)
+    rows = []
+    empty = 0
+    for number, record in enumerate(loaded, start=1):
+        if str(record.get(data.columns.output, "?")).strip() == "":
+            empty += 1
+            continue
+        try:
+            rows.append(row_of(dict(record), data.columns))
+        except RefusedInput as error:
+            raise RefusedInput(f"row {number} of data.id={data.id}: {error}") from error
+    return rows, empty
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
@@ -129,9 +137,11 @@ def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
     before the first response token exists.
     """
     messages = [{"role": "user", "content": row.prompt}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # Llama 3's template writes today's date into the prompt unless told one; this is its own stand-in
+    layout = {"tokenize": False, "date_string": "26 Jul 2024"}
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **layout)
     answer = [*messages, {"role": "assistant", "content": row.response}]
-    whole = tokenizer.apply_chat_template(answer, tokenize=False)
+    whole = tokenizer.apply_chat_template(answer, **layout)
     if not whole.startswith(prompt):
         raise RefusedInput(
             "this model's chat template does not put the answer straight after the generation prompt, so the "

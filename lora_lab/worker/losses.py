@@ -32,8 +32,8 @@ class _Pending:
     t: float
     step: int
     loss: Tensor
+    scale: Tensor
     counts: TokenCounts
-    skipped: bool
     done: torch.cuda.Event | None
 
 
@@ -44,32 +44,37 @@ class LossRelay:
     host never waits, and two such events give the device's own time for a step.
     """
 
-    def __init__(self, device: torch.device, steps: int) -> None:
+    def __init__(self, device: torch.device, steps: int, first_scale: float = 1.0) -> None:
+        self._scale = first_scale
         self._cuda = device.type == "cuda"
-        self._host = torch.empty(steps, pin_memory=self._cuda)
+        self._losses = torch.empty(steps, pin_memory=self._cuda)
+        self._scales = torch.ones(steps, pin_memory=self._cuda)
         self._pending: list[_Pending] = []
         self._last: _Pending | None = None
 
-    def push(self, step: int, loss: Tensor, counts: TokenCounts, skipped: bool) -> None:
-        """Step number `step` (from 1) has been queued; `loss` is its scalar, on the device."""
-        slot = self._host[step - 1]
-        slot.copy_(loss, non_blocking=self._cuda)
+    def push(self, step: int, loss: Tensor, counts: TokenCounts, scale: Tensor | None = None) -> None:
+        """Step number `step` (from 1) has been queued; `loss` is its scalar on the device, `scale` the
+        GradScaler's after the step. A scale that fell is the one sign of a step that overflowed and changed
+        nothing which all optimizers give: fused ones skip inside their kernel."""
+        loss_here, scale_here = self._losses[step - 1], self._scales[step - 1]
+        loss_here.copy_(loss, non_blocking=self._cuda)
+        if scale is not None:
+            scale_here.copy_(scale, non_blocking=self._cuda)
         done = None
         if self._cuda:
             done = torch.cuda.Event(enable_timing=True)
             done.record()
-        self._pending.append(_Pending(time.monotonic(), step, slot, counts, skipped, done))
+        self._pending.append(_Pending(time.monotonic(), step, loss_here, scale_here, counts, done))
 
     def arrived(self) -> list[StepRecord]:
         """The steps whose loss is here by now, in order; never waits."""
         records = []
         while self._pending and (self._pending[0].done is None or self._pending[0].done.query()):
             pending = self._pending.pop(0)
-            loss = float(pending.loss)
-            records.append(
-                StepRecord(pending.t, pending.step, self._seconds(pending), loss, pending.counts, pending.skipped)
-            )
-            self._last = pending
+            scale = float(pending.scale)
+            skipped, self._scale = scale < self._scale, scale
+            seconds, self._last = self._seconds(pending), pending
+            records.append(StepRecord(pending.t, pending.step, seconds, float(pending.loss), pending.counts, skipped))
         return records
 
     def _seconds(self, pending: _Pending) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -53,7 +54,7 @@ def load_architecture(model: ModelConfig) -> Any:
 
 def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
     """Raise RefusedInput for what only the model's shapes can tell; allocates nothing."""
-    longest = getattr(architecture, "max_position_embeddings", None)
+    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise RefusedInput(
             f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less."
@@ -62,12 +63,12 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
         return
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-    linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
-    missing = [name for name in config.method.target_modules if name.rsplit(".", 1)[-1] not in linear]
+    there = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if getattr(m, "weight", None) is not None}
+    missing = [name for name in config.method.target_modules if name.rsplit(".", 1)[-1] not in there]
     if missing:
         raise RefusedInput(
             f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
-            f"it has {', '.join(sorted(linear))}."
+            f"it has {', '.join(sorted(there))}."
         )
 
 
@@ -151,19 +152,26 @@ def _from_hub(kind: Any, model: ModelConfig, **asked: Any) -> Any:
         asked["revision"] = model.revision
     try:
         return kind.from_pretrained(place, **asked)
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RefusedInput(_why_not_had(model, error)) from error
 
 
-def _why_not_had(model: ModelConfig, error: OSError) -> str:
+def _why_not_had(model: ModelConfig, error: Exception) -> str:
     said = str(error)
+    if "trust_remote_code" in said:
+        return (
+            f"{_name(model)} comes with Python code of its own, which is not run unless asked for: "
+            "model.trust_remote_code=true model.revision=<the commit you have read>."
+        )
     if model.source is ModelSource.local:
         return f"model.path={model.path} could not be read: {said.splitlines()[0]}"
-    if "gated" in said.lower() or "401" in said or "403" in said:
+    if isinstance(error.__cause__, GatedRepoError) or "gated repo" in said:
         return (
-            f"model.id={model.id} is gated, or does not exist. Accept its licence on its page on the hub and type "
+            f"model.id={model.id} is gated. Accept its licence on its page on the hub and type "
             "hf auth login, or use model.weights=random for a named model's shapes."
         )
+    if isinstance(error, ValueError | ImportError):
+        return f"{_name(model)} cannot be loaded by this transformers: {said.splitlines()[0]}"
     if "safetensors" in said:
         return f"model.id={model.id} has no weights in safetensors, and nothing else is loaded. Choose another model."
     return (

@@ -7,6 +7,7 @@ import torch
 
 from lora_lab.config import DType, Quantization, TrialConfig
 from lora_lab.worker.models import working_dtype
+from lora_lab.worker.training import optimizer_class
 
 _AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """accelerate's word for each."""
@@ -17,7 +18,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     model = trainer.model
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     defaults = optimizer.defaults
-    state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
+    state = _state_tensors(optimizer)
     adapters = [p for p in model.parameters() if p.requires_grad]
     quantised = [
         m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")
@@ -26,12 +27,12 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     scaler = trainer.accelerator.scaler
     facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "optimizer_class": f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}",
+        "optimizer_class": _class_name(type(optimizer)),
         "optimizer_fused": str(bool(defaults.get("fused"))),
         "optimizer_bits": str(getattr(getattr(optimizer, "args", None), "optim_bits", 32)),
         "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
         "optimizer_state_dtypes": _counted(state),
-        "optimizer_state_paged_tensors": f"{sum(bool(getattr(t, 'is_paged', False)) for t in state)} of {len(state)}",
+        "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
         "adapter_dtypes": _counted(adapters),
         "weight_dtypes": _counted([p for p in model.parameters() if not p.requires_grad]),
         "trainable_parameters": str(sum(p.numel() for p in adapters)),
@@ -47,12 +48,26 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     return facts
 
 
+def _state_tensors(optimizer: Any) -> list[Any]:
+    """Tensors of the optimizer's state, each once: bitsandbytes' quantisation maps are shared by all parameters."""
+    every = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
+    return list({id(tensor): tensor for tensor in every}.values())
+
+
+def _paged(tensors: list[Any]) -> int:
+    return sum(tensor.numel() for tensor in tensors if getattr(tensor, "is_paged", False))
+
+
 def _counted(tensors: list[Any]) -> str:
     """Dtypes by number of stored elements, most first: 'uint8 53084160, bfloat16 28312320'."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[_short(tensor.dtype)] += tensor.numel()
     return ", ".join(f"{dtype} {count}" for dtype, count in sizes.most_common()) or "none"
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
 def _short(dtype: Any) -> str:
@@ -74,6 +89,10 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         "grad_scaler": str(dtype is torch.float16),
     }
     name = config.optimizer.optim
+    if config.optimizer.target:
+        asked["optimizer_class"] = _class_name(optimizer_class(config.optimizer.target))
+    if device.type == "cpu":
+        asked["device"] = "cpu"
     if name:
         asked["optimizer_paged"] = str("paged" in name)
         asked["optimizer_bits"] = "8" if "8bit" in name else "32"

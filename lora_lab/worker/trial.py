@@ -1,6 +1,5 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
-import gc
 import os
 import time
 from pathlib import Path
@@ -82,7 +81,7 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     architecture = load_architecture(config.model)
     refuse_unfit(config, architecture)
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config, tokenizer, architecture.vocab_size)
+    examples = load_examples(config, tokenizer, architecture.get_text_config().vocab_size)
     _report_data(config, examples, emit)
 
     clock.enter(Phase.model)
@@ -92,15 +91,13 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     trainer = make_trainer(
         config, model, examples.train, train_collator(config, tokenizer.pad_token_id), callback, str(folder), device
     )
-    callback.trainer = trainer
+    callback.scaler = trainer.accelerator.scaler
+    callback.on_stepped = lambda: _report_what_ran(config, trainer, callback, emit, device)
 
     heldout = examples.heldout[: config.measure.eval_rows]
     _evaluate(Phase.evaluation_before, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
     model.train()
-    gc.collect()
-    torch.cuda.empty_cache()  # what loading and evaluation needed must not count as reserved while training
     trainer.train()
-    _report_what_ran(config, trainer, callback, emit, device)
     # Trainer leaves an autocast wrapper on forward that would turn whole logits to fp32
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     _evaluate(Phase.evaluation_after, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
@@ -143,10 +140,13 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
 def _report_what_ran(
     config: TrialConfig, trainer: Any, callback: TelemetryCallback, emit: Emit, device: torch.device
 ) -> None:
-    """Read back what ran; raise when it is not what was asked for."""
+    """Read back what runs; raise when it is not what was asked for, so that no figure is measured of it."""
     facts = read_back(trainer, callback.attention.seen)
     differences, stand_ins = compare(facts, config, device)
     emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
+    if "math" in facts["attention_kernel"] and config.attention is Attention.sdpa:
+        text = "attention=sdpa runs torch's plain math kernel here, not a fused one: compare its figures with care"
+        emit(Warned(t=time.monotonic(), text=text))
     if differences:
         raise RuntimeError("what ran is not what was asked for: " + "; ".join(differences))
 

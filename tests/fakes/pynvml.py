@@ -3,7 +3,8 @@ A Fake of the part of pynvml that lora_lab.telemetry.nvml calls. Set before the 
 
 FAKE_NVML_CARDS: how many cards there are (1); 0 leaves none.
 FAKE_NVML_CAPABILITY: their compute capability (8.6).
-FAKE_NVML_DRIVER: `missing` makes nvmlInit fail, as it does on a machine without a driver.
+FAKE_NVML_DRIVER: `missing` makes nvmlInit fail as it does on a machine without a driver, `mismatch` as it does
+    after an update without a reboot.
 """
 
 # ruff: noqa: N802  # pynvml's own names
@@ -19,6 +20,14 @@ _POWER_MILLIWATTS = 100_000
 
 class NVMLError(Exception):
     """What every call raises when it can't answer."""
+
+
+class NVMLError_LibraryNotFound(NVMLError):  # noqa: N801
+    """There is no driver."""
+
+
+class NVMLError_DriverNotLoaded(NVMLError):  # noqa: N801
+    """The driver's library is there, the driver is not."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ def uuid_of(index: int) -> str:
 
 def nvmlInit() -> None:
     if os.environ.get("FAKE_NVML_DRIVER") == "missing":
-        raise NVMLError("Driver Not Loaded")
+        raise NVMLError_DriverNotLoaded("Driver Not Loaded")
+    if os.environ.get("FAKE_NVML_DRIVER") == "mismatch":
+        raise NVMLError("Driver/library version mismatch")
 
 
 def nvmlDeviceGetCount() -> int:

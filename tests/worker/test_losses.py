@@ -119,7 +119,7 @@ def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float],
     arrived: list[StepRecord] = []
     for step, loss in enumerate(losses, 1):
         tensor = torch.tensor(loss)
-        relay.push(step, tensor, TokenCounts(step, 2, 3, 4), skipped=step % 3 == 0)
+        relay.push(step, tensor, TokenCounts(step, 2, 3, 4), torch.tensor(2.0 ** -(step // 3)))
         tensor.fill_(-1.0)  # as training goes on, the tensor is used again
         if data.draw(st.booleans()):
             arrived += relay.arrived()
@@ -134,7 +134,7 @@ def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float],
 def test_a_step_takes_the_time_since_the_one_before() -> None:
     relay = LossRelay(torch.device("cpu"), 5)
     for step in range(1, 6):
-        relay.push(step, torch.tensor(1.0), COUNTS, skipped=False)
+        relay.push(step, torch.tensor(1.0), COUNTS)
     records = relay.arrived()
     assert records[0].seconds is None
     for before, after in pairwise(records):
@@ -149,3 +149,18 @@ def test_a_loss_that_is_no_number_arrives_as_such_in_any_format(dtype: torch.dty
     nan, inf = relay.arrived()
     assert math.isnan(nan.loss)
     assert math.isinf(inf.loss)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_skipped_is_seen_also_with_fused_optimizers(fused: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    relay = LossRelay(torch.device("cpu"), 2, first_scale=scaler.get_scale())
+    for step, factor in enumerate((1.0, math.inf), 1):
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        relay.push(step, torch.tensor(1.0), COUNTS, scaler._scale)
+    assert [record.skipped for record in relay.arrived()] == [False, True]
