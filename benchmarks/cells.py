@@ -49,10 +49,12 @@ COLUMNS = (
 def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """A Markdown table of named records."""
     head = ["cell", "outcome", *(title for title, _, _ in COLUMNS)]
+    head.insert(2, "attention kernel")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, record in rows:
+        kernel = record["tags"].get("ran.attention_kernel", "-")
         figures = [form.format(record["metrics"][key]) if key in record["metrics"] else "-" for _, key, form in COLUMNS]
-        lines.append("| " + " | ".join([name, record["outcome"], *figures]) + " |")
+        lines.append("| " + " | ".join([name, record["outcome"], kernel, *figures]) + " |")
     return "\n".join(lines)
 
 

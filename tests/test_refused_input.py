@@ -212,11 +212,11 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
     [
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=collections.OrderedDict"],
-            ["started:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
+            ["loaded:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
         ),
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=torch.optim.Nowhere"],
-            ["started:\noptimizer.target=torch.optim.Nowhere cannot be imported", "such as torch.optim.SGD"],
+            ["loaded:\noptimizer.target=torch.optim.Nowhere cannot be imported", "such as torch.optim.SGD"],
         ),
         (
             ["model=tiny", "method.target_modules=[q_proj,nowhere]"],
