@@ -98,13 +98,13 @@ def _hear(
     """
     due = math.inf if limit_seconds is None else time.monotonic() + limit_seconds
     while True:
-        ready = wait([receiver, interrupt], None if due == math.inf else max(0.0, due - time.monotonic()))
+        left = due - time.monotonic()
+        ready = wait([receiver, interrupt], None if due == math.inf else max(0.0, left))
         if interrupt in ready:
             raise KeyboardInterrupt
-        if not ready:
-            return End(
-                outcome=Outcome.timed_out, reason=f"not done within timeout_minutes={(limit_seconds or 0) / 60:g}"
-            )
+        if not ready or left <= 0:
+            why = f"not done within timeout_minutes={(limit_seconds or 0) / 60:g}"
+            return End(outcome=Outcome.timed_out, reason=why)
         try:
             event = decode(receiver.recv_bytes())
         except (EOFError, OSError):
