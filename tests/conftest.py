@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import settings
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+
+from lora_lab.compose import CONF
+from lora_lab.config import ModelConfig, ModelSource, Weights
+from lora_lab.worker.models import load_architecture
 
 # a shared machine stalls now and then; no example is wrong for being slow
 settings.register_profile("lora_lab", deadline=None)
@@ -81,8 +86,21 @@ def store_of(folder: Path) -> tuple[MlflowClient, list[Run]]:
     """The MLflow store made in `folder`, and its runs."""
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("lora_lab")
-    assert experiment is not None
+    if experiment is None:
+        return client, []
     return client, list(client.search_runs([experiment.experiment_id]))
+
+
+def save_tiny(folder: Path) -> None:
+    """A small model with random weights and its tokenizer, as save_pretrained leaves them."""
+    from transformers import AutoModelForCausalLM
+
+    from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+
+    shapes = yaml.safe_load((CONF / "model" / "tiny.yaml").read_text())["architecture"]
+    config = load_architecture(ModelConfig(source=ModelSource.tiny, weights=Weights.random, architecture=shapes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import Lab, Said, lab_in, record_of, records_in, store_of
+from conftest import Lab, Said, lab_in, record_of, records_in, save_tiny, store_of
 from mlflow.tracking import MlflowClient
 from peft import PeftModel
 
-from lora_lab.compose import CONF, GROUPS
+from lora_lab.compose import GROUPS
 from lora_lab.config import ModelConfig, ModelSource, Weights
 from lora_lab.worker.models import load_architecture
 
@@ -163,7 +162,7 @@ def test_a_users_own_rows(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_local_model_with_its_own_tokenizer(lab: Lab, tmp_path: Path) -> None:
-    _save_tiny(tmp_path / "mine")
+    save_tiny(tmp_path / "mine")
     said = lab("model=local", "model.path=mine", "measure=quick", "seq_len=128", "tracking=none")
     assert said.code == 0, said.text
     assert record_of(tmp_path)["params"]["model.path"] == "mine"
@@ -173,24 +172,13 @@ def test_a_local_model_with_its_own_tokenizer(lab: Lab, tmp_path: Path) -> None:
 
 def test_pickled_weights_are_never_loaded(lab: Lab, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    _save_tiny(folder)
+    save_tiny(folder)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     said = lab("model=local", "model.path=mine", "measure=quick")
     assert said.code == 2, said.text
     assert "safetensors" in said.err
     assert store_of(tmp_path)[1] == [], "no run is left behind"
-
-
-def _save_tiny(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
-
-    shapes = yaml.safe_load((CONF / "model" / "tiny.yaml").read_text())["architecture"]
-    config = load_architecture(ModelConfig(source=ModelSource.tiny, weights=Weights.random, architecture=shapes))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
 
 
 def test_a_diverging_trial_is_a_recorded_result(lab: Lab, tmp_path: Path) -> None:
