@@ -161,6 +161,17 @@ def test_a_users_own_rows(lab: Lab, tmp_path: Path) -> None:
     assert record_of(tmp_path)["metrics"]["data/rows_train"] == 36
 
 
+def test_real_weights_learn_from_the_shipped_rows(lab: Lab, tmp_path: Path) -> None:
+    """The default model, converted from its package into an empty cache, with the default data and method."""
+    said = lab("measure=quick", "measure.steps=8", "seq_len=192", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert said.code == 0, said.text
+    assert "converting the weights, this once" in said.err
+    record = record_of(tmp_path)
+    assert record["metrics"]["loss/eval"] < record["metrics"]["loss/eval_before"] < 6
+    [adapter] = tmp_path.glob("multirun/*/*/adapter/adapter_config.json")
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_a_local_model_with_its_own_tokenizer(lab: Lab, tmp_path: Path) -> None:
     save_tiny(tmp_path / "mine")
     said = lab("model=local", "model.path=mine", "measure=quick", "seq_len=128", "tracking=none")
