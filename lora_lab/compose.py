@@ -35,14 +35,14 @@ def load(composed: DictConfig) -> TrialConfig:
     """
     unknown = list(_unknown_keys(OmegaConf.to_container(composed, resolve=False), TrialConfig))
     if unknown:
-        raise RefusedInput("\n".join(_unknown_key(key) for key in unknown))
+        raise RefusedInput(*(_unknown_key(key) for key in unknown))
     try:
         config = cast(TrialConfig, OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
         raise RefusedInput(str(error)) from error
     found = faults(config)
     if found:
-        raise RefusedInput("\n".join(found))
+        raise RefusedInput(*found)
     return config
 
 

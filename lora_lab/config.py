@@ -245,12 +245,29 @@ class TrialConfig:
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, gpu:N (nvidia-smi's number) or a GPU's UUID."""
     isolation: Isolation = Isolation.process
+    share_device: bool = False
+    """Run although another process calculates on the device, and without waiting for other trials; tagged."""
+    cooldown_celsius: float | None = None
+    """Before the trial, wait until the card is no warmer (ten minutes at most)."""
+    vram_limit_gib: float | None = None
+    """Pretend that the card has so much memory (GiB), whatever it has: see conf/capacity."""
     timeout_minutes: float | None = None
     """A worker that is not done by then is ended, outcome timed_out. Not with isolation=inline."""
+    repeats: int = 1
+    """How often a sweep runs each of its points; repeat r runs with seed + r."""
+    resume: bool = False
+    """Go on with the last sweep that had these points, in place of a new one."""
 
 
 class RefusedInput(ValueError):
-    """What the user asked for cannot be meant; nothing has been started. The message says what to do."""
+    """What the user asked for cannot be meant; nothing has been started. Each fault says what to do."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
 
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
@@ -278,6 +295,7 @@ def _number_faults(config: TrialConfig) -> list[str]:
         "method.alpha": config.method.alpha,
         "measure.steps": config.measure.steps,
         "measure.loss_spike": config.measure.loss_spike,
+        "repeats": config.repeats,
     }
     not_negative = {
         "max_grad_norm": config.max_grad_norm,
@@ -288,8 +306,10 @@ def _number_faults(config: TrialConfig) -> list[str]:
     }
     if config.data.rows is not None:
         positive["data.rows"] = config.data.rows
-    if config.timeout_minutes is not None:
-        positive["timeout_minutes"] = config.timeout_minutes
+    for key in ("timeout_minutes", "vram_limit_gib", "cooldown_celsius"):
+        value = getattr(config, key)
+        if value is not None:
+            positive[key] = value
     # `not x > 0` rather than `x <= 0`, so that nan is refused as well
     found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
     found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]

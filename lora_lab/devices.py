@@ -52,7 +52,14 @@ def worker_environment(card: Card | None) -> dict[str, str]:
 
 
 def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
-    """Raise Unsupported when the card does not calculate in the trial's precision."""
+    """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
+    is to be limited to."""
+    limit = config.vram_limit_gib
+    if limit is not None and card is None:
+        raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")
+    if limit is not None and card is not None and limit * 2**30 > card.total_bytes:
+        has = card.total_bytes / 2**30
+        raise Unsupported(f"vram_limit_gib={limit:g} is more than {card.name} has ({has:.1f} GiB).")
     needed = _NEEDS_CAPABILITY.get(config.precision.dtype)
     if card is None or needed is None or card.compute_capability >= needed:
         return

@@ -13,6 +13,8 @@ from rich.table import Table
 from lora_lab import events as said
 from lora_lab.events import Event, Phase
 from lora_lab.outcome import End, Outcome
+from lora_lab.sweep_display import clock, standing
+from lora_lab.sweep_folder import SweepFolder
 from lora_lab.telemetry.sampler import Sampler
 from lora_lab.telemetry.summary import GIB, Summary
 
@@ -30,13 +32,24 @@ _DOING = {
 _QUIET_SECONDS = 5.0
 """How often a line is printed where no live bar can be drawn."""
 
+_QUIET_SECONDS_IN_SWEEP = 60.0
+"""The same in a sweep, which prints a line a trial anyway."""
+
 
 class Display:
     """A live bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, name: str, steps: int, sampler: Sampler) -> None:
+    def __init__(self, name: str, steps: int, sampler: Sampler, sweep: SweepFolder | None = None) -> None:
+        """Get ready.
+
+        Args:
+            steps: how many optimizer steps the trial takes.
+            sweep: the sweep that the trial is part of; a second bar shows how far that is.
+        """
         self._console = Console(stderr=True)
         self._name = name
+        self._quiet_seconds = _QUIET_SECONDS if sweep is None else _QUIET_SECONDS_IN_SWEEP
+        self._sweep = sweep
         self._steps = steps
         self._sampler = sampler
         self._phase = Phase.start.value
@@ -55,8 +68,15 @@ class Display:
         self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="")
 
     def __enter__(self) -> "Display":
-        self._console.print(f"[bold]{escape(self._name)}[/bold]", highlight=False)
+        if self._sweep is None:
+            self._console.print(f"[bold]{escape(self._name)}[/bold]", highlight=False)
+        elif self._console.is_terminal:
+            now = standing(self._sweep)
+            left = "" if now.seconds_left is None else f"{clock(now.seconds_left)} left"
+            figures = f"{now.done} of {now.total}  {left}  now: {self._name}"
+            self._bar.add_task("sweep", total=now.total, completed=now.done, figures=escape(figures))
         self._bar.start()
+        self._printed = time.monotonic()
         return self
 
     def __exit__(
@@ -78,10 +98,14 @@ class Display:
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
             self._line()
-        elif isinstance(event, said.Warned):
+        elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep tells them once, at its end
             self.warn(event.text)
         elif isinstance(event, said.Ready) and not event.prepared:
             self.warn("the server that workers are forked from could not import torch and its kin; starts take longer")
+
+    def note(self, text: str) -> None:
+        """What is waited for."""
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Something the user should know, above the bar."""
@@ -103,7 +127,8 @@ class Display:
     def _line(self, force: bool = False) -> None:
         """Where there is no terminal: a line a phase, and one every few seconds."""
         now = time.monotonic()
-        if self._console.is_terminal or not (force or now - self._printed > _QUIET_SECONDS):
+        force = force and self._sweep is None
+        if self._console.is_terminal or not (force or now - self._printed > self._quiet_seconds):
             return
         self._printed = now
         figures = ""
@@ -111,7 +136,8 @@ class Display:
             seconds = [s.seconds for s in self._recent if s.seconds is not None]
             left = (self._steps - self._recent[-1].step) * statistics.median(seconds) if seconds else 0.0
             figures = f": {self._figures(self._recent[-1])}" + (f"  {left:.0f} s left" if left else "")
-        self._console.print(f"  {_DOING[self._phase]}{figures}", highlight=False, soft_wrap=True)
+        which = "" if self._sweep is None else f"{self._name}: "
+        self._console.print(f"  {escape(which)}{_DOING[self._phase]}{figures}", highlight=False, soft_wrap=True)
 
 
 _SHOWN = (

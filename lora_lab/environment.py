@@ -1,5 +1,7 @@
 """Where a trial ran: versions, machine, commit. Imports none of what it describes."""
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -9,12 +11,30 @@ from pathlib import Path
 import psutil
 
 from lora_lab import __version__
+from lora_lab.telemetry.nvml import Card
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "mlflow-skinny")
 
 
 def environment() -> dict[str, str]:
-    """Plain facts by dotted name. What cannot be known says so."""
+    """Plain facts by dotted name, looked up once a process. What cannot be known says so."""
+    return dict(_facts())
+
+
+def device_facts(card: Card | None) -> dict[str, str]:
+    """The device that calculates: a card, or this machine's CPU."""
+    if card is None:
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": _cpu_name()}
+    return {
+        "device": card.name,
+        "device.uuid": card.uuid,
+        "device.driver": card.driver,
+        "device.memory_gib": f"{card.total_bytes / 2**30:.1f}",
+    }
+
+
+@functools.cache
+def _facts() -> dict[str, str]:
     facts = {"version.lora_lab": __version__, "version.python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -23,6 +43,7 @@ def environment() -> dict[str, str]:
             facts[f"version.{name}"] = "not installed"
     commit, dirty = _commit()
     facts |= {
+        "code": _code_digest(),
         "commit": commit,
         "dirty": dirty,
         "machine.os": platform.platform(),
@@ -38,6 +59,15 @@ def _cpu_name() -> str:
         return next(
             (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
         )
+
+
+def _code_digest() -> str:
+    """sha256 over this package's Python files: what ran, whatever git says about it."""
+    package = Path(__file__).resolve().parent
+    sha = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sha.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _commit() -> tuple[str, str]:

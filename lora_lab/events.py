@@ -147,6 +147,10 @@ class Ended:
     outcome: str
     reason: str
     traceback: str | None = None
+    step: int | None = None
+    asked_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    """The largest resident size of the worker's process."""
 
 
 Event = (

@@ -1,10 +1,12 @@
 """How a trial can end, and how an error becomes one of these ends."""
 
+import re
 import traceback
 from dataclasses import dataclass
 from enum import Enum
 
 from lora_lab.config import RefusedInput
+from lora_lab.events import Ended
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -40,10 +42,18 @@ class End:
     outcome: Outcome
     reason: str
     traceback: str | None = None
+    step: int | None = None
+    """The optimizer step at which it began, where that is not simply the one after the last."""
+    asked_bytes: int | None = None
+    """The allocation that failed, where the allocator said its size."""
 
 
 class Diverged(RuntimeError):
     """The training loss is not finite, or has risen beyond measure.loss_spike."""
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 class Unsupported(RuntimeError):
@@ -58,11 +68,36 @@ def end_of(error: BaseException) -> End:
     if isinstance(error, Unsupported):
         return End(outcome=Outcome.unsupported, reason=text)
     if isinstance(error, Diverged):
-        return End(outcome=Outcome.diverged, reason=text)
+        return End(outcome=Outcome.diverged, reason=text, step=error.step)
     if _is_out_of_memory(error, text):
-        return End(outcome=Outcome.out_of_memory, reason=text.splitlines()[0])
+        return out_of_memory(text)
     trace = "".join(traceback.format_exception(error))
     return End(outcome=Outcome.failed, reason=f"{type(error).__name__}: {text.splitlines()[0]}", traceback=trace)
+
+
+def end_said(said: Ended) -> End:
+    """A worker's last word as an end."""
+    return End(
+        outcome=Outcome(said.outcome),
+        reason=said.reason,
+        traceback=said.traceback,
+        step=said.step,
+        asked_bytes=said.asked_bytes,
+    )
+
+
+def out_of_memory(text: str) -> End:
+    """The end that an allocator's complaint means; its advice on environment variables is left out."""
+    reason = text.splitlines()[0].partition(" If reserved but unallocated")[0]
+    return End(outcome=Outcome.out_of_memory, reason=reason, asked_bytes=_asked_bytes(text))
+
+
+def _asked_bytes(text: str) -> int | None:
+    """What torch, or numpy, says it tried to allocate."""
+    said = re.search(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", text, re.IGNORECASE)
+    if not said:
+        return None
+    return round(float(said[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(said[2]))
 
 
 def _is_out_of_memory(error: BaseException, text: str) -> bool:

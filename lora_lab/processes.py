@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_lab.config import Isolation, TrialConfig
 from lora_lab.events import Ended, Event, decode
-from lora_lab.outcome import End, Outcome, says_out_of_memory
+from lora_lab.outcome import End, Outcome, end_said, says_out_of_memory
 
 _GRACE_SECONDS = 5.0
 """What a worker has to leave by itself after SIGTERM."""
@@ -89,6 +89,34 @@ def run_worker(
     return end or _end_of_silence(worker.exitcode, folder)
 
 
+def check_trials(configs: list[TrialConfig], log: Path, done: Callable[[int], None]) -> list[str]:
+    """What each trial would be refused for, found in a worker; empty where it would not be, or where the worker
+    could not tell (then the trial itself will).
+
+    Args:
+        log: gets what the worker prints.
+        done: called with how many have been looked at.
+    """
+    from lora_lab.worker import process
+
+    prepare()
+    receiver, sender = _context.Pipe(duplex=False)
+    worker = _context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
+    worker.start()
+    sender.close()
+    try:
+        while True:
+            said = receiver.recv()
+            if isinstance(said, list):
+                return said
+            done(said)
+    except (EOFError, OSError):
+        return [""] * len(configs)
+    finally:
+        _stop(worker)
+        receiver.close()
+
+
 def _hear(
     receiver: Connection, interrupt: Connection, limit_seconds: float | None, on_event: Callable[[Event], None]
 ) -> End | None:
@@ -111,7 +139,7 @@ def _hear(
             return None
         on_event(event)
         if isinstance(event, Ended):
-            return End(outcome=Outcome(event.outcome), reason=event.reason, traceback=event.traceback)
+            return end_said(event)
 
 
 @contextlib.contextmanager
@@ -167,4 +195,4 @@ def _run_inline(
         run_trial(config, folder, emit)
     last = events[-1]
     assert isinstance(last, Ended)
-    return End(outcome=Outcome(last.outcome), reason=last.reason, traceback=last.traceback)
+    return end_said(last)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from lora_lab.config import TrialConfig
@@ -13,6 +14,9 @@ from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import GIB, Summary
+
+RUNNING = "running"
+"""The outcome of a record that has none yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +31,26 @@ class Point:
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """One trial as it goes into a tracker."""
+    """One trial, or one sweep above its trials, as it goes into a tracker."""
 
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Ours, made before any store is asked: what makes delivering twice the same as delivering once."""
+    parent: str | None = None
+    """The id of the sweep's record, for a trial of a sweep."""
     name: str
     params: dict[str, str]
-    outcome: str = "running"
+    outcome: str = RUNNING
+    started_ms: int = field(default_factory=lambda: round(time.time() * 1e3))
+    """Unix time."""
+    ended_ms: int | None = None
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     series: list[Point] = field(default_factory=list)
-    folder: Path | None = None
-    """Files to keep: config, environment, steps, samples, worker log, adapter."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Record":
+        """Back from what dataclasses.asdict made of it."""
+        return cls(**{**fields, "series": [Point(**point) for point in fields["series"]]})
 
 
 def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
@@ -93,10 +107,17 @@ def complete(
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.
     """
     record.outcome = end.outcome.value
+    last = max((event.t for event in events), default=None)
+    record.ended_ms = round(time.time() * 1e3 if last is None else (last + unix_minus_monotonic) * 1e3)
     phase = next((event.phase for event in reversed(events) if isinstance(event, PhaseBegan)), Phase.start.value)
     record.tags |= {"outcome": end.outcome.value, "phase": "done" if end.outcome is Outcome.finished else phase}
     if end.reason:
         record.tags["reason"] = end.reason
+    step = end.step if end.outcome is not Outcome.finished else None
+    if step is None and end.outcome is not Outcome.finished and phase in (Phase.warm_up.value, Phase.window.value):
+        step = 1 + max((event.step for event in events if isinstance(event, Step)), default=0)
+    if step is not None:
+        record.tags["step"] = str(step)
     for ran in (event for event in events if isinstance(event, Ran)):
         record.tags |= {f"ran.{key}": value for key, value in ran.facts.items()}
         record.tags["stand_ins"] = "; ".join(ran.stand_ins) or "none"

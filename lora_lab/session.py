@@ -1,29 +1,32 @@
 """One trial from the parent's side: check, start the worker, watch the card, summarise, record."""
 
 import contextlib
-import json
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from lora_lab import processes
-from lora_lab.config import DataSource, Isolation, ModelSource, RefusedInput, TrialConfig, Weights
+from lora_lab.config import DataSource, Isolation, ModelSource, RefusedInput, TrackingKind, TrialConfig, Weights
+from lora_lab.delivery import Store, absolute, owner_tags, recover
 from lora_lab.devices import choose_card, refuse_incapable, worker_environment
 from lora_lab.display import Display, show_result
-from lora_lab.environment import environment
-from lora_lab.events import Event, Phase, PhaseBegan, Ran, encode
+from lora_lab.environment import device_facts, environment
+from lora_lab.events import Event, Ran
+from lora_lab.fingerprint import point_digest
+from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_freed
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
+from lora_lab.owner import this_process
 from lora_lab.packages import converted_folder, locate
-from lora_lab.records import Record, complete, params, plain, run_name, without_secrets
+from lora_lab.records import Record, params, run_name, without_secrets
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
+from lora_lab.sweep_display import show_line
+from lora_lab.sweep_folder import SweepFolder
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sampler
-from lora_lab.telemetry.summary import summarise
-from lora_lab.tracking import Tracker, TrackingFailed, open_tracker, refuse_unwritable
+from lora_lab.telemetry.summary import GIB
+from lora_lab.tracking import refuse_unwritable
+from lora_lab.trial_folder import Asked, Seen, TrialFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class Request:
     """The chosen option of each group."""
     overrides: list[str]
     folder: Path
-    """Gets every file of the trial."""
+    """Gets every file of the trial; inside a sweep's folder for a trial of a sweep."""
 
 
 @dataclass(slots=True)
@@ -43,54 +46,63 @@ class _Story:
     """What is known of a trial so far; every event is on disk before anything is done with it."""
 
     request: Request
-    record: Record
-    tracker: Tracker | None
+    card: Card | None
+    asked: Asked
+    folder: TrialFolder
+    sampler: Sampler
+    display: Display
     events: list[Event] = field(default_factory=list)
-    run_id: str | None = None
-    tracking_fault: str = ""
+    seen: Seen = field(default_factory=Seen)
+    before: Before = field(default_factory=Before)
+
+    def hear(self, event: Event) -> None:
+        """Take in what the worker says."""
+        self.folder.note_event(event)
+        self.events.append(event)
+        self.display.show(event)
+
+    def warn(self, text: str) -> None:
+        """Something for the user now and for the record."""
+        self.seen.warnings.append(text)
+        self.display.warn(text)
 
 
 def run_session(request: Request) -> Outcome:
     """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
-    Raises: RefusedInput before a worker starts, and when the worker finds that the input cannot be meant;
-    KeyboardInterrupt on Ctrl-C, after the worker has been ended and what there is has been recorded.
+    Raises: RefusedInput before a worker starts, and when the worker finds that the input cannot be meant (in a
+    sweep, which has looked at all its points before, that is a recorded failure); KeyboardInterrupt on Ctrl-C,
+    after the worker has been ended and what there is has been recorded.
     """
+    asked_t = time.monotonic()
     config = request.config
-    _refuse_unusable(config)
+    refuse_unusable(config)
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         processes.prepare()  # imports torch in the background while MLflow is imported here
-    request.folder.mkdir(parents=True, exist_ok=True)
-    story = _begin(request, card)
-    sampler = Sampler(card.sample if card else None)
+    store = Store(absolute(config.tracking))
+    in_sweep = SweepFolder(request.folder.parent).exists
+    if not in_sweep:
+        look_after_earlier_runs(store)
+    story = _begin(request, card, asked_t)
     interrupted: KeyboardInterrupt | None = None
     try:
-        refuse_incapable(config, card)
-        with (
-            sampler,
-            Display(story.record.name, config.measure.warmup_steps + config.measure.steps, sampler) as display,
-        ):
-            if story.tracking_fault:
-                display.warn(_kept_where(story))
-            end = _work(story, worker_environment(card), display)
-    except Unsupported as error:
-        end = End(outcome=Outcome.unsupported, reason=str(error))
-    except OSError as error:
-        end = end_of(error)  # the disk is full, say
+        end = _measure(story)
     except KeyboardInterrupt as error:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
     if end.outcome is Outcome.refused:
-        _discard_run(story)
-        raise RefusedInput(end.reason)
-    _finish(story, end, sampler, "" if card else "no NVIDIA card was used")
+        if not in_sweep:
+            story.folder.give_up()
+            raise RefusedInput(end.reason)
+        end = End(outcome=Outcome.failed, reason=f"refused: {end.reason}")
+    _finish(story, end, store)
     if interrupted:
         raise interrupted
     return end.outcome
 
 
-def _refuse_unusable(config: TrialConfig) -> None:
+def refuse_unusable(config: TrialConfig) -> None:
     """Raise RefusedInput for what can be seen from here without torch: files, folders, packages."""
     if config.data.source in (DataSource.jsonl, DataSource.shipped):
         shipped = config.data.source is DataSource.shipped
@@ -105,94 +117,121 @@ def _refuse_unusable(config: TrialConfig) -> None:
                 f"model.path={config.model.path} holds no config.json (looked in {Path.cwd()}). "
                 "Give a folder that save_pretrained made."
             )
-    if config.tracking.kind.name == "local":
+    if config.tracking.kind is TrackingKind.local:
         refuse_unwritable(config.tracking)
 
 
-def _begin(request: Request, card: Card | None) -> _Story:
-    """Write what was asked and where it runs, and open the tracker."""
-    facts = environment()
-    if card:
-        facts |= {"device": card.name, "device.uuid": card.uuid, "device.driver": card.driver}
-        facts["device.memory_gib"] = f"{card.total_bytes / 2**30:.1f}"
-    else:
-        facts["device"] = f"cpu ({platform.machine()})"
-    asked = params(request.config, request.choices)
+def look_after_earlier_runs(store: Store) -> None:
+    """Record what earlier processes have left behind, on disk and in the store, and say so."""
+    left = recover()
+    left.killed += store.end_orphans()
+    for line in left.lines():
+        print(line, flush=True)
+
+
+def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
+    """Write what was asked and where it runs."""
+    config = request.config
+    sweep = SweepFolder(request.folder.parent)
+    planned = sweep.planned(request.folder)
+    owner = this_process()
+    facts = environment() | device_facts(card) | owner_tags(owner, request.folder)
+    facts["point"] = point_digest(config)
     overrides = " ".join(without_secrets(override) for override in request.overrides)
-    composed = yaml.safe_dump(plain(request.config), sort_keys=False)
-    (request.folder / "config.yaml").write_text(composed, encoding="utf-8")
     facts["command"] = f"python -m lora_lab {overrides}".strip()
-    _write_json(request.folder / "environment.json", facts)
-    record = Record(name=run_name(request.config, request.choices), params=asked, tags=facts)
+    record = Record(name=run_name(config, request.choices), params=params(config, request.choices), tags=facts)
+    if planned is not None:
+        record.name, record.parent = planned.name, sweep.read().record.id
+        record.params["repeat"] = str(planned.repeat)
+        facts |= {"point": planned.point, "fingerprint": planned.fingerprint, "trial": str(planned.number)}
+    if config.vram_limit_gib is not None:
+        facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
+    asked = Asked(
+        owner=owner,
+        t=asked_t,
+        tracking=absolute(config.tracking),
+        record=record,
+        no_sensor="" if card else "no NVIDIA card was used",
+    )
+    folder = TrialFolder(request.folder)
     try:
-        return _Story(request, record, open_tracker(request.config.tracking))
-    except TrackingFailed as fault:
-        return _Story(request, record, None, tracking_fault=str(fault))
+        folder.begin(asked, config, facts)
+    except OSError as error:
+        raise RefusedInput(
+            f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
+            "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
+        ) from error
+    sampler = Sampler(card.sample if card else None, folder.note_sample)
+    steps = config.measure.warmup_steps + config.measure.steps
+    display = Display(record.name, steps, sampler, sweep if planned is not None else None)
+    return _Story(request, card, asked, folder, sampler, display)
 
 
-def _work(story: _Story, environ: dict[str, str], display: Display) -> End:
-    """Run the worker to its end."""
-    with (story.request.folder / "events.jsonl").open("w", encoding="utf-8", buffering=1) as journal:
+def _measure(story: _Story) -> End:
+    """Wait for the device, run the worker to its end, see the device free again.
 
-        def on_event(event: Event) -> None:
-            journal.write(encode(event) + "\n")
-            story.events.append(event)
-            display.show(event)
-            # not sooner, so that input which the worker refuses leaves no run behind; later, the window would feel it
-            if isinstance(event, PhaseBegan) and event.phase == Phase.model.value:
-                _begin_run(story)
+    Raises: KeyboardInterrupt."""
+    config, card = story.request.config, story.card
+    try:
+        refuse_incapable(config, card)
+        with story.display, _device(story), story.sampler:
+            end = processes.run_worker(config, worker_environment(card), story.folder.path, story.hear)
+    except (Unsupported, RefusedInput, OSError) as error:
+        return end_of(error)
+    return _within_capacity(story, end)
 
-        return processes.run_worker(story.request.config, environ, story.request.folder, on_event)
+
+@contextlib.contextmanager
+def _device(story: _Story) -> Iterator[None]:
+    """The device for this trial alone: locked, looked at, cooled down; and seen free again afterwards."""
+    config, card = story.request.config, story.card
+    asked_t = time.monotonic()
+    with device_lock(card, config.share_device, story.display.note):
+        story.before = look_at(card, config.share_device)
+        if story.before.shared_with:
+            story.warn(f"the card was shared with {story.before.shared_with}")
+        warm = cool_down(card, config.cooldown_celsius, story.display.note)
+        if warm:
+            story.warn(warm)
+        story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
+        if story.before.temperature_celsius is not None:
+            story.seen.metrics["card/start_celsius"] = story.before.temperature_celsius
+        yield
+        held = see_freed(card, story.before)
+        if held:
+            story.warn(held)
 
 
-def _begin_run(story: _Story) -> None:
-    if story.tracker is None:
+def _within_capacity(story: _Story, end: End) -> End:
+    """With vram_limit_gib: was the card's own reading within the limit? The allocator's cap can't hold what others
+    allocate (the context, libraries, managed memory)."""
+    limit, before = story.request.config.vram_limit_gib, story.before.used_bytes
+    if limit is None or before is None:
+        return end
+    story.warn(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these figures are")
+    used = [sample.used_bytes - before for sample in story.sampler.samples if sample.used_bytes is not None]
+    peak_gib = max(used, default=0) / GIB
+    if end.outcome is not Outcome.finished or peak_gib <= limit:
+        return end
+    return End(
+        outcome=Outcome.out_of_memory,
+        reason=f"the card's reading rose by {peak_gib:.2f} GiB, beyond vram_limit_gib={limit:g}: torch kept to its "
+        "share, but CUDA's context, libraries and managed memory did not leave room for it",
+    )
+
+
+def _finish(story: _Story, end: End, store: Store) -> None:
+    """Summarise, write the files, hand the record to the store, tell the user."""
+    no_sensor = story.asked.no_sensor
+    if story.sampler.fault:
+        no_sensor = no_sensor or f"the sensor failed ({story.sampler.fault})"
+    record, summary = story.folder.finish(story.asked, end, story.events, story.sampler.samples, no_sensor, story.seen)
+    run_id = store.deliver_trial(story.folder, record)
+    if run_id is None:
+        summary.warnings.append(f"{store.fault}; the next start delivers the trial's record")
+    if record.parent is not None:
+        show_line(SweepFolder(story.folder.path.parent), record, end, summary)
         return
-    try:
-        story.run_id = story.tracker.begin(story.record)
-    except TrackingFailed as fault:
-        story.tracking_fault = str(fault)
-
-
-def _discard_run(story: _Story) -> None:
-    """Some input is refused only while the model is loaded, when the run has begun already."""
-    if story.tracker is None or story.run_id is None:
-        return
-    with contextlib.suppress(TrackingFailed):
-        story.tracker.discard(story.run_id)
-
-
-def _finish(story: _Story, end: End, sampler: Sampler, no_sensor: str) -> None:
-    """Summarise, write the files, hand the record to the tracker, tell the user."""
-    folder = story.request.folder
-    if sampler.fault:
-        no_sensor = no_sensor or f"the sensor failed ({sampler.fault})"
-    summary = summarise(story.events, sampler.samples, no_sensor)
-    complete(story.record, end, story.events, sampler.samples, summary, time.time() - time.monotonic())
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(asdict(sample)) + "\n" for sample in sampler.samples)
-    if end.traceback:
-        (folder / "traceback.txt").write_text(end.traceback, encoding="utf-8")
-    _write_json(folder / "summary.json", asdict(summary))
-    story.record.folder = folder
-    _write_json(folder / "record.json", asdict(story.record) | {"folder": os.fspath(folder)})
-    places = [f"files {folder}"]
-    try:
-        if story.tracker is not None and not story.tracking_fault:
-            story.run_id = story.run_id or story.tracker.begin(story.record)
-            story.tracker.finish(story.run_id, story.record)
-            places = [*story.tracker.where(story.run_id), *places]
-    except TrackingFailed as fault:
-        story.tracking_fault = str(fault)
-    if story.tracking_fault:
-        summary.warnings.append(_kept_where(story))
+    places = [*(store.where(run_id) if run_id else []), f"files {story.folder.path}"]
     stand_ins = [stand_in for event in story.events if isinstance(event, Ran) for stand_in in event.stand_ins]
     show_result(end, summary, stand_ins, places)
-
-
-def _kept_where(story: _Story) -> str:
-    return f"{story.tracking_fault}; nothing is lost, the trial's records are in {story.request.folder}"
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,15 +1,15 @@
 """Where results are kept: the Tracker protocol, MLflow, and one in memory. The only importer of mlflow."""
 
 import contextlib
-import itertools
 import logging
 import os
 import shlex
+import sqlite3
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ from filelock import FileLock
 
 from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
-from lora_lab.records import Record, without_secrets
+from lora_lab.records import RUNNING, Record, without_secrets
 
 _METRICS_A_CALL = 1000
 _SERVER_SECONDS = 3.0
+_LOCKED_SECONDS = 5.0
 _LONGEST_TAG = 5000
 
 
@@ -29,20 +30,21 @@ class TrackingFailed(RuntimeError):
 
 
 class Tracker(Protocol):
-    """Takes the record of each trial."""
+    """Takes the record of each trial and of each sweep."""
 
-    def begin(self, record: Record) -> str:
-        """The trial is under way: name, params and first tags. Returns an id.
+    def deliver(self, record: Record, files: Sequence[Path]) -> str:
+        """Record everything, or go on with a run that has part of it. Delivering twice is the same as once.
+
+        Args:
+            files: files and folders to keep with the run.
+
+        Returns: the store's id of the run.
 
         Raises: TrackingFailed."""
 
-    def finish(self, run_id: str, record: Record) -> None:
-        """The trial is over: everything.
-
-        Raises: TrackingFailed."""
-
-    def discard(self, run_id: str) -> None:
-        """The trial turned out to be refused input: leave no run behind.
+    def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
+        """Mark as killed what is still said to run though its process is gone, as `gone` tells from a run's
+        tags. Returns how many.
 
         Raises: TrackingFailed."""
 
@@ -51,26 +53,19 @@ class Tracker(Protocol):
 
 
 class InMemoryTracker:
-    """Keeps records in a list: for tests, and for tracking=none, where the trial's folder is the record."""
+    """Keeps records in a dictionary: for tests, and for tracking=none, where the trial's folder is the record."""
 
     def __init__(self) -> None:
-        self.begun: dict[str, Record] = {}
-        self.finished: dict[str, Record] = {}
-        self._numbers = itertools.count()
+        self.records: dict[str, Record] = {}
 
-    def begin(self, record: Record) -> str:
+    def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Remember the record."""
-        run_id = str(next(self._numbers))
-        self.begun[run_id] = record
-        return run_id
+        self.records[record.id] = record
+        return record.id
 
-    def finish(self, run_id: str, record: Record) -> None:
-        """Remember that it is complete."""
-        self.finished[run_id] = record
-
-    def discard(self, run_id: str) -> None:
-        """Forget the record."""
-        del self.begun[run_id]
+    def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
+        """Nothing here outlives its process."""
+        return 0
 
     def where(self, run_id: str) -> list[str]:
         """Not in any store."""
@@ -80,50 +75,77 @@ class InMemoryTracker:
 class MlflowTracker:
     """Records into an MLflow store or server."""
 
-    def __init__(self, uri: str, experiment: str, artifacts: str | None, look: list[str]) -> None:
-        """Connect to a store; an experiment is made when the first run begins.
+    def __init__(self, uri: str, experiment: str, database: Path | None, look: list[str]) -> None:
+        """Connect to a store; an experiment is made when the first run is.
 
         Args:
             uri: MLflow tracking URI.
             experiment: its name.
-            artifacts: where a new experiment keeps files; None leaves it to the server.
+            database: the local store's file, with its artifacts beside it; None for a server.
             look: lines that tell how to open the UI; {page} becomes the runs' page.
         """
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
         self._experiment = experiment
-        self._artifacts = artifacts
+        self._database = database
+        self._inode = None if database is None else database.stat().st_ino
         self._look = look
 
-    def begin(self, record: Record) -> str:
-        """Create the run as RUNNING, with its params."""
-        with _store_errors():
-            tags = {"mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL", **_tags(record.tags)}
-            run = self._client.create_run(self._experiment_id(), run_name=record.name, tags=tags)
-            self._client.log_batch(run.info.run_id, params=_params(record.params))
-            return str(run.info.run_id)
-
-    def finish(self, run_id: str, record: Record) -> None:
-        """Add tags, metrics, series and files; set the run's status."""
+    def deliver(self, record: Record, files: Sequence[Path]) -> str:
+        """Find or create the run; params, tags, metrics, series, files; at last the run's status."""
         from mlflow.entities import Metric, RunTag
 
-        ended_ms = round(time.time() * 1e3)
+        ended_ms = record.ended_ms or round(time.time() * 1e3)
         points = [Metric(p.key, p.value, p.t_ms, p.step) for p in record.series]
         points += [Metric(key, value, ended_ms, 0) for key, value in record.metrics.items()]
         with _store_errors():
-            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _tags(record.tags).items()])
+            self._refuse_lost()
+            run_id = self._find(record.id) or self._create(record)
+            tags = [RunTag(key, value) for key, value in _tags(record.tags).items()]
+            self._client.log_batch(run_id, params=_params(record.params), tags=tags)
             for start in range(0, len(points), _METRICS_A_CALL):
                 self._client.log_batch(run_id, metrics=points[start : start + _METRICS_A_CALL])
-            if record.folder is not None:
-                self._client.log_artifacts(run_id, str(record.folder))
-            self._client.set_terminated(run_id, status=_STATUS.get(record.outcome, "FAILED"))
+            for path in files:
+                if path.is_dir():
+                    self._client.log_artifacts(run_id, str(path), path.name)
+                else:
+                    self._client.log_artifact(run_id, str(path))
+            if record.outcome == RUNNING:
+                self._client.update_run(run_id, status="RUNNING")  # a sweep that is taken up again
+            else:
+                self._client.set_terminated(run_id, _STATUS.get(record.outcome, "FAILED"), ended_ms)
+        return run_id
 
-    def discard(self, run_id: str) -> None:
-        """Delete the run (MLflow keeps deleted runs in its trash)."""
+    def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
+        """Runs in the state RUNNING whose process is gone become KILLED."""
         with _store_errors():
-            self._client.set_terminated(run_id, status="FAILED")
-            self._client.delete_run(run_id)
+            running = self._client.search_runs([self._experiment_id()], "attributes.status = 'RUNNING'")
+            orphans = [run.info.run_id for run in running if gone(run.data.tags)]
+            for run_id in orphans:
+                self._client.set_tag(run_id, "outcome", Outcome.killed.value)
+                self._client.set_terminated(run_id, "KILLED")
+        return len(orphans)
+
+    def _refuse_lost(self) -> None:
+        """A local database that was deleted or replaced would still take records, through a file that is no more."""
+        if self._database is None:
+            return
+        if not _has_content(self._database) or self._database.stat().st_ino != self._inode:
+            raise FileNotFoundError(f"{self._database} was deleted or replaced since it was opened")
+        _refuse_locked(self._database)
+
+    def _find(self, record_id: str) -> str | None:
+        found = self._client.search_runs([self._experiment_id()], f"tags.record_id = '{record_id}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def _create(self, record: Record) -> str:
+        tags = {"record_id": record.id, "mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL"}
+        parent = self._find(record.parent) if record.parent else None
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        run = self._client.create_run(self._experiment_id(), record.started_ms, tags, record.name)
+        return str(run.info.run_id)
 
     def where(self, run_id: str) -> list[str]:
         """The run, the UI's command, and the page with the runs (MLflow opens on another one)."""
@@ -137,8 +159,9 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is not None:
             return str(found.experiment_id)
+        artifacts = None if self._database is None else (self._database.parent / "artifacts").as_uri()
         try:
-            return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+            return str(self._client.create_experiment(self._experiment, artifact_location=artifacts))
         except MlflowException:
             found = self._client.get_experiment_by_name(self._experiment)  # another start made it meanwhile
             if found is None:
@@ -153,7 +176,8 @@ _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
 def open_tracker(tracking: TrackingConfig) -> Tracker:
     """The tracker the config asks for; makes the local store if there is none.
 
-    Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached.
+    Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached, or
+    the store is locked or can't be made.
     """
     if tracking.kind is TrackingKind.none:
         return InMemoryTracker()
@@ -169,9 +193,11 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     root = refuse_unwritable(tracking)
     database = root / "mlflow.db"
     uri = f"sqlite:///{database}"
-    _create_store(database)
+    with _store_errors():
+        _create_store(database)
+        _refuse_locked(database)
     look = [f"mlflow ui --backend-store-uri {shlex.quote(uri)}", "then see http://127.0.0.1:5000/{page}"]
-    return MlflowTracker(uri, tracking.experiment, (root / "artifacts").as_uri(), look)
+    return MlflowTracker(uri, tracking.experiment, database, look)
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:
@@ -205,10 +231,10 @@ def _refuse_unreachable(uri: str) -> None:
 def _create_store(database: Path) -> None:
     """Make a new store under another name and move it into place whole: two first starts at once, or a
     kill while its tables are made, would otherwise leave a store that never opens again."""
-    if database.exists():
+    if _has_content(database):
         return
     with FileLock(f"{database}.lock"):
-        if database.exists():
+        if _has_content(database):
             return
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -219,6 +245,20 @@ def _create_store(database: Path) -> None:
             os.rename(fresh, database)
 
 
+def _has_content(database: Path) -> bool:
+    """Opening a database that was deleted meanwhile leaves an empty file."""
+    return database.exists() and database.stat().st_size > 0
+
+
+def _refuse_locked(database: Path) -> None:
+    """MLflow itself would wait for minutes on a database that somebody has locked.
+
+    Raises: sqlite3.OperationalError."""
+    with contextlib.closing(sqlite3.connect(database, timeout=_LOCKED_SECONDS)) as connection:
+        connection.execute("begin immediate")
+        connection.rollback()
+
+
 @contextlib.contextmanager
 def _store_errors() -> Iterator[None]:
     """Whatever a store can raise, as TrackingFailed."""
@@ -227,7 +267,7 @@ def _store_errors() -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise TrackingFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 

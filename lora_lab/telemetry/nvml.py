@@ -48,6 +48,13 @@ class Card:
             temperature_celsius=temperature,
         )
 
+    def users(self) -> dict[int, int | None]:
+        """Bytes of device memory by the pid of each process that calculates on the card; None where the driver
+        does not say. Empty where processes can't be seen (WSL2, some containers)."""
+        handle = _offered(lambda: pynvml.nvmlDeviceGetHandleByUUID(self.uuid))
+        listed = _offered(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
+        return {process.pid: process.usedGpuMemory for process in listed}
+
 
 def cards() -> list[Card]:
     """Every card of this machine; empty without a driver.

@@ -34,8 +34,20 @@ class Sampler:
     """Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
     ends the sampling, and `fault` says why; it is None again when the sensor has recovered."""
 
-    def __init__(self, read: Callable[[], Sample] | None, rate_hz: float = RATE_HZ) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Sample] | None,
+        keep: Callable[[Sample], None] = lambda _: None,
+        rate_hz: float = RATE_HZ,
+    ) -> None:
+        """Get ready.
+
+        Args:
+            read: one reading; None where there is no card.
+            keep: told each sample at once, from the sampler's thread.
+        """
         self._read = read
+        self._keep = keep
         self._interval = 1.0 / rate_hz
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="sampler")
@@ -61,6 +73,7 @@ class Sampler:
         while not self._stop.is_set():
             try:
                 self.samples.append(self._read())
+                self._keep(self.samples[-1])
                 faults = 0
                 self.fault = None
             except SensorFailed as error:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora_lab.events import Evaluated, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned
+from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned
+from lora_lab.outcome import Outcome
+from lora_lab.telemetry.durations import durations
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.throughput import throughput
@@ -30,13 +32,14 @@ class Summary:
             self.metrics[name] = value
 
 
-def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> Summary:
+def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str, asked_t: float) -> Summary:
     """Figures of one trial.
 
     Args:
         events: everything the worker said, in order.
         samples: what the card showed meanwhile; empty without a sensor.
         no_sensor: why there are no samples, or none up to the end, for the figures that need them.
+        asked_t: time.monotonic() seconds when the trial was asked for.
     """
     summary = Summary(warnings=[event.text for event in events if isinstance(event, Warned)])
     window = find_window(events)
@@ -44,7 +47,24 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str
     _add_vram(summary, events, samples, no_sensor)
     _add_energy(summary, window, samples, no_sensor)
     _add_losses(summary, events, window)
+    summary.metrics |= durations(events, asked_t)
+    _add_limits(summary, events, samples)
     return summary
+
+
+def _add_limits(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]) -> None:
+    """What the whole trial, not its training alone, peaked at, and for an out-of-memory what was asked for last."""
+    ended = next((event for event in events if isinstance(event, Ended)), None)
+    if ended is not None and ended.peak_host_bytes is not None:
+        summary.metrics["host/peak_gib"] = ended.peak_host_bytes / GIB
+    if ended is None or ended.outcome != Outcome.out_of_memory.value:
+        return
+    why = "the allocator did not say"
+    summary.add("out_of_memory/asked_gib", None if ended.asked_bytes is None else ended.asked_bytes / GIB, why)
+    allocated = max((e.peak_allocated_bytes / GIB for e in events if isinstance(e, PhaseMemory)), default=None)
+    summary.add("out_of_memory/peak_allocated_gib", allocated, "torch's allocator reports on GPUs only")
+    used = max((sample.used_bytes / GIB for sample in samples if sample.used_bytes is not None), default=None)
+    summary.add("out_of_memory/peak_device_gib", used, "no card's memory was read")
 
 
 def _add_throughput(summary: Summary, window: Window | None) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_lab.config import MeasureConfig
 from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory, Step, WindowClosed, WindowOpened
 from lora_lab.worker.attention import AttentionKernels
+from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import TokenCounts
 from lora_lab.worker.losses import DivergenceWatch, LossRelay
 
@@ -22,11 +23,15 @@ class PhaseClock:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.present = Phase.start
+        self.capacity: Capacity | None = None
+        """Brought up to date whenever a phase begins."""
 
     def enter(self, phase: Phase) -> None:
         """`phase` begins now."""
         self.leave()
         self.present = phase
+        if self.capacity is not None:
+            self.capacity.apply()
         self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
 
     def leave(self) -> None:
@@ -119,6 +124,8 @@ class TelemetryCallback(TrainerCallback):
             self._close_window()
         if state.global_step == self._read_back_step:
             self.on_stepped()
+        if self._clock.capacity is not None and state.global_step < self._warmup_steps:
+            self._clock.capacity.apply()
         if state.global_step == self._warmup_steps:
             self._open_window()
         self._send_arrived()

@@ -96,7 +96,7 @@ class DivergenceWatch:
     def see(self, step: int, loss: float) -> None:
         """Raises: Diverged, naming the step."""
         if not math.isfinite(loss):
-            raise Diverged(f"the training loss was {loss} at step {step}")
+            raise Diverged(f"the training loss was {loss} at step {step}", step)
         self._losses.append(loss)
         start = statistics.median(self._losses[:_NEAR])
         recent = statistics.median(self._losses[-_NEAR:])
@@ -106,5 +106,6 @@ class DivergenceWatch:
             began = next(i for i, now in enumerate(high, 1) if now and 2 * sum(high[i - 1 :]) > len(high) - i + 1)
             raise Diverged(
                 f"the training loss rose from {start:.3f} to {recent:.3f}, more than measure.loss_spike={self._spike}; "
-                f"it began at step {began}"
+                f"it began at step {began}",
+                began,
             )

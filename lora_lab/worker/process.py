@@ -21,11 +21,7 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
         environment: set before anything looks for a GPU.
         folder: gets worker.log (everything printed) and the adapter.
     """
-    _die_with_parent()
-    os.environ.update(environment)
-    with open(folder / "worker.log", "ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    _begin(environment, folder / "worker.log")
 
     def emit(event: Event) -> None:
         connection.send_bytes(encode(event).encode())
@@ -38,6 +34,27 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
 
     run_trial(config, folder, emit)
     connection.close()
+
+
+def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None:
+    """Look at many trials in this process, on the CPU, and send what each would be refused for.
+
+    Args:
+        connection: takes how many have been looked at, as numbers; at last the list of refusals.
+    """
+    _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
+    from lora_lab.worker.check import check_trials
+
+    connection.send(check_trials(configs, connection.send))
+    connection.close()
+
+
+def _begin(environment: dict[str, str], log: Path) -> None:
+    _die_with_parent()
+    os.environ.update(environment)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _die_with_parent() -> None:

@@ -1,18 +1,21 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lora_lab.config import Attention, DataSource, Quantization, TrialConfig, Weights
 from lora_lab.events import DataCounted, Ended, Evaluated, Phase, Progress, Ran, Warned
-from lora_lab.outcome import Outcome, Unsupported, end_of
+from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
+from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import Example, Examples, load_examples, train_collator
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.models import convert, load_architecture, load_model, load_tokenizer, refuse_unfit
@@ -32,15 +35,25 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
     try:
         clock.enter(Phase.start)
         device = _device()
+        clock.capacity = Capacity(config.vram_limit_gib, device)
         _check_machine(config, device)
         transformers.set_seed(config.seed)
         _train(config, folder, emit, clock, device)
-        end = Ended(t=time.monotonic(), outcome=Outcome.finished.value, reason="")
+        end = End(outcome=Outcome.finished, reason="")
     except Exception as error:  # the one broad except: every way to stop becomes a recorded end
-        told = end_of(error)
-        end = Ended(t=time.monotonic(), outcome=told.outcome.value, reason=told.reason, traceback=told.traceback)
+        end = end_of(error)
     clock.leave()
-    emit(end)
+    emit(
+        Ended(
+            t=time.monotonic(),
+            outcome=end.outcome.value,
+            reason=end.reason,
+            traceback=end.traceback,
+            step=end.step,
+            asked_bytes=end.asked_bytes,
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        )
+    )
 
 
 def _device() -> torch.device:
@@ -103,7 +116,10 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     _evaluate(Phase.evaluation_after, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
 
     clock.enter(Phase.saving)
-    model.save_pretrained(folder / "adapter", safe_serialization=True, save_embedding_layers=False)
+    try:
+        model.save_pretrained(folder / "adapter", safe_serialization=True, save_embedding_layers=False)
+    except (OSError, SafetensorError) as error:  # a full disk must not cost the figures
+        emit(Warned(t=time.monotonic(), text=f"the adapter was not saved: {error}"))
 
 
 def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:

@@ -1,0 +1,7 @@
+"""Hydra finds plugins in this namespace only, and registers a class where it is defined."""
+
+from lora_lab.sweeps import Grid
+
+
+class GridSweeper(Grid):
+    """conf/config.yaml's sweeper: see lora_lab/sweeps.py."""

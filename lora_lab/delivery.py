@@ -1,0 +1,208 @@
+"""Records on their way from a trial's folder to the store: at once, or by a later start when that was not possible."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.outcome import Outcome
+from lora_lab.owner import Owner
+from lora_lab.records import Record
+from lora_lab.sweep_folder import SweepFolder
+from lora_lab.tracking import Tracker, TrackingFailed, open_tracker
+from lora_lab.trial_folder import TrialFolder
+
+MULTIRUN = Path("multirun")
+"""Where conf/config.yaml puts the folders of trials and sweeps."""
+
+
+def owner_tags(owner: Owner, folder: Path) -> dict[str, str]:
+    """What tells from a run alone whether its process still lives, and where its files are."""
+    return {
+        "process.host": owner.host,
+        "process.boot_id": owner.boot_id,
+        "process.pid": str(owner.pid),
+        "process.started": str(owner.started),
+        "folder": str(folder),
+    }
+
+
+def _owner_in(tags: dict[str, str]) -> Owner | None:
+    try:
+        return Owner(
+            host=tags["process.host"],
+            boot_id=tags["process.boot_id"],
+            pid=int(tags["process.pid"]),
+            started=int(tags["process.started"]),
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def absolute(tracking: TrackingConfig) -> TrackingConfig:
+    """The same store from wherever a later start stands."""
+    return replace(tracking, root=str(Path(tracking.root).resolve()))
+
+
+class Store:
+    """The store of one trial or sweep; a fault of it is kept in words and never raised into a trial."""
+
+    def __init__(self, tracking: TrackingConfig) -> None:
+        self._tracking = tracking
+        self._tracker: Tracker | None = None
+        self.fault = ""
+        """Why the last thing could not be done."""
+
+    def open(self) -> Tracker | None:
+        """The tracker; None with `fault` when it can't be had now."""
+        if self._tracker is None:
+            try:
+                self._tracker = open_tracker(self._tracking)
+                self.fault = ""
+            except TrackingFailed as fault:
+                self.fault = str(fault)
+        return self._tracker
+
+    def deliver_trial(self, folder: TrialFolder, record: Record) -> str | None:
+        """Hand a trial's record over, its sweep's first; returns the run's id, None with `fault`."""
+        sweep = SweepFolder(folder.path.parent)
+        if record.parent and sweep.exists and not sweep.delivered and self.deliver_sweep(sweep) is None:
+            return None
+        run_id = self._deliver(record, folder.artifacts())
+        if run_id is not None:
+            folder.mark_delivered(run_id)
+        return run_id
+
+    def deliver_sweep(self, folder: SweepFolder) -> str | None:
+        """Hand over the record above a sweep's trials as it is now; returns the run's id, None with `fault`."""
+        record = folder.read().record
+        run_id = self._deliver(record, folder.artifacts())
+        if run_id is not None:
+            folder.mark_delivered(run_id, record.outcome)
+        return run_id
+
+    def where(self, run_id: str) -> list[str]:
+        """Lines that tell a person where the run is."""
+        try:
+            return [] if self._tracker is None else self._tracker.where(run_id)
+        except TrackingFailed:
+            return []
+
+    def end_orphans(self) -> int:
+        """Runs in the store whose process is gone, and whose folder is not here to tell more."""
+
+        def gone(tags: dict[str, str]) -> bool:
+            owner = _owner_in(tags)
+            return owner is not None and owner.gone
+
+        tracker = self.open()
+        try:
+            return 0 if tracker is None else tracker.end_orphans(gone)
+        except TrackingFailed as fault:
+            self.fault = str(fault)
+            return 0
+
+    def _deliver(self, record: Record, files: list[Path]) -> str | None:
+        tracker = self.open()
+        if tracker is None:
+            return None
+        try:
+            run_id = tracker.deliver(record, files)
+            self.fault = ""
+            return run_id
+        except TrackingFailed as fault:
+            self.fault = str(fault)
+            self._tracker = None  # to be opened anew: a server may be back, a database unlocked
+            return None
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What a start found left over from earlier ones."""
+
+    killed: int = 0
+    """Trials and sweeps whose process was gone before they were over."""
+    delivered: int = 0
+    waiting: int = 0
+    """Records that no store has taken yet."""
+    faults: set[str] = field(default_factory=set)
+
+    def count(self, run_id: str | None, store: Store) -> None:
+        """Take in whether the store took a record."""
+        if run_id is None:
+            self.waiting += 1
+            self.faults.add(store.fault)
+        else:
+            self.delivered += 1
+
+    def lines(self) -> list[str]:
+        """What a person should know of it."""
+        said = []
+        if self.killed:
+            said.append(f"{self.killed} left over from a killed process, now recorded as such")
+        if self.delivered:
+            said.append(f"{self.delivered} earlier records delivered to the store")
+        if self.waiting:
+            why = "; ".join(sorted(self.faults))
+            said.append(f"{self.waiting} earlier records still wait for their store ({why})")
+        return said
+
+
+def recover(root: Path = MULTIRUN) -> Recovered:
+    """Bring in order what killed processes and stores that were out of reach have left below `root`: make the
+    records of trials that were cut off, and deliver every record that no store has."""
+    found = Recovered()
+    if not root.is_dir():
+        return found
+    try:
+        with FileLock(root / ".recovery.lock", timeout=0):
+            _recover(root, found)
+    except (Timeout, OSError):
+        return found  # another start is at it, or the disk is full
+    return found
+
+
+def _recover(root: Path, found: Recovered) -> None:
+    stores: dict[str, Store] = {}
+
+    def store_of(tracking: TrackingConfig) -> Store:
+        return stores.setdefault(repr(tracking), Store(tracking))
+
+    damaged = (OSError, KeyError, TypeError, ValueError)  # of another version, or edited: not worth failing a start
+    for path in root.glob("*/*/sweep.json"):  # first, so that the trials have something to be nested under
+        with contextlib.suppress(*damaged):
+            _recover_sweep(SweepFolder(path.parent), store_of, found)
+    for path in [*root.glob("*/*/trial.json"), *root.glob("*/*/*/trial.json")]:
+        folder = TrialFolder(path.parent)
+        if not folder.delivered:
+            with contextlib.suppress(*damaged):
+                _recover_trial(folder, store_of, found)
+
+
+def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
+    plan = folder.read()
+    if not plan.owner.gone:
+        return
+    found.killed += folder.end_for_dead()
+    if plan.tracking.kind is TrackingKind.none or folder.delivered_as_it_is:
+        return
+    store = store_of(plan.tracking)
+    found.count(store.deliver_sweep(folder), store)
+
+
+def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
+    asked = folder.asked()
+    if asked is None or not asked.owner.gone:
+        return
+    record = folder.record()
+    if record is None:
+        record = folder.finish_for_dead(asked)
+        found.killed += record.outcome == Outcome.killed.value
+    if asked.tracking.kind is TrackingKind.none:
+        folder.mark_delivered("")
+        return
+    store = store_of(asked.tracking)
+    found.count(store.deliver_trial(folder, record), store)

@@ -1,0 +1,149 @@
+"""One trial at a time on a device: our own trials queue, other people's processes are seen."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from lora_lab.config import RefusedInput
+from lora_lab.telemetry.nvml import Card
+from lora_lab.telemetry.sampler import Sample, SensorFailed
+from lora_lab.telemetry.summary import GIB
+
+_FREED_SECONDS = 10.0
+"""What a driver may take to give back the memory of a worker that has left."""
+
+_SLACK_BYTES = 64 * 2**20
+"""A card's use varies by this much without anybody calculating."""
+
+_COOL_DOWN_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """A card as a trial found it."""
+
+    used_bytes: int | None = None
+    """Device memory in use; None without a sensor."""
+    temperature_celsius: float | None = None
+    shared_with: str = ""
+    """Who else calculated on the card, where that was allowed; empty when nobody did."""
+
+
+@contextlib.contextmanager
+def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Hold the device; wait for another trial of ours that has it. A killed process holds nothing.
+
+    Args:
+        share: do not lock.
+        waiting: told once, in words, when there is somebody to wait for.
+    """
+    if share:
+        yield
+        return
+    # one place for all of a user's processes, whatever folder they were started in
+    folder = Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = card.uuid if card else "cpu"
+    lock, holder = FileLock(folder / f"{name}.lock"), folder / f"{name}.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting(f"waiting for {card.name if card else 'the CPU'}, on which {_holder(holder)} runs a trial")
+        lock.acquire()
+    try:
+        holder.write_text(f"{os.getpid()}", encoding="ascii")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(holder: Path) -> str:
+    try:
+        return f"process {int(holder.read_text(encoding='ascii'))}"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def look_at(card: Card | None, share: bool) -> Before:
+    """The card before a trial.
+
+    Raises: RefusedInput when somebody else calculates on it, unless `share`.
+    """
+    if card is None:
+        return Before()
+    users = card.users()
+    with_whom = ", ".join(_user(pid, used) for pid, used in users.items())
+    if users and not share:
+        raise RefusedInput(
+            f"{card.name} (gpu:{card.index}) is in use by {with_whom}: neither speed nor memory nor energy would be "
+            "the trial's own. Wait for it, end it, choose another card with device=gpu:N, or measure all the same "
+            "with share_device=true; the record will say so."
+        )
+    sample = _sample(card)
+    return Before(
+        used_bytes=sample.used_bytes if sample else None,
+        temperature_celsius=sample.temperature_celsius if sample else None,
+        shared_with=with_whom,
+    )
+
+
+def see_freed(card: Card | None, before: Before) -> str:
+    """Wait until the card's memory is what it was before the trial.
+
+    Returns: empty, or who holds how much after all.
+    """
+    if card is None or before.used_bytes is None:
+        return ""
+    end = time.monotonic() + _FREED_SECONDS
+    while (sample := _sample(card)) and sample.used_bytes is not None:
+        held = sample.used_bytes - before.used_bytes
+        if held <= _SLACK_BYTES:
+            return ""
+        if time.monotonic() > end:
+            who = ", ".join(_user(pid, used) for pid, used in card.users().items()) or "no process that can be seen"
+            return f"{held / GIB:.2f} GiB of {card.name} were not free again after the trial; held by {who}"
+        time.sleep(0.05)
+    return ""
+
+
+def cool_down(card: Card | None, to_celsius: float | None, waiting: Callable[[str], None]) -> str:
+    """Wait until the card is no warmer than `to_celsius`.
+
+    Returns: empty, or why the trial starts warmer.
+    """
+    if card is None or to_celsius is None:
+        return ""
+    end = time.monotonic() + _COOL_DOWN_SECONDS
+    told = False
+    while (sample := _sample(card)) and sample.temperature_celsius is not None:
+        if sample.temperature_celsius <= to_celsius:
+            return ""
+        if time.monotonic() > end:
+            return f"the card was still at {sample.temperature_celsius:.0f} degrees after {_COOL_DOWN_SECONDS:.0f} s"
+        if not told:
+            waiting(f"cooling down from {sample.temperature_celsius:.0f} to {to_celsius:g} degrees")
+            told = True
+        time.sleep(1.0)
+    return "the card's temperature can't be read"
+
+
+def _sample(card: Card) -> Sample | None:
+    with contextlib.suppress(SensorFailed):
+        return card.sample()
+    return None
+
+
+def _user(pid: int, used_bytes: int | None) -> str:
+    try:
+        name = psutil.Process(pid).name()
+    except psutil.Error:
+        name = "outside this container"
+    held = "" if used_bytes is None else f", {used_bytes / GIB:.2f} GiB"
+    return f"process {pid} ({name}{held})"

@@ -1,0 +1,45 @@
+"""Which process a record belongs to, and whether that process is still there."""
+
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """One process of one machine since one boot; a pid alone is given out again."""
+
+    host: str
+    boot_id: str
+    pid: int
+    started: int
+    """Clock ticks between boot and the process's start (field 22 of /proc/PID/stat)."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended. Of another machine's processes nothing is known: not gone."""
+        if self.host != platform.node():
+            return False
+        return self.boot_id != _boot_id() or _started(self.pid) != self.started
+
+
+def this_process() -> Owner:
+    """The process that asks."""
+    return Owner(host=platform.node(), boot_id=_boot_id(), pid=os.getpid(), started=_started(os.getpid()) or 0)
+
+
+@functools.cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _started(pid: int) -> int | None:
+    """Start of a process in clock ticks since boot; None when there is none, or a zombie only."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces
+    return None if fields[0] == "Z" else int(fields[19])

@@ -1,0 +1,120 @@
+"""Which trials a sweep consists of, in which order, and which of them an earlier sweep has done."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.delivery import MULTIRUN
+from lora_lab.fingerprint import digest
+from lora_lab.sweep_folder import Plan, Planned, SweepFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridPoint:
+    """One point of a grid, as asked for."""
+
+    overrides: list[str]
+    config: TrialConfig
+    digest: str
+    conditions: dict[str, str]
+    """What besides the config decides the result."""
+
+
+def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
+    """Every point `repeats` times, as blocks: all points once before any point again, in a random order inside each
+    block (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
+    labels = _labels(points)
+    trials: list[Planned] = []
+    for repeat in range(repeats):
+        order = random.Random(f"{seed} {repeat}").sample(range(len(points)), len(points))
+        for place in order:
+            point = points[place]
+            overrides = [o for o in point.overrides if o.partition("=")[0] != "seed"]
+            trials.append(
+                Planned(
+                    number=len(trials),
+                    label=labels[place],
+                    asked_place=place,
+                    repeat=repeat,
+                    overrides=[*overrides, f"seed={point.config.seed + repeat}"],
+                    point=point.digest,
+                    fingerprint=digest([point.digest, repeat, point.conditions]),
+                )
+            )
+    return trials
+
+
+def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
+    """The points, each once: a grid can name the same config twice."""
+    return list({point.digest: point for point in reversed(points)}.values())[::-1]
+
+
+def _labels(points: Sequence[GridPoint]) -> list[str]:
+    """For each point the overrides in which it differs from others; for a single point all of them."""
+    values: dict[str, set[str]] = {}
+    for point in points:
+        for override in point.overrides:
+            key, _, value = override.partition("=")
+            values.setdefault(key, set()).add(value)
+    fixed = {key for key, seen in values.items() if len(seen) == 1} if len(points) > 1 else set()
+    shown = [[o for o in point.overrides if o.partition("=")[0] not in fixed] for point in points]
+    return [" ".join(overrides) or "the defaults" for overrides in shown]
+
+
+def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:
+    """The newest sweep that has some of these trials (in `folder`, or below multirun/), and the trials as that
+    sweep numbers them, with those it does not have added; None when there is none."""
+    wanted = {trial.fingerprint for trial in trials}
+    for sweep in (SweepFolder(folder), *_earlier_sweeps()):
+        if not sweep.exists:
+            continue
+        plan = sweep.read()
+        there = {trial.fingerprint: trial for trial in plan.trials}
+        if not wanted & there.keys():
+            continue
+        asked = []
+        for trial in trials:
+            known = there.get(trial.fingerprint)
+            if known is None:
+                known = replace(trial, number=len(plan.trials))
+                plan.trials.append(known)
+            asked.append(replace(known, asked_place=trial.asked_place, label=trial.label))
+        return sweep, sorted(asked, key=lambda trial: trial.number)
+    return None
+
+
+def refuse_running(plan: Plan, folder: Path) -> None:
+    """Raise RefusedInput when another process runs the sweep."""
+    raise RefusedInput(
+        f"this sweep is running now, in process {plan.owner.pid} (files {folder}). Wait for it, or leave out "
+        "resume=true to start another one."
+    )
+
+
+def done_elsewhere(points: Sequence[GridPoint]) -> list[str]:
+    """What of these points was done under other conditions, and what differs; a line for each earlier sweep."""
+    conditions = {point.digest: point.conditions for point in points}
+    said = []
+    for sweep in _earlier_sweeps():
+        plan = sweep.read()
+        differing: set[str] = set()
+        shared = [t for t in plan.trials if t.point in conditions and (sweep.attempt(t) is not None)]
+        for trial in shared:
+            then, now = plan.conditions.get(trial.point, {}), conditions[trial.point]
+            differing |= {
+                f"{k} {then.get(k, 'absent')} -> {now.get(k, 'absent')}"
+                for k in then.keys() | now.keys()
+                if then.get(k) != now.get(k)
+            }
+        if differing:
+            said.append(
+                f"{len(shared)} trials in {sweep.path} ran under other conditions: {', '.join(sorted(differing))}"
+            )
+    return said
+
+
+def _earlier_sweeps() -> list[SweepFolder]:
+    """Newest first: the folders are named by date and time."""
+    return [SweepFolder(path.parent) for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True)]

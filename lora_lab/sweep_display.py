@@ -1,0 +1,157 @@
+"""What a person sees of a sweep: the forecast, a line a trial, the table at the end."""
+
+import csv
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lora_lab.outcome import End, Outcome
+from lora_lab.records import Record
+from lora_lab.sweep_folder import Attempt, Planned, SweepFolder
+from lora_lab.telemetry.summary import Summary
+
+_FIGURES = (
+    ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
+    ("VRAM GiB", "vram/peak_allocated_gib", "{:.2f}"),
+    ("card GiB", "vram/peak_device_gib", "{:.2f}"),
+    ("J/token", "energy/joules_per_token", "{:.4f}"),
+    ("held-out loss", "loss/eval", "{:.4f}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a sweep is."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+    """None while nothing is known to judge by."""
+
+
+def standing(folder: SweepFolder) -> Standing:
+    """How far the sweep in `folder` is; the time left is judged by its own trials."""
+    trials = folder.read().trials
+    attempts = [(trial, folder.attempt(trial)) for trial in trials]
+    over = [(trial.point, attempt) for trial, attempt in attempts if attempt is not None and attempt.done]
+    pending = [trial for trial, attempt in attempts if attempt is None or not attempt.done]
+    known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
+    usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
+    left = None if unknown and usual is None else known + unknown * (usual or 0.0)
+    return Standing(len(over), len(trials), left)
+
+
+def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tuple[float, int]:
+    """Seconds for those trials whose point has run before, and how many have not.
+
+    Args:
+        ran: point and seconds of each trial that ran.
+    """
+    seconds: dict[str, list[float]] = {}
+    for point, took in ran:
+        seconds.setdefault(point, []).append(took)
+    known = [statistics.median(seconds[trial.point]) for trial in trials if trial.point in seconds]
+    return sum(known), len(trials) - len(known)
+
+
+def show_forecast(
+    folder: Path, trials: Sequence[Planned], pending: Sequence[Planned], earlier: Sequence[dict[str, Any]]
+) -> None:
+    """What is going to be run and how long that takes, judged by `earlier` trials on the same device."""
+    points, repeats = len({trial.point for trial in trials}), 1 + max(trial.repeat for trial in trials)
+    console = Console(file=sys.stdout)
+    what = f"{len(trials)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
+    done = len(trials) - len(pending)
+    console.print(what + (f", {done} of them done already" if done else ""), highlight=False)
+    ran = [(outline["point"], outline["seconds"]) for outline in earlier if outline["outcome"] == "finished"]
+    seconds, unknown = estimate(pending, ran)
+    if not pending:
+        said = "nothing left to do"
+    elif unknown == len(pending):
+        said = "time: unknown, none of these points has finished here before"
+    elif unknown:
+        said = f"time: {clock(seconds)} for the points that finished here before, unknown for {unknown} others"
+    else:
+        said = f"time: about {clock(seconds)}, as these points took here before"
+    console.print(said, highlight=False)
+    console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -> None:
+    """One finished trial in one line, with the sweep's standing."""
+    now = standing(folder)
+    figures = [form.format(summary.metrics[key]) + f" {name}" for name, key, form in _FIGURES if key in summary.metrics]
+    left = "" if now.seconds_left is None or now.done == now.total else f"{clock(now.seconds_left)} left"
+    why = end.reason if end.outcome is not Outcome.finished else ""
+    parts = [f"[{now.done}/{now.total}] {end.outcome.value}: {record.name}", *figures, why, left]
+    line = "  ".join(escape(part) for part in parts if part)
+    Console(file=sys.stdout).print(f"[{_colour(end.outcome.value)}]{line}[/]", highlight=False, soft_wrap=True)
+
+
+def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
+    """Every trial with its figures, then every trial that did not finish with its reason."""
+    shown = [figure for figure in _FIGURES if any(a is not None and figure[1] in a.metrics for a in attempts)]
+    table = Table()
+    for title in ("trial", "outcome", *(name for name, _, _ in shown)):
+        table.add_column(title, justify="left" if title in ("trial", "outcome") else "right")
+    for trial, attempt in _in_order(trials, attempts):
+        outcome = attempt.outcome if attempt else "not run"
+        cells = [
+            form.format(attempt.metrics[key]) if attempt and key in attempt.metrics else "" for _, key, form in shown
+        ]
+        table.add_row(escape(trial.name), f"[{_colour(outcome)}]{outcome}[/]", *cells)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    for trial, attempt in _in_order(trials, attempts):
+        if attempt is not None and attempt.reason:
+            said = f"{attempt.outcome}: {trial.name}: {attempt.reason}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+    warned = Counter(warning for attempt in attempts if attempt for warning in set(attempt.warnings))
+    for warning, count in warned.items():
+        which = "all trials" if count == len(trials) else f"{count} of {len(trials)} trials"
+        console.print(f"[yellow]warning[/yellow] ({which}): {escape(warning)}", highlight=False, soft_wrap=True)
+    counts = Counter(attempt.outcome if attempt else "not run" for attempt in attempts)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()), highlight=False)
+
+
+def write_table(path: Path, trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
+    """The same as one row a trial, for other programs.
+
+    Raises: OSError."""
+    names = sorted({name for attempt in attempts if attempt for name in attempt.metrics})
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "repeat", "outcome", "reason", "seconds", *names])
+        for trial, attempt in _in_order(trials, attempts):
+            if attempt is None:
+                rows.writerow([trial.label, trial.repeat, "not run"])
+                continue
+            figures = [attempt.metrics.get(name, "") for name in names]
+            rows.writerow([trial.label, trial.repeat, attempt.outcome, attempt.reason, attempt.seconds, *figures])
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _in_order(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> list[tuple[Planned, Attempt | None]]:
+    """Points in the order they were asked for, repeats of a point together."""
+    first = {trial.point: trial.asked_place for trial in trials}
+    return sorted(zip(trials, attempts, strict=True), key=lambda pair: (first[pair[0].point], pair[0].repeat))
+
+
+def _colour(outcome: str) -> str:
+    return {"finished": "green", "not run": "dim"}.get(outcome, "red")

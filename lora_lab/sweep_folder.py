@@ -1,0 +1,183 @@
+"""What a sweep leaves on disk: its plan, written before the first trial, and a folder for each attempt at a trial."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.outcome import Outcome
+from lora_lab.owner import Owner
+from lora_lab.records import RUNNING, Record
+from lora_lab.trial_folder import DELIVERED, TrialFolder, read_json, write_json
+
+PLAN = "sweep.json"
+AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)
+"""Outcomes that say nothing about the point itself: resume runs these again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One trial of a sweep, before it is run."""
+
+    number: int
+    """From 0, in the order of running; names its folder."""
+    label: str
+    """The settings that differ between the sweep's points."""
+    asked_place: int
+    """Where its point stands among the points as asked for, from 0."""
+    repeat: int
+    overrides: list[str]
+    """What its command line would be."""
+    point: str
+    """Digest of the config: the same for all repeats."""
+    fingerprint: str
+    """Digest of config, repeat and conditions: the same trial, however often it is asked for."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.label} #{self.repeat}" if self.repeat else self.label
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """All trials of a sweep, and the record above them."""
+
+    owner: Owner
+    tracking: TrackingConfig
+    record: Record
+    conditions: dict[str, dict[str, str]]
+    """Code, versions, device and data of each point, by its digest."""
+    trials: list[Planned]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The latest attempt at a trial, as far as it is over."""
+
+    outcome: str
+    reason: str
+    seconds: float
+    metrics: dict[str, float]
+    warnings: list[str]
+
+    @property
+    def done(self) -> bool:
+        """Measured: nothing is gained by running it again."""
+        return self.outcome not in AGAIN
+
+
+class SweepFolder:
+    """The folder of one sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep was planned here."""
+        return (self.path / PLAN).is_file()
+
+    def read(self) -> Plan:
+        """The plan as it is now."""
+        found = read_json(self.path / PLAN)
+        return Plan(
+            owner=Owner(**found["owner"]),
+            tracking=TrackingConfig(**{**found["tracking"], "kind": TrackingKind[found["tracking"]["kind"]]}),
+            record=Record.of(found["record"]),
+            conditions=found["conditions"],
+            trials=[Planned(**trial) for trial in found["trials"]],
+        )
+
+    def write(self, plan: Plan) -> None:
+        """Raises: OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = asdict(plan)
+        content["tracking"]["kind"] = plan.tracking.kind.name
+        write_json(self.path / PLAN, content)
+
+    def planned(self, folder: Path) -> Planned | None:
+        """Which trial is run in `folder`."""
+        if not self.exists:
+            return None
+        number = folder.name.partition("-")[0]
+        return next((trial for trial in self.read().trials if _name(trial) == number), None)
+
+    def next_attempt(self, trial: Planned) -> str:
+        """Name of a folder for one more attempt; what earlier ones left stays."""
+        attempts = len(list(self.path.glob(f"{_name(trial)}*")))
+        return f"{_name(trial)}-{attempts + 1}" if attempts else _name(trial)
+
+    def attempt(self, trial: Planned) -> Attempt | None:
+        """How the latest attempt that is over ended; None when there is none."""
+        for number in range(len(list(self.path.glob(f"{_name(trial)}*"))), 0, -1):
+            folder = TrialFolder(self.path / (f"{_name(trial)}-{number}" if number > 1 else _name(trial)))
+            found = folder.outline()
+            if found is not None:
+                return Attempt(found["outcome"], found["reason"], found["seconds"], found["metrics"], found["warnings"])
+        return None
+
+    def end(self, outcome: str, attempts: list[Attempt | None], seconds: float) -> None:
+        """Complete the record above the trials.
+
+        Raises: OSError."""
+        plan = self.read()
+        plan.record.outcome = outcome
+        plan.record.ended_ms = plan.record.started_ms + round(seconds * 1e3)
+        counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
+        plan.record.metrics = {"sweep/trials": float(len(attempts))}
+        plan.record.metrics |= {
+            f"sweep/{kind.value}": float(counts[kind.value]) for kind in Outcome if counts[kind.value]
+        }
+        plan.record.tags["outcome"] = outcome
+        self.write(plan)
+
+    def end_for_dead(self) -> bool:
+        """Say of a sweep whose process is gone that it was killed; whether that was news.
+
+        Raises: OSError."""
+        plan = self.read()
+        if plan.record.outcome != RUNNING:
+            return False
+        plan.record.outcome = plan.record.tags["outcome"] = Outcome.killed.value
+        self.write(plan)
+        return True
+
+    @property
+    def delivered(self) -> bool:
+        """Whether a store knows the sweep."""
+        return (self.path / DELIVERED).is_file()
+
+    @property
+    def delivered_as_it_is(self) -> bool:
+        """Whether the store's record is the present one."""
+        found = read_json(self.path / DELIVERED)
+        return found is not None and found["outcome"] == self.read().record.outcome
+
+    def mark_delivered(self, run_id: str, outcome: str) -> None:
+        """Remember the store's id and what it was told."""
+        try:
+            write_json(self.path / DELIVERED, {"run_id": run_id, "outcome": outcome})
+        except OSError:
+            return
+
+    def artifacts(self) -> list[Path]:
+        """What goes into the store beside the trials' own records."""
+        return [path for path in (self.path / PLAN, self.path / "trials.csv") if path.is_file()]
+
+
+def _name(trial: Planned) -> str:
+    return f"{trial.number:04d}"
+
+
+def outlines(root: Path) -> list[dict[str, Any]]:
+    """What the newest trials below `root` were and how long they took, for a forecast."""
+    folders = sorted(root.glob("*/*"), reverse=True)[:200]
+    found = []
+    for folder in folders:
+        for trial in (folder, *folder.glob("[0-9]*")):
+            outline = TrialFolder(trial).outline()
+            if outline is not None:
+                found.append(outline)
+    return found

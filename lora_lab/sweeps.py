@@ -1,0 +1,339 @@
+"""A sweep: every point of a grid, checked before the first is run, in blocks, and taken up again where it stopped.
+
+Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `sweep`.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import track
+
+from lora_lab import processes
+from lora_lab.compose import explain, load
+from lora_lab.config import Isolation, RefusedInput, TrialConfig
+from lora_lab.delivery import MULTIRUN, Store, absolute, owner_tags
+from lora_lab.devices import choose_card
+from lora_lab.environment import device_facts, environment
+from lora_lab.fingerprint import conditions, point_digest
+from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
+from lora_lab.owner import this_process
+from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, refuse_running, take_up, without_twins
+from lora_lab.records import RUNNING, Record, without_secrets
+from lora_lab.refusals import COMPOSING
+from lora_lab.session import look_after_earlier_runs, refuse_unusable
+from lora_lab.sweep_display import show_forecast, show_table, write_table
+from lora_lab.sweep_folder import Attempt, Plan, Planned, SweepFolder, outlines
+from lora_lab.trial_folder import TrialFolder
+
+
+@dataclass
+class GridConf:
+    """The keys below hydra.sweeper; a preset under conf/sweep/ sets them."""
+
+    _target_: str = "hydra_plugins.lora_lab_grid.GridSweeper"
+    params: dict[str, str] | None = None
+    """A grid: for each key its values, separated by commas."""
+    points: list[str] | None = None
+    """Points that are no grid: a line of overrides for each. Together with params, each point gets that grid."""
+    assumptions: list[str] | None = None
+    """What a preset had to assume; shown before the sweep and kept in its record."""
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
+
+
+class Grid(Sweeper):
+    """Hydra's sweeper of this project."""
+
+    def __init__(
+        self,
+        params: dict[str, str] | None = None,
+        points: list[str] | None = None,
+        assumptions: list[str] | None = None,
+    ) -> None:
+        self._params = dict(params or {})
+        self._lines = list(points or [""])
+        self._assumptions = list(assumptions or [])
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's call before `sweep`."""
+        self._context = hydra_context
+        self._config = config
+        self._launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run every point; leaves through SystemExit with the sweep's exit code."""
+        combinations = self._combinations(arguments)
+        COMPOSING.over()
+        try:
+            code = self._run(combinations, arguments)
+        except RefusedInput as refusal:
+            print(f"Refused, no trial was started:\n{refusal}", file=sys.stderr)
+            code = EXIT_REFUSED
+        sys.stdout.flush()
+        raise SystemExit(code)
+
+    def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each point. What the command line says beats the preset's point, which beats its grid."""
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        params = [f"{key}={values}" for key, values in self._params.items()]
+        found: list[list[str]] = []
+        for line in self._lines:
+            [combinations] = BasicSweeper.split_arguments(
+                parser.parse_overrides([*params, *shlex.split(line), *arguments]), None
+            )
+            found += combinations
+        return found
+
+    def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
+        points = self._points(combinations)
+        first = points[0].config
+        if first.isolation is Isolation.process:
+            processes.prepare()  # imports torch in the background
+        store = Store(absolute(first.tracking))
+        look_after_earlier_runs(store)
+        trials = plan_trials(points, first.repeats, first.seed)
+        folder, trials = self._folder(points, trials, first.resume)
+        with _alone(folder):
+            pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
+            for assumption in self._assumptions:
+                Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
+            _refuse_unfit(pending, points)
+            show_forecast(folder.path, trials, pending, outlines(MULTIRUN))
+            self._write_plan(folder, trials, points, arguments)
+            code = self._launch(folder, pending, store) if pending else 0
+            return self._finish(folder, trials, store, code, bool(pending))
+
+    def _points(self, combinations: list[list[str]]) -> list[GridPoint]:
+        """Compose every point.
+
+        Raises: RefusedInput with every fault of every point."""
+        points: list[GridPoint] = []
+        faults: dict[str, list[str]] = {}
+        for overrides in _with_progress(combinations, "composing the points"):
+            try:
+                config = self._compose(overrides)
+                refuse_unusable(config)
+                card = choose_card(config.device)
+            except RefusedInput as refusal:
+                for fault in refusal.faults:
+                    faults.setdefault(fault, []).append(" ".join(overrides))
+                continue
+            points.append(
+                GridPoint(
+                    overrides=overrides,
+                    config=config,
+                    digest=point_digest(config),
+                    conditions=conditions(config, card),
+                )
+            )
+        _refuse(faults, len(combinations))
+        return without_twins(points)
+
+    def _compose(self, overrides: list[str]) -> TrialConfig:
+        try:
+            composed = self._context.config_loader.load_sweep_config(self._config, overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+            raise RefusedInput(explain(f"{error}{cause}")) from error
+        with open_dict(composed):
+            del composed["hydra"]
+        return load(composed)
+
+    def _folder(
+        self, points: list[GridPoint], trials: list[Planned], resume: bool
+    ) -> tuple[SweepFolder, list[Planned]]:
+        """Where the sweep's files are or will be, and its trials under the numbers they have there."""
+        new = Path(self._config.hydra.sweep.dir)
+        found = take_up(trials, new) if resume else None
+        if found is not None:
+            print(f"resuming the sweep in {found[0].path}")
+            return found
+        if resume:
+            print("no earlier sweep has these points under the present conditions: this is a new one")
+            for line in done_elsewhere(points):
+                print(line)
+        if SweepFolder(new).exists:
+            raise RefusedInput(
+                f"{new} holds a sweep already; add resume=true to go on with it, or name another folder."
+            )
+        return SweepFolder(new.absolute()), trials
+
+    def _write_plan(
+        self, folder: SweepFolder, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str]
+    ) -> None:
+        """On disk before the first trial; on resume the plan that is there is brought up to date."""
+        owner = this_process()
+        facts = owner_tags(owner, folder.path)
+        now = {point.digest: point.conditions for point in points}
+        try:
+            if folder.exists:
+                plan = folder.read()
+                there = {trial.number for trial in plan.trials}
+                plan.trials += [trial for trial in trials if trial.number not in there]
+                plan.owner, plan.conditions = owner, plan.conditions | now
+                plan.record.tags |= facts
+            else:
+                first = points[0].config
+                record = self._record(trials, points, arguments, facts)
+                plan = Plan(
+                    owner=owner, tracking=absolute(first.tracking), record=record, conditions=now, trials=trials
+                )
+            folder.write(plan)
+        except OSError as error:
+            raise RefusedInput(
+                f"nothing can be written to {folder.path} ({error.strerror}). Make room there."
+            ) from error
+
+    def _record(
+        self, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]
+    ) -> Record:
+        preset = self._config.hydra.runtime.choices.get("sweep")
+        axes: dict[str, list[str]] = {}
+        for point in points:
+            for override in point.overrides:
+                key, _, value = override.partition("=")
+                if value not in axes.setdefault(key, []):
+                    axes[key].append(value)
+        varied = {key: values for key, values in axes.items() if len(values) > 1}
+        params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
+        params |= {"points": str(len(points)), "repeats": str(points[0].config.repeats), "trials": str(len(trials))}
+        if preset:
+            params["sweep"] = str(preset)
+        words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
+        tags = environment() | device_facts(choose_card(points[0].config.device)) | facts | {"command": words}
+        if self._assumptions:
+            tags["assumptions"] = "; ".join(self._assumptions)
+        name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
+        return Record(name=name, params=params, tags=tags)
+
+    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Store) -> int:
+        """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
+        plan = folder.read()
+        plan.record.outcome = plan.record.tags["outcome"] = RUNNING
+        with suppress(OSError):
+            folder.write(plan)
+        store.deliver_sweep(folder)
+        place = f"hydra.sweep.dir={_quoted(str(folder.path))}"
+        jobs = [[*t.overrides, place, f"hydra.sweep.subdir={_quoted(folder.next_attempt(t))}"] for t in pending]
+        with open_dict(self._config):
+            OmegaConf.set_readonly(self._config, False)
+            OmegaConf.set_readonly(self._config.hydra, False)
+            self._config.hydra.sweep.dir = str(folder.path)
+        try:
+            returned: Sequence[JobReturn] = self._launcher.launch(jobs, initial_job_idx=0)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        broken = [job for job in returned if job.status is JobStatus.FAILED]
+        for job in broken:
+            print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
+        return 1 if broken else 0
+
+    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int, ran: bool) -> int:
+        """Table, delivery of what the store did not take at once, exit code."""
+        attempts = [folder.attempt(trial) for trial in trials]
+        codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
+        code = code or combined_exit_code(codes)
+        if ran:
+            self._record_end(
+                folder, trials, attempts, store, Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
+            )
+        show_table(trials, attempts)
+        if any(attempt is None or not attempt.done for attempt in attempts):
+            print("to run again what was not measured: the same command with resume=true")
+        if store.fault:
+            print(f"{store.fault}; the next start delivers the records")
+        elif ran and (run_id := store.deliver_sweep(folder)):
+            print("\n".join(store.where(run_id)))
+        return code
+
+    def _record_end(
+        self,
+        folder: SweepFolder,
+        trials: list[Planned],
+        attempts: list[Attempt | None],
+        store: Store,
+        outcome: Outcome,
+    ) -> None:
+        plan = folder.read()
+        with suppress(OSError):
+            write_table(folder.path / "trials.csv", trials, attempts)
+            folder.end(outcome.value, attempts, time.time() - plan.record.started_ms / 1e3)
+        store.fault = ""
+        for path in sorted(folder.path.glob("[0-9]*")):
+            trial = TrialFolder(path)
+            record = None if trial.delivered else trial.record()
+            if record is not None and store.deliver_trial(trial, record) is None:
+                return
+
+
+def _alone(folder: SweepFolder) -> FileLock:
+    """The right to run this sweep, for one process at a time.
+
+    Raises: RefusedInput when another one has it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        refuse_running(folder.read(), folder.path)
+    return lock
+
+
+def _refuse_unfit(pending: list[Planned], points: list[GridPoint]) -> None:
+    """Raise RefusedInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
+    wanted = {trial.point for trial in pending}
+    chosen = [point for point in points if point.digest in wanted and point.config.isolation is Isolation.process]
+    if not chosen:
+        return
+    with Console(stderr=True).status("looking at rows and models of all points"):
+        log = MULTIRUN.absolute().parent / "multirun" / ".check.log"
+        log.parent.mkdir(exist_ok=True)
+        found = processes.check_trials([point.config for point in chosen], log, lambda _: None)
+    faults: dict[str, list[str]] = {}
+    for point, fault in zip(chosen, found, strict=True):
+        if fault:
+            faults.setdefault(fault, []).append(" ".join(point.overrides))
+    _refuse(faults, len(points))
+
+
+def _refuse(faults: dict[str, list[str]], count: int) -> None:
+    if not faults:
+        return
+    lines = []
+    for fault, where in faults.items():
+        which = "every point" if len(where) == count else f"{len(where)} of {count} points, the first: {where[0]}"
+        lines.append(f"{fault}\n  ({which})" if count > 1 else fault)
+    raise RefusedInput(*lines)
+
+
+def _with_progress(items: list[list[str]], what: str) -> Any:
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra's grammar takes it whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

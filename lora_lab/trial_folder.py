@@ -1,0 +1,241 @@
+"""What a trial leaves on disk, written so that a kill at any instant loses nothing that was said before it.
+
+`trial.json` says what was asked for and by which process. Events and samples follow line by line. `record.json`
+appears whole or not at all: with it the trial is over. `delivered.json` says which store has it.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.events import Ended, Event, decode, encode
+from lora_lab.outcome import End, Outcome, end_said
+from lora_lab.owner import Owner
+from lora_lab.records import Record, complete, plain
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.summary import Summary, summarise
+
+ASKED = "trial.json"
+RECORD = "record.json"
+DELIVERED = "delivered.json"
+_NOT_ARTIFACTS = (RECORD, DELIVERED)  # the store has these as the run itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is known before a trial starts, and is needed to record it if its process is killed."""
+
+    owner: Owner
+    t: float
+    """time.monotonic() seconds when it was asked for."""
+    tracking: TrackingConfig
+    record: Record
+    unix_minus_monotonic: float = field(default_factory=lambda: time.time() - time.monotonic())
+    """Seconds that turn an event's `t` into Unix time."""
+    no_sensor: str = ""
+    """Why there are no readings of a card; empty when there is one."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the parent itself has to add to a trial's figures."""
+
+    warnings: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
+    _write(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file that write_json wrote; None when there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class _Journal:
+    """One line at a time, each in the file before the next thing happens. A disk that is full does not stop
+    the trial: what did not fit is kept in memory, and written at the end if there is room then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[str] = []
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._fault = False
+
+    def add(self, line: str) -> None:
+        self._lines.append(line + "\n")
+        if self._fault:
+            return
+        try:
+            self._file.write(self._lines[-1])
+        except OSError:
+            self._fault = True
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            self._fault = True
+        if self._fault:
+            _write(self._path, "".join(self._lines))
+
+
+class TrialFolder:
+    """The folder of one trial."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events: _Journal | None = None
+        self._samples: _Journal | None = None
+
+    def begin(self, asked: Asked, config: TrialConfig, facts: dict[str, str]) -> None:
+        """Write what was asked for, and be ready for events and samples.
+
+        Raises: OSError when nothing can be written here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        write_json(self.path / "environment.json", facts)
+        content = asdict(asked)
+        content["tracking"]["kind"] = asked.tracking.kind.name
+        write_json(self.path / ASKED, content)
+        self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
+
+    def note_event(self, event: Event) -> None:
+        """Keep an event."""
+        assert self._events is not None
+        self._events.add(encode(event))
+
+    def note_sample(self, sample: Sample) -> None:
+        """Keep a reading of the card."""
+        assert self._samples is not None
+        self._samples.add(json.dumps(asdict(sample)))
+
+    def give_up(self) -> None:
+        """No trial after all: its input was refused."""
+        (self.path / ASKED).unlink()
+
+    def finish(
+        self, asked: Asked, end: End, events: list[Event], samples: list[Sample], no_sensor: str, seen: Seen
+    ) -> tuple[Record, Summary]:
+        """Summarise, complete the record, and put both on disk; `record.json` comes last.
+
+        A disk that is full leaves the record in memory, with a warning: the store can still take it.
+        """
+        record = asked.record
+        summary = summarise(events, samples, no_sensor, asked.t)
+        summary.warnings += seen.warnings
+        summary.metrics |= seen.metrics
+        complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+        try:
+            for journal in (self._events, self._samples):
+                if journal is not None:
+                    journal.close()
+            if end.traceback:
+                _write(self.path / "traceback.txt", end.traceback)
+            write_json(self.path / "summary.json", _outline(record) | asdict(summary))
+            write_json(self.path / RECORD, asdict(record))
+        except OSError as error:
+            summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
+        return record, summary
+
+    def asked(self) -> Asked | None:
+        """What was asked for here; None where no trial began, or one of an older version."""
+        found = read_json(self.path / ASKED)
+        if found is None:
+            return None
+        tracking = found["tracking"] | {"kind": TrackingKind[found["tracking"]["kind"]]}
+        return Asked(
+            owner=Owner(**found["owner"]),
+            t=found["t"],
+            tracking=TrackingConfig(**tracking),
+            record=Record.of(found["record"]),
+            unix_minus_monotonic=found["unix_minus_monotonic"],
+            no_sensor=found["no_sensor"],
+        )
+
+    def record(self) -> Record | None:
+        """The whole record; None while the trial is not over."""
+        found = read_json(self.path / RECORD)
+        return None if found is None else Record.of(found)
+
+    def outline(self) -> dict[str, Any] | None:
+        """Outcome, reason, seconds and figures, without the series; None while the trial is not over."""
+        found: dict[str, Any] | None = read_json(self.path / "summary.json")
+        return found if found is not None and (self.path / RECORD).is_file() else None
+
+    def finish_for_dead(self, asked: Asked) -> Record:
+        """Make the record of a trial whose process is gone, from what it had written until then."""
+        events: list[Event] = _read_lines(self.path / "events.jsonl", decode)
+        samples: list[Sample] = _read_lines(self.path / "samples.jsonl", lambda line: Sample(**json.loads(line)))
+        said = next((event for event in events if isinstance(event, Ended)), None)
+        if said is not None:
+            end = end_said(said)
+        else:
+            why = "the process that ran lora_lab was gone: killed, or the machine stopped"
+            end = End(outcome=Outcome.killed, reason=why)
+        return self.finish(asked, end, events, samples, asked.no_sensor, Seen())[0]
+
+    @property
+    def delivered(self) -> bool:
+        """Whether a store has the record."""
+        return (self.path / DELIVERED).is_file()
+
+    def mark_delivered(self, run_id: str) -> None:
+        """Remember the store's id of the run. On a full disk the next start delivers again, which changes nothing."""
+        try:
+            write_json(self.path / DELIVERED, {"run_id": run_id})
+        except OSError:
+            return
+
+    def artifacts(self) -> list[Path]:
+        """What goes into the store beside the figures."""
+        return sorted(path for path in self.path.iterdir() if path.name not in _NOT_ARTIFACTS and path.name[0] != ".")
+
+
+def _outline(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "outcome": record.outcome,
+        "reason": record.tags.get("reason", ""),
+        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
+        "point": record.tags.get("point", ""),
+        "device": record.tags["device"],
+    }
+
+
+def _read_lines(path: Path, read: Callable[[str], Any]) -> list[Any]:
+    """Every whole line; a kill or a full disk can leave the last one torn."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(read(line))
+        except (ValueError, KeyError, TypeError):
+            break
+    return found
