@@ -56,17 +56,18 @@ def _file_digest(path: Path) -> str:
         stat = path.stat()
     except OSError:
         return "missing"
-    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+    return _digest_of((path, stat.st_size, stat.st_mtime_ns))
 
 
 @functools.cache
-def _digest_of(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as opened:
+def _digest_of(state: tuple[Path, int, int]) -> str:
+    """Once for each path, size and time of change."""
+    with state[0].open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of a local model: its small files by content, its weights by name, size and time (hashing 15 GB takes a minute)."""
+    """Of a local model: its small files by content, its weights by size and time (hashing 15 GB takes a minute)."""
     parts: list[Any] = []
     for path in sorted(folder.glob("*")):
         if path.suffix == ".json":

@@ -97,7 +97,7 @@ def _asked_bytes(text: str) -> int | None:
     said = re.search(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", text, re.IGNORECASE)
     if not said:
         return None
-    return round(float(said[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(said[2]))
+    return round(float(said[1]) * 1024.0 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(said[2]))
 
 
 def _is_out_of_memory(error: BaseException, text: str) -> bool:

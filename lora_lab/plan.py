@@ -102,17 +102,16 @@ def done_elsewhere(points: Sequence[GridPoint]) -> list[str]:
         differing: set[str] = set()
         shared = [t for t in plan.trials if t.point in conditions and (sweep.attempt(t) is not None)]
         for trial in shared:
-            then, now = plan.conditions.get(trial.point, {}), conditions[trial.point]
-            differing |= {
-                f"{k} {then.get(k, 'absent')} -> {now.get(k, 'absent')}"
-                for k in then.keys() | now.keys()
-                if then.get(k) != now.get(k)
-            }
+            differing |= _differences(plan.conditions.get(trial.point, {}), conditions[trial.point])
         if differing:
-            said.append(
-                f"{len(shared)} trials in {sweep.path} ran under other conditions: {', '.join(sorted(differing))}"
-            )
+            what = ", ".join(sorted(differing))
+            said.append(f"{len(shared)} trials in {sweep.path} ran under other conditions: {what}")
     return said
+
+
+def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
+    keys = {key for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
+    return {f"{key} {then.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys}
 
 
 def _earlier_sweeps() -> list[SweepFolder]:

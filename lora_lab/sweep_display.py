@@ -104,9 +104,8 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
         table.add_column(title, justify="left" if title in ("trial", "outcome") else "right")
     for trial, attempt in _in_order(trials, attempts):
         outcome = attempt.outcome if attempt else "not run"
-        cells = [
-            form.format(attempt.metrics[key]) if attempt and key in attempt.metrics else "" for _, key, form in shown
-        ]
+        metrics = attempt.metrics if attempt else {}
+        cells = [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
         table.add_row(escape(trial.name), f"[{_colour(outcome)}]{outcome}[/]", *cells)
     console = Console(file=sys.stdout)
     console.print(table)

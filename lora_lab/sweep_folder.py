@@ -127,9 +127,7 @@ class SweepFolder:
         plan.record.ended_ms = plan.record.started_ms + round(seconds * 1e3)
         counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
         plan.record.metrics = {"sweep/trials": float(len(attempts))}
-        plan.record.metrics |= {
-            f"sweep/{kind.value}": float(counts[kind.value]) for kind in Outcome if counts[kind.value]
-        }
+        plan.record.metrics |= {f"sweep/{ended}": float(count) for ended, count in counts.items()}
         plan.record.tags["outcome"] = outcome
         self.write(plan)
 

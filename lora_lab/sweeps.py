@@ -175,9 +175,7 @@ class Grid(Sweeper):
             for line in done_elsewhere(points):
                 print(line)
         if SweepFolder(new).exists:
-            raise RefusedInput(
-                f"{new} holds a sweep already; add resume=true to go on with it, or name another folder."
-            )
+            raise RefusedInput(f"{new} holds a sweep already; add resume=true to go on with it, or name another one.")
         return SweepFolder(new.absolute()), trials
 
     def _write_plan(
