@@ -94,23 +94,24 @@ def look_at(card: Card | None, share: bool) -> Before:
     )
 
 
-def see_freed(card: Card | None, before: Before) -> str:
+def see_freed(card: Card | None, before: Before) -> tuple[int | None, str]:
     """Wait until the card's memory is what it was before the trial.
 
-    Returns: empty, or who holds how much after all.
+    Returns: bytes in use now, None without a reading; empty, or who holds how much after all.
     """
     if card is None or before.used_bytes is None:
-        return ""
+        return None, ""
     end = time.monotonic() + _FREED_SECONDS
     while (sample := _sample(card)) and sample.used_bytes is not None:
         held = sample.used_bytes - before.used_bytes
         if held <= _SLACK_BYTES:
-            return ""
+            return sample.used_bytes, ""
         if time.monotonic() > end:
             who = ", ".join(_user(pid, used) for pid, used in card.users().items()) or "no process that can be seen"
-            return f"{held / GIB:.2f} GiB of {card.name} were not free again after the trial; held by {who}"
+            said = f"{held / GIB:.2f} GiB of {card.name} were not free again after the trial; held by {who}"
+            return sample.used_bytes, said
         time.sleep(0.05)
-    return ""
+    return None, ""
 
 
 def cool_down(card: Card | None, to_celsius: float | None, waiting: Callable[[str], None]) -> str:

@@ -194,12 +194,16 @@ def _device(story: _Story) -> Iterator[None]:
         if warm:
             story.warn(warm)
         story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
-        if story.before.temperature_celsius is not None:
-            story.seen.metrics["card/start_celsius"] = story.before.temperature_celsius
         yield
-        held = see_freed(card, story.before)
+        used_bytes, held = see_freed(card, story.before)
         if held:
             story.warn(held)
+        readings = {
+            "card/start_celsius": story.before.temperature_celsius,
+            "card/used_before_gib": None if story.before.used_bytes is None else story.before.used_bytes / GIB,
+            "card/used_after_gib": None if used_bytes is None else used_bytes / GIB,
+        }
+        story.seen.metrics |= {name: value for name, value in readings.items() if value is not None}
 
 
 def _within_capacity(story: _Story, end: End) -> End:
