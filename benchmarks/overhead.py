@@ -21,7 +21,7 @@ from lora_lab.devices import choose_card
 from lora_lab.environment import device_facts, environment
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
 
-TRIALS = 6
+TRIALS = 5
 COMMON = ["model=tiny", "measure=quick", "data=random_tokens", "data.rows=32", "seq_len=64"]
 _WORK = (Phase.conversion, Phase.model, Phase.evaluation_before, Phase.evaluation_after)
 

@@ -84,6 +84,16 @@ class Store:
             folder.mark_delivered(run_id, record.outcome)
         return run_id
 
+    def deliver_all(self, folder: SweepFolder) -> str | None:
+        """Hand over a sweep that is over: its trials that the store has not taken yet, then the record above them.
+        Returns that record's id in the store, None with `fault`."""
+        for path in sorted(folder.path.glob("[0-9]*")):
+            trial = TrialFolder(path)
+            record = None if trial.delivered else trial.record()
+            if record is not None and self.deliver_trial(trial, record) is None:
+                return None
+        return self.deliver_sweep(folder)
+
     def where(self, run_id: str) -> list[str]:
         """Lines that tell a person where the run is."""
         try:
@@ -142,12 +152,12 @@ class Recovered:
         """What a person should know of it."""
         said = []
         if self.killed:
-            said.append(f"{self.killed} left over from a killed process, now recorded as such")
+            said.append(f"left over from killed processes, now recorded as killed: {self.killed}")
         if self.delivered:
-            said.append(f"{self.delivered} earlier records delivered to the store")
+            said.append(f"records of earlier starts delivered to the store: {self.delivered}")
         if self.waiting:
             why = "; ".join(sorted(self.faults))
-            said.append(f"{self.waiting} earlier records still wait for their store ({why})")
+            said.append(f"records of earlier starts that still wait for their store: {self.waiting} ({why})")
         return said
 
 

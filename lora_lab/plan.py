@@ -1,11 +1,12 @@
 """Which trials a sweep consists of, in which order, and which of them an earlier sweep has done."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.delivery import MULTIRUN
 from lora_lab.fingerprint import digest
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder
@@ -25,7 +26,7 @@ class GridPoint:
 def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
     """Every point `repeats` times, as blocks: all points once before any point again, in a random order inside each
     block (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
-    labels = _labels(points)
+    settings = _settings(points)
     trials: list[Planned] = []
     for repeat in range(repeats):
         order = random.Random(f"{seed} {repeat}").sample(range(len(points)), len(points))
@@ -35,7 +36,7 @@ def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Pl
             trials.append(
                 Planned(
                     number=len(trials),
-                    label=labels[place],
+                    settings=settings[place],
                     asked_place=place,
                     repeat=repeat,
                     overrides=[*overrides, f"seed={point.config.seed + repeat}"],
@@ -51,26 +52,23 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
     return list({point.digest: point for point in reversed(points)}.values())[::-1]
 
 
-def _labels(points: Sequence[GridPoint]) -> list[str]:
-    """For each point the overrides in which it differs from others; for a single point all of them."""
+def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
+    """For each point the settings in which it differs from others; for a single point all that were asked for."""
+    asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
     values: dict[str, set[str]] = {}
-    for point in points:
-        for override in point.overrides:
-            key, _, value = override.partition("=")
+    for settings in asked:
+        for key, value in settings.items():
             values.setdefault(key, set()).add(value)
-    fixed = {key for key, seen in values.items() if len(seen) == 1} if len(points) > 1 else set()
-    shown = [[o for o in point.overrides if o.partition("=")[0] not in fixed] for point in points]
-    return [" ".join(overrides) or "the defaults" for overrides in shown]
+    same = {key for key, seen in values.items() if len(seen) == 1 and all(key in settings for settings in asked)}
+    fixed = same if len(points) > 1 else set()
+    return [{key: value for key, value in settings.items() if key not in fixed} for settings in asked]
 
 
 def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:
     """The newest sweep that has some of these trials (in `folder`, or below multirun/), and the trials as that
     sweep numbers them, with those it does not have added; None when there is none."""
     wanted = {trial.fingerprint for trial in trials}
-    for sweep in (SweepFolder(folder), *_earlier_sweeps()):
-        if not sweep.exists:
-            continue
-        plan = sweep.read()
+    for sweep, plan in _earlier_sweeps(folder):
         there = {trial.fingerprint: trial for trial in plan.trials}
         if not wanted & there.keys():
             continue
@@ -80,25 +78,16 @@ def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[
             if known is None:
                 known = replace(trial, number=len(plan.trials))
                 plan.trials.append(known)
-            asked.append(replace(known, asked_place=trial.asked_place, label=trial.label))
+            asked.append(replace(known, asked_place=trial.asked_place, settings=trial.settings))
         return sweep, sorted(asked, key=lambda trial: trial.number)
     return None
-
-
-def refuse_running(plan: Plan, folder: Path) -> None:
-    """Raise RefusedInput when another process runs the sweep."""
-    raise RefusedInput(
-        f"this sweep is running now, in process {plan.owner.pid} (files {folder}). Wait for it, or leave out "
-        "resume=true to start another one."
-    )
 
 
 def done_elsewhere(points: Sequence[GridPoint]) -> list[str]:
     """What of these points was done under other conditions, and what differs; a line for each earlier sweep."""
     conditions = {point.digest: point.conditions for point in points}
     said = []
-    for sweep in _earlier_sweeps():
-        plan = sweep.read()
+    for sweep, plan in _earlier_sweeps():
         differing: set[str] = set()
         shared = [t for t in plan.trials if t.point in conditions and (sweep.attempt(t) is not None)]
         for trial in shared:
@@ -114,6 +103,11 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
     return {f"{key} {then.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys}
 
 
-def _earlier_sweeps() -> list[SweepFolder]:
-    """Newest first: the folders are named by date and time."""
-    return [SweepFolder(path.parent) for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True)]
+def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
+    """`first`, then what is below multirun/, newest first: the folders are named by date and time. What another
+    version of lora_lab wrote is passed over."""
+    there = (path.parent for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
+    for sweep in map(SweepFolder, (*first, *there)):
+        if sweep.exists:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                yield sweep, sweep.read()

@@ -89,13 +89,12 @@ def run_worker(
     return end or _end_of_silence(worker.exitcode, folder)
 
 
-def check_trials(configs: list[TrialConfig], log: Path, done: Callable[[int], None]) -> list[str]:
+def check_trials(configs: list[TrialConfig], log: Path) -> list[str]:
     """What each trial would be refused for, found in a worker; empty where it would not be, or where the worker
     could not tell (then the trial itself will).
 
     Args:
         log: gets what the worker prints.
-        done: called with how many have been looked at.
     """
     from lora_lab.worker import process
 
@@ -105,11 +104,8 @@ def check_trials(configs: list[TrialConfig], log: Path, done: Callable[[int], No
     worker.start()
     sender.close()
     try:
-        while True:
-            said = receiver.recv()
-            if isinstance(said, list):
-                return said
-            done(said)
+        found: list[str] = receiver.recv()
+        return found
     except (EOFError, OSError):
         return [""] * len(configs)
     finally:

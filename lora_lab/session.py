@@ -212,7 +212,7 @@ def _within_capacity(story: _Story, end: End) -> End:
     limit, before = story.request.config.vram_limit_gib, story.before.used_bytes
     if limit is None or before is None:
         return end
-    story.warn(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these figures are")
+    story.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these are")
     used = [sample.used_bytes - before for sample in story.sampler.samples if sample.used_bytes is not None]
     peak_gib = max(used, default=0) / GIB
     if end.outcome is not Outcome.finished or peak_gib <= limit:

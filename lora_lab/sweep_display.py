@@ -99,14 +99,20 @@ def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -
 def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
     """Every trial with its figures, then every trial that did not finish with its reason."""
     shown = [figure for figure in _FIGURES if any(a is not None and figure[1] in a.metrics for a in attempts)]
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
+    repeated = any(trial.repeat for trial in trials)
     table = Table()
-    for title in ("trial", "outcome", *(name for name, _, _ in shown)):
-        table.add_column(title, justify="left" if title in ("trial", "outcome") else "right")
+    for key in (*keys, *(["repeat"] if repeated else []), "outcome"):
+        table.add_column(key.rpartition(".")[2], overflow="fold")
+    for name, _, _ in shown:
+        table.add_column(name, justify="right")
     for trial, attempt in _in_order(trials, attempts):
         outcome = attempt.outcome if attempt else "not run"
         metrics = attempt.metrics if attempt else {}
-        cells = [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
-        table.add_row(escape(trial.name), f"[{_colour(outcome)}]{outcome}[/]", *cells)
+        cells = [escape(trial.settings.get(key, "")) for key in keys] + ([str(trial.repeat)] if repeated else [])
+        cells.append(f"[{_colour(outcome)}]{outcome}[/]")
+        cells += [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
+        table.add_row(*cells)
     console = Console(file=sys.stdout)
     console.print(table)
     for trial, attempt in _in_order(trials, attempts):

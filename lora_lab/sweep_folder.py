@@ -1,5 +1,6 @@
 """What a sweep leaves on disk: its plan, written before the first trial, and a folder for each attempt at a trial."""
 
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ class Planned:
 
     number: int
     """From 0, in the order of running; names its folder."""
-    label: str
-    """The settings that differ between the sweep's points."""
+    settings: dict[str, str]
+    """Those that differ between the sweep's points."""
     asked_place: int
     """Where its point stands among the points as asked for, from 0."""
     repeat: int
@@ -35,8 +36,13 @@ class Planned:
     """Digest of config, repeat and conditions: the same trial, however often it is asked for."""
 
     @property
+    def label(self) -> str:
+        """The point, for people."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or "the defaults"
+
+    @property
     def name(self) -> str:
-        """For people."""
+        """The trial, for people."""
         return f"{self.label} #{self.repeat}" if self.repeat else self.label
 
 
@@ -118,17 +124,16 @@ class SweepFolder:
                 return Attempt(found["outcome"], found["reason"], found["seconds"], found["metrics"], found["warnings"])
         return None
 
-    def end(self, outcome: str, attempts: list[Attempt | None], seconds: float) -> None:
+    def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
         """Complete the record above the trials.
 
         Raises: OSError."""
         plan = self.read()
-        plan.record.outcome = outcome
-        plan.record.ended_ms = plan.record.started_ms + round(seconds * 1e3)
+        plan.record.outcome = plan.record.tags["outcome"] = outcome.value
+        plan.record.ended_ms = round(time.time() * 1e3)
         counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
         plan.record.metrics = {"sweep/trials": float(len(attempts))}
         plan.record.metrics |= {f"sweep/{ended}": float(count) for ended, count in counts.items()}
-        plan.record.tags["outcome"] = outcome
         self.write(plan)
 
     def end_for_dead(self) -> bool:

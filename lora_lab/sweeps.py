@@ -4,11 +4,11 @@ Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `swee
 """
 
 import shlex
+import shutil
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,12 @@ from lora_lab.environment import device_facts, environment
 from lora_lab.fingerprint import conditions, point_digest
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.owner import this_process
-from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, refuse_running, take_up, without_twins
+from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
 from lora_lab.records import RUNNING, Record, without_secrets
 from lora_lab.refusals import COMPOSING
 from lora_lab.session import look_after_earlier_runs, refuse_unusable
 from lora_lab.sweep_display import show_forecast, show_table, write_table
-from lora_lab.sweep_folder import Attempt, Plan, Planned, SweepFolder, outlines
-from lora_lab.trial_folder import TrialFolder
+from lora_lab.sweep_folder import Plan, Planned, SweepFolder, outlines
 
 
 @dataclass
@@ -113,13 +112,16 @@ class Grid(Sweeper):
             processes.prepare()  # imports torch in the background
         store = Store(absolute(first.tracking))
         look_after_earlier_runs(store)
-        trials = plan_trials(points, first.repeats, first.seed)
-        folder, trials = self._folder(points, trials, first.resume)
+        new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
+        found = self._earlier(points, new) if first.resume else None
+        folder = found[0] if found else new
         with _alone(folder):
+            trials = found[1] if found else self._plan_anew(points, new)
             pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
+            if found:
+                _refuse_unfit(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
-            _refuse_unfit(pending, points)
             show_forecast(folder.path, trials, pending, outlines(MULTIRUN))
             self._write_plan(folder, trials, points, arguments)
             code = self._launch(folder, pending, store) if pending else 0
@@ -135,19 +137,13 @@ class Grid(Sweeper):
             try:
                 config = self._compose(overrides)
                 refuse_unusable(config)
-                card = choose_card(config.device)
+                now = _conditions(config)
             except RefusedInput as refusal:
                 for fault in refusal.faults:
                     faults.setdefault(fault, []).append(" ".join(overrides))
                 continue
-            points.append(
-                GridPoint(
-                    overrides=overrides,
-                    config=config,
-                    digest=point_digest(config),
-                    conditions=conditions(config, card),
-                )
-            )
+            digest = point_digest(config)
+            points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
         _refuse(faults, len(combinations))
         return without_twins(points)
 
@@ -161,22 +157,27 @@ class Grid(Sweeper):
             del composed["hydra"]
         return load(composed)
 
-    def _folder(
-        self, points: list[GridPoint], trials: list[Planned], resume: bool
-    ) -> tuple[SweepFolder, list[Planned]]:
-        """Where the sweep's files are or will be, and its trials under the numbers they have there."""
-        new = Path(self._config.hydra.sweep.dir)
-        found = take_up(trials, new) if resume else None
+    def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
+        """The sweep to go on with, and its trials; None, said aloud, when there is none."""
+        trials = plan_trials(points, points[0].config.repeats, points[0].config.seed)
+        found = take_up(trials, new.path)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
             return found
-        if resume:
-            print("no earlier sweep has these points under the present conditions: this is a new one")
-            for line in done_elsewhere(points):
-                print(line)
-        if SweepFolder(new).exists:
-            raise RefusedInput(f"{new} holds a sweep already; add resume=true to go on with it, or name another one.")
-        return SweepFolder(new.absolute()), trials
+        print("no earlier sweep has these points under the present conditions: this is a new one")
+        for line in done_elsewhere(points):
+            print(line)
+        return None
+
+    def _plan_anew(self, points: list[GridPoint], folder: SweepFolder) -> list[Planned]:
+        if folder.exists:
+            raise RefusedInput(
+                f"{folder.path} holds a sweep already; add resume=true to go on with it, or name another folder."
+            )
+        _refuse_unfit(folder, points)
+        # only now: the check may have fetched a hub model's description, and with it its commit
+        points[:] = [replace(point, conditions=_conditions(point.config)) for point in points]
+        return plan_trials(points, points[0].config.repeats, points[0].config.seed)
 
     def _write_plan(
         self, folder: SweepFolder, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str]
@@ -249,66 +250,58 @@ class Grid(Sweeper):
         return 1 if broken else 0
 
     def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int, ran: bool) -> int:
-        """Table, delivery of what the store did not take at once, exit code."""
+        """Delivery of what the store did not take at once, table, exit code."""
         attempts = [folder.attempt(trial) for trial in trials]
         codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
         code = code or combined_exit_code(codes)
+        places: list[str] = []
         if ran:
-            self._record_end(
-                folder, trials, attempts, store, Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
-            )
+            with suppress(OSError):
+                write_table(folder.path / "trials.csv", trials, attempts)
+                folder.end(Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished, attempts)
+            run_id = store.deliver_all(folder)
+            places = store.where(run_id) if run_id else [f"{store.fault}; the next start delivers the records"]
         show_table(trials, attempts)
         if any(attempt is None or not attempt.done for attempt in attempts):
-            print("to run again what was not measured: the same command with resume=true")
-        if store.fault:
-            print(f"{store.fault}; the next start delivers the records")
-        elif ran and (run_id := store.deliver_sweep(folder)):
-            print("\n".join(store.where(run_id)))
+            places.append("to run again what was not measured: the same command with resume=true")
+        for place in places:
+            print(place)
         return code
 
-    def _record_end(
-        self,
-        folder: SweepFolder,
-        trials: list[Planned],
-        attempts: list[Attempt | None],
-        store: Store,
-        outcome: Outcome,
-    ) -> None:
-        plan = folder.read()
-        with suppress(OSError):
-            write_table(folder.path / "trials.csv", trials, attempts)
-            folder.end(outcome.value, attempts, time.time() - plan.record.started_ms / 1e3)
-        store.fault = ""
-        for path in sorted(folder.path.glob("[0-9]*")):
-            trial = TrialFolder(path)
-            record = None if trial.delivered else trial.record()
-            if record is not None and store.deliver_trial(trial, record) is None:
-                return
 
+@contextmanager
+def _alone(folder: SweepFolder) -> Iterator[None]:
+    """The right to run this sweep, for one process at a time. A folder without a plan is taken away again.
 
-def _alone(folder: SweepFolder) -> FileLock:
-    """The right to run this sweep, for one process at a time.
-
-    Raises: RefusedInput when another one has it."""
+    Raises: RefusedInput when another process has it."""
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.path / ".sweep.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        refuse_running(folder.read(), folder.path)
-    return lock
+        raise RefusedInput(
+            f"this sweep is running now, in process {folder.read().owner.pid} (files {folder.path}). Wait for it, or "
+            "leave out resume=true to start another one."
+        ) from None
+    try:
+        yield
+    finally:
+        if not folder.exists:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        lock.release()
 
 
-def _refuse_unfit(pending: list[Planned], points: list[GridPoint]) -> None:
+def _conditions(config: TrialConfig) -> dict[str, str]:
+    return conditions(config, choose_card(config.device))
+
+
+def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
     """Raise RefusedInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
-    wanted = {trial.point for trial in pending}
-    chosen = [point for point in points if point.digest in wanted and point.config.isolation is Isolation.process]
+    chosen = [point for point in points if point.config.isolation is Isolation.process]
     if not chosen:
         return
     with Console(stderr=True).status("looking at rows and models of all points"):
-        log = MULTIRUN.absolute().parent / "multirun" / ".check.log"
-        log.parent.mkdir(exist_ok=True)
-        found = processes.check_trials([point.config for point in chosen], log, lambda _: None)
+        found = processes.check_trials([point.config for point in chosen], folder.path / "check.log")
     faults: dict[str, list[str]] = {}
     for point, fault in zip(chosen, found, strict=True):
         if fault:

@@ -10,11 +10,8 @@ from lora_lab.worker.models import load_architecture, load_tokenizer, refuse_unf
 from lora_lab.worker.training import refuse_optimizer
 
 
-def check_trials(configs: list[TrialConfig], done: Callable[[int], None]) -> list[str]:
+def check_trials(configs: list[TrialConfig]) -> list[str]:
     """Look at many trials before the first of them starts; nothing is loaded onto a device.
-
-    Args:
-        done: told how many have been looked at.
 
     Returns: for each config what a trial would be refused for; empty where it would not be.
     """
@@ -27,10 +24,9 @@ def check_trials(configs: list[TrialConfig], done: Callable[[int], None]) -> lis
         return seen[key]
 
     found = []
-    for number, config in enumerate(configs, start=1):
+    for config in configs:
         alone = TrialConfig(optimizer=config.optimizer)
         found.append(once(_look_at_optimizer, alone) or once(_look_at_data, _what_data_needs(config)))
-        done(number)
     return found
 
 

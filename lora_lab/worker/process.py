@@ -40,12 +40,12 @@ def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None
     """Look at many trials in this process, on the CPU, and send what each would be refused for.
 
     Args:
-        connection: takes how many have been looked at, as numbers; at last the list of refusals.
+        connection: takes the list of refusals.
     """
     _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
     from lora_lab.worker.check import check_trials
 
-    connection.send(check_trials(configs, connection.send))
+    connection.send(check_trials(configs))
     connection.close()
 
 
