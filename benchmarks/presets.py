@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.cells import provenance
+from lora_lab.sweep_display import write_table
+from lora_lab.sweep_folder import SweepFolder
 
 _QWEN = (
     "model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 measure.steps=12 "
@@ -36,13 +38,13 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    out, name, more = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    folder = Path("multirun/presets").resolve() / name
-    command = [sys.executable, "-m", "lora_lab", *SETS[name].split(), *_QWEN.split(), *more]
-    done = subprocess.run([*command, f"hydra.sweep.dir={folder}"], stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    with (folder / "trials.csv").open(encoding="utf-8", newline="") as file:
+def report(folder: Path, out: Path, name: str, command: str, note: str) -> None:
+    """NAME.md and NAME.json from what a sweep left in `folder`."""
+    sweep = SweepFolder(folder)
+    trials = sweep.read().trials
+    table = folder / "trials.csv"
+    write_table(table, trials, [sweep.attempt(trial) for trial in trials])
+    with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     lines = ["| trial | repeat | outcome | " + " | ".join(title for title, _, _ in COLUMNS) + " |"]
     lines.append("|" + "---|" * (3 + len(COLUMNS)))
@@ -51,15 +53,23 @@ def main() -> None:
         lines.append("| " + " | ".join([row["trial"], row["repeat"], row["outcome"], *figures]) + " |")
     reasons = [f"- {row['trial']} #{row['repeat']}: {row['reason']}" for row in rows if row["reason"]]
     tags = json.loads(next(folder.glob("[0-9]*/environment.json")).read_text(encoding="utf-8"))
-    origin = provenance({"tags": tags}, " ".join(["python -m lora_lab", *command[3:]])) | {
-        "exit code": str(done.returncode)
-    }
+    keep = {key: value for key, value in tags.items() if key != "folder"}
+    origin = provenance({"tags": keep}, command) | {"ended": note}
     head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
     text = "\n\n".join([f"# {SETS[name]}", head, "\n".join(lines), "\n".join(reasons)])
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     written = json.dumps({"origin": origin, "trials": rows}, indent=1)
     (out / f"{name}.json").write_text(written + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    out, name, more = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    folder = Path("multirun/presets").resolve() / name
+    asked = [*SETS[name].split(), *_QWEN.split(), *more]
+    command = [sys.executable, "-m", "lora_lab", *asked, f"hydra.sweep.dir={folder}"]
+    code = subprocess.run(command, check=False).returncode
+    report(folder, out, name, " ".join(["python -m lora_lab", *asked]), f"exit code {code}")
 
 
 if __name__ == "__main__":
