@@ -106,7 +106,7 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
 def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
     """`first`, then what is below multirun/, newest first: the folders are named by date and time. What another
     version of lora_lab wrote is passed over."""
-    there = (path.parent for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
+    there = (path.parent.absolute() for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
     for sweep in map(SweepFolder, (*first, *there)):
         if sweep.exists:
             with contextlib.suppress(KeyError, TypeError, ValueError):

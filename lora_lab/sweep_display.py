@@ -26,6 +26,8 @@ _FIGURES = (
     ("held-out loss", "loss/eval", "{:.4f}"),
 )
 
+_WIDE = 160
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -102,8 +104,9 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     repeated = any(trial.repeat for trial in trials)
     table = Table()
-    for key in (*keys, *(["repeat"] if repeated else []), "outcome"):
+    for key in (*keys, *(["repeat"] if repeated else [])):
         table.add_column(key.rpartition(".")[2], overflow="fold")
+    table.add_column("outcome", no_wrap=True)
     for name, _, _ in shown:
         table.add_column(name, justify="right")
     for trial, attempt in _in_order(trials, attempts):
@@ -114,6 +117,8 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
         cells += [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
         table.add_row(*cells)
     console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=_WIDE)  # a log file has no edge
     console.print(table)
     for trial, attempt in _in_order(trials, attempts):
         if attempt is not None and attempt.reason:

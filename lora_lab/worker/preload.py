@@ -12,6 +12,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 import gc  # noqa: E402
 import importlib.machinery  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
 from types import ModuleType  # noqa: E402
 
 
@@ -32,11 +33,14 @@ _later = _Later()
 sys.meta_path.insert(0, _later)
 try:
     import torch._inductor.compile_fx  # noqa: F401  # bitsandbytes applies torch.compile while being imported
+    import tqdm
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     import lora_lab.worker.trial  # noqa: F401
 finally:
     sys.meta_path.remove(_later)
+# tqdm's own lock is a semaphore of the system's, which a killed worker would leave behind
+tqdm.tqdm.set_lock(threading.RLock())
 gc.collect()
 gc.freeze()
