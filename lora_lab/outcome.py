@@ -109,7 +109,13 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 def says_out_of_memory(text: str) -> bool:
     """Whether an error's text, or the end of a log, tells of memory that could not be had."""
-    said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+    said = (
+        "out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "can't allocate memory",
+        "memory allocation of",  # Rust's, before it aborts
+    )
     return any(words in text for words in said)
 
 

@@ -78,7 +78,8 @@ def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[
             if known is None:
                 known = replace(trial, number=len(plan.trials))
                 plan.trials.append(known)
-            asked.append(replace(known, asked_place=trial.asked_place, settings=trial.settings))
+            # what cannot change a result (a time limit, say) is as asked for now
+            asked.append(replace(trial, number=known.number))
         return sweep, sorted(asked, key=lambda trial: trial.number)
     return None
 

@@ -165,14 +165,15 @@ def _stop(worker: "multiprocessing.context.ForkServerProcess") -> None:
 
 def _end_of_silence(exit_code: int | None, folder: Path) -> End:
     """A worker left without a last word."""
+    log = folder / "worker.log"
+    last = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else ""
+    # bitsandbytes leaves the process when CUDA refuses it, a Rust library aborts it
+    if exit_code in (1, -signal.SIGABRT) and says_out_of_memory(last):
+        return End(outcome=Outcome.out_of_memory, reason=f"a library ended the worker; see {log}")
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
         return End(outcome=Outcome.killed, reason=f"the worker was ended by {name}{hint}")
-    log = folder / "worker.log"
-    last = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else ""
-    if says_out_of_memory(last):  # bitsandbytes leaves the process when CUDA refuses it
-        return End(outcome=Outcome.out_of_memory, reason=f"a library ended the worker; see {log}")
     return End(outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {log}")
 
 

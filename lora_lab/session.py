@@ -127,6 +127,8 @@ def look_after_earlier_runs(store: Store) -> None:
     left.killed += store.end_orphans()
     for line in left.lines():
         print(line, flush=True)
+    if store.fault:
+        print(f"warning: {store.fault}; records are kept, and delivered by a later start", flush=True)
 
 
 def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:

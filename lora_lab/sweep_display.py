@@ -31,7 +31,7 @@ _WIDE = 160
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a sweep is."""
+    """How far a start of a sweep is."""
 
     done: int
     total: int
@@ -40,15 +40,15 @@ class Standing:
 
 
 def standing(folder: SweepFolder) -> Standing:
-    """How far the sweep in `folder` is; the time left is judged by its own trials."""
-    trials = folder.read().trials
-    attempts = [(trial, folder.attempt(trial)) for trial in trials]
-    over = [(trial.point, attempt) for trial, attempt in attempts if attempt is not None and attempt.done]
-    pending = [trial for trial, attempt in attempts if attempt is None or not attempt.done]
+    """How far the sweep's present start is; the time left is judged by the sweep's own trials."""
+    plan = folder.read()
+    launched = [(folder.planned(folder.path / name), folder.over(name)) for name in plan.launched]
+    pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
+    over = [(trial.point, seen) for trial in plan.trials if (seen := folder.attempt(trial)) is not None]
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
     left = None if unknown and usual is None else known + unknown * (usual or 0.0)
-    return Standing(len(over), len(trials), left)
+    return Standing(len(launched) - len(pending), len(launched), left)
 
 
 def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tuple[float, int]:

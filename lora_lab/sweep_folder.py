@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Plan:
     conditions: dict[str, dict[str, str]]
     """Code, versions, device and data of each point, by its digest."""
     trials: list[Planned]
+    launched: list[str] = field(default_factory=list)
+    """Names of the folders of the trials that the present, or latest, start runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class SweepFolder:
             record=Record.of(found["record"]),
             conditions=found["conditions"],
             trials=[Planned(**trial) for trial in found["trials"]],
+            launched=found["launched"],
         )
 
     def write(self, plan: Plan) -> None:
@@ -118,14 +121,21 @@ class SweepFolder:
     def attempt(self, trial: Planned) -> Attempt | None:
         """How the latest attempt that is over ended; None when there is none."""
         for number in range(len(list(self.path.glob(f"{_name(trial)}*"))), 0, -1):
-            folder = TrialFolder(self.path / (f"{_name(trial)}-{number}" if number > 1 else _name(trial)))
-            found = folder.outline()
+            found = self.over(f"{_name(trial)}-{number}" if number > 1 else _name(trial))
             if found is not None:
-                return Attempt(found["outcome"], found["reason"], found["seconds"], found["metrics"], found["warnings"])
+                return found
         return None
 
+    def over(self, name: str) -> Attempt | None:
+        """How the attempt in the folder `name` ended; None while it is not over."""
+        found = TrialFolder(self.path / name).outline()
+        if found is None:
+            return None
+        return Attempt(found["outcome"], found["reason"], found["seconds"], found["metrics"], found["warnings"])
+
     def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
-        """Complete the record above the trials.
+        """Complete the record above the trials. An outcome that no trial has any more is counted as 0: a store keeps
+        the last figure it was told.
 
         Raises: OSError."""
         plan = self.read()
@@ -133,7 +143,7 @@ class SweepFolder:
         plan.record.ended_ms = round(time.time() * 1e3)
         counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
         plan.record.metrics = {"sweep/trials": float(len(attempts))}
-        plan.record.metrics |= {f"sweep/{ended}": float(count) for ended, count in counts.items()}
+        plan.record.metrics |= {f"sweep/{kind.value}": float(counts[kind.value]) for kind in Outcome}
         self.write(plan)
 
     def end_for_dead(self) -> bool:

@@ -4,7 +4,6 @@ Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `swee
 """
 
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +56,8 @@ class GridConf:
     """What a preset had to assume; shown before the sweep and kept in its record."""
 
 
+_CHECK_LOG = "check.log"
+
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
 
 
@@ -83,11 +84,12 @@ class Grid(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run every point; leaves through SystemExit with the sweep's exit code."""
-        combinations = self._combinations(arguments)
-        COMPOSING.over()
         try:
+            combinations = self._combinations(arguments)
+            COMPOSING.over()
             code = self._run(combinations, arguments)
         except RefusedInput as refusal:
+            COMPOSING.over()
             print(f"Refused, no trial was started:\n{refusal}", file=sys.stderr)
             code = EXIT_REFUSED
         sys.stdout.flush()
@@ -96,6 +98,9 @@ class Grid(Sweeper):
     def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of each point. What the command line says beats the preset's point, which beats its grid."""
         parser = OverridesParser.create(config_loader=self._context.config_loader)
+        for override in parser.parse_overrides(list(arguments)):
+            if override.key_or_group == "sweep" and override.is_sweep_override():
+                raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
         params = [f"{key}={values}" for key, values in self._params.items()]
         found: list[list[str]] = []
         for line in self._lines:
@@ -122,7 +127,9 @@ class Grid(Sweeper):
                 _refuse_unfit(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
-            show_forecast(folder.path, trials, pending, outlines(MULTIRUN))
+            here = {point.conditions["device"] for point in points}
+            earlier = [outline for outline in outlines(MULTIRUN) if outline["device"] in here]
+            show_forecast(folder.path, trials, pending, earlier)
             self._write_plan(folder, trials, points, arguments)
             code = self._launch(folder, pending, store) if pending else 0
             return self._finish(folder, trials, store, code, bool(pending))
@@ -187,14 +194,14 @@ class Grid(Sweeper):
         facts = owner_tags(owner, folder.path)
         now = {point.digest: point.conditions for point in points}
         try:
+            first = points[0].config
             if folder.exists:
                 plan = folder.read()
-                there = {trial.number for trial in plan.trials}
-                plan.trials += [trial for trial in trials if trial.number not in there]
-                plan.owner, plan.conditions = owner, plan.conditions | now
+                asked = {trial.number: trial for trial in trials}
+                plan.trials = [asked.pop(trial.number, trial) for trial in plan.trials] + list(asked.values())
+                plan.owner, plan.conditions, plan.tracking = owner, plan.conditions | now, absolute(first.tracking)
                 plan.record.tags |= facts
             else:
-                first = points[0].config
                 record = self._record(trials, points, arguments, facts)
                 plan = Plan(
                     owner=owner, tracking=absolute(first.tracking), record=record, conditions=now, trials=trials
@@ -231,11 +238,15 @@ class Grid(Sweeper):
         """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
+        plan.launched = [folder.next_attempt(trial) for trial in pending]
         with suppress(OSError):
             folder.write(plan)
         store.deliver_sweep(folder)
         place = f"hydra.sweep.dir={_quoted(str(folder.path))}"
-        jobs = [[*t.overrides, place, f"hydra.sweep.subdir={_quoted(folder.next_attempt(t))}"] for t in pending]
+        jobs = [
+            [*trial.overrides, place, f"hydra.sweep.subdir={_quoted(name)}"]
+            for trial, name in zip(pending, plan.launched, strict=True)
+        ]
         with open_dict(self._config):
             OmegaConf.set_readonly(self._config, False)
             OmegaConf.set_readonly(self._config.hydra, False)
@@ -256,9 +267,11 @@ class Grid(Sweeper):
         code = code or combined_exit_code(codes)
         places: list[str] = []
         if ran:
+            whole = folder.read().trials  # earlier starts may have asked for more
             with suppress(OSError):
-                write_table(folder.path / "trials.csv", trials, attempts)
-                folder.end(Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished, attempts)
+                write_table(folder.path / "trials.csv", whole, [folder.attempt(trial) for trial in whole])
+                ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
+                folder.end(ended, [folder.attempt(trial) for trial in whole])
             run_id = store.deliver_all(folder)
             places = store.where(run_id) if run_id else [f"{store.fault}; the next start delivers the records"]
         show_table(trials, attempts)
@@ -271,7 +284,7 @@ class Grid(Sweeper):
 
 @contextmanager
 def _alone(folder: SweepFolder) -> Iterator[None]:
-    """The right to run this sweep, for one process at a time. A folder without a plan is taken away again.
+    """The right to run this sweep, for one process at a time. A folder that was made for nothing is taken away again.
 
     Raises: RefusedInput when another process has it."""
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -287,7 +300,10 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
         yield
     finally:
         if not folder.exists:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            for name in (".sweep.lock", _CHECK_LOG):
+                (folder.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it may be a folder of the user's, with files in it
+                folder.path.rmdir()
         lock.release()
 
 
@@ -301,7 +317,7 @@ def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
     if not chosen:
         return
     with Console(stderr=True).status("looking at rows and models of all points"):
-        found = processes.check_trials([point.config for point in chosen], folder.path / "check.log")
+        found = processes.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG)
     faults: dict[str, list[str]] = {}
     for point, fault in zip(chosen, found, strict=True):
         if fault:

@@ -132,6 +132,7 @@ class TelemetryCallback(TrainerCallback):
 
     def _open_window(self) -> None:
         self._synchronize()
+        self._send_arrived()
         self._clock.enter(Phase.window)
         self._emit(WindowOpened(t=time.monotonic(), after_step=self._warmup_steps))
 

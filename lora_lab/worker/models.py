@@ -1,9 +1,12 @@
 """The model of a trial: tokenizer, frozen weights, adapters."""
 
+import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from lora_lab.config import (
     TrialConfig,
     Weights,
 )
+from lora_lab.outcome import says_out_of_memory
 from lora_lab.packages import converted_folder, locate
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
@@ -86,10 +90,12 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
         # the same loading path as for real weights, from a state dict in place of files
         with device:
             made = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        model = type(made).from_pretrained(None, state_dict=made.state_dict(), **asked)
+        with _errors_told():
+            model = type(made).from_pretrained(None, state_dict=made.state_dict(), **asked)
     else:
         asked["trust_remote_code"] = config.model.trust_remote_code
-        model = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
+        with _errors_told():
+            model = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
     model.config.use_cache = False
     if config.method.raise_to_fp32:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -97,6 +103,30 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
     return adapted
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    """Transformers catches every error that comes while a weight is converted (to 4 bit, say), logs it in a report, and
+    raises one that only points there. Running out of memory must be known for what it is."""
+    reports: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reports.append(record.getMessage())
+
+    keeper, logger = Keeper(), logging.getLogger("transformers")
+    logger.addHandler(keeper)
+    try:
+        yield
+    except RuntimeError as error:
+        lines = (line for report in reports for line in report.splitlines())
+        told = next((line.strip() for line in lines if says_out_of_memory(line)), None)
+        if told is None:
+            raise
+        raise RuntimeError(told) from error
+    finally:
+        logger.removeHandler(keeper)
 
 
 def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
