@@ -7,16 +7,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.owner import Owner
 from lora_lab.records import Record
 from lora_lab.sweep_folder import SweepFolder
-from lora_lab.tracking import Tracker, TrackingFailed, open_tracker
+from lora_lab.tracking import SweepUnknown, Tracker, TrackingFailed, open_tracker
 from lora_lab.trial_folder import TrialFolder
 
 MULTIRUN = Path("multirun")
 """Where conf/config.yaml puts the folders of trials and sweeps."""
+
+_OUTSIDE = "outside.txt"
+"""In it: a line for each folder that was put somewhere else."""
 
 
 def owner_tags(owner: Owner, folder: Path) -> dict[str, str]:
@@ -55,6 +58,8 @@ class Store:
         self._tracker: Tracker | None = None
         self.fault = ""
         """Why the last thing could not be done."""
+        self.out_of_reach = False
+        """Whether it could not even be opened."""
 
     def open(self) -> Tracker | None:
         """The tracker; None with `fault` when it can't be had now."""
@@ -62,16 +67,20 @@ class Store:
             try:
                 self._tracker = open_tracker(self._tracking)
                 self.fault = ""
-            except TrackingFailed as fault:
+            except (TrackingFailed, RefusedInput) as fault:
                 self.fault = str(fault)
+        self.out_of_reach = self._tracker is None
         return self._tracker
 
     def deliver_trial(self, folder: TrialFolder, record: Record) -> str | None:
-        """Hand a trial's record over, its sweep's first; returns the run's id, None with `fault`."""
-        sweep = SweepFolder(folder.path.parent)
-        if record.parent and sweep.exists and not sweep.delivered and self.deliver_sweep(sweep) is None:
-            return None
-        run_id = self._deliver(record, folder.artifacts())
+        """Hand a trial's record over, its sweep's before if need be; returns the run's id, None with `fault`."""
+        try:
+            run_id = self._deliver(record, folder.artifacts())
+        except SweepUnknown:
+            sweep = SweepFolder(folder.path.parent)
+            if self.deliver_sweep(sweep) is None:
+                return None
+            run_id = self._deliver(record, folder.artifacts())
         if run_id is not None:
             folder.mark_delivered(run_id)
         return run_id
@@ -90,7 +99,7 @@ class Store:
         for path in sorted(folder.path.glob("[0-9]*")):
             trial = TrialFolder(path)
             record = None if trial.delivered else trial.record()
-            if record is not None and self.deliver_trial(trial, record) is None:
+            if record is not None and self.deliver_trial(trial, record) is None and self.out_of_reach:
                 return None
         return self.deliver_sweep(folder)
 
@@ -116,6 +125,7 @@ class Store:
             return 0
 
     def _deliver(self, record: Record, files: list[Path]) -> str | None:
+        """Raises: SweepUnknown."""
         tracker = self.open()
         if tracker is None:
             return None
@@ -123,6 +133,8 @@ class Store:
             run_id = tracker.deliver(record, files)
             self.fault = ""
             return run_id
+        except SweepUnknown:
+            raise
         except TrackingFailed as fault:
             self.fault = str(fault)
             self._tracker = None  # to be opened anew: a server may be back, a database unlocked
@@ -161,35 +173,57 @@ class Recovered:
         return said
 
 
-def recover(root: Path = MULTIRUN) -> Recovered:
-    """Bring in order what killed processes and stores that were out of reach have left below `root`: make the
-    records of trials that were cut off, and deliver every record that no store has."""
+def remember_outside(folder: Path) -> None:
+    """Let later starts find a trial's or a sweep's folder that is not where they look."""
+    with contextlib.suppress(ValueError):
+        if len(folder.absolute().relative_to(MULTIRUN.absolute()).parts) == 2:
+            return
+    with contextlib.suppress(OSError):
+        MULTIRUN.mkdir(exist_ok=True)
+        with (MULTIRUN / _OUTSIDE).open("a", encoding="utf-8") as file:
+            file.write(f"{folder.absolute()}\n")
+
+
+def recover(store: Store) -> Recovered:
+    """Bring in order what killed processes and stores that were out of reach have left: make the records of trials
+    that were cut off, deliver every record that no store has, and end what `store` says is running and is not."""
     found = Recovered()
-    if not root.is_dir():
+    if not MULTIRUN.is_dir():
+        found.killed += store.end_orphans()
         return found
     try:
-        with FileLock(root / ".recovery.lock", timeout=0):
-            _recover(root, found)
+        with FileLock(MULTIRUN / ".recovery.lock", timeout=0):
+            _recover(found)
+            found.killed += store.end_orphans()
     except (Timeout, OSError):
         return found  # another start is at it, or the disk is full
     return found
 
 
-def _recover(root: Path, found: Recovered) -> None:
+def _recover(found: Recovered) -> None:
     stores: dict[str, Store] = {}
 
     def store_of(tracking: TrackingConfig) -> Store:
         return stores.setdefault(repr(tracking), Store(tracking))
 
     damaged = (OSError, KeyError, TypeError, ValueError)  # of another version, or edited: not worth failing a start
-    for path in root.glob("*/*/sweep.json"):  # first, so that the trials have something to be nested under
-        with contextlib.suppress(*damaged):
-            _recover_sweep(SweepFolder(path.parent), store_of, found)
-    for path in [*root.glob("*/*/trial.json"), *root.glob("*/*/*/trial.json")]:
-        folder = TrialFolder(path.parent)
-        if not folder.delivered:
+    folders = _folders()
+    for path in folders:  # first, so that the trials have something to be nested under
+        if SweepFolder(path).exists:
             with contextlib.suppress(*damaged):
-                _recover_trial(folder, store_of, found)
+                _recover_sweep(SweepFolder(path), store_of, found)
+    for path in folders:
+        for trial in map(TrialFolder, (path, *path.glob("[0-9]*"))):
+            if not trial.delivered:
+                with contextlib.suppress(*damaged):
+                    _recover_trial(trial, store_of, found)
+
+
+def _folders() -> list[Path]:
+    """Where trials and sweeps were put, as far as is known here."""
+    listed = MULTIRUN / _OUTSIDE
+    outside = dict.fromkeys(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else {}
+    return [*MULTIRUN.glob("*/*"), *map(Path, outside)]
 
 
 def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
@@ -200,7 +234,7 @@ def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Sto
     if plan.tracking.kind is TrackingKind.none or folder.delivered_as_it_is:
         return
     store = store_of(plan.tracking)
-    found.count(store.deliver_sweep(folder), store)
+    found.count(None if store.out_of_reach else store.deliver_sweep(folder), store)
 
 
 def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
@@ -215,4 +249,4 @@ def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Sto
         folder.mark_delivered("")
         return
     store = store_of(asked.tracking)
-    found.count(store.deliver_trial(folder, record), store)
+    found.count(None if store.out_of_reach else store.deliver_trial(folder, record), store)

@@ -37,6 +37,8 @@ class Record:
     """Ours, made before any store is asked: what makes delivering twice the same as delivering once."""
     parent: str | None = None
     """The id of the sweep's record, for a trial of a sweep."""
+    is_sweep: bool = False
+    """A sweep's record changes when the sweep is taken up again; a trial's is final."""
     name: str
     params: dict[str, str]
     outcome: str = RUNNING

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_lab import processes
 from lora_lab.config import DataSource, Isolation, ModelSource, RefusedInput, TrackingKind, TrialConfig, Weights
-from lora_lab.delivery import Store, absolute, owner_tags, recover
+from lora_lab.delivery import Store, absolute, owner_tags, recover, remember_outside
 from lora_lab.devices import choose_card, refuse_incapable, worker_environment
 from lora_lab.display import Display, show_result
 from lora_lab.environment import device_facts, environment
@@ -123,9 +123,7 @@ def refuse_unusable(config: TrialConfig) -> None:
 
 def look_after_earlier_runs(store: Store) -> None:
     """Record what earlier processes have left behind, on disk and in the store, and say so."""
-    left = recover()
-    left.killed += store.end_orphans()
-    for line in left.lines():
+    for line in recover(store).lines():
         print(line, flush=True)
     if store.fault:
         print(f"warning: {store.fault}; records are kept, and delivered by a later start", flush=True)
@@ -156,6 +154,8 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
         no_sensor="" if card else "no NVIDIA card was used",
     )
     folder = TrialFolder(request.folder)
+    if planned is None:
+        remember_outside(request.folder)
     try:
         folder.begin(asked, config, facts)
     except OSError as error:

@@ -143,7 +143,8 @@ class SweepFolder:
         plan.record.ended_ms = round(time.time() * 1e3)
         counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
         plan.record.metrics = {"sweep/trials": float(len(attempts))}
-        plan.record.metrics |= {f"sweep/{kind.value}": float(counts[kind.value]) for kind in Outcome}
+        kinds = (kind.value for kind in Outcome if kind is not Outcome.refused)
+        plan.record.metrics |= {f"sweep/{kind}": float(counts[kind]) for kind in kinds}
         self.write(plan)
 
     def end_for_dead(self) -> bool:
@@ -156,11 +157,6 @@ class SweepFolder:
         plan.record.outcome = plan.record.tags["outcome"] = Outcome.killed.value
         self.write(plan)
         return True
-
-    @property
-    def delivered(self) -> bool:
-        """Whether a store knows the sweep."""
-        return (self.path / DELIVERED).is_file()
 
     @property
     def delivered_as_it_is(self) -> bool:

@@ -29,7 +29,7 @@ from rich.progress import track
 from lora_lab import processes
 from lora_lab.compose import explain, load
 from lora_lab.config import Isolation, RefusedInput, TrialConfig
-from lora_lab.delivery import MULTIRUN, Store, absolute, owner_tags
+from lora_lab.delivery import MULTIRUN, Store, absolute, owner_tags, remember_outside
 from lora_lab.devices import choose_card
 from lora_lab.environment import device_facts, environment
 from lora_lab.fingerprint import conditions, point_digest
@@ -132,7 +132,7 @@ class Grid(Sweeper):
             show_forecast(folder.path, trials, pending, earlier)
             self._write_plan(folder, trials, points, arguments)
             code = self._launch(folder, pending, store) if pending else 0
-            return self._finish(folder, trials, store, code, bool(pending))
+            return self._finish(folder, trials, store, code)
 
     def _points(self, combinations: list[list[str]]) -> list[GridPoint]:
         """Compose every point.
@@ -232,10 +232,11 @@ class Grid(Sweeper):
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
-        return Record(name=name, params=params, tags=tags)
+        return Record(name=name, is_sweep=True, params=params, tags=tags)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Store) -> int:
         """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
+        remember_outside(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
         plan.launched = [folder.next_attempt(trial) for trial in pending]
@@ -260,13 +261,13 @@ class Grid(Sweeper):
             print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
         return 1 if broken else 0
 
-    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int, ran: bool) -> int:
+    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int) -> int:
         """Delivery of what the store did not take at once, table, exit code."""
         attempts = [folder.attempt(trial) for trial in trials]
         codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
         code = code or combined_exit_code(codes)
         places: list[str] = []
-        if ran:
+        if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
             whole = folder.read().trials  # earlier starts may have asked for more
             with suppress(OSError):
                 write_table(folder.path / "trials.csv", whole, [folder.attempt(trial) for trial in whole])
@@ -292,9 +293,9 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        which = f"process {folder.read().owner.pid}" if folder.exists else "another process"
         raise RefusedInput(
-            f"this sweep is running now, in process {folder.read().owner.pid} (files {folder.path}). Wait for it, or "
-            "leave out resume=true to start another one."
+            f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
         ) from None
     try:
         yield

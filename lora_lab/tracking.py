@@ -29,18 +29,23 @@ class TrackingFailed(RuntimeError):
     """The store did not take a record. The trial's files are still in its folder."""
 
 
+class SweepUnknown(TrackingFailed):
+    """The store has not got the sweep that a trial belongs to."""
+
+
 class Tracker(Protocol):
     """Takes the record of each trial and of each sweep."""
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
-        """Record everything, or go on with a run that has part of it. Delivering twice is the same as once.
+        """Record everything, or go on with a run that has part of it. Delivering twice is the same as once: a
+        trial that is over in the store stays as it is.
 
         Args:
             files: files and folders to keep with the run.
 
         Returns: the store's id of the run.
 
-        Raises: TrackingFailed."""
+        Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed."""
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark as killed what is still said to run though its process is gone, as `gone` tells from a run's
@@ -101,7 +106,10 @@ class MlflowTracker:
         points += [Metric(key, value, ended_ms, 0) for key, value in record.metrics.items()]
         with _store_errors():
             self._refuse_lost()
-            run_id = self._find(record.id) or self._create(record)
+            found = self._find(record.id)
+            if found is not None and found.info.status != "RUNNING" and not record.is_sweep:
+                return str(found.info.run_id)
+            run_id = str(found.info.run_id) if found is not None else self._create(record)
             tags = [RunTag(key, value) for key, value in _tags(record.tags).items()]
             self._client.log_batch(run_id, params=_params(record.params), tags=tags)
             for start in range(0, len(points), _METRICS_A_CALL):
@@ -135,15 +143,18 @@ class MlflowTracker:
             raise FileNotFoundError(f"{self._database} was deleted or replaced since it was opened")
         _refuse_locked(self._database)
 
-    def _find(self, record_id: str) -> str | None:
+    def _find(self, record_id: str) -> Any:
+        """The run of a record; None when there is none."""
         found = self._client.search_runs([self._experiment_id()], f"tags.record_id = '{record_id}'", max_results=1)
-        return str(found[0].info.run_id) if found else None
+        return found[0] if found else None
 
     def _create(self, record: Record) -> str:
         tags = {"record_id": record.id, "mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL"}
-        parent = self._find(record.parent) if record.parent else None
-        if parent:
-            tags["mlflow.parentRunId"] = parent
+        if record.parent is not None:
+            parent = self._find(record.parent)
+            if parent is None:
+                raise SweepUnknown(f"the store does not know the sweep of {record.name}")
+            tags["mlflow.parentRunId"] = parent.info.run_id
         run = self._client.create_run(self._experiment_id(), record.started_ms, tags, record.name)
         return str(run.info.run_id)
 

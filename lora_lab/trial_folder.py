@@ -26,6 +26,7 @@ from lora_lab.telemetry.summary import Summary, summarise
 ASKED = "trial.json"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
+_OUTLINE = {"outcome", "reason", "seconds", "point", "device", "metrics", "warnings"}
 _NOT_ARTIFACTS = (RECORD, DELIVERED)  # the store has these as the run itself
 
 
@@ -188,8 +189,9 @@ class TrialFolder:
 
     def outline(self) -> dict[str, Any] | None:
         """Outcome, reason, seconds and figures, without the series; None while the trial is not over."""
-        found: dict[str, Any] | None = read_json(self.path / "summary.json")
-        return found if found is not None and (self.path / RECORD).is_file() else None
+        found = read_json(self.path / "summary.json")
+        whole = isinstance(found, dict) and found.keys() >= _OUTLINE and (self.path / RECORD).is_file()
+        return found if whole else None
 
     def finish_for_dead(self, asked: Asked) -> Record:
         """Make the record of a trial whose process is gone, from what it had written until then."""
