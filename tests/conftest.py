@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from lora_lab.compose import CONF
-from lora_lab.config import ModelConfig, ModelSource, Weights
+from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
+from lora_lab.tracking import open_tracker
 from lora_lab.worker.models import load_architecture
 
 # a shared machine stalls now and then; no example is wrong for being slow
@@ -29,6 +32,31 @@ settings.register_profile("lora_lab", deadline=None)
 settings.load_profile("lora_lab")
 
 SECONDS = 300
+
+KILLS = pytest.StashKey[dict[str, Counter[str]]]()
+"""What the rounds of test_kills.py hit."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=5, help="at how many instants test_kills.py kills a sweep")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
+    config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line about the kills, whether they were survived or not."""
+    phases, rounds = terminalreporter.config.stash[KILLS].values()
+    if not phases:
+        return
+    reports = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, ())]
+    failures = len({report.nodeid for report in reports if "test_kills.py" in report.nodeid})
+    hit = ", ".join(f"{count} {phase}" for phase, count in phases.most_common())
+    terminalreporter.write_line(
+        f"kills: {phases.total()} instants ({hit}); {rounds['attempts']} attempts at trials; {failures} failures"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,77 @@ def store_of(folder: Path) -> tuple[MlflowClient, list[Run]]:
     return client, list(client.search_runs([experiment.experiment_id]))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables and nothing in them: making one takes a third of a start."""
+    root = tmp_path_factory.mktemp("store")
+    open_tracker(TrackingConfig(root=str(root)))
+    return root / "mlflow.db"
+
+
+def give_store(folder: Path, empty_store: Path) -> Path:
+    """Put an empty store where a start in `folder` looks for one; its database."""
+    (folder / "mlruns").mkdir()
+    return Path(shutil.copy(empty_store, folder / "mlruns"))
+
+
+class SmallDisk:
+    """A file system of a size, which can be filled."""
+
+    def __init__(self, path: Path, size: str) -> None:
+        self.path = path
+        self._size = size
+
+    def __enter__(self) -> "SmallDisk":
+        self.path.mkdir()
+        _mount("-t", "tmpfs", "-o", f"size={self._size}", "tmpfs", str(self.path))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+
+    def fill(self, leave: int = 0) -> None:
+        """Take all room but `leave` bytes."""
+        with (self.path / ".filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        size = (self.path / ".filler").stat().st_size
+        os.truncate(self.path / ".filler", max(0, size - leave))
+
+    def empty(self) -> None:
+        """Give the room back."""
+        (self.path / ".filler").unlink()
+
+    def resize(self, size: str) -> None:
+        _mount("-o", f"remount,size={size}", str(self.path))
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True, timeout=30)
+
+
+def _may_mount(folder: Path) -> bool:
+    with contextlib.suppress(subprocess.SubprocessError, OSError), SmallDisk(folder / "probe", "64k"):
+        return True
+    return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test that mounts, where that is not allowed: the same in a namespace of its own."""
+    if pyfuncitem.get_closest_marker("mounts") is None or _may_mount(pyfuncitem.funcargs["tmp_path"]):
+        return None
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("neither mounting nor a user namespace is allowed here")
+    again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    own = f"--basetemp={pyfuncitem.funcargs['tmp_path']}/again"
+    done = subprocess.run(
+        ["unshare", "-rm", *again, own], cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
+
+
 def save_tiny(folder: Path) -> None:
     """A small model with random weights and its tokenizer, as save_pretrained leaves them."""
     from transformers import AutoModelForCausalLM
@@ -103,31 +202,48 @@ def save_tiny(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
+class Server:
+    """A real tracking server on loopback, which can be stopped and started again where it was."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._home = home
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._home}/server.db"]
+        command += ["--artifacts-destination", str(self._home / "artifacts")]
+        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._home / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self._home, env=quiet, stdout=log, stderr=log, start_new_session=True
+            )
+        until(lambda: _answers(f"{self.uri}/health"), "the tracking server answers", seconds=90)
+
+    def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, how)
+            self._process.wait(timeout=30)
+            self._process = None
+
+    def __enter__(self) -> "Server":
+        self._home.mkdir()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGTERM)
+
+
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """A real tracking server on loopback; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home = tmp_path / "server"
-    home.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{home}/server.db",
-        "--artifacts-destination",
-        str(home / "artifacts"),
-    ]
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=home, env=quiet, stdout=log, stderr=log, start_new_session=True)
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        until(lambda: _answers(f"{uri}/health"), "the tracking server answers", seconds=90)
-        yield uri
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+    with Server(tmp_path / "server") as server:
+        yield server.uri
 
 
 def _answers(address: str) -> bool:

@@ -1,6 +1,7 @@
 """Every yaml under conf/, found by looking: it composes, loads, and is what its name and the help say."""
 
 import functools
+import itertools
 import re
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,8 @@ from lora_lab.config import ModelConfig, RefusedInput, TrialConfig, Weights
 from lora_lab.worker.models import load_architecture
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+ACROSS = {"capacity", "sweep"}
+"""Groups whose options set keys of any group: no field of the schema, each file says so in its first line."""
 NEEDED = {
     ("model", "hub"): ["model.id=owner/name"],
     ("model", "local"): ["model.path=folder"],
@@ -42,13 +45,24 @@ def composed(*overrides: str) -> TrialConfig:
         return load(compose("config", overrides=list(overrides)))
 
 
+def path_of(group: str, option: str) -> Path:
+    return CONF / group / f"{option}.yaml"
+
+
 def options(group: str) -> list[str]:
     return [option for of, option in OPTIONS if of == group]
 
 
 def test_the_folders_are_the_groups() -> None:
-    assert {group for group, _ in OPTIONS} == set(GROUPS)
-    assert {folder.name for folder in CONF.iterdir() if folder.is_dir()} == {*GROUPS, "hydra"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, *ACROSS}
+    assert {folder.name for folder in CONF.iterdir() if folder.is_dir()} == {*GROUPS, *ACROSS, "hydra"}
+    others = {CONF / "config.yaml", CONF / "hydra" / "help" / "lora_lab.yaml"}
+    assert set(CONF.rglob("*.yaml")) == {path_of(*option) for option in OPTIONS} | others
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_only_the_groups_across_set_keys_of_others(group: str, option: str) -> None:
+    assert (path_of(group, option).read_text().splitlines()[0] == "# @package _global_") == (group in ACROSS)
 
 
 def test_the_defaults_load_as_they_are() -> None:
@@ -58,9 +72,12 @@ def test_the_defaults_load_as_they_are() -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_loads_with_the_other_groups_defaults(group: str, option: str) -> None:
     config = composed(f"{group}={option}", *NEEDED.get((group, option), []))
-    written = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    written = yaml.safe_load(path_of(group, option).read_text())
     assert written, "an option that sets nothing is no option"
-    _assert_holds(getattr(config, group), written)
+    if group in ACROSS:
+        _assert_holds(config, {key: value for key, value in written.items() if key not in ("defaults", "hydra")})
+    else:
+        _assert_holds(getattr(config, group), written)
 
 
 def _assert_holds(node: Any, written: Any) -> None:
@@ -103,6 +120,74 @@ def test_methods_differ_from_the_default_lora_as_their_names_say(option: str) ->
     assert (method.quantization.name == "fp4") == ("fp4" in option)
     assert method.use_dora == (option == "dora")
     assert method.use_rslora == (option == "rslora")
+
+
+@pytest.mark.parametrize("option", options("capacity"))
+def test_a_capacity_limits_the_memory_as_its_name_says(option: str) -> None:
+    expected = None if option == "whole" else float(re.fullmatch(r"(\d+)gib", option)[1])  # type: ignore[index]
+    assert composed(f"capacity={option}") == composed(f"vram_limit_gib={expected or 'null'}")
+
+
+def test_a_limit_on_the_command_line_beats_a_capacity() -> None:
+    assert composed("capacity=8gib", "vram_limit_gib=3").vram_limit_gib == 3
+
+
+SWEEPS = {"paper": (3, 3), "paper_factorial": (24, 3), "rank_lr": (9, 3)}
+"""Points and repeats, as their first lines promise."""
+
+
+def test_every_sweep_states_its_size_here() -> None:
+    assert set(options("sweep")) == set(SWEEPS)
+
+
+def points_of(option: str) -> list[tuple[str, ...]]:
+    """The overrides of each point of a preset: its lines, or the product of its params."""
+    sweeper = hydra_of(f"sweep={option}").sweeper
+    axes = [[f"{key}={value}" for value in values.split(",")] for key, values in (sweeper.params or {}).items()]
+    return [(*line.split(), *point) for line in sweeper.points or [""] for point in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize("option", options("sweep"))
+def test_every_point_of_a_sweep_composes_and_no_two_are_the_same(option: str) -> None:
+    configs = [composed(f"sweep={option}", *point) for point in points_of(option)]
+    points, repeats = SWEEPS[option]
+    assert len(configs) == len({repr(config) for config in configs}) == points
+    assert {config.repeats for config in configs} == {repeats}
+
+
+@pytest.mark.parametrize("option", options("sweep"))
+def test_a_sweep_is_one_without_a_flag_and_says_what_it_assumes(option: str) -> None:
+    hydra = hydra_of(f"sweep={option}")
+    assert hydra.mode.name == "MULTIRUN"
+    assert all(hydra.sweeper.assumptions)
+    for group, chosen in chosen_by(option).items():
+        assert hydra.runtime.choices[group] == chosen
+
+
+@pytest.mark.parametrize("option", options("sweep"))
+def test_what_is_said_on_the_command_line_beats_a_sweep(option: str) -> None:
+    config = composed(f"sweep={option}", "model=tiny", "repeats=1", "gradient_checkpointing=false")
+    assert (config.model, config.repeats, config.gradient_checkpointing) == (composed("model=tiny").model, 1, False)
+
+
+def chosen_by(option: str) -> dict[str, str]:
+    """The options of other groups that a preset names."""
+    defaults = yaml.safe_load(path_of("sweep", option).read_text())["defaults"]
+    return {key.removeprefix("override /"): chosen for entry in defaults for key, chosen in entry.items()}
+
+
+def hydra_of(*overrides: str) -> Any:
+    """The part of the composed config that is Hydra's."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True).hydra
+
+
+def test_the_papers_runs_are_among_the_points_of_the_factorial() -> None:
+    factorial = [composed("sweep=paper_factorial", *point) for point in points_of("paper_factorial")]
+    for point in points_of("paper"):
+        run = composed("sweep=paper", *point, "data.batching=seq_len")
+        assert run in factorial, f"{point} is not"
 
 
 def test_two_methods_do_not_leave_traces_of_each_other() -> None:

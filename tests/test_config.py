@@ -61,6 +61,10 @@ def test_the_config_that_the_other_tests_break_has_no_fault() -> None:
         ("measure.eval_rows", -1, "measure.eval_rows=-1"),
         ("measure.loss_spike", 0.0, "measure.loss_spike=0.0"),
         ("data.rows", 0, "data.rows=0"),
+        ("repeats", 0, "repeats=0"),
+        ("timeout_minutes", 0.0, "timeout_minutes=0.0"),
+        ("vram_limit_gib", 0.0, "vram_limit_gib=0.0"),
+        ("cooldown_celsius", -1.0, "cooldown_celsius=-1.0"),
         ("data.holdout", 0.0, "data.holdout=0.0"),
         ("data.holdout", 1.0, "data.holdout=1.0"),
         ("data.source", DataSource.jsonl, "data.path="),
@@ -98,6 +102,10 @@ def test_one_wrong_value_is_one_fault_that_says_what_to_type(key: str, value: ob
         ("measure.warmup_steps", 0),
         ("measure.eval_rows", 0),
         ("method.dropout", 0.999),
+        ("repeats", 1),
+        ("timeout_minutes", 0.01),
+        ("vram_limit_gib", 0.5),
+        ("cooldown_celsius", 40.0),
         ("model.architecture", {"max_position_embeddings": 512}),
         ("model.architecture", {"model_type": "llama"}),
         ("device", "cpu"),
@@ -129,7 +137,7 @@ def float_keys(node: Any, prefix: str = "") -> list[str]:
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             keys += float_keys(value, f"{prefix}{field.name}.")
-        elif isinstance(value, float):
+        elif field.type in (float, float | None):
             keys.append(prefix + field.name)
     return keys
 

@@ -2,11 +2,15 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_lab.config import RefusedInput
-from lora_lab.outcome import Diverged, Outcome, Unsupported, combined_exit_code, end_of
+from lora_lab.events import Ended
+from lora_lab.outcome import Diverged, Outcome, Unsupported, combined_exit_code, end_of, end_said
 
 
 def caught(error: BaseException) -> BaseException:
@@ -70,12 +74,89 @@ def test_anything_else_has_failed_and_keeps_its_traceback(error: BaseException) 
     [
         (RefusedInput("no row is left"), Outcome.refused),
         (Unsupported("bf16 needs Ampere"), Outcome.unsupported),
-        (Diverged("the training loss was nan at step 7"), Outcome.diverged),
+        (Diverged("the training loss was nan at step 7", 7), Outcome.diverged),
     ],
 )
 def test_our_own_errors_keep_their_whole_message(error: Exception, outcome: Outcome) -> None:
     end = end_of(caught(error))
     assert (end.outcome, end.reason) == (outcome, str(error))
+    assert end.step == getattr(error, "step", None), "where it began, which is not where it was noticed"
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.19 GiB of which 5.06 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.18 GiB memory in use. Of the allocated memory 78.03 GiB "
+    "is allocated by PyTorch, and 670.58 MiB is reserved by PyTorch but unallocated. If reserved but unallocated "
+    "memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
+    "documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes/cuda.html)"
+)
+CAPPED_CUDA_SAYS = CUDA_SAYS.replace("free. Including", "free. 8.00 GiB allowed; Including")
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+NUMPY_SAYS = "Unable to allocate {} for an array with shape (1000000000000,) and data type float64"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA_SAYS), 20 * 2**20),
+        (torch.OutOfMemoryError(CAPPED_CUDA_SAYS), 20 * 2**20),
+        (torch.OutOfMemoryError(CUDA_SAYS.replace("20.00 MiB", "37.25 GiB")), round(37.25 * 2**30)),
+        (torch.OutOfMemoryError(CUDA_SAYS.replace("20.00 MiB", "512 bytes")), 512),
+        (torch.OutOfMemoryError(CUDA_SAYS.replace("20.00 MiB", "2.00 KiB")), 2048),
+        (RuntimeError(CPU_SAYS), 4_000_000_000_000),
+        (MemoryError(NUMPY_SAYS.format("7.28 TiB")), round(7.28 * 2**40)),
+        (MemoryError(NUMPY_SAYS.format("128. TiB")), 2**47),
+        (MemoryError(NUMPY_SAYS.format("8.00 PiB")), 2**53),
+        (MemoryError(), None),
+        (RuntimeError("CUDA error: out of memory"), None),
+    ],
+)
+def test_how_much_was_asked_for_is_read_out_of_the_allocators_words(error: BaseException, asked: int | None) -> None:
+    end = end_of(caught(error))
+    assert (end.outcome, end.asked_bytes) == (Outcome.out_of_memory, asked)
+
+
+def test_advice_on_torchs_settings_is_left_out_of_the_reason() -> None:
+    assert end_of(torch.OutOfMemoryError(CUDA_SAYS)).reason.endswith("is reserved by PyTorch but unallocated.")
+
+
+def test_the_libraries_of_today_say_how_much_was_asked_for() -> None:
+    with pytest.raises(RuntimeError) as by_torch:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert end_of(by_torch.value).asked_bytes == 2**50
+    with pytest.raises(MemoryError) as by_numpy:
+        np.empty(2**47, np.uint8)  # the whole address space of a process
+    assert end_of(by_numpy.value).asked_bytes == 2**47
+
+
+@given(
+    st.from_regex(
+        r"CUDA out of memory\. ([Tt]ried|Unable) to allocate [\d.]+ ([Bb]ytes|[KMGTPEkm]i[Bb])", fullmatch=True
+    )
+)
+def test_no_allocators_words_break_the_ending(text: str) -> None:
+    """It is the worker's last word: an error in it would leave the trial without an outcome."""
+    assert end_of(RuntimeError(text)).outcome is Outcome.out_of_memory
+
+
+@given(
+    st.builds(
+        Ended,
+        t=st.just(1.0),
+        outcome=st.sampled_from([outcome.value for outcome in Outcome]),
+        reason=st.text(),
+        traceback=st.none() | st.text(),
+        step=st.none() | st.integers(0),
+        asked_bytes=st.none() | st.integers(0),
+    )
+)
+def test_a_workers_last_word_is_taken_at_its_word(said: Ended) -> None:
+    end = end_said(said)
+    taken = (end.outcome.value, end.reason, end.traceback, end.step, end.asked_bytes)
+    assert taken == (said.outcome, said.reason, said.traceback, said.step, said.asked_bytes)
 
 
 def test_exit_codes_are_those_of_the_readme() -> None:

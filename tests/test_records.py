@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_lab.config import DType, OptimizerConfig, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
-from lora_lab.records import Record, complete, params, run_name, without_secrets
+from lora_lab.records import RUNNING, Point, Record, complete, params, run_name, without_secrets
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import GIB, Summary
 
@@ -121,6 +121,7 @@ def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
             "outcome": "out_of_memory",
             "reason": "full",
             "phase": "warm_up",
+            "step": "3",  # the one after the last that was heard of
             "ran.attention": "flash",
             "stand_ins": "a; b",
             "data_digest": "d",
@@ -128,6 +129,7 @@ def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
             "warnings": "w",
         }.items()
     )
+    assert record.ended_ms == 1_000_000_013_500, "its last word, not the moment of writing it down"
     assert record.metrics == {
         "m": 1.0,
         "data/rows_read": 5.0,
@@ -150,4 +152,59 @@ def test_a_trial_that_never_spoke_is_completed_too() -> None:
     complete(record, End(outcome=Outcome.killed, reason=""), [], [], Summary(), 0.0)
     assert record.tags["phase"] == "start"
     assert "reason" not in record.tags
+    assert "step" not in record.tags
     assert record.series == []
+
+
+STEPPED: list[Event] = [
+    PhaseBegan(t=1.0, phase=Phase.window.value),
+    Step(t=2.0, step=7, seconds=0.5, loss=2.0, rows=2, slots=64, real=40, trained=20, skipped=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("end", "phase", "step"),
+    [
+        (End(outcome=Outcome.diverged, reason="r", step=4), Phase.window, "4"),
+        (End(outcome=Outcome.killed, reason="r"), Phase.window, "8"),
+        (End(outcome=Outcome.killed, reason="r"), Phase.evaluation_after, None),
+        (End(outcome=Outcome.finished, reason=""), Phase.window, None),
+        (End(outcome=Outcome.finished, reason="", step=4), Phase.window, None),
+    ],
+)
+def test_a_trial_that_did_not_finish_names_its_step(end: End, phase: Phase, step: str | None) -> None:
+    record = Record(name="r", params={})
+    complete(record, end, [*STEPPED, PhaseBegan(t=3.0, phase=phase.value)], [], Summary(), 0.0)
+    assert record.tags.get("step") == step
+
+
+def test_every_record_has_an_id_of_its_own_and_is_running_until_it_is_over() -> None:
+    one, other = Record(name="r", params={}), Record(name="r", params={})
+    assert one.id != other.id
+    assert (one.outcome, one.ended_ms) == (RUNNING, None)
+    assert RUNNING not in {outcome.value for outcome in Outcome}
+
+
+NUMBERS = st.floats()
+TEXTS = st.text(st.characters(codec=None))
+WORDS = st.dictionaries(TEXTS, TEXTS, max_size=4)
+POINTS = st.builds(Point, key=TEXTS, value=NUMBERS, step=st.integers(), t_ms=st.integers())
+RECORDS = st.builds(
+    Record,
+    id=TEXTS,
+    parent=st.none() | TEXTS,
+    name=TEXTS,
+    params=WORDS,
+    outcome=TEXTS,
+    started_ms=st.integers(),
+    ended_ms=st.none() | st.integers(),
+    tags=WORDS,
+    metrics=st.dictionaries(TEXTS, NUMBERS, max_size=4),
+    series=st.lists(POINTS, max_size=4),
+)
+
+
+@given(record=RECORDS)
+def test_a_record_comes_back_from_disk_as_it_went(record: Record) -> None:
+    there = json.dumps(dataclasses.asdict(record))
+    assert repr(Record.of(json.loads(there))) == repr(record)  # repr, since nan is not equal to itself

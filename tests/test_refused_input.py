@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Lab, Said
+from filelock import FileLock
 
 from lora_lab.config import RefusedInput
 from lora_lab.devices import choose_card, worker_environment
@@ -50,6 +51,7 @@ def assert_refused_by_worker(said: Said, folder: Path, *words: str) -> None:
     assert "Traceback" not in said.text
     assert not phases(folder) & {"model", "warm_up", "window"}
     assert not list(folder.rglob("record.json"))
+    assert not list(folder.rglob("trial.json")), "the next start would record it as killed"
     assert mlflow_runs(folder) == 0
 
 
@@ -245,15 +247,39 @@ def test_what_only_the_worker_can_see_is_refused_before_weights_are_loaded(
     assert not list(cache.rglob("*.safetensors"))
 
 
+NO_SUCH_MODULE = ("model=tiny", "tracking=none", "method.target_modules=[q_proj,nowhere]", "batch_size=1,2")
+
+
+def test_a_refused_sweep_takes_nothing_away_from_the_folder_that_was_named_for_it(lab: Lab, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    said = lab("-m", *NO_SUCH_MODULE, "hydra.sweep.dir=mine")
+    assert_refused_by_worker(said, tmp_path, "names nowhere")
+    assert mine.is_file(), "it was deleted"
+    assert mine.read_text() == "years of work"
+
+
+def test_a_folder_in_which_another_sweep_is_about_to_start_is_refused(lab: Lab, tmp_path: Path) -> None:
+    """It has the folder already, and looks at its points; there is no plan to read yet."""
+    (tmp_path / "mine").mkdir()
+    with FileLock(tmp_path / "mine" / ".sweep.lock"):
+        said = lab("-m", "model=tiny", "tracking=none", "batch_size=1,2", "hydra.sweep.dir=mine")
+    assert_refused(said, tmp_path, "mine", "running now")
+
+
 def test_an_unreachable_server_does_not_stop_the_trial(lab: Lab, tmp_path: Path) -> None:
     said = lab("tracking=server", "tracking.uri=http://127.0.0.1:9", "model=tiny", "measure=quick", COLUMNS="1000")
     assert said.code == 0, said.text
     [record] = tmp_path.rglob("record.json")
-    for stream in (said.err, said.out):  # as a warning at the start, and beside the result
-        assert "tracking server http://127.0.0.1:9 was not reached" in stream
-        assert f"the trial's records are in {record.parent}" in stream
     assert json.loads(record.read_text())["outcome"] == "finished"
     assert "window" in phases(record.parent)
+    for words in (f"files {record.parent}", "the next start delivers the trial's record"):
+        assert words in said.out
+    told = said.out.split("tracking server http://127.0.0.1:9 was not reached")
+    assert len(told) == 3, "as a warning at the start, and beside the result"
+    assert "tokens/s" not in told[0] + said.err.partition("starting the worker")[0]
+    assert "tokens/s" in told[1]
 
 
 def test_a_card_that_is_not_there_is_refused(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
@@ -313,7 +339,8 @@ def test_a_precision_the_card_lacks_is_unsupported(
     assert "Traceback" not in said.text
     [record] = tmp_path.rglob("record.json")
     assert json.loads(record.read_text())["outcome"] == "unsupported"
-    assert not list(tmp_path.rglob("events.jsonl"))
+    [journal] = tmp_path.rglob("events.jsonl")
+    assert journal.read_text() == "", "no worker said anything"
     assert not list(tmp_path.rglob("worker.log"))
 
 

@@ -223,8 +223,12 @@ def test_a_grid_runs_every_point_in_one_parent(lab: Lab, tmp_path: Path) -> None
     said = lab("-m", *TINY, "optimizer=adamw,lion_8bit", "batch_size=1,2")
     assert said.code == 0, said.text
     _, runs = store_of(tmp_path)
-    points = {(run.data.params["optimizer"], run.data.params["batch_size"]) for run in runs}
-    assert points == {("adamw", "1"), ("adamw", "2"), ("lion_8bit", "1"), ("lion_8bit", "2")}
+    [above] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == above.info.run_id]
+    points = sorted((run.data.params["optimizer"], run.data.params["batch_size"]) for run in trials)
+    assert points == [("adamw", "1"), ("adamw", "2"), ("lion_8bit", "1"), ("lion_8bit", "2")]
+    assert len(runs) == 5
+    assert len({run.data.tags["process.pid"] for run in runs}) == 1
 
 
 def test_two_first_starts_at_once_share_one_sound_store(tmp_path: Path) -> None:

@@ -5,13 +5,19 @@ FAKE_NVML_CARDS: how many cards there are (1); 0 leaves none.
 FAKE_NVML_CAPABILITY: their compute capability (8.6).
 FAKE_NVML_DRIVER: `missing` makes nvmlInit fail as it does on a machine without a driver, `mismatch` as it does
     after an update without a reboot.
+FAKE_NVML_USERS: pid and used bytes of each process that calculates, as `4242:1073741824,17:`; without bytes the
+    driver does not say. Empty: nobody.
+FAKE_NVML_STATE: a file with `{"used": bytes, "temperature": degrees}`, either left out where the fake's own will do;
+    read at every call, so that a test can change it while a process runs.
 """
 
 # ruff: noqa: N802  # pynvml's own names
 
+import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 NVML_TEMPERATURE_GPU = 0
 
@@ -39,6 +45,12 @@ class _Handle:
 class _Memory:
     total: int
     used: int
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    usedGpuMemory: int | None  # noqa: N815
 
 
 def uuid_of(index: int) -> str:
@@ -88,7 +100,13 @@ def nvmlDeviceGetCudaComputeCapability(handle: _Handle) -> tuple[int, int]:
 
 
 def nvmlDeviceGetMemoryInfo(handle: _Handle) -> _Memory:
-    return _Memory(total=8 * 2**30, used=2**30)
+    return _Memory(total=8 * 2**30, used=_state().get("used", 2**30))
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle: _Handle) -> list[_Process]:
+    users = filter(None, os.environ.get("FAKE_NVML_USERS", "").split(","))
+    told = [user.partition(":") for user in users]
+    return [_Process(int(pid), int(used) if used else None) for pid, _, used in told]
 
 
 def nvmlDeviceGetTotalEnergyConsumption(handle: _Handle) -> int:
@@ -100,4 +118,9 @@ def nvmlDeviceGetPowerUsage(handle: _Handle) -> int:
 
 
 def nvmlDeviceGetTemperature(handle: _Handle, sensor: int) -> int:
-    return 50
+    return _state().get("temperature", 50)
+
+
+def _state() -> dict[str, int]:
+    path = os.environ.get("FAKE_NVML_STATE")
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

@@ -43,7 +43,7 @@ def test_a_dead_sensor_ends_the_sampling_with_its_reason() -> None:
         next(asked)
         raise SensorFailed("GPU is lost")
 
-    with Sampler(read, RATE) as sampler:
+    with Sampler(read, rate_hz=RATE) as sampler:
         wait_until(lambda: not sampling())
     assert sampler.fault == "GPU is lost"
     assert sampler.samples == []
@@ -58,7 +58,7 @@ def test_a_sensor_that_dies_in_a_trial_keeps_what_it_gave() -> None:
             raise SensorFailed("fell off the bus")
         return reading()
 
-    with Sampler(read, RATE) as sampler:
+    with Sampler(read, rate_hz=RATE) as sampler:
         wait_until(lambda: not sampling())
     assert len(sampler.samples) == 5
     assert sampler.fault == "fell off the bus"
@@ -71,7 +71,7 @@ def test_a_trial_shorter_than_the_samplers_patience_still_learns_of_a_dead_senso
         asked.set()
         raise SensorFailed("no answer")
 
-    with Sampler(read, 1.0) as sampler:
+    with Sampler(read, rate_hz=1.0) as sampler:
         assert asked.wait(PATIENCE)
     assert sampler.fault == "no answer"
 
@@ -87,7 +87,7 @@ def test_a_sensor_that_fails_now_and_then_is_read_on(fails: list[bool]) -> None:
             raise SensorFailed("busy")
         return reading()
 
-    with Sampler(read, RATE) as sampler:
+    with Sampler(read, rate_hz=RATE) as sampler:
         wait_until(lambda: len(sampler.samples) >= 60)
         assert sampling()
 
@@ -101,13 +101,13 @@ def test_a_sensor_that_has_recovered_has_no_fault() -> None:
             raise SensorFailed("busy")
         return reading()
 
-    with Sampler(read, RATE) as sampler:
+    with Sampler(read, rate_hz=RATE) as sampler:
         wait_until(lambda: len(sampler.samples) >= 10)
     assert sampler.fault is None
 
 
 def test_the_trials_own_error_goes_through() -> None:
-    with pytest.raises(KeyError, match="mine"), Sampler(reading, RATE):
+    with pytest.raises(KeyError, match="mine"), Sampler(reading, rate_hz=RATE):
         raise KeyError("mine")
 
 
@@ -118,7 +118,7 @@ def test_without_a_sensor_nothing_is_started() -> None:
 
 
 def test_readings_come_at_the_asked_rate_and_in_order() -> None:
-    with Sampler(reading, 100.0) as sampler:
+    with Sampler(reading, rate_hz=100.0) as sampler:
         time.sleep(0.5)
     times = [sample.t for sample in sampler.samples]
     assert 10 <= len(times) <= 52
@@ -134,7 +134,46 @@ def test_a_slow_reading_is_not_made_up_for_by_a_burst() -> None:
             time.sleep(0.3)
         return reading()
 
-    with Sampler(read, 50.0) as sampler:
+    with Sampler(read, rate_hz=50.0) as sampler:
         wait_until(lambda: len(sampler.samples) >= 8)
     times = [sample.t for sample in sampler.samples]
     assert all(after - before > 0.01 for before, after in pairwise(times[3:8]))
+
+
+def test_every_reading_is_told_at_once_and_in_order() -> None:
+    kept: list[Sample] = []
+    with Sampler(reading, kept.append, rate_hz=RATE) as sampler:
+        wait_until(lambda: len(kept) >= 20)
+        assert sampling(), "while it is sampling, not at the end"
+    assert kept == sampler.samples
+
+
+def test_what_a_failing_sensor_gave_before_is_kept_once() -> None:
+    asked = count()
+    kept: list[Sample] = []
+
+    def read() -> Sample:
+        if next(asked) % 3 == 1:
+            raise SensorFailed("busy")
+        return reading()
+
+    with Sampler(read, kept.append, rate_hz=RATE) as sampler:
+        wait_until(lambda: len(kept) >= 20)
+    assert kept == sampler.samples
+
+
+def test_a_reading_that_hangs_past_the_end_is_not_kept() -> None:
+    """A driver can hang for longer than the end waits: by then the trial's files are closed."""
+    hangs, go_on = threading.Event(), threading.Event()
+    kept: list[Sample] = []
+
+    def read() -> Sample:
+        hangs.set()
+        go_on.wait()
+        return reading()
+
+    with Sampler(read, kept.append) as sampler:
+        assert hangs.wait(PATIENCE)
+    go_on.set()
+    wait_until(lambda: not sampling())
+    assert (kept, sampler.samples) == ([], [])

@@ -37,6 +37,7 @@ HEADLINES = {
 WARMUP, STEPS = 3, 10
 NO_CARD = "no NVIDIA card was used"
 WATTS = 300.0
+ASKED_T = -2.0
 
 
 def step(number: int) -> Step:
@@ -114,7 +115,7 @@ def assert_accounted(summary: Summary) -> None:
 
 
 def test_a_whole_trial_on_a_gpu_has_every_figure() -> None:
-    summary = summarise(story(on_gpu=True), card(), "")
+    summary = summarise(story(on_gpu=True), card(), "", ASKED_T)
     assert_accounted(summary)
     assert summary.absent == {}
     measured = {name: summary.metrics[name] for name in HEADLINES}
@@ -138,7 +139,7 @@ def test_a_whole_trial_on_a_gpu_has_every_figure() -> None:
 
 
 def test_on_a_cpu_what_only_a_card_knows_is_absent() -> None:
-    summary = summarise(story(on_gpu=False), [], NO_CARD)
+    summary = summarise(story(on_gpu=False), [], NO_CARD, ASKED_T)
     assert_accounted(summary)
     assert summary.absent == {
         "vram/peak_allocated_gib": "torch's allocator reports on GPUs only",
@@ -157,7 +158,7 @@ def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
     events = whole[:stopped]
     samples = card(sampled) if on_gpu else []
     no_sensor = NO_CARD if not on_gpu else "the sensor failed (GPU is lost)" if fault or not samples else ""
-    summary = summarise(events, samples, no_sensor)
+    summary = summarise(events, samples, no_sensor, ASKED_T)
     assert_accounted(summary)
 
     complete = all(event in events for event in whole if isinstance(event, Step | WindowClosed))
@@ -172,14 +173,14 @@ def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
 
 
 def test_a_sensor_that_failed_leaves_no_peak_of_half_a_trial() -> None:
-    summary = summarise(story(on_gpu=True), card(4.0), "the sensor failed (GPU is lost)")
+    summary = summarise(story(on_gpu=True), card(4.0), "the sensor failed (GPU is lost)", ASKED_T)
     assert summary.absent["vram/peak_device_gib"] == "the sensor failed (GPU is lost)"
     assert summary.absent["energy/joules_per_token"] == "the sensor failed (GPU is lost)"
     assert summary.metrics["vram/peak_allocated_gib"] == 2.0, "torch's own figure needs no sensor"
 
 
 def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
-    summary = summarise(story(on_gpu=True), card(15.0), "the sensor failed (GPU is lost)")
+    summary = summarise(story(on_gpu=True), card(15.0), "the sensor failed (GPU is lost)", ASKED_T)
     assert summary.metrics["vram/peak_device_gib"] == 3.0
     assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500, rel=0.02)
 
@@ -187,21 +188,21 @@ def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
 def test_reasons_are_the_true_ones_when_a_trial_on_a_gpu_stops_before_training() -> None:
     events = story(on_gpu=True)[:8]
     for no_sensor in ("", "the sensor failed (GPU is lost)"):
-        summary = summarise(events, card(), no_sensor)
+        summary = summarise(events, card(), no_sensor, ASKED_T)
         assert summary.absent["vram/peak_allocated_gib"] == "no training step was reached"
         assert summary.absent["energy/joules_per_token"] == "the measured window was not completed"
 
 
 def test_a_card_without_power_sensors_still_shows_its_memory() -> None:
     silent = [replace(sample, energy_joules=None, power_watts=None) for sample in card()]
-    summary = summarise(story(on_gpu=True), silent, "")
+    summary = summarise(story(on_gpu=True), silent, "", ASKED_T)
     assert_accounted(summary)
     assert summary.metrics["vram/peak_device_gib"] == 3.0
     assert set(summary.absent) == {"energy/joules_per_token"}
 
 
 def test_a_card_without_a_counter_is_measured_by_its_power_and_says_so() -> None:
-    summary = summarise(story(on_gpu=True), [replace(sample, energy_joules=None) for sample in card()], "")
+    summary = summarise(story(on_gpu=True), [replace(sample, energy_joules=None) for sample in card()], "", ASKED_T)
     assert summary.energy_source == "power"
     assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500)
 
@@ -211,9 +212,9 @@ def with_steps(**changes: float) -> list[Event]:
 
 
 def test_mostly_padding_and_overflows_are_warned_of() -> None:
-    padded = summarise(with_steps(slots=6000), card(), "")
+    padded = summarise(with_steps(slots=6000), card(), "", ASKED_T)
     assert any("75% of the token slots were padding" in warning for warning in padded.warnings)
-    skipped = summarise(with_steps(skipped=True), card(), "")
+    skipped = summarise(with_steps(skipped=True), card(), "", ASKED_T)
     assert skipped.metrics["window/steps_skipped"] == STEPS, "those of the warm-up are not measured"
 
 
@@ -222,4 +223,38 @@ def test_the_training_loss_weighs_tokens_not_steps() -> None:
     at = events.index(step(WARMUP + 1))
     events[at] = replace(step(WARMUP + 1), loss=5.0, trained=6000)
     expected = (5.0 * 6000 + 2.0 * 600 * (STEPS - 1)) / (6000 + 600 * (STEPS - 1))
-    assert summarise(events, card(), "").metrics["loss/train"] == pytest.approx(expected)
+    assert summarise(events, card(), "", ASKED_T).metrics["loss/train"] == pytest.approx(expected)
+
+
+OOM = Ended(t=9.0, outcome="out_of_memory", reason="full", asked_bytes=3 * GIB, peak_host_bytes=5 * GIB)
+ASKED, ALLOCATED, DEVICE = (f"out_of_memory/{name}_gib" for name in ("asked", "peak_allocated", "peak_device"))
+
+
+@given(on_gpu=st.booleans(), stopped=st.integers(0, 60), sampled=st.floats(0, 20), asked=st.booleans())
+def test_out_of_memory_says_what_was_asked_for_and_reached_or_why_not(
+    on_gpu: bool, stopped: int, sampled: float, asked: bool
+) -> None:
+    said = [event for event in story(on_gpu)[:stopped] if not isinstance(event, Ended)]
+    ended = OOM if asked else replace(OOM, asked_bytes=None)
+    samples = card(sampled) if on_gpu else []
+    summary = summarise([*said, ended], samples, "" if on_gpu else NO_CARD, ASKED_T)
+    assert_accounted(summary)
+    assert summary.metrics["host/peak_gib"] == 5.0
+    assert summary.metrics.get(ASKED, "absent") == (3.0 if asked else "absent")
+    told = [event.peak_allocated_bytes / GIB for event in said if isinstance(event, PhaseMemory)]
+    assert summary.metrics.get(ALLOCATED) == max(told, default=None), "of the whole trial: loading counts here"
+    assert summary.metrics.get(DEVICE) == max((s.used_bytes / GIB for s in samples if s.used_bytes), default=None)
+    for name in {ASKED, ALLOCATED, DEVICE} - set(summary.metrics):
+        assert summary.absent[name]
+
+
+@pytest.mark.parametrize("outcome", ["finished", "diverged", "failed"])
+def test_only_out_of_memory_has_figures_of_it(outcome: str) -> None:
+    summary = summarise([*story(on_gpu=True)[:-1], replace(OOM, outcome=outcome)], card(), "", ASKED_T)
+    assert not [name for name in summary.metrics.keys() | summary.absent.keys() if name.startswith("out_of_memory/")]
+
+
+def test_the_times_of_the_phases_are_among_the_figures() -> None:
+    metrics = summarise(story(on_gpu=True), card(), "", ASKED_T).metrics
+    assert metrics["time/window_seconds"] == STEPS
+    assert metrics["time/asked_to_first_step_seconds"] == -ASKED_T

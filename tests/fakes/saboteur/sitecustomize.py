@@ -1,0 +1,145 @@
+"""
+Harms workers from outside lora_lab. Python imports this at its start wherever this folder is on PYTHONPATH.
+
+SABOTAGE names a JSON file: `{"0.0003": ["kill", "in data"]}` does `kill` in the trial whose learning_rate is 0.0003,
+as soon as it has said that it is in the phase data; with `after step 3`, as soon as it has told that step.
+"""
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TARGET = "lora_lab.worker.trial"
+SLACK_BYTES = 2 * 2**20
+
+
+def little_memory() -> None:
+    """Hardly more address space than the process has now: the next large thing asked for can't be had."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + SLACK_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def huge_tensor() -> None:
+    import torch
+
+    torch.empty(10**15)
+
+
+def huge_array() -> None:
+    import numpy as np
+
+    np.empty(10**12)
+
+
+def starve_quantizer() -> None:
+    """Leave no memory to bitsandbytes when it quantizes weights."""
+    import bitsandbytes
+
+    bitsandbytes.functional.quantize_4bit = lambda *_, **__: huge_tensor()
+
+
+def starve_tokenizer() -> None:
+    """Leave little memory to a Rust library, which then ends the process."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text = "word " * 10**6
+    little_memory()
+    tokenizer.encode(text)
+
+
+def bail_out() -> None:
+    """As bitsandbytes does when CUDA refuses it: a line on standard error, then the end of the process."""
+    os.write(2, b"Error out of memory at line 538 in file /src/csrc/pythonInterface.cpp\n")
+    os._exit(1)
+
+
+def hang() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def hang_deaf() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hang()
+
+
+def fault() -> None:
+    raise RuntimeError("sabotaged")
+
+
+ACTS: dict[str, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "segmentation fault": lambda: ctypes.string_at(0),
+    "little memory": little_memory,
+    "huge tensor": huge_tensor,
+    "huge array": huge_array,
+    "starve quantizer": starve_quantizer,
+    "starve tokenizer": starve_tokenizer,
+    "bail out": bail_out,
+    "hang": hang,
+    "hang deaf": hang_deaf,
+    "fault": fault,
+    "exit": lambda: sys.exit(7),
+}
+
+
+def place(event: Any) -> str:
+    if type(event).__name__ == "PhaseBegan":
+        return f"in {event.phase}"
+    return f"after step {event.step}" if type(event).__name__ == "Step" else ""
+
+
+def sabotaged(run_trial: Callable[..., None], plan: dict[str, list[str]]) -> Callable[..., None]:
+    def run(config: Any, folder: Path, emit: Callable[[Any], None]) -> None:
+        act, where = plan.get(str(config.learning_rate), ["", "nowhere"])
+
+        def say(event: Any) -> None:
+            emit(event)
+            if place(event) == where:
+                ACTS[act]()
+
+        run_trial(config, folder, say)
+
+    return run
+
+
+class Saboteur(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets the worker's module be imported as it is, then puts another run_trial in its place."""
+
+    def __init__(self, plan: dict[str, list[str]]) -> None:
+        self._plan = plan
+        self._loader: importlib.abc.Loader | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == TARGET else None
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self._loader is not None
+        self._loader.exec_module(module)
+        module.__dict__["run_trial"] = sabotaged(module.__dict__["run_trial"], self._plan)
+
+
+if "SABOTAGE" in os.environ:
+    sys.meta_path.insert(0, Saboteur(json.loads(Path(os.environ["SABOTAGE"]).read_text(encoding="utf-8"))))
