@@ -54,7 +54,7 @@ class Store:
     """The store of one trial or sweep; a fault of it is kept in words and never raised into a trial."""
 
     def __init__(self, tracking: TrackingConfig) -> None:
-        self._tracking = tracking
+        self.tracking = tracking
         self._tracker: Tracker | None = None
         self.fault = ""
         """Why the last thing could not be done."""
@@ -65,7 +65,7 @@ class Store:
         """The tracker; None with `fault` when it can't be had now."""
         if self._tracker is None:
             try:
-                self._tracker = open_tracker(self._tracking)
+                self._tracker = open_tracker(self.tracking)
                 self.fault = ""
             except (TrackingFailed, RefusedInput) as fault:
                 self.fault = str(fault)
@@ -90,7 +90,7 @@ class Store:
         record = folder.read().record
         run_id = self._deliver(record, folder.artifacts())
         if run_id is not None:
-            folder.mark_delivered(run_id, record.outcome)
+            folder.mark_delivered(run_id, record)
         return run_id
 
     def deliver_all(self, folder: SweepFolder) -> str | None:
@@ -193,15 +193,16 @@ def recover(store: Store) -> Recovered:
         return found
     try:
         with FileLock(MULTIRUN / ".recovery.lock", timeout=0):
-            _recover(found)
-            found.killed += store.end_orphans()
+            _recover(found, store)
+            if not store.out_of_reach:
+                found.killed += store.end_orphans()
     except (Timeout, OSError):
         return found  # another start is at it, or the disk is full
     return found
 
 
-def _recover(found: Recovered) -> None:
-    stores: dict[str, Store] = {}
+def _recover(found: Recovered, store: Store) -> None:
+    stores = {repr(store.tracking): store}
 
     def store_of(tracking: TrackingConfig) -> Store:
         return stores.setdefault(repr(tracking), Store(tracking))

@@ -78,7 +78,7 @@ def look_at(card: Card | None, share: bool) -> Before:
     """
     if card is None:
         return Before()
-    users = card.users()
+    users = {pid: used for pid, used in card.users().items() if pid != os.getpid()}  # isolation=inline
     with_whom = ", ".join(_user(pid, used) for pid, used in users.items())
     if users and not share:
         raise RefusedInput(

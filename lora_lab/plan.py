@@ -49,7 +49,10 @@ def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Pl
 
 def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
     """The points, each once: a grid can name the same config twice."""
-    return list({point.digest: point for point in reversed(points)}.values())[::-1]
+    first: dict[str, GridPoint] = {}
+    for point in points:
+        first.setdefault(point.digest, point)
+    return list(first.values())
 
 
 def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:

@@ -109,8 +109,8 @@ def complete(
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.
     """
     record.outcome = end.outcome.value
-    last = max((event.t for event in events), default=None)
-    record.ended_ms = round(time.time() * 1e3 if last is None else (last + unix_minus_monotonic) * 1e3)
+    if events:
+        record.ended_ms = round((max(event.t for event in events) + unix_minus_monotonic) * 1e3)
     phase = next((event.phase for event in reversed(events) if isinstance(event, PhaseBegan)), Phase.start.value)
     record.tags |= {"outcome": end.outcome.value, "phase": "done" if end.outcome is Outcome.finished else phase}
     if end.reason:

@@ -115,16 +115,21 @@ class SweepFolder:
 
     def next_attempt(self, trial: Planned) -> str:
         """Name of a folder for one more attempt; what earlier ones left stays."""
-        attempts = len(list(self.path.glob(f"{_name(trial)}*")))
-        return f"{_name(trial)}-{attempts + 1}" if attempts else _name(trial)
+        return _name(trial, max(self._attempts(trial), default=0) + 1)
 
     def attempt(self, trial: Planned) -> Attempt | None:
         """How the latest attempt that is over ended; None when there is none."""
-        for number in range(len(list(self.path.glob(f"{_name(trial)}*"))), 0, -1):
-            found = self.over(f"{_name(trial)}-{number}" if number > 1 else _name(trial))
+        for number in sorted(self._attempts(trial), reverse=True):
+            found = self.over(_name(trial, number))
             if found is not None:
                 return found
         return None
+
+    def _attempts(self, trial: Planned) -> list[int]:
+        """The numbers of the attempts whose folders are there, from 1."""
+        first = _name(trial)
+        later = (path.name.removeprefix(f"{first}-") for path in self.path.glob(f"{first}-*"))
+        return [1] * (self.path / first).is_dir() + [int(number) for number in later if number.isdecimal()]
 
     def over(self, name: str) -> Attempt | None:
         """How the attempt in the folder `name` ended; None while it is not over."""
@@ -161,13 +166,14 @@ class SweepFolder:
     @property
     def delivered_as_it_is(self) -> bool:
         """Whether the store's record is the present one."""
-        found = read_json(self.path / DELIVERED)
-        return found is not None and found["outcome"] == self.read().record.outcome
+        found, record = read_json(self.path / DELIVERED), self.read().record
+        return found is not None and (found["outcome"], found["ended_ms"]) == (record.outcome, record.ended_ms)
 
-    def mark_delivered(self, run_id: str, outcome: str) -> None:
+    def mark_delivered(self, run_id: str, record: Record) -> None:
         """Remember the store's id and what it was told."""
         try:
-            write_json(self.path / DELIVERED, {"run_id": run_id, "outcome": outcome})
+            told = {"run_id": run_id, "outcome": record.outcome, "ended_ms": record.ended_ms}
+            write_json(self.path / DELIVERED, told)
         except OSError:
             return
 
@@ -176,8 +182,8 @@ class SweepFolder:
         return [path for path in (self.path / PLAN, self.path / "trials.csv") if path.is_file()]
 
 
-def _name(trial: Planned) -> str:
-    return f"{trial.number:04d}"
+def _name(trial: Planned, attempt: int = 1) -> str:
+    return f"{trial.number:04d}" + (f"-{attempt}" if attempt > 1 else "")
 
 
 def outlines(root: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,9 @@ class InMemoryTracker:
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Remember the record."""
-        self.records[record.id] = record
+        there = self.records.get(record.id)
+        if there is None or there.outcome == RUNNING or record.is_sweep:
+            self.records[record.id] = record
         return record.id
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
@@ -107,9 +109,11 @@ class MlflowTracker:
         with _store_errors():
             self._refuse_lost()
             found = self._find(record.id)
-            if found is not None and found.info.status != "RUNNING" and not record.is_sweep:
+            if found is not None and _is_over(found) and not record.is_sweep:
                 return str(found.info.run_id)
             run_id = str(found.info.run_id) if found is not None else self._create(record)
+            if found is not None and _ORPHAN in found.data.tags:
+                self._client.delete_tag(run_id, _ORPHAN)
             tags = [RunTag(key, value) for key, value in _tags(record.tags).items()]
             self._client.log_batch(run_id, params=_params(record.params), tags=tags)
             for start in range(0, len(points), _METRICS_A_CALL):
@@ -132,6 +136,7 @@ class MlflowTracker:
             orphans = [run.info.run_id for run in running if gone(run.data.tags)]
             for run_id in orphans:
                 self._client.set_tag(run_id, "outcome", Outcome.killed.value)
+                self._client.set_tag(run_id, _ORPHAN, "its process was gone, and its folder not here")
                 self._client.set_terminated(run_id, "KILLED")
         return len(orphans)
 
@@ -178,6 +183,14 @@ class MlflowTracker:
             if found is None:
                 raise
             return str(found.experiment_id)
+
+
+_ORPHAN = "orphan"
+"""Tag of a run that was ended without its record; should that turn up, the run is gone on with."""
+
+
+def _is_over(run: Any) -> bool:
+    return run.info.status != "RUNNING" and _ORPHAN not in run.data.tags
 
 
 _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
@@ -283,10 +296,15 @@ def _store_errors() -> Iterator[None]:
 
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:
-    return {key: value[:_LONGEST_TAG] for key, value in tags.items()}
+    return {key: _text(value)[:_LONGEST_TAG] for key, value in tags.items()}
 
 
 def _params(params: dict[str, str]) -> list[Any]:
     from mlflow.entities import Param
 
-    return [Param(key, value) for key, value in params.items()]
+    return [Param(key, _text(value)) for key, value in params.items()]
+
+
+def _text(text: str) -> str:
+    """Without what no database takes: halves of characters, as a file name that is no UTF-8 leaves them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -62,7 +62,7 @@ def _write(path: Path, text: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -100,10 +100,16 @@ class _Journal:
             self._fault = True
 
     def close(self) -> None:
+        """Let go of the file; never raises."""
         try:
             self._file.close()
         except OSError:
             self._fault = True
+
+    def complete(self) -> None:
+        """After `close`: write again what did not fit before.
+
+        Raises: OSError when it still does not."""
         if self._fault:
             _write(self._path, "".join(self._lines))
 
@@ -141,12 +147,23 @@ class TrialFolder:
 
     def give_up(self) -> None:
         """No trial after all: its input was refused."""
+        self._close()
         (self.path / ASKED).unlink()
 
     def finish(
-        self, asked: Asked, end: End, events: list[Event], samples: list[Sample], no_sensor: str, seen: Seen
+        self,
+        asked: Asked,
+        end: End,
+        events: list[Event],
+        samples: list[Sample],
+        no_sensor: str,
+        seen: Seen,
+        over_ms: int | None = None,
     ) -> tuple[Record, Summary]:
         """Summarise, complete the record, and put both on disk; `record.json` comes last.
+
+        Args:
+            over_ms: when it was over (Unix time), where no event tells; by default now.
 
         A disk that is full leaves the record in memory, with a warning: the store can still take it.
         """
@@ -154,11 +171,12 @@ class TrialFolder:
         summary = summarise(events, samples, no_sensor, asked.t)
         summary.warnings += seen.warnings
         summary.metrics |= seen.metrics
+        record.ended_ms = over_ms or round(time.time() * 1e3)
         complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+        journals = self._close()
         try:
-            for journal in (self._events, self._samples):
-                if journal is not None:
-                    journal.close()
+            for journal in journals:
+                journal.complete()
             if end.traceback:
                 _write(self.path / "traceback.txt", end.traceback)
             write_json(self.path / "summary.json", _outline(record) | asdict(summary))
@@ -166,6 +184,12 @@ class TrialFolder:
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
         return record, summary
+
+    def _close(self) -> list[_Journal]:
+        journals = [journal for journal in (self._events, self._samples) if journal is not None]
+        for journal in journals:
+            journal.close()
+        return journals
 
     def asked(self) -> Asked | None:
         """What was asked for here; None where no trial began, or one of an older version."""
@@ -203,7 +227,8 @@ class TrialFolder:
         else:
             why = "the process that ran lora_lab was gone: killed, or the machine stopped"
             end = End(outcome=Outcome.killed, reason=why)
-        return self.finish(asked, end, events, samples, asked.no_sensor, Seen())[0]
+        # one that had said nothing yet is over as it began: nobody knows better
+        return self.finish(asked, end, events, samples, asked.no_sensor, Seen(), asked.record.started_ms)[0]
 
     @property
     def delivered(self) -> bool:

@@ -254,7 +254,7 @@ def test_a_trial_is_nested_even_where_the_store_has_lost_its_sweep(tmp_path: Pat
     parent, owner = Record(name="the sweep", params={"axis.seed": "1,2"}), this_process()
     sweep = SweepFolder(tmp_path / "sweep")
     sweep.write(Plan(owner=owner, tracking=tracking, record=parent, conditions={}, trials=[]))
-    sweep.mark_delivered("an id of the store that was lost", parent.outcome)
+    sweep.mark_delivered("an id of the store that was lost", parent)
     trial = TrialFolder(sweep.path / "0000")
     trial.path.mkdir()
     record = Record(name="the trial", params={}, parent=parent.id, outcome=Outcome.finished.value)
@@ -275,12 +275,17 @@ class Looked(list[Path]):
         return super().__iter__()
 
 
-def test_a_record_on_its_way_is_no_orphan_for_another_start(tmp_path: Path, empty_store: Path) -> None:
+def test_a_record_on_its_way_is_no_orphan_for_another_start(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "multirun").mkdir()
     tracking = TrackingConfig(root=str(give_store(tmp_path, empty_store).parent))
     dead = owner_tags(replace(this_process(), pid=DEAD), tmp_path / "its folder")
     record = Record(name="late", params={}, tags={**dead, "outcome": "finished"}, outcome="finished")
     other = Store(tracking)
-    open_tracker(tracking).deliver(record, Looked(other.end_orphans))
+    with FileLock(tmp_path / "multirun" / ".recovery.lock"):  # as the start has it that delivers for the dead
+        open_tracker(tracking).deliver(record, Looked(lambda: delivery.recover(other)))
     [run] = store_of(tmp_path)[1]
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
 
@@ -302,7 +307,8 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
         raise TrackingFailed("each time this takes seconds")
 
     monkeypatch.setattr(delivery, "open_tracker", unreachable)
-    found = delivery.recover(tmp_path / "multirun")
+    monkeypatch.chdir(tmp_path)
+    found = delivery.recover(Store(TrackingConfig()))
     assert found.waiting == 4
     assert len(opened) == 1
 
@@ -344,7 +350,7 @@ def test_a_folder_that_another_sweep_has_is_refused_before_its_plan_is_there(tmp
     (tmp_path / "mine").mkdir()
     with FileLock(tmp_path / "mine" / ".sweep.lock"):
         said = run(tmp_path, *SWEEP, "hydra.sweep.dir=mine", "tracking=none")
-    assert (said.code, "running now" in said.err, "Traceback" in said.text) == (2, True, False), said.text
+    assert (said.code, "runs a sweep" in said.err, "Traceback" in said.text) == (2, True, False), said.text
 
 
 def test_a_refused_sweep_takes_nothing_away_from_a_folder_of_the_users(tmp_path: Path) -> None:

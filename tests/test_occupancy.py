@@ -23,6 +23,8 @@ from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_free
 from lora_lab.telemetry import nvml
 from lora_lab.telemetry.nvml import Card, cards
 
+pytestmark = pytest.mark.timeout(60)  # what waits for a device in vain waits for ever
+
 FAKES = Path(__file__).parent / "fakes"
 GIB = 2**30
 NOBODY = 2**22 + 1

@@ -265,7 +265,7 @@ def test_a_folder_in_which_another_sweep_is_about_to_start_is_refused(lab: Lab, 
     (tmp_path / "mine").mkdir()
     with FileLock(tmp_path / "mine" / ".sweep.lock"):
         said = lab("-m", "model=tiny", "tracking=none", "batch_size=1,2", "hydra.sweep.dir=mine")
-    assert_refused(said, tmp_path, "mine", "running now")
+    assert_refused(said, tmp_path, "another process runs a sweep in", "mine")
 
 
 def test_an_unreachable_server_does_not_stop_the_trial(lab: Lab, tmp_path: Path) -> None:

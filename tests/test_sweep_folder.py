@@ -39,6 +39,7 @@ def sweep_in(path: Path, *numbers: int) -> SweepFolder:
             record=Record(name="sweep", params={"points": "3"}),
             conditions={"p0": {"code": "c"}},
             trials=[planned(number) for number in numbers],
+            launched=["0000", "0001-2"],
         )
     )
     return folder
@@ -156,10 +157,22 @@ def test_the_end_counts_the_outcomes_of_the_trials(tmp_path: Path, outcome: Outc
     folder.end(outcome, ATTEMPTS)
     record = folder.read().record
     assert (record.outcome, record.tags["outcome"]) == (outcome.value, outcome.value)
-    assert record.metrics == {"sweep/trials": 4.0, "sweep/finished": 2.0, "sweep/out_of_memory": 1.0}
+    counted = {name: count for name, count in record.metrics.items() if count}
+    assert counted == {"sweep/trials": 4.0, "sweep/finished": 2.0, "sweep/out_of_memory": 1.0}
     assert record.ended_ms is not None
     assert record.ended_ms >= record.started_ms
     assert (record.id, folder.read().trials) == (before.record.id, before.trials)
+
+
+def test_an_outcome_that_no_trial_has_any_more_is_counted_as_none(tmp_path: Path) -> None:
+    """A store keeps the last figure that it was told."""
+    folder = sweep_in(tmp_path, 0)
+    folder.end(Outcome.killed, [Attempt("failed", "", 1.0, {}, [])])
+    told = folder.read().record.metrics
+    folder.end(Outcome.finished, [Attempt("finished", "", 1.0, {}, [])])
+    now = folder.read().record.metrics
+    assert told.keys() == now.keys()
+    assert (now["sweep/failed"], now["sweep/finished"]) == (0.0, 1.0)
 
 
 def test_a_sweep_whose_process_is_gone_was_killed_and_that_is_news_once(tmp_path: Path) -> None:
@@ -179,16 +192,16 @@ def test_a_sweep_that_was_over_was_not_killed(tmp_path: Path) -> None:
 
 
 def deliver(folder: SweepFolder) -> None:
-    folder.mark_delivered("r1", folder.read().record.outcome)
+    folder.mark_delivered("r1", folder.read().record)
 
 
 def test_a_store_that_knows_a_sweep_does_not_know_what_came_after(tmp_path: Path) -> None:
     folder = sweep_in(tmp_path, 0)
-    assert (folder.delivered, folder.delivered_as_it_is) == (False, False)
+    assert not folder.delivered_as_it_is
     deliver(folder)
-    assert (folder.delivered, folder.delivered_as_it_is) == (True, True)
+    assert folder.delivered_as_it_is
     folder.end(Outcome.finished, ATTEMPTS)
-    assert (folder.delivered, folder.delivered_as_it_is) == (True, False)
+    assert not folder.delivered_as_it_is
     deliver(folder)
     assert folder.delivered_as_it_is
 

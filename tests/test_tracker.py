@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrackingKind
 from lora_lab.records import RUNNING, Point, Record
-from lora_lab.tracking import InMemoryTracker, MlflowTracker, Tracker, TrackingFailed, open_tracker
+from lora_lab.tracking import InMemoryTracker, MlflowTracker, SweepUnknown, Tracker, TrackingFailed, open_tracker
 
 MS = 1_700_000_000_000
 
@@ -191,7 +191,7 @@ def test_what_was_running_is_over_when_its_record_says_so(shelf: Shelf, outcome:
 
 def test_a_sweep_that_is_taken_up_again_runs_again(shelf: Shelf) -> None:
     tracker = shelf.tracker()
-    wanted = record("killed", series=[])
+    wanted = record("killed", series=[], is_sweep=True)
     run_id = tracker.deliver(wanted, [])
     again = replace(wanted, outcome=RUNNING, tags={**wanted.tags, "outcome": RUNNING})
     assert tracker.deliver(again, []) == run_id
@@ -203,7 +203,7 @@ def test_a_sweep_that_is_taken_up_again_runs_again(shelf: Shelf) -> None:
 
 
 def test_a_trial_lies_under_its_sweep_when_that_was_delivered_before(shelf: Shelf) -> None:
-    above = record(RUNNING)
+    above = record(RUNNING, is_sweep=True)
     tracker = shelf.tracker()
     run_id = tracker.deliver(above, [])
     trials = [shelf.tracker().deliver(record(parent=above.id), []) for _ in range(2)]
@@ -211,6 +211,21 @@ def test_a_trial_lies_under_its_sweep_when_that_was_delivered_before(shelf: Shel
     assert {kept[trial].parent for trial in trials} == {run_id}
     assert kept[run_id].parent is None
     assert len(kept) == 3
+
+
+def test_a_trial_that_is_over_in_the_store_stays_as_it_is(shelf: Shelf) -> None:
+    """What a later start makes of a folder on a full disk may be less than what was told at once."""
+    wanted = record()
+    run_id = shelf.tracker().deliver(wanted, [])
+    assert shelf.tracker().deliver(record("killed", id=wanted.id, metrics={}, series=[]), []) == run_id
+    [kept] = shelf.kept().values()
+    assert_kept(kept, wanted)
+
+
+def test_a_trial_whose_sweep_the_store_does_not_know_asks_for_that_first(mlflow: Mlflow) -> None:
+    with pytest.raises(SweepUnknown):
+        mlflow.tracker().deliver(record(parent="unknown"), [])
+    assert mlflow.kept() == {}
 
 
 def test_where_to_look_is_said_in_words(shelf: Shelf) -> None:
@@ -264,6 +279,22 @@ def test_a_delivery_that_was_cut_off_is_gone_on_with(
     assert_has_files(mlflow, run_id, tmp_path)
 
 
+@pytest.mark.parametrize("call", ["log_artifact", "set_terminated"])
+def test_a_delivery_that_was_cut_off_is_gone_on_with_though_another_start_took_it_for_an_orphan(
+    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
+) -> None:
+    """From another folder, with the same store: it sees a run without a process, and not the record on disk."""
+    wanted, files = record(), some_files(tmp_path)
+    monkeypatch.setattr(MlflowClient, call, cut_off(getattr(MlflowClient, call), False))
+    with pytest.raises(TrackingFailed):
+        mlflow.tracker().deliver(wanted, files)
+    monkeypatch.undo()
+    assert mlflow.tracker().end_orphans(lambda _: True) == 1
+    run_id = mlflow.tracker().deliver(wanted, files)
+    assert_kept(mlflow.kept()[run_id], wanted)
+    assert_has_files(mlflow, run_id, tmp_path)
+
+
 def cut_off(real: Callable[..., Any], done: bool) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> None:
         if done:
@@ -288,12 +319,14 @@ def assert_has_files(mlflow: Mlflow, run_id: str, folder: Path) -> None:
         assert (root / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_files_and_folders_are_kept_with_the_run_as_they_are_now(mlflow: Mlflow, tmp_path: Path) -> None:
-    wanted = record()
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_files_and_folders_are_kept_with_the_run(mlflow: Mlflow, tmp_path: Path, is_sweep: bool) -> None:
+    wanted = record(is_sweep=is_sweep)
     run_id = mlflow.tracker().deliver(wanted, some_files(tmp_path))
     assert_has_files(mlflow, run_id, tmp_path)
-    mlflow.tracker().deliver(wanted, some_files(tmp_path))  # other content
-    assert_has_files(mlflow, run_id, tmp_path)
+    if is_sweep:  # its table and plan change while it is taken up again
+        mlflow.tracker().deliver(wanted, some_files(tmp_path))
+        assert_has_files(mlflow, run_id, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -364,11 +364,12 @@ def test_a_trial_that_was_over_on_a_full_disk_is_not_killed_by_the_next_start(
         record, _ = there.finish(
             asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], "", Seen()
         )
+    store = Store(asked.tracking)
     with monkeypatch.context() as full:
         full.setattr(trial_folder, "write_json", _refuse)
-        run_id = Store(asked.tracking).deliver_trial(there, record)
+        run_id = store.deliver_trial(there, record)
     assert run_id is not None
-    recover()
+    recover(store)
     from mlflow.tracking import MlflowClient
 
     run = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db").get_run(run_id)

@@ -72,8 +72,11 @@ class Sampler:
         due = time.monotonic()
         while not self._stop.is_set():
             try:
-                self.samples.append(self._read())
-                self._keep(self.samples[-1])
+                sample = self._read()
+                if self._stop.is_set():
+                    return  # a driver can hang for longer than anybody waits; the trial's files are closed by now
+                self.samples.append(sample)
+                self._keep(sample)
                 faults = 0
                 self.fault = None
             except SensorFailed as error:
