@@ -42,7 +42,7 @@ class Standing:
 def standing(folder: SweepFolder) -> Standing:
     """How far the sweep's present start is; the time left is judged by the sweep's own trials."""
     plan = folder.read()
-    launched = [(folder.planned(folder.path / name), folder.over(name)) for name in plan.launched]
+    launched = [(plan.planned(name), folder.over(name)) for name in plan.launched]
     pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
     over = [(trial.point, seen) for trial in plan.trials if (seen := folder.attempt(trial)) is not None]
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])

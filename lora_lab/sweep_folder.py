@@ -59,6 +59,10 @@ class Plan:
     launched: list[str] = field(default_factory=list)
     """Names of the folders of the trials that the present, or latest, start runs."""
 
+    def planned(self, name: str) -> Planned | None:
+        """Which trial is run in the folder `name`."""
+        return next((trial for trial in self.trials if _name(trial) == name.partition("-")[0]), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -108,10 +112,7 @@ class SweepFolder:
 
     def planned(self, folder: Path) -> Planned | None:
         """Which trial is run in `folder`."""
-        if not self.exists:
-            return None
-        number = folder.name.partition("-")[0]
-        return next((trial for trial in self.read().trials if _name(trial) == number), None)
+        return self.read().planned(folder.name) if self.exists else None
 
     def next_attempt(self, trial: Planned) -> str:
         """Name of a folder for one more attempt; what earlier ones left stays."""
