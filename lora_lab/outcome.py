@@ -94,10 +94,11 @@ def out_of_memory(text: str) -> End:
 
 def _asked_bytes(text: str) -> int | None:
     """What torch, or numpy, says it tried to allocate."""
-    said = re.search(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", text, re.IGNORECASE)
+    said = re.search(r"(?:tried|unable) to allocate (\d{1,18}(?:\.\d*)?) (bytes|[KMGTPE]iB)", text, re.IGNORECASE)
     if not said:
         return None
-    return round(float(said[1]) * 1024.0 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(said[2]))
+    power = " KMGTPE".index(said[2][0].upper()) if len(said[2]) == 3 else 0
+    return round(float(said[1]) * 1024.0**power)
 
 
 def _is_out_of_memory(error: BaseException, text: str) -> bool:

@@ -199,7 +199,8 @@ def test_every_point_has_one_run_below_the_one_parent_and_none_is_running(harmed
     assert Counter(run.data.params["learning_rate"] for run in harmed.trials) == dict.fromkeys(RATES.values(), 1)
     assert {run.data.tags[PARENT] for run in harmed.trials} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
-    counted = {name: count for name, count in parent.data.metrics.items() if name != "sweep/trials"}
+    metrics = parent.data.metrics.items()
+    counted = {name: n for name, n in metrics if name.startswith("sweep/") and name != "sweep/trials" and n}
     assert counted == {f"sweep/{name}": n for name, n in Counter(r.data.tags["outcome"] for r in harmed.trials).items()}
     assert parent.data.metrics["sweep/trials"] == 24
 
