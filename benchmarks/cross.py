@@ -26,7 +26,7 @@ def main() -> None:
         place = Path("multirun/cross").resolve() / method
         command = [sys.executable, "-m", "lora_lab", "-m", f"method={method}", f"hydra.sweep.dir={place}"]
         command += [f"{group}={','.join(AXES[group])}" for group in ("optimizer", "precision")]
-        command += ["model=tiny", "measure=quick", f"tracking.root={place}/mlruns"]
+        command += ["model=tiny", "measure=quick", "share_device=true", f"tracking.root={place}/mlruns"]
         place.mkdir(parents=True, exist_ok=True)
         running.append(
             (method, subprocess.Popen(command, stdout=(place / "out.txt").open("w"), stderr=subprocess.STDOUT))
