@@ -80,6 +80,20 @@ def fault() -> None:
     raise RuntimeError("sabotaged")
 
 
+def poison() -> None:
+    """A device assert: from then on nothing works in this process's CUDA context."""
+    import torch
+
+    torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")]
+    torch.cuda.synchronize()
+
+
+def huge_tensor_on_the_card() -> None:
+    import torch
+
+    torch.empty(10**13, device="cuda")
+
+
 ACTS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -93,6 +107,8 @@ ACTS: dict[str, Callable[[], object]] = {
     "hang": hang,
     "hang deaf": hang_deaf,
     "fault": fault,
+    "poison": poison,
+    "huge tensor on the card": huge_tensor_on_the_card,
     "exit": lambda: sys.exit(7),
 }
 
