@@ -315,6 +315,11 @@ def _number_faults(config: TrialConfig) -> list[str]:
     found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
     if config.seed >= 2**32:
         found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
+    if config.vram_limit_gib is not None and config.share_device:
+        found.append(
+            f"vram_limit_gib={config.vram_limit_gib:g} is checked against the whole card's reading, which others change "
+            "with share_device=true; leave one of them out."
+        )
     if not 0 < config.data.holdout < 1:
         found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
     if (

@@ -94,12 +94,13 @@ def look_at(card: Card | None, share: bool) -> Before:
     )
 
 
-def see_freed(card: Card | None, before: Before) -> tuple[int | None, str]:
-    """Wait until the card's memory is what it was before the trial.
+def see_freed(card: Card | None, before: Before, share: bool) -> tuple[int | None, str]:
+    """Wait until the card's memory is what it was before the trial; with `share` others change it too, so that
+    nothing is waited for.
 
     Returns: bytes in use now, None without a reading; empty, or who holds how much after all.
     """
-    if card is None or before.used_bytes is None:
+    if card is None or before.used_bytes is None or share:
         return None, ""
     end = time.monotonic() + _FREED_SECONDS
     while (sample := _sample(card)) and sample.used_bytes is not None:

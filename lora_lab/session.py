@@ -197,7 +197,7 @@ def _device(story: _Story) -> Iterator[None]:
             story.warn(warm)
         story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
         yield
-        used_bytes, held = see_freed(card, story.before)
+        used_bytes, held = see_freed(card, story.before, config.share_device)
         if held:
             story.warn(held)
         readings = {

@@ -124,6 +124,12 @@ def test_double_quantization_is_sound_with_either_four_bit_format() -> None:
         assert faults(config) == []
 
 
+def test_a_capacity_cannot_be_emulated_on_a_card_that_others_fill_too() -> None:
+    config = changed("vram_limit_gib", 8.0)
+    config.share_device = True
+    assert [fault for fault in faults(config) if "share_device" in fault]
+
+
 def test_every_fault_is_told_at_once() -> None:
     config = changed("batch_size", 0)
     config.device = "tpu"

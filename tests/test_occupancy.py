@@ -204,14 +204,14 @@ def test_this_process_is_no_stranger(card: Card, monkeypatch: pytest.MonkeyPatch
 
 def test_the_cpu_is_not_looked_at() -> None:
     assert look_at(None, share=False) == Before()
-    assert see_freed(None, Before()) == (None, "")
+    assert see_freed(None, Before(), share=False) == (None, "")
     assert cool_down(None, 40.0, lambda _: None) == ""
 
 
 def test_a_card_that_does_not_answer_keeps_nobody_waiting(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_NVML_CARDS", "0")  # it fell off the bus
     assert look_at(card, share=False) == Before()
-    assert see_freed(card, Before(used_bytes=GIB)) == (None, "")
+    assert see_freed(card, Before(used_bytes=GIB), share=False) == (None, "")
     assert "can't be read" in cool_down(card, 40.0, lambda _: None)
 
 
@@ -220,7 +220,7 @@ def test_memory_that_comes_back_is_waited_for(card: Card, state: State) -> None:
     state.show(used=4 * GIB, temperature=50)
     state.show_later(0.5, used=GIB, temperature=50)
     began = time.monotonic()
-    assert see_freed(card, before) == (GIB, "")
+    assert see_freed(card, before, share=False) == (GIB, "")
     assert 0.4 < time.monotonic() - began < 5
 
 
@@ -230,7 +230,7 @@ def test_a_little_more_or_less_than_before_is_free(
 ) -> None:
     state.show(used=GIB + held, temperature=50)
     monkeypatch.setattr(occupancy, "time", NO_WAITING)
-    assert see_freed(card, Before(used_bytes=GIB)) == (GIB + held, "")
+    assert see_freed(card, Before(used_bytes=GIB), share=False) == (GIB + held, "")
 
 
 def test_memory_that_does_not_come_back_names_who_holds_it(
@@ -238,13 +238,20 @@ def test_memory_that_does_not_come_back_names_who_holds_it(
 ) -> None:
     monkeypatch.setattr(occupancy, "_FREED_SECONDS", 0.3)
     state.show(used=3 * GIB, temperature=50)
-    used, said = see_freed(card, Before(used_bytes=GIB))
+    used, said = see_freed(card, Before(used_bytes=GIB), share=False)
     assert used == 3 * GIB
     assert "2.00 GiB of Fake Card 0" in said
     assert "no process that can be seen" in said
     with stranger() as process:
         monkeypatch.setenv("FAKE_NVML_USERS", f"{process.pid}:{2 * GIB}")
-        assert f"process {process.pid} (sleep, 2.00 GiB)" in see_freed(card, Before(used_bytes=GIB))[1]
+        assert f"process {process.pid} (sleep, 2.00 GiB)" in see_freed(card, Before(used_bytes=GIB), share=False)[1]
+
+
+def test_what_others_hold_on_a_shared_card_is_not_waited_for(card: Card, state: State) -> None:
+    state.show(used=3 * GIB, temperature=50)
+    before = time.monotonic()
+    assert see_freed(card, Before(used_bytes=GIB), share=True) == (None, "")
+    assert time.monotonic() - before < occupancy._FREED_SECONDS / 2
 
 
 def test_a_warm_card_is_waited_for_and_that_is_said_once(card: Card, state: State) -> None:
