@@ -13,7 +13,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.config import RefusedInput, TrialConfig, faults
+from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.faults import faults
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())

@@ -17,8 +17,8 @@ from lora_lab.config import (
     TrackingKind,
     TrialConfig,
     Weights,
-    faults,
 )
+from lora_lab.faults import faults
 
 
 def sound() -> TrialConfig:

@@ -1,0 +1,158 @@
+"""What cannot work on any machine, told from the config alone."""
+
+import re
+
+from lora_lab.config import (
+    Attention,
+    Batching,
+    DataSource,
+    MethodConfig,
+    ModelConfig,
+    ModelSource,
+    OptimizerConfig,
+    Quantization,
+    TrackingKind,
+    TrialConfig,
+    Weights,
+)
+
+_DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
+
+
+def faults(config: TrialConfig) -> list[str]:
+    """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
+    return [
+        *_number_faults(config),
+        *_optimizer_faults(config.optimizer),
+        *_method_faults(config.method),
+        *_model_faults(config.model, config.seq_len),
+        *_data_faults(config),
+        *_place_faults(config),
+    ]
+
+
+def _number_faults(config: TrialConfig) -> list[str]:
+    positive = {
+        "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+        "seq_len": config.seq_len,
+        "learning_rate": config.learning_rate,
+        "method.rank": config.method.rank,
+        "method.alpha": config.method.alpha,
+        "measure.steps": config.measure.steps,
+        "measure.loss_spike": config.measure.loss_spike,
+        "repeats": config.repeats,
+    }
+    not_negative = {
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "measure.warmup_steps": config.measure.warmup_steps,
+        "measure.eval_rows": config.measure.eval_rows,
+    }
+    if config.data.rows is not None:
+        positive["data.rows"] = config.data.rows
+    for key in ("timeout_minutes", "vram_limit_gib", "cooldown_celsius"):
+        value = getattr(config, key)
+        if value is not None:
+            positive[key] = value
+    # `not x > 0` rather than `x <= 0`, so that nan is refused as well
+    found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
+    found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
+    if config.seed >= 2**32:
+        found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
+    if config.vram_limit_gib is not None and config.share_device:
+        found.append(
+            f"vram_limit_gib={config.vram_limit_gib:g} is checked against the whole card's reading, which others "
+            "change with share_device=true; leave one of them out."
+        )
+    if not 0 < config.data.holdout < 1:
+        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
+    if (
+        config.attention is Attention.flash_attention_2
+        and config.data.batching is Batching.packed
+        and config.batch_size > 1
+    ):
+        found.append(
+            f"attention=flash_attention_2 tells packed documents apart only at batch_size=1, not {config.batch_size}; "
+            "use batch_size=1 with grad_accum_steps, or attention=sdpa."
+        )
+    return found
+
+
+def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
+    if optimizer.optim and optimizer.target:
+        return [
+            f"optimizer.optim={optimizer.optim} and optimizer.target={optimizer.target} are both set; "
+            "give one: add optimizer.optim=null to use the target."
+        ]
+    if not optimizer.optim and not optimizer.target:
+        return ["neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."]
+    if optimizer.target and "." not in optimizer.target:
+        return [f"optimizer.target={optimizer.target} is no import path; write for example torch.optim.SGD."]
+    if optimizer.optim and optimizer.args:
+        return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
+    return []
+
+
+def _method_faults(method: MethodConfig) -> list[str]:
+    found = []
+    if not 0 <= method.dropout < 1:
+        found.append(f"method.dropout={method.dropout} must be at least 0 and below 1.")
+    if not method.target_modules:
+        found.append("method.target_modules is empty; use [all-linear] or name modules, for example [q_proj,v_proj].")
+    if method.double_quantization and method.quantization is Quantization.none:
+        found.append("method.double_quantization needs method.quantization=nf4 or fp4.")
+    return found
+
+
+def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
+    found = []
+    if model.source is ModelSource.hub and not model.id and model.weights is Weights.pretrained:
+        found.append("model.id is missing; name a model on the hub, for example model.id=Qwen/Qwen2.5-0.5B-Instruct.")
+    if model.source is ModelSource.local and not model.path:
+        found.append("model.path is missing; give the folder of a model, for example model.path=models/mine.")
+    if model.source is ModelSource.package and not model.package:
+        found.append("model.package is missing; copy the block from conf/model/smollm2_135m.yaml.")
+    if model.source is ModelSource.tiny and model.weights is Weights.pretrained:
+        found.append("model.source=tiny has no weights to load; add model.weights=random or choose another model.")
+    if model.weights is Weights.random and not model.architecture:
+        found.append("model.weights=random needs model.architecture; only models with stated shapes have it.")
+    if model.trust_remote_code and not model.revision:
+        found.append(
+            "model.trust_remote_code=true runs code from the hub, so it needs a pinned version: "
+            "add model.revision=<commit>."
+        )
+    if model.max_seq_len is not None and seq_len > model.max_seq_len:
+        found.append(
+            f"seq_len={seq_len} is beyond the model's {model.max_seq_len} positions; "
+            f"use seq_len={model.max_seq_len} or less."
+        )
+    return found
+
+
+def _data_faults(config: TrialConfig) -> list[str]:
+    data = config.data
+    if data.source is DataSource.jsonl and not data.path:
+        return ["data.path is missing; give a jsonl file, for example data.path=my_rows.jsonl."]
+    if data.source is DataSource.hub and not data.id:
+        return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
+    if data.source is DataSource.random_tokens and not data.rows:
+        return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
+    return []
+
+
+def _place_faults(config: TrialConfig) -> list[str]:
+    found = []
+    if not _DEVICE.fullmatch(config.device):
+        found.append(f"device={config.device} is not known; use auto, cpu, gpu:0 or a UUID as nvidia-smi -L prints it.")
+    if config.tracking.kind is TrackingKind.server and not config.tracking.uri:
+        found.append("tracking.uri is missing; give the server, for example tracking.uri=http://127.0.0.1:5000.")
+    if re.search(r"://[^/]*@", config.tracking.uri or ""):
+        found.append(
+            "tracking.uri holds a user name or password, which would be written into every record; set them in the "
+            "environment as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
+        )
+    if not config.tracking.experiment.strip():
+        found.append("tracking.experiment is empty; name an MLflow experiment.")
+    return found
