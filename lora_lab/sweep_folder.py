@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.config import TrackingConfig
 from lora_lab.outcome import Outcome
 from lora_lab.owner import Owner
 from lora_lab.records import RUNNING, Record
-from lora_lab.trial_folder import DELIVERED, TrialFolder, read_json, write_json
+from lora_lab.trial_folder import DELIVERED, TrialFolder, read_json, tracking_in, write_json
 
 PLAN = "sweep.json"
 AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)
@@ -96,7 +96,7 @@ class SweepFolder:
         found = read_json(self.path / PLAN)
         return Plan(
             owner=Owner(**found["owner"]),
-            tracking=TrackingConfig(**{**found["tracking"], "kind": TrackingKind[found["tracking"]["kind"]]}),
+            tracking=tracking_in(found),
             record=Record.of(found["record"]),
             conditions=found["conditions"],
             trials=[Planned(**trial) for trial in found["trials"]],
@@ -106,9 +106,7 @@ class SweepFolder:
     def write(self, plan: Plan) -> None:
         """Raises: OSError."""
         self.path.mkdir(parents=True, exist_ok=True)
-        content = asdict(plan)
-        content["tracking"]["kind"] = plan.tracking.kind.name
-        write_json(self.path / PLAN, content)
+        write_json(self.path / PLAN, asdict(plan))
 
     def planned(self, folder: Path) -> Planned | None:
         """Which trial is run in `folder`."""

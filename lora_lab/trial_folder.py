@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ class Seen:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all."""
-    _write(path, json.dumps(content, indent=2, default=str) + "\n")
+    """Write a file that is there whole or not at all; enums by name, as yaml has them."""
+
+    def other(value: object) -> str:
+        return value.name if isinstance(value, Enum) else str(value)
+
+    _write(path, json.dumps(content, indent=2, default=other) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -67,9 +72,8 @@ def _write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something went wrong
 
 
 def read_json(path: Path) -> Any:
@@ -130,9 +134,7 @@ class TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(self.path / "environment.json", facts)
-        content = asdict(asked)
-        content["tracking"]["kind"] = asked.tracking.kind.name
-        write_json(self.path / ASKED, content)
+        write_json(self.path / ASKED, asdict(asked))
         self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
 
     def note_event(self, event: Event) -> None:
@@ -196,11 +198,10 @@ class TrialFolder:
         found = read_json(self.path / ASKED)
         if found is None:
             return None
-        tracking = found["tracking"] | {"kind": TrackingKind[found["tracking"]["kind"]]}
         return Asked(
             owner=Owner(**found["owner"]),
             t=found["t"],
-            tracking=TrackingConfig(**tracking),
+            tracking=tracking_in(found),
             record=Record.of(found["record"]),
             unix_minus_monotonic=found["unix_minus_monotonic"],
             no_sensor=found["no_sensor"],
@@ -245,6 +246,11 @@ class TrialFolder:
     def artifacts(self) -> list[Path]:
         """What goes into the store beside the figures."""
         return sorted(path for path in self.path.iterdir() if path.name not in _NOT_ARTIFACTS and path.name[0] != ".")
+
+
+def tracking_in(found: dict[str, Any]) -> TrackingConfig:
+    """The store that a trial's or sweep's file names."""
+    return TrackingConfig(**found["tracking"] | {"kind": TrackingKind[found["tracking"]["kind"]]})
 
 
 def _outline(record: Record) -> dict[str, Any]:
