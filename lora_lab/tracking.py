@@ -154,7 +154,9 @@ class MlflowTracker:
         return found[0] if found else None
 
     def _create(self, record: Record) -> str:
-        tags = {"record_id": record.id, "mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL"}
+        # all tags at once: a run that a kill leaves here says whose it was
+        tags = _tags(record.tags) | {"record_id": record.id}
+        tags |= {"mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL"}
         if record.parent is not None:
             parent = self._find(record.parent)
             if parent is None:

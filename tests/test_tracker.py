@@ -295,6 +295,17 @@ def test_a_delivery_that_was_cut_off_is_gone_on_with_though_another_start_took_i
     assert_has_files(mlflow, run_id, tmp_path)
 
 
+def test_a_delivery_that_was_cut_off_at_once_says_whose_it_was(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder can be gone when the next start comes: then the run is all there is to tell from."""
+    wanted = record()
+    wanted.tags["process.pid"] = "17"
+    monkeypatch.setattr(MlflowClient, "log_batch", cut_off(MlflowClient.log_batch, False))
+    with pytest.raises(TrackingFailed):
+        mlflow.tracker().deliver(wanted, [])
+    monkeypatch.undo()
+    assert mlflow.tracker().end_orphans(lambda tags: tags.get("process.pid") == "17") == 1
+
+
 def cut_off(real: Callable[..., Any], done: bool) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> None:
         if done:
