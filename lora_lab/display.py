@@ -7,8 +7,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_lab import events as said
 from lora_lab.events import Event, Phase
@@ -29,11 +30,19 @@ _DOING = {
     Phase.evaluation_after.value: "held-out loss after",
     Phase.saving.value: "saving the adapter",
 }
+_SWEEP = "sweep"
 _QUIET_SECONDS = 5.0
 """How often a line is printed where no live bar can be drawn."""
 
 _QUIET_SECONDS_IN_SWEEP = 60.0
 """The same in a sweep, which prints a line a trial anyway."""
+
+
+class _TrialTimeLeft(TimeRemainingColumn):
+    """Not for the sweep's bar, whose few and unequal steps it can't judge: that one says its own."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.description == _SWEEP else super().render(task)
 
 
 class Display:
@@ -60,7 +69,7 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            _TrialTimeLeft(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -74,7 +83,7 @@ class Display:
             now = standing(self._sweep)
             left = "" if now.seconds_left is None else f"{clock(now.seconds_left)} left"
             figures = f"{now.done} of {now.total}  {left}  now: {self._name}"
-            self._bar.add_task("sweep", total=now.total, completed=now.done, figures=escape(figures))
+            self._bar.add_task(_SWEEP, total=now.total, completed=now.done, figures=escape(figures))
         self._bar.start()
         self._printed = time.monotonic()
         return self
