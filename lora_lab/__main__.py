@@ -22,6 +22,8 @@ def main() -> None:
     from lora_lab.refusals import COMPOSING
 
     register_schema()
+    # argparse takes no overrides after -m when some stood before it, and says only "unrecognized arguments"
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     try:
         with COMPOSING:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()

@@ -31,6 +31,11 @@ def test_hydras_own_flags_work(lab: Lab, flags: tuple[str, ...], tmp_path: Path)
     assert not list(tmp_path.iterdir()), "looking must leave nothing behind"
 
 
+def test_the_sweep_flag_may_stand_anywhere(lab: Lab) -> None:
+    said = lab("model=tiny", "-m", "batch_size=0,1")
+    assert (said.code, "batch_size=0 must be greater than 0" in said.err) == (2, True), said.text
+
+
 def test_the_console_script_does_the_same_and_completes(tmp_path: Path) -> None:
     script = Path(sys.executable).parent / "lora-lab"
     shown = subprocess.run([script, "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True, check=True)
