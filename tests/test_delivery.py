@@ -373,7 +373,7 @@ def test_a_sweep_in_a_folder_of_the_users_choice_is_taken_up_as_any_other(tmp_pa
     client, runs = store_of(tmp_path)
     refuse_half_a_sweep(client, [run for run in runs if run.info.status == "FINISHED"])
     attempts = count(tmp_path, "elsewhere/mine/*/trial.json")
-    assert Counter(run.info.status for run in runs) == {"FINISHED": 4, "KILLED": attempts - 3}
+    assert Counter(run.info.status for run in runs) == Counter({"FINISHED": 4, "KILLED": attempts - 3})
     assert count(tmp_path, "elsewhere/mine/*/record.json") == attempts
 
 
