@@ -200,6 +200,17 @@ class MeasureConfig:
     """At most so many held-out rows are evaluated, before and after; 0 evaluates none."""
     loss_spike: float = 2.0
     """The trial has diverged when the loss is this far (nats a token) above its start."""
+    profile_steps: int = 2
+    """On a GPU, so many steps after the window run under torch's profiler, with a learning rate of 0: how long the
+    GPU itself works on a step. 0 profiles none."""
+    idle_seconds: float = 5.0
+    """How long the card's idle draw is measured, before a trial, or once in each block of a sweep; 0 measures none."""
+    board_power_watts: float | None = None
+    """A power to multiply with time, as arXiv 2509.12229 did: figures named energy/estimated_*, beside the measured."""
+    price_per_kwh: float | None = None
+    """What a kWh costs, in any currency: cost/*."""
+    co2_grams_per_kwh: float | None = None
+    """Carbon intensity of the electricity: co2/*."""
 
 
 @dataclass(kw_only=True, slots=True)

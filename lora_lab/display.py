@@ -16,17 +16,19 @@ from lora_lab.events import Event, Phase
 from lora_lab.outcome import End, Outcome
 from lora_lab.sweep_display import clock, standing
 from lora_lab.sweep_folder import SweepFolder
-from lora_lab.telemetry.sampler import Sampler
-from lora_lab.telemetry.summary import GIB, Summary
+from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
 
 _DOING = {
     Phase.start.value: "starting the worker",
+    Phase.matmul_rate.value: "measuring the device's matrix products, this once",
     Phase.conversion.value: "converting the weights, this once",
     Phase.data.value: "reading and tokenising the rows",
     Phase.model.value: "loading the model",
     Phase.evaluation_before.value: "held-out loss before",
     Phase.warm_up.value: "warm-up",
     Phase.window.value: "measured window",
+    Phase.profile.value: "profiling a few steps",
     Phase.evaluation_after.value: "held-out loss after",
     Phase.saving.value: "saving the adapter",
 }
@@ -126,11 +128,13 @@ class Display:
         if seconds:
             real = sum(s.real for s in self._recent if s.seconds is not None)
             figures.append(f"{real / sum(seconds):,.0f} tokens/s")
-        sample = self._sampler.samples[-1] if self._sampler.samples else None
-        if sample and sample.used_bytes is not None:
-            figures.append(f"{sample.used_bytes / GIB:.1f} GiB")
-        if sample and sample.power_watts is not None:
-            figures.append(f"{sample.power_watts:.0f} W")
+        last = self._sampler.samples[: -SLOW_EVERY - 1 : -1]
+        used = next((sample.used_bytes for sample in last if sample.used_bytes is not None), None)
+        watts = next((sample.average_watts for sample in last if sample.average_watts is not None), None)
+        if used is not None:
+            figures.append(f"{used / GIB:.1f} GiB")
+        if watts is not None:
+            figures.append(f"{watts:.0f} W")
         return "  ".join(figures)
 
     def _line(self, force: bool = False) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from lora_lab import __version__
+from lora_lab.machine import cpu_name
 from lora_lab.telemetry.nvml import Card
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "mlflow-skinny")
@@ -24,7 +25,7 @@ def environment() -> dict[str, str]:
 def device_facts(card: Card | None) -> dict[str, str]:
     """The device that calculates: a card, or this machine's CPU."""
     if card is None:
-        return {"device": f"cpu ({platform.machine()})", "device.cpu": _cpu_name()}
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
     return {
         "device": card.name,
         "device.uuid": card.uuid,
@@ -47,18 +48,11 @@ def _facts() -> dict[str, str]:
         "commit": commit,
         "dirty": dirty,
         "machine.os": platform.platform(),
-        "machine.cpu": _cpu_name(),
+        "machine.cpu": cpu_name(),
         "machine.cpu_count": str(os.cpu_count()),
         "machine.memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
     }
     return facts
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        return next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-        )
 
 
 def _code_digest() -> str:

@@ -13,14 +13,22 @@ class Phase(Enum):
     """What a worker is doing, in this order; conversion only when weights are used for the first time."""
 
     start = "start"
+    matmul_rate = "matmul_rate"
+    """Only the first time on a device: how fast it multiplies matrices."""
     conversion = "conversion"
     data = "data"
     model = "model"
     evaluation_before = "evaluation_before"
     warm_up = "warm_up"
     window = "window"
+    profile = "profile"
+    """A few steps after the window under torch's profiler: how long the GPU itself works on a step."""
     evaluation_after = "evaluation_after"
     saving = "saving"
+
+
+FIRST_STEP = "first_step"
+"""The part of the warm-up that a PhaseMemory of this name tells of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +50,19 @@ class PhaseBegan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseMemory:
-    """torch's allocator over one phase, in bytes (absent on the CPU)."""
+    """torch's allocator over one phase (absent on the CPU). `phase` is a Phase, or FIRST_STEP: the first step
+    of the warm-up, which the warm-up's own figures then leave out."""
 
     t: float
     phase: str
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    reserved_bytes: int | None = None
+    """Held by the allocator at the phase's end."""
+    device_used_bytes: int | None = None
+    """In use on the card by everybody at the phase's end, as the driver tells the worker."""
+    retries: int = 0
+    """How often the allocator had to give back all it kept and ask again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +100,63 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCounted:
+    """The live model's weights, counted once the adapters are on it. What a step costs follows from these:
+    telemetry/flops.py."""
+
+    t: float
+    frozen: int
+    """Frozen weights that are multiplied with: those of linear layers, the head too, the embedding's look-up not."""
+    frozen_in_layers: int
+    """Those of them within the decoder layers, which gradient checkpointing multiplies with once more."""
+    trainable: int
+    """Trained weights that are multiplied with (LoRA's A and B)."""
+    attention_width: int
+    """Sum over the layers of query heads x head size."""
+    weight_bytes: int
+    """All frozen weights as they are held."""
+    weight_elements: int
+    """Their number, unpacked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulRate:
+    """How fast the device multiplies two square matrices, at best: 2 x size^3 operations over the time."""
+
+    t: float
+    dtype: str
+    size: int
+    flops_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerMemory:
+    """The live optimizer state in bytes, each tensor once."""
+
+    t: float
+    total_bytes: int
+    eligible_bytes: int
+    """Of parameters with at least 100,000 elements, the only ones whose state bitsandbytes pages."""
+    paged_bytes: int
+    """In managed memory, which torch's allocator does not see."""
+    paged_tensors: int
+    is_paged: bool
+    """The optimizer calls itself paged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled:
+    """The GPU's own work in some steps after the window, by torch's profiler."""
+
+    t: float
+    steps: int
+    slots: int
+    kernels: int
+    busy_seconds: float
+    """During which at least one kernel or copy ran, over all those steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """Held-out loss in nats a token: the sum over all trained tokens divided by their number."""
 
@@ -100,8 +172,8 @@ class Step:
     """One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
 
     `t` is when the host had queued it, `seconds` the device's time since the end of the step before
-    (None for the first). `slots` counts every token position with padding, `real` without, `trained`
-    those with a label that is predicted."""
+    (None for the first; the window's first counts from its opening). `slots` counts every token position with
+    padding, `real` without, `trained` those with a label that is predicted."""
 
     t: float
     step: int
@@ -113,6 +185,12 @@ class Step:
     trained: int
     skipped: bool
     """A GradScaler found an overflow and left the weights as they were."""
+    attended: int = 0
+    """Sum of the squares of the documents' lengths in tokens."""
+    attended_slots: int = 0
+    """Sum of the squares of the rows' lengths in slots."""
+    waited_seconds: float = 0.0
+    """Host time between the step before and this one: its batch was read, laid out and sent to the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +238,10 @@ Event = (
     | Progress
     | DataCounted
     | Ran
+    | ModelCounted
+    | MatmulRate
+    | OptimizerMemory
+    | Profiled
     | Evaluated
     | Step
     | WindowOpened

@@ -49,7 +49,13 @@ def _number_faults(config: TrialConfig) -> list[str]:
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "measure.warmup_steps": config.measure.warmup_steps,
         "measure.eval_rows": config.measure.eval_rows,
+        "measure.profile_steps": config.measure.profile_steps,
+        "measure.idle_seconds": config.measure.idle_seconds,
     }
+    for key in ("board_power_watts", "price_per_kwh", "co2_grams_per_kwh"):
+        stated = getattr(config.measure, key)
+        if stated is not None:
+            positive[f"measure.{key}"] = stated
     if config.data.rows is not None:
         positive["data.rows"] = config.data.rows
     for key in ("timeout_minutes", "vram_limit_gib", "cooldown_celsius"):

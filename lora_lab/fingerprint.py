@@ -15,12 +15,18 @@ from lora_lab.telemetry.nvml import Card
 _NO_EFFECT = ("tracking", "timeout_minutes", "repeats", "resume")
 """Settings that cannot change what a trial measures."""
 
+_NO_EFFECT_OF_MEASURE = ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
+"""Those within `measure`: they add figures beside the trial's own."""
+
 _DECISIVE = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "python", "lora_lab")
 
 
 def point_digest(config: TrialConfig) -> str:
     """Of the resolved config, less what cannot change a result."""
-    return digest({key: value for key, value in plain(config).items() if key not in _NO_EFFECT})
+    decisive = {key: value for key, value in plain(config).items() if key not in _NO_EFFECT}
+    measure = decisive["measure"].items()
+    decisive["measure"] = {key: value for key, value in measure if key not in _NO_EFFECT_OF_MEASURE}
+    return digest(decisive)
 
 
 def conditions(config: TrialConfig, card: Card | None) -> dict[str, str]:

@@ -12,9 +12,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lora_lab.config import RefusedInput
+from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, SensorFailed
-from lora_lab.telemetry.summary import GIB
 
 _FREED_SECONDS = 10.0
 """What a driver may take to give back the memory of a worker that has left."""

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 from lora_lab.config import TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
+from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.summary import GIB, Summary
 
 RUNNING = "running"
 """The outcome of a record that has none yet."""
@@ -130,7 +130,7 @@ def complete(
         record.tags["data_digest"] = counted.digest
     record.metrics |= summary.metrics
     record.tags |= {f"absent.{name}": why for name, why in summary.absent.items()}
-    record.tags["energy_source"] = summary.energy_source
+    record.tags |= summary.tags
     if summary.warnings:
         record.tags["warnings"] = "; ".join(summary.warnings)
     record.series = [*_step_series(events, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)]
@@ -146,11 +146,18 @@ def _step_series(events: Sequence[Event], offset: float) -> Iterator[Point]:
             yield Point(key="step/tokens_per_second", value=rate, step=step.step, t_ms=t_ms)
 
 
+_CARD_SERIES: dict[str, Callable[[Sample], float | None]] = {
+    "card/power_watts": lambda s: s.average_watts if s.instant_watts is None else s.instant_watts,
+    "card/used_gib": lambda s: None if s.used_bytes is None else s.used_bytes / GIB,
+    "card/celsius": lambda s: s.temperature_celsius,
+    "card/sm_mhz": lambda s: s.sm_mhz,
+}
+_MOST_POINTS = 500
+
+
 def _card_series(samples: Sequence[Sample], offset: float) -> Iterator[Point]:
-    every = max(1, len(samples) // 500)  # the whole series is in samples.jsonl
-    for number, sample in enumerate(samples[::every]):
-        t_ms = round((sample.t + offset) * 1e3)
-        used = None if sample.used_bytes is None else sample.used_bytes / GIB
-        for key, value in (("card/power_watts", sample.power_watts), ("card/used_gib", used)):
-            if value is not None:
-                yield Point(key=key, value=value, step=number, t_ms=t_ms)
+    for key, value_of in _CARD_SERIES.items():
+        told = [(sample.t, value) for sample in samples if (value := value_of(sample)) is not None]
+        every = max(1, len(told) // _MOST_POINTS)  # the whole series is in samples.jsonl
+        for number, (t, value) in enumerate(told[::every]):
+            yield Point(key=key, value=value, step=number, t_ms=round((t + offset) * 1e3))

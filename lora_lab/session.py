@@ -1,6 +1,7 @@
 """One trial from the parent's side: check, start the worker, watch the card, summarise, record."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lora_lab.display import Display, show_result
 from lora_lab.environment import device_facts, environment
 from lora_lab.events import Event, Ran
 from lora_lab.fingerprint import point_digest
+from lora_lab.idle import keep_for_block, measure_idle, of_block
 from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_freed
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.owner import this_process
@@ -21,12 +23,15 @@ from lora_lab.packages import converted_folder, locate
 from lora_lab.records import Record, params, run_name, without_secrets
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
 from lora_lab.sweep_display import show_line
-from lora_lab.sweep_folder import SweepFolder
+from lora_lab.sweep_folder import Planned, SweepFolder
+from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
+from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import Sampler
-from lora_lab.telemetry.summary import GIB
+from lora_lab.telemetry.seen import Seen, Stated
+from lora_lab.telemetry.sensors import reader
 from lora_lab.tracking import refuse_unwritable
-from lora_lab.trial_folder import Asked, Seen, TrialFolder
+from lora_lab.trial_folder import Asked, TrialFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +56,10 @@ class _Story:
     folder: TrialFolder
     sampler: Sampler
     display: Display
+    seen: Seen
+    planned: Planned | None
+    """Its place in a sweep; None for a trial alone."""
     events: list[Event] = field(default_factory=list)
-    seen: Seen = field(default_factory=Seen)
     before: Before = field(default_factory=Before)
 
     def hear(self, event: Event) -> None:
@@ -151,22 +158,32 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
         t=asked_t,
         tracking=absolute(config.tracking),
         record=record,
-        no_sensor="" if card else "no NVIDIA card was used",
     )
-    folder = TrialFolder(request.folder)
+    folder, rapl = TrialFolder(request.folder), Rapl()
+    measure = config.measure
+    seen = Seen(
+        no_sensor="" if card else "no NVIDIA card was used",
+        no_cpu_sensor=rapl.absent,
+        card_bytes=card.total_bytes if card else None,
+        parent_pid=os.getpid(),
+        stated=Stated(
+            board_power_watts=measure.board_power_watts,
+            price_per_kwh=measure.price_per_kwh,
+            co2_grams_per_kwh=measure.co2_grams_per_kwh,
+        ),
+    )
     if planned is None:
         remember_outside(request.folder)
     try:
-        folder.begin(asked, config, facts)
+        folder.begin(asked, config, facts, seen)
     except OSError as error:
         raise RefusedInput(
             f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
             "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
         ) from error
-    sampler = Sampler(card.sample if card else None, folder.note_sample)
-    steps = config.measure.warmup_steps + config.measure.steps
-    display = Display(record.name, steps, sampler, sweep if planned is not None else None)
-    return _Story(request, card, asked, folder, sampler, display)
+    sampler = Sampler(reader(card, rapl), folder.note_sample)
+    display = Display(record.name, measure.warmup_steps + measure.steps, sampler, sweep if planned else None)
+    return _Story(request, card, asked, folder, sampler, display, seen, planned)
 
 
 def _measure(story: _Story) -> End:
@@ -195,7 +212,10 @@ def _device(story: _Story) -> Iterator[None]:
         warm = cool_down(card, config.cooldown_celsius, story.display.note)
         if warm:
             story.warn(warm)
+        _take_idle(story)
+        story.seen.used_before_bytes = story.before.used_bytes
         story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
+        story.folder.note_seen(story.seen)
         yield
         used_bytes, held = see_freed(card, story.before, config.share_device)
         if held:
@@ -206,6 +226,27 @@ def _device(story: _Story) -> Iterator[None]:
             "card/used_after_gib": None if used_bytes is None else used_bytes / GIB,
         }
         story.seen.metrics |= {name: value for name, value in readings.items() if value is not None}
+
+
+def _take_idle(story: _Story) -> None:
+    """What the card draws at rest: measured now, or by an earlier trial of the same block of this sweep."""
+    config, card, seen, planned = story.request.config, story.card, story.seen, story.planned
+    seconds = config.measure.idle_seconds
+    if card is None or not seconds or config.share_device:
+        seen.no_idle = "share_device=true" if card and seconds else seen.no_sensor or "measure.idle_seconds=0"
+        return
+    sweep, owner = story.request.folder.parent, this_process()
+    seen.idle = of_block(sweep, card, planned.repeat, owner) if planned else None
+    if seen.idle is not None:
+        return
+    found = measure_idle(card, seconds, story.display.note)
+    if isinstance(found, str):
+        seen.no_idle = found
+        return
+    seen.idle = found
+    if planned:
+        with contextlib.suppress(OSError):
+            keep_for_block(sweep, card, planned.repeat, owner, found)
 
 
 def _within_capacity(story: _Story, end: End) -> End:
@@ -228,10 +269,13 @@ def _within_capacity(story: _Story, end: End) -> End:
 
 def _finish(story: _Story, end: End, store: Store) -> None:
     """Summarise, write the files, hand the record to the store, tell the user."""
-    no_sensor = story.asked.no_sensor
-    if story.sampler.fault:
-        no_sensor = no_sensor or f"the sensor failed ({story.sampler.fault})"
-    record, summary = story.folder.finish(story.asked, end, story.events, story.sampler.samples, no_sensor, story.seen)
+    sampler, seen = story.sampler, story.seen
+    if sampler.fault:
+        seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
+    if sampler.seconds:
+        seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
+        seen.metrics["sampler/readings_per_second"] = len(sampler.samples) / sampler.seconds
+    record, summary = story.folder.finish(story.asked, end, story.events, sampler.samples, seen)
     run_id = store.deliver_trial(story.folder, record)
     if run_id is None:
         summary.warnings.append(f"{store.fault}; the next start delivers the trial's record")

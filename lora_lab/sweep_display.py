@@ -16,7 +16,7 @@ from rich.table import Table
 from lora_lab.outcome import End, Outcome
 from lora_lab.records import Record
 from lora_lab.sweep_folder import Attempt, Planned, SweepFolder
-from lora_lab.telemetry.summary import Summary
+from lora_lab.telemetry.figures import Summary
 
 _FIGURES = (
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),

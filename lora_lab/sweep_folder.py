@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.config import TrackingConfig
+from lora_lab.files import read_json, write_json
 from lora_lab.outcome import Outcome
 from lora_lab.owner import Owner
 from lora_lab.records import RUNNING, Record
-from lora_lab.trial_folder import DELIVERED, TrialFolder, read_json, tracking_in, write_json
+from lora_lab.trial_folder import DELIVERED, TrialFolder, tracking_in
 
 PLAN = "sweep.json"
 AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)

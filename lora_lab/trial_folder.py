@@ -4,13 +4,10 @@
 appears whole or not at all: with it the trial is over. `delivered.json` says which store has it.
 """
 
-import json
-import os
-import tempfile
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,17 @@ import yaml
 
 from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.events import Ended, Event, decode, encode
+from lora_lab.files import read_json, write_json, write_text
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.owner import Owner
 from lora_lab.records import Record, complete, plain
+from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.summary import Summary, summarise
+from lora_lab.telemetry.seen import Seen
+from lora_lab.telemetry.summary import summarise
 
 ASKED = "trial.json"
+SEEN = "seen.json"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
 _OUTLINE = {"outcome", "reason", "seconds", "point", "device", "metrics", "warnings"}
@@ -42,46 +43,6 @@ class Asked:
     record: Record
     unix_minus_monotonic: float = field(default_factory=lambda: time.time() - time.monotonic())
     """Seconds that turn an event's `t` into Unix time."""
-    no_sensor: str = ""
-    """Why there are no readings of a card; empty when there is one."""
-
-
-@dataclass(slots=True)
-class Seen:
-    """What the parent itself has to add to a trial's figures."""
-
-    warnings: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all; enums by name, as yaml has them."""
-
-    def other(value: object) -> str:
-        return value.name if isinstance(value, Enum) else str(value)
-
-    _write(path, json.dumps(content, indent=2, default=other) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something went wrong
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file that write_json wrote; None when there is none, or it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 class _Journal:
@@ -115,7 +76,7 @@ class _Journal:
 
         Raises: OSError when it still does not."""
         if self._fault:
-            _write(self._path, "".join(self._lines))
+            write_text(self._path, "".join(self._lines))
 
 
 class TrialFolder:
@@ -126,14 +87,15 @@ class TrialFolder:
         self._events: _Journal | None = None
         self._samples: _Journal | None = None
 
-    def begin(self, asked: Asked, config: TrialConfig, facts: dict[str, str]) -> None:
+    def begin(self, asked: Asked, config: TrialConfig, facts: dict[str, str], seen: Seen) -> None:
         """Write what was asked for, and be ready for events and samples.
 
         Raises: OSError when nothing can be written here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(self.path / "environment.json", facts)
+        write_json(self.path / SEEN, asdict(seen))
         write_json(self.path / ASKED, asdict(asked))
         self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
 
@@ -145,7 +107,12 @@ class TrialFolder:
     def note_sample(self, sample: Sample) -> None:
         """Keep a reading of the card."""
         assert self._samples is not None
-        self._samples.add(json.dumps(asdict(sample)))
+        self._samples.add(sample.encode())
+
+    def note_seen(self, seen: Seen) -> None:
+        """Keep what the parent has seen by now."""
+        with contextlib.suppress(OSError):  # at the end it is written again
+            write_json(self.path / SEEN, asdict(seen))
 
     def give_up(self) -> None:
         """No trial after all: its input was refused."""
@@ -158,7 +125,6 @@ class TrialFolder:
         end: End,
         events: list[Event],
         samples: list[Sample],
-        no_sensor: str,
         seen: Seen,
         over_ms: int | None = None,
     ) -> tuple[Record, Summary]:
@@ -170,9 +136,7 @@ class TrialFolder:
         A disk that is full leaves the record in memory, with a warning: the store can still take it.
         """
         record = asked.record
-        summary = summarise(events, samples, no_sensor, asked.t)
-        summary.warnings += seen.warnings
-        summary.metrics |= seen.metrics
+        summary = summarise(events, samples, seen, asked.t)
         record.ended_ms = over_ms or round(time.time() * 1e3)
         complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
         journals = self._close()
@@ -180,7 +144,8 @@ class TrialFolder:
             for journal in journals:
                 journal.complete()
             if end.traceback:
-                _write(self.path / "traceback.txt", end.traceback)
+                write_text(self.path / "traceback.txt", end.traceback)
+            write_json(self.path / SEEN, asdict(seen))
             write_json(self.path / "summary.json", _outline(record) | asdict(summary))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
@@ -204,7 +169,6 @@ class TrialFolder:
             tracking=tracking_in(found),
             record=Record.of(found["record"]),
             unix_minus_monotonic=found["unix_minus_monotonic"],
-            no_sensor=found["no_sensor"],
         )
 
     def record(self) -> Record | None:
@@ -220,8 +184,7 @@ class TrialFolder:
 
     def finish_for_dead(self, asked: Asked) -> Record:
         """Make the record of a trial whose process is gone, from what it had written until then."""
-        events: list[Event] = _read_lines(self.path / "events.jsonl", decode)
-        samples: list[Sample] = _read_lines(self.path / "samples.jsonl", lambda line: Sample(**json.loads(line)))
+        events, samples, seen = self.told()
         said = next((event for event in events if isinstance(event, Ended)), None)
         if said is not None:
             end = end_said(said)
@@ -229,7 +192,14 @@ class TrialFolder:
             why = "the process that ran lora_lab was gone: killed, or the machine stopped"
             end = End(outcome=Outcome.killed, reason=why)
         # one that had said nothing yet is over as it began: nobody knows better
-        return self.finish(asked, end, events, samples, asked.no_sensor, Seen(), asked.record.started_ms)[0]
+        return self.finish(asked, end, events, samples, seen, asked.record.started_ms)[0]
+
+    def told(self) -> tuple[list[Event], list[Sample], Seen]:
+        """Everything that the figures are made of, as it stands here."""
+        events: list[Event] = _read_lines(self.path / "events.jsonl", decode)
+        samples: list[Sample] = _read_lines(self.path / "samples.jsonl", Sample.decode)
+        found = read_json(self.path / SEEN)
+        return events, samples, Seen() if found is None else Seen.of(found)
 
     @property
     def delivered(self) -> bool:

@@ -33,8 +33,9 @@ from lora_lab.records import Record
 from lora_lab.session import look_after_earlier_runs
 from lora_lab.sweep_folder import Plan, SweepFolder
 from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.seen import Seen
 from lora_lab.tracking import Tracker, TrackingFailed, open_tracker
-from lora_lab.trial_folder import Asked, Seen, TrialFolder
+from lora_lab.trial_folder import Asked, TrialFolder
 
 TINY = ("model=tiny", "measure=quick", "seq_len=32", "data=random_tokens", "data.rows=16", "measure.steps=1")
 SWEEP = ("-m", *TINY, "learning_rate=1e-4,2e-4,3e-4")
@@ -298,8 +299,8 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
         record = Record(name=f"trial {number}", params={}, tags={"device": "none"})
         asked = Asked(owner=gone, t=0.0, tracking=TrackingConfig(), record=record)
         folder = TrialFolder(tmp_path / "multirun" / "today" / str(number))
-        folder.begin(asked, TrialConfig(), {})
-        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], "", Seen())
+        folder.begin(asked, TrialConfig(), {}, Seen())
+        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], Seen())
     opened: list[TrackingConfig] = []
 
     def unreachable(tracking: TrackingConfig) -> Tracker:

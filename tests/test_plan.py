@@ -15,7 +15,8 @@ from lora_lab.owner import this_process
 from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
 from lora_lab.records import Record
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder
-from lora_lab.trial_folder import Asked, Seen, TrialFolder
+from lora_lab.telemetry.seen import Seen
+from lora_lab.trial_folder import Asked, TrialFolder
 
 NOW = {"code": "c1", "version.torch": "2.13", "data": "d1"}
 
@@ -178,8 +179,8 @@ def ran(folder: SweepFolder, *trials: Planned, outcome: Outcome = Outcome.finish
             tracking=TrackingConfig(),
             record=Record(name=trial.name, params={}, tags={"device": "cpu"}),
         )
-        there.begin(asked, TrialConfig(), {})
-        there.finish(asked, End(outcome=outcome, reason=""), [], [], "", Seen())
+        there.begin(asked, TrialConfig(), {}, Seen())
+        there.finish(asked, End(outcome=outcome, reason=""), [], [], Seen())
 
 
 @pytest.mark.usefixtures("here")

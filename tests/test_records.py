@@ -12,8 +12,8 @@ from lora_lab.config import DType, OptimizerConfig, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
 from lora_lab.records import RUNNING, Point, Record, complete, params, run_name, without_secrets
+from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.summary import GIB, Summary
 
 CHOICES = {"model": "tiny", "method": "qlora", "optimizer": "adamw", "precision": "fp16", "data": "lab_qa"}
 SECRET = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/@"), min_size=1, max_size=12)

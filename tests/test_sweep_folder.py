@@ -11,7 +11,8 @@ from lora_lab.outcome import End, Outcome
 from lora_lab.owner import this_process
 from lora_lab.records import RUNNING, Record
 from lora_lab.sweep_folder import Attempt, Plan, Planned, SweepFolder, outlines
-from lora_lab.trial_folder import Asked, Seen, TrialFolder
+from lora_lab.telemetry.seen import Seen
+from lora_lab.trial_folder import Asked, TrialFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
 
@@ -48,7 +49,7 @@ def sweep_in(path: Path, *numbers: int) -> SweepFolder:
 def start(folder: SweepFolder, trial: Planned) -> TrialFolder:
     """One more attempt at a trial, as far as it is written before the worker starts."""
     there = TrialFolder(folder.path / folder.next_attempt(trial))
-    there.begin(asked_for(trial), TrialConfig(), {})
+    there.begin(asked_for(trial), TrialConfig(), {}, Seen())
     return there
 
 
@@ -60,7 +61,7 @@ def asked_for(trial: Planned) -> Asked:
 def run(folder: SweepFolder, trial: Planned, outcome: Outcome, reason: str = "") -> TrialFolder:
     there = start(folder, trial)
     seen = Seen(warnings=["w"], metrics={"m": 1.0})
-    there.finish(asked_for(trial), End(outcome=outcome, reason=reason), [], [], "no card", seen)
+    there.finish(asked_for(trial), End(outcome=outcome, reason=reason), [], [], seen)
     return there
 
 
@@ -230,8 +231,8 @@ def test_trials_alone_and_of_sweeps_are_what_a_forecast_is_made_from(tmp_path: P
     run(folder, planned(0), Outcome.failed)
     start(folder, planned(1))
     alone = TrialFolder(tmp_path / "day" / "alone")
-    alone.begin(asked_for(planned(7)), TrialConfig(), {})
-    alone.finish(asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], "", Seen())
+    alone.begin(asked_for(planned(7)), TrialConfig(), {}, Seen())
+    alone.finish(asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], Seen())
     found = [(outline["point"], outline["outcome"]) for outline in outlines(tmp_path)]
     assert sorted(found) == [("p0", "failed"), ("p0", "finished"), ("p7", "finished")]
     assert outlines(tmp_path / "nowhere") == []

@@ -18,11 +18,13 @@ from lora_lab import trial_folder
 from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.delivery import Store, recover
 from lora_lab.events import DataCounted, Ended, Event, Phase, PhaseBegan, Step, Warned, encode
+from lora_lab.files import read_json, write_json
 from lora_lab.outcome import End, Outcome
 from lora_lab.owner import Owner, this_process
 from lora_lab.records import Record
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.trial_folder import Asked, Seen, TrialFolder, read_json, write_json
+from lora_lab.telemetry.seen import Seen
+from lora_lab.trial_folder import Asked, TrialFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
 
@@ -70,14 +72,13 @@ def asked_for(tracking: TrackingConfig | None = None, owner: Owner | None = None
         tracking=tracking or TrackingConfig(),
         record=Record(name="r", params={"seed": "0"}, tags={"device": "cpu", "point": "p"}),
         unix_minus_monotonic=1e9,
-        no_sensor="",
     )
 
 
 def begun(folder: Path, asked: Asked | None = None) -> TrialFolder:
     """A trial that has just been asked for."""
     there = TrialFolder(folder)
-    there.begin(asked or asked_for(), TrialConfig(), {"machine.os": "Linux"})
+    there.begin(asked or asked_for(), TrialConfig(), {"machine.os": "Linux"}, Seen())
     return there
 
 
@@ -128,7 +129,7 @@ def test_a_trial_that_is_over_holds_no_file_open(tmp_path: Path, refused: bool) 
     if refused:
         there.give_up()
     else:
-        there.finish(asked, FINISHED, EVENTS, SAMPLES, "", Seen())
+        there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
     assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
 
 
@@ -210,7 +211,7 @@ def test_a_finished_trials_record_is_the_same_in_memory_and_on_disk(tmp_path: Pa
     told(there, EVENTS, SAMPLES)
     seen = Seen(warnings=["the card was shared"], metrics={"time/waiting_seconds": 3.0})
     assert there.record() is None
-    record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, "", seen)
+    record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, seen)
     assert repr(TrialFolder(tmp_path).record()) == repr(record)
     assert "the card was shared" in summary.warnings
     assert "the card was shared" in record.tags["warnings"]
@@ -227,7 +228,7 @@ def test_a_summary_without_a_record_is_no_end(tmp_path: Path) -> None:
     """Killed between the two files: the record is what counts, and comes last."""
     asked = asked_for()
     there = begun(tmp_path, asked)
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, "", Seen())
+    there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
     (tmp_path / "record.json").unlink()
     assert (there.outline(), there.record()) == (None, None)
 
@@ -243,7 +244,7 @@ def test_any_text_of_other_programs_can_be_recorded(tmp_path: Path, text: str) -
     end = End(outcome=Outcome.failed, reason=text, traceback=f"Traceback\n{text}")
     events: list[Event] = [*EVENTS, Warned(t=15.0, text=text)]
     told(there, events, [])
-    record, _ = there.finish(asked, end, events, [], "no card", Seen(warnings=[text]))
+    record, _ = there.finish(asked, end, events, [], Seen(no_sensor="no card", warnings=[text]))
     kept = TrialFolder(tmp_path).record()
     assert repr(kept) == repr(record)
     assert kept is not None
@@ -328,7 +329,7 @@ def test_a_journal_that_found_the_disk_full_is_written_whole_at_the_end(
     with files_of_at_most(size):
         told(there, EVENTS, SAMPLES)
     told(there, [step(STEPS + 1)], [sample(8)])  # there is room again, but the line before is torn
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, "", Seen())
+    there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
     assert lines_of(path / "events.jsonl") == [encode(event) for event in [*EVENTS, step(STEPS + 1)]]
     assert lines_of(path / "samples.jsonl") == [json.dumps(asdict(s)) for s in [*SAMPLES, sample(8)]]
 
@@ -338,7 +339,7 @@ def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path)
     there = begun(tmp_path, asked)
     with files_of_at_most(100):
         told(there, EVENTS, SAMPLES)
-        record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, "", Seen())
+        record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
         there.mark_delivered("r1")
     assert record.outcome == "finished"
     assert len([point for point in record.series if point.key == "step/loss"]) == STEPS
@@ -361,9 +362,7 @@ def test_a_trial_that_was_over_on_a_full_disk_is_not_killed_by_the_next_start(
     there = begun(tmp_path / "multirun" / "day" / "time", asked)
     with files_of_at_most(1500):
         told(there, EVENTS, SAMPLES)
-        record, _ = there.finish(
-            asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], "", Seen()
-        )
+        record, _ = there.finish(asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], Seen())
     store = Store(asked.tracking)
     with monkeypatch.context() as full:
         full.setattr(trial_folder, "write_json", _refuse)
@@ -392,7 +391,7 @@ def test_the_store_gets_every_file_but_those_it_has_as_the_run_itself(tmp_path: 
     there = begun(tmp_path, asked)
     (tmp_path / "adapter").mkdir()
     (tmp_path / ".record.json1234").touch()  # left by a kill in the middle of a write
-    there.finish(asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, "", Seen())
+    there.finish(asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, Seen())
     there.mark_delivered("r1")
     assert {path.name for path in there.artifacts()} == {
         "adapter",

@@ -1,11 +1,13 @@
 """Where a trial's time went."""
 
+import math
 from collections.abc import Sequence
 
-from lora_lab.events import Ended, Event, Phase, PhaseBegan
+from lora_lab.events import FIRST_STEP, Event, Phase
+from lora_lab.telemetry.phases import spans
 
-_WORK = (Phase.conversion, Phase.model, Phase.evaluation_before)
-"""What a trial needs before its first step, whoever runs it; the rest before that step is overhead."""
+_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before)
+"""What a trial needs before its first step, whoever runs it, or once a machine; the rest before it is overhead."""
 
 
 def durations(events: Sequence[Event], asked_t: float) -> dict[str, float]:
@@ -14,12 +16,12 @@ def durations(events: Sequence[Event], asked_t: float) -> dict[str, float]:
     Args:
         asked_t: time.monotonic() seconds when the trial was asked for.
     """
-    begun = [(event.phase, event.t) for event in events if isinstance(event, PhaseBegan)]
-    ends = [t for _, t in begun[1:]] + [event.t for event in events if isinstance(event, Ended)]
-    found = {f"time/{phase}_seconds": end - t for (phase, t), end in zip(begun, ends, strict=False)}
-    first = dict(begun).get(Phase.warm_up.value)
-    if first is not None:
-        work = sum(found.get(f"time/{phase.value}_seconds", 0.0) for phase in _WORK)
+    phases = spans(events)
+    over = {phase: end - t for phase, (t, end) in phases.items() if end < math.inf and phase != FIRST_STEP}
+    found = {f"time/{phase}_seconds": seconds for phase, seconds in over.items()}
+    if Phase.warm_up.value in phases:
+        first, _ = phases[Phase.warm_up.value]
+        work = sum(over.get(phase.value, 0.0) for phase in _WORK)
         found["time/asked_to_first_step_seconds"] = first - asked_t
         found["overhead/before_first_step_seconds"] = first - asked_t - work
     return found

@@ -1,50 +1,117 @@
-"""Energy of the window from the card's own sensors. Nothing here is modelled."""
+"""Energy of a window from the machine's own sensors. Nothing here is modelled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lora_lab.telemetry.counter import FEWEST_TICKS, CounterFault, Measured, TooFewTicks, between
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
-_FEWEST_TICKS = 20
-"""A counter that moved less often than this within the window tells too little about it."""
+DISAGREEMENT_REFUSED = 0.10
+"""A counter further than this from the integrated power, beyond what both may be wrong by, is not used."""
+
+DISAGREEMENT_TOLD = 0.03
+"""Beyond this the run says so."""
+
+AVERAGE_SECONDS = 1.0
+"""Over which the driver averages `average_watts`."""
+
+LONGEST_GAP_SECONDS = 1.0
+"""Power that was not read for longer is not integrated."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Joules the card drew during the window, idle draw included; or None and why."""
+    """Joules the card drew during a window, idle draw included; or None and why."""
 
-    joules: float | None
-    source: str
-    """counter, power or none."""
+    joules: float | None = None
+    error_joules: float | None = None
+    """How far off `joules` can be because counter and power are known at certain moments only. What the sensor
+    itself is wrong by (2 to 8 %, arXiv 2312.02741) is not in it."""
+    source: str = "none"
+    """counter, instant_power, average_power or none."""
     reason: str = ""
+    """Why there are no joules, or why a better source was not used."""
+    power: Measured | None = None
+    """The integral of power over the same window."""
+    disagreement: float | None = None
+    """Integral of power over the counter's joules, less 1; only where both are there."""
 
 
-def window_energy(window: Window, samples: Sequence[Sample]) -> Energy:
-    """The counter's difference between the window's edges; where there is no counter, power over time."""
-    if not samples:
-        return Energy(None, "none", "no power sensor was read")
-    counter = _counter_joules(window, samples)
-    if counter.joules is not None or not all(sample.energy_joules is None for sample in samples):
-        return counter
-    return _power_joules(window, samples)
+def window_energy(start: float, end: float, samples: Sequence[Sample]) -> Energy:
+    """The counter's difference between two moments; where it can't be believed, the integral of power.
 
-
-def _counter_joules(window: Window, samples: Sequence[Sample]) -> Energy:
+    Args:
+        start: seconds of time.monotonic(), as `end`.
+    """
+    power, power_source, why_no_power = _power(start, end, samples)
     readings = [(s.t, s.energy_joules) for s in samples if s.energy_joules is not None]
-    # the moments at which the counter was first seen at a new value
-    ticks = readings[:1] + [after for before, after in pairwise(readings) if after[1] != before[1]]
-    if any(after[1] < before[1] for before, after in pairwise(ticks)):
-        return Energy(None, "none", "the card's energy counter ran backwards")
-    inside = sum(window.start <= t <= window.end for t, _ in ticks)
-    if inside < _FEWEST_TICKS:
-        return Energy(
-            None, "none", f"the window holds {inside} ticks of the energy counter, fewer than {_FEWEST_TICKS}"
-        )
-    if not ticks[0][0] <= window.start or not window.end <= ticks[-1][0]:
-        return Energy(None, "none", "the energy counter was not read on both sides of the window")
-    return Energy(_interpolated(ticks, window.end) - _interpolated(ticks, window.start), "counter")
+    if not readings:
+        reason = "the card has no energy counter"
+    else:
+        try:
+            counter = between(start, end, readings)
+        except TooFewTicks as fault:  # and power's own ticks are no shorter
+            return Energy(reason=str(fault), power=power)
+        except CounterFault as fault:
+            reason = str(fault)
+        else:
+            disagreement = power.joules / counter.joules - 1 if power and counter.joules > 0 else None
+            reason = _contradiction(counter, power)
+            if not reason:
+                return Energy(
+                    joules=counter.joules,
+                    error_joules=counter.error_joules,
+                    source="counter",
+                    power=power,
+                    disagreement=disagreement,
+                )
+    if power is None:
+        return Energy(reason=f"{reason}; {why_no_power}")
+    return Energy(joules=power.joules, error_joules=power.error_joules, source=power_source, reason=reason, power=power)
+
+
+def _contradiction(counter: Measured, power: Measured | None) -> str:
+    if power is None:
+        return ""
+    apart = abs(power.joules - counter.joules) - counter.error_joules - power.error_joules
+    if apart <= DISAGREEMENT_REFUSED * max(counter.joules, power.joules):
+        return ""
+    return (
+        f"the energy counter says {counter.joules:.1f} J where the integral of power is {power.joules:.1f} J, "
+        f"more than {DISAGREEMENT_REFUSED:.0%} apart"
+    )
+
+
+def _power(start: float, end: float, samples: Sequence[Sample]) -> tuple[Measured | None, str, str]:
+    """(the integral, its source, why there is none)."""
+    instant = [(s.t, s.instant_watts) for s in samples if s.instant_watts is not None]
+    average = [(s.t, s.average_watts) for s in samples if s.average_watts is not None]
+    if instant:
+        source, points, lag = "instant_power", instant, 0.0
+    elif average:
+        source, points, lag = "average_power", average, AVERAGE_SECONDS
+    else:
+        return None, "none", "its power is not read"
+    # a mean over the last second tells best of half a second ago
+    a, b = start + lag / 2, end + lag / 2
+    if len(points) < 2 or points[0][0] > a or points[-1][0] < b:
+        return None, "none", "power was not read over the whole window"
+    inside = [(t, watts) for t, watts in points if a < t < b]
+    if len(inside) < FEWEST_TICKS:
+        return None, "none", f"the window holds {len(inside)} readings of power, fewer than {FEWEST_TICKS}"
+    curve = [(a, _interpolated(points, a)), *inside, (b, _interpolated(points, b))]
+    gap = max(t1 - t0 for (t0, _), (t1, _) in pairwise(curve))
+    if gap > LONGEST_GAP_SECONDS:
+        return None, "none", f"power was not read for {gap:.1f} s"
+    joules = sum((p0 + p1) / 2 * (t1 - t0) for (t0, p0), (t1, p1) in pairwise(curve))
+    # between two readings power is taken to lie between them: half the difference to either side
+    error = sum(abs(p1 - p0) / 2 * (t1 - t0) for (t0, p0), (t1, p1) in pairwise(curve))
+    watts = [p for _, p in curve]
+    # at each edge the mean's weight is off by at most a half over half its length, to either side
+    error += lag / 4 * (max(watts) - min(watts))
+    return Measured(joules, error), source, ""
 
 
 def _interpolated(points: Sequence[tuple[float, float]], t: float) -> float:
@@ -54,11 +121,12 @@ def _interpolated(points: Sequence[tuple[float, float]], t: float) -> float:
     raise ValueError(f"{t} lies outside the readings")
 
 
-def _power_joules(window: Window, samples: Sequence[Sample]) -> Energy:
-    points = [(s.t, s.power_watts) for s in samples if s.power_watts is not None]
-    if len(points) < 2 or points[0][0] > window.start or points[-1][0] < window.end:
-        return Energy(None, "none", "the card has no energy counter, and power was not read over the whole window")
-    inner = [(t, p) for t, p in points if window.start < t < window.end]
-    edges = [(t, _interpolated(points, t)) for t in (window.start, window.end)]
-    curve = [edges[0], *inner, edges[1]]
-    return Energy(sum((p0 + p1) / 2 * (t1 - t0) for (t0, p0), (t1, p1) in pairwise(curve)), "power")
+def cpu_energy(window: Window, samples: Sequence[Sample]) -> Measured | str:
+    """Joules of all CPU packages in the window, whoever used them; or why there are none."""
+    readings = [(s.t, s.cpu_joules) for s in samples if s.cpu_joules is not None]
+    if not readings:
+        return "no CPU energy was read"
+    try:
+        return between(window.start, window.end, readings)
+    except (CounterFault, TooFewTicks) as fault:
+        return str(fault)

@@ -13,6 +13,36 @@ from lora_lab.telemetry.sampler import Sample, SensorFailed
 
 _Value = TypeVar("_Value")
 
+# one call reads all of these: name of ours, NVML's field, what turns its unit into ours
+_FAST_FIELDS = {
+    "energy_joules": (pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, 1e-3),
+    "average_watts": (pynvml.NVML_FI_DEV_POWER_AVERAGE, 1e-3),
+    "instant_watts": (pynvml.NVML_FI_DEV_POWER_INSTANT, 1e-3),
+}
+_THERMAL = ("thermal_by_software_seconds", "thermal_by_hardware_seconds")
+_SLOW_FIELDS = {
+    "power_cap_seconds": (pynvml.NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP, 1e-9),
+    _THERMAL[0]: (pynvml.NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN, 1e-9),
+    _THERMAL[1]: (pynvml.NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN, 1e-9),
+    "brake_seconds": (pynvml.NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN, 1e-9),
+}
+_SLOW: dict[str, Callable[[Any], Any]] = {
+    "used_bytes": lambda handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+    "temperature_celsius": lambda handle: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+    "sm_mhz": lambda handle: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+    "memory_mhz": lambda handle: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+    "slowdowns": lambda handle: int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+}
+_UNION = {
+    pynvml.NVML_VALUE_TYPE_DOUBLE: "dVal",
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG: "ulVal",
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal",
+    pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
+    pynvml.NVML_VALUE_TYPE_SIGNED_INT: "siVal",
+}
+"""The member of NVML's union that holds a value of each type."""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -26,32 +56,35 @@ class Card:
     compute_capability: tuple[int, int]
     driver: str
 
-    def sample(self) -> Sample:
-        """Read the sensors once.
+    def sample(self, slow: bool = True) -> Sample:
+        """Read the sensors once; without `slow` energy and power alone.
 
         Raises: SensorFailed when the card does not answer at all.
         """
         before = time.monotonic()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
-        except pynvml.NVMLError as error:
-            raise SensorFailed(f"NVML: {error}") from error
-        energy = _offered(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
-        power = _offered(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3)
-        used = _offered(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
-        temperature = _offered(lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)))
-        return Sample(
-            t=(before + time.monotonic()) / 2,
-            energy_joules=energy,
-            power_watts=power,
-            used_bytes=used,
-            temperature_celsius=temperature,
-        )
+        handle = self._handle()
+        if handle is None:
+            raise SensorFailed("NVML: the card is not found")
+        told = _fields(handle, _FAST_FIELDS | (_SLOW_FIELDS if slow else {}))
+        # older cards and drivers answer these calls, but not the fields
+        told.setdefault("energy_joules", _offered(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3))
+        told.setdefault("average_watts", _offered(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3))
+        if slow:
+            told |= {name: _offered(lambda read=read: read(handle)) for name, read in _SLOW.items()}  # type: ignore[misc]
+            thermal = [told.pop(part) for part in _THERMAL if part in told]
+            told["thermal_seconds"] = sum(thermal) if thermal else None
+            told["processes"] = tuple(self.users().items())
+        if not any(value is not None for value in told.values()):
+            raise SensorFailed("NVML: no sensor of the card answers")
+        return Sample(t=(before + time.monotonic()) / 2, **told)
+
+    def _handle(self) -> Any:
+        return _offered(lambda: pynvml.nvmlDeviceGetHandleByUUID(self.uuid))
 
     def users(self) -> dict[int, int | None]:
         """Bytes of device memory by the pid of each process that calculates on the card; None where the driver
         does not say. Empty where processes can't be seen (WSL2, some containers)."""
-        handle = _offered(lambda: pynvml.nvmlDeviceGetHandleByUUID(self.uuid))
+        handle = self._handle()
         listed = _offered(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
         return {process.pid: process.usedGpuMemory for process in listed}
 
@@ -95,6 +128,16 @@ def _card(index: int) -> Card:
         compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         driver=_text(pynvml.nvmlSystemGetDriverVersion()),
     )
+
+
+def _fields(handle: Any, asked: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """The fields that the card offers, in our units."""
+    values = _offered(lambda: pynvml.nvmlDeviceGetFieldValues(handle, [field for field, _ in asked.values()])) or ()
+    return {
+        name: getattr(value.value, _UNION[value.valueType]) * unit
+        for (name, (_, unit)), value in zip(asked.items(), values, strict=False)
+        if value.nvmlReturn == pynvml.NVML_SUCCESS and value.valueType in _UNION
+    }
 
 
 def _text(value: Any) -> str:

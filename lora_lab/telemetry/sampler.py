@@ -1,29 +1,66 @@
-"""Reads a card at a steady rate from a thread of the parent, while the worker trains."""
+"""Reads the sensors at a steady rate from a thread of the parent, while the worker trains."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 
-RATE_HZ = 10.0
-"""One reading is several NVML calls of up to 4 ms each; the energy counter moves every 100 ms."""
+RATE_HZ = 20.0
+"""Of energy and power: twice in each tick of a counter that moves every 100 ms."""
+
+SLOW_EVERY = 5
+"""Memory, processes, temperature, clocks and slowdowns are read with every so many readings: four times a second."""
+
+BUSY_SHARE = 0.25
+"""At most so much of one CPU core goes into looking; where calls take longer, there are fewer of them."""
 
 _FAULTS_IN_A_ROW = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One reading. None where the card does not offer it."""
+    """One reading. None where the machine does not offer it, or it was not its turn."""
 
     t: float
     """time.monotonic() seconds, midway through the reading."""
-    energy_joules: float | None
+    energy_joules: float | None = None
     """The card's running counter."""
-    power_watts: float | None
-    used_bytes: int | None
+    instant_watts: float | None = None
+    average_watts: float | None = None
+    """The driver's mean over the second before."""
+    cpu_joules: float | None = None
+    """The running counters of all CPU packages together (RAPL)."""
+    used_bytes: int | None = None
     """Device memory in use by everybody."""
-    temperature_celsius: float | None
+    processes: tuple[tuple[int, int | None], ...] | None = None
+    """Pid and device memory in bytes of each process that calculates on the card."""
+    temperature_celsius: float | None = None
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    slowdowns: int | None = None
+    """NVML's bit mask of the reasons for which the clocks are lower now than they could be."""
+    power_cap_seconds: float | None = None
+    """Running counter: clocks held down so as not to exceed the power limit."""
+    thermal_seconds: float | None = None
+    """Running counter: clocks held down by heat."""
+    brake_seconds: float | None = None
+    """Running counter: clocks held down by a signal from outside, of a power supply for example."""
+
+    def encode(self) -> str:
+        """One line of JSON without what was not read."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def decode(cls, line: str) -> "Sample":
+        """Back from `encode`.
+
+        Raises: TypeError for a line of another version, json.JSONDecodeError for a torn one."""
+        fields = json.loads(line)
+        if "processes" in fields:
+            fields["processes"] = tuple((pid, used) for pid, used in fields["processes"])
+        return cls(**fields)
 
 
 class SensorFailed(RuntimeError):
@@ -36,23 +73,28 @@ class Sampler:
 
     def __init__(
         self,
-        read: Callable[[], Sample] | None,
+        read: Callable[[bool], Sample] | None,
         keep: Callable[[Sample], None] = lambda _: None,
         rate_hz: float = RATE_HZ,
     ) -> None:
         """Get ready.
 
         Args:
-            read: one reading; None where there is no card.
+            read: one reading, of the slow sensors too when told True; None where there is nothing to read.
             keep: told each sample at once, from the sampler's thread.
         """
         self._read = read
         self._keep = keep
         self._interval = 1.0 / rate_hz
         self._stop = threading.Event()
+        self._paused = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="sampler")
         self.samples: list[Sample] = []
         self.fault: str | None = None
+        self.cpu_seconds = 0.0
+        """CPU time that the readings have taken."""
+        self.seconds = 0.0
+        """Time over which they were taken."""
 
     def __enter__(self) -> "Sampler":
         if self._read is not None:
@@ -66,23 +108,35 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
+    def pause(self, paused: bool) -> None:
+        """Stop reading for a while, or go on: how the cost of looking is measured."""
+        self._paused.set() if paused else self._paused.clear()
+
     def _run(self) -> None:
         assert self._read is not None
-        faults = 0
-        due = time.monotonic()
+        faults, readings = 0, 0
+        began = due = time.monotonic()
         while not self._stop.is_set():
-            try:
-                sample = self._read()
-                if self._stop.is_set():
-                    return  # a driver can hang for longer than anybody waits; the trial's files are closed by now
-                self.samples.append(sample)
-                self._keep(sample)
-                faults = 0
-                self.fault = None
-            except SensorFailed as error:
-                faults += 1
-                self.fault = str(error)
-                if faults >= _FAULTS_IN_A_ROW:
-                    return
-            due = max(due + self._interval, time.monotonic())
-            self._stop.wait(due - time.monotonic())
+            cost = 0.0
+            if not self._paused.is_set():
+                cpu = time.thread_time()
+                try:
+                    sample = self._read(readings % SLOW_EVERY == 0)
+                    if self._stop.is_set():
+                        return  # a driver can hang for longer than anybody waits; the trial's files are closed by now
+                    self.samples.append(sample)
+                    self._keep(sample)
+                    faults = 0
+                    self.fault = None
+                except SensorFailed as error:
+                    faults += 1
+                    self.fault = str(error)
+                    if faults >= _FAULTS_IN_A_ROW:
+                        return
+                readings += 1
+                cost = time.thread_time() - cpu
+                self.cpu_seconds += cost
+            now = time.monotonic()
+            self.seconds = now - began
+            due = max(due + self._interval, now + cost * (1 / BUSY_SHARE - 1))
+            self._stop.wait(due - now)

@@ -1,55 +1,84 @@
-"""All summary figures of a trial: a pure function of what the worker said and the card showed."""
+"""All summary figures of a trial: a pure function of what the worker said, the sensors showed and the parent saw."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned
+from lora_lab.events import (
+    Ended,
+    Evaluated,
+    Event,
+    MatmulRate,
+    ModelCounted,
+    Phase,
+    PhaseMemory,
+    Ran,
+    Step,
+    Warned,
+)
 from lora_lab.outcome import Outcome
 from lora_lab.telemetry.durations import durations
-from lora_lab.telemetry.energy import window_energy
+from lora_lab.telemetry.efficientllm import add_efficientllm
+from lora_lab.telemetry.energy_figures import add_energy
+from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.flops import flops
+from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.throughput import throughput
-from lora_lab.telemetry.window import Window, find_window
-
-GIB = 2**30
-
-
-@dataclass(slots=True)
-class Summary:
-    """Figures by metric name, and for every figure that is missing the reason."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    energy_source: str = "none"
-
-    def add(self, name: str, value: float | None, reason: str) -> None:
-        """Keep a figure, or why there is none."""
-        if value is None:
-            self.absent[name] = reason
-        else:
-            self.metrics[name] = value
+from lora_lab.telemetry.seen import Seen
+from lora_lab.telemetry.throughput import add_busy_share, throughput
+from lora_lab.telemetry.validity import add_validity
+from lora_lab.telemetry.window import Window, find_window, steady
 
 
-def summarise(events: Sequence[Event], samples: Sequence[Sample], no_sensor: str, asked_t: float) -> Summary:
+def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: Seen, asked_t: float) -> Summary:
     """Figures of one trial.
 
     Args:
         events: everything the worker said, in order.
-        samples: what the card showed meanwhile; empty without a sensor.
-        no_sensor: why there are no samples, or none up to the end, for the figures that need them.
+        samples: what the sensors showed meanwhile; empty without any.
         asked_t: time.monotonic() seconds when the trial was asked for.
     """
     summary = Summary(warnings=[event.text for event in events if isinstance(event, Warned)])
-    window = find_window(events)
+    whole = find_window(events)
+    window = None if whole is None else steady(whole)
     _add_throughput(summary, window)
-    _add_vram(summary, events, samples, no_sensor)
-    _add_energy(summary, window, samples, no_sensor)
-    _add_losses(summary, events, window)
+    if whole is not None and window is not None:
+        _add_left_out(summary, whole, window)
+        add_busy_share(summary, window, events)
+    _add_flops(summary, window, events)
+    add_memory(summary, events, samples, seen)
+    add_energy(summary, window, samples, seen)
+    if window is not None:
+        add_efficientllm(summary, window, events, samples, seen)
+    add_validity(summary, events, window, samples, seen)
+    _add_losses(summary, events, whole)
     summary.metrics |= durations(events, asked_t)
     _add_limits(summary, events, samples)
+    summary.warnings += seen.warnings
+    summary.metrics |= seen.metrics
     return summary
+
+
+def _add_left_out(summary: Summary, whole: Window, window: Window) -> None:
+    left_out = len(whole.steps) - len(window.steps)
+    if not left_out:
+        return
+    summary.metrics["window/steps_left_out"] = float(left_out)
+    summary.warnings.append(
+        f"the first {left_out} of {len(whole.steps)} measured steps were slow (a compilation, or too short a warm-up) "
+        "and are left out; a longer measure.warmup_steps would keep them out of the window"
+    )
+
+
+def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
+    ran = next((event.facts for event in events if isinstance(event, Ran)), {})
+    metrics, absent = flops(
+        next((event for event in events if isinstance(event, ModelCounted)), None),
+        window,
+        ran.get("gradient_checkpointing") == "True",
+        ran.get("attention_kernel", "not seen"),
+        next((event for event in events if isinstance(event, MatmulRate)), None),
+    )
+    summary.metrics |= metrics
+    summary.absent |= absent
 
 
 def _add_limits(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]) -> None:
@@ -87,55 +116,6 @@ def _add_throughput(summary: Summary, window: Window | None) -> None:
         summary.warnings.append(
             f"{skipped} of {len(window.steps)} measured steps overflowed fp16 and changed no weight"
         )
-
-
-def _add_vram(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], no_sensor: str) -> None:
-    phases = {Phase.warm_up.value, Phase.window.value}
-    told = {event.phase: event for event in events if isinstance(event, PhaseMemory)}
-    begun = {event.phase for event in events if isinstance(event, PhaseBegan)} & phases
-    if no_sensor and not told:
-        why = "torch's allocator reports on GPUs only"
-    elif begun <= told.keys():
-        why = "no training step was reached"
-    else:
-        why = "the worker was gone before it could report the allocator's peak"
-    training = [told[phase] for phase in begun] if begun <= told.keys() else []
-    allocated = max((memory.peak_allocated_bytes / GIB for memory in training), default=None)
-    reserved = max((memory.peak_reserved_bytes / GIB for memory in training), default=None)
-    summary.add("vram/peak_allocated_gib", allocated, why)
-    summary.add("vram/peak_reserved_gib", reserved, why)
-    start, end = _training_times(events)
-    used = max((s.used_bytes / GIB for s in samples if s.used_bytes is not None and start <= s.t <= end), default=None)
-    # a sensor that failed on the way has not seen the rest of the training
-    seen = not no_sensor or (bool(samples) and samples[-1].t >= end)
-    summary.add(
-        "vram/peak_device_gib", used if seen else None, no_sensor or "no reading of used memory fell into training"
-    )
-
-
-def _training_times(events: Sequence[Event]) -> tuple[float, float]:
-    """When training began and ended, in seconds; loading and evaluation lie outside."""
-    begins = {event.phase: event.t for event in events if isinstance(event, PhaseBegan)}
-    start = begins.get(Phase.warm_up.value, math.inf)
-    after = [t for t in begins.values() if t > begins.get(Phase.window.value, start)]
-    return start, min(after, default=math.inf)
-
-
-def _add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], no_sensor: str) -> None:
-    if not samples:
-        summary.absent["energy/joules_per_token"] = no_sensor or "no sensor was read"
-        return
-    if window is None:
-        summary.absent["energy/joules_per_token"] = "the measured window was not completed"
-        return
-    energy = window_energy(window, samples)
-    summary.energy_source = energy.source
-    if energy.joules is None:
-        summary.absent["energy/joules_per_token"] = no_sensor or energy.reason
-        return
-    summary.metrics["energy/joules"] = energy.joules
-    summary.metrics["energy/joules_per_token"] = energy.joules / sum(step.real for step in window.steps)
-    summary.metrics["energy/mean_power_watts"] = energy.joules / window.seconds
 
 
 def _add_losses(summary: Summary, events: Sequence[Event], window: Window | None) -> None:

@@ -1,8 +1,20 @@
 """Speed: ratios of sums over the window, never means of ratios."""
 
+import math
 import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 
+from lora_lab.events import Event, Profiled, Step
+from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.window import Window
+
+HOST_BOUND, GPU_BOUND = 0.75, 0.9
+"""A GPU that works for less of a step's time than the first waits for the host; for more than the second, it
+does not."""
+
+_BATCHES = 10
+"""Of consecutive steps, for the interval: neighbouring steps are alike, batches of them much less so."""
 
 
 def throughput(window: Window) -> dict[str, float]:
@@ -20,6 +32,7 @@ def throughput(window: Window) -> dict[str, float]:
         "throughput/samples_per_second": sum(step.rows for step in window.steps) / window.seconds,
         "throughput/steps_per_second": len(window.steps) / window.seconds,
         "throughput/seconds_per_10k_tokens": 1e4 * window.seconds / real,
+        "throughput/data_wait_share": sum(step.waited_seconds for step in window.steps) / window.seconds,
         "window/seconds": window.seconds,
         "window/steps": float(len(window.steps)),
         "tokens/real_share": real / slots,
@@ -28,4 +41,55 @@ def throughput(window: Window) -> dict[str, float]:
     timed = [step.seconds for step in window.steps if step.seconds is not None]
     if timed:
         figures["throughput/step_seconds_p50"] = statistics.median(timed)
+    if len(timed) >= 2:
+        figures["throughput/step_seconds_p95"] = statistics.quantiles(timed, n=20, method="inclusive")[-1]
+    error = rate_error(window.steps)
+    if error is not None:
+        figures["throughput/tokens_per_second_error"] = error
     return figures
+
+
+def rate_error(steps: Sequence[Step]) -> float | None:
+    """Half the 95 % interval of real tokens per second, from how this window's own steps vary.
+
+    Batch means of a ratio estimator (Law, Simulation Modeling and Analysis, 9.5; Cochran, Sampling Techniques, 6):
+    consecutive steps in batches, the batches' residuals x - R t around the common rate R, Student's t over them. It
+    knows nothing of how trials differ from each other. None with fewer than 20 steps, or a step without a time.
+    """
+    from scipy.special import stdtrit  # a third of a second to import, needed once at a trial's end
+
+    if len(steps) < 2 * _BATCHES:
+        return None
+    edges = [round(i * len(steps) / _BATCHES) for i in range(_BATCHES + 1)]
+    batches = [steps[a:b] for a, b in pairwise(edges)]
+    tokens = [sum(step.real for step in batch) for batch in batches]
+    if any(step.seconds is None for step in steps):
+        return None
+    seconds = [sum(step.seconds or 0.0 for step in batch) for batch in batches]
+    rate = sum(tokens) / sum(seconds)
+    residuals = sum((x - rate * t) ** 2 for x, t in zip(tokens, seconds, strict=True))
+    deviation = math.sqrt(_BATCHES / (_BATCHES - 1) * residuals) / sum(seconds)
+    return float(stdtrit(_BATCHES - 1, 0.975)) * deviation
+
+
+def add_busy_share(summary: Summary, window: Window, events: Sequence[Event]) -> None:
+    """How much of the window the GPU worked, and what that says about who waits for whom.
+
+    The profiled steps' busy time for each slot, over the window's time for each slot: the profiler slows the host down,
+    never a kernel.
+    """
+    name = "throughput/gpu_busy_share"
+    profiled = next((event for event in events if isinstance(event, Profiled)), None)
+    if profiled is None or not profiled.kernels:
+        none_seen = "the profiler saw no kernel: this process may not use the card's performance counters"
+        none_looked_at = "no step was profiled, which takes a GPU and measure.profile_steps"
+        summary.absent[name] = none_seen if profiled else none_looked_at
+        return
+    slots = sum(step.slots for step in window.steps)
+    share = (profiled.busy_seconds / profiled.slots) / (window.seconds / slots)
+    summary.metrics |= {
+        name: share,
+        "throughput/gpu_busy_seconds_per_step": profiled.busy_seconds / profiled.steps,
+        "throughput/kernels_per_step": profiled.kernels / profiled.steps,
+    }
+    summary.tags["regime"] = "host-bound" if share < HOST_BOUND else "GPU-bound" if share > GPU_BOUND else "mixed"

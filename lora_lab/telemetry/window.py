@@ -1,9 +1,13 @@
 """The measured part of a trial, cut out of its events."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lab.events import Event, Step, WindowClosed, WindowOpened
+
+SLOW_START = 2.0
+"""Steps at a window's start that took more than so many times its median are warm-up still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,16 @@ class Window:
         """Length of the window."""
         return self.end - self.start
 
+    def part(self, first: int, count: int) -> "Window":
+        """`count` steps of it from the one at place `first` (from 0). Its edges are where the device ended a step, by
+        the steps' own times from the opening on: no synchronisation was needed there.
+
+        Raises: ValueError when a step has no time."""
+        before, inside = self.steps[:first], self.steps[first : first + count]
+        start = self.start + _seconds(before)
+        whole = first + count >= len(self.steps)
+        return Window(start, self.end if whole else start + _seconds(inside), inside)
+
 
 def find_window(events: Sequence[Event]) -> Window | None:
     """The window, or None when it never opened, never closed, or a step's loss never arrived: figures of half a
@@ -32,3 +46,21 @@ def find_window(events: Sequence[Event]) -> Window | None:
     inside = tuple(step for step in steps if opened.after_step < step.step <= closed.after_step)
     whole = inside and len(inside) == closed.after_step - opened.after_step
     return Window(opened.t, closed.t, inside) if whole else None
+
+
+def steady(window: Window) -> Window:
+    """The window without the slow steps it begins with: a compilation, or a warm-up that was too short. A slow step
+    further on is part of what is measured."""
+    times = [step.seconds for step in window.steps]
+    if None in times or len(times) < 4:
+        return window
+    limit = SLOW_START * statistics.median([seconds for seconds in times if seconds is not None])
+    slow = next((i for i, seconds in enumerate(times) if seconds is not None and seconds <= limit), 0)
+    return window.part(slow, len(times) - slow) if slow else window
+
+
+def _seconds(steps: Sequence[Step]) -> float:
+    times = [step.seconds for step in steps]
+    if None in times:
+        raise ValueError("a step has no time")
+    return sum(seconds for seconds in times if seconds is not None)

@@ -8,11 +8,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory, Step, WindowClosed, WindowOpened
+from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, WindowClosed, WindowOpened
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import TokenCounts
 from lora_lab.worker.losses import DivergenceWatch, LossRelay
+from lora_lab.worker.profiling import StepProfiler
 
 Emit = Callable[[Event], None]
 
@@ -22,6 +23,7 @@ class PhaseClock:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
+        self._retries = 0
         self.present = Phase.start
         self.capacity: Capacity | None = None
         """Brought up to date whenever a phase begins."""
@@ -34,18 +36,24 @@ class PhaseClock:
             self.capacity.apply()
         self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
 
-    def leave(self) -> None:
-        """The present phase is over."""
+    def leave(self, part: str | None = None) -> None:
+        """The present phase is over, or a `part` of it; what follows is told apart."""
         if not torch.cuda.is_initialized():
             return
+        retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+        free, total = torch.cuda.mem_get_info()
         self._emit(
             PhaseMemory(
                 t=time.monotonic(),
-                phase=self.present.value,
+                phase=part or self.present.value,
                 peak_allocated_bytes=torch.cuda.max_memory_allocated(),
                 peak_reserved_bytes=torch.cuda.max_memory_reserved(),
+                reserved_bytes=torch.cuda.memory_reserved(),
+                device_used_bytes=total - free,
+                retries=retries - self._retries,
             )
         )
+        self._retries = retries
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -60,13 +68,16 @@ class TelemetryCallback(TrainerCallback):
     def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
         self._warmup_steps = measure.warmup_steps
         self._last_step = measure.warmup_steps + measure.steps
+        self._profiler = StepProfiler(measure.profile_steps if device.type == "cuda" else 0)
         self._device = device
         self._emit = emit
         self._clock = clock
         self._relay = LossRelay(device, self._last_step)
         self._read_back_step = self._warmup_steps or self._last_step
         self._watch = DivergenceWatch(measure.loss_spike)
-        self._counts = TokenCounts(0, 0, 0, 0)
+        self._counts = TokenCounts()
+        self._stepped_t = time.monotonic()
+        self._waited_seconds = 0.0
         self._loss = torch.zeros((), device=device)
         self._micro_batches = 0
         self._loss_is_a_share = False
@@ -84,12 +95,7 @@ class TelemetryCallback(TrainerCallback):
     def _before_forward(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         counts = kwargs.pop("counts", None)
         if model.training and counts is not None:
-            self._counts = TokenCounts(
-                self._counts.rows + counts.rows,
-                self._counts.slots + counts.slots,
-                self._counts.real + counts.real,
-                self._counts.trained + counts.trained,
-            )
+            self._counts += counts
             # with num_items_in_batch a micro-batch's loss is its share of the step's, else it is a mean
             self._loss_is_a_share = kwargs.get("num_items_in_batch") is not None
             self.attention.watch_one()
@@ -111,17 +117,36 @@ class TelemetryCallback(TrainerCallback):
         if self._warmup_steps == 0:
             self._open_window()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step's batches are there: since the step before, Trainer has done nothing but get them."""
+        self._waited_seconds = time.monotonic() - self._stepped_t
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Steps that are only profiled must not change what the held-out loss is taken of."""
+        if state.global_step >= self._last_step:
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = 0.0
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An optimizer step has been queued: send off its loss, and see to the window's edges."""
+        if state.global_step > self._last_step:
+            self._profile()
+            return
         loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
         # _scale is the tensor behind get_scale(), which would synchronise
         scale = None if self.scaler is None else self.scaler._scale
-        self._relay.push(state.global_step, loss, self._counts, scale)
-        self._counts = TokenCounts(0, 0, 0, 0)
+        self._relay.push(state.global_step, loss, self._counts, scale, self._waited_seconds)
+        self._counts = TokenCounts()
         self._loss = torch.zeros_like(self._loss)
         self._micro_batches = 0
         if state.global_step == self._last_step:
             self._close_window()
+        if state.global_step == 1 and self._warmup_steps:
+            self._clock.leave(FIRST_STEP)
         if state.global_step == self._read_back_step:
             self.on_stepped()
         if self._clock.capacity is not None and state.global_step < self._warmup_steps:
@@ -129,11 +154,23 @@ class TelemetryCallback(TrainerCallback):
         if state.global_step == self._warmup_steps:
             self._open_window()
         self._send_arrived()
+        if state.global_step == self._last_step and self._profiler.steps:
+            self._clock.enter(Phase.profile)
+            self._profiler.start()
+        self._stepped_t = time.monotonic()
+
+    def _profile(self) -> None:
+        """One more step under the profiler has been queued."""
+        profiled = self._profiler.stepped(self._counts.slots)
+        self._counts = TokenCounts()
+        if profiled is not None:
+            self._emit(profiled)
 
     def _open_window(self) -> None:
         self._synchronize()
         self._send_arrived()
         self._clock.enter(Phase.window)
+        self._relay.restart_clock()
         self._emit(WindowOpened(t=time.monotonic(), after_step=self._warmup_steps))
 
     def _close_window(self) -> None:
@@ -157,6 +194,9 @@ class TelemetryCallback(TrainerCallback):
                     real=record.counts.real,
                     trained=record.counts.trained,
                     skipped=record.skipped,
+                    attended=record.counts.attended,
+                    attended_slots=record.counts.attended_slots,
+                    waited_seconds=record.waited_seconds,
                 )
             )
             self._watch.see(record.step, record.loss)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,27 @@ class Example:
         """Labels that are predicted: the first position never is."""
         return sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document in it."""
+        return [end - start for start, end in pairwise([*self.starts, len(self.ids)])]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """What one micro-batch holds; it travels inside the batch, so that it can't be matched wrongly."""
 
-    rows: int
-    slots: int
-    real: int
-    trained: int
+    rows: int = 0
+    slots: int = 0
+    real: int = 0
+    trained: int = 0
+    attended: int = 0
+    """Sum of the squares of the documents' lengths in tokens: attention is calculated within a document."""
+    attended_slots: int = 0
+    """Sum of the squares of the rows' lengths in slots."""
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +231,8 @@ class Collator:
             slots=len(examples) * width,
             real=sum(len(example.ids) for example in examples),
             trained=sum(example.trained for example in examples),
+            attended=sum(length * length for example in examples for length in example.document_lengths),
+            attended_slots=len(examples) * width * width,
         )
         batch: dict[str, Tensor | TokenCounts] = {"input_ids": ids, "labels": labels, "counts": counts}
         if self.packed:

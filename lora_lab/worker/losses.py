@@ -25,6 +25,7 @@ class StepRecord:
     loss: float
     counts: TokenCounts
     skipped: bool
+    waited_seconds: float
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class _Pending:
     loss: Tensor
     scale: Tensor
     counts: TokenCounts
+    waited_seconds: float
     done: torch.cuda.Event | None
 
 
@@ -50,9 +52,22 @@ class LossRelay:
         self._losses = torch.empty(steps, pin_memory=self._cuda)
         self._scales = torch.ones(steps, pin_memory=self._cuda)
         self._pending: list[_Pending] = []
-        self._last: _Pending | None = None
+        self._last: tuple[float, torch.cuda.Event | None] | None = None
 
-    def push(self, step: int, loss: Tensor, counts: TokenCounts, scale: Tensor | None = None) -> None:
+    def restart_clock(self) -> None:
+        """The next step's time counts from here, when all steps before have arrived and the device is idle."""
+        self._last = (time.monotonic(), self._record())
+
+    def _record(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def push(
+        self, step: int, loss: Tensor, counts: TokenCounts, scale: Tensor | None = None, waited_seconds: float = 0.0
+    ) -> None:
         """Step number `step` (from 1) has been queued; `loss` is its scalar on the device, `scale` the
         GradScaler's after the step. A scale that fell is the one sign of a step that overflowed and changed
         nothing which all optimizers give: fused ones skip inside their kernel."""
@@ -60,11 +75,8 @@ class LossRelay:
         loss_here.copy_(loss, non_blocking=self._cuda)
         if scale is not None:
             scale_here.copy_(scale, non_blocking=self._cuda)
-        done = None
-        if self._cuda:
-            done = torch.cuda.Event(enable_timing=True)
-            done.record()
-        self._pending.append(_Pending(time.monotonic(), step, loss_here, scale_here, counts, done))
+        done = self._record()
+        self._pending.append(_Pending(time.monotonic(), step, loss_here, scale_here, counts, waited_seconds, done))
 
     def arrived(self) -> list[StepRecord]:
         """The steps whose loss is here by now, in order; never waits."""
@@ -73,16 +85,27 @@ class LossRelay:
             pending = self._pending.pop(0)
             scale = float(pending.scale)
             skipped, self._scale = scale < self._scale, scale
-            seconds, self._last = self._seconds(pending), pending
-            records.append(StepRecord(pending.t, pending.step, seconds, float(pending.loss), pending.counts, skipped))
+            seconds, self._last = self._seconds(pending), (pending.t, pending.done)
+            records.append(
+                StepRecord(
+                    t=pending.t,
+                    step=pending.step,
+                    seconds=seconds,
+                    loss=float(pending.loss),
+                    counts=pending.counts,
+                    skipped=skipped,
+                    waited_seconds=pending.waited_seconds,
+                )
+            )
         return records
 
     def _seconds(self, pending: _Pending) -> float | None:
         if self._last is None:
             return None
-        if pending.done is None or self._last.done is None:
-            return pending.t - self._last.t
-        return float(self._last.done.elapsed_time(pending.done)) / 1e3
+        t, done = self._last
+        if pending.done is None or done is None:
+            return pending.t - t
+        return float(done.elapsed_time(pending.done)) / 1e3
 
 
 class DivergenceWatch:

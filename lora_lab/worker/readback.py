@@ -1,13 +1,18 @@
 """What actually ran, read from the live objects, and how it differs from what was asked."""
 
+import time
 from collections import Counter
 from typing import Any
 
 import torch
 
 from lora_lab.config import DType, Quantization, TrialConfig
+from lora_lab.events import OptimizerMemory
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.training import optimizer_class
+
+PAGED_FROM = 100_000
+"""Elements of a parameter from which bitsandbytes pages its state."""
 
 _AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """accelerate's word for each."""
@@ -46,6 +51,27 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "gradient_checkpointing": str(any(getattr(m, "gradient_checkpointing", False) for m in model.modules())),
     }
     return facts
+
+
+def optimizer_memory(trainer: Any) -> OptimizerMemory:
+    """The state of the optimizer that takes the steps, by where its bytes lie.
+
+    bitsandbytes pages the state of parameters with at least 100,000 elements (Optimizer2State.get_state_buffer);
+    such tensors are managed memory, which torch's allocator does not count and says to be on the CPU.
+    """
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    eligible = [t for p, state in optimizer.state.items() if p.numel() >= PAGED_FROM for t in state.values()]
+    every = _state_tensors(optimizer)
+    paged = [tensor for tensor in every if getattr(tensor, "is_paged", False)]
+    by_id = {id(tensor) for tensor in eligible if torch.is_tensor(tensor)}
+    return OptimizerMemory(
+        t=time.monotonic(),
+        total_bytes=sum(tensor.nbytes for tensor in every),
+        eligible_bytes=sum(tensor.nbytes for tensor in every if id(tensor) in by_id),
+        paged_bytes=sum(tensor.nbytes for tensor in paged),
+        paged_tensors=len(paged),
+        is_paged=bool(getattr(optimizer, "is_paged", False)),
+    )
 
 
 def _state_tensors(optimizer: Any) -> list[Any]:

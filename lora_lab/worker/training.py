@@ -20,10 +20,11 @@ def make_trainer(
     folder: str,
     device: torch.device,
 ) -> Trainer:
-    """A Trainer that takes warm-up plus measured steps and neither logs, saves nor evaluates by itself."""
+    """A Trainer that takes warm-up, measured and profiled steps and neither logs, saves nor evaluates by itself."""
+    profiled = config.measure.profile_steps if device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=folder,
-        max_steps=config.measure.warmup_steps + config.measure.steps,
+        max_steps=config.measure.warmup_steps + config.measure.steps + profiled,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
         gradient_checkpointing=config.gradient_checkpointing,

@@ -12,14 +12,24 @@ from safetensors import SafetensorError
 
 from lora_lab.config import Attention, DataSource, Quantization, TrialConfig, Weights
 from lora_lab.events import DataCounted, Ended, Evaluated, Phase, Progress, Ran, Warned
+from lora_lab.matmul_cache import load_rate, store_rate
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.capacity import Capacity
+from lora_lab.worker.counting import count_model
 from lora_lab.worker.data import Example, Examples, load_examples, train_collator
 from lora_lab.worker.evaluation import heldout_loss
-from lora_lab.worker.models import convert, load_architecture, load_model, load_tokenizer, refuse_unfit
-from lora_lab.worker.readback import compare, read_back
+from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
+from lora_lab.worker.models import (
+    convert,
+    load_architecture,
+    load_model,
+    load_tokenizer,
+    refuse_unfit,
+    working_dtype,
+)
+from lora_lab.worker.readback import compare, optimizer_memory, read_back
 from lora_lab.worker.training import make_trainer, refuse_optimizer
 
 
@@ -37,6 +47,8 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
         device = _device()
         clock.capacity = Capacity(config.vram_limit_gib, device)
         _check_machine(config, device)
+        if not config.share_device:  # beside others the rate would be theirs too
+            _tell_matmul_rate(config, device, clock, emit)
         transformers.set_seed(config.seed)
         _train(config, folder, emit, clock, device)
         end = End(outcome=Outcome.finished, reason="")
@@ -85,6 +97,18 @@ def _check_machine(config: TrialConfig, device: torch.device) -> None:
             )
 
 
+def _tell_matmul_rate(config: TrialConfig, device: torch.device, clock: PhaseClock, emit: Emit) -> None:
+    """How fast the device multiplies: measured once for a device and a precision, then remembered."""
+    dtype = working_dtype(config.precision.dtype, device)
+    key = rate_key(device, dtype)
+    rate = load_rate(key)
+    if rate is None:
+        clock.enter(Phase.matmul_rate)
+        rate = measure_matmul_rate(device, dtype)
+        store_rate(key, rate)
+    emit(rate)
+
+
 def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, device: torch.device) -> None:
     package = config.model.package
     if config.model.weights is Weights.pretrained and package and not converted_folder(package).is_dir():
@@ -99,6 +123,7 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
 
     clock.enter(Phase.model)
     model = load_model(config, architecture, device)
+    emit(count_model(model))
     callback = TelemetryCallback(config.measure, device, emit, clock)
     callback.watch(model)
     trainer = make_trainer(
@@ -160,6 +185,7 @@ def _report_what_ran(
     facts = read_back(trainer, callback.attention.seen)
     differences, stand_ins = compare(facts, config, device)
     emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
+    emit(optimizer_memory(trainer))
     if "math" in facts["attention_kernel"] and config.attention is Attention.sdpa:
         text = "attention=sdpa runs torch's plain math kernel here, not a fused one: compare its figures with care"
         emit(Warned(t=time.monotonic(), text=text))

@@ -7,6 +7,7 @@ FAKE_NVML_DRIVER: `missing` makes nvmlInit fail as it does on a machine without 
     after an update without a reboot.
 FAKE_NVML_USERS: pid and used bytes of each process that calculates, as `4242:1073741824,17:`; without bytes the
     driver does not say. Empty: nobody.
+FAKE_NVML_FIELDS: `none` for a driver that knows no field values.
 FAKE_NVML_STATE: a file with `{"used": bytes, "temperature": degrees}`, either left out where the fake's own will do;
     read at every call, so that a test can change it while a process runs.
 """
@@ -19,7 +20,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+NVML_SUCCESS = 0
+NVML_ERROR_NOT_SUPPORTED = 3
 NVML_TEMPERATURE_GPU = 0
+NVML_CLOCK_SM = 1
+NVML_CLOCK_MEM = 2
+NVML_VALUE_TYPE_DOUBLE = 0
+NVML_VALUE_TYPE_UNSIGNED_INT = 1
+NVML_VALUE_TYPE_UNSIGNED_LONG = 2
+NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
+NVML_VALUE_TYPE_SIGNED_LONG_LONG = 4
+NVML_VALUE_TYPE_SIGNED_INT = 5
+NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP = 74
+NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION = 83
+NVML_FI_DEV_POWER_AVERAGE = 185
+NVML_FI_DEV_POWER_INSTANT = 186
+NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN = 269
+NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN = 270
+NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN = 271
 
 _POWER_MILLIWATTS = 100_000
 
@@ -115,6 +133,43 @@ def nvmlDeviceGetTotalEnergyConsumption(handle: _Handle) -> int:
 
 def nvmlDeviceGetPowerUsage(handle: _Handle) -> int:
     return _POWER_MILLIWATTS
+
+
+@dataclass(frozen=True)
+class _Value:
+    ullVal: int  # noqa: N815
+
+
+@dataclass(frozen=True)
+class _Field:
+    nvmlReturn: int  # noqa: N815
+    value: _Value
+    valueType: int = NVML_VALUE_TYPE_UNSIGNED_LONG_LONG  # noqa: N815
+
+
+def nvmlDeviceGetFieldValues(handle: _Handle, fields: list[int]) -> list[_Field]:
+    if os.environ.get("FAKE_NVML_FIELDS") == "none":
+        raise NVMLError("Function Not Found")
+    told = {
+        NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION: nvmlDeviceGetTotalEnergyConsumption(handle),
+        NVML_FI_DEV_POWER_AVERAGE: nvmlDeviceGetPowerUsage(handle),
+        NVML_FI_DEV_POWER_INSTANT: nvmlDeviceGetPowerUsage(handle),
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP: 0,
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN: 0,
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN: 0,
+    }
+    return [
+        _Field(NVML_SUCCESS, _Value(told[field])) if field in told else _Field(NVML_ERROR_NOT_SUPPORTED, _Value(0))
+        for field in fields
+    ]
+
+
+def nvmlDeviceGetClockInfo(handle: _Handle, kind: int) -> int:
+    return 1500
+
+
+def nvmlDeviceGetCurrentClocksEventReasons(handle: _Handle) -> int:
+    return 0
 
 
 def nvmlDeviceGetTemperature(handle: _Handle, sensor: int) -> int:

@@ -19,8 +19,9 @@ from lora_lab.events import (
     WindowClosed,
     WindowOpened,
 )
+from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.summary import GIB, Summary, summarise
+from lora_lab.telemetry.summary import summarise
 
 HEADLINES = {
     "throughput/tokens_per_second",

@@ -1,0 +1,42 @@
+"""Files that are there whole or not at all, whenever a kill or a full disk comes."""
+
+import json
+import os
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all; enums by name, as yaml has them."""
+
+    def other(value: object) -> str:
+        return value.name if isinstance(value, Enum) else str(value)
+
+    write_text(path, json.dumps(content, indent=2, default=other) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises: OSError.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something went wrong
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file that write_json wrote; None when there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,93 @@
+"""What a card draws while nobody uses it, measured before the trials it is taken off from."""
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+from lora_lab.files import read_json, write_json
+from lora_lab.owner import Owner
+from lora_lab.telemetry.energy import window_energy
+from lora_lab.telemetry.nvml import Card
+from lora_lab.telemetry.sampler import Sample, Sampler
+from lora_lab.telemetry.seen import Idle
+
+LONGEST_SECONDS = 30.0
+"""A card that has just worked gets so long to come to rest."""
+
+SETTLED_SHARE = 0.05
+"""At rest, two halves of the measurement differ by no more than this."""
+
+_EDGE_SECONDS = 0.5
+"""Read before and after, so that a counter's ticks lie on both sides."""
+
+_FILE = "idle.json"
+
+
+def measure_idle(card: Card, seconds: float, waiting: Callable[[str], None]) -> Idle | str:
+    """Watch the card for `seconds`, again until it has come to rest.
+
+    The state is that without any process on it, so without a CUDA context: with one a card draws more.
+
+    Returns: its draw, or why it can't be told.
+    """
+    waiting(f"measuring what {card.name} draws at rest ({seconds:g} s)")
+    with Sampler(card.sample) as sampler:
+        begin = time.monotonic()
+        time.sleep(_EDGE_SECONDS)
+        while True:
+            start = time.monotonic()
+            time.sleep(seconds + _EDGE_SECONDS)
+            end, samples = start + seconds, list(sampler.samples)
+            first, second = (_watts(a, b, samples) for a, b in pairwise((start, (start + end) / 2, end)))
+            settled = None
+            if first is not None and second is not None:
+                settled = abs(second - first) <= SETTLED_SHARE * first
+            if settled is not False or time.monotonic() - begin > LONGEST_SECONDS:
+                break
+    energy = window_energy(start, end, samples)
+    if energy.joules is None or energy.error_joules is None:
+        return sampler.fault or energy.reason
+    state = _state([sample for sample in samples if start <= sample.t <= end])
+    rest = {True: "at rest", False: "still coming to rest", None: "whether at rest is not known"}[settled]
+    return Idle(
+        watts=energy.joules / seconds,
+        error_watts=energy.error_joules / seconds,
+        source=energy.source,
+        state=", ".join(["no process on the card", rest, *state]),
+        measured_ms=round(time.time() * 1e3),
+    )
+
+
+def _watts(start: float, end: float, samples: list[Sample]) -> float | None:
+    """Mean of the power readings; only to see whether it still falls."""
+    told = [s.average_watts if s.instant_watts is None else s.instant_watts for s in samples if start <= s.t <= end]
+    found = [watts for watts in told if watts is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _state(samples: list[Sample]) -> list[str]:
+    last = next((sample for sample in reversed(samples) if sample.temperature_celsius is not None), None)
+    if last is None:
+        return []
+    clock = [] if last.sm_mhz is None else [f"SM clock {last.sm_mhz:.0f} MHz"]
+    return [f"{last.temperature_celsius:.0f} degrees C", *clock]
+
+
+def of_block(sweep: Path, card: Card, block: int, owner: Owner) -> Idle | None:
+    """What an earlier trial of the same block of a sweep measured, in the same start of it; None when it is to be
+    measured now."""
+    found = (read_json(sweep / _FILE) or {}).get(_key(card, block, owner))
+    return None if found is None else Idle(**found)
+
+
+def keep_for_block(sweep: Path, card: Card, block: int, owner: Owner, idle: Idle) -> None:
+    """Let the other trials of the block have it.
+
+    Raises: OSError."""
+    fields = {name: getattr(idle, name) for name in Idle.__dataclass_fields__}
+    write_json(sweep / _FILE, (read_json(sweep / _FILE) or {}) | {_key(card, block, owner): fields})
+
+
+def _key(card: Card, block: int, owner: Owner) -> str:
+    return f"{card.uuid}, block {block}, process {owner.pid} of {owner.started}"

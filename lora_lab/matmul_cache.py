@@ -1,0 +1,57 @@
+"""A device's measured matrix product rate, kept from one trial to the next: it takes a second to measure."""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_lab.events import MatmulRate
+from lora_lab.files import read_json, write_json
+from lora_lab.packages import cache_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateKey:
+    """What a rate belongs to; with any of it changed, it is measured anew."""
+
+    device: str
+    """A card's UUID; a CPU's name and how many of them."""
+    driver: str
+    """Empty for a CPU."""
+    torch: str
+    dtype: str
+    """The precision that was asked for; a stand-in for it gives the rate its own dtype."""
+
+
+def load_rate(key: RateKey) -> MatmulRate | None:
+    """The rate stored for `key`, its `t` now; None when there is none, or its file is damaged."""
+    stored = read_json(_file(key))
+    try:
+        if stored["key"] != asdict(key):
+            return None
+        dtype, size, rate = stored["dtype"], stored["size"], stored["flops_per_second"]
+    except (KeyError, TypeError):
+        return None
+    if not (isinstance(dtype, str) and isinstance(size, int) and isinstance(rate, float)):
+        return None
+    if not (math.isfinite(rate) and rate > 0):
+        return None
+    return MatmulRate(t=time.monotonic(), dtype=dtype, size=size, flops_per_second=rate)
+
+
+def store_rate(key: RateKey, rate: MatmulRate) -> None:
+    """Keep `rate` for `key`, whole or not at all. A cache that cannot be written is done without."""
+    file = _file(key)
+    content = asdict(rate) | {"key": asdict(key)}
+    del content["t"]  # of a clock that starts anew with the machine
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+
+
+def _file(key: RateKey) -> Path:
+    digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()
+    return cache_folder() / f"matmul-rate-{digest[:16]}.json"

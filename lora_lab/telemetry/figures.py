@@ -1,0 +1,27 @@
+"""What all figures of a trial are collected in."""
+
+from dataclasses import dataclass, field
+
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class Summary:
+    """Figures by metric name, and for every figure that is missing the reason."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    """Where figures come from, and what to think of them: energy_source, validity, regime, ..."""
+
+    def add(self, name: str, value: float | None, reason: str) -> None:
+        """Keep a figure, or why there is none."""
+        if value is None:
+            self.absent[name] = reason
+        else:
+            self.metrics[name] = value
+
+    def without(self, names: tuple[str, ...], reason: str) -> None:
+        """None of these figures is there, all for one reason."""
+        self.absent |= dict.fromkeys(names, reason)

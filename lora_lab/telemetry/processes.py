@@ -1,0 +1,29 @@
+"""Which process on the card is the worker, and who else was there."""
+
+from collections.abc import Sequence
+
+from lora_lab.events import Event, Ready
+from lora_lab.telemetry.sampler import Sample
+
+
+def worker_pid(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> int | None:
+    """The worker's pid as the driver has it; None when it was never listed.
+
+    In a container the driver lists processes by numbers of the host. The worker is then the one process that
+    came onto the card after the sampling had begun.
+
+    Args:
+        parent_pid: the process that is its own worker with isolation=inline.
+    """
+    pid = next((event.pid for event in events if isinstance(event, Ready)), parent_pid)
+    listed = [dict(sample.processes) for sample in samples if sample.processes is not None]
+    if any(pid in processes for processes in listed):
+        return pid
+    came = {number for processes in listed for number in processes} - set(listed[0] if listed else {})
+    return came.pop() if len(came) == 1 else None
+
+
+def foreign_pids(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> set[int]:
+    """Processes that calculated on the card during the trial and are not its worker."""
+    listed = {pid for sample in samples for pid, _ in sample.processes or ()}
+    return listed - {worker_pid(events, samples, parent_pid), parent_pid}

@@ -1,0 +1,58 @@
+"""What the parent itself knows and a trial's figures need: kept as seen.json in the trial's folder."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idle:
+    """What the card draws while nobody uses it."""
+
+    watts: float
+    error_watts: float
+    """A bound, as that of telemetry/energy.py: the sensor's own gain and offset are not in it."""
+    source: str
+    """As of an energy: counter, instant_power or average_power."""
+    state: str
+    """In words: the state the card was in."""
+    measured_ms: int
+    """When; Unix time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stated:
+    """What the user stated and nobody measured; figures made of it carry names of their own."""
+
+    board_power_watts: float | None = None
+    price_per_kwh: float | None = None
+    co2_grams_per_kwh: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Seen:
+    """What the parent has seen and was told."""
+
+    no_sensor: str = ""
+    """Why there are no readings of a card, or none up to the end; empty when there are."""
+    no_cpu_sensor: str = ""
+    """Why there are no readings of the CPU's energy."""
+    idle: Idle | None = None
+    no_idle: str = "it was not measured"
+    """Why there is no `idle`."""
+    used_before_bytes: int | None = None
+    """Device memory in use just before the worker began."""
+    card_bytes: int | None = None
+    """All memory of the card."""
+    parent_pid: int | None = None
+    """This process."""
+    shared_with: str = ""
+    """Who else calculated on the card when the trial began."""
+    stated: Stated = field(default_factory=Stated)
+    warnings: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Seen":
+        """Back from what dataclasses.asdict made of it."""
+        idle = None if fields["idle"] is None else Idle(**fields["idle"])
+        return cls(**{**fields, "idle": idle, "stated": Stated(**fields["stated"])})

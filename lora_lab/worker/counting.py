@@ -1,0 +1,101 @@
+"""The live model's weights, counted: what each token is multiplied with, and the bytes that are held."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from lora_lab.events import ModelCounted
+
+
+class Uncountable(Exception):
+    """The model multiplies in a way that is not known here, so that its FLOPs cannot be told."""
+
+
+def count_model(model: Any) -> ModelCounted:
+    """Count a PeftModel's weights, frozen and trained, before or after training steps.
+
+    A product is counted for each linear layer once, a head that shares the embedding's weights too; the embedding's
+    look-up is none. A 4-bit layer counts by its inputs and outputs, however its weights are packed. What DoRA does
+    for its norms is not counted: it grows with the weights and not with the tokens. (With adapter dropout DoRA also
+    multiplies with the frozen weights a second time, which is not counted either.)
+
+    Attention is taken to be over all that came before in the row; a sliding window shorter than the row is not looked
+    at.
+
+    Raises: Uncountable when a weight with two or more dimensions belongs to no linear layer and no embedding (a
+    convolution, a mixture of experts), or no decoder layer is found.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise Uncountable("it has no layers of the kind that transformers checkpoints")
+    linears = list(_linears(model))
+    _refuse_others(model, linears)
+    shapes = model.config.get_text_config()
+    head_size = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
+    frozen = {id(linear): _weights(linear) for linear in linears if not linear.weight.requires_grad}
+    repeated = {id(linear) for layer in layers for linear in _repeated(layer)}
+    kept = [p for p in model.parameters() if not p.requires_grad]
+    return ModelCounted(
+        t=time.monotonic(),
+        frozen=sum(frozen.values()),
+        frozen_in_layers=sum(count for key, count in frozen.items() if key in repeated),
+        trainable=sum(_weights(linear) for linear in linears if linear.weight.requires_grad),
+        attention_width=len(layers) * shapes.num_attention_heads * head_size,
+        weight_bytes=_bytes(kept),
+        weight_elements=sum(_elements(p) for p in kept),
+    )
+
+
+def _linears(module: Any) -> Iterator[Any]:
+    """Linear layers, each once; bitsandbytes' are torch's too."""
+    return (m for m in module.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+
+
+def _repeated(layer: Any) -> list[Any]:
+    """The linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
+    as soon as it has the last tensor that the backward needs, and a frozen product at the very end needs nothing
+    (torch.utils.checkpoint, early_stop). Modules stand in the order in which they run."""
+    linears = list(_linears(layer))
+    ends_frozen = linears and not linears[-1].weight.requires_grad
+    return linears[:-1] if ends_frozen else linears
+
+
+def _refuse_others(model: Any, linears: list[Any]) -> None:
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    known = {id(module.weight) for module in [*linears, *embeddings]}
+    others = [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
+    if others:
+        raise Uncountable(f"how often it multiplies with {others[0]} is not known ({len(others)} such weights)")
+
+
+def _weights(linear: Any) -> int:
+    """Inputs times outputs; a packed weight's own shape does not tell."""
+    if isinstance(linear, torch.nn.Linear):
+        return linear.in_features * linear.out_features
+    return int(linear.weight.numel())
+
+
+def _elements(parameter: Any) -> int:
+    """Number of weights in a parameter, unpacked."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else int(parameter.numel())
+
+
+def _bytes(parameters: list[Any]) -> int:
+    """Memory of the parameters and of their quantisation, each piece once."""
+    tensors = [tensor for parameter in parameters for tensor in (parameter, *_scales(parameter))]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+def _scales(parameter: Any) -> Iterator[torch.Tensor]:
+    """What a 4-bit weight needs to be unpacked: scales, their own scales when double quantised, and code books."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (part for part in (state.absmax, state.code, state.offset) if torch.is_tensor(part))
+        state = state.state2

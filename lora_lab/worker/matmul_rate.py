@@ -1,0 +1,105 @@
+"""How fast the device multiplies matrices at best: what a trial's own speed is compared with."""
+
+import math
+import time
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from lora_lab.events import MatmulRate
+from lora_lab.machine import cpu_name
+from lora_lab.matmul_cache import RateKey
+from lora_lab.outcome import says_out_of_memory
+
+SMALLEST, LARGEST = 256, 8192
+"""Sides of the squares that are tried. The smallest takes a fiftieth of a second where nothing larger is bearable:
+fp16 on a CPU that does not calculate in it."""
+LONG_ENOUGH_SECONDS = 0.004
+"""A product that takes so long keeps every unit of the device busy, and the next size would take eight times that."""
+BATCH_SECONDS = 0.03
+TOTAL_SECONDS = 0.9
+
+
+def rate_key(device: torch.device, dtype: torch.dtype) -> RateKey:
+    """What this device's rate is remembered by."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of CUDA builds alone
+        return RateKey(device=uuid, driver=str(driver), torch=torch.__version__, dtype=name)
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return RateKey(device=cpu, driver="", torch=torch.__version__, dtype=name)
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> MatmulRate:
+    """The device's own best rate for products of two square matrices, in about a second.
+
+    2 x size^3 operations, over the time of a product in the fastest of all batches. A batch is as many products as
+    take 30 ms, so that its clock does not matter; everything else that disturbs (clocks not up yet, another process,
+    the first product's set-up) only ever slows, so that the fastest batch, not the median one, is the device's own.
+
+    torch's settings stay as they are (TF32, threads), and so does its random state. Nothing is left allocated.
+    """
+    try:
+        size, rate = _measure(device, dtype)
+    finally:
+        if device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+    name = str(dtype).removeprefix("torch.")
+    return MatmulRate(t=time.monotonic(), dtype=name, size=size, flops_per_second=rate)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
+    """(side of the squares, operations a second)."""
+    operands, seconds = _grown(device, dtype)
+    size = len(operands[0])
+    count = max(1, round(BATCH_SECONDS / seconds))
+    end = time.monotonic() + TOTAL_SECONDS
+    best = math.inf
+    while time.monotonic() < end:
+        best = min(best, _timed(operands, count))
+    return size, 2 * size**3 / best
+
+
+def _grown(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+    """The largest matrices worth multiplying, and the seconds that one product of them takes."""
+    size = SMALLEST
+    operands = _operands(size, device, dtype)
+    while True:
+        _timed(operands, 1)  # the first of a size chooses its kernel
+        seconds = min(_timed(operands, 1) for _ in range(3))
+        if seconds >= LONG_ENOUGH_SECONDS or size == LARGEST:
+            return operands, seconds
+        try:
+            operands = _operands(2 * size, device, dtype)
+        except RuntimeError as error:
+            if not says_out_of_memory(str(error)):
+                raise
+            return operands, seconds
+        size *= 2
+
+
+def _operands(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Two random squares and room for their product: zeros would draw less power, and so run faster."""
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    return left, right, torch.empty_like(left)
+
+
+def _timed(operands: tuple[Tensor, Tensor, Tensor], count: int) -> float:
+    """Seconds of one product, over `count` of them: the device's own time on a GPU."""
+    left, right, product = operands
+    if left.device.type != "cuda":
+        start = time.perf_counter()
+        for _ in repeat(None, count):
+            torch.mm(left, right, out=product)
+        return (time.perf_counter() - start) / count
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in repeat(None, count):
+        torch.mm(left, right, out=product)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / count

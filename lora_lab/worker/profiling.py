@@ -1,0 +1,53 @@
+"""How long the GPU itself works on a step, seen by torch's profiler after the window."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch._C._autograd import DeviceType
+
+from lora_lab.events import Profiled
+
+
+class StepProfiler:
+    """Watches some steps. It slows the host down and lengthens no kernel, so what it sees is the GPU's work alone."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._done = 0
+        self._slots = 0
+        self._profiler: torch.profiler.profile | None = None
+
+    def start(self) -> None:
+        """The steps that follow are watched. The device must be idle."""
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profiler.start()
+
+    def stepped(self, slots: int) -> Profiled | None:
+        """A step with so many token slots has been queued; what was seen, once all are."""
+        assert self._profiler is not None
+        self._done += 1
+        self._slots += slots
+        if self._done < self.steps:
+            return None
+        torch.cuda.synchronize()
+        self._profiler.stop()
+        events = self._profiler.events() or ()
+        spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA]
+        self._profiler = None
+        return Profiled(
+            t=time.monotonic(),
+            steps=self._done,
+            slots=self._slots,
+            kernels=len(spans),
+            busy_seconds=covered(spans) / 1e6,  # the profiler counts in microseconds
+        )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans: kernels of several streams can run at the same time."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
