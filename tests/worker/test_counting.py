@@ -220,4 +220,4 @@ def test_weights_that_are_multiplied_in_an_unknown_way_are_not_guessed() -> None
     with pytest.raises(Uncountable, match="experts"):
         count_model(model)
     with pytest.raises(Uncountable, match="embedding"):
-        count_model(built(target_modules=["embed_tokens"]))
+        count_model(built(UNTIED, target_modules=["embed_tokens"]))
