@@ -154,15 +154,20 @@ class Display:
 
 
 _SHOWN = (
-    ("throughput", "throughput/tokens_per_second", "{:,.0f} tokens/s"),
-    ("", "throughput/seconds_per_10k_tokens", "{:,.2f} s per 10k tokens"),
-    ("step time, median", "throughput/step_seconds_p50", "{:.3f} s"),
-    ("VRAM, torch's peak", "vram/peak_allocated_gib", "{:.2f} GiB"),
-    ("VRAM, card's peak", "vram/peak_device_gib", "{:.2f} GiB"),
-    ("energy", "energy/joules_per_token", "{:.4f} J/token"),
-    ("held-out loss before", "loss/eval_before", "{:.4f}"),
-    ("held-out loss after", "loss/eval", "{:.4f}"),
+    ("throughput", "throughput/tokens_per_second", "{:,.0f}", "tokens/s"),
+    ("", "throughput/seconds_per_10k_tokens", "{:,.2f}", "s per 10k tokens"),
+    ("step time, median", "throughput/step_seconds_p50", "{:.3f}", "s"),
+    ("GPU at work", "throughput/gpu_busy_share", "{:.0%}", "of the time"),
+    ("of its matrix rate", "flops/mfu", "{:.1%}", "(MFU)"),
+    ("VRAM, torch's peak", "vram/peak_allocated_gib", "{:.2f}", "GiB"),
+    ("VRAM, card's peak", "vram/peak_device_gib", "{:.2f}", "GiB"),
+    ("energy", "energy/joules_per_token", "{:.4f}", "J/token"),
+    ("", "energy/net_joules_per_token", "{:.4f}", "J/token net of idle"),
+    ("held-out loss before", "loss/eval_before", "{:.4f}", ""),
+    ("held-out loss after", "loss/eval", "{:.4f}", ""),
 )
+_ON_A_CARD = ("throughput/gpu_busy_share", "flops/mfu")
+"""Shown where there is one; on a CPU nobody misses them."""
 
 
 def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[str]) -> None:
@@ -174,11 +179,16 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
     table.add_column()
     if end.reason:
         table.add_row("why", escape(end.reason))
-    for label, name, form in _SHOWN:
+    with_card = "vram/peak_device_gib" in summary.metrics
+    for label, name, form, unit in _SHOWN:
+        if name in _ON_A_CARD and not with_card:
+            continue
         if name in summary.metrics:
-            table.add_row(label, form.format(summary.metrics[name]))
+            table.add_row(label, f"{_with_error(summary, name, form)} {unit}{_remark(summary, name)}")
         elif label and name in summary.absent:
             table.add_row(label, f"[dim]absent: {escape(summary.absent[name])}[/dim]")
+    if summary.tags.get("validity") in ("invalid", "doubtful"):
+        table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
     for stand_in in stand_ins:
         table.add_row("stand-in", f"[yellow]{escape(stand_in)}[/yellow]")
     for warning in summary.warnings:
@@ -186,3 +196,16 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
     console.print(table)
     for place in places:
         console.print(f"  {place}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_error(summary: Summary, name: str, form: str) -> str:
+    error = summary.metrics.get(f"{name}_error")
+    return form.format(summary.metrics[name]) + ("" if error is None else f" ± {form.format(error)}")
+
+
+def _remark(summary: Summary, name: str) -> str:
+    if name == "throughput/gpu_busy_share":
+        return f": {summary.tags['regime']}"
+    if name == "energy/joules_per_token" and summary.tags["energy_source"] != "counter":
+        return f", by {summary.tags['energy_source'].replace('_', ' ')}"
+    return ""

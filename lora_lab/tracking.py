@@ -226,6 +226,25 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     return MlflowTracker(uri, tracking.experiment, database, look)
 
 
+def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and tags of a run; those of its `files` that are there are put into the folder `to`.
+
+    Raises: TrackingFailed when the store or the run can't be had.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.tracking import MlflowClient
+
+    with _store_errors():
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(run_id)
+        there = {file.path for file in client.list_artifacts(run_id)}
+        for name in there & set(files):
+            client.download_artifacts(run_id, name, str(to))
+    return dict(run.data.metrics), dict(run.data.tags)
+
+
 def refuse_unwritable(tracking: TrackingConfig) -> Path:
     """The local store's folder, made if missing.
 

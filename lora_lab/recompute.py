@@ -1,0 +1,148 @@
+"""Any figure of a run, calculated anew from what the run stored: python -m lora_lab.recompute RUN
+
+RUN is a run's id in the store, or the folder of a trial under multirun/. Every figure is compared to its last digit.
+Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_lab.config import RefusedInput
+from lora_lab.environment import environment
+from lora_lab.outcome import EXIT_REFUSED, End, Outcome
+from lora_lab.records import Record, complete
+from lora_lab.telemetry.summary import summarise
+from lora_lab.tracking import TrackingFailed, fetch_run
+from lora_lab.trial_folder import ASKED, SEEN, TrialFolder
+
+NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")
+"""What figures are made of: all that is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a run says its figures are."""
+
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Recorded figures beside recomputed ones."""
+
+    figures: int
+    """How many there are in either."""
+    events: int
+    samples: int
+    differences: list[tuple[str, str, str]]
+    """Name, as recorded, as recomputed; empty where one side has none."""
+
+
+def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
+    """Summarise what lies in `folder` again.
+
+    Raises: RefusedInput when that is not a whole trial of this version.
+    """
+    missing = [name for name in NEEDED if not (folder.path / name).is_file()]
+    asked = folder.asked()
+    if missing or asked is None:
+        raise RefusedInput(
+            f"{folder.path} holds no {', '.join(missing) or 'trial that can be read'}: no trial, or one of a version "
+            "that did not keep all that its figures are made of."
+        )
+    events, samples, seen = folder.told()
+    record = Record(name=asked.record.name, params={})
+    outcome = Outcome(recorded.tags["outcome"])
+    summary = summarise(events, samples, seen, asked.t)
+    complete(record, End(outcome=outcome, reason=""), events, samples, summary, asked.unix_minus_monotonic)
+    here = _said(_with_series(record), record.tags, summary.tags.keys())
+    there = _said(recorded.metrics, recorded.tags, summary.tags.keys())
+    names = sorted(here.keys() | there.keys())
+    apart = [(name, there.get(name, ""), here.get(name, "")) for name in names if here.get(name) != there.get(name)]
+    return Comparison(len(names), len(events), len(samples), apart)
+
+
+def _said(metrics: dict[str, float], tags: dict[str, str], of_summary: Collection[str]) -> dict[str, str]:
+    """Figures, reasons and verdicts as text."""
+    words = {name: text for name, text in tags.items() if name.startswith("absent.") or name in of_summary}
+    return {name: _digits(value) for name, value in metrics.items()} | words
+
+
+def _with_series(record: Record) -> dict[str, float]:
+    """A store has the last point of a series among the figures."""
+    return record.metrics | {point.key: point.value for point in record.series}
+
+
+def _digits(value: float) -> str:
+    """Every bit of it. A store that knows no infinity keeps the largest number in its place."""
+    return repr(math.copysign(sys.float_info.max, value) if math.isinf(value) else value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lora_lab.recompute", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="a run's id in the store, or a trial's folder under multirun/")
+    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    asked = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            folder, recorded = _find(asked.run, asked.store, Path(place))
+            found = compare(folder, recorded)
+    except (RefusedInput, TrackingFailed) as refusal:
+        print(refusal, file=sys.stderr)
+        return EXIT_REFUSED
+    _show(found, recorded)
+    return 1 if found.differences else 0
+
+
+def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Recorded]:
+    """The trial's files, in a folder of it or fetched to `place`, and what its record says.
+
+    Raises: RefusedInput, TrackingFailed."""
+    if Path(run).is_dir():
+        folder = TrialFolder(Path(run))
+        record = folder.record()
+        if record is None:
+            raise RefusedInput(f"{run} holds no record of a trial that is over.")
+        return folder, Recorded(_with_series(record), record.tags)
+    if store is None:
+        database = Path("mlruns/mlflow.db").resolve()
+        if not database.is_file():
+            raise RefusedInput(
+                f"{run} is no folder, and there is no store at {database}. Stand where the run was made, or name its "
+                "store with --store URI."
+            )
+        store = f"sqlite:///{database}"
+    metrics, tags = fetch_run(store, run, NEEDED, place)
+    if "outcome" not in tags or "sweep/trials" in metrics:
+        raise RefusedInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")
+    return TrialFolder(place), Recorded(metrics, tags)
+
+
+def _show(found: Comparison, recorded: Recorded) -> None:
+    console = Console(soft_wrap=True)
+    if recorded.tags.get("code") != environment()["code"]:
+        console.print("the run was made by other code than this; its formulas may have changed since", style="yellow")
+    source = f"{found.figures} figures and reasons from {found.events} events and {found.samples} samples"
+    if not found.differences:
+        console.print(f"{source}: all recomputed the same, to the last digit", highlight=False)
+        return
+    table = Table(title=f"{source}: {len(found.differences)} differ", title_justify="left")
+    for head in ("figure", "recorded", "recomputed"):
+        table.add_column(head, overflow="fold")
+    for row in found.differences:
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
