@@ -14,11 +14,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
 from lora_lab.compose import CONF, GROUPS, load, register_schema
+from lora_lab.config import TrialConfig
 from lora_lab.session import Request, run_session
 
 
-def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """One trial; returns its record as written to record.json."""
+def compose_cell(overrides: Sequence[str]) -> TrialConfig:
+    """The config that a command line with these overrides has."""
+    return _compose(overrides)[0]
+
+
+def _compose(overrides: Sequence[str]) -> tuple[TrialConfig, dict[str, str]]:
     register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -26,10 +31,16 @@ def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     choices = {group: str(composed.hydra.runtime.choices[group]) for group in GROUPS}
     with open_dict(composed):
         del composed["hydra"]
-    request = Request(config=load(composed), choices=choices, overrides=list(overrides), folder=folder)
-    run_session(request)
+    return load(composed), choices
+
+
+def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+    """One trial; returns its record as written to record.json."""
+    config, choices = _compose(overrides)
+    run_session(Request(config=config, choices=choices, overrides=list(overrides), folder=folder))
     record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    record.pop("folder")  # where it lay on that machine tells nobody anything
+    # where it lay and who ran it on that machine tells nobody anything
+    record["tags"] = {k: v for k, v in record["tags"].items() if k != "folder" and not k.startswith("process.")}
     return record
 
 

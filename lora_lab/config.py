@@ -200,7 +200,7 @@ class MeasureConfig:
     """At most so many held-out rows are evaluated, before and after; 0 evaluates none."""
     loss_spike: float = 2.0
     """The trial has diverged when the loss is this far (nats a token) above its start."""
-    profile_steps: int = 2
+    profile_steps: int = 1
     """On a GPU, so many steps after the window run under torch's profiler, with a learning rate of 0: how long the
     GPU itself works on a step. 0 profiles none."""
     idle_seconds: float = 5.0

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import median_low
 
 FEWEST_TICKS = 20
 """A counter that moved less often than this within the window tells too little about it."""
@@ -67,12 +67,12 @@ def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -
             f"the energy counter ran backwards, from {fallen[0].value:.1f} to {fallen[1].value:.1f} J "
             "(a reset or a wrap)"
         )
-    _refuse_standstill(start, end, readings, near)
+    _refuse_standstill(start, end, readings, ticks)
+    if first < 0 or last == len(ticks):
+        raise CounterFault("the energy counter was not read on both sides of the window")
     inside = sum(start <= tick.seen <= end for tick in near)
     if inside < FEWEST_TICKS:
         raise TooFewTicks(f"the window holds {inside} ticks of the energy counter, fewer than {FEWEST_TICKS}")
-    if first < 0 or last == len(ticks):
-        raise CounterFault("the energy counter was not read on both sides of the window")
     low_start, start_joules, high_start = _at(start, ticks)
     low_end, end_joules, high_end = _at(end, ticks)
     joules = end_joules - start_joules
@@ -80,17 +80,18 @@ def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -
 
 
 def _refuse_standstill(
-    start: float, end: float, readings: Sequence[tuple[float, float]], near: Sequence[_Tick]
+    start: float, end: float, readings: Sequence[tuple[float, float]], ticks: Sequence[_Tick]
 ) -> None:
-    usual = median([after.seen - before.seen for before, after in pairwise(near)]) if len(near) > 2 else 0.0
+    # of all readings, not of the window's: there a standstill may be most of what is seen
+    usual = median_low([after.seen - before.seen for before, after in pairwise(ticks)]) if len(ticks) > 2 else 0.0
     longest = max(STILL_SECONDS, STILL_TICKS * usual)
-    since = readings[0] if readings else (0.0, 0.0)
+    since, still = readings[0] if readings else (0.0, 0.0), 0.0
     for t, value in readings:
         if value != since[1]:
             since = (t, value)
-        still = min(t, end) - max(since[0], start)
-        if still > longest:
-            raise CounterFault(f"the energy counter stood still for {still:.1f} s")
+        still = max(still, min(t, end) - max(since[0], start))
+    if still > longest:
+        raise CounterFault(f"the energy counter stood still for {still:.1f} s")
 
 
 def _at(t: float, ticks: Sequence[_Tick]) -> tuple[float, float, float]:

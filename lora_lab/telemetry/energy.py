@@ -45,80 +45,78 @@ def window_energy(start: float, end: float, samples: Sequence[Sample]) -> Energy
     Args:
         start: seconds of time.monotonic(), as `end`.
     """
-    power, power_source, why_no_power = _power(start, end, samples)
+    powers: dict[str, Measured] = {}
+    no_power: list[str] = []
+    for name, field, seconds in (("instant", "instant_watts", 0.0), ("average", "average_watts", AVERAGE_SECONDS)):
+        points = [(s.t, watts) for s in samples if (watts := getattr(s, field)) is not None]
+        found = _integral(start, end, points, seconds, f"{name} power")
+        if isinstance(found, Measured):
+            powers[f"{name}_power"] = found
+        elif not powers:
+            no_power.append(found)
+    source, power = next(iter(powers.items()), ("none", None))
     readings = [(s.t, s.energy_joules) for s in samples if s.energy_joules is not None]
-    if not readings:
-        reason = "the card has no energy counter"
+    try:
+        counter = between(start, end, readings)
+    except TooFewTicks as fault:  # and power's own ticks are no shorter
+        return Energy(reason=str(fault), power=power)
+    except CounterFault as fault:
+        no_counter = str(fault) if readings else "the card has no energy counter"
     else:
-        try:
-            counter = between(start, end, readings)
-        except TooFewTicks as fault:  # and power's own ticks are no shorter
-            return Energy(reason=str(fault), power=power)
-        except CounterFault as fault:
-            reason = str(fault)
-        else:
-            disagreement = power.joules / counter.joules - 1 if power and counter.joules > 0 else None
-            reason = _contradiction(counter, power)
-            if not reason:
-                return Energy(
-                    joules=counter.joules,
-                    error_joules=counter.error_joules,
-                    source="counter",
-                    power=power,
-                    disagreement=disagreement,
-                )
+        # readings in step with a wave see one side of it alone: the driver's mean may then speak for the counter
+        if power is None or not all(_are_apart(counter, other) for other in powers.values()):
+            return Energy(
+                joules=counter.joules,
+                error_joules=counter.error_joules,
+                source="counter",
+                power=power,
+                disagreement=power.joules / counter.joules - 1 if power and counter.joules > 0 else None,
+            )
+        no_counter = (
+            f"the energy counter says {counter.joules:.1f} J where the integral of power is {power.joules:.1f} J, "
+            f"more than {DISAGREEMENT_REFUSED:.0%} apart"
+        )
+    reason = "; ".join([no_counter, *no_power])
     if power is None:
-        return Energy(reason=f"{reason}; {why_no_power}")
-    return Energy(joules=power.joules, error_joules=power.error_joules, source=power_source, reason=reason, power=power)
+        return Energy(reason=reason)
+    return Energy(joules=power.joules, error_joules=power.error_joules, source=source, reason=reason, power=power)
 
 
-def _contradiction(counter: Measured, power: Measured | None) -> str:
-    if power is None:
-        return ""
-    apart = abs(power.joules - counter.joules) - counter.error_joules - power.error_joules
-    if apart <= DISAGREEMENT_REFUSED * max(counter.joules, power.joules):
-        return ""
-    return (
-        f"the energy counter says {counter.joules:.1f} J where the integral of power is {power.joules:.1f} J, "
-        f"more than {DISAGREEMENT_REFUSED:.0%} apart"
-    )
+def _are_apart(counter: Measured, power: Measured) -> bool:
+    beyond_errors = abs(power.joules - counter.joules) - counter.error_joules - power.error_joules
+    return beyond_errors > DISAGREEMENT_REFUSED * max(counter.joules, power.joules)
 
 
-def _power(start: float, end: float, samples: Sequence[Sample]) -> tuple[Measured | None, str, str]:
-    """(the integral, its source, why there is none)."""
-    instant = [(s.t, s.instant_watts) for s in samples if s.instant_watts is not None]
-    average = [(s.t, s.average_watts) for s in samples if s.average_watts is not None]
-    if instant:
-        source, points, lag = "instant_power", instant, 0.0
-    elif average:
-        source, points, lag = "average_power", average, AVERAGE_SECONDS
-    else:
-        return None, "none", "its power is not read"
-    # a mean over the last second tells best of half a second ago
-    a, b = start + lag / 2, end + lag / 2
-    if len(points) < 2 or points[0][0] > a or points[-1][0] < b:
-        return None, "none", "power was not read over the whole window"
-    inside = [(t, watts) for t, watts in points if a < t < b]
-    if len(inside) < FEWEST_TICKS:
-        return None, "none", f"the window holds {len(inside)} readings of power, fewer than {FEWEST_TICKS}"
-    curve = [(a, _interpolated(points, a)), *inside, (b, _interpolated(points, b))]
-    gap = max(t1 - t0 for (t0, _), (t1, _) in pairwise(curve))
+def _integral(start: float, end: float, points: Sequence[tuple[float, float]], lag: float, name: str) -> Measured | str:
+    """The integral of power, or why there is none.
+
+    Args:
+        points: (seconds, watts) in order of time.
+        lag: seconds over which each of them is a mean; it tells best of half of that ago.
+    """
+    if not points:
+        return f"{name} was not read"
+    start, end = start + lag / 2, end + lag / 2
+    if points[0][0] > start or points[-1][0] < end:
+        return f"{name} was not read over the whole window"
+    inside = sum(start < t < end for t, _ in points)
+    if inside < FEWEST_TICKS:
+        return f"the window holds {inside} readings of {name}, fewer than {FEWEST_TICKS}"
+    pieces = [pair for pair in pairwise(points) if pair[0][0] < end and pair[1][0] > start]
+    gap = max(t1 - t0 for (t0, _), (t1, _) in pieces)
     if gap > LONGEST_GAP_SECONDS:
-        return None, "none", f"power was not read for {gap:.1f} s"
-    joules = sum((p0 + p1) / 2 * (t1 - t0) for (t0, p0), (t1, p1) in pairwise(curve))
-    # between two readings power is taken to lie between them: half the difference to either side
-    error = sum(abs(p1 - p0) / 2 * (t1 - t0) for (t0, p0), (t1, p1) in pairwise(curve))
-    watts = [p for _, p in curve]
+        return f"{name} was not read for {gap:.1f} s"
+    joules = error = 0.0
+    for (t0, p0), (t1, p1) in pieces:
+        a, b = max(t0, start), min(t1, end)
+        mean = p0 + (p1 - p0) * ((a + b) / 2 - t0) / (t1 - t0)
+        joules += mean * (b - a)
+        # between two readings power is taken to lie between them
+        error += max(abs(p0 - mean), abs(p1 - mean)) * (b - a)
+    watts = [p for piece in pieces for _, p in piece]
     # at each edge the mean's weight is off by at most a half over half its length, to either side
     error += lag / 4 * (max(watts) - min(watts))
-    return Measured(joules, error), source, ""
-
-
-def _interpolated(points: Sequence[tuple[float, float]], t: float) -> float:
-    for (t0, v0), (t1, v1) in pairwise(points):
-        if t0 <= t <= t1:
-            return v0 + (v1 - v0) * (t - t0) / (t1 - t0)
-    raise ValueError(f"{t} lies outside the readings")
+    return Measured(joules, error)
 
 
 def cpu_energy(window: Window, samples: Sequence[Sample]) -> Measured | str:

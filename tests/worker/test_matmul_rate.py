@@ -3,6 +3,7 @@
 import random
 import time
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,14 @@ def test_where_memory_ends_the_size_before_is_measured(room: int, monkeypatch: p
     assert told.flops_per_second == pytest.approx(8e14)
 
 
-def test_an_error_that_is_not_for_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> float:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+@pytest.mark.parametrize("size", [SMALLEST, 1024])
+def test_an_error_that_is_not_for_memory_is_told(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Pretended(monkeypatch, 8e14)
+
+    def broken(asked: int, *rest: Any) -> Operands:
+        if asked >= size:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return device.operands(asked, *rest)
 
     monkeypatch.setattr(matmul_rate, "_operands", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
