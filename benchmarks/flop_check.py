@@ -10,6 +10,9 @@ formula here. Exits with 1 when a part differs by more than 2 %.
 The formula takes every product to need its input's gradient. Without checkpointing the first layer's q, k and v need
 none (with it, transformers lets the embeddings' output ask for one): 0.2 % of SmolLM2-135M's products, but 4 % of the
 two-layer tiny model's, which this check is therefore not for.
+
+On a GPU the counter stops at fused attention whose heads share keys and values, so there each head gets its own:
+    python -m benchmarks.flop_check OUT model=qwen2_5_1_5b model.architecture.num_key_value_heads=12
 """
 
 import gc
@@ -49,6 +52,7 @@ OVERRIDES = [
     "measure.warmup_steps=0",
     "measure.steps=1",
     "measure.eval_rows=0",
+    "measure.profile_steps=0",
     "tracking=none",
 ]
 PARTS = ("products", "attention", "recomputation", "total")
@@ -75,8 +79,9 @@ def one_step(config: TrialConfig, device: torch.device) -> tuple[dict[str, int],
     def without_counts(rows: Any) -> dict[str, Any]:
         return {name: tensor for name, tensor in collator(rows).items() if name != "counts"}
 
+    collate: Any = without_counts
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config, model, batch, without_counts, TrainerCallback(), folder, device)
+        trainer = make_trainer(config, model, batch, collate, TrainerCallback(), folder, device)
         with FlopCounterMode(display=False) as counter:
             trainer.train()
     seen = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}

@@ -27,13 +27,13 @@ COMMON = [
     "model.weights=random",
     "data=random_tokens",
     "data.rows=128",
-    "measure.warmup_steps=10",
+    "measure.warmup_steps=5",
     "measure.eval_rows=0",
     "tracking=none",
 ]
 SHAPES = {
     "host_bound": ["batch_size=1", "seq_len=512", "measure.steps=200"],
-    "gpu_bound": ["batch_size=8", "seq_len=2048", "gradient_checkpointing=true", "measure.steps=60"],
+    "gpu_bound": ["batch_size=8", "seq_len=2048", "gradient_checkpointing=true", "measure.steps=50"],
 }
 SPREAD = (
     ("tokens/s", "throughput/tokens_per_second", "{:,.1f}"),

@@ -19,6 +19,7 @@ def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample
     if window is None:
         summary.without((_GROSS, _NET), seen.no_sensor or _NO_WINDOW)
         summary.absent[_CPU] = seen.no_cpu_sensor or _NO_WINDOW
+        _add_stated(summary, window, 0, seen)
         return
     real = sum(step.real for step in window.steps)
     _add_card(summary, window, real, samples, seen)
@@ -35,7 +36,7 @@ def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample
 
 
 def _add_card(summary: Summary, window: Window, real: int, samples: Sequence[Sample], seen: Seen) -> None:
-    of_card = [s for s in samples if s.energy_joules is not None or s.instant_watts or s.average_watts]
+    of_card = [s for s in samples if (s.energy_joules, s.instant_watts, s.average_watts) != (None, None, None)]
     if not of_card:
         summary.without((_GROSS, _NET), seen.no_sensor or "no power sensor was read")
         return
@@ -44,8 +45,8 @@ def _add_card(summary: Summary, window: Window, real: int, samples: Sequence[Sam
         summary.metrics["energy/power_integral_joules"] = energy.power.joules
         summary.metrics["energy/power_integral_joules_error"] = energy.power.error_joules
     if energy.joules is None or energy.error_joules is None:
-        # a sensor that failed on the way leaves a window that was not watched to its end
-        summary.without((_GROSS, _NET), seen.no_sensor or energy.reason)
+        watched = of_card[-1].t >= window.end  # or a sensor that failed on the way is why
+        summary.without((_GROSS, _NET), energy.reason if watched else seen.no_sensor or energy.reason)
         return
     summary.tags["energy_source"] = energy.source
     _tell_source(summary, energy)
@@ -86,13 +87,14 @@ def _tell_source(summary: Summary, energy: Energy) -> None:
         )
 
 
-def _add_stated(summary: Summary, window: Window, real: int, seen: Seen) -> None:
+def _add_stated(summary: Summary, window: Window | None, real: int, seen: Seen) -> None:
     """ArXiv 2509.12229 calculates E/N = P t / N with a constant board power P; cost and CO2 follow from energy."""
     stated = seen.stated
     if stated.board_power_watts is not None:
-        estimated = stated.board_power_watts * window.seconds
-        summary.metrics["energy/estimated_joules"] = estimated
-        summary.metrics["energy/estimated_joules_per_token"] = estimated / real
+        estimated = None if window is None else stated.board_power_watts * window.seconds
+        summary.add("energy/estimated_joules", estimated, _NO_WINDOW)
+        per_token = None if estimated is None else estimated / real
+        summary.add("energy/estimated_joules_per_token", per_token, _NO_WINDOW)
     measured = summary.metrics.get(_GROSS)
     asked = {
         "cost/card_per_million_tokens": stated.price_per_kwh,

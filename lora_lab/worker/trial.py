@@ -17,7 +17,7 @@ from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.capacity import Capacity
-from lora_lab.worker.counting import count_model
+from lora_lab.worker.counting import Uncountable, count_model
 from lora_lab.worker.data import Example, Examples, load_examples, train_collator
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
@@ -123,7 +123,10 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
 
     clock.enter(Phase.model)
     model = load_model(config, architecture, device)
-    emit(count_model(model))
+    try:
+        emit(count_model(model))
+    except Uncountable as error:
+        emit(Warned(t=time.monotonic(), text=f"FLOPs are not counted: {error}"))
     callback = TelemetryCallback(config.measure, device, emit, clock)
     callback.watch(model)
     trainer = make_trainer(

@@ -169,7 +169,7 @@ def wrapped(at: float) -> Fault:
 
     def fault(samples: list[Sample]) -> list[Sample]:
         reached = max((s.energy_joules or 0.0 for s in samples if s.t <= at), default=0.0)
-        return _counter(samples, lambda t, j: (j - reached + WRAP_JOULES - 0.001) % WRAP_JOULES)
+        return _counter(samples, lambda _, j: (j - reached + WRAP_JOULES - 0.001) % WRAP_JOULES)
 
     return fault
 

@@ -134,7 +134,7 @@ def test_a_counter_that_was_not_looked_at_for_a_while_has_not_stood_still(second
 @given(since=st.floats(0, END))
 def test_a_counter_that_is_no_longer_there_at_the_windows_end_is_refused_not_called_slow(since: float) -> None:
     """Were it called slow, the power that was read all the time would not be used either."""
-    with pytest.raises(CounterFault, match="both sides|stood still"):
+    with pytest.raises(CounterFault, match=r"both sides|stood still"):
         measured(SyntheticCard(power=Constant(300.0)), START, END, without("energy_joules", since=since))
 
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.telemetry.sampler import Sample, Sampler, SensorFailed
+from lora_lab.telemetry.sampler import BUSY_SHARE, RATE_HZ, SLOW_EVERY, Sample, Sampler, SensorFailed
 
 RATE = 2000.0
 PATIENCE = 10.0
 
 
-def reading() -> Sample:
-    return Sample(t=time.monotonic(), energy_joules=None, power_watts=1.0, used_bytes=None, temperature_celsius=None)
+def reading(slow: bool = True) -> Sample:
+    return Sample(t=time.monotonic(), instant_watts=1.0)
 
 
 def wait_until(there: Callable[[], bool]) -> None:
@@ -39,7 +39,7 @@ def _no_thread_is_left() -> Iterator[None]:
 def test_a_dead_sensor_ends_the_sampling_with_its_reason() -> None:
     asked = count()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         next(asked)
         raise SensorFailed("GPU is lost")
 
@@ -53,7 +53,7 @@ def test_a_dead_sensor_ends_the_sampling_with_its_reason() -> None:
 def test_a_sensor_that_dies_in_a_trial_keeps_what_it_gave() -> None:
     asked = count()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         if next(asked) >= 5:
             raise SensorFailed("fell off the bus")
         return reading()
@@ -67,7 +67,7 @@ def test_a_sensor_that_dies_in_a_trial_keeps_what_it_gave() -> None:
 def test_a_trial_shorter_than_the_samplers_patience_still_learns_of_a_dead_sensor() -> None:
     asked = threading.Event()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         asked.set()
         raise SensorFailed("no answer")
 
@@ -82,7 +82,7 @@ def test_a_sensor_that_fails_now_and_then_is_read_on(fails: list[bool]) -> None:
     """However often it fails in all: only failures in a row, without one answer, end the sampling."""
     asked = count()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         if fails[next(asked) % len(fails)]:
             raise SensorFailed("busy")
         return reading()
@@ -96,7 +96,7 @@ def test_a_sensor_that_has_recovered_has_no_fault() -> None:
     """`fault` is what the figures that need samples give as their reason: there is none while samples come."""
     asked = count()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         if next(asked) == 3:
             raise SensorFailed("busy")
         return reading()
@@ -125,11 +125,72 @@ def test_readings_come_at_the_asked_rate_and_in_order() -> None:
     assert all(before < after for before, after in pairwise(times))
 
 
+def test_energy_and_power_are_read_twenty_times_a_second_and_the_slower_sensors_with_every_fifth() -> None:
+    asked: list[bool] = []
+
+    def read(slow: bool) -> Sample:
+        asked.append(slow)
+        return reading()
+
+    with Sampler(read) as sampler:
+        wait_until(lambda: len(sampler.samples) >= 21)
+    assert asked == [number % SLOW_EVERY == 0 for number in range(len(asked))]
+    times = [sample.t for sample in sampler.samples]
+    assert (times[20] - times[0]) * RATE_HZ == pytest.approx(20, rel=0.3)  # a shared machine stalls now and then
+
+
+def work(cpu_seconds: float) -> None:
+    end = time.thread_time() + cpu_seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.05])
+def test_however_much_a_reading_costs_looking_takes_a_quarter_of_a_core_at_most(cost: float) -> None:
+    """Then there are fewer of them."""
+
+    def read(slow: bool) -> Sample:
+        work(cost)
+        return reading()
+
+    with Sampler(read) as sampler:
+        time.sleep(1.0)
+    assert 2 <= len(sampler.samples) <= 1.0 * BUSY_SHARE / cost + 2
+    assert sampler.cpu_seconds >= cost * len(sampler.samples)
+    assert sampler.cpu_seconds <= BUSY_SHARE * sampler.seconds + 2 * cost
+
+
+def test_a_cheap_reading_costs_next_to_nothing_and_keeps_its_rate() -> None:
+    with Sampler(reading) as sampler:
+        wait_until(lambda: len(sampler.samples) >= 12)
+    assert sampler.cpu_seconds < 0.1 * sampler.seconds
+
+
+def test_while_it_pauses_nothing_is_read_and_then_it_goes_on() -> None:
+    asked = count()
+
+    def read(slow: bool) -> Sample:
+        next(asked)
+        return reading()
+
+    with Sampler(read, rate_hz=200.0) as sampler:
+        wait_until(lambda: len(sampler.samples) >= 5)
+        sampler.pause(True)
+        time.sleep(0.05)  # a reading may have been on its way
+        kept = len(sampler.samples)
+        time.sleep(0.2)
+        assert len(sampler.samples) == kept
+        assert sampling()
+        sampler.pause(False)
+        wait_until(lambda: len(sampler.samples) > kept + 5)
+    assert next(asked) == len(sampler.samples)
+
+
 def test_a_slow_reading_is_not_made_up_for_by_a_burst() -> None:
     """A burst would take the processor from the trial, and a hung driver makes for a long one."""
     asked = count()
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         if next(asked) == 2:
             time.sleep(0.3)
         return reading()
@@ -152,7 +213,7 @@ def test_what_a_failing_sensor_gave_before_is_kept_once() -> None:
     asked = count()
     kept: list[Sample] = []
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         if next(asked) % 3 == 1:
             raise SensorFailed("busy")
         return reading()
@@ -167,7 +228,7 @@ def test_a_reading_that_hangs_past_the_end_is_not_kept() -> None:
     hangs, go_on = threading.Event(), threading.Event()
     kept: list[Sample] = []
 
-    def read() -> Sample:
+    def read(slow: bool) -> Sample:
         hangs.set()
         go_on.wait()
         return reading()
@@ -177,3 +238,22 @@ def test_a_reading_that_hangs_past_the_end_is_not_kept() -> None:
     go_on.set()
     wait_until(lambda: not sampling())
     assert (kept, sampler.samples) == ([], [])
+
+
+VALUES = st.none() | st.floats(0, 1e9)
+COUNTS = st.none() | st.integers(0, 2**40)
+
+
+@given(
+    sample=st.builds(
+        Sample,
+        t=st.floats(0, 1e9),
+        energy_joules=VALUES,
+        average_watts=VALUES,
+        used_bytes=COUNTS,
+        slowdowns=COUNTS,
+        processes=st.none() | st.lists(st.tuples(st.integers(1, 2**22), COUNTS)).map(tuple),
+    )
+)
+def test_a_sample_on_disk_is_the_same_sample(sample: Sample) -> None:
+    assert Sample.decode(sample.encode()) == sample

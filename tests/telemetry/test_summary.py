@@ -11,9 +11,14 @@ from lora_lab.events import (
     Ended,
     Evaluated,
     Event,
+    MatmulRate,
+    ModelCounted,
+    OptimizerMemory,
     Phase,
     PhaseBegan,
     PhaseMemory,
+    Profiled,
+    Ran,
     Step,
     Warned,
     WindowClosed,
@@ -21,6 +26,7 @@ from lora_lab.events import (
 )
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.seen import Idle, Seen
 from lora_lab.telemetry.summary import summarise
 
 HEADLINES = {
@@ -37,7 +43,12 @@ HEADLINES = {
 
 WARMUP, STEPS = 3, 10
 NO_CARD = "no NVIDIA card was used"
+LOST = Seen(no_sensor="the sensor failed (GPU is lost)")
+UNSEEN = Seen(no_sensor=NO_CARD)
 WATTS = 300.0
+SEEN = Seen(
+    idle=Idle(watts=60.0, error_watts=0.5, source="counter", state="at rest", measured_ms=1), used_before_bytes=GIB // 2
+)
 ASKED_T = -2.0
 
 
@@ -52,7 +63,27 @@ def step(number: int) -> Step:
         real=10**6 if number <= WARMUP else 1500,
         trained=10**5 if number <= WARMUP else 600,
         skipped=False,
+        attended=1500 * 750,
+        attended_slots=2000 * 1000,
     )
+
+
+COUNTED: list[Event] = [
+    Ran(t=0, facts={"gradient_checkpointing": "True", "attention_kernel": "flash"}),
+    ModelCounted(
+        t=0,
+        frozen=10**9,
+        frozen_in_layers=9 * 10**8,
+        trainable=10**7,
+        attention_width=4096,
+        weight_bytes=10**9,
+        weight_elements=10**9,
+    ),
+    MatmulRate(t=0, dtype="bfloat16", size=8192, flops_per_second=1e14),
+    OptimizerMemory(t=0, total_bytes=GIB, eligible_bytes=GIB, paged_bytes=0, paged_tensors=0, is_paged=False),
+    Profiled(t=0, steps=2, slots=4000, kernels=100, busy_seconds=1.5),
+]
+"""What a worker tells besides; on a CPU none of it here."""
 
 
 def story(on_gpu: bool) -> list[Event]:
@@ -86,7 +117,7 @@ def story(on_gpu: bool) -> list[Event]:
         if number == WARMUP:
             events += [*memory(number, Phase.warm_up, 2.0), began(number, Phase.window)]
             events += [WindowOpened(t=float(number), after_step=WARMUP)]
-    events += [*memory(last, Phase.window, 1.0), began(last, Phase.evaluation_after)]
+    events += [*memory(last, Phase.window, 1.0), began(last, Phase.evaluation_after), *(COUNTED if on_gpu else [])]
     events += [Evaluated(t=last, phase=Phase.evaluation_after.value, loss=1.5, rows=4, tokens=40)]
     events += [*memory(last, Phase.evaluation_after, 7.0), Ended(t=last, outcome="finished", reason="")]
     return events
@@ -97,9 +128,14 @@ def card(until: float = 20.0) -> list[Sample]:
         Sample(
             t=i / 10,
             energy_joules=WATTS * i / 10,
-            power_watts=WATTS,
+            instant_watts=WATTS,
+            average_watts=WATTS,
+            cpu_joules=80.0 * i / 10,
             used_bytes={50: 3, 180: 9}.get(i, 2) * GIB,
+            processes=() if i < 5 else ((17, GIB),),
             temperature_celsius=60.0,
+            sm_mhz=1800.0,
+            slowdowns=0,
         )
         for i in range(int(until * 10))
     ]
@@ -116,7 +152,7 @@ def assert_accounted(summary: Summary) -> None:
 
 
 def test_a_whole_trial_on_a_gpu_has_every_figure() -> None:
-    summary = summarise(story(on_gpu=True), card(), "", ASKED_T)
+    summary = summarise(story(on_gpu=True), card(), SEEN, ASKED_T)
     assert_accounted(summary)
     assert summary.absent == {}
     measured = {name: summary.metrics[name] for name in HEADLINES}
@@ -135,19 +171,27 @@ def test_a_whole_trial_on_a_gpu_has_every_figure() -> None:
         rel=0.02,
     )
     assert summary.metrics["energy/mean_power_watts"] == pytest.approx(WATTS, rel=0.02)
-    assert summary.energy_source == "counter"
+    net = (WATTS - 60.0) / 1500
+    assert summary.metrics["energy/net_joules_per_token"] == pytest.approx(net, rel=0.03)
+    assert summary.metrics["energy/cpu_joules_per_token"] == pytest.approx(80.0 / 1500, rel=0.03)
+    assert {"vram/other_gib", "flops/mfu", "throughput/gpu_busy_share"} <= summary.metrics.keys()
+    assert summary.tags["energy_source"] == "counter"
+    assert summary.tags["validity"] == "valid"
     assert summary.warnings == ["careful"]
 
 
 def test_on_a_cpu_what_only_a_card_knows_is_absent() -> None:
-    summary = summarise(story(on_gpu=False), [], NO_CARD, ASKED_T)
+    summary = summarise(story(on_gpu=False), [], UNSEEN, ASKED_T)
     assert_accounted(summary)
-    assert summary.absent == {
+    reasons = {
         "vram/peak_allocated_gib": "torch's allocator reports on GPUs only",
         "vram/peak_reserved_gib": "torch's allocator reports on GPUs only",
         "vram/peak_device_gib": NO_CARD,
+        "vram/peak_process_gib": NO_CARD,
         "energy/joules_per_token": NO_CARD,
+        "energy/net_joules_per_token": NO_CARD,
     }
+    assert {name: summary.absent[name] for name in reasons} == reasons
 
 
 @settings(max_examples=150)
@@ -159,7 +203,7 @@ def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
     events = whole[:stopped]
     samples = card(sampled) if on_gpu else []
     no_sensor = NO_CARD if not on_gpu else "the sensor failed (GPU is lost)" if fault or not samples else ""
-    summary = summarise(events, samples, no_sensor, ASKED_T)
+    summary = summarise(events, samples, Seen(no_sensor=no_sensor), ASKED_T)
     assert_accounted(summary)
 
     complete = all(event in events for event in whole if isinstance(event, Step | WindowClosed))
@@ -168,20 +212,20 @@ def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
     assert summary.metrics.get(rate, 1500.0) == pytest.approx(1500.0)
     # a sample at or after the window's end must have been taken, or there is no energy
     assert ("energy/joules_per_token" in summary.metrics) == (complete and len(samples) > 10 * (WARMUP + STEPS))
-    assert (summary.energy_source == "none") == ("energy/joules_per_token" in summary.absent)
+    assert (summary.tags["energy_source"] == "none") == ("energy/joules_per_token" in summary.absent)
     if not on_gpu:
         assert summary.absent["vram/peak_device_gib"] == NO_CARD
 
 
 def test_a_sensor_that_failed_leaves_no_peak_of_half_a_trial() -> None:
-    summary = summarise(story(on_gpu=True), card(4.0), "the sensor failed (GPU is lost)", ASKED_T)
+    summary = summarise(story(on_gpu=True), card(4.0), LOST, ASKED_T)
     assert summary.absent["vram/peak_device_gib"] == "the sensor failed (GPU is lost)"
     assert summary.absent["energy/joules_per_token"] == "the sensor failed (GPU is lost)"
     assert summary.metrics["vram/peak_allocated_gib"] == 2.0, "torch's own figure needs no sensor"
 
 
 def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
-    summary = summarise(story(on_gpu=True), card(15.0), "the sensor failed (GPU is lost)", ASKED_T)
+    summary = summarise(story(on_gpu=True), card(15.0), LOST, ASKED_T)
     assert summary.metrics["vram/peak_device_gib"] == 3.0
     assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500, rel=0.02)
 
@@ -189,22 +233,22 @@ def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
 def test_reasons_are_the_true_ones_when_a_trial_on_a_gpu_stops_before_training() -> None:
     events = story(on_gpu=True)[:8]
     for no_sensor in ("", "the sensor failed (GPU is lost)"):
-        summary = summarise(events, card(), no_sensor, ASKED_T)
+        summary = summarise(events, card(), Seen(no_sensor=no_sensor), ASKED_T)
         assert summary.absent["vram/peak_allocated_gib"] == "no training step was reached"
-        assert summary.absent["energy/joules_per_token"] == "the measured window was not completed"
+        assert summary.absent["energy/joules_per_token"] == (no_sensor or "the measured window was not completed")
 
 
 def test_a_card_without_power_sensors_still_shows_its_memory() -> None:
-    silent = [replace(sample, energy_joules=None, power_watts=None) for sample in card()]
-    summary = summarise(story(on_gpu=True), silent, "", ASKED_T)
+    silent = [replace(sample, energy_joules=None, instant_watts=None, average_watts=None) for sample in card()]
+    summary = summarise(story(on_gpu=True), silent, SEEN, ASKED_T)
     assert_accounted(summary)
     assert summary.metrics["vram/peak_device_gib"] == 3.0
-    assert set(summary.absent) == {"energy/joules_per_token"}
+    assert set(summary.absent) == {"energy/joules_per_token", "energy/net_joules_per_token"}
 
 
 def test_a_card_without_a_counter_is_measured_by_its_power_and_says_so() -> None:
-    summary = summarise(story(on_gpu=True), [replace(sample, energy_joules=None) for sample in card()], "", ASKED_T)
-    assert summary.energy_source == "power"
+    summary = summarise(story(on_gpu=True), [replace(sample, energy_joules=None) for sample in card()], SEEN, ASKED_T)
+    assert summary.tags["energy_source"] == "instant_power"
     assert summary.metrics["energy/joules_per_token"] == pytest.approx(WATTS / 1500)
 
 
@@ -213,9 +257,9 @@ def with_steps(**changes: float) -> list[Event]:
 
 
 def test_mostly_padding_and_overflows_are_warned_of() -> None:
-    padded = summarise(with_steps(slots=6000), card(), "", ASKED_T)
+    padded = summarise(with_steps(slots=6000), card(), SEEN, ASKED_T)
     assert any("75% of the token slots were padding" in warning for warning in padded.warnings)
-    skipped = summarise(with_steps(skipped=True), card(), "", ASKED_T)
+    skipped = summarise(with_steps(skipped=True), card(), SEEN, ASKED_T)
     assert skipped.metrics["window/steps_skipped"] == STEPS, "those of the warm-up are not measured"
 
 
@@ -224,7 +268,7 @@ def test_the_training_loss_weighs_tokens_not_steps() -> None:
     at = events.index(step(WARMUP + 1))
     events[at] = replace(step(WARMUP + 1), loss=5.0, trained=6000)
     expected = (5.0 * 6000 + 2.0 * 600 * (STEPS - 1)) / (6000 + 600 * (STEPS - 1))
-    assert summarise(events, card(), "", ASKED_T).metrics["loss/train"] == pytest.approx(expected)
+    assert summarise(events, card(), SEEN, ASKED_T).metrics["loss/train"] == pytest.approx(expected)
 
 
 OOM = Ended(t=9.0, outcome="out_of_memory", reason="full", asked_bytes=3 * GIB, peak_host_bytes=5 * GIB)
@@ -238,7 +282,7 @@ def test_out_of_memory_says_what_was_asked_for_and_reached_or_why_not(
     said = [event for event in story(on_gpu)[:stopped] if not isinstance(event, Ended)]
     ended = OOM if asked else replace(OOM, asked_bytes=None)
     samples = card(sampled) if on_gpu else []
-    summary = summarise([*said, ended], samples, "" if on_gpu else NO_CARD, ASKED_T)
+    summary = summarise([*said, ended], samples, SEEN if on_gpu else UNSEEN, ASKED_T)
     assert_accounted(summary)
     assert summary.metrics["host/peak_gib"] == 5.0
     assert summary.metrics.get(ASKED, "absent") == (3.0 if asked else "absent")
@@ -251,11 +295,11 @@ def test_out_of_memory_says_what_was_asked_for_and_reached_or_why_not(
 
 @pytest.mark.parametrize("outcome", ["finished", "diverged", "failed"])
 def test_only_out_of_memory_has_figures_of_it(outcome: str) -> None:
-    summary = summarise([*story(on_gpu=True)[:-1], replace(OOM, outcome=outcome)], card(), "", ASKED_T)
+    summary = summarise([*story(on_gpu=True)[:-1], replace(OOM, outcome=outcome)], card(), SEEN, ASKED_T)
     assert not [name for name in summary.metrics.keys() | summary.absent.keys() if name.startswith("out_of_memory/")]
 
 
 def test_the_times_of_the_phases_are_among_the_figures() -> None:
-    metrics = summarise(story(on_gpu=True), card(), "", ASKED_T).metrics
+    metrics = summarise(story(on_gpu=True), card(), SEEN, ASKED_T).metrics
     assert metrics["time/window_seconds"] == STEPS
     assert metrics["time/asked_to_first_step_seconds"] == -ASKED_T

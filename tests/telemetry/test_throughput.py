@@ -1,11 +1,13 @@
 """Rates over the window, and which steps are in it."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.events import Event, Step, WindowClosed, WindowOpened
-from lora_lab.telemetry.throughput import throughput
+from lora_lab.telemetry.throughput import rate_error, throughput
 from lora_lab.telemetry.window import Window, find_window
 
 
@@ -120,3 +122,48 @@ def test_half_a_window_is_no_window() -> None:
     assert find_window([step, closed]) is None
     assert find_window([opened, step, WindowClosed(t=1.0, after_step=1)]) is None
     assert find_window([opened, step, closed]) is not None
+
+
+RUNS = 1000
+STEPS, TOKENS = 200, 4096
+
+
+def noisy(chance: random.Random, correlation: float) -> list[Step]:
+    """Steps of 0.5 s and 4,096 tokens on average: lengths of rows vary, times too, and follow the tokens in part."""
+    made, drift = [], chance.gauss(0, 1)
+    for number in range(1, STEPS + 1):
+        real = chance.randint(TOKENS // 2, TOKENS + TOKENS // 2)
+        drift = correlation * drift + (1 - correlation**2) ** 0.5 * chance.gauss(0, 1)
+        seconds = 0.25 + 0.25 * real / TOKENS + 0.03 * drift
+        made.append(
+            Step(t=0, step=number, seconds=seconds, loss=1, rows=1, slots=real, real=real, trained=1, skipped=False)
+        )
+    return made
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3])
+def test_the_interval_holds_the_true_rate_about_nineteen_times_in_twenty(correlation: float) -> None:
+    """Where a step's time hangs together with the one's before, in batches it hardly does."""
+    chance = random.Random(1)
+    held = 0
+    for _ in range(RUNS):
+        steps = noisy(chance, correlation)
+        rate = sum(step.real for step in steps) / sum(step.seconds or 0.0 for step in steps)
+        error = rate_error(steps)
+        assert error is not None
+        held += abs(rate - TOKENS / 0.5) <= error
+    assert 0.92 <= held / RUNS <= 0.98
+
+
+def test_fewer_than_twenty_steps_or_one_without_a_time_have_no_interval() -> None:
+    steps = noisy(random.Random(1), 0.0)
+    assert rate_error(steps[:19]) is None
+    assert rate_error(steps[:20]) is not None
+    untimed = Step(t=0, step=1, seconds=None, loss=1, rows=1, slots=9, real=9, trained=1, skipped=False)
+    assert rate_error([untimed, *steps]) is None
+    assert "throughput/tokens_per_second_error" not in throughput(Window(0.0, 9.0, tuple(steps[:19])))
+
+
+def test_equal_steps_have_an_interval_of_nothing() -> None:
+    steps = noisy(random.Random(1), 0.0)[:1] * 40
+    assert rate_error(steps) == pytest.approx(0.0, abs=1e-6)

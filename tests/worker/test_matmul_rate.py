@@ -92,7 +92,7 @@ def test_a_dtype_that_the_cpu_is_slow_in_takes_no_longer(dtype: torch.dtype) -> 
     """fp16 products run at 2.5 GFLOP/s on a CPU without them, where a square of 8,192 would take minutes."""
     start = time.monotonic()
     told = measure_matmul_rate(CPU, dtype)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert told.flops_per_second > 0
 
 
