@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_lab.files import read_json, write_json
 from lora_lab.owner import Owner
-from lora_lab.telemetry.energy import window_energy
+from lora_lab.telemetry.energy import AVERAGE_SECONDS, window_energy
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.telemetry.seen import Idle
@@ -18,8 +18,8 @@ LONGEST_SECONDS = 30.0
 SETTLED_SHARE = 0.05
 """At rest, two halves of the measurement differ by no more than this."""
 
-_EDGE_SECONDS = 0.5
-"""Read before and after, so that a counter's ticks lie on both sides."""
+_EDGE_SECONDS = AVERAGE_SECONDS / 2 + 0.3
+"""Read before and after, so that a counter's ticks lie on both sides, and what an average tells half its time late."""
 
 _FILE = "idle.json"
 

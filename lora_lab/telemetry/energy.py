@@ -63,8 +63,7 @@ def window_energy(start: float, end: float, samples: Sequence[Sample]) -> Energy
     except CounterFault as fault:
         no_counter = str(fault) if readings else "the card has no energy counter"
     else:
-        # readings in step with a wave see one side of it alone: the driver's mean may then speak for the counter
-        if power is None or not all(_are_apart(counter, other) for other in powers.values()):
+        if power is None or not _is_contradicted(counter, power, powers.get("average_power", power)):
             return Energy(
                 joules=counter.joules,
                 error_joules=counter.error_joules,
@@ -80,6 +79,12 @@ def window_energy(start: float, end: float, samples: Sequence[Sample]) -> Energy
     if power is None:
         return Energy(reason=reason)
     return Energy(joules=power.joules, error_joules=power.error_joules, source=source, reason=reason, power=power)
+
+
+def _is_contradicted(counter: Measured, power: Measured, average: Measured) -> bool:
+    # readings in step with a wave see one side of it alone: the driver's mean may then speak for the counter
+    nearer = abs(average.joules - counter.joules) < abs(average.joules - power.joules)
+    return _are_apart(counter, power) and (_are_apart(counter, average) or not nearer)
 
 
 def _are_apart(counter: Measured, power: Measured) -> bool:
@@ -114,8 +119,9 @@ def _integral(start: float, end: float, points: Sequence[tuple[float, float]], l
         # between two readings power is taken to lie between them
         error += max(abs(p0 - mean), abs(p1 - mean)) * (b - a)
     watts = [p for piece in pieces for _, p in piece]
-    # at each edge the mean's weight is off by at most a half over half its length, to either side
-    error += lag / 4 * (max(watts) - min(watts))
+    # at each edge the mean's weight is off by at most a half over half its length, to either side: an eighth of that
+    # length for a change of power there, of which as little as half is seen within
+    error += 2 * lag / 4 * (max(watts) - min(watts))
     return Measured(joules, error)
 
 

@@ -67,13 +67,16 @@ class Card:
             raise SensorFailed("NVML: the card is not found")
         told = _fields(handle, _FAST_FIELDS | (_SLOW_FIELDS if slow else {}))
         # older cards and drivers answer these calls, but not the fields
-        told.setdefault("energy_joules", _offered(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3))
-        told.setdefault("average_watts", _offered(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3))
+        if "energy_joules" not in told:
+            told["energy_joules"] = _offered(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+        if "average_watts" not in told:
+            told["average_watts"] = _offered(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3)
         if slow:
             told |= {name: _offered(lambda read=read: read(handle)) for name, read in _SLOW.items()}  # type: ignore[misc]
             thermal = [told.pop(part) for part in _THERMAL if part in told]
             told["thermal_seconds"] = sum(thermal) if thermal else None
-            told["processes"] = tuple(self.users().items())
+            listed = _offered(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+            told["processes"] = None if listed is None else tuple((each.pid, each.usedGpuMemory) for each in listed)
         if not any(value is not None for value in told.values()):
             raise SensorFailed("NVML: no sensor of the card answers")
         return Sample(t=(before + time.monotonic()) / 2, **told)

@@ -58,6 +58,9 @@ def _add_neighbours(
 ) -> None:
     if not any(sample.processes is not None for sample in samples):
         return
+    if not any(sample.processes for sample in samples):
+        summary.absent["card/foreign_processes"] = "the driver lists no process, not even the worker's"
+        return
     foreign = foreign_pids(events, samples, seen.parent_pid)
     summary.metrics["card/foreign_processes"] = float(len(foreign))
     if foreign:

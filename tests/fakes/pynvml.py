@@ -137,31 +137,45 @@ def nvmlDeviceGetPowerUsage(handle: _Handle) -> int:
 
 @dataclass(frozen=True)
 class _Value:
-    ullVal: int  # noqa: N815
+    """A union: the members that a field was not written to hold nothing that is meant."""
+
+    ullVal: int = 0xDEAD_BEEF  # noqa: N815
+    uiVal: int = 0xDEAD_BEEF  # noqa: N815
 
 
 @dataclass(frozen=True)
 class _Field:
     nvmlReturn: int  # noqa: N815
     value: _Value
-    valueType: int = NVML_VALUE_TYPE_UNSIGNED_LONG_LONG  # noqa: N815
+    valueType: int  # noqa: N815
 
 
 def nvmlDeviceGetFieldValues(handle: _Handle, fields: list[int]) -> list[_Field]:
     if os.environ.get("FAKE_NVML_FIELDS") == "none":
         raise NVMLError("Function Not Found")
+    milliwatts = nvmlDeviceGetPowerUsage(handle)
     told = {
-        NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION: nvmlDeviceGetTotalEnergyConsumption(handle),
-        NVML_FI_DEV_POWER_AVERAGE: nvmlDeviceGetPowerUsage(handle),
-        NVML_FI_DEV_POWER_INSTANT: nvmlDeviceGetPowerUsage(handle),
-        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP: 0,
-        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN: 0,
-        NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN: 0,
-    }
-    return [
-        _Field(NVML_SUCCESS, _Value(told[field])) if field in told else _Field(NVML_ERROR_NOT_SUPPORTED, _Value(0))
-        for field in fields
-    ]
+        NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION: _long(nvmlDeviceGetTotalEnergyConsumption(handle)),
+        NVML_FI_DEV_POWER_AVERAGE: _short(milliwatts),
+        NVML_FI_DEV_POWER_INSTANT: _short(milliwatts),
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP: _long(0),
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN: _long(0),
+        NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN: _long(0),
+    } | SHOWN
+    return [told.get(field) or NOT_SUPPORTED for field in fields]
+
+
+def _long(value: int) -> _Field:
+    return _Field(NVML_SUCCESS, _Value(ullVal=value), NVML_VALUE_TYPE_UNSIGNED_LONG_LONG)
+
+
+def _short(value: int) -> _Field:
+    return _Field(NVML_SUCCESS, _Value(uiVal=value), NVML_VALUE_TYPE_UNSIGNED_INT)
+
+
+NOT_SUPPORTED = _Field(NVML_ERROR_NOT_SUPPORTED, _Value(), NVML_VALUE_TYPE_DOUBLE)
+SHOWN: dict[int, _Field] = {}
+"""Fields that a test in the same process shows instead."""
 
 
 def nvmlDeviceGetClockInfo(handle: _Handle, kind: int) -> int:

@@ -40,7 +40,7 @@ def sure_ticks(card: SyntheticCard, seconds: float) -> float:
     return (seconds - sum(gap for _, gap in card.gaps)) / apart - 2
 
 
-@settings(max_examples=1000)
+@settings(max_examples=600)
 @given(card=synthetic_cards(ANY, gaps=2.0), start=st.floats(0.5, 3), seconds=st.floats(0.5, 8))
 def test_whatever_the_power_does_the_true_energy_lies_within_the_error(
     card: SyntheticCard, start: float, seconds: float

@@ -178,6 +178,13 @@ def test_what_nobody_could_look_at_is_unknown_and_not_valid() -> None:
     assert "card/foreign_processes" not in judged(card(processes=None)).metrics
 
 
+def test_a_driver_that_lists_nobody_has_not_seen_that_nobody_was_there() -> None:
+    """As on WSL2 and in some containers: the worker itself was on the card."""
+    found = judged(card(processes=()))
+    assert "card/foreign_processes" not in found.metrics
+    assert found.absent["card/foreign_processes"]
+
+
 def test_a_run_without_a_window_can_be_invalid() -> None:
     found = judged(card(processes=((WORKER, 1), (4242, 1))), events()[:-3])
     assert verdict(found)[0] == "invalid"
