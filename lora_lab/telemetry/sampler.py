@@ -1,6 +1,7 @@
 """Reads the sensors at a steady rate from a thread of the parent, while the worker trains."""
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ SLOW_EVERY = 5
 
 BUSY_SHARE = 0.25
 """At most so much of one CPU core goes into looking; where calls take longer, there are fewer of them."""
+
+JITTER = 0.2
+"""By how much of its length an interval between two readings differs from the usual one, at most."""
 
 _FAULTS_IN_A_ROW = 20
 
@@ -138,5 +142,7 @@ class Sampler:
                 self.cpu_seconds += cost
             now = time.monotonic()
             self.seconds = now - began
-            due = max(due + self._interval, now + cost * (1 / BUSY_SHARE - 1))
+            # not quite evenly: a load that swings in step with the readings would show one side of it alone
+            interval = self._interval * random.uniform(1 - JITTER, 1 + JITTER)
+            due = max(due + interval, now + cost * (1 / BUSY_SHARE - 1))
             self._stop.wait(due - now)
