@@ -1,5 +1,6 @@
 """What cannot work on any machine, told from the config alone."""
 
+import math
 import re
 
 from lora_lab.config import (
@@ -17,6 +18,9 @@ from lora_lab.config import (
 )
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
+
+_STATED = ("board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
+_FINITE = ("measure.idle_seconds", *(f"measure.{name}" for name in _STATED))
 
 
 def faults(config: TrialConfig) -> list[str]:
@@ -52,7 +56,7 @@ def _number_faults(config: TrialConfig) -> list[str]:
         "measure.profile_steps": config.measure.profile_steps,
         "measure.idle_seconds": config.measure.idle_seconds,
     }
-    for key in ("board_power_watts", "price_per_kwh", "co2_grams_per_kwh"):
+    for key in _STATED:
         stated = getattr(config.measure, key)
         if stated is not None:
             positive[f"measure.{key}"] = stated
@@ -65,6 +69,8 @@ def _number_faults(config: TrialConfig) -> list[str]:
     # `not x > 0` rather than `x <= 0`, so that nan is refused as well
     found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
     found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
+    given = positive | not_negative
+    found += [f"{key}=inf must be finite." for key in _FINITE if given.get(key) == math.inf]
     if config.seed >= 2**32:
         found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
     if config.vram_limit_gib is not None and config.share_device:

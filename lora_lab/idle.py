@@ -7,10 +7,12 @@ from pathlib import Path
 
 from lora_lab.files import read_json, write_json
 from lora_lab.owner import Owner
-from lora_lab.telemetry.energy import AVERAGE_SECONDS, window_energy
+from lora_lab.telemetry.energy import AVERAGE_SECONDS
+from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.telemetry.seen import Idle
+from lora_lab.trial_folder import TrialFolder
 
 LONGEST_SECONDS = 30.0
 """A card that has just worked gets so long to come to rest."""
@@ -24,12 +26,16 @@ _EDGE_SECONDS = AVERAGE_SECONDS / 2 + 0.3
 _FILE = "idle.json"
 
 
-def measure_idle(card: Card, seconds: float, waiting: Callable[[str], None]) -> Idle | str:
+Watched = tuple[Idle, list[Sample]]
+"""A draw, and the readings that it is made of."""
+
+
+def measure_idle(card: Card, seconds: float, waiting: Callable[[str], None]) -> Watched | str:
     """Watch the card for `seconds`, again until it has come to rest.
 
     The state is that without any process on it, so without a CUDA context: with one a card draws more.
 
-    Returns: its draw, or why it can't be told.
+    Returns: its draw and the readings, or why it can't be told.
     """
     waiting(f"measuring what {card.name} draws at rest ({seconds:g} s)")
     with Sampler(card.sample) as sampler:
@@ -45,18 +51,22 @@ def measure_idle(card: Card, seconds: float, waiting: Callable[[str], None]) -> 
                 settled = abs(second - first) <= SETTLED_SHARE * first
             if settled is not False or time.monotonic() - begin > LONGEST_SECONDS:
                 break
-    energy = window_energy(start, end, samples)
-    if energy.joules is None or energy.error_joules is None:
-        return sampler.fault or energy.reason
+    found = idle_draw(start, end, samples)
+    if isinstance(found, str):
+        return sampler.fault or found
+    watts, error_watts, source = found
     state = _state([sample for sample in samples if start <= sample.t <= end])
     rest = {True: "at rest", False: "still coming to rest", None: "whether at rest is not known"}[settled]
-    return Idle(
-        watts=energy.joules / seconds,
-        error_watts=energy.error_joules / seconds,
-        source=energy.source,
+    idle = Idle(
+        watts=watts,
+        error_watts=error_watts,
+        source=source,
+        start=start,
+        end=end,
         state=", ".join(["no process on the card", rest, *state]),
         measured_ms=round(time.time() * 1e3),
     )
+    return idle, samples
 
 
 def _watts(start: float, end: float, samples: list[Sample]) -> float | None:
@@ -74,19 +84,19 @@ def _state(samples: list[Sample]) -> list[str]:
     return [f"{last.temperature_celsius:.0f} degrees C", *clock]
 
 
-def of_block(sweep: Path, card: Card, block: int, owner: Owner) -> Idle | None:
+def of_block(sweep: Path, card: Card, block: int, owner: Owner) -> Watched | None:
     """What an earlier trial of the same block of a sweep measured, in the same start of it; None when it is to be
     measured now."""
-    found = (read_json(sweep / _FILE) or {}).get(_key(card, block, owner))
-    return None if found is None else Idle(**found)
+    name = (read_json(sweep / _FILE) or {}).get(_key(card, block, owner))
+    return None if name is None else TrialFolder(sweep / name).idle()
 
 
-def keep_for_block(sweep: Path, card: Card, block: int, owner: Owner, idle: Idle) -> None:
-    """Let the other trials of the block have it.
+def keep_for_block(trial: Path, card: Card, block: int, owner: Owner) -> None:
+    """Let the other trials of the block have what `trial` has in its folder.
 
     Raises: OSError."""
-    fields = {name: getattr(idle, name) for name in Idle.__dataclass_fields__}
-    write_json(sweep / _FILE, (read_json(sweep / _FILE) or {}) | {_key(card, block, owner): fields})
+    file = trial.parent / _FILE
+    write_json(file, (read_json(file) or {}) | {_key(card, block, owner): trial.name})
 
 
 def _key(card: Card, block: int, owner: Owner) -> str:

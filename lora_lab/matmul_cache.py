@@ -19,8 +19,8 @@ class RateKey:
 
     device: str
     """A card's UUID; a CPU's name and how many of them."""
-    driver: str
-    """Empty for a CPU."""
+    cuda: str
+    """CUDA's version that torch was built for; empty for a CPU."""
     torch: str
     dtype: str
     """The precision that was asked for; a stand-in for it gives the rate its own dtype."""

@@ -8,8 +8,8 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,18 +19,27 @@ from lora_lab.config import RefusedInput
 from lora_lab.environment import environment
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.records import Record, complete
+from lora_lab.telemetry.figures import TAGS
+from lora_lab.telemetry.idle_draw import idle_draw
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.seen import Idle
 from lora_lab.telemetry.summary import summarise
 from lora_lab.tracking import TrackingFailed, fetch_run
-from lora_lab.trial_folder import ASKED, SEEN, TrialFolder
+from lora_lab.trial_folder import ASKED, IDLE, SEEN, TrialFolder
 
 NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")
-"""What figures are made of: all that is looked at."""
+"""What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""
+
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)
+"""What reading a file of another shape raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """What a run says its figures are."""
 
+    name: str
+    """As the user named it."""
     metrics: dict[str, float]
     tags: dict[str, str]
 
@@ -53,27 +62,40 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
     Raises: RefusedInput when that is not a whole trial of this version.
     """
     missing = [name for name in NEEDED if not (folder.path / name).is_file()]
-    asked = folder.asked()
-    if missing or asked is None:
+    if missing:
         raise RefusedInput(
-            f"{folder.path} holds no {', '.join(missing) or 'trial that can be read'}: no trial, or one of a version "
-            "that did not keep all that its figures are made of."
+            f"{recorded.name} holds no {', '.join(missing)}: no trial, or one of a version that did not keep all that "
+            "its figures are made of."
         )
-    events, samples, seen = folder.told()
+    try:
+        asked, (events, samples, seen) = folder.asked(), folder.told()
+    except _UNREADABLE:
+        asked = None
+    if asked is None or "outcome" not in recorded.tags:
+        raise RefusedInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
+    watched = folder.idle()
+    if watched is not None:
+        seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})
     outcome = Outcome(recorded.tags["outcome"])
     summary = summarise(events, samples, seen, asked.t)
     complete(record, End(outcome=outcome, reason=""), events, samples, summary, asked.unix_minus_monotonic)
-    here = _said(_with_series(record), record.tags, summary.tags.keys())
-    there = _said(recorded.metrics, recorded.tags, summary.tags.keys())
+    here = _said(_with_series(record), record.tags)
+    there = _said(recorded.metrics, recorded.tags)
     names = sorted(here.keys() | there.keys())
     apart = [(name, there.get(name, ""), here.get(name, "")) for name in names if here.get(name) != there.get(name)]
     return Comparison(len(names), len(events), len(samples), apart)
 
 
-def _said(metrics: dict[str, float], tags: dict[str, str], of_summary: Collection[str]) -> dict[str, str]:
+def _idle_anew(idle: Idle, samples: list[Sample]) -> Idle:
+    """The draw at rest from its readings; without them being enough it stays as it was recorded."""
+    found = idle_draw(idle.start, idle.end, samples)
+    return idle if isinstance(found, str) else replace(idle, watts=found[0], error_watts=found[1], source=found[2])
+
+
+def _said(metrics: dict[str, float], tags: dict[str, str]) -> dict[str, str]:
     """Figures, reasons and verdicts as text."""
-    words = {name: text for name, text in tags.items() if name.startswith("absent.") or name in of_summary}
+    words = {name: text for name, text in tags.items() if name.startswith("absent.") or name in TAGS}
     return {name: _digits(value) for name, value in metrics.items()} | words
 
 
@@ -110,10 +132,13 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
     Raises: RefusedInput, TrackingFailed."""
     if Path(run).is_dir():
         folder = TrialFolder(Path(run))
-        record = folder.record()
+        try:
+            record = folder.record()
+        except _UNREADABLE:
+            record = None
         if record is None:
-            raise RefusedInput(f"{run} holds no record of a trial that is over.")
-        return folder, Recorded(_with_series(record), record.tags)
+            raise RefusedInput(f"{run} holds no record of a trial that is over, or none that can be read.")
+        return folder, Recorded(run, _with_series(record), record.tags)
     if store is None:
         database = Path("mlruns/mlflow.db").resolve()
         if not database.is_file():
@@ -122,10 +147,10 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
                 "store with --store URI."
             )
         store = f"sqlite:///{database}"
-    metrics, tags = fetch_run(store, run, NEEDED, place)
+    metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
         raise RefusedInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")
-    return TrialFolder(place), Recorded(metrics, tags)
+    return TrialFolder(place), Recorded(run, metrics, tags)
 
 
 def _show(found: Comparison, recorded: Recorded) -> None:

@@ -235,18 +235,16 @@ def _take_idle(story: _Story) -> None:
     if card is None or not seconds or config.share_device:
         seen.no_idle = "share_device=true" if card and seconds else seen.no_sensor or "measure.idle_seconds=0"
         return
-    sweep, owner = story.request.folder.parent, this_process()
-    seen.idle = of_block(sweep, card, planned.repeat, owner) if planned else None
-    if seen.idle is not None:
-        return
-    found = measure_idle(card, seconds, story.display.note)
+    folder, owner = story.folder, this_process()
+    earlier = of_block(folder.path.parent, card, planned.repeat, owner) if planned else None
+    found = earlier or measure_idle(card, seconds, story.display.note)
     if isinstance(found, str):
         seen.no_idle = found
         return
-    seen.idle = found
-    if planned:
-        with contextlib.suppress(OSError):
-            keep_for_block(sweep, card, planned.repeat, owner, found)
+    with contextlib.suppress(OSError):  # on a full disk the next trial measures it again
+        folder.keep_idle(*found, seen)
+        if planned and not earlier:
+            keep_for_block(folder.path, card, planned.repeat, owner)
 
 
 def _within_capacity(story: _Story, end: End) -> End:

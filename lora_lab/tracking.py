@@ -234,6 +234,7 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    _refuse_no_store(uri)
     from mlflow.tracking import MlflowClient
 
     with _store_errors():
@@ -243,6 +244,21 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
         for name in there & set(files):
             client.download_artifacts(run_id, name, str(to))
     return dict(run.data.metrics), dict(run.data.tags)
+
+
+def _refuse_no_store(uri: str) -> None:
+    """MLflow itself would make a store where there is none, and call a server that is away for minutes.
+
+    Raises: TrackingFailed."""
+    kind, _, place = uri.partition("://")
+    if not place:
+        raise TrackingFailed(
+            f"{uri} is no store's address, as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000 would be."
+        )
+    if kind in ("http", "https"):
+        _refuse_unreachable(uri)
+    if kind == "sqlite" and not _has_content(Path(place.partition("?")[0].removeprefix("/"))):
+        raise TrackingFailed(f"there is no store at {uri}.")
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:

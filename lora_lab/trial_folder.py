@@ -21,14 +21,16 @@ from lora_lab.owner import Owner
 from lora_lab.records import Record, complete, plain
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
+from lora_lab.telemetry.seen import Idle, Seen
 from lora_lab.telemetry.summary import summarise
 
 ASKED = "trial.json"
 SEEN = "seen.json"
+IDLE = "idle.jsonl"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
 _OUTLINE = {"outcome", "reason", "seconds", "point", "device", "metrics", "warnings"}
+_NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
 _NOT_ARTIFACTS = (RECORD, DELIVERED)  # the store has these as the run itself
 
 
@@ -113,6 +115,22 @@ class TrialFolder:
         """Keep what the parent has seen by now."""
         with contextlib.suppress(OSError):  # at the end it is written again
             write_json(self.path / SEEN, asdict(seen))
+
+    def keep_idle(self, idle: Idle, samples: list[Sample], seen: Seen) -> None:
+        """Keep the card's draw at rest with the readings that it is made of.
+
+        Raises: OSError."""
+        seen.idle = idle
+        write_text(self.path / IDLE, "".join(f"{sample.encode()}\n" for sample in samples))
+        write_json(self.path / SEEN, asdict(seen))
+
+    def idle(self) -> tuple[Idle, list[Sample]] | None:
+        """The card's draw at rest and its readings; None where they are not both here."""
+        found = read_json(self.path / SEEN)
+        idle = None if found is None else Seen.of(found).idle
+        if idle is None or not (self.path / IDLE).is_file():
+            return None
+        return idle, _read_lines(self.path / IDLE, Sample.decode)
 
     def give_up(self) -> None:
         """No trial after all: its input was refused."""
@@ -199,7 +217,7 @@ class TrialFolder:
         events: list[Event] = _read_lines(self.path / "events.jsonl", decode)
         samples: list[Sample] = _read_lines(self.path / "samples.jsonl", Sample.decode)
         found = read_json(self.path / SEEN)
-        return events, samples, Seen() if found is None else Seen.of(found)
+        return events, samples, Seen(no_sensor=_NOT_SEEN) if found is None else Seen.of(found)
 
     @property
     def delivered(self) -> bool:

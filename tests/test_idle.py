@@ -13,9 +13,11 @@ import pytest
 from lora_lab import idle
 from lora_lab.idle import LONGEST_SECONDS, keep_for_block, measure_idle, of_block
 from lora_lab.owner import this_process
+from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import RATE_HZ, Sample, SensorFailed
-from lora_lab.telemetry.seen import Idle
+from lora_lab.telemetry.seen import Idle, Seen
+from lora_lab.trial_folder import TrialFolder
 
 TICK = 0.1
 CARD = Card(
@@ -104,7 +106,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def measured(card: RestingCard, seconds: float = 5.0) -> Idle | str:
-    return measure_idle(card, seconds, lambda _: None)  # type: ignore[arg-type]
+    told = measure_idle(card, seconds, lambda _: None)  # type: ignore[arg-type]
+    if isinstance(told, str):
+        return told
+    watched, samples = told
+    assert idle_draw(watched.start, watched.end, samples) == (watched.watts, watched.error_watts, watched.source)
+    return watched
 
 
 def found(card: RestingCard, seconds: float = 5.0) -> Idle:
@@ -179,32 +186,43 @@ def test_a_real_clock_and_a_real_sampler_measure_the_same() -> None:
     assert told.source == "counter"
 
 
-IDLE = Idle(watts=62.5, error_watts=0.5, source="counter", state="at rest", measured_ms=1)
+IDLE = Idle(watts=62.5, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1)
+
+
+READINGS = [Sample(t=t / 20, energy_joules=62.5 * t / 20) for t in range(120)]
+
+
+def watched_by(sweep: Path, name: str, idle: Idle) -> Path:
+    """The folder of a trial that has measured the idle draw."""
+    folder = sweep / name
+    folder.mkdir()
+    TrialFolder(folder).keep_idle(idle, READINGS, Seen())
+    return folder
 
 
 def test_the_other_trials_of_a_block_get_what_its_first_one_measured(tmp_path: Path) -> None:
     owner = this_process()
     assert of_block(tmp_path, CARD, 0, owner) is None
-    keep_for_block(tmp_path, CARD, 0, owner, IDLE)
-    keep_for_block(tmp_path, CARD, 1, owner, replace(IDLE, watts=70.0))
-    assert of_block(tmp_path, CARD, 0, owner) == IDLE
-    assert of_block(tmp_path, CARD, 1, owner) == replace(IDLE, watts=70.0)
+    keep_for_block(watched_by(tmp_path, "0000", IDLE), CARD, 0, owner)
+    keep_for_block(watched_by(tmp_path, "0003", replace(IDLE, watts=70.0)), CARD, 1, owner)
+    assert of_block(tmp_path, CARD, 0, owner) == (IDLE, READINGS)
+    assert of_block(tmp_path, CARD, 1, owner) == (replace(IDLE, watts=70.0), READINGS)
 
 
 def test_another_block_card_or_start_of_the_sweep_measures_its_own(tmp_path: Path) -> None:
     """Hours may lie between, and a card is not as warm at night."""
     owner = this_process()
-    keep_for_block(tmp_path, CARD, 0, owner, IDLE)
+    keep_for_block(watched_by(tmp_path, "0000", IDLE), CARD, 0, owner)
     assert of_block(tmp_path, CARD, 1, owner) is None
     assert of_block(tmp_path, replace(CARD, uuid="GPU-2"), 0, owner) is None
     assert of_block(tmp_path, CARD, 0, replace(owner, started=owner.started + 1)) is None
 
 
-def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
+def test_what_was_lost_is_measured_anew(tmp_path: Path) -> None:
     owner = this_process()
-    keep_for_block(tmp_path, CARD, 0, owner, IDLE)
-    for file in tmp_path.iterdir():
-        file.write_text('{"GPU')
+    trial = watched_by(tmp_path, "0000", IDLE)
+    keep_for_block(trial, CARD, 0, owner)
+    (trial / "idle.jsonl").unlink()
     assert of_block(tmp_path, CARD, 0, owner) is None
-    keep_for_block(tmp_path, CARD, 0, owner, IDLE)
-    assert of_block(tmp_path, CARD, 0, owner) == IDLE
+    (tmp_path / "idle.json").write_text("{")
+    assert of_block(tmp_path, CARD, 0, owner) is None

@@ -11,7 +11,7 @@ from lora_lab.events import MatmulRate
 from lora_lab.matmul_cache import RateKey, load_rate, store_rate
 from lora_lab.packages import cache_folder
 
-KEY = RateKey(device="GPU-1", driver="580.1", torch="2.13.0", dtype="bf16")
+KEY = RateKey(device="GPU-1", cuda="580.1", torch="2.13.0", dtype="bf16")
 RATE = MatmulRate(t=-1.0, dtype="bfloat16", size=8192, flops_per_second=7.94e14)
 
 
@@ -50,8 +50,8 @@ def test_another_device_driver_torch_or_dtype_has_a_rate_of_its_own(changed: str
 
 
 def test_the_parts_of_a_key_are_not_run_together() -> None:
-    store_rate(RateKey(device="a", driver="bc", torch="1", dtype="x"), RATE)
-    assert load_rate(RateKey(device="ab", driver="c", torch="1", dtype="x")) is None
+    store_rate(RateKey(device="a", cuda="bc", torch="1", dtype="x"), RATE)
+    assert load_rate(RateKey(device="ab", cuda="c", torch="1", dtype="x")) is None
 
 
 def test_a_file_under_the_right_name_for_another_key_is_not_believed() -> None:

@@ -10,11 +10,12 @@ _WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_befo
 """What a trial needs before its first step, whoever runs it, or once a machine; the rest before it is overhead."""
 
 
-def durations(events: Sequence[Event], asked_t: float) -> dict[str, float]:
+def durations(events: Sequence[Event], asked_t: float, waiting_seconds: float = 0.0) -> dict[str, float]:
     """Seconds of each phase that is over, and how long the first step took to come.
 
     Args:
         asked_t: time.monotonic() seconds when the trial was asked for.
+        waiting_seconds: how long it then waited for the device, and the card was watched at rest: no overhead.
     """
     phases = spans(events)
     over = {phase: end - t for phase, (t, end) in phases.items() if end < math.inf and phase != FIRST_STEP}
@@ -23,5 +24,5 @@ def durations(events: Sequence[Event], asked_t: float) -> dict[str, float]:
         first, _ = phases[Phase.warm_up.value]
         work = sum(over.get(phase.value, 0.0) for phase in _WORK)
         found["time/asked_to_first_step_seconds"] = first - asked_t
-        found["overhead/before_first_step_seconds"] = first - asked_t - work
+        found["overhead/before_first_step_seconds"] = first - asked_t - waiting_seconds - work
     return found

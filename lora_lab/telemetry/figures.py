@@ -4,6 +4,17 @@ from dataclasses import dataclass, field
 
 GIB = 2**30
 
+TAGS = (
+    "energy_source",
+    "energy_source_reason",
+    "idle_source",
+    "idle_state",
+    "regime",
+    "validity",
+    "validity_reasons",
+)
+"""Every tag that a summary can have."""
+
 
 @dataclass(slots=True)
 class Summary:

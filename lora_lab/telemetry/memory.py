@@ -68,7 +68,7 @@ def _add_training(
     """Peaks from the first step to the end of the window: what a card must have."""
     begun = {event.phase for event in events if isinstance(event, PhaseBegan)}
     training = begun & {Phase.warm_up.value, Phase.window.value}
-    if seen.no_sensor and not told:
+    if seen.card_bytes is None and not told:
         why = "torch's allocator reports on GPUs only"
     elif training <= told.keys():
         why = "no training step was reached"

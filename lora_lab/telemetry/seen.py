@@ -13,6 +13,9 @@ class Idle:
     """A bound, as that of telemetry/energy.py: the sensor's own gain and offset are not in it."""
     source: str
     """As of an energy: counter, instant_power or average_power."""
+    start: float
+    """From when to when it was watched, in time.monotonic() seconds; the readings are in idle.jsonl."""
+    end: float
     state: str
     """In words: the state the card was in."""
     measured_ms: int
@@ -45,8 +48,6 @@ class Seen:
     """All memory of the card."""
     parent_pid: int | None = None
     """This process."""
-    shared_with: str = ""
-    """Who else calculated on the card when the trial began."""
     stated: Stated = field(default_factory=Stated)
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)

@@ -42,7 +42,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: Seen, as
     _add_throughput(summary, window)
     if whole is not None and window is not None:
         _add_left_out(summary, whole, window)
-        add_busy_share(summary, window, events)
+    add_busy_share(summary, window, events)
     _add_flops(summary, window, events)
     add_memory(summary, events, samples, seen)
     add_energy(summary, window, samples, seen)
@@ -50,7 +50,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: Seen, as
         add_efficientllm(summary, window, events, samples, seen)
     add_validity(summary, events, window, samples, seen)
     _add_losses(summary, events, whole)
-    summary.metrics |= durations(events, asked_t)
+    summary.metrics |= durations(events, asked_t, seen.metrics.get("time/waiting_seconds", 0.0))
     _add_limits(summary, events, samples)
     summary.warnings += seen.warnings
     summary.metrics |= seen.metrics

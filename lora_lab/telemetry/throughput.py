@@ -72,17 +72,20 @@ def rate_error(steps: Sequence[Step]) -> float | None:
     return float(stdtrit(_BATCHES - 1, 0.975)) * deviation
 
 
-def add_busy_share(summary: Summary, window: Window, events: Sequence[Event]) -> None:
+def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
     """How much of the window the GPU worked, and what that says about who waits for whom.
 
     The profiled steps' busy time for each slot, over the window's time for each slot: the profiler slows the host down,
     never a kernel.
     """
     name = "throughput/gpu_busy_share"
+    if window is None:
+        summary.absent[name] = "the measured window was not completed"
+        return
     profiled = next((event for event in events if isinstance(event, Profiled)), None)
     if profiled is None or not profiled.kernels:
         none_seen = "the profiler saw no kernel: this process may not use the card's performance counters"
-        none_looked_at = "no step was profiled, which takes a GPU and measure.profile_steps"
+        none_looked_at = "no step was profiled: that takes a GPU, measure.profile_steps, and a trial that gets so far"
         summary.absent[name] = none_seen if profiled else none_looked_at
         return
     slots = sum(step.slots for step in window.steps)

@@ -106,7 +106,7 @@ def _add_drift(summary: Summary, slow: Sequence[Sample], doubtful: list[str]) ->
     degrees = [sample.temperature_celsius for sample in slow if sample.temperature_celsius is not None]
     if degrees:
         drift = degrees[-1] - degrees[0]
-        summary.metrics |= {"card/end_celsius": degrees[-1], "card/temperature_drift_celsius": drift}
+        summary.metrics |= {"card/window_end_celsius": degrees[-1], "card/temperature_drift_celsius": drift}
         if abs(drift) > DRIFT_CELSIUS:
             doubtful.append(
                 f"the card's temperature changed by {drift:+.0f} degrees within the window; a longer warm-up would "

@@ -76,7 +76,7 @@ class TelemetryCallback(TrainerCallback):
         self._read_back_step = self._warmup_steps or self._last_step
         self._watch = DivergenceWatch(measure.loss_spike)
         self._counts = TokenCounts()
-        self._stepped_t = time.monotonic()
+        self._stepped_t = 0.0
         self._waited_seconds = 0.0
         self._loss = torch.zeros((), device=device)
         self._micro_batches = 0
@@ -116,6 +116,7 @@ class TelemetryCallback(TrainerCallback):
         self._clock.enter(Phase.warm_up)
         if self._warmup_steps == 0:
             self._open_window()
+        self._stepped_t = time.monotonic()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

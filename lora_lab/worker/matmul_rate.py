@@ -26,9 +26,9 @@ def rate_key(device: torch.device, dtype: torch.dtype) -> RateKey:
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return RateKey(device=uuid, driver=str(torch.version.cuda), torch=torch.__version__, dtype=name)
+        return RateKey(device=uuid, cuda=str(torch.version.cuda), torch=torch.__version__, dtype=name)
     cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return RateKey(device=cpu, driver="", torch=torch.__version__, dtype=name)
+    return RateKey(device=cpu, cuda="", torch=torch.__version__, dtype=name)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> MatmulRate:

@@ -41,7 +41,7 @@ SECONDS = 8.0
 TOKENS = STEPS * REAL
 EVENTS = window_of(START, [step(number, SECONDS / STEPS, REAL) for number in range(1, STEPS + 1)])
 CARD = SyntheticCard(power=Constant(300.0), phase=0.3, read_jitter=0.3)
-IDLE = Idle(watts=60.0, error_watts=0.5, source="counter", state="at rest", measured_ms=1)
+IDLE = Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1)
 
 
 def figures(

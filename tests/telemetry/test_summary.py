@@ -47,7 +47,8 @@ LOST = Seen(no_sensor="the sensor failed (GPU is lost)")
 UNSEEN = Seen(no_sensor=NO_CARD)
 WATTS = 300.0
 SEEN = Seen(
-    idle=Idle(watts=60.0, error_watts=0.5, source="counter", state="at rest", measured_ms=1), used_before_bytes=GIB // 2
+    idle=Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1),
+    used_before_bytes=GIB // 2,
 )
 ASKED_T = -2.0
 

@@ -65,7 +65,7 @@ def test_a_card_left_alone_cool_and_at_one_speed_is_valid() -> None:
         "card/thermal_share": 0.0,
         "card/brake_share": 0.0,
         "card/power_cap_share": 0.0,
-        "card/end_celsius": 70.0,
+        "card/window_end_celsius": 70.0,
         "card/temperature_drift_celsius": 0.0,
         "card/sm_mhz_median": 1800.0,
         "card/sm_clock_spread": 0.0,
