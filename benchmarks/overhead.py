@@ -3,8 +3,9 @@
     python -m benchmarks.overhead OUT [override ...]
 
 Overhead of a trial: from when it is asked for to its first step, and from its last step to when the next one is
-asked for, less loading the model and evaluating. Both sides run the same trials with the same worker code, in two
-alternating rounds; the first trial of a round pays for starting up and is shown apart.
+asked for, less loading the model and evaluating. Idle measurement and profiling, which have settings of their own, are
+turned off. Both sides run the same trials with the same worker code, in two alternating rounds; the first trial of a
+round pays for starting up and is shown apart.
 """
 
 import json
@@ -22,8 +23,16 @@ from lora_lab.environment import device_facts, environment
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
 
 TRIALS = 5
-COMMON = ["model=tiny", "measure=quick", "data=random_tokens", "data.rows=32", "seq_len=64"]
-_WORK = (Phase.conversion, Phase.model, Phase.evaluation_before, Phase.evaluation_after)
+COMMON = [
+    "measure.idle_seconds=0",
+    "measure.profile_steps=0",
+    "model=tiny",
+    "measure=quick",
+    "data=random_tokens",
+    "data.rows=32",
+    "seq_len=64",
+]
+_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before, Phase.evaluation_after)
 
 
 def run(module: str, folder: Path, overrides: list[str]) -> None:
@@ -56,7 +65,7 @@ def overheads(folder: Path) -> list[dict[str, float]]:
             spent[phase.phase] += end - phase.t
         first = next(event.t for event in begun if event.phase == Phase.warm_up.value)
         last = next(event.t for event in events if isinstance(event, WindowClosed))
-        before = first - asked - sum(spent[phase.value] for phase in _WORK[:3])
+        before = first - asked - sum(spent[phase.value] for phase in _WORK[:4])
         after = next_asked - last - spent[Phase.evaluation_after.value]
         work = sum(spent[phase.value] for phase in _WORK)
         found.append({"before": before, "after": after, "overhead": before + after, "work": work})

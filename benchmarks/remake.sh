@@ -7,6 +7,16 @@ python3 -m benchmarks.cross "$1"
 python3 -m benchmarks.one_factor "$1"
 python3 -m benchmarks.command_line "$1"
 python3 -m benchmarks.overhead "$1"
+if command -v nvidia-smi > /dev/null; then
+  # torch's counter stops at fused attention whose heads share keys and values
+  python3 -m benchmarks.flop_check "$1" model=qwen2_5_1_5b model.architecture.num_key_value_heads=12
+else
+  python3 -m benchmarks.flop_check "$1"
+fi
+python3 -m benchmarks.paged "$1"
+python3 -m benchmarks.steady "$1" host_bound
+python3 -m benchmarks.steady "$1" gpu_bound
+python3 -m benchmarks.looking "$1"
 for set in paper paper_8gib paper_factorial paper_factorial_8gib; do
   python3 -m benchmarks.presets "$1" "$set"
 done

@@ -31,7 +31,6 @@ class Before:
 
     used_bytes: int | None = None
     """Device memory in use; None without a sensor."""
-    temperature_celsius: float | None = None
     shared_with: str = ""
     """Who else calculated on the card, where that was allowed; empty when nobody did."""
 
@@ -89,9 +88,14 @@ def look_at(card: Card | None, share: bool) -> Before:
     sample = _sample(card)
     return Before(
         used_bytes=sample.used_bytes if sample else None,
-        temperature_celsius=sample.temperature_celsius if sample else None,
         shared_with=with_whom,
     )
+
+
+def temperature(card: Card | None) -> float | None:
+    """Degrees Celsius of the card now; None without a reading."""
+    sample = _sample(card) if card else None
+    return sample.temperature_celsius if sample else None
 
 
 def see_freed(card: Card | None, before: Before, share: bool) -> tuple[int | None, str]:

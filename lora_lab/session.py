@@ -16,7 +16,7 @@ from lora_lab.environment import device_facts, environment
 from lora_lab.events import Event, Ran
 from lora_lab.fingerprint import point_digest
 from lora_lab.idle import keep_for_block, measure_idle, of_block
-from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_freed
+from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.owner import this_process
 from lora_lab.packages import converted_folder, locate
@@ -214,6 +214,7 @@ def _device(story: _Story) -> Iterator[None]:
             story.warn(warm)
         _take_idle(story)
         story.seen.used_before_bytes = story.before.used_bytes
+        celsius = temperature(card)
         story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
         story.folder.note_seen(story.seen)
         yield
@@ -221,7 +222,7 @@ def _device(story: _Story) -> Iterator[None]:
         if held:
             story.warn(held)
         readings = {
-            "card/start_celsius": story.before.temperature_celsius,
+            "card/start_celsius": celsius,
             "card/used_before_gib": None if story.before.used_bytes is None else story.before.used_bytes / GIB,
             "card/used_after_gib": None if used_bytes is None else used_bytes / GIB,
         }

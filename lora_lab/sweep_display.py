@@ -124,6 +124,9 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
         if attempt is not None and attempt.reason:
             said = f"{attempt.outcome}: {trial.name}: {attempt.reason}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if attempt is not None and attempt.tags.get("validity") in ("invalid", "doubtful"):
+            said = f"{attempt.tags['validity']}: {trial.name}: {attempt.tags['validity_reasons']}"
+            console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
     warned = Counter(warning for attempt in attempts if attempt for warning in set(attempt.warnings))
     for warning, count in warned.items():
         which = "all trials" if count == len(trials) else f"{count} of {len(trials)} trials"

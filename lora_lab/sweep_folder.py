@@ -74,6 +74,8 @@ class Attempt:
     seconds: float
     metrics: dict[str, float]
     warnings: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
+    """What to think of the figures: validity and its reasons among them."""
 
     @property
     def done(self) -> bool:
@@ -136,7 +138,8 @@ class SweepFolder:
         found = TrialFolder(self.path / name).outline()
         if found is None:
             return None
-        return Attempt(found["outcome"], found["reason"], found["seconds"], found["metrics"], found["warnings"])
+        names = ("outcome", "reason", "seconds", "metrics", "warnings")
+        return Attempt(**{name: found[name] for name in names}, tags=found.get("tags", {}))
 
     def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
         """Complete the record above the trials. An outcome that no trial has any more is counted as 0: a store keeps
