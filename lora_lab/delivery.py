@@ -95,13 +95,18 @@ class Store:
 
     def deliver_all(self, folder: SweepFolder) -> str | None:
         """Hand over a sweep that is over: its trials that the store has not taken yet, then the record above them.
-        Returns that record's id in the store, None with `fault`."""
+        Returns that record's id in the store, None with `fault`; a trial's that was not taken is a `fault` too."""
+        left = ""
         for path in sorted(folder.path.glob("[0-9]*")):
             trial = TrialFolder(path)
             record = None if trial.delivered else trial.record()
-            if record is not None and self.deliver_trial(trial, record) is None and self.out_of_reach:
-                return None
-        return self.deliver_sweep(folder)
+            if record is not None and self.deliver_trial(trial, record) is None:
+                if self.out_of_reach:
+                    return None
+                left = self.fault
+        run_id = self.deliver_sweep(folder)
+        self.fault = self.fault or left
+        return run_id
 
     def where(self, run_id: str) -> list[str]:
         """Lines that tell a person where the run is."""

@@ -274,7 +274,9 @@ class Grid(Sweeper):
                 ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
                 folder.end(ended, [folder.attempt(trial) for trial in whole])
             run_id = store.deliver_all(folder)
-            places = store.where(run_id) if run_id else [f"{store.fault}; the next start delivers the records"]
+            places = store.where(run_id) if run_id else []
+            if store.fault:
+                places.append(f"{store.fault}; the next start delivers the records")
         show_table(trials, attempts)
         if any(attempt is None or not attempt.done for attempt in attempts):
             places.append("to run again what was not measured: the same command with resume=true")

@@ -70,7 +70,7 @@ KINDS: dict[Any, Any] = {
 }
 
 
-def test_nothing_but_where_how_long_and_how_often_is_left_out_of_a_points_digest() -> None:
+def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_a_points_digest() -> None:
     ignored = set()
     for key in LEAVES:
         changed = full()
@@ -79,7 +79,8 @@ def test_nothing_but_where_how_long_and_how_often_is_left_out_of_a_points_digest
         if point_digest(changed) == point_digest(full()):
             ignored.add(key)
     tracking = {key for key in LEAVES if key.startswith("tracking.")}
-    assert ignored == tracking | {"timeout_minutes", "repeats", "resume"}
+    beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
+    assert ignored == tracking | beside | {"timeout_minutes", "repeats", "resume"}
 
 
 def test_a_package_that_is_named_makes_another_point() -> None:

@@ -108,7 +108,7 @@ def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
         Step(t=13.5, step=2, seconds=0.5, loss=2.0, rows=2, slots=64, real=40, trained=20, skipped=False),
     ]
     samples = [
-        Sample(t=10.0 + i, energy_joules=None, power_watts=100.0, used_bytes=GIB, temperature_celsius=None)
+        Sample(t=10.0 + i, instant_watts=90.0 if i < 1000 else None, average_watts=100.0, used_bytes=GIB)
         for i in range(2001)
     ]
     summary = Summary(metrics={"m": 1.0}, absent={"a": "why"}, warnings=["w"])
@@ -145,6 +145,8 @@ def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
     assert by_key["step/tokens_per_second"] == [(2, 80.0, 1_000_000_013_500)]
     assert 400 <= len(by_key["card/used_gib"]) <= 501
     assert {value for _, value, _ in by_key["card/used_gib"]} == {1.0}
+    powers = [(t_ms < 1_000_001_010_000, value) for _, value, t_ms in by_key["card/power_watts"]]
+    assert set(powers) == {(True, 90.0), (False, 100.0)}, "the mean of a second only where nothing else was told"
 
 
 def test_a_trial_that_never_spoke_is_completed_too() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -463,3 +464,71 @@ def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(tmp_pat
     assert "waiting for the CPU, on which process" in seen.said.text
     spans = spans_in(tmp_path)
     assert (len(spans), overlaps(spans)) == (5, [])
+
+
+# --- the idle draw of a card
+
+FAKES = Path(__file__).parent / "fakes"
+AT_REST = {"1": "measure.idle_seconds=1.5", "2": "measure.idle_seconds=1.5", "3": "share_device=true", "4": ""}
+"""Batch size and what else tells a point from the others; by default nothing is measured."""
+
+
+@dataclass(frozen=True)
+class Rested:
+    """What a trial of a sweep knows of its card's idle draw."""
+
+    point: str
+    repeat: int
+    seen: dict[str, Any]
+    readings: str
+    """That the draw is made of; empty where there are none."""
+
+
+@pytest.fixture(scope="module")
+def at_rest(tmp_path_factory: pytest.TempPathFactory) -> list[Rested]:
+    """A sweep on a card that is none: torch finds no GPU there, so its trials fail, but not before they have found
+    out about the idle draw. In order of running."""
+    folder = tmp_path_factory.mktemp("at rest")
+    points = [f"batch_size={batch_size} {more or 'measure.idle_seconds=0'}" for batch_size, more in AT_REST.items()]
+    preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"points": points}}}
+    (folder / "own" / "sweep").mkdir(parents=True)
+    (folder / "own" / "sweep" / "resting.yaml").write_text("# @package _global_\n" + yaml.safe_dump(preset))
+    path = os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")]))
+    said = quick_lab(folder)(
+        *("--config-dir", "own", "sweep=resting", *FAST, "repeats=2", "tracking=none"),
+        PYTHONPATH=path,
+        CUDA_VISIBLE_DEVICES="0",
+    )
+    assert said.code == 1, said.text
+    assert said.err.count("measuring what Fake Card 0 draws at rest (1.5 s)") == 2, said.err
+    [sweep] = sweeps_in(folder)
+    found = []
+    for trial in json.loads((sweep / "sweep.json").read_text())["trials"]:
+        own = sweep / f"{trial['number']:04d}"
+        seen, idle = json.loads((own / "seen.json").read_text()), own / "idle.jsonl"
+        readings = idle.read_text() if idle.is_file() else ""
+        found.append(Rested(trial["settings"]["batch_size"], trial["repeat"], seen, readings))
+    assert len(found) == 8
+    return found
+
+
+def test_the_idle_draw_is_measured_once_in_a_block_and_anew_in_the_next(at_rest: list[Rested]) -> None:
+    blocks = [[r for r in at_rest if r.repeat == block and r.point in ("1", "2")] for block in (0, 1)]
+    for one, other in blocks:
+        assert one.seen["idle"] == other.seen["idle"]
+        assert len(one.readings.splitlines()) > 20
+        assert one.readings == other.readings, "each trial's record is whole by itself"
+        idle = one.seen["idle"]
+        assert abs(idle["watts"] - 100.0) <= idle["error_watts"], "the fake card draws 100 W"
+        assert idle["source"] == "counter"
+    assert blocks[0][0].seen["idle"]["end"] < blocks[1][0].seen["idle"]["start"]
+
+
+def test_a_shared_card_has_no_idle_draw_and_one_that_nobody_asked_for_is_not_taken_from_others(
+    at_rest: list[Rested],
+) -> None:
+    why = {(r.point, r.repeat): r.seen["no_idle"] for r in at_rest if r.seen["idle"] is None and not r.readings}
+    assert why == {(p, repeat): reason for p, reason in WHY_NOT.items() for repeat in (0, 1)}
+
+
+WHY_NOT = {"3": "share_device=true", "4": "measure.idle_seconds=0"}

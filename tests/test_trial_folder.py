@@ -1,10 +1,9 @@
 """What a trial leaves on disk, however its process and its disk end."""
 
-import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,7 @@ EVENTS: list[Event] = [
 
 
 def sample(number: int) -> Sample:
-    return Sample(
-        t=10.0 + number, energy_joules=1e5 + number, power_watts=99.5, used_bytes=2**30, temperature_celsius=None
-    )
+    return Sample(t=10.0 + number, energy_joules=1e5 + number, average_watts=99.5, used_bytes=2**30)
 
 
 SAMPLES = [sample(number) for number in range(7)]
@@ -331,7 +328,7 @@ def test_a_journal_that_found_the_disk_full_is_written_whole_at_the_end(
     told(there, [step(STEPS + 1)], [sample(8)])  # there is room again, but the line before is torn
     there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
     assert lines_of(path / "events.jsonl") == [encode(event) for event in [*EVENTS, step(STEPS + 1)]]
-    assert lines_of(path / "samples.jsonl") == [json.dumps(asdict(s)) for s in [*SAMPLES, sample(8)]]
+    assert lines_of(path / "samples.jsonl") == [s.encode() for s in [*SAMPLES, sample(8)]]
 
 
 def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path) -> None:
@@ -399,6 +396,7 @@ def test_the_store_gets_every_file_but_those_it_has_as_the_run_itself(tmp_path: 
         "environment.json",
         "events.jsonl",
         "samples.jsonl",
+        "seen.json",
         "summary.json",
         "traceback.txt",
         "trial.json",
