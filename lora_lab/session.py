@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_lab import processes
-from lora_lab.config import DataSource, Isolation, ModelSource, RefusedInput, TrackingKind, TrialConfig, Weights
+from lora_lab.config import (
+    DataSource,
+    Isolation,
+    MeasureConfig,
+    ModelSource,
+    RefusedInput,
+    TrackingKind,
+    TrialConfig,
+    Weights,
+)
 from lora_lab.delivery import Store, absolute, owner_tags, recover, remember_outside
 from lora_lab.devices import choose_card, refuse_incapable, worker_environment
 from lora_lab.display import Display, show_result
@@ -153,25 +162,9 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
         facts |= {"point": planned.point, "fingerprint": planned.fingerprint, "trial": str(planned.number)}
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
-    asked = Asked(
-        owner=owner,
-        t=asked_t,
-        tracking=absolute(config.tracking),
-        record=record,
-    )
+    asked = Asked(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
     folder, rapl = TrialFolder(request.folder), Rapl()
-    measure = config.measure
-    seen = Seen(
-        no_sensor="" if card else "no NVIDIA card was used",
-        no_cpu_sensor=rapl.absent,
-        card_bytes=card.total_bytes if card else None,
-        parent_pid=os.getpid(),
-        stated=Stated(
-            board_power_watts=measure.board_power_watts,
-            price_per_kwh=measure.price_per_kwh,
-            co2_grams_per_kwh=measure.co2_grams_per_kwh,
-        ),
-    )
+    seen = _seen_so_far(config.measure, card, rapl)
     if planned is None:
         remember_outside(request.folder)
     try:
@@ -182,8 +175,24 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
             "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
         ) from error
     sampler = Sampler(reader(card, rapl), folder.note_sample)
-    display = Display(record.name, measure.warmup_steps + measure.steps, sampler, sweep if planned else None)
+    steps = config.measure.warmup_steps + config.measure.steps
+    display = Display(record.name, steps, sampler, sweep if planned else None)
     return _Story(request, card, asked, folder, sampler, display, seen, planned)
+
+
+def _seen_so_far(measure: MeasureConfig, card: Card | None, rapl: Rapl) -> Seen:
+    """What can be known before anything is looked at."""
+    return Seen(
+        no_sensor="" if card else "no NVIDIA card was used",
+        no_cpu_sensor=rapl.absent,
+        card_bytes=card.total_bytes if card else None,
+        parent_pid=os.getpid(),
+        stated=Stated(
+            board_power_watts=measure.board_power_watts,
+            price_per_kwh=measure.price_per_kwh,
+            co2_grams_per_kwh=measure.co2_grams_per_kwh,
+        ),
+    )
 
 
 def _measure(story: _Story) -> End:

@@ -83,7 +83,7 @@ def _tell_source(summary: Summary, energy: Energy) -> None:
     if abs(energy.disagreement) > DISAGREEMENT_TOLD:
         summary.warnings.append(
             f"the integral of power is {energy.disagreement:+.1%} off the energy counter; no cause is known to the "
-            "run, so take differences of that size between cards or drivers for nothing"
+            "run, and differences of that size between cards or drivers mean nothing"
         )
 
 
