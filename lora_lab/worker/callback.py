@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, WindowClosed, WindowOpened
+from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned, WindowClosed, WindowOpened
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import TokenCounts
@@ -166,6 +166,9 @@ class TelemetryCallback(TrainerCallback):
         self._counts = TokenCounts()
         if profiled is not None:
             self._emit(profiled)
+        if self._profiler.fault:
+            self._emit(Warned(t=time.monotonic(), text=f"the GPU's busy time is not known: {self._profiler.fault}"))
+            self._profiler.fault = ""
 
     def _open_window(self) -> None:
         self._synchronize()

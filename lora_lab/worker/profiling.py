@@ -10,29 +10,39 @@ from lora_lab.events import Profiled
 
 
 class StepProfiler:
-    """Watches some steps. It slows the host down and lengthens no kernel, so what it sees is the GPU's work alone."""
+    """Watches some steps. It slows the host down and lengthens no kernel, so what it sees is the GPU's work alone.
+
+    A profiler that fails (a driver without CUPTI, say) costs its own figure and nothing else: `fault` says why.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        self.fault = ""
         self._done = 0
         self._slots = 0
         self._profiler: torch.profiler.profile | None = None
 
     def start(self) -> None:
         """The steps that follow are watched. The device must be idle."""
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self._profiler.start()
+        try:
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profiler.start()
+        except RuntimeError as error:
+            self._profiler, self.fault = None, str(error)
 
     def stepped(self, slots: int) -> Profiled | None:
         """A step with so many token slots has been queued; what was seen, once all are."""
-        assert self._profiler is not None
         self._done += 1
         self._slots += slots
-        if self._done < self.steps:
+        if self._done < self.steps or self._profiler is None:
             return None
         torch.cuda.synchronize()
-        self._profiler.stop()
-        events = self._profiler.events() or ()
+        try:
+            self._profiler.stop()
+            events = self._profiler.events() or ()
+        except RuntimeError as error:
+            self._profiler, self.fault = None, str(error)
+            return None
         spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA]
         self._profiler = None
         return Profiled(

@@ -31,7 +31,7 @@ from lora_lab.events import Ended, Event, Phase, PhaseBegan, Profiled, Step, Win
 from lora_lab.worker.callback import PhaseClock, TelemetryCallback
 from lora_lab.worker.data import Collator, Example, pack, train_collator
 from lora_lab.worker.models import load_architecture, load_model
-from lora_lab.worker.profiling import covered
+from lora_lab.worker.profiling import StepProfiler, covered
 from lora_lab.worker.training import make_trainer
 from lora_lab.worker.trial import run_trial
 
@@ -207,6 +207,7 @@ class Watching:
 
     def __init__(self, training: Training, steps: int) -> None:
         self.steps = steps
+        self.fault = ""
         self._training = training
         self.slots: list[int] = []
         self.weights: list[list[Tensor]] = []
@@ -311,3 +312,18 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda s:
 @given(spans=SPANS)
 def test_what_is_covered_is_what_a_count_of_every_instant_says(spans: list[tuple[int, int]]) -> None:
     assert covered(spans) == len({instant for start, stop in spans for instant in range(start, stop)})
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("where", ["start", "stop"])
+def test_a_profiler_that_fails_costs_its_own_figure_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUPTI is not there")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler.profile, "start", lambda _: None)
+    monkeypatch.setattr(torch.profiler.profile, where, fails)
+    profiler = StepProfiler(2)
+    profiler.start()
+    assert [profiler.stepped(8), profiler.stepped(8)] == [None, None]
+    assert profiler.fault == "CUPTI is not there"
