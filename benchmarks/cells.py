@@ -76,6 +76,15 @@ def provenance(record: dict[str, Any], command: str) -> dict[str, str]:
     return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
 
 
+def write_report(out: Path, name: str, title: str, origin: dict[str, str], text: str, content: dict[str, Any]) -> None:
+    """NAME.md for people: title, origin, text; and NAME.json: origin and content."""
+    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(f"# {title}\n\n{head}\n\n{text}\n", encoding="utf-8")
+    whole = json.dumps({"origin": origin, **content}, indent=1)
+    (out / f"{name}.json").write_text(whole + "\n", encoding="utf-8")
+
+
 def write(out: Path, name: str, title: str, command: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Write NAME.md for people and NAME.json with everything; returns the table.
 

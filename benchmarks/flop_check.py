@@ -16,21 +16,17 @@ On a GPU the counter stops at fused attention whose heads share keys and values,
 """
 
 import gc
-import json
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from benchmarks.cells import provenance
-from lora_lab.compose import CONF, load, register_schema
+from benchmarks.cells import compose_cell, provenance, write_report
 from lora_lab.config import TrialConfig
 from lora_lab.devices import choose_card
 from lora_lab.environment import device_facts, environment
@@ -56,13 +52,6 @@ OVERRIDES = [
     "tracking=none",
 ]
 PARTS = ("products", "attention", "recomputation", "total")
-
-
-def compose(overrides: list[str]) -> TrialConfig:
-    register_schema()
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(hydra.compose("config", overrides=overrides))
 
 
 def one_step(config: TrialConfig, device: torch.device) -> tuple[dict[str, int], dict[str, Any]]:
@@ -102,7 +91,7 @@ def compare(name: str, overrides: list[str], device: torch.device) -> list[dict[
     rows: list[dict[str, Any]] = []
     plain: dict[str, int] = {}
     for checkpointing in (False, True):
-        config = compose([*overrides, f"gradient_checkpointing={str(checkpointing).lower()}"])
+        config = compose_cell([*overrides, f"gradient_checkpointing={str(checkpointing).lower()}"])
         seen, made = one_step(config, device)
         gc.collect()
         plain = plain or seen
@@ -148,17 +137,12 @@ def main() -> int:
         name = f"{' '.join(asked) or 'smollm2_135m'} {batch_size}x{seq_len}"
         rows += compare(name, [*overrides, f"batch_size={batch_size}", f"seq_len={seq_len}"], device)
     origin = provenance(
-        {"tags": environment() | device_facts(card)}, f"python -m benchmarks.flop_check {' '.join(sys.argv[1:])}"
+        {"tags": environment() | device_facts(card)}, " ".join(["python -m benchmarks.flop_check OUT", *asked])
     )
     worst = max(abs(row["differs"][part]) for row in rows for part in PARTS)
     verdict = f"Largest difference of any part: {worst:.2%}; allowed are {LIMIT:.0%}."
-    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
     title = "Operations of a step: the formula, and torch's FlopCounterMode"
-    out.mkdir(parents=True, exist_ok=True)
-    text = f"# {title}\n\n{head}\n\n{verdict}\n\n{table(rows)}\n"
-    (out / "flop_check.md").write_text(text, encoding="utf-8")
-    written = json.dumps({"origin": origin, "cells": rows}, indent=1)
-    (out / "flop_check.json").write_text(written + "\n", encoding="utf-8")
+    write_report(out, "flop_check", title, origin, f"{verdict}\n\n{table(rows)}", {"cells": rows})
     print(table(rows), verdict, sep="\n\n")
     return int(worst > LIMIT)
 

@@ -17,7 +17,6 @@ interval. `sham` puts the second question where there was no reading, in the blo
 is 0. Random weights and tokens at Qwen2.5-1.5B's shapes.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from benchmarks.cells import compose_cell, provenance
+from benchmarks.cells import compose_cell, provenance, write_report
 from benchmarks.one_factor import last_wins
 from lora_lab.config import TrialConfig
 from lora_lab.devices import choose_card, worker_environment
@@ -268,10 +267,7 @@ def report(out: Path, command: str, rows: list[dict[str, Any]], tags: dict[str, 
         cells += [f"{row['reading_seconds'] * 1e3:.2f} ms", f"{row['readings_per_second']:.1f}", *costs]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines)
-    where = "\n".join(f"- {key}: {value}" for key, value in origin.items())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "looking.md").write_text(f"# What looking costs\n\n{where}\n\n{text}\n", encoding="utf-8")
-    (out / "looking.json").write_text(json.dumps({"origin": origin, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_report(out, "looking", "What looking costs", origin, text, {"rows": rows})
     return text
 
 

@@ -8,7 +8,6 @@ beyond torch's allocator and the paged bytes; if it stays what it is for an opti
 bytes explain the reading. Random weights and tokens at Qwen2.5-1.5B's shapes.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from benchmarks.cells import provenance, run_cell
+from benchmarks.cells import provenance, run_cell, write_report
 from benchmarks.one_factor import last_wins
 
 RANKS = (8, 16, 64)
@@ -90,10 +89,7 @@ def report(out: Path, command: str, rows: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join([*cells, *(mib(key) for _, key in COLUMNS)]) + " |")
     told = {row["record"]["tags"]["warnings"] for row in rows if "warnings" in row["record"]["tags"]}
     text = "\n".join([*lines, "", *(f"- warned: {warning}" for warning in sorted(told))])
-    where = "\n".join(f"- {key}: {value}" for key, value in origin.items())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "paged.md").write_text(f"# What is paged\n\n{where}\n\n{text}\n", encoding="utf-8")
-    (out / "paged.json").write_text(json.dumps({"origin": origin, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_report(out, "paged", "What is paged", origin, text, {"rows": rows})
     return text
 
 

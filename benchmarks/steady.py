@@ -7,14 +7,13 @@ and J/token. And each window is cut into parts of at least 5 s at the ends of st
 from that of its whole window? Random weights and tokens at Qwen2.5-1.5B's shapes.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import provenance, run_cell
+from benchmarks.cells import provenance, run_cell, write_report
 from benchmarks.one_factor import last_wins
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.window import Window, find_window, steady
@@ -127,11 +126,7 @@ def report(out: Path, name: str, command: str, runs: list[dict[str, Any]]) -> st
             f"{sum(part <= 0.01 for part in all_parts)} of them by 1 % or less.",
         ]
     text = "\n".join(lines)
-    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"steady_{name}.md").write_text(f"# The same trial again: {name}\n\n{head}\n\n{text}\n", encoding="utf-8")
-    content = json.dumps({"origin": origin, "runs": runs}, indent=1)
-    (out / f"steady_{name}.json").write_text(content + "\n", encoding="utf-8")
+    write_report(out, f"steady_{name}", f"The same trial again: {name}", origin, text, {"runs": runs})
     return text
 
 
