@@ -74,6 +74,8 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
     if asked is None or "outcome" not in recorded.tags:
         raise RefusedInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
     watched = folder.idle()
+    if seen.idle is not None and watched is None:
+        raise RefusedInput(f"{recorded.name} holds no {IDLE}, of which its idle draw was made.")
     if watched is not None:
         seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})

@@ -456,6 +456,9 @@ def test_net_energy_follows_from_the_readings_at_rest(again: Again, tmp_path: Pa
     of_idle = {"energy/idle_watts", "energy/net_joules", "energy/net_joules_per_token"}
     said = again(there.path)
     assert (said.code, set(differing(said))) == (1, of_idle), said.text
+    (there.path / "idle.jsonl").unlink()
+    said = again(there.path)
+    assert (said.code, "idle.jsonl" in said.err) == (2, True), said.text
 
 
 def killed_before(folder: Path, of_the_version_before: bool) -> TrialFolder:
