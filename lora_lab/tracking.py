@@ -21,7 +21,7 @@ from lora_lab.records import RUNNING, Record, without_secrets
 
 _METRICS_A_CALL = 1000
 _SERVER_SECONDS = 3.0
-_LOCKED_SECONDS = 5.0
+LOCKED_SECONDS = 5.0
 _LONGEST_TAG = 5000
 
 
@@ -106,7 +106,7 @@ class MlflowTracker:
         ended_ms = record.ended_ms or round(time.time() * 1e3)
         points = [Metric(p.key, p.value, p.t_ms, p.step) for p in record.series]
         points += [Metric(key, value, ended_ms, 0) for key, value in record.metrics.items()]
-        with _store_errors():
+        with store_errors():
             self._refuse_lost()
             found = self._find(record.id)
             if found is not None and _is_over(found) and not record.is_sweep:
@@ -131,7 +131,7 @@ class MlflowTracker:
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Runs in the state RUNNING whose process is gone become KILLED."""
-        with _store_errors():
+        with store_errors():
             running = self._client.search_runs([self._experiment_id()], "attributes.status = 'RUNNING'")
             orphans = [run.info.run_id for run in running if gone(run.data.tags)]
             for run_id in orphans:
@@ -146,7 +146,7 @@ class MlflowTracker:
             return
         if not _has_content(self._database) or self._database.stat().st_ino != self._inode:
             raise FileNotFoundError(f"{self._database} was deleted or replaced since it was opened")
-        _refuse_locked(self._database)
+        refuse_locked(self._database)
 
     def _find(self, record_id: str) -> Any:
         """The run of a record; None when there is none."""
@@ -167,7 +167,7 @@ class MlflowTracker:
 
     def where(self, run_id: str) -> list[str]:
         """The run, the UI's command, and the page with the runs (MLflow opens on another one)."""
-        with _store_errors():
+        with store_errors():
             page = f"#/experiments/{self._experiment_id()}/runs?workflowType=machine_learning"
         return [f"run {run_id} of experiment {self._experiment}", *(ln.replace("{page}", page) for ln in self._look)]
 
@@ -207,23 +207,50 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     """
     if tracking.kind is TrackingKind.none:
         return InMemoryTracker()
+    _set_up_mlflow()
+    if tracking.kind is TrackingKind.server:
+        uri = str(tracking.uri)
+        _refuse_unreachable(uri)
+        return MlflowTracker(uri, tracking.experiment, None, look(uri))
+    root = refuse_unwritable(tracking)
+    database = root / "mlflow.db"
+    uri = f"sqlite:///{database}"
+    with store_errors():
+        _create_store(database)
+        refuse_locked(database)
+    return MlflowTracker(uri, tracking.experiment, database, look(uri))
+
+
+def look(uri: str) -> list[str]:
+    """Lines that tell how to open a store's UI; {page} in them stands for the page."""
+    if uri.startswith(("http://", "https://")):
+        return [f"see {without_secrets(uri).rstrip('/')}/{{page}}"]
+    return [
+        f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(uri))}",
+        "then see http://127.0.0.1:5000/{page}",
+    ]
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient of a store that is there.
+
+    Raises: TrackingFailed when there is none, or it is not reached."""
+    _set_up_mlflow()
+    refuse_no_store(uri)
+    from mlflow.tracking import MlflowClient
+
+    with store_errors():
+        return MlflowClient(tracking_uri=uri)
+
+
+def _set_up_mlflow() -> None:
+    """Quiet, and soon done with a server that is away; before MLflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if tracking.kind is TrackingKind.server:
-        uri = str(tracking.uri)
-        _refuse_unreachable(uri)
-        return MlflowTracker(uri, tracking.experiment, None, [f"see {without_secrets(uri).rstrip('/')}/{{page}}"])
-    root = refuse_unwritable(tracking)
-    database = root / "mlflow.db"
-    uri = f"sqlite:///{database}"
-    with _store_errors():
-        _create_store(database)
-        _refuse_locked(database)
-    look = [f"mlflow ui --backend-store-uri {shlex.quote(uri)}", "then see http://127.0.0.1:5000/{page}"]
-    return MlflowTracker(uri, tracking.experiment, database, look)
 
 
 def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[dict[str, float], dict[str, str]]:
@@ -231,14 +258,8 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
 
     Raises: TrackingFailed when the store or the run can't be had.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    _refuse_no_store(uri)
-    from mlflow.tracking import MlflowClient
-
-    with _store_errors():
-        client = MlflowClient(tracking_uri=uri)
+    client = connect(uri)
+    with store_errors():
         run = client.get_run(run_id)
         there = {file.path for file in client.list_artifacts(run_id)}
         for name in there & set(files):
@@ -246,7 +267,7 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
     return dict(run.data.metrics), dict(run.data.tags)
 
 
-def _refuse_no_store(uri: str) -> None:
+def refuse_no_store(uri: str) -> None:
     """MLflow itself would make a store where there is none, and call a server that is away for minutes.
 
     Raises: TrackingFailed."""
@@ -257,8 +278,15 @@ def _refuse_no_store(uri: str) -> None:
         )
     if kind in ("http", "https"):
         _refuse_unreachable(uri)
-    if kind == "sqlite" and not _has_content(Path(place.partition("?")[0].removeprefix("/"))):
+    database = database_of(uri)
+    if database is not None and not _has_content(database):
         raise TrackingFailed(f"there is no store at {uri}.")
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a store in SQLite; None for any other."""
+    kind, _, place = uri.partition("://")
+    return Path(place.partition("?")[0].removeprefix("/")) if kind == "sqlite" else None
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:
@@ -311,17 +339,17 @@ def _has_content(database: Path) -> bool:
     return database.exists() and database.stat().st_size > 0
 
 
-def _refuse_locked(database: Path) -> None:
+def refuse_locked(database: Path) -> None:
     """MLflow itself would wait for minutes on a database that somebody has locked.
 
     Raises: sqlite3.OperationalError."""
-    with contextlib.closing(sqlite3.connect(database, timeout=_LOCKED_SECONDS)) as connection:
+    with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
         connection.execute("begin immediate")
         connection.rollback()
 
 
 @contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """Whatever a store can raise, as TrackingFailed."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
