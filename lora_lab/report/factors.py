@@ -244,8 +244,8 @@ def _confounded(keys: _Keys, varied: Sequence[str], trials: Sequence[Trial], mea
     )
     whole = _merged(_blocks(settings), trials)
     if len(whole) > 1:
-        lost = _points(settings, trials) - _points(settings, measured)
-        why = f"without the {len(lost)} tried point{'s' * (len(lost) > 1)} that have no figures, {why}"
+        tried, left = _points(settings, trials), _points(settings, measured)
+        why = f"with no figures at {len(tried - left)} of the {len(tried)} points tried, {why}"
     return Confounded(names=names, why=why)
 
 
