@@ -1,0 +1,205 @@
+"""Whether what a study says fits into a budget does fit.
+
+Trials with the claim's settings are put together by point (all else equal; an emulated capacity is no part of it), and
+lora_lab.report.memory says of each point whether it fits: the same judgement as in the report's table of budgets.
+Trials whose batches were not full are passed over: shorter rows need less, and say nothing of full ones.
+
+Supported where any point fits; contradicted where some were tried and none does.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_lab.outcome import Outcome
+from lora_lab.report.blocks import settings_besides
+from lora_lab.report.factors import Factor, tokens_a_step
+from lora_lab.report.measures import VRAM
+from lora_lab.report.memory import LIMIT, fits
+from lora_lab.report.study import ANY_CARD, FitsClaim, Study
+from lora_lab.report.trials import Group, Trial
+from lora_lab.report.verdict import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
+
+_FULL = 0.98
+"""Share of the slots that batch size and sequence length allow: from here on a trial's batches count as full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tried:
+    """One trial with the claim's settings."""
+
+    trial: Trial
+    place: str
+    device: str
+    fits: bool | None
+    """Of its point; None where the trial, or its point, tells nothing."""
+
+
+def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdict:
+    """Judge one claim by trials with the settings that all of the study's runs share."""
+    places = [group for group in groups if claim.evidence == ANY_CARD or group.place.device == study.card]
+    tried = [each for group in places for each in _tried(claim, group)]
+    word, why = _word(claim, tried)
+    if word != NOT_TESTABLE:
+        why = " ".join([why, *_own_runs(study, claim, tried), _assumed(claim, tried)])
+    return Verdict(
+        claim=claim.id,
+        says=claim.says,
+        verdict=word,
+        why=why,
+        original=" ".join([*_printed(study, claim), claim.remark]).strip(),
+        seen=tuple(_seen(claim, same, tried) for same in _alike(claim, tried)),
+        settle=claim.settle,
+    )
+
+
+def _tried(claim: FitsClaim, group: Group) -> list[_Tried]:
+    ran = [trial for trial in group.trials if trial.finished or trial.outcome == Outcome.out_of_memory.value]
+    trials = [trial for trial in ran if _has(trial, claim.settings)]
+    points: dict[tuple[str, ...], list[Trial]] = {}
+    limit = Factor(name=LIMIT, keys=(LIMIT,), levels=())
+    for trial, setting in zip(trials, settings_besides(trials, [limit]), strict=True):
+        points.setdefault(setting, []).append(trial)
+    said = []
+    for same in points.values():
+        telling = [trial for trial in same if not trial.finished or _full(trial)]
+        found = fits(telling, (), [claim.budget_gib])
+        it_fits = found[0].largest is not None if found else None
+        said += [(trial, it_fits if trial in telling else None) for trial in same]
+    return [_Tried(trial=t, place=group.place.label, device=group.place.device, fits=it_fits) for t, it_fits in said]
+
+
+def _full(trial: Trial) -> bool:
+    """Whether its batches held as many tokens (padding included) as batch size and sequence length allow."""
+    slots, steps = (trial.metrics.get(f"throughput/{name}_per_second") for name in ("slots", "steps"))
+    if slots is None or not steps:
+        return trial.params.get("data.batching") in ("seq_len", "packed")
+    return slots / steps >= _FULL * tokens_a_step(trial.params)
+
+
+def _has(trial: Trial, settings: Mapping[str, str]) -> bool:
+    return all(trial.params.get(key) == value for key, value in settings.items())
+
+
+def _word(claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str, str]:
+    what = _settings(claim.settings)
+    fitting = [each for each in tried if each.fits]
+    short = [each for each in tried if each.fits is False]
+    if fitting:
+        ways = dict.fromkeys(_settings(_varied(claim, each, tried)) for each in fitting)
+        how = f" with {'; or with '.join(way for way in ways if way)}" if any(ways) else ""
+        return SUPPORTED, f"{what} fits into {claim.budget_gib:g} GiB{how} ({_took(fitting)})."
+    if short:
+        took = _took(short)
+        return CONTRADICTED, f"Everything tried with {what} needed more than {claim.budget_gib:g} GiB ({took})."
+    lack = f"No trial at hand with {what} tells whether it fits into {claim.budget_gib:g} GiB"
+    return NOT_TESTABLE, lack + (": none filled its batches on a card or capacity that shows it." if tried else ".")
+
+
+def _own_runs(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> list[str]:
+    """Whether the runs that the study draws the claim from fit as they were set."""
+    said = []
+    for name in claim.runs:
+        same = [each for each in tried if _has(each.trial, study.settings(name))]
+        settings = _settings(study.run(name).settings)
+        if fitting := [each for each in same if each.fits]:
+            said.append(f"The original's run {name} itself ({settings}) fits too ({_took(fitting)}).")
+        elif short := [each for each in same if each.fits is False]:
+            said.append(
+                f"The original's run {name} itself ({settings}) did not fit as it was tried here: {_took(short)}."
+            )
+        else:
+            said.append(f"Nothing shows whether the original's run {name} itself ({settings}) fits.")
+    return said
+
+
+def _assumed(claim: FitsClaim, tried: Sequence[_Tried]) -> str:
+    """What all of the evidence assumes."""
+    same = {
+        key: value for key, value in _of(claim, tried[0]).items() if all(_of(claim, t)[key] == value for t in tried)
+    }
+    full = "every batch full, each row seq_len tokens long or padded to it"
+    return f"Assumed in all of these trials: {', '.join([*(f'{key}={value}' for key, value in same.items()), full])}."
+
+
+def _printed(study: Study, claim: FitsClaim) -> list[str]:
+    return [
+        f"Its run {name} printed {key} {value}."
+        for name in claim.runs
+        for key, value in study.run(name).printed.items()
+    ]
+
+
+def _alike(claim: FitsClaim, tried: Sequence[_Tried]) -> list[list[_Tried]]:
+    """By place and the settings that are told apart, the fitting first."""
+    found: dict[tuple[str, ...], list[_Tried]] = {}
+    for each in tried:
+        found.setdefault((each.place, *_of(claim, each).values()), []).append(each)
+    return sorted(found.values(), key=lambda same: (not any(t.fits for t in same), tokens_a_step(same[0].trial.params)))
+
+
+def _of(claim: FitsClaim, each: _Tried) -> dict[str, str]:
+    return {key: each.trial.params.get(key, "not recorded") for key in claim.told_by}
+
+
+def _varied(claim: FitsClaim, each: _Tried, tried: Sequence[_Tried]) -> dict[str, str]:
+    return {key: value for key, value in _of(claim, each).items() if any(_of(claim, t)[key] != value for t in tried)}
+
+
+def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> Seen:
+    settings = _settings({**claim.settings, **_varied(claim, same[0], tried)})
+    fitting = [each for each in same if each.fits]
+    short = [each for each in same if each.fits is False]
+    silent = [each for each in same if each.fits is None]
+    said = [f"fits into {claim.budget_gib:g} GiB ({_took(fitting)})"] if fitting else []
+    said += [f"needs more{' at other points' if fitting else ''} ({_took(short)})"] if short else []
+    said += [f"{_count(silent)} told nothing (batches not full, or other capacities)"] if silent else []
+    return Seen(
+        text=f"On {same[0].device} {settings}: {'; '.join(said)}.",
+        place=same[0].place,
+        regime="",
+        trials=tuple(each.trial.run_id for each in same),
+    )
+
+
+def _took(tried: Sequence[_Tried]) -> str:
+    """As in "peak of 8.8 to 8.9 GiB on the whole card in 12 trials; out of memory within an emulated 8 GiB in 1"."""
+    said = []
+    for limit, trials in _by_limit(each.trial for each in tried if each.trial.finished).items():
+        peaks = [gib for trial in trials if (gib := VRAM.of(trial)) is not None]
+        before = [trial.metrics["card/used_before_gib"] for trial in trials if "card/used_before_gib" in trial.metrics]
+        took = f"peak of {_range(peaks)} GiB{_before(before)}" if peaks else "finished"
+        said.append(f"{took} {limit} in {_count(trials)}")
+    for limit, trials in _by_limit(each.trial for each in tried if not each.trial.finished).items():
+        asked = [trial.metrics.get("out_of_memory/asked_gib") for trial in trials]
+        known = [gib for gib in asked if gib is not None]
+        more = f", asking for {_range(known)} GiB more" if known else ""
+        said.append(f"out of memory {limit} in {_count(trials)}{more}")
+    return "; ".join(said)
+
+
+def _before(gib: Sequence[float]) -> str:
+    return f", {_range(gib)} GiB of it held before the trial," if gib and max(gib) >= 0.01 else ""
+
+
+def _by_limit(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
+    """By how much memory they were given."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        limit = trial.params.get(LIMIT, "None")
+        memory = trial.tags.get("device.memory_gib")
+        whole = f"on the whole card of {float(memory):g} GiB" if memory else "on the whole card"
+        found.setdefault(whole if limit == "None" else f"within an emulated {float(limit):g} GiB", []).append(trial)
+    return found
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _count(trials: Sequence[object]) -> str:
+    return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+
+
+def _settings(settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
