@@ -216,17 +216,19 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
 
     Raises: RefusedInput when there is no local store; TrackingFailed when the store can't be had."""
     if uri is None:
-        database = Path("mlruns/mlflow.db").resolve()
-        if not database.is_file():
+        database: Path | None = Path("mlruns/mlflow.db").resolve()
+        if not database.is_file() or database.stat().st_size == 0:
             raise RefusedInput(
                 f"there is no store at {database}. Stand where the runs were made, or name their store with "
                 "--store URI."
             )
         uri = f"sqlite:///{database}"
-    file = database_of(uri)
-    if file is not None:
-        refuse_no_store(uri)
-        tables = _Tables(file)
+    else:
+        database = database_of(uri)
+        if database is not None:
+            refuse_no_store(uri)
+    if database is not None:
+        tables = _Tables(database)
         if tables.schema in KNOWN_SCHEMAS:
             return StoredRuns(uri, tables, experiment)
     return StoredRuns(uri, _Client(uri), experiment)
