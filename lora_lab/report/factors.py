@@ -72,7 +72,8 @@ class Design:
 
 
 def tied(points: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Settings whose effects these points can't tell apart, as far as effects add up; none for a full factorial.
+    """Settings whose effects these points can't tell apart, as far as effects add up: none in a full factorial, but for
+    the shape's.
 
     A point is a level for each setting. Where batch_size, grad_accum_steps or seq_len vary, "tokens a step" (its
     logarithm) is one more candidate. Main effects make a matrix: a column for each level of a setting but one. Its
@@ -87,7 +88,9 @@ def tied(points: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
     if not found:
         return []
     matrix = np.hstack([columns[name] for name in found])
-    null = linalg.null_space(matrix - matrix.mean(axis=0), rcond=1e-9)  # less the mean: less the intercept
+    matrix -= matrix.mean(axis=0)  # takes the intercept out
+    matrix /= np.linalg.norm(matrix, axis=0)
+    null = linalg.null_space(np.linalg.qr(matrix, mode="r"), rcond=1e-9)  # of the triangle: the same, and small
     shifts = np.abs(null @ null.T) > 1e-7  # the projection onto the null space is the same for every basis
     of = np.repeat(np.eye(len(found)), [columns[name].shape[1] for name in found], axis=0)
     _, label = csgraph.connected_components(of.T @ shifts @ of, directed=False)
@@ -288,7 +291,8 @@ def _factor(keys: _Keys, trials: Sequence[Trial], measured: Sequence[Trial], swe
         return [shape if key in SHAPE else order[key](trial.params.get(key, "None")) for key in keys]
 
     factor = Factor(name=_name(keys), keys=keys, levels=())
-    levels = tuple(dict.fromkeys(map(factor.level, sorted(trials, key=place))))
+    examples = {factor.level(trial): trial for trial in trials}
+    levels = sorted(examples, key=lambda level: place(examples[level]))
     have = Counter(factor.level(trial) for trial in measured)
     merged = len(_parts(keys, {})) > 1
     first = max(levels, key=lambda level: have[level] if merged else have[level] > 0)
@@ -353,10 +357,11 @@ def _from(factor: Factor, baseline: Mapping[str, str], trials: Sequence[Trial]) 
 
 def _answers(factor: Factor, trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
     """For each level what a baseline may name of it: the factor, each of its settings, the shape."""
+    examples = {factor.level(trial): trial.params for trial in trials}
     found = {}
-    for trial in sorted(trials, key=lambda trial: factor.levels.index(factor.level(trial))):
-        own = {key: trial.params.get(key, "None") for key in factor.keys}
-        found[factor.level(trial)] = own | _parts(factor.keys, trial.params) | {factor.name: factor.level(trial)}
+    for level in factor.levels:
+        own = {key: examples[level].get(key, "None") for key in factor.keys}
+        found[level] = own | _parts(factor.keys, examples[level]) | {factor.name: level}
     return found
 
 
