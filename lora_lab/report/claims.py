@@ -349,7 +349,7 @@ def _association_text(claim: AssociationClaim, slope: Estimate, more: Sequence[f
     )
     return (
         f"over {len(more)} points ({math.exp(max(more) - min(more)):.3g}-fold in {claim.more.title}) "
-        f"{claim.less.title} goes as {claim.more.title} to the power of {slope.value:.2f} "
+        f"{claim.less.title} goes as {claim.more.title} with the exponent {slope.value:.2f} "
         f"(95 %: {slope.low:.2f} to {slope.high:.2f}), {rank}."
     )
 
@@ -357,7 +357,7 @@ def _association_text(claim: AssociationClaim, slope: Estimate, more: Sequence[f
 def _meaning(claim: AssociationClaim) -> str:
     """What the slope tells."""
     product = "the power drawn" if (claim.more, claim.less) == (THROUGHPUT, ENERGY) else "their product"
-    return f"A power of -1 would mean that {product} is the same everywhere, nearer to 0 that it grows with {claim.more.title}."
+    return f"An exponent of -1 means that {product} is the same everywhere, nearer to 0 that it grows with the first."
 
 
 def _ids(trials: Iterable[Trial]) -> tuple[str, ...]:

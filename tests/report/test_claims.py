@@ -1,0 +1,371 @@
+"""Verdicts on planted trials: who may speak, what decides, and how large an effect was needed."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import trial
+
+from lora_lab.report.attribution import split
+from lora_lab.report.claims import (
+    CONFOUNDED,
+    CONTRADICTED,
+    NOT_TESTABLE,
+    SUPPORTED,
+    Verdict,
+    decide,
+    judge,
+    load_study,
+    needed,
+)
+from lora_lab.report.estimates import Estimate
+from lora_lab.report.factors import design
+from lora_lab.report.measures import ENERGY, THROUGHPUT
+from lora_lab.report.study import SHIPPED, Change, Study
+from lora_lab.report.trials import Trial, groups
+
+PAPER = SHIPPED / "arxiv_2509_12229.yaml"
+CARD = "NVIDIA GeForce RTX 4060"
+H100 = "NVIDIA H100 80GB HBM3"
+DECIDED = (SUPPORTED, CONTRADICTED)
+
+
+@functools.cache
+def paper() -> Study:
+    return load_study(PAPER)
+
+
+def verdict(claim: str, trials: Sequence[Trial]) -> Verdict:
+    return next(each for each in judge(paper(), groups(trials)) if each.claim == claim)
+
+
+SHAPES = (("1", "512"), ("1", "1024"), ("2", "512"))
+
+
+def constant(_: float) -> float:
+    return 100.0
+
+
+def grid(
+    effect: float = 0.0,
+    precision: float = 0.0,
+    *,
+    noise: float = 0.01,
+    repeats: int = 3,
+    watts: Callable[[float], float] = constant,
+    energy: bool = True,
+    **told: Any,
+) -> list[Trial]:
+    """Optimizer x precision x shape, where paged_adamw multiplies tokens/s by exp(effect), bf16 by exp(precision)."""
+    draw = random.Random(1)
+    made = []
+    for repeat, optimizer, dtype, (batch, seq) in itertools.product(
+        range(repeats), ("adamw", "paged_adamw"), ("fp16", "bf16"), SHAPES
+    ):
+        log_rate = math.log(500.0 * int(batch) * (1.2 if seq == "1024" else 1.0)) + draw.gauss(0, noise)
+        log_rate += effect * (optimizer == "paged_adamw") + precision * (dtype == "bf16")
+        rate = math.exp(log_rate)
+        metrics = {THROUGHPUT.key: rate} | ({ENERGY.key: watts(rate) / rate} if energy else {})
+        levels = {"optimizer": optimizer, "precision": dtype, "batch_size": batch, "seq_len": seq}
+        made.append(trial(metrics, repeat=repeat, gradient_checkpointing="True", **told, **levels))
+    return made
+
+
+def memory_trial(gib: float | None, **told: Any) -> Trial:
+    """One at 1x2048 with full batches that peaked at `gib`; None ran out of memory."""
+    told = {"batch_size": "1", "seq_len": "2048", "data__batching": "seq_len", "method__raise_to_fp32": "False"} | told
+    metrics = {"out_of_memory/asked_gib": 1.2} if gib is None else {"vram/peak_device_gib": gib}
+    outcome = "finished" if gib is not None else "out_of_memory"
+    tags = {"device.memory_gib": told.pop("memory", "79.6")}
+    return trial(metrics, outcome=outcome, tags=tags, gradient_checkpointing="True", **told)
+
+
+# Who may speak
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    effect=st.floats(-1, 1),
+    precision=st.floats(-1, 1),
+    where=st.sampled_from(
+        [
+            (H100, "host-bound"),
+            (H100, "GPU-bound"),
+            (CARD, "host-bound"),
+            (CARD, "mixed"),
+            (CARD, None),
+            (f"{CARD} Ti", "GPU-bound"),
+            (f"{CARD} Laptop GPU", "GPU-bound"),
+        ]
+    ),
+)
+def test_no_other_card_and_no_other_regime_can_speak_for_the_speed_of_this_card(
+    effect: float, precision: float, where: tuple[str, str | None]
+) -> None:
+    trials = grid(effect, precision, repeats=2, device=where[0], regime=where[1])
+    for claim in ("paged_adamw", "bf16"):
+        found = verdict(claim, trials)
+        assert found.verdict == CONFOUNDED
+        assert found.seen, "what they show is listed all the same"
+        assert CARD in found.why
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "smollm2_135m"}, {"method": "lora"}, {"gradient_checkpointing": "False"}],
+    ids=["model", "method", "checkpointing"],
+)
+def test_trials_of_another_model_or_method_show_nothing(other: dict[str, str]) -> None:
+    trials = [
+        dataclasses.replace(each, params={**each.params, **other})
+        for each in grid(0.2, device=CARD, regime="GPU-bound")
+    ]
+    assert all(not each.seen and each.verdict not in DECIDED for each in judge(paper(), groups(trials)))
+
+
+def test_without_trials_nothing_is_decided() -> None:
+    assert [each.verdict for each in judge(paper(), [])] == [CONFOUNDED, CONFOUNDED, NOT_TESTABLE, NOT_TESTABLE]
+
+
+def test_evidence_of_others_is_listed_beside_that_of_the_card_and_changes_no_verdict() -> None:
+    own = grid(0.2, device=CARD, regime="GPU-bound")
+    other = grid(-0.5, device=H100, unit="GPU-2", regime="host-bound")
+    found = verdict("paged_adamw", own + other)
+    assert found.verdict == SUPPORTED
+    assert {(seen.place.split(" (")[0], seen.regime) for seen in found.seen} == {
+        (CARD, "GPU-bound"),
+        (H100, "host-bound"),
+    }
+    by_regime = {seen.regime: set(seen.trials) for seen in found.seen}
+    assert by_regime["GPU-bound"] == {each.run_id for each in own}
+    assert by_regime["host-bound"] == {each.run_id for each in other}
+
+
+def test_two_cards_of_the_same_name_that_disagree_decide_nothing() -> None:
+    one, other = (grid(effect, device=CARD, unit=unit) for effect, unit in ((0.2, "GPU-1"), (-0.1, "GPU-2")))
+    found = verdict("paged_adamw", one + other)
+    assert found.verdict == CONFOUNDED
+    assert "disagree" in found.why
+
+
+# What decides: an effect
+
+
+@settings(max_examples=15, deadline=None)
+@given(effect=st.floats(-0.5, 0.5))
+def test_an_owner_of_the_card_gets_the_verdict_that_the_effect_deserves(effect: float) -> None:
+    found = verdict("paged_adamw", grid(effect, device=CARD))
+    least = math.log(1.12)
+    if abs(effect - least) > 0.02:
+        assert found.verdict == (SUPPORTED if effect > least else CONTRADICTED)
+    estimate = found.seen[0].estimate
+    assert estimate is not None
+    assert abs(estimate.value - effect) < 0.02
+
+
+def test_too_noisy_to_see_the_claimed_effect_decides_nothing() -> None:
+    found = verdict("paged_adamw", grid(0.05, noise=0.8, device=CARD))
+    assert found.verdict == CONFOUNDED
+    assert "could have been missed" in found.why
+
+
+def test_single_trials_decide_nothing() -> None:
+    trials = [each for each in grid(0.3, repeats=1, device=CARD) if each.params["precision"] == "fp16"]
+    pair = [each for each in trials if (each.params["batch_size"], each.params["seq_len"]) == ("1", "512")]
+    assert len(pair) == 2
+    assert verdict("paged_adamw", pair).verdict == CONFOUNDED
+
+
+def test_what_the_trials_themselves_cannot_tell_apart_decides_nothing() -> None:
+    trials = [
+        each
+        for each in grid(0.2, device=CARD)
+        if (each.params["optimizer"], each.params["precision"]) in (("adamw", "fp16"), ("paged_adamw", "bf16"))
+    ]
+    found = verdict("paged_adamw", trials)
+    assert found.verdict == CONFOUNDED
+    assert "cannot be told from" in found.seen[0].text
+
+
+@pytest.mark.parametrize(
+    ("precision", "watts", "word"),
+    [
+        (-0.1, constant, SUPPORTED),
+        (0.1, constant, CONTRADICTED),
+        (-0.1, lambda rate: rate * rate / 2500, CONTRADICTED),  # slower and thriftier
+        (0.0, constant, CONFOUNDED),
+    ],
+)
+def test_slower_and_hungrier_needs_both(precision: float, watts: Callable[[float], float], word: str) -> None:
+    assert verdict("bf16", grid(precision=precision, noise=0.02, watts=watts, device=CARD)).verdict == word
+
+
+def test_half_of_a_claim_without_figures_leaves_it_undecided() -> None:
+    assert verdict("bf16", grid(precision=-0.1, energy=False, device=CARD)).verdict == CONFOUNDED
+
+
+INTERVALS = st.tuples(st.floats(-1, 1), st.floats(0, 1), st.floats(0.01, 2))
+RATIOS = st.sampled_from([(1.25, 1.12), (1.25, 1.25), (0.8, 0.9), (0.8, 0.8)])
+
+
+@given(INTERVALS, RATIOS)
+def test_no_interval_that_holds_the_claimed_size_contradicts_and_none_beyond_zero_supports(
+    told: tuple[float, float, float], ratios: tuple[float, float]
+) -> None:
+    value, reach, detectable = told
+    claimed = Change(measure=THROUGHPUT, sign=1 if ratios[0] > 1 else -1, ratio=ratios[0], least_ratio=ratios[1])
+    found = Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
+    word = decide(claimed, found)
+    if value - reach <= math.log(ratios[0]) <= value + reach:
+        assert word != CONTRADICTED
+    if found.seen is False or claimed.sign * value < 0:
+        assert word != SUPPORTED
+    if found.seen is False and detectable > abs(math.log(ratios[0])):
+        assert word is None
+    mirrored = dataclasses.replace(claimed, sign=-claimed.sign, ratio=1 / ratios[0], least_ratio=1 / ratios[1])
+    assert (
+        decide(mirrored, Estimate(value=-value, low=-value - reach, high=-value + reach, detectable=detectable)) == word
+    )
+
+
+# What decides: memory
+
+
+@pytest.mark.parametrize(
+    ("trials", "word"),
+    [
+        ([{"gib": 7.1}], SUPPORTED),
+        ([{"gib": 8.3, "vram_limit_gib": "8.0"}], SUPPORTED),
+        ([{"gib": 8.9}], CONTRADICTED),
+        ([{"gib": None, "vram_limit_gib": "8.0"}], CONTRADICTED),
+        ([{"gib": None, "vram_limit_gib": "6.0"}], NOT_TESTABLE),
+        ([{"gib": 7.1, "seq_len": "1024"}], NOT_TESTABLE),
+        ([{"gib": 7.1, "data__batching": "longest"}], NOT_TESTABLE),
+        ([{"gib": 7.9, "device": CARD, "memory": "8.0"}], SUPPORTED),
+        ([{"gib": None, "device": CARD, "memory": "8.0"}], CONTRADICTED),
+        ([{"gib": 7.1}, {"gib": None, "vram_limit_gib": "8.0", "batch_size": "2"}], SUPPORTED),
+    ],
+)
+def test_whether_it_fits(trials: list[dict[str, Any]], word: str) -> None:
+    assert verdict("seq_2048", [memory_trial(**told) for told in trials]).verdict == word
+
+
+def test_full_batches_are_known_by_their_slots_where_they_were_counted() -> None:
+    def slots(share: float) -> Trial:
+        made = memory_trial(7.0, data__batching="longest")
+        counted = {"throughput/slots_per_second": share * 4096, "throughput/steps_per_second": 2.0}
+        return dataclasses.replace(made, metrics={**made.metrics, **counted})
+
+    assert verdict("seq_2048", [slots(1.0)]).verdict == SUPPORTED
+    assert verdict("seq_2048", [slots(0.3)]).verdict == NOT_TESTABLE
+
+
+def test_seq_2048_fits_and_the_papers_own_run_does_not_and_both_are_said() -> None:
+    own = {"optimizer": "paged_adamw", "precision": "fp16"}
+    fits = memory_trial(8.29, vram_limit_gib="8.0", **own)
+    raised = memory_trial(None, vram_limit_gib="8.0", method__raise_to_fp32="True", **own)
+    run_2 = memory_trial(None, vram_limit_gib="8.0", batch_size="2", **own)
+    found = verdict("seq_2048", [fits, raised, run_2])
+    assert found.verdict == SUPPORTED
+    assert "batch_size=1, method.raise_to_fp32=False" in found.why
+    assert "run 2 itself" in found.why
+    assert "did not fit" in found.why
+    told = {seen.trials: seen.text for seen in found.seen}
+    assert "fits into 8 GiB" in told[fits.run_id,]
+    assert all("needs more" in told[each.run_id,] for each in (raised, run_2))
+    assert "8.06 GB" in found.original
+
+
+# What decides: an association
+
+
+@pytest.mark.parametrize(
+    ("power", "word"), [(0.0, SUPPORTED), (0.5, SUPPORTED), (1.5, CONTRADICTED)], ids=["constant", "grows", "soars"]
+)
+def test_energy_against_speed_is_judged_by_the_slope(power: float, word: str) -> None:
+    found = verdict("faster_is_thriftier", grid(0.1, device=H100, regime="host-bound", watts=lambda rate: rate**power))
+    assert found.verdict == word
+    estimate = found.seen[0].estimate
+    assert estimate is not None
+    assert estimate.value == pytest.approx(power - 1, abs=0.02)
+    assert "by definition" in found.original
+
+
+def test_a_general_statement_falls_with_one_counterexample() -> None:
+    one = grid(device=H100, regime="host-bound")
+    other = grid(device=CARD, unit="GPU-2", watts=lambda rate: rate**1.5)
+    found = verdict("faster_is_thriftier", one + other)
+    assert found.verdict == CONTRADICTED
+    assert "Otherwise: host-bound" in found.why
+
+
+def test_without_relation_and_with_few_points_nothing_is_decided() -> None:
+    draw = random.Random(2)
+    loose = grid(watts=lambda rate: rate * math.exp(draw.gauss(0, 1)))
+    assert verdict("faster_is_thriftier", loose).verdict == NOT_TESTABLE
+    few = [each for each in grid() if each.params["seq_len"] == "1024" and each.params["precision"] == "fp16"]
+    assert verdict("faster_is_thriftier", few).verdict == NOT_TESTABLE
+
+
+# How large an effect was needed
+
+
+def planted_split(shape_effect: float, regime: str, noise: float = 0.01) -> Any:
+    draw = random.Random(3)
+    trials = [
+        trial(
+            {
+                measure.key: 500 * math.exp(shape_effect * (batch == "2") + draw.gauss(0, noise))
+                for measure in (THROUGHPUT, ENERGY)
+            },
+            repeat=repeat,
+            optimizer=optimizer,
+            batch_size=batch,
+            seq_len=seq,
+            regime=regime,
+        )
+        for repeat in range(3)
+        for optimizer in ("adamw", "paged_adamw")
+        for batch, seq in (("1", "512"), ("2", "2048"))
+    ]
+    ends = [{"optimizer": "adamw", "shape": "1x512"}, {"optimizer": "paged_adamw", "shape": "2x2048"}]
+    return lambda measure: split(trials, design(trials).factors, measure, *ends)
+
+
+@settings(max_examples=10, deadline=None)
+@given(shape_effect=st.floats(-1, 3))
+def test_what_the_optimizer_would_have_had_to_do_is_what_the_shape_leaves(shape_effect: float) -> None:
+    study = paper()
+    found = needed(study, study.claims[0], planted_split(shape_effect, "host-bound")(THROUGHPUT))
+    assert found is not None
+    truth = math.log(628 / 500) - shape_effect
+    assert found.estimate.value == pytest.approx(truth, abs=0.03)
+    assert found.estimate.low is not None
+    assert found.estimate.high is not None
+    assert found.estimate.low < found.estimate.value < found.estimate.high
+    assert found.step_ms == pytest.approx(1024)
+    assert found.alone_ms == pytest.approx(208.7, abs=0.1)
+    assert "cannot be carried to" in found.text
+
+
+def test_in_the_papers_regime_the_number_is_not_denied() -> None:
+    study = paper()
+    found = needed(study, study.claims[0], planted_split(0.1, "GPU-bound")(THROUGHPUT))
+    assert found is not None
+    assert found.regime == "GPU-bound"
+    assert "cannot be carried" not in found.text
+    assert "209 ms of run 1's step of 1,024 ms" in found.text
+
+
+def test_other_measures_and_other_claims_need_no_effect() -> None:
+    study = paper()
+    made = planted_split(0.1, "GPU-bound")
+    assert needed(study, study.claims[0], made(ENERGY)) is None
+    assert all(needed(study, claim, made(THROUGHPUT)) is None for claim in study.claims[1:])
