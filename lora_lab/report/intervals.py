@@ -11,7 +11,7 @@ from lora_lab.report.attribution import Part, Split
 from lora_lab.report.contrasts import Contrast
 from lora_lab.report.estimates import Estimate, percent
 from lora_lab.report.factors import Factor
-from lora_lab.report.labels import count, level_text
+from lora_lab.report.labels import count, level_text, regime_text
 from lora_lab.report.measures import Measure
 from lora_lab.report.words import told
 
@@ -157,7 +157,7 @@ def _forest(by_factor: Mapping[Factor, Sequence[Contrast]], measure: Measure, *,
 
 def _contrast_notes(contrast: Contrast) -> tuple[str, ...]:
     pairs, cells = count(contrast.pairs, "pair"), count(contrast.cells, "setting")
-    notes = [f"{contrast.regime}, {pairs} in {cells} of the rest"]
+    notes = [f"{regime_text(contrast.regime)}, {pairs} in {cells} of the rest"]
     if contrast.interval_over == "settings":
         notes.append("no repeats: the interval holds how the effect differs between settings, too")
     return (*notes, *(f"ran differently besides: {text}" for text in contrast.also_changed))

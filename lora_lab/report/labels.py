@@ -42,6 +42,11 @@ def levels_text(
     return " ".join(told)
 
 
+def regime_text(regime: str) -> str:
+    """A regime that can stand alone."""
+    return "regime not known" if regime == "not known" else regime
+
+
 def outcome_text(outcome: str) -> str:
     """An outcome in words."""
     return outcome.replace("_", " ")

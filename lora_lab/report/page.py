@@ -15,7 +15,7 @@ from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.front import Point
 from lora_lab.report.heat_map import HeatMap, heat_map
 from lora_lab.report.intervals import Bars, forests, waterfall
-from lora_lab.report.labels import count, level_text, levels_text, outcome_text, usual_levels
+from lora_lab.report.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.memory import Fit
 from lora_lab.report.model import FactorialModel
@@ -83,7 +83,7 @@ class Part:
 
     def name(self, levels: Mapping[str, str]) -> str:
         """A point's name."""
-        return levels_text(levels, self.found.design.factors, self.usual) or "usual settings"
+        return _name(levels, self.found.design.factors, self.usual)
 
     @property
     def many(self) -> bool:
@@ -112,7 +112,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"typeset": typeset, "outcome": outcome_text, "breaks": breaks}
+    environment.filters |= {"typeset": typeset, "outcome": outcome_text, "breaks": breaks, "regime": regime_text}
     environment.globals |= {
         "count": count,
         "told": told,
@@ -191,15 +191,19 @@ def _how_sure(found: GroupFindings) -> str:
     return f"{measured_text}: {spread}{intervals}{sure}."
 
 
+def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:
+    return levels_text(levels, factors, usual) or ("usual settings" if factors else "the one point")
+
+
 def _regimes_text(regimes: Mapping[str, str]) -> str:
     if len(set(regimes.values())) == 1:
-        return f"All points that this rests on were {next(iter(regimes.values()))}."
+        return f"All points that this rests on: {regime_text(next(iter(regimes.values())))}."
     return "Regimes: " + "; ".join(f"{corner} {regime}" for corner, regime in regimes.items()) + "."
 
 
 def _pictures(found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], number: int) -> list[Picture]:
     def name(point: Point) -> str:
-        return levels_text(point.levels, factors, usual) or "usual settings"
+        return _name(point.levels, factors, usual)
 
     made = []
     for measure in MEASURES:
@@ -236,13 +240,19 @@ def _fits_by_others(fits: Sequence[Fit], budgets: Sequence[float]) -> list[tuple
 def _folders(
     found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], timelines: Timelines
 ) -> list[Folder]:
-    by_point = [(levels_text(p.levels, factors, usual) or "usual settings", p.trials) for p in found.points]
+    by_point = [(_name(p.levels, factors, usual), p.trials) for p in found.points]
     shown = {trial.run_id for _, trials in by_point for trial in trials}
     rest = tuple(each.trial for each in found.group.excluded if each.trial.run_id not in shown)
     return [
         Folder(label=label, trials=tuple((trial, timeline(trial, timelines.get(trial.run_id, {}))) for trial in trials))
         for label, trials in [*by_point, *([("left out", rest)] if rest else [])]
     ]
+
+
+def _changes_text(dirty: bool, tags: Sequence[Mapping[str, str]]) -> str:
+    if dirty:
+        return "yes: no commit holds the code that ran"
+    return "none" if all("dirty" in each for each in tags) else "not recorded"
 
 
 def _environment(found: GroupFindings) -> list[tuple[str, str]]:
@@ -265,7 +275,7 @@ def _environment(found: GroupFindings) -> list[tuple[str, str]]:
         ("lora_lab", values("version.lora_lab")),
         ("commit", values("commit")),
         ("code digest", place.code),
-        ("uncommitted changes", "yes: no commit holds the code that ran" if place.dirty else "none"),
+        ("uncommitted changes", _changes_text(place.dirty, tags)),
         ("host", values("process.host")),
         ("CPU", values("machine.cpu")),
         *((name, values(key, unit)) for name, key, unit in host),

@@ -95,9 +95,9 @@ def _draw_points(axes: Any, points: Sequence[Point], one: Measure, other: Measur
 def _draw_front(axes: Any, front: Sequence[Point], one: Measure, other: Measure) -> None:
     """A staircase: between two of its points nothing is reached but what the lesser of them reaches."""
     ends = sorted((point.figures[other.name][0], point.figures[one.name][0]) for point in front)
-    cheaper = other.better is Better.lower
-    where = "steps-post" if cheaper else "steps-pre"
-    axes.plot(*zip(*ends, strict=True), color=_INK, linewidth=1.1, drawstyle=where, zorder=1) if ends else None
+    if ends:
+        where = "steps-post" if other.better is Better.lower else "steps-pre"
+        axes.plot(*zip(*ends, strict=True), color=_INK, linewidth=1.1, drawstyle=where, zorder=1)
     for x, y in ends:
         axes.plot(
             [x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=_INK, markeredgewidth=1, zorder=4
