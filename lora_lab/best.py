@@ -1,0 +1,88 @@
+"""Which configuration to use, of those that were measured: python -m lora_lab.best --vram 8 --objective energy
+
+Exit code 0 with an answer, 1 when nothing that was measured fits, 2 when nothing is measured or what was asked can't be
+told from it.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lora_lab.config import RefusedInput
+from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.report.choice import Wish, choose
+from lora_lab.report.choice_display import show_choice
+from lora_lab.report.measures import MEASURES
+from lora_lab.stored_runs import open_store
+from lora_lab.tracking import TrackingFailed
+
+EXIT_NOTHING_FITS = 1
+
+_BY_NAME = {measure.name: measure for measure in MEASURES}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    asked = _parser().parse_args(arguments)
+    wish = Wish(
+        objective=_BY_NAME[asked.objective],
+        vram_gib=asked.vram,
+        max_loss_increase=asked.max_loss_increase,
+        model=asked.model,
+        card=asked.card,
+    )
+    try:
+        store = open_store(asked.store)
+        trials, _ = store.of(asked.sweep) if asked.sweep else store.runs()
+        choice = choose(trials, wish)
+    except (RefusedInput, TrackingFailed) as refusal:
+        print(refusal, file=sys.stderr)
+        return EXIT_REFUSED
+    show_choice(choice, Console())
+    return EXIT_NOTHING_FITS if choice.best is None else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lora_lab.best", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--objective",
+        choices=list(_BY_NAME),
+        default="throughput",
+        help="what it is to be best in (default: %(default)s)",
+    )
+    parser.add_argument("--vram", metavar="GIB", type=_gib, help="what the card's memory may hold at most, in GiB")
+    parser.add_argument(
+        "--max-loss-increase",
+        metavar="SHARE",
+        type=_share,
+        help="how far above the lowest held-out loss it may be: 1%% or 0.01",
+    )
+    parser.add_argument("--model", metavar="NAME", help="of which model (default: that of the newest trial)")
+    parser.add_argument("--card", metavar="NAME", help="on which card: part of its name, or a UUID's beginning")
+    parser.add_argument(
+        "--sweep", metavar="ID", nargs="+", action="extend", help="only these sweeps, or trials (ids in the store)"
+    )
+    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    return parser
+
+
+def _gib(text: str) -> float:
+    """A budget; argparse tells of a ValueError in its own words."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB)?", text, re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no size in GiB, as 8 or 7.5 would be")
+    return float(number[1])
+
+
+def _share(text: str) -> float:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text} is no share, as 1% or 0.01 would be")
+    return float(number[1]) / (100 if number[2] else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

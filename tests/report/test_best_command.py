@@ -1,0 +1,107 @@
+"""python -m lora_lab.best on a store, end to end."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from planted import trial
+
+from lora_lab import best
+from lora_lab.config import TrackingConfig
+from lora_lab.records import Record
+from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
+from lora_lab.report.trials import Trial
+from lora_lab.tracking import open_tracker
+
+
+def record(of: Trial) -> Record:
+    fields = {name: getattr(of, name) for name in ("name", "outcome", "started_ms")}
+    return Record(
+        id=of.run_id,
+        parent=of.sweep,
+        params=dict(of.params),
+        metrics=dict(of.metrics),
+        tags={**of.tags, "outcome": of.outcome},
+        ended_ms=of.started_ms + 60_000,
+        **fields,
+    )
+
+
+def figures(rate: float, gib: float) -> dict[str, float]:
+    return {THROUGHPUT.key: rate, ENERGY.key: 100 / rate, VRAM.key: gib}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sweep of two points with two repeats, and an older trial of another model."""
+    root = tmp_path_factory.mktemp("best")
+    tracker = open_tracker(TrackingConfig(root=str(root)))
+    small = trial(figures(5000.0, 1.0), sweep=None, model="smollm2_135m")
+    sweep = Record(
+        id="a" * 32,
+        is_sweep=True,
+        name="sweep of batch_size",
+        params={"points": "2", "trials": "4"},
+        outcome="finished",
+        tags={"outcome": "finished"},
+    )
+    tracker.deliver(record(small), [])
+    tracker.deliver(sweep, [])
+    for batch, rate, gib in (("1", 1000.0, 6.0), ("2", 1500.0, 9.0)):
+        for repeat in range(2):
+            one = trial(figures(rate + repeat, gib), sweep=sweep.id, repeat=repeat, batch_size=batch)
+            tracker.deliver(record(dataclasses.replace(one, started_ms=one.started_ms + 10_000)), [])
+    return f"sqlite:///{root}/mlflow.db"
+
+
+def run(store: str, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> tuple[int, str, str]:
+    code = best.main([*arguments, "--store", store])
+    said = capsys.readouterr()
+    return code, " ".join(said.out.split()), said.err
+
+
+def test_it_answers_within_the_budget(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(store, capsys, ["--vram", "8", "--objective", "energy"])
+    assert code == 0
+    assert "0.1000 J/token" in out
+    assert "batch_size=1" in out
+    assert "1 configuration beyond 8 GiB" in out
+    code, out, _ = run(store, capsys, [])
+    assert code == 0
+    assert "1,500 tokens/s" in out
+    assert "--model smollm2_135m" in out
+
+
+def test_model_and_sweep_choose(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "5,000 tokens/s" in run(store, capsys, ["--model", "smollm2_135m"])[1]
+    code, out, _ = run(store, capsys, ["--sweep", "aaaaaaaa"])
+    assert code == 0
+    assert "smollm2" not in out
+
+
+def test_codes_for_nothing_that_fits_and_for_what_cannot_be_told(
+    store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(store, capsys, ["--vram", "4"])
+    assert code == 1
+    assert "6.00 GiB" in out
+    assert "vram_limit_gib=4" in out
+    code, _, err = run(store, capsys, ["--card", "4060"])
+    assert code == 2
+    assert "H100" in err
+    code, _, err = run(store, capsys, ["--sweep", "bbbb"])
+    assert code == 2
+    monkeypatch.chdir(tmp_path)
+    assert best.main([]) == 2
+    assert "there is no store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--vram", "0"], ["--vram", "8 GB"], ["--max-loss-increase", "-1%"], ["--objective", "speed"]]
+)
+def test_what_cannot_be_meant_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        best.main(arguments)
+    assert left.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

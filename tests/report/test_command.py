@@ -1,0 +1,113 @@
+"""The printed command composes to the settings it was made of."""
+
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_lab.compose import CONF, GROUPS, load, register_schema
+from lora_lab.config import TrialConfig
+from lora_lab.fingerprint import point_digest
+from lora_lab.records import params
+from lora_lab.report.command import command
+
+
+def composed(words: list[str]) -> tuple[TrialConfig, dict[str, str]]:
+    """The config, and what a record would hold of it."""
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        found = compose("config", overrides=words, return_hydra_config=True)
+        HydraConfig.instance().set_config(found)
+        choices = {group: str(found.hydra.runtime.choices[group]) for group in GROUPS}
+        del found._content["hydra"]  # type: ignore[union-attr]  # as hydra.main does before it calls the job
+        config = load(found)
+    return config, params(config, choices)
+
+
+def assert_comes_back(words: list[str]) -> str:
+    config, recorded = composed(words)
+    written = command(recorded)
+    again, _ = composed(shlex.split(written)[3:])
+    config.seed = again.seed = 0
+    assert point_digest(again) == point_digest(config), written
+    return written
+
+
+OPTIONS = sorted((path.parent.name, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+NEEDED = {
+    ("data", "jsonl"): ["data.path=rows.jsonl"],
+    ("model", "hub"): ["model.id=owner/name"],
+    ("model", "local"): ["model.path=here"],
+    ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids="=".join)
+def test_every_option_comes_back_by_its_name(option: tuple[str, str]) -> None:
+    needed = NEEDED.get(option, [])
+    written = assert_comes_back(["=".join(option), *needed])
+    fixed = [] if option[0] == "tracking" else ["=".join(option), *needed]
+    assert set(shlex.split(written)[3:]) <= set(fixed), "nothing but what was asked for"
+
+
+SETTINGS = [
+    st.tuples(st.just("batch_size"), st.integers(1, 64)),
+    st.tuples(st.just("seq_len"), st.sampled_from([128, 512, 2048])),
+    st.tuples(st.just("learning_rate"), st.sampled_from(["1e-5", "0.001", "3"])),
+    st.tuples(st.just("method.rank"), st.integers(1, 64)),
+    st.tuples(st.just("method.target_modules"), st.sampled_from(["[q_proj,v_proj]", "[all-linear]", "['a b']"])),
+    st.tuples(st.just("optimizer"), st.sampled_from(["paged_adamw", "adafactor"])),
+    st.tuples(st.just("model.revision"), st.sampled_from(["12e4", "007", "main", "'it\\'s'", "null", "'true'"])),
+    st.tuples(st.just("model.architecture.rms_norm_eps"), st.sampled_from(["1e-6", "0.5"])),
+    st.tuples(st.just("+model.architecture.head_dim"), st.integers(1, 64)),
+    st.tuples(st.just("vram_limit_gib"), st.sampled_from(["8", "7.5", "null"])),
+    st.tuples(st.just("capacity"), st.sampled_from(["8gib", "12gib"])),
+    st.tuples(st.just("gradient_checkpointing"), st.booleans()),
+    st.tuples(st.just("measure"), st.just("quick")),
+    st.tuples(st.just("measure.steps"), st.integers(1, 100)),
+    st.tuples(st.just("measure.price_per_kwh"), st.just(0.3)),
+    st.tuples(st.just("data.columns.output"), st.sampled_from(["answer", "'the answer'", "2"])),
+    st.tuples(st.just("seed"), st.integers(0, 9)),
+    st.tuples(st.just("timeout_minutes"), st.integers(1, 9)),
+    st.tuples(st.just("tracking"), st.just("none")),
+]
+
+
+@settings(max_examples=12)
+@given(st.lists(st.one_of(SETTINGS), max_size=8, unique_by=lambda pair: pair[0]))
+def test_any_settings_come_back(asked: list[tuple[str, object]]) -> None:
+    assert_comes_back([f"{key}={value}" for key, value in asked])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.optim=null", "optimizer.target=torch.optim.SGD", "+optimizer.args.momentum=0.9"],
+        ["optimizer.optim=null", "optimizer.target=torch.optim.SGD", "+optimizer.args.betas=[0.9,0.99]"],
+        ["model.weights=random", "model=llama3_2_1b", "~model.architecture.head_dim"],
+        ["model.architecture.rope_parameters.rope_theta=2e4", "+model.architecture.kinds={a:1.5,b:default}"],
+        ["model.architecture=null", "model.package=null", "model=hub", "model.id=a/b"],
+        ["data=jsonl", "data.path='my rows, here\\'s one.jsonl'"],
+    ],
+)
+def test_dictionaries_and_odd_text_come_back(words: list[str]) -> None:
+    assert_comes_back(words)
+
+
+def test_a_preset_is_not_started_again() -> None:
+    """The command line of a trial of a sweep names its preset, which would run the sweep."""
+    _, recorded = composed(["sweep=paper_factorial", "optimizer=adamw", "batch_size=2", "repeats=3", "data.rows=128"])
+    written = command(recorded)
+    assert "sweep" not in written
+    assert "repeats" not in written
+    assert "method.raise_to_fp32=true" in written
+
+
+def test_an_option_that_is_not_here_leaves_the_recorded_line() -> None:
+    _, recorded = composed([])
+    assert command(recorded | {"optimizer": "mine"}, "python -m lora_lab optimizer=mine") == (
+        "python -m lora_lab optimizer=mine"
+    )
