@@ -306,9 +306,8 @@ def _paired(
     """Run ids of the trials that the contrast is made of: of one setting of everything else, and of both levels."""
     found = [figure.trial for figure in figures(sides, contrast.measure)]
     own = [factor for factor in factors if factor.name == contrast.factor]
-    others = [factor for factor in factors if factor.name != contrast.factor]
     cells: dict[tuple[str, ...], list[Trial]] = {}
-    for trial, setting in zip(found, settings_besides(found, own, others), strict=True):
+    for trial, setting in zip(found, settings_besides(found, own), strict=True):
         cells.setdefault(setting, []).append(trial)
     both = [cell for cell in cells.values() if len({trial.params[claim.factor] for trial in cell}) == 2]
     return _ids(trial for cell in both if regime_of(cell) == contrast.regime for trial in cell)

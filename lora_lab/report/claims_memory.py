@@ -4,7 +4,8 @@ Trials with the claim's settings are put together by point (all else equal; an e
 lora_lab.report.memory says of each point whether it fits: the same judgement as in the report's table of budgets.
 Trials whose batches were not full are passed over: shorter rows need less, and say nothing of full ones.
 
-Supported where any point fits; contradicted where some were tried and none does.
+Supported where any point fits; contradicted where none does and a run of the study's own is among those tried: that
+something else needs more says nothing of it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
     """Judge one claim by trials with the settings that all of the study's runs share."""
     places = [group for group in groups if claim.evidence == ANY_CARD or group.place.device == study.card]
     tried = [each for group in places for each in _tried(claim, group)]
-    word, why = _word(claim, tried)
+    word, why = _word(study, claim, tried)
     if word != NOT_TESTABLE:
         why = " ".join([why, *_own_runs(study, claim, tried), _assumed(claim, tried)])
     return Verdict(
@@ -80,7 +81,7 @@ def _has(trial: Trial, settings: Mapping[str, str]) -> bool:
     return all(trial.params.get(key) == value for key, value in settings.items())
 
 
-def _word(claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str, str]:
+def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str, str]:
     what = _settings(claim.settings)
     fitting = [each for each in tried if each.fits]
     short = [each for each in tried if each.fits is False]
@@ -88,9 +89,16 @@ def _word(claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str, str]:
         ways = dict.fromkeys(_settings(_varied(claim, each, tried)) for each in fitting)
         how = f" with {'; or with '.join(way for way in ways if way)}" if any(ways) else ""
         return SUPPORTED, f"{what} fits into {claim.budget_gib:g} GiB{how} ({_took(fitting)})."
-    if short:
+    own = [each for each in short if any(_has(each.trial, study.settings(name)) for name in claim.runs)]
+    if own:
         took = _took(short)
         return CONTRADICTED, f"Everything tried with {what} needed more than {claim.budget_gib:g} GiB ({took})."
+    if short:
+        took = _took(short)
+        why = (
+            f"What was tried with {what} needed more than {claim.budget_gib:g} GiB ({took}), but a run of the original"
+        )
+        return NOT_TESTABLE, f"{why} was not among it."
     lack = f"No trial at hand with {what} tells whether it fits into {claim.budget_gib:g} GiB"
     return NOT_TESTABLE, lack + (": none filled its batches on a card or capacity that shows it." if tried else ".")
 

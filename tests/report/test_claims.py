@@ -237,19 +237,25 @@ def test_no_interval_that_holds_the_claimed_size_contradicts_and_none_beyond_zer
 
 # What decides: memory
 
+RUN_2 = {"optimizer": "paged_adamw", "batch_size": "2"}
+"""What the study's run 2 has beside memory_trial's settings."""
+
 
 @pytest.mark.parametrize(
     ("trials", "word"),
     [
         ([{"gib": 7.1}], SUPPORTED),
         ([{"gib": 8.3, "vram_limit_gib": "8.0"}], SUPPORTED),
-        ([{"gib": 8.9}], CONTRADICTED),
-        ([{"gib": None, "vram_limit_gib": "8.0"}], CONTRADICTED),
+        ([{"gib": 8.9, **RUN_2}], CONTRADICTED),
+        ([{"gib": 8.9}], NOT_TESTABLE),  # that another run needs more says nothing of the study's
+        ([{"gib": None, "vram_limit_gib": "8.0", **RUN_2}], CONTRADICTED),
+        ([{"gib": None, "vram_limit_gib": "8.0"}], NOT_TESTABLE),
+        ([{"gib": 7.1}, {"gib": 8.9, **RUN_2}], SUPPORTED),
         ([{"gib": None, "vram_limit_gib": "6.0"}], NOT_TESTABLE),
         ([{"gib": 7.1, "seq_len": "1024"}], NOT_TESTABLE),
         ([{"gib": 7.1, "data__batching": "longest"}], NOT_TESTABLE),
         ([{"gib": 7.9, "device": CARD, "memory": "8.0"}], SUPPORTED),
-        ([{"gib": None, "device": CARD, "memory": "8.0"}], CONTRADICTED),
+        ([{"gib": None, "device": CARD, "memory": "8.0", **RUN_2}], CONTRADICTED),
         ([{"gib": 7.1}, {"gib": None, "vram_limit_gib": "8.0", "batch_size": "2"}], SUPPORTED),
     ],
 )

@@ -1,0 +1,147 @@
+"""What a sweep found: python -m lora_lab.report [--sweep ID ...]
+
+Reads runs back from MLflow, says what they show in the terminal, writes report.html and keeps it with the sweep's run.
+With --against, two sweeps or two trials are compared in place of that; the exit code is 1 if something got worse.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_lab import __version__
+from lora_lab.config import RefusedInput
+from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.report.against import compare, exit_code
+from lora_lab.report.against_display import show as show_comparison
+from lora_lab.report.findings import Findings, Question, find
+from lora_lab.report.page import write_page
+from lora_lab.report.study import load_study, shipped
+from lora_lab.report.terminal import show
+from lora_lab.report.trials import Sweep, Trial
+from lora_lab.stored_runs import StoredRuns, open_store
+from lora_lab.tracking import TrackingFailed
+
+_WIDE = 160
+"""Columns of a terminal report that goes into a file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 0; with --against 1 when something got worse beyond noise, 3 when nothing could be told;
+    2 when what was asked for can't be had."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    asked = _parser().parse_args(given)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
+    try:
+        store = open_store(asked.store, asked.experiment)
+        trials, sweeps = store.of(asked.sweep) if asked.sweep else store.last_sweep()
+        if asked.against:
+            comparison = compare((trials, sweeps), store.of([asked.against]), asked.tolerance)
+            show_comparison(comparison, console)
+            return exit_code(comparison)
+        question = Question(
+            baseline=asked.baseline,
+            ends=tuple(asked.split) if asked.split else None,
+            studies=tuple([load_study(path) for path in asked.claims] if asked.claims else shipped()),
+            command=shlex.join(["python", "-m", "lora_lab.report", *given]),
+        )
+        findings = find(trials, sweeps, question, __version__)
+        show(findings, console)
+        _write(findings, store, trials, sweeps, asked.out, console)
+    except (RefusedInput, TrackingFailed) as refusal:
+        print(refusal, file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lora_lab.report", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="ID",
+        help="sweeps or trials, by their run's id or its beginning; default: the last",
+    )
+    parser.add_argument(
+        "--baseline",
+        type=_settings,
+        metavar="KEY=VALUE,...",
+        help="what the rest is compared with: optimizer=adamw,...",
+    )
+    parser.add_argument(
+        "--split",
+        nargs=2,
+        type=_settings,
+        metavar=("FROM", "TO"),
+        help="two points, as KEY=VALUE,..., whose difference is to be split into its factors; default: a paper's, or "
+        "the baseline and the fastest",
+    )
+    parser.add_argument("--claims", nargs="+", type=Path, metavar="FILE", help="yaml files with a paper's claims")
+    parser.add_argument("--against", metavar="ID", help="a sweep or trial to compare with; nothing else is reported")
+    parser.add_argument(
+        "--tolerance", type=_share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
+    )
+    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    parser.add_argument("--experiment", metavar="NAME", help="only runs of this MLflow experiment")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; by default report.html beside the sweep")
+    return parser
+
+
+def _settings(text: str) -> Mapping[str, str]:
+    parts = [part.partition("=") for part in text.replace(" ", ",").split(",") if part]
+    if not parts or not all(key and sign for key, sign, _ in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE,KEY=VALUE")
+    return {key: value for key, _, value in parts}
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 2% or 0.02")
+    return share
+
+
+def _write(
+    findings: Findings,
+    store: StoredRuns,
+    trials: Sequence[Trial],
+    sweeps: Sequence[Sweep],
+    out: Path | None,
+    console: Console,
+) -> None:
+    """The page beside the sweep, and with its run in the store.
+
+    Raises: RefusedInput when nothing can be written there."""
+    newest: Sweep | Trial = max(sweeps, key=lambda sweep: sweep.started_ms) if sweeps else trials[-1]
+    beside = Path(newest.tags.get("folder", ""))
+    path = out or ((beside if beside.is_absolute() and beside.is_dir() else Path()) / "report.html")
+    with console.status("reading the steps of every trial"):
+        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
+    try:
+        write_page(findings, timelines, path)
+    except OSError as error:
+        raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out.") from error
+    console.print(f"\npage {path.resolve()}", highlight=False, soft_wrap=True, markup=False)
+    try:
+        for sweep in sweeps or ():
+            store.keep(sweep.run_id, path)
+        if not sweeps:
+            store.keep(newest.run_id, path)
+        for line in store.where(newest.run_id, path.name):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    except TrackingFailed as fault:
+        console.print(f"the page is not kept in the store: {fault}", style="yellow", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

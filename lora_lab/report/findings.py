@@ -1,0 +1,232 @@
+"""Everything a report says, as data: terminal and page only write it down."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora_lab.config import RefusedInput
+from lora_lab.report.attribution import Split, split
+from lora_lab.report.claims import judge
+from lora_lab.report.contrasts import Contrast, contrasts
+from lora_lab.report.factors import Design, Factor, design
+from lora_lab.report.front import Point, front, points
+from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
+from lora_lab.report.memory import Fit, fits
+from lora_lab.report.model import FactorialModel, factorial
+from lora_lab.report.needed import Needed, needed
+from lora_lab.report.sentences import sentences
+from lora_lab.report.study import Study
+from lora_lab.report.trials import Group, Sweep, Trial, groups
+from lora_lab.report.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The factorial model of one measure over one sweep's points of one regime."""
+
+    measure: Measure
+    regime: str
+    model: FactorialModel | str
+    """Text says why there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFindings:
+    """What the trials of one place show."""
+
+    group: Group
+    design: Design
+    points: tuple[Point, ...]
+    contrasts: tuple[Contrast, ...]
+    """Of every measure that has figures."""
+    models: tuple[Fitted, ...]
+    splits: tuple[Split, ...]
+    needed: tuple[Needed, ...]
+    fits: tuple[Fit, ...]
+    fronts: Mapping[str, tuple[Point, ...]]
+    """Pareto fronts of throughput against another measure, by that measure's name."""
+    absent: Mapping[str, str]
+    """Measures that no trial has, by name, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """A report's whole content."""
+
+    title: str
+    sentences: tuple[str, ...]
+    """The finding, in three."""
+    sweeps: tuple[Sweep, ...]
+    groups: tuple[GroupFindings, ...]
+    """By place, the one with most measured trials first."""
+    verdicts: tuple[tuple[Study, tuple[Verdict, ...]], ...]
+    """Of the studies about which the trials show anything."""
+    commands: tuple[str, ...]
+    """What re-makes the trials, then this report."""
+    version: str
+    """Of lora_lab, which wrote it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a user wants to know beyond the trials themselves."""
+
+    baseline: Mapping[str, str] | None = None
+    """The levels that others are compared with."""
+    ends: tuple[Mapping[str, str], Mapping[str, str]] | None = None
+    """Settings of the two points whose difference is to be split; by default a study's, else baseline and fastest."""
+    studies: tuple[Study, ...] = ()
+    command: str = "python -m lora_lab.report"
+
+
+def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, version: str) -> Findings:
+    """Everything that can be said of these trials.
+
+    Raises: RefusedInput when there are none, or `question` names a setting that none has."""
+    if not trials:
+        raise RefusedInput("there are no trials to report on. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
+    by_place = groups(trials)
+    found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
+    judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
+    verdicts = tuple((study, said) for study, said in judged if any(verdict.seen for verdict in said))
+    return Findings(
+        title=_title(trials, sweeps),
+        sentences=sentences(found, verdicts),
+        sweeps=tuple(sweeps),
+        groups=found,
+        verdicts=verdicts,
+        commands=(*_commands(trials, sweeps), question.command),
+        version=version,
+    )
+
+
+def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:
+    """Raises: RefusedInput when `question` names a setting that the main group has not; others say so in a note."""
+    measures = [measure for measure in MEASURES if any(measure.of(trial) is not None for trial in group.measured)]
+    try:
+        varied = design(group.trials, sweeps, question.baseline)
+    except RefusedInput as refusal:
+        if is_main:
+            raise
+        varied = design(group.trials, sweeps)
+        varied = replace(varied, notes=(*varied.notes, f"another baseline than asked for: {refusal}"))
+    factors = varied.factors
+    found = points(group.trials, group.measured, factors)
+    splits, how_much = _splits(group, factors, found, question, measures)
+    others = [measure for measure in measures if measure is not THROUGHPUT and THROUGHPUT in measures]
+    return GroupFindings(
+        group=group,
+        design=varied,
+        points=tuple(found),
+        contrasts=tuple(each for measure in measures for each in contrasts(group.measured, factors, measure)),
+        models=tuple(_models(group, found, factors, measures)),
+        splits=splits,
+        needed=how_much,
+        fits=tuple(fits(group.trials, factors)),
+        fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
+        absent={m.name: _why_absent(m, group) for m in MEASURES if m not in measures},
+    )
+
+
+def _why_absent(measure: Measure, group: Group) -> str:
+    """The reason that most trials give."""
+    reasons = Counter(measure.why_absent(trial) for trial in group.measured)
+    return reasons.most_common(1)[0][0] if reasons else "no trial finished with figures that can be compared"
+
+
+def _models(
+    group: Group, found: Sequence[Point], factors: Sequence[Factor], measures: Sequence[Measure]
+) -> list[Fitted]:
+    """One for each measure, sweep and regime: sweeps share no blocks, and regimes differ in noise and in what decides.
+    Memory repeats itself to the byte: there is nothing to fit."""
+    fitted = [measure for measure in measures if measure is not VRAM]
+    made = []
+    for sweep, regime in dict.fromkeys((trial.sweep, point.regime) for point in found for trial in point.trials):
+        inside = [
+            trial
+            for point in found
+            if point.regime == regime
+            for trial in point.trials
+            if trial.sweep == sweep and trial in group.measured
+        ]
+        seen = {factor.name: {factor.level(trial) for trial in inside} for factor in factors}
+        varied = [_with_levels(factor, seen[factor.name]) for factor in factors if len(seen[factor.name]) > 1]
+        if varied:
+            made += [Fitted(measure=m, regime=regime, model=factorial(inside, varied, m)) for m in fitted]
+    return made
+
+
+def _with_levels(factor: Factor, levels: set[str]) -> Factor:
+    kept = tuple(level for level in factor.levels if level in levels)
+    return Factor(name=factor.name, keys=factor.keys, levels=kept)
+
+
+def _splits(
+    group: Group,
+    factors: Sequence[Factor],
+    found: Sequence[Point],
+    question: Question,
+    measures: Sequence[Measure],
+) -> tuple[tuple[Split, ...], tuple[Needed, ...]]:
+    """The two points that were asked for; else those of a study's claims, where both were measured; else from the
+    baseline to the fastest."""
+    asked = [measure for measure in (THROUGHPUT, ENERGY) if measure in measures]
+    if not asked or not factors:
+        return (), ()
+    measured = [point for point in found if point.figures]
+    claims = [(study, claim) for study in question.studies for claim in study.claims if claim.ends is not None]
+    if question.ends is None:
+        for study, claim in claims:
+            start, end = (_nearest(measured, factors, study.settings(name)) for name in claim.ends or ())
+            if start is not None and end is not None and start is not end:
+                made = tuple(split(group.measured, factors, m, start.levels, end.levels) for m in asked)
+                how_much = (needed(study, claim, each) for each in made)
+                return made, tuple(each for each in how_much if each is not None)
+        return _from_baseline_to_fastest(group, factors, measured, asked), ()
+    ends = [_nearest(measured, factors, settings) for settings in question.ends]
+    for point, settings in zip(ends, question.ends, strict=True):
+        if point is None:
+            told = ",".join(f"{key}={value}" for key, value in settings.items())
+            there = "; ".join(point.label for point in measured[:12])
+            raise RefusedInput(f"--split {told}: no measured point has these settings. There are: {there}.")
+    return tuple(
+        split(group.measured, factors, m, ends[0].levels, ends[1].levels) for m in asked if ends[0] and ends[1]
+    ), ()
+
+
+def _from_baseline_to_fastest(
+    group: Group, factors: Sequence[Factor], measured: Sequence[Point], asked: Sequence[Measure]
+) -> tuple[Split, ...]:
+    rated = [point for point in measured if THROUGHPUT.name in point.figures]
+    start = next((p for p in rated if all(p.levels[f.name] == f.levels[0] for f in factors)), None)
+    end = max(rated, key=lambda point: point.figures[THROUGHPUT.name][0], default=None)
+    if start is None or end is None or start is end:
+        return ()
+    return tuple(split(group.measured, factors, measure, start.levels, end.levels) for measure in asked)
+
+
+def _nearest(measured: Sequence[Point], factors: Sequence[Factor], settings: Mapping[str, str]) -> Point | None:
+    """The point with these settings; where they leave a factor open, the one with the factor's usual level."""
+
+    def has(point: Point) -> bool:
+        return all(point.trials[0].params.get(key) == value for key, value in settings.items())
+
+    usual = {f.name: Counter(point.levels[f.name] for point in measured).most_common(1)[0][0] for f in factors}
+    fitting = [point for point in measured if has(point)]
+    return max(
+        fitting, key=lambda point: sum(point.levels[name] == level for name, level in usual.items()), default=None
+    )
+
+
+def _title(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> str:
+    if not sweeps:
+        return trials[0].name if len(trials) == 1 else f"{len(trials)} trials"
+    names = list(dict.fromkeys(sweep.name for sweep in sweeps))
+    return ", ".join(names) + (f" ({len(sweeps)} sweeps)" if len(sweeps) > len(names) else "")
+
+
+def _commands(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:
+    """The command lines of the sweeps and of trials that belong to none."""
+    alone = [trial.tags for trial in trials if trial.sweep is None]
+    told = [tags["command"] for tags in [*(sweep.tags for sweep in sweeps), *alone] if "command" in tags]
+    return list(dict.fromkeys(told))

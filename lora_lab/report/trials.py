@@ -1,0 +1,152 @@
+"""Trials and sweeps as a store gives them back, and which of them may be looked at together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_lab.outcome import Outcome
+
+_VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where trials ran. Figures of different places are never averaged."""
+
+    device: str
+    """The card's name, or the CPU's."""
+    unit: str
+    """The card's UUID, or the host's name."""
+    versions: str
+    code: str
+    """Digest of this package's code."""
+    dirty: bool
+    """Whether the code had changes that no commit has."""
+
+    @property
+    def label(self) -> str:
+        """The place, for people."""
+        return f"{self.device} ({self.unit})" + (", uncommitted code" if self.dirty else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """The run above a sweep's trials."""
+
+    run_id: str
+    name: str
+    outcome: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    started_ms: int
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """What varied, as asked for: key and values in their order."""
+        told = {key.removeprefix("axis."): text for key, text in self.params.items() if key.startswith("axis.")}
+        return {key: text.split(",") for key, text in told.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One trial, read back from a store."""
+
+    run_id: str
+    name: str
+    sweep: str | None
+    """Run id of the sweep above it."""
+    outcome: str
+    params: Mapping[str, str]
+    """The chosen option of each group under its plain name, and every setting under its dotted key."""
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    started_ms: int
+
+    @property
+    def repeat(self) -> int:
+        """Which of its point's trials this is, from 0."""
+        return int(self.params.get("repeat", "0"))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ran to its end."""
+        return self.outcome == Outcome.finished.value
+
+    @property
+    def regime(self) -> str:
+        """host-bound, GPU-bound or mixed; "not known" where nobody could look (on a CPU, say)."""
+        return self.tags.get("regime", "not known")
+
+    @property
+    def place(self) -> Place:
+        """Where it ran."""
+        tags = self.tags
+        versions = [f"{name} {tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in tags]
+        driver = [f"driver {tags['device.driver']}"] if "device.driver" in tags else []
+        return Place(
+            device=tags.get("device.cpu") or tags.get("device", "device not recorded"),
+            unit=tags.get("device.uuid") or tags.get("process.host", "host not recorded"),
+            versions=", ".join(versions + driver),
+            code=tags.get("code", "not recorded"),
+            dirty=tags.get("dirty") == "true",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excluded:
+    """A trial whose figures are not used, and why."""
+
+    trial: Trial
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The trials of one place."""
+
+    place: Place
+    trials: tuple[Trial, ...]
+    """Every trial that says something about its point (finished, out of memory, diverged, ...), by their start."""
+    measured: tuple[Trial, ...]
+    """Those whose figures may be compared: finished, and not invalid."""
+    excluded: tuple[Excluded, ...]
+
+
+def groups(trials: Sequence[Trial]) -> list[Group]:
+    """Trials by place, the place with most measured trials first."""
+    found: dict[Place, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.started_ms):
+        found.setdefault(trial.place, []).append(trial)
+    made = [_group(place, told) for place, told in found.items()]
+    return sorted(made, key=lambda group: -len(group.measured))
+
+
+_SAYS_NOTHING = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value, Outcome.refused.value)
+"""Outcomes of trials that say nothing about their point: resume runs these again."""
+
+
+def _group(place: Place, trials: Sequence[Trial]) -> Group:
+    kept, measured, excluded = [], [], []
+    for trial in trials:
+        reason = trial.tags.get("reason", "")
+        if trial.outcome in _SAYS_NOTHING or not _over(trial):
+            why = trial.outcome + (f": {reason}" if reason else "")
+            again = any(other is not trial and _same(other, trial) and other.finished for other in trials)
+            excluded.append(Excluded(trial=trial, why=why + ("; run again since" if again else "")))
+            continue
+        kept.append(trial)
+        if trial.finished and trial.tags.get("validity") == "invalid":
+            why = trial.tags.get("validity_reasons", "no reason kept")
+            excluded.append(Excluded(trial=trial, why=f"invalid: {why}"))
+        elif trial.finished:
+            measured.append(trial)
+    return Group(place=place, trials=tuple(kept), measured=tuple(measured), excluded=tuple(excluded))
+
+
+def _over(trial: Trial) -> bool:
+    return trial.outcome in {outcome.value for outcome in Outcome}
+
+
+def _same(one: Trial, other: Trial) -> bool:
+    """Whether they are attempts at one trial."""
+    mark = one.tags.get("fingerprint")
+    return mark is not None and mark == other.tags.get("fingerprint") and one.sweep == other.sweep
