@@ -1,0 +1,157 @@
+"""One factor changed, all else equal: paired log ratios, with intervals over repeats.
+
+A pair is two trials of one block (the same repeat of the same sweep) whose settings differ in the factor and in
+nothing else, so what slows a whole block falls out of their difference. A cell is one setting of everything else.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_lab.report.blocks import Block, Figure, figures, regime_of, settings_besides
+from lora_lab.report.estimates import Estimate, estimate
+from lora_lab.report.factors import Factor
+from lora_lab.report.measures import Measure
+from lora_lab.report.trials import Trial
+
+_REGIMES = ("host-bound", "mixed", "GPU-bound", "not known")
+
+_READ_BACK = ("ran.attention", "ran.attention_kernel", "ran.gradient_checkpointing", "stand_ins")
+"""What a trial read back of how it ran, and what only a setting of the same name ought to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """What a measure did when one factor went from `over` to `of` and nothing else changed.
+
+    The estimate is the average over the cells of this grid, each counting the same. Its interval says how far that
+    average would move if the same grid were run again; it says nothing of settings outside the grid."""
+
+    measure: Measure
+    factor: str
+    of: str
+    over: str
+    regime: str
+    """The regime of the trials it is made of: host-bound, GPU-bound, mixed, not known."""
+    estimate: Estimate
+    """of - over, on the log scale for ratios."""
+    pairs: int
+    cells: int
+    """Settings of everything else in which pairs were found."""
+    also_changed: tuple[str, ...]
+    """What ran differently besides, as read back: "attention kernel: cudnn, math" (`over`'s first)."""
+    interval_over: str = "nothing"
+    """What the interval counts as noise: "repeats"; or "settings", where no cell has two pairs: then it also holds how
+    the effect differs from cell to cell, and is an interval for settings like these; or "nothing": no interval."""
+    lowest: float | None = None
+    """The smallest of the cells' means, on the estimate's scale; noise alone spreads them too."""
+    highest: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    of: Sequence[Figure]
+    """One trial, but for a point that a block holds twice: then the mean of its figures counts."""
+    over: Sequence[Figure]
+
+    @property
+    def difference(self) -> float:
+        return statistics.fmean(figure.value for figure in self.of) - statistics.fmean(
+            figure.value for figure in self.over
+        )
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [figure.trial for figure in (*self.of, *self.over)]
+
+
+def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> list[Contrast]:
+    """Every level of every factor against its baseline, by regime.
+
+    A cell's regime is the one that all its paired trials ran in, else "mixed". Levels that no block holds together
+    with the baseline, all else equal, have no contrast.
+
+    Args:
+        trials: measured ones of one place; those without the figure are left out.
+    """
+    found = figures(trials, measure)
+    return [contrast for factor in factors for contrast in _of_factor(found, factor, measure)]
+
+
+def _of_factor(found: Sequence[Figure], factor: Factor, measure: Measure) -> list[Contrast]:
+    settings = settings_besides([figure.trial for figure in found], [factor])
+    cells: dict[tuple[str, ...], dict[str, dict[Block, list[Figure]]]] = {}
+    for figure, setting in zip(found, settings, strict=True):
+        level = factor.level(figure.trial)
+        cells.setdefault(setting, {}).setdefault(level, {}).setdefault(figure.block, []).append(figure)
+    made = []
+    for level in factor.levels[1:]:
+        by_regime: dict[str, list[list[_Pair]]] = {}
+        for _, sides in sorted(cells.items()):
+            pairs = _pairs(sides.get(level, {}), sides.get(factor.levels[0], {}))
+            if pairs:
+                by_regime.setdefault(regime_of([trial for pair in pairs for trial in pair.trials]), []).append(pairs)
+        told = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
+        made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in told]
+    return made
+
+
+def _pairs(of: Mapping[Block, list[Figure]], over: Mapping[Block, list[Figure]]) -> list[_Pair]:
+    return [_Pair(of=of[block], over=over[block]) for block in sorted(of.keys() & over.keys())]
+
+
+def _contrast(cells: Sequence[Sequence[_Pair]], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
+    differences = [[pair.difference for pair in pairs] for pairs in cells]
+    means = [statistics.fmean(cell) for cell in differences]
+    average, interval_over = _average(differences)
+    pairs = [pair for cell in cells for pair in cell]
+    return Contrast(
+        measure=measure,
+        factor=factor.name,
+        of=level,
+        over=factor.levels[0],
+        regime=regime,
+        estimate=average,
+        pairs=len(pairs),
+        cells=len(cells),
+        also_changed=_also_changed(pairs, factor),
+        interval_over=interval_over,
+        lowest=min(means),
+        highest=max(means),
+    )
+
+
+def _average(cells: Sequence[Sequence[float]]) -> tuple[Estimate, str]:
+    """The mean of the cells' means, and what its interval is over.
+
+    Over repeats: the variance of a pair is pooled over the cells, each about its own mean (one-way analysis of
+    variance), as if pairs were equally noisy in all cells. Where they are not, but cells have equally many pairs, the
+    standard error still holds and only the degrees of freedom are too many."""
+    means = [statistics.fmean(cell) for cell in cells]
+    value = statistics.fmean(means)
+    df = sum(len(cell) - 1 for cell in cells)
+    if df:
+        squares = math.fsum((one - mean) ** 2 for cell, mean in zip(cells, means, strict=True) for one in cell)
+        of_mean = squares / df * math.fsum(1 / len(cell) for cell in cells) / len(cells) ** 2
+        return estimate(value, math.sqrt(of_mean), df), "repeats"
+    if len(cells) > 1:
+        return estimate(value, statistics.stdev(means) / math.sqrt(len(cells)), len(cells) - 1), "settings"
+    return Estimate(value=value, why_no_interval="there is one pair of trials: run the sweep with repeats=3"), "nothing"
+
+
+def _also_changed(pairs: Sequence[_Pair], factor: Factor) -> tuple[str, ...]:
+    changed: dict[str, None] = {}
+    for fact in _READ_BACK:
+        name = fact.removeprefix("ran.").replace("_", " ")
+        if any(name.startswith(key.replace("_", " ")) for key in factor.keys):
+            continue
+        for pair in pairs:
+            over, of = ([_fact(figure.trial, fact) for figure in side] for side in (pair.over, pair.of))
+            if set(over) != set(of):
+                changed[f"{name.replace('stand ins', 'stand-ins')}: {over[0]}, {of[0]}"] = None
+    return tuple(changed)
+
+
+def _fact(trial: Trial, fact: str) -> str:
+    return trial.tags.get(fact, "not recorded")
