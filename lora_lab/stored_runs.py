@@ -150,7 +150,7 @@ class StoredRuns:
         Raises: TrackingFailed."""
         experiment = self._by_id[run_id].experiment
         page = "/".join(filter(None, [f"#/experiments/{experiment}/runs/{run_id}/artifacts", file]))
-        return [line.replace("{page}", page) for line in look(self._uri)]
+        return [line.replace("{page}", f"{page}?workflowType=machine_learning") for line in look(self._uri)]
 
     @property
     def _place(self) -> str:
@@ -215,23 +215,25 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
         experiment: only this one's runs; None for those of all.
 
     Raises: RefusedInput when there is no local store; TrackingFailed when the store can't be had."""
+    database = _local() if uri is None else database_of(uri)
     if uri is None:
-        database: Path | None = Path("mlruns/mlflow.db").resolve()
-        if not database.is_file() or database.stat().st_size == 0:
-            raise RefusedInput(
-                f"there is no store at {database}. Stand where the runs were made, or name their store with "
-                "--store URI."
-            )
         uri = f"sqlite:///{database}"
-    else:
-        database = database_of(uri)
-        if database is not None:
-            refuse_no_store(uri)
+    elif database is not None:
+        refuse_no_store(uri)
     if database is not None:
         tables = _Tables(database)
         if tables.schema in KNOWN_SCHEMAS:
             return StoredRuns(uri, tables, experiment)
     return StoredRuns(uri, _Client(uri), experiment)
+
+
+def _local() -> Path:
+    database = Path("mlruns/mlflow.db").resolve()
+    if not database.is_file() or database.stat().st_size == 0:
+        raise RefusedInput(
+            f"there is no store at {database}. Stand where the runs were made, or name their store with --store URI."
+        )
+    return database
 
 
 _PARENT = "mlflow.parentRunId"

@@ -367,7 +367,7 @@ def test_a_report_is_kept_with_a_run_and_replaced_by_the_next(root: Path, tmp_pa
     client_of(root).download_artifacts(run_id, "report.html", str(tmp_path / "root"))
     command, seen = store.where(run_id, "report.html")
     assert command == f"mlflow ui --backend-store-uri {address(root)}"
-    assert seen.endswith(f"/#/experiments/1/runs/{run_id}/artifacts/report.html")
+    assert seen.endswith(f"/#/experiments/1/runs/{run_id}/artifacts/report.html?workflowType=machine_learning")
     with pytest.raises(TrackingFailed):
         store.keep("0" * 32, page)
     with pytest.raises(TrackingFailed):
@@ -405,6 +405,18 @@ def test_packed_records_make_the_same_trials_again_and_name_no_place(tmp_path: P
     read = store.series(trials[0].run_id)["step/loss"]
     assert [(t, step) for t, step, _ in read] == [(p.t_ms, p.step) for p in points]
     assert [value for _, _, value in read] == pytest.approx([p.value for p in points], rel=1e-5)
+
+
+def test_the_factorial_that_is_shipped_is_whole() -> None:
+    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
+    seen: set[str | None] = {None}
+    for record in records_store.read(file):
+        assert record.parent in seen, "a sweep comes before its trials, and no trial is without its sweep"
+        assert record.is_sweep == (record.parent is None)
+        assert record.outcome != RUNNING
+        assert not {"folder", "process.host"} & record.tags.keys()
+        seen.add(record.id)
+    assert len(seen) == 1 + 3 + 99
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
