@@ -1,0 +1,130 @@
+"""What docs/answers holds, from the stored records alone: the report of the H100 factorial as a page, as a terminal
+shows it, and the picture that README begins with.
+
+    python -m benchmarks.answers [DOCS]
+"""
+
+import io
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.records_store import unpack
+from lora_lab import __version__
+from lora_lab.report.contrasts import Contrast
+from lora_lab.report.estimates import percent
+from lora_lab.report.findings import Findings, Question, find
+from lora_lab.report.measures import THROUGHPUT
+from lora_lab.report.page import write_page
+from lora_lab.report.study import Study, shipped
+from lora_lab.report.terminal import show
+from lora_lab.report.words import briefly
+from lora_lab.stored_runs import open_store
+
+RECORDS = Path(__file__).parent / "results/h100/factorial.jsonl.gz"
+BASELINE = {"optimizer": "adamw", "precision": "fp16"}
+CLAIMED = (("optimizer", "paged_adamw", "adamw", "1", "2"), ("precision", "bf16", "fp16", "2", "3"))
+"""Factor, level, baseline, and the study's runs between which it changed, with others."""
+_WIDE = 140
+"""Columns of the stored terminal report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A line of the picture: a heading, or a change as a log ratio."""
+
+    text: str
+    value: float | None = None
+    contrast: Contrast | None = None
+    """What was measured here; None for the paper's own."""
+
+
+_INK, _GREY, _PAPER, _HERE = "#1b2530", "#5b6670", "#b35900", "#0072b2"
+
+
+def main() -> None:
+    docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs") / "answers"
+    docs.mkdir(parents=True, exist_ok=True)
+    [study] = shipped()
+    with tempfile.TemporaryDirectory() as place:
+        unpack(RECORDS, Path(place) / "mlruns")
+        store = open_store(f"sqlite:///{place}/mlruns/mlflow.db")
+        trials, sweeps = store.runs()
+        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
+    question = Question(baseline=BASELINE, studies=(study,), command="python -m benchmarks.answers")
+    findings = find(trials, sweeps, question, __version__)
+    write_page(findings, timelines, docs / "report.html")
+    with (docs / "report.txt").open("w", encoding="utf-8") as file:
+        show(findings, Console(file=file, width=_WIDE))
+    (docs / "answer.svg").write_text(picture(findings, study), encoding="utf-8")
+
+
+def picture(findings: Findings, study: Study) -> str:
+    """The paper's ratios beside what the same change made here with all else equal."""
+    rows: list[_Row] = []
+    for factor, of, over, start, end in CLAIMED:
+        first, second = (study.run(name).settings for name in (start, end))
+        besides = [key for key in first if key != factor and first[key] != second[key]]
+        ratio = math.log(_figure(study, end) / _figure(study, start))
+        rows.append(_Row(text=f"{of} in place of {over}"))
+        rows.append(_Row(text=f"the paper ({', '.join(besides)} changed too)", value=ratio))
+        rows += [
+            _Row(text=f"that alone, {each.regime} H100 ({'AB'[machine]})", value=each.estimate.value, contrast=each)
+            for machine, found in enumerate(findings.groups)
+            for each in found.contrasts
+            if (each.factor, each.of, each.measure) == (factor, of, THROUGHPUT) and each.regime != "mixed"
+        ]
+    figure = Figure(figsize=(7.8, 0.36 * len(rows) + 0.9))
+    FigureCanvasSVG(figure)
+    _draw(figure.add_axes((0.02, 0.15, 0.96, 0.75)), rows)
+    figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals over repeats", color=_GREY, fontsize=10)
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "answer"}):  # the same bytes every time; text as paths, for any viewer
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def _figure(study: Study, run: str) -> float:
+    low, high = study.run(run).figures[THROUGHPUT.name]
+    return (low + high) / 2
+
+
+def _draw(axes: Any, rows: Sequence[_Row]) -> None:
+    for place, row in enumerate(rows):
+        y = len(rows) - place
+        weight = "normal" if row.value is not None else "bold"
+        axes.text(-152, y, row.text, va="center", fontsize=10, color=_INK, weight=weight)
+        if row.value is None:
+            continue
+        if row.contrast is None:
+            axes.plot([percent(row.value)], [y], "D", color=_PAPER, ms=7)
+            axes.text(38, y, f"{percent(row.value):+.1f} %", va="center", fontsize=10, color=_PAPER)
+            continue
+        found = row.contrast.estimate
+        if found.low is not None and found.high is not None:
+            axes.plot([percent(found.low), percent(found.high)], [y, y], color=_HERE, lw=2.4)
+        axes.plot([percent(row.value)], [y], "o", color=_HERE, ms=7)
+        axes.text(38, y, briefly(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
+    axes.axvline(0, color=_INK, lw=0.8)
+    axes.set_xlim(-152, 100)
+    axes.set_ylim(0.4, len(rows) + 0.6)
+    axes.set_xticks([-40, -20, 0, 20], ["-40 %", "-20 %", "0", "+20 %"], fontsize=8.5, color=_GREY)
+    axes.set_yticks([])
+    axes.grid(axis="x", color="#dde2e6", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+if __name__ == "__main__":
+    main()
