@@ -20,12 +20,12 @@ from rich.console import Console
 
 from benchmarks.records_store import unpack
 from lora_lab import __version__
-from lora_lab.report.contrasts import Contrast
-from lora_lab.report.estimates import percent
+from lora_lab.report.claims.study import Study, shipped
+from lora_lab.report.effects.contrasts import Contrast
+from lora_lab.report.effects.estimates import percent
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.page import write_page
-from lora_lab.report.study import Study, shipped
+from lora_lab.report.page.page import write_page
 from lora_lab.report.terminal import show
 from lora_lab.report.words import briefly
 from lora_lab.stored_runs import open_store

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
-from lora_lab.report.choice import Wish, choose
-from lora_lab.report.choice_display import show_choice
+from lora_lab.report.best.choice import Wish, choose
+from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import MEASURES
 from lora_lab.stored_runs import open_store
 from lora_lab.tracking import TrackingFailed

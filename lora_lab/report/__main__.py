@@ -16,11 +16,11 @@ from rich.console import Console
 from lora_lab import __version__
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
-from lora_lab.report.against import compare, exit_code
-from lora_lab.report.against_display import show as show_comparison
+from lora_lab.report.against.compare import compare, exit_code
+from lora_lab.report.against.display import show as show_comparison
+from lora_lab.report.claims.study import load_study, shipped
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.page import write_page
-from lora_lab.report.study import load_study, shipped
+from lora_lab.report.page.page import write_page
 from lora_lab.report.terminal import show
 from lora_lab.report.trials import Sweep, Trial
 from lora_lab.stored_runs import StoredRuns, open_store

@@ -5,19 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.attribution import Split, split
-from lora_lab.report.claims import judge
-from lora_lab.report.contrasts import Contrast, contrasts
+from lora_lab.report.claims.judge import judge
+from lora_lab.report.claims.needed import Needed, needed
+from lora_lab.report.claims.study import Study
+from lora_lab.report.claims.verdict import Verdict
+from lora_lab.report.effects.attribution import Split, split
+from lora_lab.report.effects.contrasts import Contrast, contrasts
+from lora_lab.report.effects.model import FactorialModel, factorial
 from lora_lab.report.factors import Design, Factor, design
 from lora_lab.report.front import Point, front, points
 from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.memory import Fit, fits
-from lora_lab.report.model import FactorialModel, factorial
-from lora_lab.report.needed import Needed, needed
 from lora_lab.report.sentences import sentences
-from lora_lab.report.study import Study
 from lora_lab.report.trials import Group, Sweep, Trial, groups
-from lora_lab.report.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_lab.report.contrasts import Contrast
+from lora_lab.report.effects.contrasts import Contrast
 from lora_lab.report.factors import SHAPE
 from lora_lab.report.front import Point
 from lora_lab.report.labels import count, levels_text, outcome_text, usual_levels
@@ -12,9 +12,9 @@ from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, Better, Measu
 from lora_lab.report.words import briefly
 
 if TYPE_CHECKING:
+    from lora_lab.report.claims.study import Study
+    from lora_lab.report.claims.verdict import Verdict
     from lora_lab.report.findings import GroupFindings
-    from lora_lab.report.study import Study
-    from lora_lab.report.verdict import Verdict
 
 
 def sentences(

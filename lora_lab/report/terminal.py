@@ -6,15 +6,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_lab.report.attribution import Split
-from lora_lab.report.contrasts import Contrast
+from lora_lab.report.claims.study import Study
+from lora_lab.report.claims.verdict import Verdict
+from lora_lab.report.effects.attribution import Split
+from lora_lab.report.effects.contrasts import Contrast
+from lora_lab.report.effects.model import FactorialModel
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.front import Point
 from lora_lab.report.measures import MEASURES, Measure
 from lora_lab.report.memory import Fit
-from lora_lab.report.model import FactorialModel
-from lora_lab.report.study import Study
-from lora_lab.report.verdict import Verdict
 from lora_lab.report.words import change, told
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from lora_lab.report.estimates import Estimate, percent
+from lora_lab.report.effects.estimates import Estimate, percent
 from lora_lab.report.measures import Measure
 
 _LARGE = math.log(2)

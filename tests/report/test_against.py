@@ -10,8 +10,8 @@ from planted import trial
 from rich.console import Console
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.against import BETTER, CANNOT_TELL, NO_DIFFERENCE, WORSE, Comparison, compare, exit_code
-from lora_lab.report.against_display import show
+from lora_lab.report.against.compare import BETTER, CANNOT_TELL, NO_DIFFERENCE, WORSE, Comparison, compare, exit_code
+from lora_lab.report.against.display import show
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM
 from lora_lab.report.trials import Trial
 

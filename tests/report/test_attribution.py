@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.attribution import Split, split
-from lora_lab.report.contrasts import contrasts
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.effects.attribution import Split, split
+from lora_lab.report.effects.contrasts import contrasts
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.trials import groups

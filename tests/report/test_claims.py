@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.attribution import split
-from lora_lab.report.claims import (
+from lora_lab.report.claims.judge import (
     CONFOUNDED,
     CONTRADICTED,
     NOT_TESTABLE,
@@ -25,10 +24,11 @@ from lora_lab.report.claims import (
     load_study,
     needed,
 )
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.claims.study import SHIPPED, Change, Study
+from lora_lab.report.effects.attribution import split
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import design
 from lora_lab.report.measures import ENERGY, THROUGHPUT
-from lora_lab.report.study import SHIPPED, Change, Study
 from lora_lab.report.trials import Trial, groups
 
 PAPER = SHIPPED / "arxiv_2509_12229.yaml"

@@ -12,7 +12,7 @@ from lora_lab.compose import CONF, GROUPS, load, register_schema
 from lora_lab.config import TrialConfig
 from lora_lab.fingerprint import point_digest
 from lora_lab.records import params
-from lora_lab.report.command import command
+from lora_lab.report.best.command import command
 
 
 def composed(words: list[str]) -> tuple[TrialConfig, dict[str, str]]:

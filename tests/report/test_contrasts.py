@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import factorial, trial
 
-from lora_lab.report.contrasts import Contrast, contrasts
-from lora_lab.report.estimates import estimate
+from lora_lab.report.effects.contrasts import Contrast, contrasts
+from lora_lab.report.effects.estimates import estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM
 from lora_lab.report.trials import Trial, groups

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
+from lora_lab.report.claims.study import SHIPPED, load_study
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.heat_map import colour
-from lora_lab.report.page import Timelines, page, typeset, write_page
-from lora_lab.report.study import SHIPPED, load_study
-from lora_lab.report.timelines import POWER_WATTS, STEP_SECONDS, timeline
+from lora_lab.report.page.heat_map import colour
+from lora_lab.report.page.page import Timelines, page, typeset, write_page
+from lora_lab.report.page.timelines import POWER_WATTS, STEP_SECONDS, timeline
 from lora_lab.report.trials import Trial
 
 _VOID = {"meta", "br", "wbr", "hr", "img", "input", "link", "path", "rect", "use"}

@@ -416,7 +416,7 @@ def test_the_factorial_that_is_shipped_is_whole() -> None:
         assert record.outcome != RUNNING
         assert not {"folder", "process.host"} & record.tags.keys()
         seen.add(record.id)
-    assert len(seen) == 1 + 3 + 99
+    assert len(seen) == 1 + 5 + 121
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

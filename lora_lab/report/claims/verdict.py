@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.effects.estimates import Estimate
 
 SUPPORTED = "supported"
 CONTRADICTED = "contradicted"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import Outcome
-from lora_lab.report.compared import WITHIN_RUNS, Pair, difference
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.against.compared import WITHIN_RUNS, Pair, difference
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.labels import count
 from lora_lab.report.measures import MEASURES, Better, Measure
 from lora_lab.report.settings import ABSENT, Settings, by_point, labels, settings

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-from lora_lab.report.attribution import Part, Split
-from lora_lab.report.contrasts import Contrast
-from lora_lab.report.estimates import Estimate, percent
+from lora_lab.report.effects.attribution import Part, Split
+from lora_lab.report.effects.contrasts import Contrast
+from lora_lab.report.effects.estimates import Estimate, percent
 from lora_lab.report.factors import Factor
 from lora_lab.report.labels import count, level_text, regime_text
 from lora_lab.report.measures import Measure

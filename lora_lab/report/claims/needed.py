@@ -7,11 +7,11 @@ would have had to do, were the other factors to do there what they do here."""
 import math
 from dataclasses import dataclass, replace
 
-from lora_lab.report.attribution import Split
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.claims.study import Claim, ContrastClaim, Study
+from lora_lab.report.effects.attribution import Split
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import tokens_a_step
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.study import Claim, ContrastClaim, Study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

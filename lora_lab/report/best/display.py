@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from lora_lab.report.choice import Candidate, Choice, RunnerUp
-from lora_lab.report.command import command
-from lora_lab.report.estimates import percent
+from lora_lab.report.best.choice import Candidate, Choice, RunnerUp
+from lora_lab.report.best.command import command
+from lora_lab.report.effects.estimates import percent
 from lora_lab.report.labels import count
 from lora_lab.report.measures import MEASURES, VRAM, Measure
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_lab.report.estimates import Estimate, estimate
+from lora_lab.report.effects.estimates import Estimate, estimate
+from lora_lab.report.effects.resolution import no_finer
 from lora_lab.report.labels import count
 from lora_lab.report.measures import ENERGY, THROUGHPUT, Measure
-from lora_lab.report.resolution import no_finer
 from lora_lab.report.trials import Trial
 
 _ERRORS = {THROUGHPUT.name: "throughput/tokens_per_second_error", ENERGY.name: "energy/joules_per_token_error"}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lora_lab.report.estimates import Estimate
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.measures import VRAM, Measure
 
 _PIECE_GIB = 2 / 1024

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.blocks import Figure, figures, regime_of, settings_besides
-from lora_lab.report.estimates import ROUNDING, Estimate, estimate
+from lora_lab.report.effects.blocks import Figure, figures, regime_of, settings_besides
+from lora_lab.report.effects.estimates import ROUNDING, Estimate, estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import Measure
 from lora_lab.report.trials import Trial

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_lab.report.blocks import Block, Figure, figures, regime_of, settings_besides
-from lora_lab.report.estimates import Estimate, estimate
+from lora_lab.report.effects.blocks import Block, Figure, figures, regime_of, settings_besides
+from lora_lab.report.effects.estimates import Estimate, estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import Measure
 from lora_lab.report.trials import Trial

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.estimates import Estimate, estimate
+from lora_lab.report.best.subject import Subject, others, subjects
+from lora_lab.report.effects.estimates import Estimate, estimate
+from lora_lab.report.effects.resolution import no_finer
 from lora_lab.report.labels import count, outcome_text
 from lora_lab.report.measures import LOSS, MEASURES, VRAM, Better, Measure
-from lora_lab.report.resolution import no_finer
 from lora_lab.report.settings import Settings, by_point, labels
-from lora_lab.report.subject import Subject, others, subjects
 from lora_lab.report.trials import Trial
 
 

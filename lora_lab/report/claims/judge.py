@@ -29,15 +29,9 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from lora_lab.report.blocks import figures, regime_of, settings_besides
-from lora_lab.report.claims_memory import judge_fits
-from lora_lab.report.contrasts import Contrast, contrasts
-from lora_lab.report.estimates import Estimate, estimate
-from lora_lab.report.factors import Factor, design, tied
-from lora_lab.report.front import points
-from lora_lab.report.measures import ENERGY, THROUGHPUT
-from lora_lab.report.needed import Needed, needed
-from lora_lab.report.study import (
+from lora_lab.report.claims.memory import judge_fits
+from lora_lab.report.claims.needed import Needed, needed
+from lora_lab.report.claims.study import (
     ANY_CARD,
     AssociationClaim,
     Change,
@@ -48,8 +42,14 @@ from lora_lab.report.study import (
     load_study,
     shipped,
 )
+from lora_lab.report.claims.verdict import CONFOUNDED, CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
+from lora_lab.report.effects.blocks import figures, regime_of, settings_besides
+from lora_lab.report.effects.contrasts import Contrast, contrasts
+from lora_lab.report.effects.estimates import Estimate, estimate
+from lora_lab.report.factors import Factor, design, tied
+from lora_lab.report.front import points
+from lora_lab.report.measures import ENERGY, THROUGHPUT
 from lora_lab.report.trials import Group, Trial
-from lora_lab.report.verdict import CONFOUNDED, CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
 from lora_lab.report.words import change, told
 
 __all__ = [

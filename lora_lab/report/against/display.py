@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from lora_lab.report.against import (
+from lora_lab.report.against.compare import (
     EXIT_SAME,
     EXIT_WORSE,
     NO_DIFFERENCE,
@@ -15,7 +15,7 @@ from lora_lab.report.against import (
     Result,
     exit_code,
 )
-from lora_lab.report.compared import WITHIN_RUNS
+from lora_lab.report.against.compared import WITHIN_RUNS
 from lora_lab.report.labels import count
 from lora_lab.report.words import change
 

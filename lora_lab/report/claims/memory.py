@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.outcome import Outcome
-from lora_lab.report.blocks import settings_besides
+from lora_lab.report.claims.study import ANY_CARD, FitsClaim, Study
+from lora_lab.report.claims.verdict import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
+from lora_lab.report.effects.blocks import settings_besides
 from lora_lab.report.factors import Factor, tokens_a_step
 from lora_lab.report.measures import VRAM
 from lora_lab.report.memory import LIMIT, fits
-from lora_lab.report.study import ANY_CARD, FitsClaim, Study
 from lora_lab.report.trials import Group, Trial
-from lora_lab.report.verdict import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
 
 _FULL = 0.98
 """Share of the slots that batch size and sequence length allow: from here on a trial's batches count as full."""

@@ -9,18 +9,18 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lora_lab.report.attribution import Split
+from lora_lab.report.effects.attribution import Split
+from lora_lab.report.effects.model import FactorialModel
 from lora_lab.report.factors import Factor
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.front import Point
-from lora_lab.report.heat_map import HeatMap, heat_map
-from lora_lab.report.intervals import Bars, forests, waterfall
 from lora_lab.report.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.memory import Fit
-from lora_lab.report.model import FactorialModel
-from lora_lab.report.plots import mark, trade_off
-from lora_lab.report.timelines import HEIGHT, WIDTH, Series, Timeline, timeline
+from lora_lab.report.page.heat_map import HeatMap, heat_map
+from lora_lab.report.page.intervals import Bars, forests, waterfall
+from lora_lab.report.page.plots import mark, trade_off
+from lora_lab.report.page.timelines import HEIGHT, WIDTH, Series, Timeline, timeline
 from lora_lab.report.trials import Trial
 from lora_lab.report.words import change, told
 
@@ -104,7 +104,7 @@ def write_page(findings: Findings, timelines: Timelines, path: Path) -> None:
 def page(findings: Findings, timelines: Timelines) -> str:
     """The whole page. `timelines` holds what is to be drawn of step times (s) and power (W): Unix time in ms, step and
     value; trials that it lacks are told to have none."""
-    loader = PackageLoader("lora_lab.report", "")
+    loader = PackageLoader("lora_lab.report.page", "")
     environment = Environment(
         loader=loader,
         autoescape=True,

@@ -1,0 +1,1 @@
+"""Two sweeps or trials beside each other."""

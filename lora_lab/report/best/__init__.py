@@ -1,0 +1,1 @@
+"""One configuration out of what was measured."""

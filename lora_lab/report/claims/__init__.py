@@ -1,0 +1,1 @@
+"""What a paper claims, and how the trials at hand judge it."""
