@@ -6,6 +6,7 @@ told from it.
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.report.arguments import share
 from lora_lab.report.best.choice import Wish, choose
 from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import MEASURES
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-loss-increase",
         metavar="SHARE",
-        type=_share,
+        type=share,
         help="how far above the lowest held-out loss it may be: 1%% or 0.01",
     )
     parser.add_argument("--model", metavar="NAME", help="of which model (default: that of the newest trial)")
@@ -77,12 +79,6 @@ def _gib(text: str) -> float:
     return float(number[1])
 
 
-def _share(text: str) -> float:
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text)
-    if number is None:
-        raise argparse.ArgumentTypeError(f"{text} is no share, as 1% or 0.01 would be")
-    return float(number[1]) / (100 if number[2] else 1)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # rich would leave with 1, which means that nothing fits
     sys.exit(main())

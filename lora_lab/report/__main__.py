@@ -5,10 +5,10 @@ With --against, two sweeps or two trials are compared in place of that; the exit
 """
 
 import argparse
-import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.report.against.compare import compare, exit_code
 from lora_lab.report.against.display import show as show_comparison
+from lora_lab.report.arguments import settings, share
 from lora_lab.report.claims.study import load_study, shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.page.page import write_page
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command=shlex.join(["python", "-m", "lora_lab.report", *given]),
         )
         findings = find(trials, sweeps, question, __version__)
+        path = _write(findings, store, trials, sweeps, asked.out)
         show(findings, console)
-        _write(findings, store, trials, sweeps, asked.out, console)
+        _keep(path, store, trials, sweeps, console)
     except (RefusedInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
@@ -70,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--baseline",
-        type=_settings,
+        type=settings,
         metavar="KEY=VALUE,...",
         help="what the rest is compared with: optimizer=adamw,...",
     )
     parser.add_argument(
         "--split",
         nargs=2,
-        type=_settings,
+        type=settings,
         metavar=("FROM", "TO"),
         help="two points, as KEY=VALUE,..., whose difference is to be split into its factors; default: a paper's, or "
         "the baseline and the fastest",
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--claims", nargs="+", type=Path, metavar="FILE", help="yaml files with a paper's claims")
     parser.add_argument("--against", metavar="ID", help="a sweep or trial to compare with; nothing else is reported")
     parser.add_argument(
-        "--tolerance", type=_share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
+        "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
     )
     parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
     parser.add_argument("--experiment", metavar="NAME", help="only runs of this MLflow experiment")
@@ -93,55 +95,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(text: str) -> Mapping[str, str]:
-    parts = [part.partition("=") for part in text.replace(" ", ",").split(",") if part]
-    if not parts or not all(key and sign for key, sign, _ in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE,KEY=VALUE")
-    return {key: value for key, _, value in parts}
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 2% or 0.02")
-    return share
-
-
 def _write(
-    findings: Findings,
-    store: StoredRuns,
-    trials: Sequence[Trial],
-    sweeps: Sequence[Sweep],
-    out: Path | None,
-    console: Console,
-) -> None:
-    """The page beside the sweep, and with its run in the store.
+    findings: Findings, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], out: Path | None
+) -> Path:
+    """The page, beside the sweep if that is here.
 
     Raises: RefusedInput when nothing can be written there."""
-    newest: Sweep | Trial = max(sweeps, key=lambda sweep: sweep.started_ms) if sweeps else trials[-1]
-    beside = Path(newest.tags.get("folder", ""))
+    beside = Path(_newest(trials, sweeps).tags.get("folder", ""))
     path = out or ((beside if beside.is_absolute() and beside.is_dir() else Path()) / "report.html")
-    with console.status("reading the steps of every trial"):
-        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
+    timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
     try:
         write_page(findings, timelines, path)
     except OSError as error:
         raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out.") from error
+    return path
+
+
+def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], console: Console) -> None:
+    """The page with the runs it is about, and where to look at it."""
     console.print(f"\npage {path.resolve()}", highlight=False, soft_wrap=True, markup=False)
+    newest = _newest(trials, sweeps)
     try:
-        for sweep in sweeps or ():
-            store.keep(sweep.run_id, path)
-        if not sweeps:
-            store.keep(newest.run_id, path)
+        for run_id in [sweep.run_id for sweep in sweeps] or [newest.run_id]:
+            store.keep(run_id, path)
         for line in store.where(newest.run_id, path.name):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     except TrackingFailed as fault:
         console.print(f"the page is not kept in the store: {fault}", style="yellow", highlight=False, soft_wrap=True)
 
 
+def _newest(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> Sweep | Trial:
+    return max(sweeps, key=lambda sweep: sweep.started_ms) if sweeps else trials[-1]
+
+
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # rich would leave with 1, which means that something got worse
+    sys.exit(main())

@@ -171,9 +171,9 @@ def _splits(
     """The two points that were asked for; else those of a study's claims, where both were measured; else from the
     baseline to the fastest."""
     asked = [measure for measure in (THROUGHPUT, ENERGY) if measure in measures]
-    if not asked or not factors:
-        return (), ()
     measured = [point for point in found if point.figures]
+    if not asked or not factors or not measured:
+        return (), ()
     claims = [(study, claim) for study in question.studies for claim in study.claims if claim.ends is not None]
     if question.ends is None:
         for study, claim in claims:

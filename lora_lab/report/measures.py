@@ -1,5 +1,6 @@
 """What trials are compared by: a figure, its unit, and which way is better."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,12 +34,14 @@ class Measure:
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return None
         value = trial.metrics.get(self.key)
-        return None if value is None or (self.ratios and value <= 0) else value
+        return None if value is None or not math.isfinite(value) or (self.ratios and value <= 0) else value
 
     def why_absent(self, trial: Trial) -> str:
         """Why a trial has no such figure."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return "held-out loss says nothing of random weights"
+        if self.key in trial.metrics:
+            return f"recorded as {trial.metrics[self.key]:g}, which can't be compared"
         return trial.tags.get(f"absent.{self.key}", "not recorded")
 
     def write(self, value: float) -> str:

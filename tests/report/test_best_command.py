@@ -5,27 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from planted import trial
+from planted import record, trial
 
 from lora_lab import best
 from lora_lab.config import TrackingConfig
 from lora_lab.records import Record
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
-from lora_lab.report.trials import Trial
 from lora_lab.tracking import open_tracker
-
-
-def record(of: Trial) -> Record:
-    fields = {name: getattr(of, name) for name in ("name", "outcome", "started_ms")}
-    return Record(
-        id=of.run_id,
-        parent=of.sweep,
-        params=dict(of.params),
-        metrics=dict(of.metrics),
-        tags={**of.tags, "outcome": of.outcome},
-        ended_ms=of.started_ms + 60_000,
-        **fields,
-    )
 
 
 def figures(rate: float, gib: float) -> dict[str, float]:

@@ -175,17 +175,17 @@ def _part(found: GroupFindings, timelines: Timelines, number: int) -> Part:
 def _how_sure(found: GroupFindings) -> str:
     """How many trials, in which regimes, how often repeated."""
     measured = found.group.measured
-    if not measured:
+    each = sorted({sum(t.finished for t in point.trials) for point in found.points if point.figures})
+    if not each:
         return "No trial finished with figures that can be compared."
     regimes = Counter(trial.regime for trial in measured)
     if set(regimes) == {"not known"}:
         spread = "regime not known (nothing here could look at it)"
     else:
         spread = ", ".join(f"{number} {regime}" for regime, number in regimes.most_common())
-    each = sorted({sum(t.finished for t in point.trials) for point in found.points if point.figures})
     ran = f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
-    repeats = f"{ran} a point" if each and len(found.points) > 1 else ""
-    sure = "" if each and each[-1] > 1 else "; without repeats nothing says how sure a figure is"
+    repeats = f"{ran} a point" if len(found.points) > 1 else ""
+    sure = "" if each[-1] > 1 else "; without repeats nothing says how sure a figure is"
     intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
     measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
     return f"{measured_text}: {spread}{intervals}{sure}."

@@ -1,0 +1,99 @@
+"""What a report says of trials of any kind: it always says something, and never more than it has."""
+
+import io
+import math
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import factorial, trial
+from rich.console import Console
+
+from lora_lab.report.claims.study import shipped
+from lora_lab.report.findings import Findings, Question, find
+from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
+from lora_lab.report.page.page import page
+from lora_lab.report.terminal import show
+from lora_lab.report.trials import Trial
+
+LEVELS = {"optimizer": ["adamw", "paged_adamw"], "precision": ["fp16", "bf16"], "shape": ["1x512", "2x2048"]}
+
+
+def found(trials: list[Trial]) -> Findings:
+    return find(trials, [], Question(studies=tuple(shipped())), "0")
+
+
+def said(findings: Findings, width: int = 100) -> str:
+    text = io.StringIO()
+    show(findings, Console(file=text, width=width))
+    return " ".join(text.getvalue().split())
+
+
+OUTCOMES = ["finished", "finished", "finished", "out_of_memory", "diverged", "failed", "killed", "unsupported"]
+RATE = st.one_of(st.floats(1e-6, 1e6), st.sampled_from([math.nan, math.inf, 0.0]))
+"""What a trial that diverged, or was too short, can have recorded."""
+MEMORY = st.floats(0.5, 80)
+FIGURES = st.fixed_dictionaries(
+    {},
+    optional={
+        THROUGHPUT.key: RATE,
+        ENERGY.key: RATE,
+        "loss/eval": RATE,
+        VRAM.key: MEMORY,
+        "out_of_memory/asked_gib": MEMORY,
+    },
+)
+
+
+@st.composite
+def any_trial(draw: st.DrawFn) -> Trial:
+    batch, seq = draw(st.sampled_from([("1", "512"), ("2", "512"), ("2", "2048")]))
+    return trial(
+        draw(FIGURES),
+        outcome=draw(st.sampled_from(OUTCOMES)),
+        sweep=draw(st.sampled_from([None, "one", "other"])),
+        repeat=draw(st.integers(0, 1)),
+        unit=draw(st.sampled_from(["GPU-1", "GPU-1", "GPU-2"])),
+        regime=draw(st.sampled_from(["host-bound", "GPU-bound", "mixed", None])),
+        validity=draw(st.sampled_from(["valid", "valid", "doubtful", "invalid", "unknown"])),
+        optimizer=draw(st.sampled_from(["adamw", "paged_adamw"])),
+        precision=draw(st.sampled_from(["fp16", "bf16"])),
+        vram_limit_gib=draw(st.sampled_from(["None", "8.0"])),
+        gradient_checkpointing="True",
+        batch_size=batch,
+        seq_len=seq,
+    )
+
+
+@settings(max_examples=40)
+@given(st.lists(any_trial(), min_size=1, max_size=12))
+def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Trial]) -> None:
+    findings = found(trials)
+    text = said(findings)
+    assert len(findings.sentences) == 3
+    assert not re.search(r"(nan|inf|None) ?(%|GiB|J|tokens)", text)
+    page(findings, {})
+
+
+def test_the_sentences_name_the_fastest_the_effects_and_the_regime() -> None:
+    effects = {"optimizer=paged_adamw": math.log(0.9), "shape=2x2048": math.log(3)}
+    regimes = {"shape=1x512": "host-bound"}
+    first, second, third = found(factorial(LEVELS, effects, noise=0.005, regimes=regimes, random=3)).sentences
+    assert re.search(r"8 of 8 configurations ran to the end: the fastest was adamw \w+ 2x2048", first)
+    assert re.search(r"paged_adamw against adamw -\S+ % \(.*\) host-bound, -\S+ % \(.*\) GPU-bound", second)
+    assert "host-bound" in third
+
+
+def test_what_changed_together_is_not_told_apart() -> None:
+    trials = [trial({THROUGHPUT.key: 500.0}), trial({THROUGHPUT.key: 600.0}, optimizer="paged_adamw", precision="bf16")]
+    findings = found(trials)
+    assert "paged_adamw + bf16 against adamw + fp16" in findings.sentences[1]
+    assert "optimizer, precision" in said(findings)
+
+
+def test_invalid_figures_are_left_out_of_every_number() -> None:
+    good = [trial({THROUGHPUT.key: 500.0 + repeat}, repeat=repeat) for repeat in range(3)]
+    bad = trial({THROUGHPUT.key: 9999.0}, repeat=3, validity="invalid", tags={"validity_reasons": "heat"})
+    text = said(found([*good, bad]))
+    assert "9,999" not in text
+    assert "invalid: heat" in text
