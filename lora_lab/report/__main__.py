@@ -50,11 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             baseline=asked.baseline,
             ends=tuple(asked.split) if asked.split else None,
             studies=tuple([load_study(path) for path in asked.claims] if asked.claims else shipped()),
-            command=shlex.join(["python", "-m", "lora_lab.report", *given]),
+            command=shlex.join(["python", "-m", "lora_lab.report", *_that_names_its_sweeps(given, trials, sweeps)]),
         )
         findings = find(trials, sweeps, question, __version__)
         path = _write(findings, store, trials, sweeps, asked.out)
         show(findings, console)
+        for study in question.studies if asked.claims else ():
+            if all(study is not judged for judged, _ in findings.verdicts):
+                held = " ".join(f"{key}={value}" for key, value in study.held.items())
+                console.print(f"no trial here says anything about {study.id}: it takes {held}", highlight=False)
         _keep(path, store, trials, sweeps, console)
     except (RefusedInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
@@ -95,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:
+    """The arguments, with "the last sweep" by its id: there will be others."""
+    ids = [sweep.run_id for sweep in sweeps] or [trial.run_id for trial in trials]
+    return list(given) if "--sweep" in given else [*given, "--sweep", *ids]
+
+
 def _write(
     findings: Findings, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], out: Path | None
 ) -> Path:
@@ -107,7 +117,7 @@ def _write(
     try:
         write_page(findings, timelines, path)
     except OSError as error:
-        raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out.") from error
+        raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out FILE.") from error
     return path
 
 

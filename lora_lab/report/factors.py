@@ -49,6 +49,15 @@ class Factor:
         return " + ".join(_parts(self.keys, trial.params).values())
 
 
+def taken_apart(factor: Factor, trials: Sequence[Trial]) -> list[Factor]:
+    """The settings that a factor consists of, each by itself; shape stays whole."""
+    shape = tuple(key for key in factor.keys if key in SHAPE)
+    parts = [("shape", shape)] if shape else []
+    parts += [(key, (key,)) for key in factor.keys if key not in SHAPE]
+    made = [Factor(name=name, keys=keys, levels=()) for name, keys in parts]
+    return [replace(each, levels=tuple(dict.fromkeys(each.level(trial) for trial in trials))) for each in made]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confounded:
     """Settings whose effects can't be told apart in this design."""

@@ -12,7 +12,7 @@ from lora_lab.report.claims.verdict import Verdict
 from lora_lab.report.effects.attribution import Split, split
 from lora_lab.report.effects.contrasts import Contrast, contrasts
 from lora_lab.report.effects.model import FactorialModel, factorial
-from lora_lab.report.factors import Design, Factor, design
+from lora_lab.report.factors import Design, Factor, design, taken_apart
 from lora_lab.report.front import Point, front, points
 from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.memory import Fit, fits
@@ -25,6 +25,8 @@ class Fitted:
     """The factorial model of one measure over one sweep's points of one regime."""
 
     measure: Measure
+    sweep: str | None
+    """Run id of the sweep."""
     regime: str
     model: FactorialModel | str
     """Text says why there is none."""
@@ -37,6 +39,8 @@ class GroupFindings:
     group: Group
     design: Design
     points: tuple[Point, ...]
+    compared: tuple[Factor, ...]
+    """The factors that contrasts are about: those of the design, taken apart where pairs tell their settings apart."""
     contrasts: tuple[Contrast, ...]
     """Of every measure that has figures."""
     models: tuple[Fitted, ...]
@@ -91,7 +95,7 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
     verdicts = tuple((study, said) for study, said in judged if any(verdict.seen for verdict in said))
     return Findings(
         title=_title(trials, sweeps),
-        sentences=sentences(found, verdicts),
+        sentences=sentences(found, verdicts, sweeps),
         sweeps=tuple(sweeps),
         groups=found,
         verdicts=verdicts,
@@ -111,6 +115,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         varied = design(group.trials, sweeps)
         varied = replace(varied, notes=(*varied.notes, f"another baseline than asked for: {refusal}"))
     factors = varied.factors
+    compared = _compared(group, factors)
     found = points(group.trials, group.measured, factors)
     splits, how_much = _splits(group, factors, found, question, measures)
     others = [measure for measure in measures if measure is not THROUGHPUT and THROUGHPUT in measures]
@@ -118,7 +123,8 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         group=group,
         design=varied,
         points=tuple(found),
-        contrasts=tuple(each for measure in measures for each in contrasts(group.measured, factors, measure)),
+        compared=compared,
+        contrasts=tuple(each for measure in measures for each in contrasts(group.measured, compared, measure)),
         models=tuple(_models(group, found, factors, measures)),
         splits=splits,
         needed=how_much,
@@ -126,6 +132,17 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
         absent={m.name: _why_absent(m, group) for m in MEASURES if m not in measures},
     )
+
+
+def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """A pair has all else equal, so it tells a setting from others though the design as a whole can't: one stray point
+    that ties two settings takes nothing from the pairs of the rest. Settings tied throughout have no such pairs."""
+    made: list[Factor] = []
+    for factor in factors:
+        parts = taken_apart(factor, group.measured)
+        paired = len(parts) > 1 and any(contrasts(group.measured, parts, measure) for measure in MEASURES)
+        made += parts if paired else [factor]
+    return tuple(made)
 
 
 def _why_absent(measure: Measure, group: Group) -> str:
@@ -152,7 +169,7 @@ def _models(
         seen = {factor.name: {factor.level(trial) for trial in inside} for factor in factors}
         varied = [_with_levels(factor, seen[factor.name]) for factor in factors if len(seen[factor.name]) > 1]
         if varied:
-            made += [Fitted(measure=m, regime=regime, model=factorial(inside, varied, m)) for m in fitted]
+            made += [Fitted(measure=m, sweep=sweep, regime=regime, model=factorial(inside, varied, m)) for m in fitted]
     return made
 
 
@@ -189,6 +206,8 @@ def _splits(
             told = ",".join(f"{key}={value}" for key, value in settings.items())
             there = "; ".join(point.label for point in measured[:12])
             raise RefusedInput(f"--split {told}: no measured point has these settings. There are: {there}.")
+    if ends[0] is ends[1]:
+        raise RefusedInput("--split names one point twice; give two that differ.")
     return tuple(
         split(group.measured, factors, m, ends[0].levels, ends[1].levels) for m in asked if ends[0] and ends[1]
     ), ()

@@ -11,8 +11,12 @@ def level_text(factor: Factor, level: str) -> str:
     """A level that can stand alone: "paged_adamw", "2x512", but "raise_to_fp32=False"."""
     if set(factor.keys) <= set(SHAPE):
         return level if len(factor.keys) > 1 else f"{factor.keys[0]}={level}"
-    told = zip(factor.keys, level.split(" + "), strict=False)
-    return " ".join(value if _a_word(key, value) else f"{key.rpartition('.')[2]}={value}" for key, value in told)
+    # within a level, shape is one word of several settings
+    keys = list(dict.fromkeys("shape" if key in SHAPE else key for key in factor.keys))
+    told = zip(keys, level.split(" + "), strict=False)
+    return " ".join(
+        value if key == "shape" or _a_word(key, value) else f"{key.rpartition('.')[2]}={value}" for key, value in told
+    )
 
 
 def _a_word(key: str, value: str) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from lora_lab.report.effects.contrasts import Contrast
 from lora_lab.report.factors import SHAPE
 from lora_lab.report.front import Point
-from lora_lab.report.labels import count, levels_text, outcome_text, usual_levels
-from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.labels import count, level_text, levels_text, outcome_text, usual_levels
+from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.trials import Sweep
 from lora_lab.report.words import briefly
 
 if TYPE_CHECKING:
@@ -18,14 +19,26 @@ if TYPE_CHECKING:
 
 
 def sentences(
-    groups: "Sequence[GroupFindings]", verdicts: "Sequence[tuple[Study, Sequence[Verdict]]]"
+    groups: "Sequence[GroupFindings]",
+    verdicts: "Sequence[tuple[Study, Sequence[Verdict]]]",
+    sweeps: Sequence[Sweep] = (),
 ) -> tuple[str, ...]:
     """Three sentences on the place with most trials; of others it is said that they are there."""
     main = groups[0]
     last = _on_claims(main, verdicts) if verdicts else _on_regimes(main)
     others = len(groups) - 1
     apart = f" {count(others, 'other place')} reported apart, never averaged in." if others else ""
-    return (_on_best(main), _on_effects(main), last + apart)
+    return (_on_the_rest(groups, sweeps) + _on_best(main), _on_effects(main), last + apart)
+
+
+def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> str:
+    """What of the sweeps has not been run, so that nobody takes a part for the whole."""
+    over = Counter(trial.sweep for found in groups for trial in found.group.trials)
+    planned = sum(sweep.planned or 0 for sweep in sweeps)
+    done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in sweeps)
+    if done == planned:
+        return ""
+    return f"{done} of the {planned} planned trials have been run (resume=true goes on). "
 
 
 def _on_best(found: "GroupFindings") -> str:
@@ -37,42 +50,58 @@ def _on_best(found: "GroupFindings") -> str:
     if len(found.points) == 1:
         figures = [m.write(points[0].figures[m.name][0]) for m in MEASURES if m.name in points[0].figures]
         return f"On {device} {_name(points[0], found)} came to {', '.join(figures)}."
-    short = sum(point.outcomes.get("out_of_memory", 0) > 0 for point in found.points)
-    ran = f"{len(points)} of {len(found.points)} configurations ran to the end"
-    ran += f" ({short} ran out of memory)" if short else ""
+    ended = Counter(outcome for point in found.points for outcome in point.outcomes if outcome != "finished")
+    others = ", ".join(f"{number} {outcome_text(outcome)}" for outcome, number in ended.items())
+    ran = f"{len(points)} of {len(found.points)} configurations ran to the end" + (f" ({others})" if others else "")
     rated = [point for point in points if THROUGHPUT.name in point.figures]
     if not rated:
         return f"On {device} {ran}; none has a throughput."
     fastest = _best(rated, THROUGHPUT)
     rates = [point.figures[THROUGHPUT.name][0] for point in rated]
     said = f"the fastest was {_name(fastest, found)} with {THROUGHPUT.write(max(rates))}"
-    said += f", {max(rates) / min(rates):.3g} times the slowest"
+    said += f", {max(rates) / min(rates):.3g} times the slowest" if len(rates) > 1 else ""
     drawn = [point for point in points if ENERGY.name in point.figures]
     if drawn:
         thriftiest = _best(drawn, ENERGY)
         figure = ENERGY.write(thriftiest.figures[ENERGY.name][0])
         same = thriftiest is fastest
-        said += (
-            f", and also the thriftiest at {figure}" if same else f"; {_name(thriftiest, found)} took least: {figure}"
-        )
-    return f"On {device}, {ran}: {said}."
+        said += f", and least energy, {figure}" if same else f"; least energy took {_name(thriftiest, found)}, {figure}"
+    learned = [point for point in points if LOSS.name in point.figures]
+    if len(learned) > 1:
+        least = _best(learned, LOSS)
+        said += f"; lowest held-out loss had {_name(least, found)}, {LOSS.write(least.figures[LOSS.name][0])}"
+    return f"On {device}, {ran}; by their medians {said}."
 
 
 def _on_effects(found: "GroupFindings") -> str:
-    made = [each for each in found.contrasts if each.measure is THROUGHPUT]
-    if not made:
-        return "What made a difference can't be said: no two trials differ in one setting alone."
-    shape = {factor.name for factor in found.design.factors if set(factor.keys) <= set(SHAPE)}
-    by_level: dict[tuple[str, str], list[Contrast]] = {}
+    if not found.contrasts:
+        return (
+            "What made a difference can't be said: no two trials of one sweep and repeat differ in one setting alone."
+        )
+    told = [f"In tokens/s, all else equal: {_effects(found, THROUGHPUT)}."]
+    if any(each.measure is LOSS and each.estimate.seen for each in found.contrasts):
+        told.append(f"In held-out loss: {_effects(found, LOSS)}.")
+    return " ".join(told)
+
+
+def _effects(found: "GroupFindings", measure: Measure) -> str:
+    factors = {factor.name: factor for factor in found.compared}
+    shape = {factor.name for factor in found.compared if set(factor.keys) <= set(SHAPE)}
+    by_level: dict[tuple[str, str, str], list[Contrast]] = {}
+    made = [each for each in found.contrasts if each.measure is measure]
     for each in made:
         if each.factor not in shape:
-            by_level.setdefault((each.of, each.over), []).append(each)
-    parts = [f"{of} against {over} {_by_regime(those)}" for (of, over), those in by_level.items()]
+            by_level.setdefault((each.factor, each.of, each.over), []).append(each)
+    parts = []
+    for (name, of, over), those in by_level.items():
+        factor = factors[name]
+        tied = " together" if len(factor.keys) > 1 else ""
+        parts.append(f"{level_text(factor, of)}{tied} against {level_text(factor, over)} {_by_regime(those)}")
     shapes = [each for each in made if each.factor in shape]
     if shapes:
         widest = max(shapes, key=lambda each: abs(each.estimate.value))
         parts.append(f"{widest.of} (batch x seq) against {widest.over} {_by_regime([widest])}")
-    return "In tokens/s, all else equal: " + "; ".join(parts) + "."
+    return "; ".join(parts) or f"no pair of trials has a {measure.title}"
 
 
 def _by_regime(those: Sequence[Contrast]) -> str:

@@ -1,6 +1,6 @@
 """The findings as tables in a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,10 +9,10 @@ from rich.table import Table
 from lora_lab.report.claims.study import Study
 from lora_lab.report.claims.verdict import Verdict
 from lora_lab.report.effects.attribution import Split
-from lora_lab.report.effects.contrasts import Contrast
 from lora_lab.report.effects.model import FactorialModel
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.front import Point
+from lora_lab.report.labels import level_text, levels_text, regime_text, usual_levels
 from lora_lab.report.measures import MEASURES, Measure
 from lora_lab.report.memory import Fit
 from lora_lab.report.words import change, told
@@ -31,7 +31,11 @@ def show(findings: Findings, console: Console) -> None:
 
 def _show_group(found: GroupFindings, console: Console) -> None:
     console.print(f"\n[bold]{escape(found.group.place.label)}[/bold]")
-    console.print(f"{found.group.place.versions}; code {found.group.place.code}", highlight=False, style="dim")
+    console.print(
+        f"{found.group.place.host}; {found.group.place.versions}; code {found.group.place.code}",
+        highlight=False,
+        style="dim",
+    )
     console.print(_points_table(found))
     for measure, why in found.absent.items():
         console.print(f"no {measure}: {escape(why)}", highlight=False)
@@ -43,15 +47,20 @@ def _show_group(found: GroupFindings, console: Console) -> None:
     for note in found.design.notes:
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
     if found.contrasts:
-        console.print(_contrasts_table(found.contrasts))
+        console.print(_contrasts_table(found))
     for fitted in found.models:
         _show_model(fitted, console)
     for split in found.splits:
-        _show_split(split, console)
+        _show_split(split, found, console)
     for needed in found.needed:
         console.print(escape(needed.text), highlight=False)
     if found.fits:
         console.print(_fits_table(found.fits))
+        for note in dict.fromkeys(fit.note for fit in found.fits if fit.note):
+            console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
+    for trial in found.group.doubtful:
+        reasons = trial.tags.get("validity_reasons", "no reason kept")
+        console.print(f"doubtful, but used: {escape(trial.name)}: {escape(reasons)}", highlight=False)
     for excluded in found.group.excluded:
         console.print(f"left out: {escape(excluded.trial.name)}: {escape(excluded.why)}", highlight=False)
 
@@ -61,20 +70,25 @@ def _points_table(found: GroupFindings) -> Table:
     table = Table(
         title="every point: median, and half the way from its lowest to its highest trial", title_justify="left"
     )
-    for factor in found.design.factors:
-        table.add_column(
-            escape(" + ".join(key.rpartition(".")[2] for key in factor.name.split(" + "))), overflow="fold"
-        )
+    table.add_column("configuration", overflow="fold", min_width=12)
     table.add_column("outcome")
-    shown = [measure for measure in MEASURES if measure.name not in found.absent]
+    shown, factors = [measure for measure in MEASURES if measure.name not in found.absent], found.design.factors
     for measure in shown:
         table.add_column(measure.unit, justify="right")
     table.add_column("regime")
     for point in found.points:
         outcomes = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in point.outcomes.items())
         figures = [_figure(point, measure) for measure in shown]
-        table.add_row(*map(escape, point.levels.values()), outcomes, *figures, point.regime if point.figures else "")
+        table.add_row(escape(name_of(point.levels, found)), outcomes, *figures, point.regime if point.figures else "")
+    if usual := levels_text(usual_levels(found.points, factors), factors, {}):
+        table.caption, table.caption_justify = f"where a row says nothing else: {escape(usual)}", "left"
     return table
+
+
+def name_of(levels: Mapping[str, str], found: GroupFindings) -> str:
+    """A point, without what most points have."""
+    usual = usual_levels(found.points, found.design.factors)
+    return levels_text(levels, found.design.factors, usual) or "the usual settings"
 
 
 def _figure(point: Point, measure: Measure) -> str:
@@ -85,21 +99,25 @@ def _figure(point: Point, measure: Measure) -> str:
     return measure.form.format(median) + spread
 
 
-def _contrasts_table(contrasts: Sequence[Contrast]) -> Table:
+def _contrasts_table(found: GroupFindings) -> Table:
+    factors = {factor.name: factor for factor in found.compared}
     table = Table(title="one factor changed, all else equal (95 % intervals)", title_justify="left")
     for head in ("measure", "of / over", "regime", "pairs", "change"):
         table.add_column(head, overflow="fold")
-    for each in contrasts:
+    for each in found.contrasts:
+        of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
         besides = f" (besides, {'; '.join(each.also_changed)})" if each.also_changed else ""
-        change_told = told(each.estimate, each.measure) + besides
+        besides += " (interval over settings: no repeats)" if each.interval_over == "settings" else ""
+        change_told = told(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
-            each.measure.title, escape(f"{each.of} / {each.over}"), each.regime, str(each.pairs), escape(change_told)
+            each.measure.title, escape(f"{of} / {over}"), regime_text(each.regime), str(each.pairs), escape(change_told)
         )
     return table
 
 
 def _show_model(fitted: Fitted, console: Console) -> None:
-    head = f"factorial model of {fitted.measure.title}, {fitted.regime}"
+    head = f"factorial model of {fitted.measure.title}, {regime_text(fitted.regime)}"
+    head += f", run {fitted.sweep[:8]}" if fitted.sweep else ""
     if not isinstance(fitted.model, FactorialModel):
         console.print(f"{head}: none ({escape(fitted.model)})", highlight=False)
         return
@@ -121,18 +139,20 @@ def _show_model(fitted: Fitted, console: Console) -> None:
     console.print(table)
 
 
-def _show_split(split: Split, console: Console) -> None:
-    start, end = (" ".join(levels.values()) for levels in (split.start, split.end))
+def _show_split(split: Split, found: GroupFindings, console: Console) -> None:
+    start, end = (name_of(levels, found) for levels in (split.start, split.end))
     title = f"{split.measure.title}: what made the difference from {start} to {end}"
     if not split.parts:
-        corners = "; ".join(" ".join(levels.values()) for levels in split.missing)
+        corners = "; ".join(name_of(levels, found) for levels in split.missing)
         console.print(f"{escape(title)}: can't be split, nothing measured at {escape(corners)}", highlight=False)
         return
     table = Table(title=escape(title), title_justify="left")
     for head in ("part", "from", "to", "change"):
         table.add_column(head, overflow="fold")
     for part in split.parts:
-        said = "unchanged" if part.estimate is None else told(part.estimate, split.measure)
+        if part.estimate is None:
+            continue
+        said = told(part.estimate, split.measure)
         table.add_row(escape(part.factor), escape(part.over), escape(part.of), escape(said))
     if split.total is not None:
         table.add_row("all together", "", "", escape(told(split.total, split.measure)))
@@ -146,7 +166,7 @@ def _fits_table(fits: Sequence[Fit]) -> Table:
         table.add_column(head, overflow="fold")
     budgets: dict[tuple[str, str, str], list[str]] = {}
     for fit in sorted(fits, key=lambda fit: (fit.others, fit.budget_gib)):
-        largest = "none seen to" if fit.largest is None else fit.largest
+        largest = "none tried fits" if fit.largest is None else fit.largest
         largest += f" ({fit.largest_gib:.2f} GiB)" if fit.largest_gib is not None else ""
         following = "none was tried" if fit.next is None else fit.next
         if fit.next_needs_gib is not None:

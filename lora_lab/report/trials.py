@@ -16,6 +16,8 @@ class Place:
     """The card's name, or the CPU's."""
     unit: str
     """The card's UUID, or the host's name."""
+    host: str
+    """CPU and its cores: they decide how fast host-bound trials are."""
     versions: str
     code: str
     """Digest of this package's code."""
@@ -44,6 +46,12 @@ class Sweep:
         """What varied, as asked for: key and values in their order."""
         told = {key.removeprefix("axis."): text for key, text in self.params.items() if key.startswith("axis.")}
         return {key: text.split(",") for key, text in told.items()}
+
+    @property
+    def planned(self) -> int | None:
+        """How many trials it was to have; None where it does not say."""
+        told = self.params.get("trials", "")
+        return int(told) if told.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,7 @@ class Trial:
         return Place(
             device=tags.get("device.cpu") or tags.get("device", "device not recorded"),
             unit=tags.get("device.uuid") or tags.get("process.host", "host not recorded"),
+            host=f"{tags.get('machine.cpu', 'CPU not recorded')}, {tags.get('machine.cpu_count', '?')} cores",
             versions=", ".join(versions + driver),
             code=tags.get("code", "not recorded"),
             dirty=tags.get("dirty") == "true",
@@ -109,6 +118,11 @@ class Group:
     measured: tuple[Trial, ...]
     """Those whose figures may be compared: finished, and not invalid."""
     excluded: tuple[Excluded, ...]
+
+    @property
+    def doubtful(self) -> tuple[Trial, ...]:
+        """The measured ones that something may have disturbed: used, and named."""
+        return tuple(trial for trial in self.measured if trial.tags.get("validity") == "doubtful")
 
 
 def groups(trials: Sequence[Trial]) -> list[Group]:

@@ -1,6 +1,7 @@
 """Estimates as people say them: percent for small ratios, a factor for large ones, and how sure."""
 
 import math
+from dataclasses import replace
 
 from lora_lab.report.effects.estimates import Estimate, percent
 from lora_lab.report.measures import Measure
@@ -18,7 +19,8 @@ def _written(value: float, measure: Measure, signed: bool, large: bool) -> str:
     if not measure.ratios:
         return f"{value:+.4f} {measure.unit}" if signed else f"{abs(value):.4f} {measure.unit}"
     if large:
-        return f"x{math.exp(value if signed else abs(value)):.3g}"
+        ratio = math.exp(value if signed else abs(value))
+        return f"x{ratio:,.0f}" if ratio >= 1000 else f"x{ratio:#.3g}".rstrip(".")
     return f"{percent(value):+.1f} %" if signed else f"{percent(abs(value)):.1f} %"
 
 
@@ -31,13 +33,20 @@ def interval(estimate: Estimate, measure: Measure) -> str:
     return f"{low.removesuffix(' %').removesuffix(f' {measure.unit}')} to {high}"
 
 
-def told(estimate: Estimate, measure: Measure) -> str:
-    """The change with its interval, or that none was seen and which one would have been."""
+def told(estimate: Estimate, measure: Measure, lowest: float | None = None, highest: float | None = None) -> str:
+    """The change with its interval, or that none was seen and which one would have been.
+
+    Args:
+        lowest: the least change in any setting of the rest, where that is known.
+        highest: the largest."""
     ends = interval(estimate, measure)
     if not ends:
         return f"{change(estimate.value, measure)} ({estimate.why_no_interval})"
     if estimate.low == estimate.high:
-        return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
+        if lowest == highest:
+            return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
+        ends = interval(replace(estimate, low=lowest, high=highest), measure)
+        return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
     if estimate.seen is False and estimate.detectable is not None:
         would = change(estimate.detectable, measure, signed=False)
         return f"no difference seen (95 %: {ends}); {would} would have been seen 4 times in 5"

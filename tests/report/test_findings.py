@@ -79,7 +79,7 @@ def test_the_sentences_name_the_fastest_the_effects_and_the_regime() -> None:
     effects = {"optimizer=paged_adamw": math.log(0.9), "shape=2x2048": math.log(3)}
     regimes = {"shape=1x512": "host-bound"}
     first, second, third = found(factorial(LEVELS, effects, noise=0.005, regimes=regimes, random=3)).sentences
-    assert re.search(r"8 of 8 configurations ran to the end: the fastest was adamw \w+ 2x2048", first)
+    assert re.search(r"8 of 8 configurations ran to the end; by their medians the fastest was adamw \w+ 2x2048", first)
     assert re.search(r"paged_adamw against adamw -\S+ % \(.*\) host-bound, -\S+ % \(.*\) GPU-bound", second)
     assert "host-bound" in third
 
@@ -87,7 +87,7 @@ def test_the_sentences_name_the_fastest_the_effects_and_the_regime() -> None:
 def test_what_changed_together_is_not_told_apart() -> None:
     trials = [trial({THROUGHPUT.key: 500.0}), trial({THROUGHPUT.key: 600.0}, optimizer="paged_adamw", precision="bf16")]
     findings = found(trials)
-    assert "paged_adamw + bf16 against adamw + fp16" in findings.sentences[1]
+    assert "paged_adamw bf16 together against adamw fp16 +20.0 %" in findings.sentences[1]
     assert "optimizer, precision" in said(findings)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lora_lab.outcome import Outcome
 from lora_lab.report.claims.study import ANY_CARD, FitsClaim, Study
-from lora_lab.report.claims.verdict import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict
+from lora_lab.report.claims.verdict import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Seen, Verdict, ids, place_names
 from lora_lab.report.effects.blocks import settings_besides
 from lora_lab.report.factors import Factor, tokens_a_step
 from lora_lab.report.measures import VRAM
@@ -30,7 +30,8 @@ class _Tried:
 
     trial: Trial
     place: str
-    device: str
+    name: str
+    """The place, for people."""
     fits: bool | None
     """Of its point; None where the trial, or its point, tells nothing."""
 
@@ -38,7 +39,8 @@ class _Tried:
 def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdict:
     """Judge one claim by trials with the settings that all of the study's runs share."""
     places = [group for group in groups if claim.evidence == ANY_CARD or group.place.device == study.card]
-    tried = [each for group in places for each in _tried(claim, group)]
+    names = place_names(places)
+    tried = [each for group in places for each in _tried(claim, group, names[group.place])]
     word, why = _word(study, claim, tried)
     if word != NOT_TESTABLE:
         why = " ".join([why, *_own_runs(study, claim, tried), _assumed(claim, tried)])
@@ -53,7 +55,7 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
     )
 
 
-def _tried(claim: FitsClaim, group: Group) -> list[_Tried]:
+def _tried(claim: FitsClaim, group: Group, name: str) -> list[_Tried]:
     ran = [trial for trial in group.trials if trial.finished or trial.outcome == Outcome.out_of_memory.value]
     trials = [trial for trial in ran if _has(trial, claim.settings)]
     points: dict[tuple[str, ...], list[Trial]] = {}
@@ -66,7 +68,7 @@ def _tried(claim: FitsClaim, group: Group) -> list[_Tried]:
         found = fits(telling, (), [claim.budget_gib])
         it_fits = found[0].largest is not None if found else None
         said += [(trial, it_fits if trial in telling else None) for trial in same]
-    return [_Tried(trial=t, place=group.place.label, device=group.place.device, fits=it_fits) for t, it_fits in said]
+    return [_Tried(trial=t, place=group.place.label, name=name, fits=it_fits) for t, it_fits in said]
 
 
 def _full(trial: Trial) -> bool:
@@ -86,9 +88,7 @@ def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str,
     fitting = [each for each in tried if each.fits]
     short = [each for each in tried if each.fits is False]
     if fitting:
-        ways = dict.fromkeys(_settings(_varied(claim, each, tried)) for each in fitting)
-        how = f" with {'; or with '.join(way for way in ways if way)}" if any(ways) else ""
-        return SUPPORTED, f"{what} fits into {claim.budget_gib:g} GiB{how} ({_took(fitting)})."
+        return SUPPORTED, f"{_lead(study, claim, tried)} {_how_near(claim, fitting)}"
     own = [each for each in short if any(_has(each.trial, study.settings(name)) for name in claim.runs)]
     if own:
         took = _took(short)
@@ -103,20 +103,60 @@ def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str,
     return NOT_TESTABLE, lack + (": none filled its batches on a card or capacity that shows it." if tried else ".")
 
 
+def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
+    """At what it fits, and that the study's own runs do not: "at batch_size=1 with raise_to_fp32=False; ..."."""
+    varied = [_varied(claim, each, tried) for each in tried if each.fits]
+    ways = dict.fromkeys(_at(each) for each in varied if each)
+    said = [f"at {'; or at '.join(ways)}"] if ways else ["in all that was tried"]
+    for name in claim.runs:
+        same = [each for each in tried if _has(each.trial, study.settings(name))]
+        run = f"the original's own run {name} ({_short(study.settings(name))})"
+        if not same:
+            said.append(f"{run} was not tried here")
+        elif not any(each.fits for each in same):
+            short = any(each.fits is False for each in same)
+            said.append(f"{run} {'did not fit as tried here' if short else 'is not known to fit'}")
+        else:
+            said.append(f"{run} fits too")
+    return "; ".join(said) + "."
+
+
+def _at(settings: Mapping[str, str]) -> str:
+    return " with ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in settings.items())
+
+
+def _short(settings: Mapping[str, str]) -> str:
+    return "x".join(settings[key] for key in ("batch_size", "seq_len") if key in settings)
+
+
+def _how_near(claim: FitsClaim, fitting: Sequence[_Tried]) -> str:
+    """The figures, and what an emulated limit leaves out."""
+    emulated = [each.trial for each in fitting if each.trial.params.get(LIMIT, "None") != "None"]
+    said = f"It showed a {_took(fitting)}."
+    rose = [
+        peak - trial.metrics.get("card/used_before_gib", 0.0)
+        for trial in emulated
+        if (peak := VRAM.of(trial)) is not None
+    ]
+    if rose:
+        spare = claim.budget_gib - max(rose)
+        said += f" Less what was held before, {max(rose):.2f} of {claim.budget_gib:g} GiB: {spare:.2f} GiB to spare."
+    if emulated:
+        said += (
+            " An emulated limit is not a card's usable memory: on a real one a display, the driver and other programs "
+            "take their share first."
+        )
+    return said
+
+
 def _own_runs(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> list[str]:
-    """Whether the runs that the study draws the claim from fit as they were set."""
+    """What the runs that the study draws the claim from took here."""
     said = []
     for name in claim.runs:
         same = [each for each in tried if _has(each.trial, study.settings(name))]
-        settings = _settings(study.run(name).settings)
-        if fitting := [each for each in same if each.fits]:
-            said.append(f"The original's run {name} itself ({settings}) fits too ({_took(fitting)}).")
-        elif short := [each for each in same if each.fits is False]:
-            said.append(
-                f"The original's run {name} itself ({settings}) did not fit as it was tried here: {_took(short)}."
-            )
-        else:
-            said.append(f"Nothing shows whether the original's run {name} itself ({settings}) fits.")
+        for told, word in (([t for t in same if t.fits], "fits"), ([t for t in same if t.fits is False], "too large")):
+            if told:
+                said.append(f"Run {name}, {word}: {_took(told)}.")
     return said
 
 
@@ -162,10 +202,10 @@ def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> 
     said += [f"needs more{' at other points' if fitting else ''} ({_took(short)})"] if short else []
     said += [f"{_count(silent)} told nothing (batches not full, or other capacities)"] if silent else []
     return Seen(
-        text=f"On {same[0].device} {settings}: {'; '.join(said)}.",
+        text=f"{same[0].name}, {settings}: {'; '.join(said)}.",
         place=same[0].place,
         regime="",
-        trials=tuple(each.trial.run_id for each in same),
+        trials=ids(each.trial for each in same),
     )
 
 

@@ -47,7 +47,7 @@ class Change:
     ratio: float | None
     """The claimed size; None where only the direction is claimed."""
     least_ratio: float | None
-    """The effect nearest to 1 that still is what was claimed. As `ratio`, but for claims of "up to"."""
+    """The effect nearest to 1 that still is what was claimed; half of it (of its logarithm) where the file names none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +220,7 @@ def _change(told: "_Section") -> Change:
         sign = 1 if told.one_of("direction", ["higher", "lower"]) == "higher" else -1
         return Change(measure=measure, sign=sign, ratio=None, least_ratio=None)
     ratio = told.positive("ratio")
-    least = told.positive("least_ratio") if "least_ratio" in told.told else ratio
+    least = told.positive("least_ratio") if "least_ratio" in told.told else math.sqrt(ratio)
     if ratio == 1 or not 0 < math.log(least) / math.log(ratio) <= 1:
         told.refuse("least_ratio", f"it lies between 1 and ratio={ratio:g}, which is not 1; {least:g} was given")
     if not measure.ratios:

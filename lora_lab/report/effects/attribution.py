@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import optimize
 
 from lora_lab.config import RefusedInput
 from lora_lab.report.effects.blocks import Figure, figures, regime_of, settings_besides
@@ -24,6 +25,9 @@ from lora_lab.report.trials import Trial
 
 Corner = frozenset[str]
 """The factors that are at the end's level already."""
+
+_FITTED = 1e-9
+"""What of a figure is left over where the fit goes through it, but for rounding."""
 
 Weights = Mapping[Corner, float]
 """A difference as a weighted sum over the corners' means."""
@@ -81,8 +85,8 @@ def split(
     Trials count that are at a corner and alike in everything else; where several such sets exist, the one that covers
     most corners, then the one with most trials. The corners' means and the blocks are fitted together by least squares
     (value ~ corner + block), so that a corner whose trial was lost in one block is not compared with other blocks'
-    figures; every part is a weighted sum of these means, with Student's interval from the pooled residual, as if
-    noise were normal and equal at all corners.
+    figures; every part is a weighted sum of these means, with an interval that lets every corner have its own noise
+    (`_Fit.estimate`).
 
     Args:
         trials: measured ones of one place; those without the figure are left out.
@@ -155,24 +159,65 @@ class _Fit:
     corners: Sequence[Corner]
     means: NDArray[np.float64]
     """Up to a constant that is the same for all, and drops out of differences."""
-    covariance: NDArray[np.float64]
-    """Of the means, for noise of 1."""
-    residual_sd: float | None
+    of_trials: NDArray[np.float64]
+    """What each mean is made of: corners x trials."""
+    at: NDArray[np.float64]
+    """Which trial is at which corner: 1 or 0, corners x trials."""
+    leaves: NDArray[np.float64]
+    """Residuals from figures: trials x trials."""
+    residuals: NDArray[np.float64]
     df: int
+    """Of the residuals; 0 where noise can't be told."""
     why_no_interval: str
+
+    @property
+    def residual_sd(self) -> float | None:
+        return math.sqrt(float(np.sum(self.residuals**2)) / self.df) if self.df else None
 
     def value(self, weights: Weights) -> float:
         return float(self._vector(weights) @ self.means)
 
     def estimate(self, weights: Weights) -> Estimate:
-        if self.residual_sd is None:
-            return Estimate(value=self.value(weights), why_no_interval=self.why_no_interval)
-        vector = self._vector(weights)
-        error = self.residual_sd * math.sqrt(max(float(vector @ self.covariance @ vector), 0.0))
-        return estimate(self.value(weights), error, self.df)
+        """With a standard error that holds whatever the noise at each corner: HC2 (MacKinnon and White 1985, Some
+        Heteroskedasticity-Consistent Covariance Matrix Estimators), every squared residual over its own expectation.
+        Its degrees of freedom are Satterthwaite's for this quadratic form (Bell and McCaffrey 2002, Bias Reduction in
+        Standard Errors), but with the corners' variances as found instead of equal ones.
+
+        A trial that is fitted exactly (its corner's only one) tells nothing of its noise: where one counts, the wider
+        holds of this interval and of the one by the pooled residual."""
+        value, sd = self.value(weights), self.residual_sd
+        if sd is None:
+            return Estimate(value=value, why_no_interval=self.why_no_interval)
+        of_trials = self._vector(weights) @ self.of_trials
+        free = np.diag(self.leaves)
+        told = free > _FITTED
+        scale = np.where(told, of_trials**2 / np.where(told, free, 1.0), 0.0)
+        error = math.sqrt(float(scale @ self.residuals**2))
+        found = estimate(value, error, self._df(scale))
+        pooled = estimate(value, sd * float(np.linalg.norm(of_trials)), self.df)
+        lone = bool(np.any(np.abs(of_trials[~told]) > _FITTED))
+        return max(found, pooled, key=_reach) if lone else found
+
+    def _df(self, scale: NDArray[np.float64]) -> float:
+        form = (self.leaves * scale) @ self.leaves * self._variances()
+        spread = float(np.sum(form * form.T))
+        return float(np.trace(form)) ** 2 / spread if spread > 0 else self.df
+
+    def _variances(self) -> NDArray[np.float64]:
+        """Each trial's variance, by its corner, in units of the pooled one: those whose expected squares of residuals
+        are nearest to what was found, none below 0."""
+        sd = self.residual_sd
+        if not sd:
+            return np.ones(len(self.residuals))
+        found, _ = optimize.nnls(self.at @ self.leaves**2 @ self.at.T, self.at @ (self.residuals / sd) ** 2)
+        return np.asarray(found @ self.at)
 
     def _vector(self, weights: Weights) -> NDArray[np.float64]:
         return np.array([weights.get(corner, 0.0) for corner in self.corners])
+
+
+def _reach(found: Estimate) -> float:
+    return 0.0 if found.high is None else found.high - found.value
 
 
 def _fit(at: Mapping[Corner, Sequence[Figure]]) -> _Fit:
@@ -191,14 +236,15 @@ def _fit(at: Mapping[Corner, Sequence[Figure]]) -> _Fit:
     else:
         df = len(told) - columns.shape[1]
     inverse = np.linalg.pinv(columns)
-    numbers = inverse @ values
-    squares = float(np.sum((values - columns @ numbers) ** 2))
-    squares = squares if squares > len(told) * ROUNDING**2 else 0.0
+    leaves = np.eye(len(told)) - columns @ inverse
+    residuals = leaves @ values
     return _Fit(
         corners=corners,
-        means=numbers[: len(corners)],
-        covariance=(inverse @ inverse.T)[: len(corners), : len(corners)],
-        residual_sd=math.sqrt(squares / df) if df else None,
+        means=(inverse @ values)[: len(corners)],
+        of_trials=inverse[: len(corners)],
+        at=of_corners.T,
+        leaves=leaves,
+        residuals=residuals if float(np.sum(residuals**2)) > len(told) * ROUNDING**2 else np.zeros(len(told)),
         df=df,
         why_no_interval=why,
     )

@@ -4,13 +4,13 @@ A pair is two trials of one block (the same repeat of the same sweep) whose sett
 nothing else, so what slows a whole block falls out of their difference. A cell is one setting of everything else.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_lab.report.effects.averages import average
 from lora_lab.report.effects.blocks import Block, Figure, figures, regime_of, settings_besides
-from lora_lab.report.effects.estimates import Estimate, estimate
+from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import Measure
 from lora_lab.report.trials import Trial
@@ -42,8 +42,13 @@ class Contrast:
     also_changed: tuple[str, ...]
     """What ran differently besides, as read back: "attention kernel: cudnn, math" (`over`'s first)."""
     interval_over: str = "nothing"
-    """What the interval counts as noise: "repeats"; or "settings", where no cell has two pairs: then it also holds how
-    the effect differs from cell to cell, and is an interval for settings like these; or "nothing": no interval."""
+    """What the interval counts as noise: "repeats"; or "settings", where some cells have one pair only: then it also
+    holds how the effect differs from cell to cell, and is an interval for settings like these; or "blocks", where the
+    difference itself was another in other blocks (F test, p < 0.05); or "nothing": no interval."""
+    by_blocks: Estimate | None = None
+    """The same value with the interval over blocks' mean differences, as a check: the estimate's own takes what a block
+    does to the difference for noise of single pairs. None with one cell, where the two are the same, or where a sweep
+    has fewer than three blocks."""
     lowest: float | None = None
     """The smallest of the cells' means, on the estimate's scale; noise alone spreads them too."""
     highest: float | None = None
@@ -51,6 +56,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
+    block: Block
     of: Sequence[Figure]
     """One trial, but for a point that a block holds twice: then the mean of its figures counts."""
     over: Sequence[Figure]
@@ -98,13 +104,13 @@ def _of_factor(found: Sequence[Figure], factor: Factor, measure: Measure) -> lis
 
 
 def _pairs(of: Mapping[Block, list[Figure]], over: Mapping[Block, list[Figure]]) -> list[_Pair]:
-    return [_Pair(of=of[block], over=over[block]) for block in sorted(of.keys() & over.keys())]
+    return [_Pair(block=block, of=of[block], over=over[block]) for block in sorted(of.keys() & over.keys())]
 
 
 def _contrast(cells: Sequence[Sequence[_Pair]], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
-    differences = [[pair.difference for pair in pairs] for pairs in cells]
-    means = [statistics.fmean(cell) for cell in differences]
-    average, interval_over = _average(differences)
+    differences = [{pair.block: pair.difference for pair in pairs} for pairs in cells]
+    means = [statistics.fmean(cell.values()) for cell in differences]
+    found = average(differences)
     pairs = [pair for cell in cells for pair in cell]
     return Contrast(
         measure=measure,
@@ -112,32 +118,15 @@ def _contrast(cells: Sequence[Sequence[_Pair]], factor: Factor, level: str, meas
         of=level,
         over=factor.levels[0],
         regime=regime,
-        estimate=average,
+        estimate=found.estimate,
         pairs=len(pairs),
         cells=len(cells),
         also_changed=_also_changed(pairs, factor),
-        interval_over=interval_over,
+        interval_over=found.interval_over,
+        by_blocks=found.by_blocks,
         lowest=min(means),
         highest=max(means),
     )
-
-
-def _average(cells: Sequence[Sequence[float]]) -> tuple[Estimate, str]:
-    """The mean of the cells' means, and what its interval is over.
-
-    Over repeats: the variance of a pair is pooled over the cells, each about its own mean (one-way analysis of
-    variance), as if pairs were equally noisy in all cells. Where they are not, but cells have equally many pairs, the
-    standard error still holds and only the degrees of freedom are too many."""
-    means = [statistics.fmean(cell) for cell in cells]
-    value = statistics.fmean(means)
-    df = sum(len(cell) - 1 for cell in cells)
-    if df:
-        squares = math.fsum((one - mean) ** 2 for cell, mean in zip(cells, means, strict=True) for one in cell)
-        of_mean = squares / df * math.fsum(1 / len(cell) for cell in cells) / len(cells) ** 2
-        return estimate(value, math.sqrt(of_mean), df), "repeats"
-    if len(cells) > 1:
-        return estimate(value, statistics.stdev(means) / math.sqrt(len(cells)), len(cells) - 1), "settings"
-    return Estimate(value=value, why_no_interval="there is one pair of trials: run the sweep with repeats=3"), "nothing"
 
 
 def _also_changed(pairs: Sequence[_Pair], factor: Factor) -> tuple[str, ...]:

