@@ -23,7 +23,6 @@ _QWEN = (
 SETS = {
     "paper": "sweep=paper",
     "paper_8gib": "sweep=paper capacity=8gib",
-    "paper_factorial": "sweep=paper_factorial",
     "paper_factorial_8gib": "sweep=paper_factorial capacity=8gib",
 }
 COLUMNS = (

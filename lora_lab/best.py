@@ -15,7 +15,8 @@ from rich.console import Console
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.report.arguments import share
-from lora_lab.report.best.choice import Wish, choose
+from lora_lab.report.best.candidates import Wish
+from lora_lab.report.best.choice import choose
 from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import MEASURES
 from lora_lab.stored_runs import open_store

@@ -76,7 +76,6 @@ def test_planted_parts_lie_in_95_of_100_intervals(missing):
 UNEQUAL = {
     "the start": {("adamw", "1"): 0.1},
     "the first step": {("paged_adamw", "1"): 0.1},
-    "the end": {("paged_adamw", "2"): 0.1},
     "one level": {("adamw", "1"): 0.05, ("adamw", "2"): 0.05},
 }
 

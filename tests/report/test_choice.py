@@ -11,7 +11,8 @@ from planted import trial
 from rich.console import Console
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.best.choice import Choice, Wish, choose
+from lora_lab.report.best.candidates import Wish
+from lora_lab.report.best.choice import Choice, choose
 from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM, Measure
 from lora_lab.report.trials import Trial

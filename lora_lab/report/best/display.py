@@ -6,8 +6,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from lora_lab.report.best.choice import Candidate, Choice, RunnerUp
+from lora_lab.report.best.candidates import Candidate
+from lora_lab.report.best.choice import Choice
 from lora_lab.report.best.command import command
+from lora_lab.report.best.ranking import RunnerUp
 from lora_lab.report.effects.estimates import percent
 from lora_lab.report.labels import count
 from lora_lab.report.measures import MEASURES, VRAM, Measure
@@ -99,7 +101,13 @@ def _show_nothing_fits(choice: Choice, console: Console) -> None:
     console.print(f"\nNothing that was measured fits into {budget}.", style="bold", highlight=False)
     if least is None or least.needs_gib is None or wish.vram_gib is None:
         return
+    if least.fit is not None and least.fit.next_is_bound:
+        _say(console, f"{least.label} needs least: more than {VRAM.write(least.needs_gib)}, which it ran out of.")
+        return
     _say(console, f"{least.label} needs least: {VRAM.write(least.needs_gib)}.")
+    if least.ran_out:
+        _say(console, f"It ran out of memory within {budget}.")
+        return
     text = command({**least.trials[-1].params, "vram_limit_gib": f"{wish.vram_gib:g}"})
     _say(console, "On a large card torch keeps more than it needs. Whether it can do with less is seen by")
     console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)

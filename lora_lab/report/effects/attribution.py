@@ -201,16 +201,16 @@ class _Fit:
     def _df(self, scale: NDArray[np.float64]) -> float:
         form = (self.leaves * scale) @ self.leaves * self._variances()
         spread = float(np.sum(form * form.T))
-        return float(np.trace(form)) ** 2 / spread if spread > 0 else self.df
+        return min(max(float(np.trace(form)) ** 2 / spread, 1.0), self.df) if spread > 0 else self.df
 
     def _variances(self) -> NDArray[np.float64]:
         """Each trial's variance, by its corner, in units of the pooled one: those whose expected squares of residuals
-        are nearest to what was found, none below 0."""
+        are nearest to what was found, none below a hundredth: that none is seen in three repeats is chance."""
         sd = self.residual_sd
         if not sd:
             return np.ones(len(self.residuals))
         found, _ = optimize.nnls(self.at @ self.leaves**2 @ self.at.T, self.at @ (self.residuals / sd) ** 2)
-        return np.asarray(found @ self.at)
+        return np.asarray(np.maximum(found, 0.01) @ self.at)
 
     def _vector(self, weights: Weights) -> NDArray[np.float64]:
         return np.array([weights.get(corner, 0.0) for corner in self.corners])
