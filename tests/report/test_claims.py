@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
+from lora_lab.report.claims.cells import Cell
+from lora_lab.report.claims.contrast import weigh
 from lora_lab.report.claims.judge import (
     CONFOUNDED,
     CONTRADICTED,
@@ -24,7 +26,7 @@ from lora_lab.report.claims.judge import (
     load_study,
     needed,
 )
-from lora_lab.report.claims.study import SHIPPED, Change, Study
+from lora_lab.report.claims.study import SHIPPED, Change, ContrastClaim, Study
 from lora_lab.report.effects.attribution import split
 from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import design
@@ -46,7 +48,8 @@ def verdict(claim: str, trials: Sequence[Trial]) -> Verdict:
     return next(each for each in judge(paper(), groups(trials)) if each.claim == claim)
 
 
-SHAPES = (("1", "512"), ("1", "1024"), ("2", "512"))
+SHAPES = (("1", "512"), ("2", "1024"), ("2", "2048"))
+"""Of the paper's three runs."""
 
 
 def constant(_: float) -> float:
@@ -58,7 +61,7 @@ def grid(
     precision: float = 0.0,
     *,
     noise: float = 0.01,
-    repeats: int = 3,
+    repeats: int = 5,
     watts: Callable[[float], float] = constant,
     energy: bool = True,
     **told: Any,
@@ -80,8 +83,10 @@ def grid(
 
 def memory_trial(gib: float | None, **told: Any) -> Trial:
     """One at 1x2048 with full batches that peaked at `gib`; None ran out of memory."""
+    before = told.pop("before", None)
     told = {"batch_size": "1", "seq_len": "2048", "data__batching": "seq_len", "method__raise_to_fp32": "False"} | told
     metrics = {"out_of_memory/asked_gib": 1.2} if gib is None else {"vram/peak_device_gib": gib}
+    metrics |= {} if before is None else {"card/used_before_gib": before}
     outcome = "finished" if gib is not None else "out_of_memory"
     tags = {"device.memory_gib": told.pop("memory", "79.6")}
     return trial(metrics, outcome=outcome, tags=tags, gradient_checkpointing="True", **told)
@@ -163,11 +168,85 @@ def test_two_cards_of_the_same_name_that_disagree_decide_nothing() -> None:
 def test_an_owner_of_the_card_gets_the_verdict_that_the_effect_deserves(effect: float) -> None:
     found = verdict("paged_adamw", grid(effect, device=CARD))
     least = math.log(1.12)
-    if abs(effect - least) > 0.02:
-        assert found.verdict == (SUPPORTED if effect > least else CONTRADICTED)
+    deserved = SUPPORTED if effect > least else CONTRADICTED
+    assert found.verdict in ({deserved} if abs(effect - least) > 0.07 else {deserved, CONFOUNDED})
     estimate = found.seen[0].estimate
     assert estimate is not None
     assert abs(estimate.value - effect) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [
+        ({"batch_size": "2", "seq_len": "2048", "precision": "fp16"}, SUPPORTED),  # run 2's own settings
+        ({"batch_size": "1", "seq_len": "512", "precision": "fp16"}, SUPPORTED),  # run 1's
+        ({"batch_size": "2", "seq_len": "1024", "precision": "bf16"}, CONFOUNDED),  # "up to" is not refuted by others
+    ],
+    ids=["run 2", "run 1", "neither"],
+)
+def test_up_to_is_not_contradicted_by_settings_where_it_does_nothing(where: dict[str, str], word: str) -> None:
+    gains = {"optimizer": "paged_adamw"} | where
+    trials = [
+        dataclasses.replace(each, metrics={THROUGHPUT.key: each.metrics[THROUGHPUT.key] * 1.25})
+        if gains.items() <= each.params.items()
+        else each
+        for each in grid(0.0, device=CARD)
+    ]
+    found = verdict("paged_adamw", trials)
+    assert found.verdict == word
+    assert "average of 6 settings" in found.why
+    assert all(f"at run {run}'s settings" in found.why for run in (1, 2))
+    assert verdict("paged_adamw", grid(0.0, device=CARD)).verdict == CONTRADICTED
+
+
+def test_nothing_is_contradicted_where_a_run_of_the_claim_was_not_tried() -> None:
+    trials = [each for each in grid(0.0, device=CARD) if each.params["seq_len"] != "2048"]
+    found = verdict("paged_adamw", trials)
+    assert found.verdict == CONFOUNDED
+    assert "run 2's settings not among them" in found.why
+
+
+def test_a_direction_is_judged_with_the_settings_of_the_runs_compared() -> None:
+    own = [each for each in grid(precision=-0.1, device=CARD) if each.params["optimizer"] == "paged_adamw"]
+    other = [each for each in grid(precision=0.14, device=CARD) if each.params["optimizer"] == "adamw"]
+    assert verdict("bf16", own + other).verdict == SUPPORTED
+    assert verdict("bf16", other).verdict == CONFOUNDED
+
+
+def test_a_stray_trial_does_not_hide_an_effect() -> None:
+    trials = [each for each in grid(0.25, device=CARD) if each.params["seq_len"] != "1024"]
+    stray = dataclasses.replace(
+        trials[0], run_id="stray", params={**trials[0].params, "optimizer": "lion_8bit", "precision": "fp32"}
+    )
+    diagonal = [each for each in trials if each.params["precision"] == "fp16"]
+    for told in (trials, diagonal):
+        assert verdict("paged_adamw", [*told, stray]).verdict == SUPPORTED
+
+
+def _share(word: str, effect: float, noise: float) -> float:
+    """How often six settings of five pairs each, with this effect and noise, give the word."""
+    claim = next(each for each in paper().claims if isinstance(each, ContrastClaim))
+    draw = random.Random(7)
+
+    def cell(*ends: str) -> Cell:
+        return Cell(trials=(), differences=tuple(draw.gauss(effect, noise) for _ in range(5)), ends=ends)
+
+    told = [weigh(claim, claim.changes[0], [cell("1"), cell("2"), *(cell() for _ in range(4))]) for _ in range(300)]
+    return told.count(word) / len(told)
+
+
+@pytest.mark.parametrize("noise", [0.001, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+def test_noise_makes_no_verdict_wrong(noise: float) -> None:
+    """Short of the least (+6 % for 12 %) and at it; a share of 1 in 40 is allowed for, and chance."""
+    assert _share(SUPPORTED, math.log(1.06), noise) < 0.05
+    assert _share(SUPPORTED, math.log(1.119), noise) < 0.05
+    assert _share(CONTRADICTED, math.log(1.25), noise) < 0.05
+    assert _share(CONTRADICTED, math.log(1.121), noise) < 0.05
+
+
+def test_little_noise_decides() -> None:
+    assert _share(SUPPORTED, math.log(1.25), 0.02) > 0.95
+    assert _share(CONTRADICTED, 0.0, 0.02) > 0.95
 
 
 def test_too_noisy_to_see_the_claimed_effect_decides_nothing() -> None:
@@ -191,7 +270,7 @@ def test_what_the_trials_themselves_cannot_tell_apart_decides_nothing() -> None:
     ]
     found = verdict("paged_adamw", trials)
     assert found.verdict == CONFOUNDED
-    assert "cannot be told from" in found.seen[0].text
+    assert "no two trials of one repeat differ in optimizer alone" in found.seen[0].text
 
 
 @pytest.mark.parametrize(
@@ -211,28 +290,22 @@ def test_half_of_a_claim_without_figures_leaves_it_undecided() -> None:
     assert verdict("bf16", grid(precision=-0.1, energy=False, device=CARD)).verdict == CONFOUNDED
 
 
-INTERVALS = st.tuples(st.floats(-1, 1), st.floats(0, 1), st.floats(0.01, 2))
 RATIOS = st.sampled_from([(1.25, 1.12), (1.25, 1.25), (0.8, 0.9), (0.8, 0.8)])
 
 
-@given(INTERVALS, RATIOS)
-def test_no_interval_that_holds_the_claimed_size_contradicts_and_none_beyond_zero_supports(
-    told: tuple[float, float, float], ratios: tuple[float, float]
+@given(st.floats(-1, 1), st.floats(0, 1), RATIOS)
+def test_an_interval_that_holds_the_least_decides_nothing(
+    value: float, reach: float, ratios: tuple[float, float]
 ) -> None:
-    value, reach, detectable = told
     claimed = Change(measure=THROUGHPUT, sign=1 if ratios[0] > 1 else -1, ratio=ratios[0], least_ratio=ratios[1])
-    found = Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
+    found = Estimate(value=value, low=value - reach, high=value + reach)
     word = decide(claimed, found)
-    if value - reach <= math.log(ratios[0]) <= value + reach:
-        assert word != CONTRADICTED
-    if found.seen is False or claimed.sign * value < 0:
-        assert word != SUPPORTED
-    if found.seen is False and detectable > abs(math.log(ratios[0])):
+    if value - reach < math.log(ratios[1]) < value + reach:
         assert word is None
+    if claimed.sign * value < 0:
+        assert word != SUPPORTED
     mirrored = dataclasses.replace(claimed, sign=-claimed.sign, ratio=1 / ratios[0], least_ratio=1 / ratios[1])
-    assert (
-        decide(mirrored, Estimate(value=-value, low=-value - reach, high=-value + reach, detectable=detectable)) == word
-    )
+    assert decide(mirrored, Estimate(value=-value, low=-value - reach, high=-value + reach)) == word
 
 
 # What decides: memory
@@ -275,14 +348,15 @@ def test_full_batches_are_known_by_their_slots_where_they_were_counted() -> None
 
 def test_seq_2048_fits_and_the_papers_own_run_does_not_and_both_are_said() -> None:
     own = {"optimizer": "paged_adamw", "precision": "fp16"}
-    fits = memory_trial(8.29, vram_limit_gib="8.0", **own)
+    fits = memory_trial(8.29, before=0.47, vram_limit_gib="8.0", **own)
     raised = memory_trial(None, vram_limit_gib="8.0", method__raise_to_fp32="True", **own)
     run_2 = memory_trial(None, vram_limit_gib="8.0", batch_size="2", **own)
     found = verdict("seq_2048", [fits, raised, run_2])
     assert found.verdict == SUPPORTED
-    assert "batch_size=1, method.raise_to_fp32=False" in found.why
-    assert "run 2 itself" in found.why
-    assert "did not fit" in found.why
+    lead = "at batch_size=1 with raise_to_fp32=False; the original's own run 2 (2x2048) did not fit as tried here."
+    assert found.why.startswith(lead)
+    assert "7.82 of 8 GiB: 0.18 GiB to spare" in found.why
+    assert "An emulated limit is not" in found.why
     told = {seen.trials: seen.text for seen in found.seen}
     assert "fits into 8 GiB" in told[fits.run_id,]
     assert all("needs more" in told[each.run_id,] for each in (raised, run_2))
@@ -304,12 +378,47 @@ def test_energy_against_speed_is_judged_by_the_slope(power: float, word: str) ->
     assert "by definition" in found.original
 
 
+def test_an_association_is_not_made_of_noise() -> None:
+    """Energy a token is power / throughput: with one power, noise alone makes a slope of -1."""
+    draw = random.Random(5)
+
+    def same(repeat: int, **told: Any) -> Trial:
+        rate = 500 * math.exp(draw.gauss(0, 0.03))
+        metrics = {THROUGHPUT.key: rate, ENERGY.key: 100 / rate}
+        return trial(metrics, repeat=repeat, gradient_checkpointing="True", **told)
+
+    for _ in range(40):
+        trials = [
+            same(repeat, optimizer=optimizer, batch_size=batch, seq_len=seq)
+            for repeat in range(3)
+            for optimizer in ("adamw", "paged_adamw")
+            for batch, seq in SHAPES
+        ]
+        found = verdict("faster_is_thriftier", trials)
+        assert found.verdict == NOT_TESTABLE
+        assert "too little beside its noise" in found.why
+
+
+def test_an_association_is_said_to_be_one_case_and_where_nothing_was_told() -> None:
+    draw = random.Random(6)
+    told = grid(device=H100, regime="host-bound")
+    flat = []
+    for each in grid(device=H100, unit="GPU-2"):
+        rate = 500 * math.exp(draw.gauss(0, 0.03))
+        flat.append(dataclasses.replace(each, metrics={THROUGHPUT.key: rate, ENERGY.key: 100 / rate}))
+    found = verdict("faster_is_thriftier", told + flat)
+    assert found.verdict == SUPPORTED
+    assert "This is one case" in found.why
+    assert f"Undecided: {H100} (GPU-2), GPU-bound" in found.why
+    assert "GPU-" not in verdict("faster_is_thriftier", told).why, "one card needs no UUID"
+
+
 def test_a_general_statement_falls_with_one_counterexample() -> None:
     one = grid(device=H100, regime="host-bound")
     other = grid(device=CARD, unit="GPU-2", watts=lambda rate: rate**1.5)
     found = verdict("faster_is_thriftier", one + other)
     assert found.verdict == CONTRADICTED
-    assert "Otherwise: host-bound" in found.why
+    assert f"Otherwise: {H100}, host-bound" in found.why
 
 
 def test_without_relation_and_with_few_points_nothing_is_decided() -> None:

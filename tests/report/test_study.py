@@ -120,8 +120,9 @@ def checkpointing(effect: float, device: str) -> list[Trial]:
             device=device,
             gradient_checkpointing=kept,
             batch_size=batch,
+            seq_len="1024",
         )
-        for repeat in range(3)
+        for repeat in range(5)
         for kept in ("False", "True")
         for batch in ("1", "2")
     ]

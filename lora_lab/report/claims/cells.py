@@ -4,6 +4,7 @@ An average over a grid hides what happens at one setting, and a claim of "up to"
 of everything else) gets an interval of its own, from its own repeats only: no cell borrows the noise of another.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -46,14 +47,18 @@ class Cell:
         if not self.repeated:
             return Estimate(value=value, why_no_interval="one pair of trials")
         df = len(self.differences) - 1
-        quantile = float(stats.t.isf((1 - CONFIDENCE) / 2 / among, df))
-        reach = quantile * statistics.stdev(self.differences) / math.sqrt(df + 1)
+        reach = _quantile(df, among) * statistics.stdev(self.differences) / math.sqrt(df + 1)
         return Estimate(value=value, low=value - reach, high=value + reach)
 
 
+@functools.cache
+def _quantile(df: int, among: int) -> float:
+    return float(stats.t.isf((1 - CONFIDENCE) / 2 / among, df))
+
+
 def factor_of(claim: ContrastClaim) -> Factor:
-    """The claim's factor alone. Pairs have all else equal, so they need no rank: what a stray trial ties together in the
-    whole design does not matter to them."""
+    """The claim's factor alone. Pairs have all else equal, so they need no rank: what a stray trial ties together in
+    the whole design does not matter to them."""
     return Factor(name=claim.factor, keys=(claim.factor,), levels=(claim.over, claim.of))
 
 

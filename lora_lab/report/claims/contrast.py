@@ -12,7 +12,7 @@ A direction is claimed of the runs compared, so only their own settings decide: 
 claimed side, or all on the other.
 
 Both rules ask the whole interval to lie beyond what is to be excluded. So whatever the noise, a wrong word comes in at
-most 1 of 40 cases per place and regime, and noise makes undecided more likely.
+most 1 of 40 cases per measure, place and regime, and noise makes undecided more likely.
 """
 
 import math
@@ -25,7 +25,7 @@ from lora_lab.report.effects.blocks import regime_of
 from lora_lab.report.effects.contrasts import Contrast, contrasts
 from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.trials import Group
-from lora_lab.report.words import change, told
+from lora_lab.report.words import change, interval, told
 
 
 def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in: Sequence[str] | None) -> list[Found]:
@@ -59,13 +59,14 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
 
 def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[Cell]]]) -> str | None:
     """All changes have to be supported; one contradicted contradicts the claim."""
-    words = [_of_cells(claim, claimed, cells) for claimed, _, cells in made]
+    words = [weigh(claim, claimed, cells) for claimed, _, cells in made]
     if CONTRADICTED in words:
         return CONTRADICTED
     return SUPPORTED if len(made) == len(claim.changes) and set(words) == {SUPPORTED} else None
 
 
-def _of_cells(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> str | None:
+def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> str | None:
+    """What the cells of one regime say of one change (the module says when); those without repeats say nothing."""
     repeated = [cell for cell in cells if cell.repeated]
     own = [cell for cell in repeated if cell.ends]
     if claimed.ratio is None:
@@ -106,15 +107,9 @@ def _seen(
 
 def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contrast, cells: Sequence[Cell]) -> str:
     measure, found = contrast.measure, contrast.estimate
-    text = f"{measure.title} with {claim.of} over {claim.over}: {told(found, measure)}"
-    pairs = "1 pair of trials" if contrast.pairs == 1 else f"{contrast.pairs} pairs of trials"
-    if len(cells) > 1:
-        means = [cell.estimate().value for cell in cells]
-        ends = " to ".join(change(end, measure) for end in (min(means), max(means)))
-        text += f", on average over {len(cells)} settings of the rest, {ends} in each ({pairs})"
-    else:
-        text += f", in one setting of the rest ({pairs})"
-    text += "".join(f"; {_at_end(run, claimed, cells)}" for run in claim.ends)
+    over = _over(contrast, cells)
+    text = f"{measure.title} with {claim.of} over {claim.over}, {over}: {told(found, measure)}"
+    text += "".join(f"; {each}" for each in _at_ends(claim, claimed, cells))
     size = _size(study, claim, claimed)
     if size is not None and found.detectable is not None and found.detectable >= abs(size):
         whose = "claimed" if claimed.ratio is not None else "original's"
@@ -124,12 +119,27 @@ def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contras
     return text + "."
 
 
-def _at_end(run: str, claimed: Change, cells: Sequence[Cell]) -> str:
-    """What was found at the settings of one of the study's runs."""
-    own = [cell.estimate() for cell in cells if run in cell.ends]
-    if not own:
-        return f"run {run}'s settings not among them"
-    return f"at run {run}'s settings {listed([told(each, claimed.measure) for each in own])}"
+def _over(contrast: Contrast, cells: Sequence[Cell]) -> str:
+    """What the average is over, and how the settings differ."""
+    pairs = "1 pair of trials" if contrast.pairs == 1 else f"{contrast.pairs} pairs of trials"
+    if len(cells) < 2:
+        return f"{pairs} in one setting of the rest"
+    means = [cell.estimate().value for cell in cells]
+    spread = interval(Estimate(value=contrast.estimate.value, low=min(means), high=max(means)), contrast.measure)
+    return f"average of {len(cells)} settings of the rest ({spread} by setting; {pairs})"
+
+
+def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> list[str]:
+    """What was found at the settings of each of the claim's two runs."""
+    own = {run: [cell.estimate() for cell in cells if run in cell.ends] for run in claim.ends}
+    if not any(own.values()):
+        return ["the settings of neither of its two runs among them"]
+    return [
+        f"at run {run}'s settings {listed([told(each, claimed.measure) for each in found])}"
+        if found
+        else f"run {run}'s settings not among them"
+        for run, found in own.items()
+    ]
 
 
 def _size(study: Study, claim: ContrastClaim, claimed: Change) -> float | None:

@@ -132,7 +132,8 @@ def _short(settings: Mapping[str, str]) -> str:
 def _how_near(claim: FitsClaim, fitting: Sequence[_Tried]) -> str:
     """The figures, and what an emulated limit leaves out."""
     emulated = [each.trial for each in fitting if each.trial.params.get(LIMIT, "None") != "None"]
-    said = f"It showed a {_took(fitting)}."
+    took = _took(fitting)
+    said = f"{took[0].upper()}{took[1:]}."
     rose = [
         peak - trial.metrics.get("card/used_before_gib", 0.0)
         for trial in emulated
@@ -143,8 +144,8 @@ def _how_near(claim: FitsClaim, fitting: Sequence[_Tried]) -> str:
         said += f" Less what was held before, {max(rose):.2f} of {claim.budget_gib:g} GiB: {spare:.2f} GiB to spare."
     if emulated:
         said += (
-            " An emulated limit is not a card's usable memory: on a real one a display, the driver and other programs "
-            "take their share first."
+            f" An emulated limit is not what a real card of {claim.budget_gib:g} GiB leaves free: a display and other "
+            "programs take their share of that, and CUDA's context takes another."
         )
     return said
 

@@ -47,7 +47,8 @@ class Change:
     ratio: float | None
     """The claimed size; None where only the direction is claimed."""
     least_ratio: float | None
-    """The effect nearest to 1 that still is what was claimed; half of it (of its logarithm) where the file names none."""
+    """The effect nearest to 1 that still is what was claimed; where the file names none, half the claimed one (of its
+    logarithm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,5 +72,5 @@ def ids(trials: Iterable[Trial]) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Names in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
