@@ -1,5 +1,6 @@
 """Two sides beside each other: planted truths over many seeds, and what stands in words."""
 
+import dataclasses
 import io
 import math
 import random
@@ -10,9 +11,18 @@ from planted import trial
 from rich.console import Console
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.against.compare import BETTER, CANNOT_TELL, NO_DIFFERENCE, WORSE, Comparison, compare, exit_code
+from lora_lab.report.against.compare import (
+    BETTER,
+    CANNOT_TELL,
+    NO_DIFFERENCE,
+    WITHIN,
+    WORSE,
+    Comparison,
+    compare,
+    exit_code,
+)
 from lora_lab.report.against.display import show
-from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM
+from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM, Measure
 from lora_lab.report.trials import Trial
 
 SEEDS = 100
@@ -127,6 +137,46 @@ def test_a_tolerance_lets_pass_what_it_says() -> None:
         against(one, other, tolerance=-0.1)
 
 
+def test_what_lies_within_the_tolerance_is_told_to() -> None:
+    one, other = grid("one", 1, slower=1.03), grid("other", 1)
+    assert verdicts(against(one, other))["throughput"] == WORSE
+    found = against(one, other, tolerance=0.06)
+    assert verdicts(found) == {"throughput": WITHIN, "energy": WITHIN, "vram": WITHIN, "loss": WITHIN}
+    assert verdicts(against(one, other, tolerance=0.03))["throughput"] == WORSE
+    assert verdicts(against(grid("one", 1, lossy=0.2), other, tolerance=0.15))["loss"] == WITHIN
+    assert verdicts(against(grid("one", 1, lossy=0.2), other, tolerance=0.10))["loss"] == WORSE
+
+
+def without(measure: Measure, trials: Sequence[Trial], kept: int = 0) -> list[Trial]:
+    """The trials, all but the first few of them without this figure."""
+    return [
+        each
+        if at < kept
+        else dataclasses.replace(each, metrics={k: v for k, v in each.metrics.items() if k != measure.key})
+        for at, each in enumerate(trials)
+    ]
+
+
+def test_a_figure_that_the_new_side_lost_does_not_pass() -> None:
+    one, other = grid("one", 2), grid("other", 2)
+    found = against(without(ENERGY, one), other)
+    assert exit_code(found) == 3
+    assert "cannot be told of: energy a token" in text_of(found)
+    assert exit_code(against(one, without(ENERGY, other))) == 0, "it never had any"
+    assert exit_code(against(without(ENERGY, grid("one", 2, slower=1.1)), other)) == 1, "worse goes before lost"
+    some = against(without(ENERGY, grid("one", 2, repeats=1), kept=5), grid("other", 2, repeats=1))
+    assert "3 points left out that this side has no figure for" in text_of(some)
+
+
+def test_drift_between_two_sweeps_is_in_no_interval_and_that_is_said() -> None:
+    found = against(grid("one", 3), grid("other", 3))
+    assert "is in no interval below" in text_of(found)
+    assert "--tolerance" in found.cautions[-1]
+    assert "--tolerance" not in against(grid("one", 3), grid("other", 3), tolerance=0.02).cautions[-1]
+    both = grid("same", 3) + grid("same", 4, optimizer="paged_adamw")
+    assert against(both[:24], both[24:]).cautions[-1].startswith("they differ throughout")
+
+
 def test_loss_is_compared_by_differences() -> None:
     found = against(grid("one", 1, lossy=0.2), grid("other", 1))
     [result] = [result for result in found.results if result.measure == LOSS]
@@ -160,8 +210,20 @@ def test_lone_trials_need_a_tolerance_to_be_told_apart() -> None:
     assert "how runs of the same settings differ is not in it" in text_of(apart)
     assert exit_code(apart) == 3
     assert exit_code(against(lone(900), lone(1000), tolerance=0.05)) == 1
-    assert exit_code(against(lone(900), lone(1000), tolerance=0.20)) == 3
+    assert exit_code(against(lone(900), lone(1000), tolerance=0.101)) == 3  # its interval holds the tolerance
+    passed = against(lone(900), lone(1000), tolerance=0.20)
+    assert (passed.results[0].verdict, exit_code(passed)) == (WITHIN, 0)
     assert exit_code(against(lone(900, None), lone(1000, None), tolerance=0.05)) == 3
+
+
+def test_peaks_of_lone_trials_are_read_to_a_page() -> None:
+    def peak(gib: float) -> list[Trial]:
+        return [trial({VRAM.key: gib}, sweep=None)]
+
+    assert verdicts(against(peak(6.0), peak(6.0)))["vram"] == NO_DIFFERENCE
+    assert exit_code(against(peak(6.6), peak(6.0))) == 3
+    assert exit_code(against(peak(6.6), peak(6.0), tolerance=0.05)) == 1
+    assert exit_code(against(peak(6.2), peak(6.0), tolerance=0.05)) == 0
 
 
 def test_lone_trials_are_compared_whatever_their_settings() -> None:

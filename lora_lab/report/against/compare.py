@@ -7,17 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.config import RefusedInput
-from lora_lab.outcome import Outcome
 from lora_lab.report.against.compared import WITHIN_RUNS, Pair, difference
+from lora_lab.report.against.outcomes import OutcomeChange, ended
 from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.labels import count
 from lora_lab.report.measures import MEASURES, Better, Measure
-from lora_lab.report.settings import ABSENT, Settings, by_point, labels, settings
+from lora_lab.report.settings import ABSENT, by_point, labels, settings
 from lora_lab.report.trials import Group, Sweep, Trial, groups
 
 BETTER = "better"
 WORSE = "worse"
 NO_DIFFERENCE = "no difference seen"
+WITHIN = "within tolerance"
 CANNOT_TELL = "cannot be told"
 
 EXIT_SAME = 0
@@ -29,9 +30,6 @@ Found = tuple[Sequence[Trial], Sequence[Sweep]]
 
 _ID = 12
 """Characters of an id that people are shown."""
-
-_SAYS_NOTHING = (Outcome.killed.value, Outcome.refused.value)
-"""Outcomes that come from outside. A crash or a time-out may come from what changed, so these two count here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,7 @@ class Result:
 
     measure: Measure
     verdict: str
-    """better, worse, no difference seen, cannot be told: of `one`, against `other`."""
+    """better, worse, no difference seen, within tolerance, cannot be told: of `one`, against `other`."""
     estimate: Estimate | None
     """one over other, the mean over the matched points: of logarithms for ratios. None where there is no figure."""
     basis: str
@@ -76,16 +74,8 @@ class Result:
     rows: tuple[Row, ...]
     alarms: bool
     """Whether it is worse beyond noise and beyond the tolerance."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutcomeChange:
-    """A point that ended differently."""
-
-    label: str
-    one: str
-    other: str
-    worse: bool
+    lacking: bool
+    """Whether nothing can be told of it although the other side has figures: nobody knows that it did not get worse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +124,12 @@ def compare(one: Found, other: Found, tolerance: float = 0.0) -> Comparison:
 
 
 def exit_code(comparison: Comparison) -> int:
-    """0 when nothing is worse beyond noise, 1 when something is, 3 when nothing could be told."""
+    """1 when something is worse beyond noise and the tolerance; else 3 when nothing can be told of a measure that the
+    other side has figures for, or of anything; else 0."""
     if any(result.alarms for result in comparison.results) or any(each.worse for each in comparison.outcomes):
         return EXIT_WORSE
+    if any(result.lacking for result in comparison.results):
+        return EXIT_NOT_TOLD
     told = any(result.verdict != CANNOT_TELL for result in comparison.results)
     return EXIT_SAME if told or comparison.outcomes else EXIT_NOT_TOLD
 
@@ -157,15 +150,18 @@ def _compared(one: Side, other: Side, tolerance: float) -> Comparison:
     differing = _settings_apart(one.trials, other.trials)
     known = _matched_by(_of(one, here), _of(other, there))
     pairs, only_one, only_other = _pairs(here.measured, there.measured, known)
-    outcomes, alike = _outcomes(_of(one, here), _of(other, there), known)
+    outcomes, alike = ended(_of(one, here), _of(other, there), known)
     return Comparison(
         one=one,
         other=other,
         tolerance=tolerance,
-        cautions=tuple(_cautions(ours, theirs, _throughout(_of(one, here), _of(other, there)))),
+        cautions=(
+            *_cautions(ours, theirs, _throughout(_of(one, here), _of(other, there))),
+            *_of_drift(one, other, tolerance),
+        ),
         settings=tuple(differing),
         surroundings=tuple(_surroundings(one.trials, other.trials)),
-        results=tuple(_result(measure, pairs, tolerance) for measure in MEASURES),
+        results=tuple(_result(measure, pairs, there.measured, tolerance) for measure in MEASURES),
         outcomes=tuple(outcomes),
         matched=len(pairs),
         only_one=tuple(only_one),
@@ -257,6 +253,17 @@ def _cautions(
         yield f"they differ throughout in {', '.join(leaves)}: that is what is compared"
 
 
+def _of_drift(one: Side, other: Side, tolerance: float) -> Iterator[str]:
+    """Where no sweep ran both in turns, whatever changed between the two times looks like what is compared."""
+    if {trial.sweep for trial in one.trials if trial.sweep} & {trial.sweep for trial in other.trials if trial.sweep}:
+        return
+    text = (
+        "the two ran at different times, and what drifted between them (clocks, temperature, the host's other work) is "
+        "in no interval below: each alone may differ by that from itself at another time"
+    )
+    yield text + ("" if tolerance else "; say with --tolerance how much is let pass, or run both in one sweep")
+
+
 def _pairs(
     one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]
 ) -> tuple[list[Pair], list[str], list[str]]:
@@ -276,67 +283,33 @@ def _pairs(
     )
 
 
-def _outcomes(one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]) -> tuple[list[OutcomeChange], int]:
-    """Points that ended differently, and how many ended the same way."""
-    ours, theirs = _ended(one, known), _ended(other, known)
-    points = list(ours | theirs)
-    names = dict(zip(points, labels(points), strict=True))
-    changed, alike = [], 0
-    for point in (point for point in ours if point in theirs):
-        here, there = ours[point], theirs[point]
-        finished = Outcome.finished.value
-        if set(here) == set(there):
-            alike += 1
-            continue
-        changed.append(
-            OutcomeChange(
-                label=names[point],
-                one=_tally(here),
-                other=_tally(there),
-                worse=here.count(finished) * len(there) < there.count(finished) * len(here),
-            )
-        )
-    return changed, alike
-
-
-def _ended(trials: Sequence[Trial], known: frozenset[str]) -> dict[Settings, list[str]]:
-    """How a point's trials ended, each by its last attempt."""
-    found = {}
-    for point, told in by_point(sorted(trials, key=lambda trial: trial.started_ms), known).items():
-        last = {
-            (trial.run_id, 0) if trial.sweep is None else (trial.sweep, trial.repeat): trial.outcome
-            for trial in told
-            if trial.outcome in {outcome.value for outcome in Outcome} and trial.outcome not in _SAYS_NOTHING
-        }
-        if last:
-            found[point] = sorted(last.values())
-    return found
-
-
-def _tally(outcomes: Sequence[str]) -> str:
-    return ", ".join(
-        outcome.replace("_", " ") + (f" {outcomes.count(outcome)} of {len(outcomes)}" if len(outcomes) > 1 else "")
-        for outcome in dict.fromkeys(outcomes)
-    )
-
-
-def _result(measure: Measure, pairs: Sequence[Pair], tolerance: float) -> Result:
-    if not pairs:
-        return _untold(measure, "no point was measured on both sides")
+def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tolerance: float) -> Result:
+    """`there` are the other side's measured trials, matched or not."""
     kept = [kept for pair in pairs if (kept := pair.having(measure)) is not None]
     if not kept:
-        return _untold(measure, f"no figure on both sides: {_why_absent(measure, pairs)}")
+        why = (
+            f"no figure on both sides: {_why_absent(measure, pairs)}"
+            if pairs
+            else "no point was measured on both sides"
+        )
+        return Result(
+            measure=measure,
+            verdict=CANNOT_TELL,
+            estimate=None,
+            basis=why,
+            rows=(),
+            alarms=False,
+            lacking=any(measure.of(trial) is not None for trial in there),
+        )
     found, basis = difference(kept, measure)
     rows = tuple(
         Row(label=pair.label, one=_median(pair.one, measure), other=_median(pair.other, measure)) for pair in kept
     )
-    if found.low is None or found.high is None:
-        return Result(measure=measure, verdict=CANNOT_TELL, estimate=found, basis=basis, rows=rows, alarms=False)
-    beyond = bool(found.seen) and _beyond(found, measure, rows, tolerance)
-    verdict = NO_DIFFERENCE
-    if found.seen:
-        verdict = BETTER if (found.value > 0) == (measure.better is Better.higher) else WORSE
-    if found.seen and basis == WITHIN_RUNS and not (tolerance and beyond):
+    lost = len([pair for pair in pairs if any(measure.of(trial) is not None for trial in pair.other)]) - len(kept)
+    basis += f"; {count(lost, 'point')} left out that this side has no figure for" if lost else ""
+    verdict = _verdict(found, measure, rows, tolerance)
+    beyond = _beyond(found, measure, rows, tolerance)
+    if verdict in (BETTER, WORSE) and basis.startswith(WITHIN_RUNS) and not (tolerance and beyond):
         verdict = CANNOT_TELL
         basis += "; repeat with repeats=3, or say with --tolerance how much they may differ"
     return Result(
@@ -346,19 +319,33 @@ def _result(measure: Measure, pairs: Sequence[Pair], tolerance: float) -> Result
         basis=basis,
         rows=rows,
         alarms=verdict == WORSE and beyond,
+        lacking=verdict == CANNOT_TELL,
     )
 
 
+def _verdict(found: Estimate, measure: Measure, rows: Sequence[Row], tolerance: float) -> str:
+    if found.low is None or found.high is None:
+        return CANNOT_TELL
+    if tolerance and all(abs(share) <= tolerance for share in _shares((found.low, found.high), measure, rows)):
+        return WITHIN
+    if not found.seen:
+        return NO_DIFFERENCE
+    return BETTER if (found.value > 0) == (measure.better is Better.higher) else WORSE
+
+
 def _beyond(found: Estimate, measure: Measure, rows: Sequence[Row], tolerance: float) -> bool:
-    """Whether the whole interval lies beyond the tolerance: so many percent of the other's figure."""
-    least = min(abs(found.low or 0.0), abs(found.high or 0.0))
+    """Whether the whole interval lies beyond the tolerance."""
+    if not found.seen or found.low is None or found.high is None:
+        return False
+    return min(abs(share) for share in _shares((found.low, found.high), measure, rows)) > tolerance
+
+
+def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[Row]) -> list[float]:
+    """As shares of the other's figure."""
     if measure.ratios:
-        return abs(math.expm1(math.copysign(least, found.value))) > tolerance
-    return least > tolerance * statistics.fmean(row.other for row in rows)
-
-
-def _untold(measure: Measure, why: str) -> Result:
-    return Result(measure=measure, verdict=CANNOT_TELL, estimate=None, basis=why, rows=(), alarms=False)
+        return [math.expm1(difference) for difference in differences]
+    middle = statistics.fmean(row.other for row in rows)
+    return [difference / middle for difference in differences]
 
 
 def _why_absent(measure: Measure, pairs: Sequence[Pair]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from lora_lab.report.effects.estimates import Estimate, estimate
 from lora_lab.report.effects.resolution import no_finer
 from lora_lab.report.labels import count
-from lora_lab.report.measures import ENERGY, THROUGHPUT, Measure
+from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM, Measure
 from lora_lab.report.trials import Trial
 
 _ERRORS = {THROUGHPUT.name: "throughput/tokens_per_second_error", ENERGY.name: "energy/joules_per_token_error"}
@@ -101,7 +101,9 @@ def _within_runs(pair: Pair, measure: Measure, value: float) -> tuple[Estimate, 
     bounds, so they add up themselves."""
     [one], [other] = pair.one, pair.other
     key = _ERRORS.get(measure.name)
-    known = [trial.metrics.get(key) for trial in (one, other)] if key else [None]
+    known: list[float | None] = [trial.metrics.get(key) for trial in (one, other)] if key else []
+    if measure == VRAM:
+        known = [0.0, 0.0]  # read to a driver's page, which no_finer() adds
     shares = [
         error / figure
         for error, trial in zip(known, (one, other), strict=False)

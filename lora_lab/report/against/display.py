@@ -43,12 +43,15 @@ def _verdict(comparison: Comparison) -> str:
     code = exit_code(comparison)
     beyond = f" by more than {100 * comparison.tolerance:g} %" if comparison.tolerance else ""
     if code == EXIT_SAME:
-        return f"Nothing is worse{beyond or ' beyond noise'}."
+        return f"Nothing was seen to be worse{beyond or ' beyond noise'}."
     if code == EXIT_WORSE:
         worse = [result.measure.title for result in comparison.results if result.alarms]
         worse += ["how trials end"] * any(each.worse for each in comparison.outcomes)
         return f"Worse{beyond or ' beyond noise'}: {', '.join(worse)}."
-    return "Nothing could be told."
+    lacking = [result.measure.title for result in comparison.results if result.lacking]
+    if not lacking:
+        return "Nothing could be told."
+    return f"Nothing was seen to be worse{beyond or ' beyond noise'}, but cannot be told of: {', '.join(lacking)}."
 
 
 def _show_result(result: Result, console: Console) -> None:

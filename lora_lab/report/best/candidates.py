@@ -72,7 +72,8 @@ class Candidate:
         budget, what it needs in place of that. None where nothing is known."""
         if self.fit is not None and self.fit.largest is None:
             return self.fit.next_needs_gib
-        peak = self.figures[VRAM.name].high if VRAM.name in self.figures else self.fit and self.fit.largest_gib
+        peak = self.fit.largest_gib if self.fit is not None else None
+        peak = self.figures[VRAM.name].high if VRAM.name in self.figures else peak
         return min((value for value in (peak, self.limit_gib) if value is not None), default=None)
 
 

@@ -1,8 +1,7 @@
 """Which of several candidates is best by one measure, and how far the others are from it."""
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,8 +55,8 @@ def ranked(candidates: Sequence[Candidate], measure: Measure) -> tuple[Candidate
 
     The best is the one than which none is better by the estimates shown, which are paired by block: a median over
     other blocks than the next one's says as much of the blocks. A single trial wins only where it can be told from the
-    candidates with repeats, by the noise of those: of many single trials the luckiest looks best (Efron 2011, "Tweedie's
-    formula and selection bias", on the winner's curse)."""
+    candidates with repeats, by the noise of those: of many single trials the luckiest looks best (the winner's curse;
+    Efron 2011, "Tweedie's formula and selection bias")."""
     told = [_told(one, measure) for one in sorted(candidates, key=_order(measure))]
     noise = _noise(told)
     best = _unbeaten(told, measure)
@@ -69,12 +68,9 @@ def ranked(candidates: Sequence[Candidate], measure: Measure) -> tuple[Candidate
     return best.candidate, tuple(sorted(beside, key=lambda runner: -gain * runner.estimate.value))
 
 
-def _order(measure: Measure) -> "functools.partial[tuple[float, float, str]]":
-    return functools.partial(_place, measure)
-
-
-def _place(measure: Measure, one: Candidate) -> tuple[float, float, str]:
-    return -_sign(measure) * one.figures[measure.name].median, one.needs_gib or math.inf, one.label
+def _order(measure: Measure) -> Callable[[Candidate], tuple[float, float, str]]:
+    sign = _sign(measure)
+    return lambda one: (-sign * one.figures[measure.name].median, one.needs_gib or math.inf, one.label)
 
 
 def _sign(measure: Measure) -> float:
