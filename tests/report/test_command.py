@@ -1,6 +1,8 @@
 """The printed command composes to the settings it was made of."""
 
+import functools
 import shlex
+from collections.abc import Iterator
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,30 +11,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lab.compose import CONF, GROUPS, load, register_schema
-from lora_lab.config import TrialConfig
 from lora_lab.fingerprint import point_digest
 from lora_lab.records import params
 from lora_lab.report.best.command import command
 
 
-def composed(words: list[str]) -> tuple[TrialConfig, dict[str, str]]:
-    """The config, and what a record would hold of it."""
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        found = compose("config", overrides=words, return_hydra_config=True)
-        HydraConfig.instance().set_config(found)
-        choices = {group: str(found.hydra.runtime.choices[group]) for group in GROUPS}
-        del found._content["hydra"]  # type: ignore[union-attr]  # as hydra.main does before it calls the job
-        config = load(found)
-    return config, params(config, choices)
+        yield
+
+
+@functools.cache
+def composed(*words: str) -> tuple[str, dict[str, str]]:
+    """The digest of the config whatever its seed, and what a record would hold of it. Kept: a command that is word for
+    word what was asked for is the same config."""
+    found = compose("config", overrides=list(words), return_hydra_config=True)
+    HydraConfig.instance().set_config(found)
+    choices = {group: str(found.hydra.runtime.choices[group]) for group in GROUPS}
+    del found._content["hydra"]  # type: ignore[union-attr]  # as hydra.main does before it calls the job
+    config = load(found)
+    recorded = params(config, choices)
+    config.seed = 0
+    return point_digest(config), recorded
 
 
 def assert_comes_back(words: list[str]) -> str:
-    config, recorded = composed(words)
+    digest, recorded = composed(*words)
     written = command(recorded)
-    again, _ = composed(shlex.split(written)[3:])
-    config.seed = again.seed = 0
-    assert point_digest(again) == point_digest(config), written
+    again, _ = composed(*shlex.split(written)[3:])
+    assert again == digest, written
     return written
 
 
@@ -99,7 +108,7 @@ def test_dictionaries_and_odd_text_come_back(words: list[str]) -> None:
 
 def test_a_preset_is_not_started_again() -> None:
     """The command line of a trial of a sweep names its preset, which would run the sweep."""
-    _, recorded = composed(["sweep=paper_factorial", "optimizer=adamw", "batch_size=2", "repeats=3", "data.rows=128"])
+    _, recorded = composed("sweep=paper_factorial", "optimizer=adamw", "batch_size=2", "repeats=3", "data.rows=128")
     written = command(recorded)
     assert "sweep" not in written
     assert "repeats" not in written
@@ -107,7 +116,7 @@ def test_a_preset_is_not_started_again() -> None:
 
 
 def test_an_option_that_is_not_here_leaves_the_recorded_line() -> None:
-    _, recorded = composed([])
+    _, recorded = composed()
     assert command(recorded | {"optimizer": "mine"}, "python -m lora_lab optimizer=mine") == (
         "python -m lora_lab optimizer=mine"
     )
