@@ -15,7 +15,7 @@ from lora_lab.report.front import Point
 from lora_lab.report.labels import level_text, levels_text, regime_text, usual_levels
 from lora_lab.report.measures import MEASURES, Measure
 from lora_lab.report.memory import Fit
-from lora_lab.report.words import change, told
+from lora_lab.report.words import change, interval_note, told
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -107,7 +107,8 @@ def _contrasts_table(found: GroupFindings) -> Table:
     for each in found.contrasts:
         of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
         besides = f" (besides, {'; '.join(each.also_changed)})" if each.also_changed else ""
-        besides += " (interval over settings: no repeats)" if each.interval_over == "settings" else ""
+        note = interval_note(each.interval_over, each.by_blocks, each.measure)
+        besides += f" ({note})" if note else ""
         change_told = told(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
             each.measure.title, escape(f"{of} / {over}"), regime_text(each.regime), str(each.pairs), escape(change_told)

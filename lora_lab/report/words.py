@@ -53,6 +53,20 @@ def told(estimate: Estimate, measure: Measure, lowest: float | None = None, high
     return f"{change(estimate.value, measure)} (95 %: {ends})"
 
 
+def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> str:
+    """What is to be known of a contrast's interval beyond its ends; "" where it is over repeats alone.
+
+    Args:
+        over: Contrast.interval_over.
+        by_blocks: Contrast.by_blocks."""
+    if over == "settings":
+        return "some settings ran once: the interval holds how the effect differs between settings, too"
+    if over == "blocks":
+        return "the difference changed from block to block: the interval is over blocks"
+    ends = interval(by_blocks, measure) if by_blocks is not None else ""
+    return f"counted by blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
+
+
 def briefly(estimate: Estimate, measure: Measure) -> str:
     """The same in fewer words."""
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:

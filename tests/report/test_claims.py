@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -397,6 +398,22 @@ def test_an_association_is_not_made_of_noise() -> None:
         found = verdict("faster_is_thriftier", trials)
         assert found.verdict == NOT_TESTABLE
         assert "too little beside its noise" in found.why
+
+
+def test_errors_that_both_measures_share_make_no_slope() -> None:
+    """Energy a token does not change with the settings; an error of 3.5 % in throughput is the opposite one in energy."""
+    draw = random.Random(8)
+    slopes = []
+    for _ in range(40):
+        trials = []
+        for repeat, at in itertools.product(range(3), range(12)):
+            error = draw.gauss(0, 0.035)
+            metrics = {THROUGHPUT.key: 500 * math.exp(0.03 * at + error), ENERGY.key: 0.2 * math.exp(-error)}
+            told: dict[str, Any] = {"gradient_checkpointing": "True", "seq_len": str(64 * (at + 1))}
+            trials.append(trial(metrics, repeat=repeat, **told))
+        seen = verdict("faster_is_thriftier", trials).seen[0]
+        slopes.append(seen.estimate.value if seen.estimate is not None else 0.0)
+    assert abs(statistics.fmean(slopes)) < 0.02
 
 
 def test_an_association_is_said_to_be_one_case_and_where_nothing_was_told() -> None:

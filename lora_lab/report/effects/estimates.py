@@ -58,7 +58,7 @@ def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]]) -> Esti
     Distribution of Estimates of Variance Components), as in Welch's test.
 
     With three repeats a figure, 95 % intervals hold the truth in 95 to 97 % of cases where all are equally noisy, and
-    in 91 to 92 % at the worst, where one is ten times as noisy as the rest together."""
+    in about 90 % at the worst, where one is ten times as noisy as the rest together."""
     variance = math.fsum(share for share, _ in shares)
     squares = math.fsum(share**2 / df for share, df in shares)
     df = variance**2 / squares if squares else math.fsum(df for _, df in shares)

@@ -13,7 +13,7 @@ from lora_lab.report.effects.estimates import Estimate, percent
 from lora_lab.report.factors import Factor
 from lora_lab.report.labels import count, level_text, regime_text
 from lora_lab.report.measures import Measure
-from lora_lab.report.words import told
+from lora_lab.report.words import interval_note, told
 
 _LARGE = math.log(1.5)
 """Factors with a larger log ratio than this get an axis of their own, in ratios."""
@@ -159,8 +159,8 @@ def _forest(by_factor: Mapping[Factor, Sequence[Contrast]], measure: Measure, *,
 def _contrast_notes(contrast: Contrast) -> tuple[str, ...]:
     pairs, cells = count(contrast.pairs, "pair"), count(contrast.cells, "setting")
     notes = [f"{regime_text(contrast.regime)}, {pairs} in {cells} of the rest"]
-    if contrast.interval_over == "settings":
-        notes.append("no repeats: the interval holds how the effect differs between settings, too")
+    if note := interval_note(contrast.interval_over, contrast.by_blocks, contrast.measure):
+        notes.append(note)
     return (*notes, *(f"ran differently besides: {text}" for text in contrast.also_changed))
 
 
