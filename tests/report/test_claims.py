@@ -401,7 +401,7 @@ def test_an_association_is_not_made_of_noise() -> None:
 
 
 def test_errors_that_both_measures_share_make_no_slope() -> None:
-    """Energy a token does not change with the settings; an error of 3.5 % in throughput is the opposite one in energy."""
+    """Energy a token does not change with the settings; an error in throughput is the opposite one in energy."""
     draw = random.Random(8)
     slopes = []
     for _ in range(40):
