@@ -215,6 +215,7 @@ def test_a_single_trial_far_ahead_wins_and_is_called_one() -> None:
     found = [*repeats(8, [2000]), *repeats(16, [1000, 1010, 990]), *repeats(32, [900, 905, 895])]
     text = text_of(choose(found, Wish(objective=THROUGHPUT)))
     assert "of a single trial" in text
+    assert "single trials by the noise of those that have repeats" in text
     assert "of those with repeats rank=16 is the best" in text
     assert "picked among 3" in text
 

@@ -71,7 +71,7 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
         runners_up=runners_up,
         least=None,
         left_out=tuple(left_out + worse),
-        sure=sure(runners_up),
+        sure=sure(best, runners_up),
         remarks=tuple(remarks(best, runners_up, wish)),
         others=rest,
     )

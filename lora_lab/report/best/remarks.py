@@ -11,7 +11,7 @@ from lora_lab.report.measures import LOSS, VRAM
 from lora_lab.report.words import change
 
 
-def sure(runners_up: Sequence[RunnerUp]) -> str:
+def sure(best: Candidate, runners_up: Sequence[RunnerUp]) -> str:
     """In one line."""
     if not runners_up:
         return "the only configuration left to choose from: nothing to compare it with"
@@ -22,7 +22,9 @@ def sure(runners_up: Sequence[RunnerUp]) -> str:
     parts = [f"{close} of {len(seen)} others cannot be told from the best" if close else ""]
     parts += [f"{better} of {len(seen)} others are better in the blocks that both ran in" if better else ""]
     if not close and not better:
-        parts = [f"told apart from each of {count(len(seen), 'other')} (95 % intervals, one by one)"]
+        lone = any(len(one.trials) == 1 for one in (best, *(runner.candidate for runner in runners_up)))
+        borrowed = "; single trials by the noise of those that have repeats" if lone else ""
+        parts = [f"told apart from each of {count(len(seen), 'other')} (95 % intervals, one by one{borrowed})"]
     return "; ".join(filter(None, parts))
 
 
