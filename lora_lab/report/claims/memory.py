@@ -4,8 +4,8 @@ Trials with the claim's settings are put together by point (all else equal; an e
 lora_lab.report.memory says of each point whether it fits: the same judgement as in the report's table of budgets.
 Trials whose batches were not full are passed over: shorter rows need less, and say nothing of full ones.
 
-Supported where any point fits; contradicted where none does and a run of the study's own is among those tried: that
-something else needs more says nothing of it.
+Supported where any point fits; contradicted where none does, not with less slack for torch's allocator either, and a
+run of the study's own is among those tried: that something else needs more says nothing of it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +34,8 @@ class _Tried:
     """The place, for people."""
     fits: bool | None
     """Of its point; None where the trial, or its point, tells nothing."""
+    may_fit: bool = False
+    """Whether it is above the budget only by what torch's allocator kept without using it."""
 
 
 def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdict:
@@ -67,8 +69,9 @@ def _tried(claim: FitsClaim, group: Group, name: str) -> list[_Tried]:
         telling = [trial for trial in same if not trial.finished or _full(trial)]
         found = fits(telling, (), [claim.budget_gib])
         it_fits = found[0].largest is not None if found else None
-        said += [(trial, it_fits if trial in telling else None) for trial in same]
-    return [_Tried(trial=t, place=group.place.label, name=name, fits=it_fits) for t, it_fits in said]
+        may_fit = bool(found and found[0].next_may_fit)
+        said += [(trial, it_fits if trial in telling else None, may_fit) for trial in same]
+    return [_Tried(trial=t, place=group.place.label, name=name, fits=does, may_fit=may) for t, does, may in said]
 
 
 def _full(trial: Trial) -> bool:
@@ -90,15 +93,19 @@ def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str,
     if fitting:
         return SUPPORTED, f"{_lead(study, claim, tried)} {_how_near(claim, fitting)}"
     own = [each for each in short if any(_has(each.trial, study.settings(name)) for name in claim.runs)]
-    if own:
+    slack = any(each.may_fit for each in short)
+    if own and not slack:
         took = _took(short)
         return CONTRADICTED, f"Everything tried with {what} needed more than {claim.budget_gib:g} GiB ({took})."
     if short:
         took = _took(short)
-        why = (
-            f"What was tried with {what} needed more than {claim.budget_gib:g} GiB ({took}), but a run of the original"
+        why = f"What was tried with {what} took more than {claim.budget_gib:g} GiB ({took}), but"
+        if not own:
+            return NOT_TESTABLE, f"{why} a run of the original was not among it."
+        return (
+            NOT_TESTABLE,
+            f"{why} some of that was torch's cache: whether it fits, capacity={claim.budget_gib:g}gib shows.",
         )
-        return NOT_TESTABLE, f"{why} was not among it."
     lack = f"No trial at hand with {what} tells whether it fits into {claim.budget_gib:g} GiB"
     return NOT_TESTABLE, lack + (": none filled its batches on a card or capacity that shows it." if tried else ".")
 
