@@ -28,7 +28,7 @@ def sentences(
     last = _on_claims(main, verdicts) if verdicts else _on_regimes(main)
     others = len(groups) - 1
     apart = f" {count(others, 'other place')} reported apart, never averaged in." if others else ""
-    return (_on_the_rest(groups, sweeps) + _on_best(main), _on_effects(main), last + apart)
+    return (_on_best(main) + _on_the_rest(groups, sweeps), _on_effects(main), last + apart)
 
 
 def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> str:
@@ -38,7 +38,7 @@ def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> 
     done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in sweeps)
     if done == planned:
         return ""
-    return f"{done} of the {planned} planned trials have been run (resume=true goes on). "
+    return f" Only {done} of the {planned} planned trials have been run (resume=true goes on)."
 
 
 def _on_best(found: "GroupFindings") -> str:
