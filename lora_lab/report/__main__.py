@@ -1,8 +1,8 @@
 """What a sweep found: python -m lora_lab.report [--sweep ID ...]
 
 Reads runs back from MLflow, says what they show in the terminal, writes report.html and keeps it with the sweep's run.
-With --against, two sweeps or two trials are compared in place of that; the exit code is 1 if something got worse, and 3 if
-that can't be told.
+With --against, two sweeps or two trials are compared in place of that: exit code 1 if something got worse, 3 if that
+can't be told.
 """
 
 import argparse
