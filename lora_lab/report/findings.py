@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import RefusedInput
+from lora_lab.report.best.candidates import Wish
+from lora_lab.report.best.choice import choose
 from lora_lab.report.claims.judge import judge
 from lora_lab.report.claims.needed import Needed, needed
 from lora_lab.report.claims.study import Study
@@ -49,6 +51,8 @@ class GroupFindings:
     fits: tuple[Fit, ...]
     fronts: Mapping[str, tuple[Point, ...]]
     """Pareto fronts of throughput against another measure, by that measure's name."""
+    as_fast: int
+    """How many points can't be told from the one of the highest median throughput: the same that `best` says."""
     absent: Mapping[str, str]
     """Measures that no trial has, by name, and why."""
 
@@ -130,8 +134,25 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         needed=how_much,
         fits=tuple(fits(group.trials, factors)),
         fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
+        as_fast=_as_fast(found, group),
         absent={m.name: _why_absent(m, group) for m in MEASURES if m not in measures},
     )
+
+
+def _as_fast(found: Sequence[Point], group: Group) -> int:
+    """0 where `best` would choose another, or nothing."""
+    rated = [point for point in found if THROUGHPUT.name in point.figures]
+    fastest = max(rated, key=lambda point: point.figures[THROUGHPUT.name][0], default=None)
+    if fastest is None or len(rated) < 2:
+        return 0
+    try:
+        chosen = choose(group.measured, Wish(objective=THROUGHPUT))
+    except RefusedInput:
+        return 0
+    its = {trial.run_id for trial in fastest.trials}
+    if chosen.best is None or not its >= {trial.run_id for trial in chosen.best.trials}:
+        return 0
+    return sum(not runner_up.estimate.seen for runner_up in chosen.runners_up)
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:

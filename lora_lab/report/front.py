@@ -1,6 +1,5 @@
 """Points as medians over their trials, and which of them nothing else beats."""
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -76,11 +75,7 @@ def front(candidates: Sequence[Point], one: Measure, other: Measure) -> list[Poi
 def _figures(measured: Sequence[Trial]) -> dict[str, tuple[float, float, float]]:
     found = {measure.name: [measure.of(trial) for trial in measured] for measure in MEASURES}
     told = {name: [value for value in values if value is not None] for name, values in found.items()}
-    return {
-        name: (statistics.median(values), min(values), max(values))
-        for name, values in told.items()
-        if values and all(map(math.isfinite, values))
-    }
+    return {name: (statistics.median(values), min(values), max(values)) for name, values in told.items() if values}
 
 
 def _regime(measured: Sequence[Trial]) -> str:

@@ -60,6 +60,8 @@ def _on_best(found: "GroupFindings") -> str:
     rates = [point.figures[THROUGHPUT.name][0] for point in rated]
     said = f"the fastest was {_name(fastest, found)} with {THROUGHPUT.write(max(rates))}"
     said += f", {max(rates) / min(rates):.3g} times the slowest" if len(rates) > 1 else ""
+    if found.as_fast:
+        said += f" ({found.as_fast} of the {len(rates) - 1} others cannot be told from it)"
     drawn = [point for point in points if ENERGY.name in point.figures]
     if drawn:
         thriftiest = _best(drawn, ENERGY)
@@ -127,7 +129,8 @@ def _on_claims(found: "GroupFindings", verdicts: "Sequence[tuple[Study, Sequence
     for study, judged in verdicts:
         words: dict[str, list[str]] = {}
         for verdict in judged:
-            words.setdefault(verdict.verdict, []).append(f"“{verdict.says}”")
+            at = f" ({verdict.at})" if verdict.at else ""
+            words.setdefault(verdict.verdict, []).append(f"“{verdict.says}”{at}")
         said = "; ".join(f"{verdict}: {', '.join(claims)}" for verdict, claims in words.items())
         parts.append(f"Of the claims of {study.id}, {said}.")
         if any(trial.regime == "host-bound" for trial in found.group.measured):

@@ -92,8 +92,10 @@ def _judge(study: Study, claim: Claim, groups: Sequence[Group]) -> Verdict:
         meaning = [association.meaning(claim)] if isinstance(claim, AssociationClaim) else []
         because = _because(each for each in speaking if each.word == word)
         why = " ".join([because, *meaning, *_besides(speaking, word)])
+        told = dict.fromkeys(seen.regime for each in speaking if each.word == word for seen in each.seen)
+        at = f"{' and '.join(told)} only" if any(each.word != word for each in speaking) else ""
     else:
-        word, why = _undecided(study, claim, speaking)
+        (word, why), at = _undecided(study, claim, speaking), ""
     return Verdict(
         claim=claim.id,
         says=claim.says,
@@ -101,6 +103,7 @@ def _judge(study: Study, claim: Claim, groups: Sequence[Group]) -> Verdict:
         why=why,
         original=_original(study, claim),
         seen=tuple(seen for each in found for seen in each.seen),
+        at=at,
         settle=claim.settle,
     )
 

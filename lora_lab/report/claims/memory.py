@@ -53,6 +53,7 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
         why=why,
         original=" ".join([*_printed(study, claim), claim.remark]).strip(),
         seen=tuple(_seen(claim, same, tried) for same in _alike(claim, tried)),
+        at="; ".join(_ways(claim, tried)),
         settle=claim.settle,
     )
 
@@ -112,8 +113,7 @@ def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str,
 
 def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
     """At what it fits, and that the study's own runs do not: "at batch_size=1 with raise_to_fp32=False; ..."."""
-    varied = [_varied(claim, each, tried) for each in tried if each.fits]
-    ways = dict.fromkeys(_at(each) for each in varied if each)
+    ways = _ways(claim, tried)
     said = [f"at {'; or at '.join(ways)}"] if ways else ["in all that was tried"]
     for name in claim.runs:
         same = [each for each in tried if _has(each.trial, study.settings(name))]
@@ -126,6 +126,12 @@ def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
         else:
             said.append(f"{run} fits too")
     return "; ".join(said) + "."
+
+
+def _ways(claim: FitsClaim, tried: Sequence[_Tried]) -> list[str]:
+    """Other settings at which it fits, where they were varied."""
+    varied = [_varied(claim, each, tried) for each in tried if each.fits]
+    return list(dict.fromkeys(_at(each) for each in varied if each))
 
 
 def _at(settings: Mapping[str, str]) -> str:

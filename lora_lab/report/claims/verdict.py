@@ -39,6 +39,8 @@ class Verdict:
     original: str
     """What is to be said of the original's evidence: which factors changed together, true by definition, ..."""
     seen: tuple[Seen, ...]
+    at: str
+    """Where that was seen, in few words: "host-bound only", "batch_size=1"; "" where it was everywhere."""
     settle: str
     """What would settle it on the original's card: a command."""
 

@@ -188,7 +188,10 @@ def _how_sure(found: GroupFindings) -> str:
     sure = "" if each[-1] > 1 else "; without repeats nothing says how sure a figure is"
     intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
     measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
-    return f"{measured_text}: {spread}{intervals}{sure}."
+    meaning = (
+        " Host-bound: the GPU waited for the host; a faster GPU would change little." if "host-bound" in regimes else ""
+    )
+    return f"{measured_text}: {spread}{intervals}{sure}.{meaning}"
 
 
 def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:
