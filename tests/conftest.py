@@ -38,7 +38,7 @@ KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="at how many instants test_kills.py kills a sweep")
+    parser.addoption("--kills", type=int, default=3, help="at how many instants test_kills.py kills a sweep")
     parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations (five minutes)")
 
 

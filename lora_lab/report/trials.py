@@ -27,7 +27,7 @@ class Place:
     @property
     def label(self) -> str:
         """The place, for people."""
-        return f"{self.device} ({self.unit})" + (", uncommitted code" if self.dirty else "")
+        return f"{self.device} ({self.unit[:12]})" + (", uncommitted code" if self.dirty else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
