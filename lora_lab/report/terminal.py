@@ -182,6 +182,7 @@ def _fits_table(fits: Sequence[Fit]) -> Table:
 
 def _show_verdicts(study: Study, verdicts: Sequence[Verdict], console: Console) -> None:
     console.print(f"\n[bold]the claims of {escape(study.id)}[/bold]: {escape(study.title)}", highlight=False)
+    console.print(f"  made on {escape(study.on)}", highlight=False)
     for verdict in verdicts:
         console.print(f"\n  “{escape(verdict.says)}”", highlight=False)
         console.print(f"  [bold]{verdict.verdict}[/bold]: {escape(verdict.why)}", highlight=False)

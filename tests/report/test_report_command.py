@@ -148,6 +148,9 @@ def test_where_nothing_can_be_had_or_written(
     code, _, err = run(capsys, store, "--out", str(tmp_path / "nowhere" / "report.html"))
     assert code == 2
     assert "--out" in err
+    code, _, err = run(capsys, store, "--claims", str(tmp_path / "nofile.yaml"))
+    assert code == 2
+    assert "there is no file" in err
     broken = tmp_path / "claims.yaml"
     broken.write_text("id: [", encoding="utf-8")
     code, _, err = run(capsys, store, "--claims", str(broken))

@@ -122,6 +122,11 @@ class Study:
     runs: tuple[Run, ...]
     claims: tuple[Claim, ...]
 
+    @property
+    def on(self) -> str:
+        """Its card, and why it is taken to be in its regime."""
+        return f"{self.card}, {self.memory_gib:g} GiB; taken to be {self.regime}: {self.regime_because}"
+
     def run(self, name: str) -> Run:
         """One of its runs."""
         return next(run for run in self.runs if run.name == name)
@@ -142,6 +147,8 @@ def load_study(path: Path) -> Study:
     Raises: RefusedInput naming what is wrong in the file, and where."""
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefusedInput(f"there is no file {path}. Name the yaml with a paper's claims.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RefusedInput(f"{path} cannot be read as yaml: {error}") from error
     top = _Section(told, path, "")
