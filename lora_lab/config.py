@@ -74,6 +74,28 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+class EngineKind(Enum):
+    """How the training step is calculated; the mathematics is the same."""
+
+    eager = "eager"
+    """Operation by operation, as PyTorch, transformers and PEFT have it."""
+    liger = "liger"
+    """With the kernels of the package liger-kernel."""
+    compile = "compile"
+    """Every decoder layer by torch.compile."""
+    graph = "graph"
+    """Compiled layers; forward and backward recorded once as a CUDA graph and replayed."""
+
+
+class Checkpointing(Enum):
+    """Which decoder layers calculate their forward once more in the backward, in place of keeping its results."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
+    """Every other layer."""
+
+
 class Isolation(Enum):
     """`process`: one worker process a trial. `inline`: everything in one process, for debuggers."""
 
@@ -189,6 +211,18 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How the training step is calculated."""
+
+    kind: EngineKind = EngineKind.eager
+    chunked_loss: bool = False
+    """Calculate the loss over a few rows of logits at a time, so that they never exist whole."""
+    lengths: int = 4
+    """With compile and graph, rows are padded to one of so many lengths, evenly spaced up to seq_len: each needs a
+    compilation, and a CUDA graph, of its own."""
+
+
+@dataclass(kw_only=True, slots=True)
 class MeasureConfig:
     """How long the trial is and which part of it is measured."""
 
@@ -232,6 +266,7 @@ class TrialConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -243,8 +278,8 @@ class TrialConfig:
     """Micro-batches in an optimizer step."""
     seq_len: int = 512
     """Longest row in tokens; longer ones are cut."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: Checkpointing = Checkpointing.none
+    """Recompute activations in the backward pass: less memory, with full about a third more work."""
     learning_rate: float = 2e-4
     """Constant over the trial."""
     max_grad_norm: float = 1.0

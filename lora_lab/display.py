@@ -26,6 +26,7 @@ _DOING = {
     Phase.data.value: "reading and tokenising the rows",
     Phase.model.value: "loading the model",
     Phase.evaluation_before.value: "held-out loss before",
+    Phase.compilation.value: "compiling the training step",
     Phase.warm_up.value: "warm-up",
     Phase.window.value: "measured window",
     Phase.profile.value: "profiling a few steps",

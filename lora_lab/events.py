@@ -19,6 +19,8 @@ class Phase(Enum):
     data = "data"
     model = "model"
     evaluation_before = "evaluation_before"
+    compilation = "compilation"
+    """Only with engine=compile and graph: a step of each shape is compiled, and recorded."""
     warm_up = "warm_up"
     window = "window"
     profile = "profile"
@@ -145,6 +147,33 @@ class OptimizerMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """Steps were made ready for their shapes."""
+
+    t: float
+    seconds: float
+    shapes: list[list[int]]
+    """Rows and tokens of a row, longest first."""
+    graphs: bool
+    """They were recorded as CUDA graphs too."""
+    working_bytes: int
+    """What the largest graph needs while it is replayed, beyond what torch's allocator counts as in use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDone:
+    """How training went with engine=compile or graph."""
+
+    t: float
+    replays: int
+    """Micro-batches that were replayed from CUDA graphs."""
+    unrecorded: int
+    """Micro-batches of a shape that was not recorded: they ran operation by operation."""
+    compilations: int
+    """Graphs that torch compiled while training ran, after all steps had been made ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profiled:
     """The GPU's own work in some steps after the window, by torch's profiler."""
 
@@ -154,6 +183,10 @@ class Profiled:
     kernels: int
     busy_seconds: float
     """During which at least one kernel or copy ran, over all those steps."""
+    kernel_seconds: float | None = None
+    """The kernels' and copies' own times added up."""
+    top: list[list[Any]] = field(default_factory=list)
+    """Those that took most, by name: [name, how often, seconds], over all those steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +274,8 @@ Event = (
     | ModelCounted
     | MatmulRate
     | OptimizerMemory
+    | Compiled
+    | EngineDone
     | Profiled
     | Evaluated
     | Step

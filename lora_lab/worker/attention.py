@@ -1,5 +1,6 @@
 """Which attention kernel really runs: seen in the operations of one training forward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,3 +51,14 @@ class AttentionKernels:
         # transformers' own eager attention and torch's math path both show as a softmax
         self.seen = frozenset(seen or ({"math"} if self._recorder.softmax else set()))
         self._recorder = None
+
+
+def kernels_of(run: Callable[[], object]) -> frozenset[str]:
+    """The attention kernels that `run` calls, by the same names. torch's profiler sees them in compiled code too,
+    which a recorder of operations would make torch leave uncompiled."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        run()
+    names = {event.name.removeprefix("aten::") for event in profiled.events() or ()}
+    fused = {_KERNELS[name] for name in names & _KERNELS.keys()}
+    # torch's math path and transformers' own eager attention, compiled, are products like all others
+    return frozenset(fused or {"math"})

@@ -12,10 +12,13 @@ from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, S
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import TokenCounts
+from lora_lab.worker.engines.static_step import StaticStep
 from lora_lab.worker.losses import DivergenceWatch, LossRelay
 from lora_lab.worker.profiling import StepProfiler
 
 Emit = Callable[[Event], None]
+
+_TRAINING = (Phase.warm_up, Phase.window, Phase.profile)
 
 
 class PhaseClock:
@@ -27,6 +30,8 @@ class PhaseClock:
         self.present = Phase.start
         self.capacity: Capacity | None = None
         """Brought up to date whenever a phase begins."""
+        self.step: StaticStep | None = None
+        """Where steps are replayed from CUDA graphs: torch's allocator does not see what comes and goes in them."""
 
     def enter(self, phase: Phase) -> None:
         """`phase` begins now."""
@@ -42,11 +47,14 @@ class PhaseClock:
             return
         retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
         free, total = torch.cuda.mem_get_info()
+        replaying = self.step is not None and self.present in _TRAINING
         self._emit(
             PhaseMemory(
                 t=time.monotonic(),
                 phase=part or self.present.value,
-                peak_allocated_bytes=torch.cuda.max_memory_allocated(),
+                peak_allocated_bytes=max(
+                    torch.cuda.max_memory_allocated(), self.step.replay_peak_bytes if replaying and self.step else 0
+                ),
                 peak_reserved_bytes=torch.cuda.max_memory_reserved(),
                 reserved_bytes=torch.cuda.memory_reserved(),
                 device_used_bytes=total - free,

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.config import Batching, DataConfig, DataSource, RefusedInput, TrialConfig
+from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, RefusedInput, TrialConfig
 from lora_lab.rows import SHIPPED, Row, heldout_indices, read_jsonl, refuse_too_few, row_of
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
+
+_ALIGNED = 64
+"""Widths to choose from are multiples of so many tokens, which suits kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,17 +210,24 @@ def _joined(documents: Sequence[Example]) -> Example:
 class Collator:
     """Examples to one micro-batch of shape (rows, width), padded on the right.
 
-    `width` None pads to the longest row. A packed batch carries position_ids that begin anew with every
+    `widths` are the widths to choose from, ascending; without any, a batch is as wide as its longest row.
+
+    A packed batch carries position_ids that begin anew with every
     document and no attention mask: transformers then builds a mask in which documents don't see each other.
     """
 
     pad_id: int
-    width: int | None
+    widths: tuple[int, ...] = ()
     packed: bool = False
+
+    def width_of(self, examples: Sequence[Example]) -> int:
+        """How wide a batch of these is."""
+        longest = max(len(example.ids) for example in examples)
+        return next((width for width in self.widths if width >= longest), longest)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | TokenCounts]:
         """The batch for the model, with its TokenCounts under `counts`."""
-        width = self.width or max(len(example.ids) for example in examples)
+        width = self.width_of(examples)
         ids = torch.full((len(examples), width), self.pad_id)
         labels = torch.full((len(examples), width), IGNORED)
         mask = torch.zeros((len(examples), width), dtype=torch.long)
@@ -249,7 +259,17 @@ def _positions(example: Example, width: int) -> list[int]:
 
 
 def train_collator(config: TrialConfig, pad_id: int) -> Collator:
-    """The collator for `data.batching`."""
-    batching = config.data.batching
-    width = None if batching is Batching.longest else config.seq_len
-    return Collator(pad_id=pad_id, width=width, packed=batching is Batching.packed)
+    """The collator for `data.batching` and the engine."""
+    packed = config.data.batching is Batching.packed
+    return Collator(pad_id=pad_id, widths=row_widths(config), packed=packed)
+
+
+def row_widths(config: TrialConfig) -> tuple[int, ...]:
+    """The widths in tokens that batches are padded to, ascending; empty where a batch is as wide as its longest row."""
+    if config.data.batching is not Batching.longest:
+        return (config.seq_len,)
+    if config.engine.kind not in (EngineKind.compile, EngineKind.graph):
+        return ()
+    count = config.engine.lengths
+    even = (-(-config.seq_len * i // count) for i in range(1, count + 1))
+    return tuple(sorted({min(config.seq_len, -(-width // _ALIGNED) * _ALIGNED) for width in even}))

@@ -24,13 +24,18 @@ def heldout_loss(
     Weighted by tokens, so that the batch size does not change the figure (Trainer's own evaluation
     averages batch means). Rows are padded to the longest, also when training packs them.
     """
-    collator = Collator(pad_id=pad_id, width=None)
+    collator = Collator(pad_id=pad_id)
     dtype = working_dtype(precision, device)
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0
     was_training = model.training
-    _evaluation_mode(model)
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+    evaluation_mode(model)
+    # rows of any length: what an engine has compiled for its own lengths is left aside
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
+    ):
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
             counts = batch.pop("counts")
@@ -45,7 +50,7 @@ def heldout_loss(
     return float(total / tokens), tokens
 
 
-def _evaluation_mode(model: Any) -> None:
+def evaluation_mode(model: Any) -> None:
     """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
     evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
     that would run through an operation without a gradient, and wrongly."""

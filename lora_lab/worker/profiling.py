@@ -1,12 +1,16 @@
 """How long the GPU itself works on a step, seen by torch's profiler after the window."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch._C._autograd import DeviceType
 
 from lora_lab.events import Profiled
+
+_TOP = 40
+"""Kernels that are told by name."""
 
 
 class StepProfiler:
@@ -43,7 +47,12 @@ class StepProfiler:
         except RuntimeError as error:
             self._profiler, self.fault = None, str(error)
             return None
-        spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA]
+        on_gpu = [e for e in events if e.device_type == DeviceType.CUDA]
+        spans = [(e.time_range.start, e.time_range.end) for e in on_gpu]
+        counts: Counter[str] = Counter(e.name for e in on_gpu)
+        seconds: Counter[str] = Counter()
+        for e in on_gpu:
+            seconds[e.name] += (e.time_range.end - e.time_range.start) / 1e6
         self._profiler = None
         return Profiled(
             t=time.monotonic(),
@@ -51,6 +60,8 @@ class StepProfiler:
             slots=self._slots,
             kernels=len(spans),
             busy_seconds=covered(spans) / 1e6,  # the profiler counts in microseconds
+            kernel_seconds=sum(seconds.values()),
+            top=[[name, counts[name], took] for name, took in seconds.most_common(_TOP)],
         )
 
 

@@ -8,6 +8,8 @@ import torch
 
 from lora_lab.config import DType, Quantization, TrialConfig
 from lora_lab.events import OptimizerMemory
+from lora_lab.worker.engines.compiled import checkpointing_of
+from lora_lab.worker.engines.masks import attention_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.training import optimizer_class
 
@@ -24,12 +26,15 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     defaults = optimizer.defaults
     state = _state_tensors(optimizer)
-    adapters = [p for p in model.parameters() if p.requires_grad]
+    # not parameters(): while training runs, an engine answers that with the adapters alone
+    weights = [p for _, p in model.named_parameters()]
+    adapters = [p for p in weights if p.requires_grad]
     quantised = [
         m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")
     ]
     device = adapters[0].device
     scaler = trainer.accelerator.scaler
+    attention, masks = attention_of(model)
     facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "optimizer_class": _class_name(type(optimizer)),
@@ -39,16 +44,17 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "optimizer_state_dtypes": _counted(state),
         "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
         "adapter_dtypes": _counted(adapters),
-        "weight_dtypes": _counted([p for p in model.parameters() if not p.requires_grad]),
+        "weight_dtypes": _counted([p for p in weights if not p.requires_grad]),
         "trainable_parameters": str(sum(p.numel() for p in adapters)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
         "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
         "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
-        "attention": str(model.config._attn_implementation),
+        "attention": attention,
+        "attention_masks": masks,
         "attention_kernel": ", ".join(sorted(kernels)) if kernels else "not seen",
         "autocast": str(trainer.accelerator.mixed_precision),
         "grad_scaler": str(scaler is not None and scaler.is_enabled()),
-        "gradient_checkpointing": str(any(getattr(m, "gradient_checkpointing", False) for m in model.modules())),
+        "gradient_checkpointing": checkpointing_of(model).value,
     }
     return facts
 
@@ -110,7 +116,7 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         "double_quantization": str(config.method.double_quantization),
         "quantized_compute_dtype": _short(dtype) if quantised else "none",
         "attention": config.attention.value,
-        "gradient_checkpointing": str(config.gradient_checkpointing),
+        "gradient_checkpointing": config.gradient_checkpointing.value,
         "autocast": _AUTOCAST[dtype],
         "grad_scaler": str(dtype is torch.float16),
     }

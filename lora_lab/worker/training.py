@@ -7,8 +7,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lora_lab.config import DType, OptimizerConfig, RefusedInput, TrialConfig
+from lora_lab.config import Checkpointing, DType, OptimizerConfig, RefusedInput, TrialConfig
 from lora_lab.worker.data import Collator, Example
+from lora_lab.worker.engines.engine import trainer_arguments
 
 
 def make_trainer(
@@ -16,7 +17,7 @@ def make_trainer(
     model: Any,
     examples: list[Example],
     collator: Collator,
-    callback: TrainerCallback,
+    callbacks: list[TrainerCallback],
     folder: str,
     device: torch.device,
 ) -> Trainer:
@@ -27,8 +28,8 @@ def make_trainer(
         max_steps=config.measure.warmup_steps + config.measure.steps + profiled,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        gradient_checkpointing=config.gradient_checkpointing is not Checkpointing.none,
+        gradient_checkpointing_kwargs=_checkpointing(config),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=config.optimizer.weight_decay,
@@ -47,15 +48,27 @@ def make_trainer(
         save_strategy="no",
         logging_strategy="no",
         logging_nan_inf_filter=False,  # it hides a diverged loss, and synchronises to look
+        **trainer_arguments(config),
     )
     return Trainer(
         model=model,
         args=arguments,
         data_collator=collator,
         train_dataset=examples,  # any sized sequence serves
-        callbacks=[callback],
+        callbacks=callbacks,
         optimizer_cls_and_kwargs=_own_optimizer(config),
     )
+
+
+def _checkpointing(config: TrialConfig) -> dict[str, Any] | None:
+    if config.gradient_checkpointing is Checkpointing.none:
+        return None
+    return {
+        "use_reentrant": False,
+        # only dropout needs the same random numbers twice; to keep their state is work, and no CUDA graph can
+        "preserve_rng_state": config.method.dropout > 0,
+        "every_n_layers": 2 if config.gradient_checkpointing is Checkpointing.selective else 1,
+    }
 
 
 def _own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.counting import Uncountable, count_model
 from lora_lab.worker.data import Example, Examples, load_examples, train_collator
+from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
 from lora_lab.worker.models import (
@@ -127,11 +128,12 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
         emit(count_model(model))
     except Uncountable as error:
         emit(Warned(t=time.monotonic(), text=f"FLOPs are not counted: {error}"))
+    collator = train_collator(config, tokenizer.pad_token_id)
     callback = TelemetryCallback(config.measure, device, emit, clock)
+    engine = Engine(config, model, shapes(config, examples.train, collator), callback.attention, emit, clock)
     callback.watch(model)
-    trainer = make_trainer(
-        config, model, examples.train, train_collator(config, tokenizer.pad_token_id), callback, str(folder), device
-    )
+    trainer = make_trainer(config, model, examples.train, collator, [*engine.callbacks, callback], str(folder), device)
+    engine.attach(trainer)
     callback.scaler = trainer.accelerator.scaler
     callback.on_stepped = lambda: _report_what_ran(config, trainer, callback, emit, device)
 

@@ -1,0 +1,1 @@
+"""How a training step is calculated: engine.py chooses, the others each hold one technique."""

@@ -1,0 +1,41 @@
+"""Decoder layers by torch.compile, one compilation for all of them."""
+
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_lab.config import Checkpointing
+
+_MOST_COMPILATIONS = 64
+"""Of one layer's code: one for each row length, twice that where only every other layer is checkpointed."""
+
+
+def compilations() -> int:
+    """How many graphs torch has compiled in this process so far."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that transformers repeats, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer for the shapes that come; a graph break or too many shapes is an error, never a slow
+    path in silence."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+    # without it the first layer's input needs no gradient, which would be one more compilation
+    model.get_base_model().enable_input_require_grads()
+    for layer in decoder_layers(model):
+        layer.compile(fullgraph=True, dynamic=False)
+
+
+def checkpointing_of(model: Any) -> Checkpointing:
+    """Which layers recompute their forward, read from the live ones."""
+    on = [bool(layer.gradient_checkpointing) for layer in decoder_layers(model)]
+    if not any(on):
+        return Checkpointing.none
+    return Checkpointing.full if all(on) else Checkpointing.selective

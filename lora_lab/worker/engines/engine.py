@@ -1,0 +1,164 @@
+"""A trial's engine: what is done to the model before Trainer gets it, and when training begins."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_lab.config import Attention, Batching, EngineKind, TrialConfig
+from lora_lab.events import Compiled, EngineDone, Phase, Warned
+from lora_lab.worker.attention import AttentionKernels, kernels_of
+from lora_lab.worker.callback import Emit, PhaseClock
+from lora_lab.worker.data import IGNORED, Collator, Example
+from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
+from lora_lab.worker.engines.compiled import compilations, compile_layers
+from lora_lab.worker.engines.masks import always_mask, leave_out_masks, needs_no_mask
+from lora_lab.worker.engines.quick_answers import QuickAnswers
+from lora_lab.worker.engines.static_step import Batch, StaticStep, tensors, use_static_step
+from lora_lab.worker.models import working_dtype
+
+
+def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
+    """What the engine adds to TrainingArguments."""
+    if config.engine.kind is EngineKind.graph:
+        # a copy that waits would wait for the whole step before it
+        return {"accelerator_config": {"non_blocking": True}}
+    if config.engine.kind is not EngineKind.liger:
+        return {}
+    fused = config.engine.chunked_loss
+    return {
+        "use_liger_kernel": True,
+        "liger_kernel_config": {"fused_linear_cross_entropy": fused, "cross_entropy": not fused},
+    }
+
+
+class Engine(TrainerCallback):
+    """Prepares the model at once, and a step of each shape when training begins, before anything is measured."""
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        model: Any,
+        batches: list[Batch],
+        attention: AttentionKernels,
+        emit: Emit,
+        clock: PhaseClock,
+    ) -> None:
+        """Changes `model`, never its class.
+
+        Args:
+            model: a PeftModel where it will be trained.
+            batches: one of every shape that training can bring, longest rows first; see `shapes`.
+            attention: is told which kernels run in the steps that are prepared.
+
+        Raises: Unsupported when this model can't be run so.
+        """
+        kind = config.engine.kind
+        device = model.device
+        dtype = working_dtype(config.precision.dtype, device)
+        self._emit = emit
+        self._clock = clock
+        self._device = device
+        self._attention = attention
+        self._batches = batches
+        self._compiles = kind in (EngineKind.compile, EngineKind.graph)
+        self._told: set[tuple[int, ...]] = set()
+        self._step: StaticStep | None = None
+        self._compiled = 0
+        self.callbacks: list[TrainerCallback] = [self]
+        """For Trainer, to stand before others."""
+        if config.engine.chunked_loss and kind is not EngineKind.liger:  # liger brings its own
+            use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
+        if self._compiles:
+            _settle_masks(config, model)
+            compile_layers(model)
+            graphs = kind is EngineKind.graph
+            autocast = functools.partial(
+                torch.autocast,
+                device.type,
+                dtype,
+                enabled=dtype is not torch.float32,
+                # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
+                cache_enabled=not graphs,
+            )
+            self._step = StaticStep(model, autocast, graphs)
+            self._step.on_unrecorded = self._tell_unrecorded
+        if kind is EngineKind.graph:
+            assert self._step is not None
+            use_static_step(model, self._step)
+            clock.step = self._step
+            self.callbacks.append(QuickAnswers())
+
+    def attach(self, trainer: Any) -> None:
+        """Take what a trainer has made for this model."""
+        if self._step is not None:
+            self._step.scaler = trainer.accelerator.scaler
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Compile, and record, a step of each shape."""
+        if self._step is None:
+            return
+        self._clock.enter(Phase.compilation)
+        model.train()
+        began = time.monotonic()
+        for batch in self._batches:
+            self._step.record({**batch, "num_items_in_batch": (batch["labels"] != IGNORED).sum()}, self._watch)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._compiled = compilations()
+        self._emit(
+            Compiled(
+                t=time.monotonic(),
+                seconds=time.monotonic() - began,
+                shapes=[list(batch["input_ids"].shape) for batch in self._batches],
+                graphs=self._step.graphs,
+                working_bytes=self._step.working_bytes,
+            )
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say how it went."""
+        if self._step is None:
+            return
+        later = compilations() - self._compiled
+        if later:
+            text = f"torch compiled {later} times more while training ran: some steps were slow for it"
+            self._emit(Warned(t=time.monotonic(), text=text))
+        self._emit(
+            EngineDone(
+                t=time.monotonic(), replays=self._step.replays, unrecorded=self._step.unrecorded, compilations=later
+            )
+        )
+
+    def _watch(self, run: Callable[[], object]) -> None:
+        self._attention.seen = kernels_of(run) | (self._attention.seen or frozenset())
+
+    def _tell_unrecorded(self, shape: tuple[int, ...]) -> None:
+        if shape not in self._told:
+            self._told.add(shape)
+            text = f"a batch of {' x '.join(map(str, shape))} was not recorded: it runs operation by operation, slowly"
+            self._emit(Warned(t=time.monotonic(), text=text))
+
+
+def shapes(config: TrialConfig, examples: list[Example], collator: Collator) -> list[Batch]:
+    """A batch of every shape that training can bring, longest rows first; what is in them does not matter."""
+    if config.engine.kind not in (EngineKind.compile, EngineKind.graph):
+        return []
+    by_width = {collator.width_of([example]): example for example in examples}
+    return [tensors(collator([by_width[width]] * config.batch_size)) for width in sorted(by_width, reverse=True)]
+
+
+def _settle_masks(config: TrialConfig, model: Any) -> None:
+    if config.attention is not Attention.sdpa:
+        return
+    if config.data.batching is not Batching.packed and needs_no_mask(model.config.get_text_config(), config.seq_len):
+        leave_out_masks(model)
+    else:
+        always_mask(model)

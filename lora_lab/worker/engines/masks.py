@@ -1,0 +1,56 @@
+"""Attention masks that depend on a batch's shape and not on what is in it.
+
+transformers looks at the padding, which waits for the device, and then gives attention a mask or none: two kernels, and
+two compilations. While a CUDA graph is recorded it can't look, and always makes one.
+"""
+
+import functools
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+WITHOUT_MASK = "_without_mask"
+WITH_MASK = "_with_mask"
+"""End the names of attention implementations that are never, or always, given one."""
+
+
+def leave_out_masks(model: Any) -> None:
+    """Let torch's attention run as causal and nothing more. For rows that are padded on the right: what comes later is
+    never attended to, and what is padded has no label. transformers makes no mask for an attention function that has
+    no mask function of its own (masking_utils.py)."""
+    AttentionInterface.register(f"sdpa{WITHOUT_MASK}", sdpa_attention_forward)
+    model.get_base_model().set_attn_implementation(f"sdpa{WITHOUT_MASK}")
+
+
+def always_mask(model: Any) -> None:
+    """Give torch's attention a mask in every batch: for packed rows, and layers with a window."""
+    AttentionInterface.register(f"sdpa{WITH_MASK}", sdpa_attention_forward)
+    AttentionMaskInterface.register(f"sdpa{WITH_MASK}", _whole_mask)
+    model.get_base_model().set_attn_implementation(f"sdpa{WITH_MASK}")
+
+
+@functools.wraps(sdpa_mask)
+def _whole_mask(*args: Any, **kwargs: Any) -> Any:
+    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return mask.contiguous()  # one that is the same for all rows is a view, which compiled code tells apart
+
+
+def attention_of(model: Any) -> tuple[str, str]:
+    """The attention implementation as transformers calls it, and which masks it is given: never, always, as needed."""
+    name = str(model.config._attn_implementation)
+    for ending, masks in ((WITHOUT_MASK, "never"), (WITH_MASK, "always")):
+        if name.endswith(ending):
+            return name.removesuffix(ending), masks
+    return name, "as needed"
+
+
+def needs_no_mask(architecture: Any, seq_len: int) -> bool:
+    """Whether no layer of the model looks at less than all that came before."""
+    window = getattr(architecture, "sliding_window", None)
+    kinds = set(getattr(architecture, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        return False
+    slides = "sliding_attention" in kinds or (not kinds and window is not None)
+    return not slides or (window is not None and window >= seq_len)
