@@ -14,7 +14,7 @@ from benchmarks.cells import write
 
 _QWEN = (
     "model=qwen2_5_1_5b model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 measure.steps=12 "
-    "measure.eval_rows=0 gradient_checkpointing=true optimizer=adamw precision=fp16 batch_size=1 seq_len=512 "
+    "measure.eval_rows=0 gradient_checkpointing=full optimizer=adamw precision=fp16 batch_size=1 seq_len=512 "
 )
 SETS = {
     "smollm2": (

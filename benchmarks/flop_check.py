@@ -70,7 +70,7 @@ def one_step(config: TrialConfig, device: torch.device) -> tuple[dict[str, int],
 
     collate: Any = without_counts
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config, model, batch, collate, TrainerCallback(), folder, device)
+        trainer = make_trainer(config, model, batch, collate, [TrainerCallback()], folder, device)
         with FlopCounterMode(display=False) as counter:
             trainer.train()
     seen = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}

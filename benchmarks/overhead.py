@@ -32,7 +32,10 @@ COMMON = [
     "data.rows=32",
     "seq_len=64",
 ]
-_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before, Phase.evaluation_after)
+_WORK = (
+    *(Phase.matmul_rate, Phase.conversion, Phase.model),
+    *(Phase.evaluation_before, Phase.compilation, Phase.evaluation_after),
+)
 
 
 def run(module: str, folder: Path, overrides: list[str]) -> None:

@@ -32,7 +32,7 @@ COMMON = [
 ]
 SHAPES = {
     "host_bound": ["batch_size=1", "seq_len=512", "measure.steps=200"],
-    "gpu_bound": ["batch_size=8", "seq_len=2048", "gradient_checkpointing=true", "measure.steps=50"],
+    "gpu_bound": ["batch_size=8", "seq_len=2048", "gradient_checkpointing=full", "measure.steps=50"],
 }
 SPREAD = (
     ("tokens/s", "throughput/tokens_per_second", "{:,.1f}"),

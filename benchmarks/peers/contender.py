@@ -1,0 +1,87 @@
+"""The process of one contender: loads it once, then takes turns as the controller asks.
+
+    python -m benchmarks.peers.contender DESCRIPTOR
+
+DESCRIPTOR is an inherited pipe: a Setup comes first, then Turns; each is answered by a dict with an `outcome`.
+"""
+
+import importlib.metadata
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.peers.plan import Setup, Turn
+from lora_lab.outcome import Outcome, end_of
+
+_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth", "unsloth_zoo")
+
+
+def main() -> None:
+    pipe = Connection(int(sys.argv[1]))
+    setup: Setup = pipe.recv()
+    loaded: list[Callable[[Turn], dict[str, Any]]] = []
+    pipe.send(answered(lambda: _load(setup, loaded)))
+    while loaded:
+        try:
+            turn: Turn = pipe.recv()
+        except EOFError:  # the controller has let go
+            return
+        pipe.send(answered(lambda turn=turn: loaded[0](turn)))  # type: ignore[misc]
+
+
+def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the work found, or how it failed: every error is an answer."""
+    try:
+        return {"outcome": Outcome.finished.value, **work()}
+    except Exception as error:
+        end = end_of(error)
+        trace = "".join(traceback.format_exception(error))
+        # the frames of the error hold tensors; they must go before anything else is tried
+        traceback.clear_frames(error.__traceback__)
+        return {"outcome": end.outcome.value, "reason": end.reason, "traceback": trace[-6000:]}
+
+
+def _load(setup: Setup, loaded: list[Callable[[Turn], dict[str, Any]]]) -> dict[str, Any]:
+    begun = time.perf_counter()
+    from benchmarks.peers.stacks import build
+
+    device = _device()
+    built = build(setup, device)  # first: a stack may have to be imported before torch's other users
+    import torch
+    from safetensors.torch import load_file
+
+    from benchmarks.peers.material import ADAPTERS, random_rows
+    from benchmarks.peers.turn import GIB, run_turn
+
+    first = load_file(f"{setup.material}/{ADAPTERS}")
+    vocabulary = int(built.model.config.get_text_config().vocab_size)
+
+    def take(turn: Turn) -> dict[str, Any]:
+        rows = random_rows(turn.compared * setup.cell.batch_size, setup.cell.seq_len, vocabulary)
+        return run_turn(built, turn, rows, setup.cell.tokens, first)
+
+    loaded.append(take)
+    held = torch.cuda.memory_reserved() / GIB if device == "cuda" else None
+    return {"load_seconds": time.perf_counter() - begun, "loaded_gib": held, "versions": _versions()}
+
+
+def _device() -> str:
+    """`cuda`, or `cpu` where the controller shows no card."""
+    return "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what is imported here."""
+    found = {}
+    for name in _VERSIONS:
+        if name.replace("-", "_") in sys.modules:
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()

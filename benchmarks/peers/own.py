@@ -1,0 +1,96 @@
+"""lora_lab's own engines as contenders: composed, loaded and trained as `python -m lora_lab` does."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import transformers
+
+from benchmarks.cells import compose_cell
+from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_NORM, RANK, SEED, Setup
+from benchmarks.peers.stacks import Built, Job
+from lora_lab.events import Event
+from lora_lab.worker.attention import AttentionKernels
+from lora_lab.worker.callback import PhaseClock
+from lora_lab.worker.data import Example, train_collator
+from lora_lab.worker.engines.engine import Engine, shapes
+from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.training import make_trainer
+
+_PAD = 0
+"""Every row is full, so that no padding is ever put in."""
+
+
+def build(setup: Setup, device: str) -> Built:
+    """The engine named like the contender, on the shared weights.
+
+    lora_lab's telemetry is left out: what is timed is the engine, as for the others.
+    """
+    config = compose_cell(overrides(setup))
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    transformers.set_seed(SEED)
+    model = load_model(config, load_architecture(config.model), where)
+    collator = train_collator(config, _PAD)
+    of_shape = Example([0] * config.seq_len, [0] * config.seq_len)
+    engine = Engine(
+        config, model, shapes(config, [of_shape], collator), AttentionKernels(), _unheard, PhaseClock(_unheard)
+    )
+
+    def collate(examples: list[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = collator(examples)
+        del batch["counts"]  # lora_lab's telemetry takes them out of the batch; here is none
+        return batch
+
+    def trainer(job: Job) -> Any:
+        measure = replace(config.measure, warmup_steps=0, steps=job.steps, profile_steps=0)
+        asked = replace(config, measure=measure)
+        callbacks = [*engine.callbacks, job.callback]
+        made = make_trainer(asked, model, job.rows, cast(Any, collate), callbacks, job.folder, where)
+        engine.attach(made)
+        return made
+
+    def as_row(row: dict[str, Any]) -> Example:
+        return Example(row["input_ids"].tolist(), row["labels"].tolist())
+
+    return Built(model, trainer, as_row, *_of_step(engine))
+
+
+def _of_step(engine: Engine) -> tuple[Callable[[], None], Callable[[], int]]:
+    """Frees what an engine recorded (the next turn records anew), and says the most bytes that a replay used."""
+    step = engine._step
+
+    def release() -> None:
+        if step is not None:
+            step._recorded.clear()
+            step._pool = None
+
+    return release, lambda: 0 if step is None else step.replay_peak_bytes
+
+
+def _unheard(event: Event) -> None:
+    """Events go nowhere."""
+
+
+def overrides(setup: Setup) -> list[str]:
+    """The command line of this contender and cell."""
+    return [
+        "model=local",
+        f"model.path='{setup.material}/model'",
+        f"engine={setup.contender.removeprefix('lab_')}",
+        f"method={setup.method}",
+        f"method.rank={RANK}",
+        f"method.alpha={ALPHA}",
+        "method.dropout=0",
+        f"method.target_modules=[{','.join(LINEAR_LAYERS)}]",
+        "optimizer=adamw_fused",
+        "precision=bf16",
+        "data=random_tokens",
+        "tracking=none",
+        f"batch_size={setup.cell.batch_size}",
+        f"seq_len={setup.cell.seq_len}",
+        f"gradient_checkpointing={'full' if setup.cell.checkpointing else 'none'}",
+        f"learning_rate={LEARNING_RATE}",
+        f"max_grad_norm={MAX_GRAD_NORM}",
+        f"seed={SEED}",
+    ]
