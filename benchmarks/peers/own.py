@@ -1,6 +1,5 @@
 """lora_lab's own engines as contenders: composed, loaded and trained as `python -m lora_lab` does."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -53,19 +52,7 @@ def build(setup: Setup, device: str) -> Built:
     def as_row(row: dict[str, Any]) -> Example:
         return Example(row["input_ids"].tolist(), row["labels"].tolist())
 
-    return Built(model, trainer, as_row, *_of_step(engine))
-
-
-def _of_step(engine: Engine) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Frees what an engine recorded (the next turn records anew), and says the most bytes that a replay used."""
-    step = engine._step
-
-    def release() -> None:
-        if step is not None:
-            step._recorded.clear()
-            step._pool = None
-
-    return release, lambda: 0 if step is None else step.replay_peak_bytes
+    return Built(model, trainer, as_row, engine.release, lambda: engine.replay_peak_bytes)
 
 
 def _unheard(event: Event) -> None:

@@ -48,6 +48,7 @@ def count_model(model: Any) -> ModelCounted:
         attention_width=len(layers) * shapes.num_attention_heads * head_size,
         weight_bytes=_bytes(kept),
         weight_elements=sum(_elements(p) for p in kept),
+        layers=len(layers),
     )
 
 

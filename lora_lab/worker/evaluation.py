@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.config import DType
 from lora_lab.worker.data import Collator, Example, TokenCounts
-from lora_lab.worker.models import working_dtype
+from lora_lab.worker.models import is_quantised, working_dtype
 
 
 def heldout_loss(
@@ -56,5 +56,5 @@ def evaluation_mode(model: Any) -> None:
     that would run through an operation without a gradient, and wrongly."""
     model.eval()
     for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes."):
+        if is_quantised(module):
             module.train(True)

@@ -141,6 +141,11 @@ def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def is_quantised(module: Any) -> bool:
+    """Whether a layer is one of bitsandbytes', or of a kind made from these."""
+    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+
+
 def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if method.quantization is Quantization.none:
         return None

@@ -10,7 +10,7 @@ from lora_lab.config import DType, Quantization, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.masks import attention_of
-from lora_lab.worker.models import working_dtype
+from lora_lab.worker.models import is_quantised, working_dtype
 from lora_lab.worker.training import optimizer_class
 
 PAGED_FROM = 100_000
@@ -29,9 +29,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     # not parameters(): while training runs, an engine answers that with the adapters alone
     weights = [p for _, p in model.named_parameters()]
     adapters = [p for p in weights if p.requires_grad]
-    quantised = [
-        m for m in model.modules() if type(m).__module__.startswith("bitsandbytes.") and hasattr(m, "compute_dtype")
-    ]
+    quantised = [m for m in model.modules() if is_quantised(m) and hasattr(m, "compute_dtype")]
     device = adapters[0].device
     scaler = trainer.accelerator.scaler
     attention, masks = attention_of(model)

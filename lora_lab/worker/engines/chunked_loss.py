@@ -17,8 +17,8 @@ from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.evaluation import evaluation_mode
 
-CHUNK_ELEMENTS = 2**27
-"""Logits that may exist at a time: 0.25 GiB in a 16-bit format."""
+CHUNK_ELEMENTS = 2**26
+"""Logits that may exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
 
 _HEADROOM = 1024.0
 """In fp16, gradients of single logits lie below what it holds; they are this much larger until the backward."""

@@ -18,6 +18,7 @@ from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.masks import always_mask, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.quick_answers import QuickAnswers
 from lora_lab.worker.engines.static_step import Batch, StaticStep, tensors, use_static_step
+from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
 from lora_lab.worker.models import working_dtype
 
 
@@ -74,8 +75,10 @@ class Engine(TrainerCallback):
             use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
         if self._compiles:
             _settle_masks(config, model)
-            compile_layers(model)
             graphs = kind is EngineKind.graph
+            if graphs:  # its own launches would cost more than they save where each is the host's work
+                unpack_in_one_kernel(model)
+            compile_layers(model)
             autocast = functools.partial(
                 torch.autocast,
                 device.type,
@@ -96,6 +99,16 @@ class Engine(TrainerCallback):
         """Take what a trainer has made for this model."""
         if self._step is not None:
             self._step.scaler = trainer.accelerator.scaler
+
+    def release(self) -> None:
+        """Give back the memory of what was recorded; the next training records it anew."""
+        if self._step is not None:
+            self._step.forget()
+
+    @property
+    def replay_peak_bytes(self) -> int:
+        """Most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
+        return 0 if self._step is None else self._step.replay_peak_bytes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

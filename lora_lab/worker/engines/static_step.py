@@ -8,6 +8,7 @@ Trainer's own and see what they always see.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,6 +100,12 @@ class StaticStep:
         self.working_bytes = max(self.working_bytes, torch.cuda.max_memory_allocated() - before)
         self._recorded[_shape(fixed)] = _Recorded(fixed, loss, graph)
 
+    def forget(self) -> None:
+        """Drop every recording, and with them their memory."""
+        self._recorded.clear()
+        self._pool = None
+        self.working_bytes = self.replay_peak_bytes = 0
+
     def calculate(self, batch: Batch) -> Tensor:
         """Forward and backward, operation by operation: the loss, and the gradients into their buffers."""
         with torch.enable_grad():
@@ -161,13 +168,13 @@ class _HandOver(torch.autograd.Function):
 def use_static_step(model: Any, step: StaticStep) -> None:
     """Let `model` train by `step`; everything else it is asked goes to its forward as it was."""
 
-    def forward(**inputs: Any) -> Any:
+    def forward(model: Any, **inputs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled() and inputs.get("labels") is not None):
             return step.forward(**inputs)
         return CausalLMOutput(loss=_HandOver.apply(step, tensors(inputs), anchor))
 
     anchor = torch.zeros((), device=step.device, requires_grad=True)  # so that the loss has a backward
-    model.forward = forward
+    model.forward = MethodType(forward, model)  # accelerate wraps it, and unwraps it, as a method
 
 
 def tensors(inputs: Mapping[str, Any]) -> Batch:
