@@ -3,9 +3,9 @@
     python -m benchmarks.flop_check OUT [override ...]
 
 One optimizer step of Trainer with the trial's model, data and adapters (method=lora, random weights) under
-torch.utils.flop_counter.FlopCounterMode, with and without gradient checkpointing. That counts no 4-bit product and, on
-a CPU, no fused attention: so LoRA, and there attention=eager. It counts causal attention as whole squares; so does the
-formula here. Exits with 1 when a part differs by more than 2 %.
+torch.utils.flop_counter.FlopCounterMode, with each gradient_checkpointing: none, full and selective. That counts no
+4-bit product and, on a CPU, no fused attention: so LoRA, and there attention=eager. It counts causal attention as whole
+squares; so does the formula here. Exits with 1 when a part differs by more than 2 %.
 
 The formula takes every product to need its input's gradient. Without checkpointing the first layer's q, k and v need
 none (with it, transformers lets the embeddings' output ask for one): 0.2 % of SmolLM2-135M's products, but 4 % of the
@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from benchmarks.cells import compose_cell, provenance, write_report
-from lora_lab.config import TrialConfig
+from lora_lab.config import Checkpointing, TrialConfig
 from lora_lab.devices import choose_card
 from lora_lab.environment import device_facts, environment
-from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products
+from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.counting import count_model
 from lora_lab.worker.data import TokenCounts, load_examples, train_collator
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
@@ -55,7 +55,7 @@ PARTS = ("products", "attention", "recomputation", "total")
 
 
 def one_step(config: TrialConfig, device: torch.device) -> tuple[dict[str, int], dict[str, Any]]:
-    """torch's count of one step by operation; the formula's parts, recomputation included only with checkpointing."""
+    """torch's count of one step by operation; the formula's parts, recomputation included for the layers that do it."""
     architecture = load_architecture(config.model)
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config, tokenizer, architecture.get_text_config().vocab_size).train
@@ -81,17 +81,17 @@ def one_step(config: TrialConfig, device: torch.device) -> tuple[dict[str, int],
     formula = {
         "products": products(counted, counts.slots),
         "attention": forward * PASSES[fused],
-        "recomputation": again if config.gradient_checkpointing else 0.0,
+        "recomputation": again * repeated_share(config.gradient_checkpointing.value, counted.layers),
     }
     return seen, {"formula": formula, "counted": asdict(counted), "fused": fused, "operations": seen}
 
 
 def compare(name: str, overrides: list[str], device: torch.device) -> list[dict[str, Any]]:
-    """Without and with checkpointing: every part by formula and by torch, and the share that they differ by."""
+    """With each kind of checkpointing: every part by formula and by torch, and the share that they differ by."""
     rows: list[dict[str, Any]] = []
     plain: dict[str, int] = {}
-    for checkpointing in (False, True):
-        config = compose_cell([*overrides, f"gradient_checkpointing={str(checkpointing).lower()}"])
+    for checkpointing in Checkpointing:
+        config = compose_cell([*overrides, f"gradient_checkpointing={checkpointing.name}"])
         seen, made = one_step(config, device)
         gc.collect()
         plain = plain or seen
@@ -105,7 +105,7 @@ def compare(name: str, overrides: list[str], device: torch.device) -> list[dict[
         formula = made.pop("formula")
         formula["total"] = sum(formula.values())
         differs = {part: formula[part] / measured[part] - 1 if measured[part] else formula[part] for part in PARTS}
-        cell = f"{name}{', checkpointing' if checkpointing else ''}"
+        cell = name if checkpointing is Checkpointing.none else f"{name}, checkpointing {checkpointing.name}"
         rows.append({"cell": cell, "formula": formula, "torch": measured, "differs": differs, **made})
     return rows
 

@@ -1,10 +1,15 @@
 """Which card a trial runs on, and whether that card can do what is asked."""
 
+import importlib.util
 import os
 import re
+import shutil
+import sysconfig
+from pathlib import Path
 
-from lora_lab.config import DType, RefusedInput, TrialConfig
+from lora_lab.config import DType, EngineKind, RefusedInput, TrialConfig
 from lora_lab.outcome import Unsupported
+from lora_lab.packages import cache_folder
 from lora_lab.telemetry.nvml import Card, visible_cards
 from lora_lab.telemetry.sampler import SensorFailed
 
@@ -47,13 +52,19 @@ def choose_card(device: str) -> Card | None:
 
 
 def worker_environment(card: Card | None) -> dict[str, str]:
-    """What shows a worker its one card, and hides the others (Trainer would use them all)."""
-    return {"CUDA_VISIBLE_DEVICES": card.uuid if card else "", "TOKENIZERS_PARALLELISM": "false"}
+    """What shows a worker its one card, and hides the others (Trainer would use them all); and where compiled code is
+    kept: torch's own place is under /tmp, which a reboot empties."""
+    kept = {
+        name: os.environ.get(name) or str(cache_folder() / folder)
+        for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
+    }
+    return {"CUDA_VISIBLE_DEVICES": card.uuid if card else "", "TOKENIZERS_PARALLELISM": "false"} | kept
 
 
 def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
     """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
-    is to be limited to."""
+    is to be limited to, or the machine lacks what the trial's engine needs."""
+    _refuse_engine(config.engine.kind, card)
     limit = config.vram_limit_gib
     if limit is not None and card is None:
         raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")
@@ -69,3 +80,40 @@ def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
         f"precision={config.precision.dtype.name} needs compute capability {needed[0]}.{needed[1]}; "
         f"{card.name} has {have}. Use {other}."
     )
+
+
+def _refuse_engine(kind: EngineKind, card: Card | None) -> None:
+    if card is None and kind in (EngineKind.liger, EngineKind.graph):
+        needs = "liger-kernel's kernels are Triton's" if kind is EngineKind.liger else "CUDA graphs are NVIDIA's"
+        raise Unsupported(
+            f"engine={kind.name} needs an NVIDIA GPU ({needs}), and this trial runs on the CPU. "
+            "Use engine=eager or engine=compile."
+        )
+    if kind is EngineKind.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise Unsupported(
+            "engine=liger needs the package liger-kernel, which is not installed. Type:\n"
+            "  pip install 'liger-kernel>=0.8'\nor use engine=eager."
+        )
+    if kind in (EngineKind.compile, EngineKind.graph):
+        missing = _missing_to_compile(card)
+        if missing:
+            raise Unsupported(
+                f"engine={kind.name} compiles code on this machine, and there is no {' and no '.join(missing)}. "
+                "Install what is missing (on Debian and Ubuntu: apt install build-essential python3-dev), or use "
+                "engine=eager."
+            )
+
+
+def _missing_to_compile(card: Card | None) -> list[str]:
+    """What torch.compile lacks here, for people: Triton builds its launchers in C, and kernels for a CPU are C++."""
+    variable, language, known = ("CC", "C", ("gcc", "clang")) if card else ("CXX", "C++", ("g++",))
+    named = os.environ.get(variable)
+    missing = []
+    if named and not shutil.which(named):
+        missing.append(f"{variable}={named}")
+    elif not named and not any(map(shutil.which, known)):
+        missing.append(f"{language} compiler ({' or '.join(known)}; {variable}=... names another)")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        missing.append(f"Python.h in {headers}")
+    return missing

@@ -154,10 +154,14 @@ class Display:
         self._console.print(f"  {escape(which)}{_DOING[self._phase]}{figures}", highlight=False, soft_wrap=True)
 
 
+_WHERE_COMPILED = "engine/compile_seconds"
+"""Shown where something was; most trials compile nothing."""
+
 _SHOWN = (
     ("throughput", "throughput/tokens_per_second", "{:,.0f}", "tokens/s"),
     ("", "throughput/seconds_per_10k_tokens", "{:,.2f}", "s per 10k tokens"),
     ("step time, median", "throughput/step_seconds_p50", "{:.3f}", "s"),
+    ("compilation", _WHERE_COMPILED, "{:.1f}", "s"),
     ("GPU at work", "throughput/gpu_busy_share", "{:.0%}", "of the time"),
     ("of its matrix rate", "flops/mfu", "{:.1%}", "(MFU)"),
     ("VRAM, torch's peak", "vram/peak_allocated_gib", "{:.2f}", "GiB"),
@@ -186,7 +190,7 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
             continue
         if name in summary.metrics:
             table.add_row(label, f"{_with_error(summary, name, form)} {unit}{_remark(summary, name)}")
-        elif label and name in summary.absent:
+        elif label and name in summary.absent and name != _WHERE_COMPILED:
             table.add_row(label, f"[dim]absent: {escape(summary.absent[name])}[/dim]")
     if summary.tags.get("validity") in ("invalid", "doubtful"):
         table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
@@ -207,6 +211,9 @@ def _with_error(summary: Summary, name: str, form: str) -> str:
 def _remark(summary: Summary, name: str) -> str:
     if name == "throughput/gpu_busy_share":
         return f": {summary.tags['regime']}"
+    if name == _WHERE_COMPILED:
+        lengths = int(summary.metrics["engine/shapes"])
+        return f" for {lengths} row length{'' if lengths == 1 else 's'}"
     if name == "energy/joules_per_token" and summary.tags["energy_source"] != "counter":
         return f", by {summary.tags['energy_source'].replace('_', ' ')}"
     return ""

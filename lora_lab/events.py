@@ -119,6 +119,8 @@ class ModelCounted:
     """All frozen weights as they are held."""
     weight_elements: int
     """Their number, unpacked."""
+    layers: int | None = None
+    """Decoder layers; None in trials from before they were told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +187,7 @@ class Profiled:
     """During which at least one kernel or copy ran, over all those steps."""
     kernel_seconds: float | None = None
     """The kernels' and copies' own times added up."""
-    top: list[list[Any]] = field(default_factory=list)
+    top: list[list[str | int | float]] = field(default_factory=list)
     """Those that took most, by name: [name, how often, seconds], over all those steps."""
 
 

@@ -6,7 +6,9 @@ import re
 from lora_lab.config import (
     Attention,
     Batching,
+    Checkpointing,
     DataSource,
+    EngineKind,
     MethodConfig,
     ModelConfig,
     ModelSource,
@@ -19,6 +21,9 @@ from lora_lab.config import (
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 
+_MOST_LENGTHS = 16
+"""Each row length is compiled by itself, for seconds."""
+
 _STATED = ("board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
 _FINITE = ("measure.idle_seconds", *(f"measure.{name}" for name in _STATED))
 
@@ -28,6 +33,7 @@ def faults(config: TrialConfig) -> list[str]:
     return [
         *_number_faults(config),
         *_optimizer_faults(config.optimizer),
+        *_engine_faults(config),
         *_method_faults(config.method),
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
@@ -105,6 +111,33 @@ def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
     if optimizer.optim and optimizer.args:
         return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
     return []
+
+
+def _engine_faults(config: TrialConfig) -> list[str]:
+    engine, method, found = config.engine, config.method, []
+    if not 1 <= engine.lengths <= _MOST_LENGTHS:
+        found.append(f"engine.lengths={engine.lengths} must lie between 1 and {_MOST_LENGTHS}, for example 4.")
+    if (
+        engine.kind is EngineKind.graph
+        and config.gradient_checkpointing is not Checkpointing.none
+        and method.dropout > 0
+    ):
+        found.append(
+            f"engine=graph with gradient_checkpointing={config.gradient_checkpointing.name} and "
+            f"method.dropout={method.dropout:g}: checkpointing has to draw dropout's random numbers twice, and a CUDA "
+            "graph can't keep their state. Use method.dropout=0, gradient_checkpointing=none or engine=compile."
+        )
+    if engine.kind in (EngineKind.compile, EngineKind.graph) and method.use_dora:
+        found.append(
+            f"engine={engine.kind.name} with method.use_dora=true: torch can't compile what PEFT does for DoRA's "
+            "norms. Use engine=eager, or another method."
+        )
+    if engine.chunked_loss and any(name.rpartition(".")[2] == "lm_head" for name in method.target_modules):
+        found.append(
+            "engine.chunked_loss=true needs a frozen head, and method.target_modules names lm_head. "
+            "Use engine.chunked_loss=false, or leave lm_head out."
+        )
+    return found
 
 
 def _method_faults(method: MethodConfig) -> list[str]:

@@ -84,9 +84,21 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
     complete(record, End(outcome=outcome, reason=""), events, samples, summary, asked.unix_minus_monotonic)
     here = _said(_with_series(record), record.tags)
     there = _said(recorded.metrics, recorded.tags)
+    if not _of_this_code(recorded):
+        here = {name: text for name, text in here.items() if not _newer(name, there)}
     names = sorted(here.keys() | there.keys())
     apart = [(name, there.get(name, ""), here.get(name, "")) for name in names if here.get(name) != there.get(name)]
     return Comparison(len(names), len(events), len(samples), apart)
+
+
+def _of_this_code(recorded: Recorded) -> bool:
+    return recorded.tags.get("code") == environment()["code"]
+
+
+def _newer(name: str, there: dict[str, str]) -> bool:
+    """Whether this is the reason why there is no figure of which the run says nothing at all: its version had none."""
+    figure = name.removeprefix("absent.")
+    return figure != name and not {figure, name} & there.keys()
 
 
 def _idle_anew(idle: Idle, samples: list[Sample]) -> Idle:
@@ -157,7 +169,7 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
 
 def _show(found: Comparison, recorded: Recorded) -> None:
     console = Console(soft_wrap=True)
-    if recorded.tags.get("code") != environment()["code"]:
+    if not _of_this_code(recorded):
         console.print("the run was made by other code than this; its formulas may have changed since", style="yellow")
     source = f"{found.figures} figures and reasons from {found.events} events and {found.samples} samples"
     if not found.differences:

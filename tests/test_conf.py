@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
 from lora_lab.compose import CONF, GROUPS, known_keys, load, register_schema
-from lora_lab.config import ModelConfig, RefusedInput, TrialConfig, Weights
+from lora_lab.config import Checkpointing, ModelConfig, RefusedInput, TrialConfig, Weights
 from lora_lab.worker.models import load_architecture
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -166,8 +166,12 @@ def test_a_sweep_is_one_without_a_flag_and_says_what_it_assumes(option: str) -> 
 
 @pytest.mark.parametrize("option", options("sweep"))
 def test_what_is_said_on_the_command_line_beats_a_sweep(option: str) -> None:
-    config = composed(f"sweep={option}", "model=tiny", "repeats=1", "gradient_checkpointing=false")
-    assert (config.model, config.repeats, config.gradient_checkpointing) == (composed("model=tiny").model, 1, False)
+    config = composed(f"sweep={option}", "model=tiny", "repeats=1", "gradient_checkpointing=none")
+    assert (config.model, config.repeats, config.gradient_checkpointing) == (
+        composed("model=tiny").model,
+        1,
+        Checkpointing.none,
+    )
 
 
 def chosen_by(option: str) -> dict[str, str]:

@@ -59,6 +59,17 @@ def test_figures_are_shown_with_their_errors_and_the_regime(capsys: pytest.Captu
     }
 
 
+@pytest.mark.parametrize(("shapes", "row"), [(4.0, "21.8 s for 4 row lengths"), (1.0, "21.8 s for 1 row length")])
+def test_what_was_compiled_is_a_row(capsys: pytest.CaptureFixture[str], shapes: float, row: str) -> None:
+    compiled = {"engine/compile_seconds": 21.84, "engine/shapes": shapes}
+    assert shown(capsys, Summary(metrics=FIGURES | compiled, tags=TAGS))["compilation"] == row
+
+
+def test_nobody_is_told_that_nothing_was_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Summary(metrics=FIGURES, tags=TAGS, absent={"engine/compile_seconds": "nothing was compiled"})
+    assert "compilation" not in shown(capsys, summary)
+
+
 @pytest.mark.parametrize("source", ["instant_power", "average_power"])
 def test_energy_that_is_not_the_counters_says_so(capsys: pytest.CaptureFixture[str], source: str) -> None:
     rows = shown(capsys, Summary(metrics=FIGURES, tags={**TAGS, "energy_source": source}))

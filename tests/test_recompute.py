@@ -294,6 +294,22 @@ def test_what_the_parent_saw_is_told_by_the_figures_made_of_it(
     assert (said.code, set(differing(said))) == (1, figures), said.text
 
 
+def test_a_reason_that_a_run_lacks_is_told_but_of_one_whose_version_did_not_know_the_figure(
+    again: Again, made: Made, tmp_path: Path
+) -> None:
+    folder = made.copy(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    name = "absent.throughput/kernel_seconds"
+    del record["tags"][name]
+    (folder / "record.json").write_text(json.dumps(record))
+    said = again(folder)
+    assert (said.code, set(differing(said))) == (1, {name}), said.text
+    record["tags"]["code"] = "of another version"
+    (folder / "record.json").write_text(json.dumps(record))
+    said = again(folder)
+    assert (said.code, AGREES in said.out) == (0, True), said.text
+
+
 def test_a_run_that_is_not_in_the_store_or_is_no_trial_is_refused(again: Again, made: Made) -> None:
     unknown = "0" * 32
     assert_refused(again(unknown, "--store", made.store), unknown, "not found")

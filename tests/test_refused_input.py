@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from conftest import Lab, Said
 from filelock import FileLock
 
-from lora_lab.config import RefusedInput
-from lora_lab.devices import choose_card, worker_environment
+from lora_lab.config import EngineConfig, EngineKind, RefusedInput, TrialConfig
+from lora_lab.devices import choose_card, refuse_incapable, worker_environment
+from lora_lab.outcome import Unsupported
 from lora_lab.telemetry import nvml
 
 FAKES = Path(__file__).parent / "fakes"
@@ -107,7 +109,8 @@ def test_an_unknown_key_names_the_nearest(lab: Lab, tmp_path: Path, arguments: l
         ("batch_size=two", ["batch_size=two", "Integer", "batch_size=2"]),
         ("seq_len=1.5", ["seq_len=1.5", "Integer", "seq_len=512"]),
         ("method.dropout=high", ["method.dropout=high", "Float", "method.dropout=0.0"]),
-        ("gradient_checkpointing=maybe", ["gradient_checkpointing=maybe", "bool", "gradient_checkpointing=false"]),
+        ("gradient_checkpointing=true", ["gradient_checkpointing=true", "[none, full, selective]"]),
+        ("gradient_checkpointing=maybe", ["gradient_checkpointing=maybe", "selective", "gradient_checkpointing=none"]),
         ("precision.dtype=fp8", ["precision.dtype=fp8", "[fp32, fp16, bf16]"]),
         ("data.rows=many", ["data.rows=many", "Integer", "data.rows=null"]),
         ("method.target_modules=3", ["method.target_modules=3", "list", "method.target_modules=[all-linear]"]),
@@ -159,6 +162,18 @@ def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
         (["model=local", "model.path=."], ["model.path=.", "no config.json", "save_pretrained"]),
         (["model=local"], ["model.path is missing"]),
         (["device=cuda"], ["device=cuda is not known", "gpu:0"]),
+        (["engine=compile", "engine.lengths=0"], ["engine.lengths=0 must lie between 1 and 16"]),
+        (["engine=compile", "engine.lengths=17"], ["engine.lengths=17 must lie between 1 and 16"]),
+        (
+            ["engine=graph", "gradient_checkpointing=selective", "method.dropout=0.1"],
+            ["gradient_checkpointing=selective and method.dropout=0.1", "method.dropout=0", "engine=compile"],
+        ),
+        (["engine=compile", "method=dora"], ["engine=compile with method.use_dora=true", "Use engine=eager"]),
+        (["engine=graph", "method=dora"], ["engine=graph with method.use_dora=true", "Use engine=eager"]),
+        (
+            ["engine.chunked_loss=true", "method.target_modules=[q_proj,lm_head]"],
+            ["method.target_modules names lm_head", "engine.chunked_loss=false"],
+        ),
         (["tracking=server"], ["tracking.uri is missing", "tracking.uri=http://"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
@@ -344,6 +359,49 @@ def test_a_precision_the_card_lacks_is_unsupported(
     assert not list(tmp_path.rglob("worker.log"))
 
 
+def assert_unsupported(said: Said, folder: Path, why: str) -> None:
+    """A recorded outcome, and no worker was started for it."""
+    assert said.code == 3, said.text
+    assert "Traceback" not in said.text
+    [record] = folder.rglob("record.json")
+    told = json.loads(record.read_text())
+    assert (told["outcome"], told["tags"]["reason"]) == ("unsupported", why)
+    assert not list(folder.rglob("worker.log"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "needs"), [("liger", "liger-kernel's kernels are Triton's"), ("graph", "CUDA graphs are NVIDIA's")]
+)
+def test_an_engine_that_needs_a_card_is_unsupported_on_the_cpu(
+    lab: Lab, tmp_path: Path, engine: str, needs: str
+) -> None:
+    said = lab("model=tiny", "tracking=none", "device=cpu", f"engine={engine}")
+    why = f"engine={engine} needs an NVIDIA GPU ({needs}), and this trial runs on the CPU. Use engine=eager or "
+    assert_unsupported(said, tmp_path, f"{why}engine=compile.")
+
+
+def test_a_compiler_that_is_not_there_is_unsupported(lab: Lab, tmp_path: Path) -> None:
+    said = lab("model=tiny", "tracking=none", "device=cpu", "engine=compile", CXX="no-such-compiler")
+    assert_unsupported(
+        said,
+        tmp_path,
+        "engine=compile compiles code on this machine, and there is no CXX=no-such-compiler. Install what is missing "
+        "(on Debian and Ubuntu: apt install build-essential python3-dev), or use engine=eager.",
+    )
+
+
+def test_liger_without_its_package_is_unsupported(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("liger-kernel is installed here")
+    said = lab("model=tiny", "tracking=none", "engine=liger", **faked)
+    assert_unsupported(
+        said,
+        tmp_path,
+        "engine=liger needs the package liger-kernel, which is not installed. Type:\n"
+        "  pip install 'liger-kernel>=0.8'\nor use engine=eager.",
+    )
+
+
 @pytest.fixture
 def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process sees two fake cards."""
@@ -388,6 +446,68 @@ def test_no_card_is_left_where_all_are_hidden(monkeypatch: pytest.MonkeyPatch) -
     assert choose_card("auto") is None
     with pytest.raises(RefusedInput, match="no NVIDIA card within CUDA_VISIBLE_DEVICES=''"):
         choose_card("gpu:0")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This process sees a machine without any program but those in the folder, and without Python's headers."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path / "include")})
+    return tmp_path
+
+
+def give_compiler(folder: Path, name: str) -> None:
+    (folder / name).touch()
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.usefixtures("two_cards")
+@pytest.mark.parametrize("engine", [EngineKind.compile, EngineKind.graph])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_card_needs_a_c_compiler_and_pythons_headers_to_compile_for(
+    bare: Path, engine: EngineKind, compiler: str
+) -> None:
+    config, card = TrialConfig(engine=EngineConfig(kind=engine)), choose_card("auto")
+    with pytest.raises(
+        Unsupported, match=r"no C compiler \(gcc or clang; CC=\.\.\. .* and no Python.h in .*apt install"
+    ):
+        refuse_incapable(config, card)
+    give_compiler(bare, compiler)
+    with pytest.raises(Unsupported, match=r"there is no Python.h in"):
+        refuse_incapable(config, card)
+    (bare / "include").mkdir()
+    (bare / "include" / "Python.h").touch()
+    refuse_incapable(config, card)
+
+
+def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrialConfig(engine=EngineConfig(kind=EngineKind.compile))
+    (bare / "include").mkdir()
+    (bare / "include" / "Python.h").touch()
+    give_compiler(bare, "gcc")
+    with pytest.raises(Unsupported, match=r"no C\+\+ compiler \(g\+\+; CXX="):
+        refuse_incapable(config, None)
+    give_compiler(bare, "clang++")
+    monkeypatch.setenv("CXX", "clang++")
+    refuse_incapable(config, None)
+
+
+@pytest.mark.usefixtures("bare")
+def test_only_what_compiles_needs_a_compiler() -> None:
+    refuse_incapable(TrialConfig(), None)
+
+
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_compiled_code_is_kept_where_a_reboot_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(name, raising=False)
+    assert Path(worker_environment(None)[name]).parent == tmp_path / "lora_lab"
+    monkeypatch.setenv(name, "mine")
+    assert worker_environment(None)[name] == "mine"
 
 
 @pytest.mark.usefixtures("two_cards")

@@ -359,7 +359,7 @@ MINE = {
         "sweeper": {
             "points": [
                 "batch_size=1 seq_len=48",
-                "batch_size=1 seq_len=48 gradient_checkpointing=true",
+                "batch_size=1 seq_len=48 gradient_checkpointing=full",
                 "batch_size=2 seq_len=48 optimizer=adamw method.rank=2",
             ],
             "params": {"method.rank": "4,8"},
@@ -384,8 +384,8 @@ def test_your_own_preset_is_one_more_sweep(preset: Look) -> None:
         (run.data.params["batch_size"], run.data.params["gradient_checkpointing"], run.data.params["method.rank"])
         for run in preset.trials
     )
-    grid = [(*point, rank) for point in (("1", "False"), ("1", "True")) for rank in ("4", "8")]
-    assert points == dict.fromkeys([*grid, ("2", "False", "2")], 1), "a point's own value beats the grid's"
+    grid = [(*point, rank) for point in (("1", "none"), ("1", "full")) for rank in ("4", "8")]
+    assert points == dict.fromkeys([*grid, ("2", "none", "2")], 1), "a point's own value beats the grid's"
     [parent] = preset.parents
     assert (parent.data.params["sweep"], parent.info.status) == ("mine", "FINISHED")
 
@@ -417,9 +417,9 @@ def test_the_papers_runs_go_through_on_any_machine(lab: Lab, tmp_path: Path) -> 
     records = records_in(tmp_path)
     keys = ("optimizer", "precision", "batch_size", "method.raise_to_fp32", "gradient_checkpointing")
     assert {tuple(record["params"][key] for key in keys) for record in records} == {
-        ("adamw", "fp16", "1", "True", "True"),
-        ("paged_adamw", "fp16", "2", "True", "True"),
-        ("paged_adamw", "bf16", "2", "True", "True"),
+        ("adamw", "fp16", "1", "True", "full"),
+        ("paged_adamw", "fp16", "2", "True", "full"),
+        ("paged_adamw", "bf16", "2", "True", "full"),
     }
     assert {record["outcome"] for record in records} == {"finished"}
 

@@ -28,7 +28,7 @@ NO_EFFECT = frozenset(
 """Settings that can't change what is compared: they are no factors, and trials that differ in them only are repeats."""
 
 _Keys = tuple[str, ...]
-_ORDER = ("optimizer", "precision", "method", "model", "data", "measure")
+_ORDER = ("optimizer", "precision", "engine", "method", "model", "data", "measure")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

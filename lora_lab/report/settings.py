@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from lora_lab.report.factors import NO_EFFECT
 from lora_lab.report.trials import Trial
 
-GROUPS = ("optimizer", "precision", "method", "model", "data")
+GROUPS = ("optimizer", "precision", "engine", "method", "model", "data")
 """Groups whose options have names that say something."""
 
 _SHAPE = ("batch_size", "seq_len")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_lab.events import FIRST_STEP, Event, Phase
 from lora_lab.telemetry.phases import spans
 
-_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before)
+_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before, Phase.compilation)
 """What a trial needs before its first step, whoever runs it, or once a machine; the rest before it is overhead."""
 
 

@@ -9,6 +9,8 @@ Left out, as everywhere: norms, activations, softmax, unpacking of 4-bit weights
 beyond LoRA.
 """
 
+import math
+
 from lora_lab.events import MatmulRate, ModelCounted, Step
 from lora_lab.telemetry.window import Window
 
@@ -40,7 +42,7 @@ _OF_THE_DEVICE = ("flops/hardware_tflop_per_second", "flops/hfu")
 def flops(
     counted: ModelCounted | None,
     window: Window | None,
-    gradient_checkpointing: bool,
+    repeated: float,
     attention_kernel: str,
     rate: MatmulRate | None,
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -54,7 +56,9 @@ def flops(
     Args:
         counted: the model's weights; None when the worker did not count them.
         window: the measured steps; None when there is no window.
-        gradient_checkpointing: whether the decoder layers' forward was calculated once more in the backward.
+        repeated: share of the decoder layers whose forward gradient checkpointing calculates once more in the
+            backward, see `repeated_share`. What a compiler then decides is not known: with engine=compile and graph it
+            may keep some of that, or recompute more of its own accord.
         attention_kernel: the read-back fact of that name, as in "flash" or "flash, memory_efficient".
         rate: what the device reaches at best, in operations a second; None when it was not measured.
     """
@@ -85,7 +89,7 @@ def flops(
         "flops/per_token_products": products(counted, real) / real,
         "flops/per_token_attention_causal": causal / real,
         "flops/per_token_attention_square": square / real,
-        "flops/per_token_recomputation": again / real if gradient_checkpointing else 0.0,
+        "flops/per_token_recomputation": repeated * again / real,
         "flops/model_tflop_per_second": work / window.seconds / 1e12,
     }
     if rate is not None:
@@ -96,11 +100,24 @@ def flops(
         seen = "was not seen" if attention_kernel == "not seen" else f"is {attention_kernel}, whose cost is not known"
         return metrics, dict.fromkeys(_OF_THE_DEVICE, f"the attention kernel {seen}") | absent
     fused = kernels <= FUSED
-    done = sum(_hardware(counted, step, gradient_checkpointing, fused) for step in window.steps)
+    done = sum(_hardware(counted, step, repeated, fused) for step in window.steps)
     metrics["flops/hardware_tflop_per_second"] = done / window.seconds / 1e12
     if rate is not None:
         metrics["flops/hfu"] = done / window.seconds / rate.flops_per_second
     return metrics, absent
+
+
+def repeated_share(checkpointing: str, layers: int | None) -> float:
+    """Share of the decoder layers that are calculated twice, from the read-back fact `gradient_checkpointing`.
+
+    Args:
+        checkpointing: none, full or selective; False or True in trials from before there was a selective one.
+        layers: how many there are. Of those, `selective` has the first, the third, ...: every_n_layers=2 in
+            transformers, which may be one more than half. Half where the number is not known.
+    """
+    if checkpointing == "selective":
+        return math.ceil(layers / 2) / layers if layers else 0.5
+    return 1.0 if checkpointing in ("full", "True") else 0.0
 
 
 def products(counted: ModelCounted, tokens: int) -> float:
@@ -130,13 +147,11 @@ def attention_forward(counted: ModelCounted, squares: int) -> float:
     return 4.0 * squares * counted.attention_width
 
 
-def _hardware(counted: ModelCounted, step: Step, gradient_checkpointing: bool, fused: bool) -> float:
+def _hardware(counted: ModelCounted, step: Step, repeated: float, fused: bool) -> float:
     """Operations that a step took on the device. A fused kernel leaves out what lies after a token; but where a row
     is padded or holds several documents, transformers passes a mask (masking_utils.py, _ignore_causal_mask_sdpa),
     and with one the kernel works through the whole square."""
     whole = not fused or step.attended < step.attended_slots
     forward = attention_forward(counted, step.attended_slots) / (1 if whole else 2)
     done = products(counted, step.slots) + forward * PASSES[fused]
-    if gradient_checkpointing:
-        done += repeated_products(counted, step.slots) + forward
-    return done
+    return done + repeated * (repeated_products(counted, step.slots) + forward)

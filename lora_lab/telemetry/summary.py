@@ -18,12 +18,13 @@ from lora_lab.outcome import Outcome
 from lora_lab.telemetry.durations import durations
 from lora_lab.telemetry.efficientllm import add_efficientllm
 from lora_lab.telemetry.energy_figures import add_energy
+from lora_lab.telemetry.engine import add_engine
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.flops import flops
+from lora_lab.telemetry.flops import flops, repeated_share
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.seen import Seen
-from lora_lab.telemetry.throughput import add_busy_share, throughput
+from lora_lab.telemetry.throughput import add_busy_share, add_kernel_time, throughput
 from lora_lab.telemetry.validity import add_validity
 from lora_lab.telemetry.window import Window, find_window, steady
 
@@ -43,6 +44,8 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: Seen, as
     if whole is not None and window is not None:
         _add_left_out(summary, whole, window)
     add_busy_share(summary, window, events)
+    add_kernel_time(summary, window, events)
+    add_engine(summary, events)
     _add_flops(summary, window, events)
     add_memory(summary, events, samples, seen)
     add_energy(summary, window, samples, seen)
@@ -70,10 +73,12 @@ def _add_left_out(summary: Summary, whole: Window, window: Window) -> None:
 
 def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
     ran = next((event.facts for event in events if isinstance(event, Ran)), {})
+    counted = next((event for event in events if isinstance(event, ModelCounted)), None)
+    layers = None if counted is None else counted.layers
     metrics, absent = flops(
-        next((event for event in events if isinstance(event, ModelCounted)), None),
+        counted,
         window,
-        ran.get("gradient_checkpointing") == "True",
+        repeated_share(ran.get("gradient_checkpointing", "none"), layers),
         ran.get("attention_kernel", "not seen"),
         next((event for event in events if isinstance(event, MatmulRate)), None),
     )

@@ -79,14 +79,9 @@ def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Eve
     never a kernel.
     """
     name = "throughput/gpu_busy_share"
-    if window is None:
-        summary.absent[name] = "the measured window was not completed"
-        return
-    profiled = next((event for event in events if isinstance(event, Profiled)), None)
-    if profiled is None or not profiled.kernels:
-        none_seen = "the profiler saw no kernel: this process may not use the card's performance counters"
-        none_looked_at = "no step was profiled: that takes a GPU, measure.profile_steps, and a trial that gets so far"
-        summary.absent[name] = none_seen if profiled else none_looked_at
+    profiled, why = _profiled(window, events)
+    if window is None or profiled is None:
+        summary.absent[name] = why
         return
     slots = sum(step.slots for step in window.steps)
     share = (profiled.busy_seconds / profiled.slots) / (window.seconds / slots)
@@ -96,3 +91,37 @@ def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Eve
         "throughput/kernels_per_step": profiled.kernels / profiled.steps,
     }
     summary.tags["regime"] = "host-bound" if share < HOST_BOUND else "GPU-bound" if share > GPU_BOUND else "mixed"
+
+
+def add_kernel_time(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
+    """How long a step's kernels and copies take, added up, and how many times that a step of the window takes.
+
+    By slots, as the busy share: the window's median step over its mean slots, over the profiled kernels' time for each
+    slot. Kernels that overlap count each for itself, so the busy time can be shorter than their sum.
+    """
+    names = ("throughput/kernel_seconds", "throughput/step_to_kernel_ratio")
+    profiled, why = _profiled(window, events)
+    if window is None or profiled is None:
+        summary.without(names, why)
+        return
+    if profiled.kernel_seconds is None:
+        summary.without(names, "the profile does not say how long its kernels took")
+        return
+    summary.metrics[names[0]] = profiled.kernel_seconds / profiled.steps
+    timed = [step.seconds for step in window.steps if step.seconds is not None]
+    slots = sum(step.slots for step in window.steps) / len(window.steps)
+    a_slot = profiled.kernel_seconds / profiled.slots
+    ratio = statistics.median(timed) / slots / a_slot if timed else None
+    summary.add(names[1], ratio, "the window's steps have no times")
+
+
+def _profiled(window: Window | None, events: Sequence[Event]) -> tuple[Profiled | None, str]:
+    """The profile to set against the window; without one, why there is none."""
+    if window is None:
+        return None, "the measured window was not completed"
+    profiled = next((event for event in events if isinstance(event, Profiled)), None)
+    if profiled is None:
+        return None, "no step was profiled: that takes a GPU, measure.profile_steps, and a trial that gets so far"
+    if not profiled.kernels:
+        return None, "the profiler saw no kernel: this process may not use the card's performance counters"
+    return profiled, ""

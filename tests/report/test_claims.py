@@ -78,7 +78,7 @@ def grid(
         rate = math.exp(log_rate)
         metrics = {THROUGHPUT.key: rate} | ({ENERGY.key: watts(rate) / rate} if energy else {})
         levels = {"optimizer": optimizer, "precision": dtype, "batch_size": batch, "seq_len": seq}
-        made.append(trial(metrics, repeat=repeat, gradient_checkpointing="True", **told, **levels))
+        made.append(trial(metrics, repeat=repeat, gradient_checkpointing="full", **told, **levels))
     return made
 
 
@@ -92,7 +92,7 @@ def memory_trial(gib: float | None, **told: Any) -> Trial:
     metrics |= {} if before is None else {"card/used_before_gib": before}
     outcome = "finished" if gib is not None else "out_of_memory"
     tags = {"device.memory_gib": told.pop("memory", "79.6")}
-    return trial(metrics, outcome=outcome, tags=tags, gradient_checkpointing="True", **told)
+    return trial(metrics, outcome=outcome, tags=tags, gradient_checkpointing="full", **told)
 
 
 # Who may speak
@@ -127,7 +127,7 @@ def test_no_other_card_and_no_other_regime_can_speak_for_the_speed_of_this_card(
 
 @pytest.mark.parametrize(
     "other",
-    [{"model": "smollm2_135m"}, {"method": "lora"}, {"gradient_checkpointing": "False"}],
+    [{"model": "smollm2_135m"}, {"method": "lora"}, {"gradient_checkpointing": "none"}],
     ids=["model", "method", "checkpointing"],
 )
 def test_trials_of_another_model_or_method_show_nothing(other: dict[str, str]) -> None:
@@ -389,7 +389,7 @@ def test_an_association_is_not_made_of_noise() -> None:
     def same(repeat: int, **told: Any) -> Trial:
         rate = 500 * math.exp(draw.gauss(0, 0.03))
         metrics = {THROUGHPUT.key: rate, ENERGY.key: 100 / rate}
-        return trial(metrics, repeat=repeat, gradient_checkpointing="True", **told)
+        return trial(metrics, repeat=repeat, gradient_checkpointing="full", **told)
 
     for _ in range(40):
         trials = [
@@ -412,7 +412,7 @@ def test_errors_that_both_measures_share_make_no_slope() -> None:
         for repeat, at in itertools.product(range(3), range(12)):
             error = draw.gauss(0, 0.035)
             metrics = {THROUGHPUT.key: 500 * math.exp(0.03 * at + error), ENERGY.key: 0.2 * math.exp(-error)}
-            told: dict[str, Any] = {"gradient_checkpointing": "True", "seq_len": str(64 * (at + 1))}
+            told: dict[str, Any] = {"gradient_checkpointing": "full", "seq_len": str(64 * (at + 1))}
             trials.append(trial(metrics, repeat=repeat, **told))
         seen = verdict("faster_is_thriftier", trials).seen[0]
         slopes.append(seen.estimate.value if seen.estimate is not None else 0.0)

@@ -338,3 +338,29 @@ def test_a_baseline_whose_parts_never_met_is_refused():
 def test_the_order_of_trials_changes_nothing(order):
     trials = [trial(optimizer=o, batch_size=b) for o in ("adamw", "adamw_8bit") for b in "124"]
     assert design([trials[at] for at in order]) == design(trials)
+
+
+# The engine, a group as any other
+
+
+ENGINES = {"eager": ("eager", "False"), "compile": ("compile", "True"), "graph": ("graph", "True")}
+
+
+def engine_trial(engine, chunked=None, **told):
+    kind, loss = ENGINES[engine]
+    told |= {"engine__kind": kind, "engine__chunked_loss": chunked or loss, "engine__lengths": "4"}
+    return trial(engine=engine, **told)
+
+
+@pytest.mark.parametrize("engines", [("eager", "compile"), ("eager", "compile", "graph")])
+def test_an_engine_is_one_factor_and_what_it_sets_is_none(engines):
+    trials = [engine_trial(e, optimizer=o) for e in engines for o in ("adamw", "paged_adamw")]
+    found = design(trials, [sweep(engine=",".join(engines), optimizer="adamw,paged_adamw")])
+    assert levels(found) == {"engine": engines, "optimizer": ("adamw", "paged_adamw")}
+    assert found.confounded == ()
+    assert design([engine_trial("graph", optimizer=o) for o in ("adamw", "paged_adamw")]).fixed["engine"] == "graph"
+
+
+def test_a_chunked_loss_that_was_varied_by_itself_is_a_factor_of_its_own():
+    found = design([engine_trial(e, chunked=c) for e in ("eager", "compile") for c in ("False", "True")])
+    assert names(found) == ["engine", "engine.chunked_loss"]

@@ -1,5 +1,6 @@
 """What a report says of trials of any kind: it always says something, and never more than it has."""
 
+import dataclasses
 import io
 import math
 import re
@@ -59,7 +60,7 @@ def any_trial(draw: st.DrawFn) -> Trial:
         optimizer=draw(st.sampled_from(["adamw", "paged_adamw"])),
         precision=draw(st.sampled_from(["fp16", "bf16"])),
         vram_limit_gib=draw(st.sampled_from(["None", "8.0"])),
-        gradient_checkpointing="True",
+        gradient_checkpointing="full",
         batch_size=batch,
         seq_len=seq,
     )
@@ -97,3 +98,29 @@ def test_invalid_figures_are_left_out_of_every_number() -> None:
     text = said(found([*good, bad]))
     assert "9,999" not in text
     assert "invalid: heat" in text
+
+
+def test_an_engines_effect_is_found_in_every_regime() -> None:
+    """Eager trials wait for their host; graph trials are what their busy share says."""
+    levels = {"engine": ["eager", "graph"], "optimizer": ["adamw", "paged_adamw"]}
+    for regime in ("host-bound", "GPU-bound"):
+        regimes = {"engine=eager": "host-bound", "engine=graph": regime}
+        trials = [
+            dataclasses.replace(
+                each,
+                params={
+                    **each.params,
+                    "engine.kind": each.params["engine"],
+                    "engine.chunked_loss": str(each.params["engine"] == "graph"),
+                },
+            )
+            for each in factorial(levels, {"engine=graph": 0.9}, regimes=regimes)
+        ]
+        findings = found(trials)
+        [group] = findings.groups
+        assert [factor.name for factor in group.design.factors] == ["optimizer", "engine"]
+        contrasts = [each for each in group.contrasts if each.factor == "engine" and each.measure is THROUGHPUT]
+        assert contrasts
+        assert "engine" in said(findings)
+        assert "chunked_loss" not in said(findings)
+        page(findings, {})

@@ -114,6 +114,49 @@ def same(one: dict[str, float], other: dict[str, float]) -> bool:
     )
 
 
+@pytest.mark.parametrize(("said", "level"), [("True", "full"), ("False", "none"), ("true", "full")])
+def test_trials_from_before_there_were_engines_are_told_in_todays_words(root: Path, said: str, level: str) -> None:
+    above = a_sweep(params={"axis.gradient_checkpointing": "false,true", "points": "2", "trials": "2"})
+    older = {"optimizer": "adamw", "gradient_checkpointing": said}
+    newer = {
+        "optimizer": "adamw",
+        "gradient_checkpointing": level,
+        "engine": "eager",
+        "engine.kind": "eager",
+        "engine.chunked_loss": "False",
+        "engine.lengths": "4",
+    }
+    tracker = tracker_of(root)
+    tracker.deliver(above, [])
+    tracker.deliver(a_trial(1, above, params=older, tags={"ran.gradient_checkpointing": said}), [])
+    tracker.deliver(a_trial(2, above, params=newer, tags={"ran.gradient_checkpointing": level}), [])
+    for store in both_ways(root):
+        [old, new], [sweep] = store.runs()
+        assert old.params == new.params == newer
+        assert old.tags["ran.gradient_checkpointing"] == new.tags["ran.gradient_checkpointing"] == level
+        assert sweep.axes == {"gradient_checkpointing": ["none", "full"]}
+
+
+@pytest.mark.parametrize("level", ["none", "full", "selective"])
+def test_a_trial_of_today_comes_back_as_it_is(root: Path, level: str) -> None:
+    """Also one whose engine has a name of its own."""
+    told = {"gradient_checkpointing": level, "engine": "mine", "engine.kind": "graph"}
+    run_id = tracker_of(root).deliver(a_trial(params=told), [])
+    for store in both_ways(root):
+        assert store.of([run_id])[0][0].params == told
+
+
+def test_the_factorial_that_is_shipped_speaks_todays_words(root: Path) -> None:
+    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
+    first = [record for record in records_store.read(file) if record.parent][:3]
+    for record in first:
+        record.parent = None
+        tracker_of(root).deliver(record, [])
+    trials, _ = open_store(address(root)).runs()
+    assert {(t.params["gradient_checkpointing"], t.params["engine"]) for t in trials} == {("full", "eager")}
+    assert {t.tags.get("ran.gradient_checkpointing", "full") for t in trials} == {"full"}
+
+
 def test_trials_lie_under_their_sweep_by_their_start_in_every_experiment(root: Path) -> None:
     above, other = a_sweep(0), a_sweep(50)
     tracker = tracker_of(root)

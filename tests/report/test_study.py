@@ -37,7 +37,7 @@ def test_its_runs_are_those_of_the_prepared_sweep() -> None:
     options = {key: value for each in prepared["defaults"] for key, value in each.items()}
     assert options["override /model"] == PAPER.held["model"]
     assert options["override /method"] == PAPER.held["method"]
-    assert prepared["gradient_checkpointing"] is True
+    assert prepared["gradient_checkpointing"] == PAPER.held["gradient_checkpointing"] == "full"
 
 
 def axes_of(command: str) -> dict[str, list[str]]:
@@ -88,8 +88,8 @@ address: https://example.org/checkpointing
 card: {name: NVIDIA A100-SXM4-40GB, memory_gib: 40, regime: GPU-bound, because: it says so}
 settings: {model: qwen2_5_1_5b}
 runs:
-  kept: {settings: {gradient_checkpointing: false, seq_len: 1024}, figures: {throughput: 1000, vram: 20}}
-  again: {settings: {gradient_checkpointing: true, seq_len: 1024}, figures: {throughput: 800, vram: [10, 11]}}
+  kept: {settings: {gradient_checkpointing: none, seq_len: 1024}, figures: {throughput: 1000, vram: 20}}
+  again: {settings: {gradient_checkpointing: full, seq_len: 1024}, figures: {throughput: 800, vram: [10, 11]}}
 claims:
   slower:
     kind: contrast
@@ -97,17 +97,17 @@ claims:
     evidence: same_card
     runs: [again, kept]
     factor: gradient_checkpointing
-    of: true
-    over: false
+    of: full
+    over: none
     changes: [{measure: throughput, ratio: 0.8, least_ratio: 0.9}]
-    settle: python -m lora_lab -m gradient_checkpointing=false,true
+    settle: python -m lora_lab -m gradient_checkpointing=none,full
   vram_costs_speed:
     kind: association
     says: more throughput, less VRAM
     evidence: same_card
     more: throughput
     less: vram
-    settle: python -m lora_lab -m gradient_checkpointing=false,true
+    settle: python -m lora_lab -m gradient_checkpointing=none,full
 """
 
 
@@ -115,7 +115,7 @@ def checkpointing(effect: float, device: str) -> list[Trial]:
     draw = random.Random(4)
     return [
         trial(
-            {THROUGHPUT.key: 1000 * math.exp(effect * (kept == "True") + draw.gauss(0, 0.01))},
+            {THROUGHPUT.key: 1000 * math.exp(effect * (kept == "full") + draw.gauss(0, 0.01))},
             repeat=repeat,
             device=device,
             gradient_checkpointing=kept,
@@ -123,7 +123,7 @@ def checkpointing(effect: float, device: str) -> list[Trial]:
             seq_len="1024",
         )
         for repeat in range(5)
-        for kept in ("False", "True")
+        for kept in ("none", "full")
         for batch in ("1", "2")
     ]
 
@@ -141,7 +141,7 @@ def test_another_paper_is_another_yaml(effect: float, device: str, word: str, tm
     study = load_study(tmp_path / "other.yaml")
     found = verdict("slower", checkpointing(effect, device), study)
     assert found.verdict == word
-    assert found.original.startswith("Nothing but gradient_checkpointing (False to True) changed")
+    assert found.original.startswith("Nothing but gradient_checkpointing (none to full) changed")
     assert verdict("vram_costs_speed", checkpointing(effect, device), study).verdict == NOT_TESTABLE
 
 

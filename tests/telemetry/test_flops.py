@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.events import MatmulRate, ModelCounted, Step
-from lora_lab.telemetry.flops import FUSED, flops
+from lora_lab.telemetry.flops import FUSED, flops, repeated_share
 from lora_lab.telemetry.window import Window
 
 Rows = list[list[int]]
@@ -54,7 +54,7 @@ def window(*steps: Step, seconds: float = 2.0) -> Window:
 
 
 def figures(
-    measured: Window, *, checkpointing: bool = False, kernel: str = "flash", model: ModelCounted = MODEL
+    measured: Window, *, checkpointing: float = 0.0, kernel: str = "flash", model: ModelCounted = MODEL
 ) -> dict[str, float]:
     metrics, absent = flops(model, measured, checkpointing, kernel, RATE)
     assert not absent
@@ -95,16 +95,43 @@ def test_an_example_by_hand() -> None:
     assert told["flops/hardware_tflop_per_second"] == pytest.approx(told["flops/hfu"] * 1000 / 1e12)
     assert figures(padded, kernel="math")["flops/hfu"] == pytest.approx((8 * 52 + 3 * 4 * 32 * 3) / 2 / 1000)
 
-    again = figures(padded, checkpointing=True)
+    again = figures(padded, checkpointing=1.0)
     assert again["flops/per_token_recomputation"] == pytest.approx(2 * (8 + 2) + 4 * 13 * 3 / 2 / 5)
     assert again["flops/hfu"] == pytest.approx((8 * (52 + 20) + 4.5 * 4 * 32 * 3) / 2 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "layers", "share"),
+    [
+        ("none", 28, 0.0),
+        ("full", 28, 1.0),
+        ("selective", 28, 0.5),
+        ("selective", 5, 0.6),  # the first, the third and the fifth
+        ("selective", 1, 1.0),
+        ("selective", None, 0.5),
+        ("False", None, 0.0),  # as trials said it before there was a selective one
+        ("True", None, 1.0),
+        ("True", 28, 1.0),
+    ],
+)
+def test_the_share_of_layers_that_is_calculated_twice(checkpointing: str, layers: int | None, share: float) -> None:
+    assert repeated_share(checkpointing, layers) == share
+
+
+@given(measured=WINDOWS, kernel=KERNELS, model=MODELS, share=st.floats(0, 1))
+def test_recomputation_grows_with_the_share_of_layers(
+    measured: Window, kernel: str, model: ModelCounted, share: float
+) -> None:
+    none, some, full = (figures(measured, kernel=kernel, checkpointing=c, model=model) for c in (0.0, share, 1.0))
+    for name in ("flops/per_token_recomputation", "flops/hfu", "flops/hardware_tflop_per_second"):
+        assert some[name] == pytest.approx(none[name] + share * (full[name] - none[name]))
 
 
 def test_fused_kernels_leave_out_half_of_a_full_row_and_others_do_not() -> None:
     full = window(step([[4], [4]], width=4))
     assert figures(full)["flops/hfu"] == pytest.approx((8 * 52 + 3.5 * 4 * 32 * 3 / 2) / 2 / 1000)
     assert figures(full, kernel="math")["flops/hfu"] == pytest.approx((8 * 52 + 3 * 4 * 32 * 3) / 2 / 1000)
-    again = figures(full, checkpointing=True)
+    again = figures(full, checkpointing=1.0)
     assert again["flops/hfu"] == pytest.approx((8 * 72 + 4.5 * 4 * 32 * 3 / 2) / 2 / 1000)
 
 
@@ -114,9 +141,11 @@ def test_full_fine_tunings_six_a_token_is_not_loras_four() -> None:
     assert figures(short, model=large)["flops/per_token"] == pytest.approx(4e9, rel=1e-6)
 
 
-@given(rows=ROWS, wider=st.integers(1, 200), kernel=KERNELS, checkpointing=st.booleans(), model=MODELS)
+@given(
+    rows=ROWS, wider=st.integers(1, 200), kernel=KERNELS, checkpointing=st.sampled_from([0.0, 0.5, 1.0]), model=MODELS
+)
 def test_padding_is_the_devices_work_and_not_the_models(
-    rows: Rows, wider: int, kernel: str, checkpointing: bool, model: ModelCounted
+    rows: Rows, wider: int, kernel: str, checkpointing: float, model: ModelCounted
 ) -> None:
     narrow, wide = (
         figures(window(step(rows, width)), kernel=kernel, checkpointing=checkpointing, model=model)
@@ -127,9 +156,9 @@ def test_padding_is_the_devices_work_and_not_the_models(
     assert all(wide[name] == narrow[name] for name in NAMES - of_the_device)
 
 
-@given(measured=WINDOWS, kernel=KERNELS, checkpointing=st.booleans(), model=MODELS)
+@given(measured=WINDOWS, kernel=KERNELS, checkpointing=st.sampled_from([0.0, 0.5, 1.0]), model=MODELS)
 def test_the_device_never_does_less_than_the_model_needs(
-    measured: Window, kernel: str, checkpointing: bool, model: ModelCounted
+    measured: Window, kernel: str, checkpointing: float, model: ModelCounted
 ) -> None:
     told = figures(measured, kernel=kernel, checkpointing=checkpointing, model=model)
     assert 0 < told["flops/mfu"] <= told["flops/hfu"] * (1 + 1e-12)
@@ -137,16 +166,16 @@ def test_the_device_never_does_less_than_the_model_needs(
 
 @given(measured=WINDOWS, kernel=KERNELS, model=MODELS)
 def test_checkpointing_is_work_for_the_device_alone(measured: Window, kernel: str, model: ModelCounted) -> None:
-    plain, again = (figures(measured, kernel=kernel, checkpointing=c, model=model) for c in (False, True))
+    plain, again = (figures(measured, kernel=kernel, checkpointing=c, model=model) for c in (0.0, 1.0))
     assert again["flops/per_token_recomputation"] > plain["flops/per_token_recomputation"] == 0.0
     assert again["flops/hfu"] > plain["flops/hfu"]
     assert again["flops/per_token"] == plain["flops/per_token"]
     assert again["flops/mfu"] == plain["flops/mfu"]
 
 
-@given(measured=WINDOWS, kernel=KERNELS, checkpointing=st.booleans())
+@given(measured=WINDOWS, kernel=KERNELS, checkpointing=st.sampled_from([0.0, 0.5, 1.0]))
 def test_twice_the_tokens_in_the_same_time_are_twice_the_rate(
-    measured: Window, kernel: str, checkpointing: bool
+    measured: Window, kernel: str, checkpointing: float
 ) -> None:
     once = figures(measured, kernel=kernel, checkpointing=checkpointing)
     doubled = window(*measured.steps, *measured.steps, seconds=measured.seconds)
@@ -159,7 +188,7 @@ def test_twice_the_tokens_in_the_same_time_are_twice_the_rate(
 @given(measured=WINDOWS, factor=st.floats(0.1, 10))
 def test_a_utilisation_is_a_share_of_the_measured_rate(measured: Window, factor: float) -> None:
     told = figures(measured)
-    other, _ = flops(MODEL, measured, False, "flash", replace(RATE, flops_per_second=1000 * factor))
+    other, _ = flops(MODEL, measured, 0.0, "flash", replace(RATE, flops_per_second=1000 * factor))
     for name, rate in (("flops/mfu", "model"), ("flops/hfu", "hardware")):
         assert other[name] == pytest.approx(told[name] / factor)
         assert other[name] == pytest.approx(
@@ -208,7 +237,7 @@ def test_what_is_missing_says_why_and_is_no_zero(given: dict[str, Any], missing:
     asked: dict[str, Any] = {
         "counted": MODEL,
         "window": MEASURED,
-        "gradient_checkpointing": True,
+        "repeated": 1.0,
         "attention_kernel": "flash",
         "rate": RATE,
     }

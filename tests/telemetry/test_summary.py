@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lab.events import (
+    Compiled,
     Ended,
+    EngineDone,
     Evaluated,
     Event,
     MatmulRate,
@@ -70,7 +72,7 @@ def step(number: int) -> Step:
 
 
 COUNTED: list[Event] = [
-    Ran(t=0, facts={"gradient_checkpointing": "True", "attention_kernel": "flash"}),
+    Ran(t=0, facts={"gradient_checkpointing": "full", "attention_kernel": "flash"}),
     ModelCounted(
         t=0,
         frozen=10**9,
@@ -82,7 +84,9 @@ COUNTED: list[Event] = [
     ),
     MatmulRate(t=0, dtype="bfloat16", size=8192, flops_per_second=1e14),
     OptimizerMemory(t=0, total_bytes=GIB, eligible_bytes=GIB, paged_bytes=0, paged_tensors=0, is_paged=False),
-    Profiled(t=0, steps=2, slots=4000, kernels=100, busy_seconds=1.5),
+    Profiled(t=0, steps=2, slots=4000, kernels=100, busy_seconds=1.5, kernel_seconds=1.6),
+    Compiled(t=0, seconds=21.8, shapes=[[2, 1024], [2, 512]], graphs=True, working_bytes=3 * GIB),
+    EngineDone(t=0, replays=13, unrecorded=1, compilations=2),
 ]
 """What a worker tells besides; on a CPU none of it here."""
 

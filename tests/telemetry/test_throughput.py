@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.events import Event, Step, WindowClosed, WindowOpened
-from lora_lab.telemetry.throughput import rate_error, throughput
+from lora_lab.events import Event, Profiled, Step, WindowClosed, WindowOpened
+from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.throughput import add_busy_share, add_kernel_time, rate_error, throughput
 from lora_lab.telemetry.window import Window, find_window
 
 
@@ -167,3 +168,53 @@ def test_fewer_than_twenty_steps_or_one_without_a_time_have_no_interval() -> Non
 def test_equal_steps_have_an_interval_of_nothing() -> None:
     steps = noisy(random.Random(1), 0.0)[:1] * 40
     assert rate_error(steps) == pytest.approx(0.0, abs=1e-6)
+
+
+KERNELS = ("throughput/kernel_seconds", "throughput/step_to_kernel_ratio")
+
+
+def profile(slots: int, busy: float, kernels: float | None, steps: int = 2) -> Profiled:
+    return Profiled(t=9, steps=steps, slots=slots, kernels=9, busy_seconds=busy, kernel_seconds=kernels)
+
+
+def of_kernels(window: Window | None, *events: Event) -> Summary:
+    summary = Summary()
+    add_kernel_time(summary, window, events)
+    assert summary.metrics.keys() | summary.absent.keys() == set(KERNELS)
+    return summary
+
+
+def test_kernel_time_is_a_steps_and_the_ratio_goes_by_slots() -> None:
+    """Steps of a second with 100 slots; two profiled ones with 200 slots each worked for half a second in all."""
+    window = Window(0.0, 4.0, tuple(step_of(1.0, slots=100) for _ in range(4)))
+    metrics = of_kernels(window, profile(slots=400, busy=0.4, kernels=0.5)).metrics
+    assert metrics == pytest.approx({KERNELS[0]: 0.25, KERNELS[1]: 1.0 / 100 / (0.5 / 400)})
+
+
+def step_of(seconds: float, slots: int) -> Step:
+    return Step(t=1, step=1, seconds=seconds, loss=1, rows=1, slots=slots, real=slots, trained=slots, skipped=False)
+
+
+@given(seconds=st.floats(0.01, 10), slots=st.integers(1, 10**5), share=st.floats(0.01, 1), more=st.integers(1, 4))
+def test_for_equal_steps_without_overlap_the_ratio_is_the_inverse_of_the_busy_share(
+    seconds: float, slots: int, share: float, more: int
+) -> None:
+    window = Window(0.0, 4 * seconds, tuple(step_of(seconds, slots) for _ in range(4)))
+    busy = seconds * share * more
+    profiled = profile(slots=slots * more, busy=busy, kernels=busy, steps=1)
+    summary = of_kernels(window, profiled)
+    add_busy_share(summary, window, [profiled])
+    assert summary.metrics[KERNELS[1]] == pytest.approx(1 / summary.metrics["throughput/gpu_busy_share"])
+
+
+@pytest.mark.parametrize(
+    ("window", "events", "why"),
+    [
+        (None, [profile(1, 1.0, 1.0)], "the measured window was not completed"),
+        (Window(0.0, 1.0, (step_of(1.0, 1),)), [], "no step was profiled"),
+        (Window(0.0, 1.0, (step_of(1.0, 1),)), [profile(1, 1.0, None)], "does not say how long its kernels took"),
+    ],
+)
+def test_kernel_time_that_is_not_known_says_why(window: Window | None, events: list[Event], why: str) -> None:
+    assert all(why in reason for reason in of_kernels(window, *events).absent.values())
+    assert not of_kernels(window, *events).metrics

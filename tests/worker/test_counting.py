@@ -25,7 +25,7 @@ from lora_lab.config import (
     Weights,
 )
 from lora_lab.events import ModelCounted
-from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products
+from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.counting import Uncountable, count_model
 from lora_lab.worker.models import load_architecture, load_model
 
@@ -39,6 +39,7 @@ pytestmark = [
 LAYERS, HIDDEN, INNER, KEYS, VOCABULARY, RANK = 8, 256, 512, 128, 272, 16
 TINY: dict[str, Any] = yaml.safe_load((CONF / "model/tiny.yaml").read_text())["architecture"]
 SHAPES = {**TINY, "num_hidden_layers": LAYERS}
+ONE_MORE_LAYER = SHAPES | {"num_hidden_layers": LAYERS + 1}
 UNTIED = {**SHAPES, "tie_word_embeddings": False}
 QWEN = {**SHAPES, "model_type": "qwen2"}  # with biases
 WIDE_HEADS = {**SHAPES, "head_dim": 96}  # queries wider than the hidden size
@@ -76,11 +77,21 @@ def by_torch(model: Any, backward: bool) -> tuple[int, int]:
     return sum(counts.values()), attention
 
 
-def formula(counted: ModelCounted, checkpointing: bool) -> float:
+def formula(counted: ModelCounted, checkpointing: str) -> float:
     """All operations of a step; eager attention works through whole squares."""
     forward = attention_forward(counted, ROWS * TOKENS**2)
     total = products(counted, ROWS * TOKENS) + forward * PASSES[False]
-    return total + (repeated_products(counted, ROWS * TOKENS) + forward if checkpointing else 0)
+    again = repeated_products(counted, ROWS * TOKENS) + forward
+    return total + repeated_share(checkpointing, counted.layers) * again
+
+
+def checkpoint(model: Any, checkpointing: str) -> None:
+    """As training.py has it done."""
+    every = {"full": 1, "selective": 2}.get(checkpointing)
+    if every:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every
+        )
 
 
 def same(one: ModelCounted, other: ModelCounted) -> bool:
@@ -96,6 +107,7 @@ def test_an_example_by_hand() -> None:
     assert counted.frozen_in_layers == LAYERS * LAYER
     assert counted.trainable == LAYERS * ADAPTED
     assert counted.attention_width == LAYERS * HIDDEN
+    assert counted.layers == LAYERS
     assert counted.weight_elements == LAYERS * LAYER + HEAD + norms, "the shared embedding and head once"
     assert counted.weight_bytes == 4 * counted.weight_elements
 
@@ -119,22 +131,27 @@ def test_an_untied_head_is_multiplied_with_just_as_often_and_held_twice() -> Non
 
 @pytest.mark.parametrize(
     ("shapes", "method"),
-    [(SHAPES, {}), (QWEN, {}), (UNTIED, {"rank": 64}), (SHAPES, {"target_modules": ["q_proj", "v_proj"]})],
+    [
+        (SHAPES, {}),
+        (ONE_MORE_LAYER, {}),
+        (QWEN, {}),
+        (UNTIED, {"rank": 64}),
+        (SHAPES, {"target_modules": ["q_proj", "v_proj"]}),
+    ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_the_formula_is_within_two_percent_of_torchs_count(
-    shapes: dict[str, Any], method: dict[str, Any], checkpointing: bool
+    shapes: dict[str, Any], method: dict[str, Any], checkpointing: str
 ) -> None:
     model = built(shapes, **method)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, checkpointing)
     assert sum(by_torch(model, backward=True)) == pytest.approx(formula(count_model(model), checkpointing), rel=0.02)
 
 
 def test_what_the_formula_adds_is_the_first_layers_missing_gradient_and_nothing_else() -> None:
     model = built()
     first = HIDDEN * (HIDDEN + 2 * KEYS) + 3 * RANK * HIDDEN  # q, k and v, and their adapters' A
-    more = formula(count_model(model), False) - sum(by_torch(model, backward=True))
+    more = formula(count_model(model), "none") - sum(by_torch(model, backward=True))
     assert more == 2 * first * ROWS * TOKENS
 
 
@@ -145,9 +162,9 @@ def test_what_the_formula_adds_is_the_first_layers_missing_gradient_and_nothing_
 def test_what_checkpointing_repeats_ends_before_the_last_product(method: dict[str, Any], not_repeated: int) -> None:
     """The last product of a layer: of an adapter, whose few operations the formula adds, or a frozen one."""
     model = built(**method)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, "full")
     counted = count_model(model)
-    more = formula(counted, True) - sum(by_torch(model, backward=True))
+    more = formula(counted, "full") - sum(by_torch(model, backward=True))
     assert more == 2 * not_repeated * ROWS * TOKENS
     assert counted.frozen_in_layers == LAYERS * LAYER - (0 if not_repeated else LAYERS * HIDDEN * INNER)
 

@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_lab.config import Checkpointing
+from lora_lab.outcome import Unsupported
 
 _MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed."""
@@ -24,12 +25,19 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer for the shapes that come; a graph break or too many shapes is an error, never a slow
-    path in silence."""
+    path in silence.
+
+    Raises: Unsupported when the model has no layers of the kind that transformers repeats.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        name = type(model.get_base_model()).__name__
+        raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
     # without it the first layer's input needs no gradient, which would be one more compilation
     model.get_base_model().enable_input_require_grads()
-    for layer in decoder_layers(model):
+    for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
 
 

@@ -18,7 +18,6 @@ from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.masks import always_mask, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.quick_answers import QuickAnswers
 from lora_lab.worker.engines.static_step import Batch, StaticStep, tensors, use_static_step
-from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
 from lora_lab.worker.models import working_dtype
 
 
@@ -66,6 +65,7 @@ class Engine(TrainerCallback):
         self._attention = attention
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
+        self._counts_labels = True
         self._told: set[tuple[int, ...]] = set()
         self._step: StaticStep | None = None
         self._compiled = 0
@@ -77,6 +77,9 @@ class Engine(TrainerCallback):
             _settle_masks(config, model)
             graphs = kind is EngineKind.graph
             if graphs:  # its own launches would cost more than they save where each is the host's work
+                # not above: it brings bitsandbytes, which the server that workers are forked from must not import
+                from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
+
                 unpack_in_one_kernel(model)
             compile_layers(model)
             autocast = functools.partial(
@@ -97,8 +100,9 @@ class Engine(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Take what a trainer has made for this model."""
+        self._counts_labels = trainer.model_accepts_loss_kwargs
         if self._step is not None:
-            self._step.scaler = trainer.accelerator.scaler
+            self._step.use_scaler(trainer.accelerator.scaler)
 
     def release(self) -> None:
         """Give back the memory of what was recorded; the next training records it anew."""
@@ -120,7 +124,9 @@ class Engine(TrainerCallback):
         model.train()
         began = time.monotonic()
         for batch in self._batches:
-            self._step.record({**batch, "num_items_in_batch": (batch["labels"] != IGNORED).sum()}, self._watch)
+            # Trainer adds the number of labels of the whole step, for models that take it
+            count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
+            self._step.record({**batch, **count}, self._watch)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         self._compiled = compilations()

@@ -45,8 +45,6 @@ class StaticStep:
         self.forward = model.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.scaler: Any = None
-        """Trainer's GradScaler, where there is one."""
         self.unrecorded = 0
         """Micro-batches in training whose shape had not been recorded."""
         self.on_unrecorded: Callable[[tuple[int, ...]], object] = tuple
@@ -63,9 +61,20 @@ class StaticStep:
         self._gradients = _views(self._flat, self.parameters)
         self._handed = torch.zeros_like(self._flat)
         self._handed_gradients = _views(self._handed, self.parameters)
+        self._scaler: Any = None
         self._scale = torch.ones((), device=self.device)
         self._recorded: dict[Any, _Recorded] = {}
         self._pool: Any = None
+
+    def use_scaler(self, scaler: Any) -> None:
+        """Calculate gradients of the loss times this GradScaler's scale, of which small ones stay within fp16.
+
+        Args:
+            scaler: Trainer's; None where there is none.
+        """
+        self._scaler = scaler
+        if scaler is not None:  # it has no tensor yet, before it is first used
+            self._scale.fill_(scaler.get_scale())
 
     def record(self, batch: Batch, watch: Watch = lambda run: run()) -> None:
         """Make ready for batches of this shape; what is in it does not matter. Largest shapes first: they share
@@ -118,9 +127,9 @@ class StaticStep:
 
     def run(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, a scalar; its gradients lie in this step's buffers until the next."""
-        if self.scaler is not None and self.scaler._scale is not None:
+        if self._scaler is not None and self._scaler._scale is not None:
             # an overflow shows only in gradients of the scale that the GradScaler now has
-            self._scale.copy_(self.scaler._scale)
+            self._scale.copy_(self._scaler._scale)
         recorded = self._recorded.get(_shape(batch))
         if recorded is None:
             self.unrecorded += 1
