@@ -20,6 +20,9 @@ python3 -m benchmarks.looking "$1"
 for set in paper paper_8gib paper_factorial_8gib; do
   python3 -m benchmarks.presets "$1" "$set"
 done
+# beside other stacks, what is installed of them; bf16 LoRA likewise
+python3 -m benchmarks.peers "$1"
+python3 -m benchmarks.peers "$1" --method lora
 # what the report in docs/answers is about: the factorial, the same GPU-bound, and the paper's longest rows within 8 GiB
 sweep() {
   python3 -m lora_lab sweep=paper_factorial model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 \

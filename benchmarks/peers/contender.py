@@ -39,7 +39,8 @@ def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"outcome": Outcome.finished.value, **work()}
     except Exception as error:
         end = end_of(error)
-        trace = "".join(traceback.format_exception(error))
+        # running out of memory is a result, and where it happened says little
+        trace = "" if end.outcome is Outcome.out_of_memory else "".join(traceback.format_exception(error))
         # the frames of the error hold tensors; they must go before anything else is tried
         traceback.clear_frames(error.__traceback__)
         return {"outcome": end.outcome.value, "reason": end.reason, "traceback": trace[-6000:]}

@@ -103,8 +103,8 @@ class Training:
         self.callback.watch(self.model)
         collator = train_collator(self.config, PAD)
         if self.slow_data:
-            collator = Slowly(collator.pad_id, collator.width, collator.packed)
-        self.trainer = make_trainer(self.config, self.model, self.rows, collator, self.callback, "unused", CPU)
+            collator = Slowly(collator.pad_id, collator.widths, collator.packed)
+        self.trainer = make_trainer(self.config, self.model, self.rows, collator, [self.callback], "unused", CPU)
 
     def run(self) -> "Training":
         self.model.train()

@@ -14,6 +14,7 @@ from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
+from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.masks import always_mask, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.quick_answers import QuickAnswers
@@ -122,13 +123,14 @@ class Engine(TrainerCallback):
             return
         self._clock.enter(Phase.compilation)
         model.train()
-        began = time.monotonic()
-        for batch in self._batches:
-            # Trainer adds the number of labels of the whole step, for models that take it
-            count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
-            self._step.record({**batch, **count}, self._watch)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        with compiling():
+            began = time.monotonic()
+            for batch in self._batches:
+                # Trainer adds the number of labels of the whole step, for models that take it
+                count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
+                self._step.record({**batch, **count}, self._watch)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
         self._compiled = compilations()
         self._emit(
             Compiled(
