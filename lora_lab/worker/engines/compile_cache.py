@@ -46,14 +46,14 @@ def _begin(cache: Path) -> tuple[Path, int]:
     folder = cache / _FOLDER
     folder.mkdir(exist_ok=True)
     end = time.monotonic() + _PATIENCE_SECONDS
-    gate = os.open(folder / "gate", os.O_RDWR | os.O_CREAT)
+    gate = os.open(folder / "gate", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while True:
             late = time.monotonic() >= end
             if _locked(gate):  # nobody else begins while files are removed
                 if _clean(folder) or late:
                     marker = folder / f"{os.getpid()}-{time.time_ns()}.marker"
-                    lock = os.open(marker, os.O_RDWR | os.O_CREAT)
+                    lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
                     _locked(lock)
                     return marker, lock
                 fcntl.flock(gate, fcntl.LOCK_UN)

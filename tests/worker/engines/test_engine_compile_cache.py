@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -43,21 +42,9 @@ def write(path: Path, age: float = 0) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def worker() -> Iterator[subprocess.Popen[str]]:
-    """A process that compiles until its input is closed."""
-    command = [sys.executable, "-c", CHILD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "compiling\n"
-        yield process
-
-
-def leave_killed() -> None:
-    """The marker of a worker that was killed while it compiled."""
-    with worker() as process:
-        process.kill()
-        process.wait()
+def leave_marker(cache: Path) -> None:
+    """As of a worker that was killed while it compiled: nobody has it locked."""
+    write(cache / "lora_lab_compiling" / "1-1.marker")
 
 
 def markers(cache: Path) -> list[Path]:
@@ -66,7 +53,10 @@ def markers(cache: Path) -> list[Path]:
 
 def test_what_a_killed_worker_wrote_is_removed_and_older_code_is_kept(cache: Path) -> None:
     old = [write(cache / "a2" / f"{CODE}.so", 60), write(cache.parent / "triton" / KERNEL / "kernel.cubin", 60)]
-    leave_killed()
+    with subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"compiling\n"
+        process.kill()
     assert len(markers(cache)) == 1
     new = [
         write(cache / "b3" / f"{CODE}.main.so"),
@@ -84,7 +74,7 @@ def test_what_a_killed_worker_wrote_is_removed_and_older_code_is_kept(cache: Pat
 
 def test_what_is_not_compiled_code_is_kept(cache: Path) -> None:
     """The folder may be one that a user has named, with other things in it, and other programs' locks."""
-    leave_killed()
+    leave_marker(cache)
     others = [cache / "notes.md", cache / "ab" / "library.so", cache / "locks" / f"{CODE}.lock"]
     for other in others:
         write(other)
@@ -115,37 +105,34 @@ def test_after_an_error_nothing_is_trusted(cache: Path) -> None:
 
 def test_while_another_worker_compiles_nothing_is_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_cache, "_PATIENCE_SECONDS", 0.3)
-    with worker() as process:
-        leave_killed_beside(cache)
+    with compiling():  # what is locked here looks to the second as if it were locked elsewhere
+        leave_marker(cache)
         code = write(cache / "a2" / f"{CODE}.so")
         with compiling():
             assert code.exists()
             assert len(markers(cache)) == 3
-        process.communicate()
     with compiling():
         assert not code.exists()
 
 
 def test_a_worker_waits_for_another_to_have_compiled(cache: Path) -> None:
-    with worker() as process:
-        leave_killed_beside(cache)
+    with contextlib.ExitStack() as another:
+        another.enter_context(compiling())
+        leave_marker(cache)
         code = write(cache / "a2" / f"{CODE}.so")
-        threading.Timer(0.5, process.communicate).start()
+        timer = threading.Timer(0.5, another.close)
+        timer.start()
         began = time.monotonic()
         with compiling():
             assert not code.exists()
         assert time.monotonic() - began > 0.4
+        timer.join()
 
 
-def leave_killed_beside(cache: Path) -> None:
-    """A killed worker's marker where another worker compiles."""
-    write(cache / "lora_lab_compiling" / "1-1.marker")
-
-
-def test_two_workers_compile_at_once(cache: Path) -> None:
-    with worker(), worker() as process:
+def test_where_nothing_was_left_two_workers_compile_at_once(cache: Path) -> None:
+    with compiling(), compiling():
         assert len(markers(cache)) == 2
-        process.communicate()
+    assert not markers(cache)
 
 
 def test_without_the_variables_torchs_own_folder_is_meant(
@@ -184,21 +171,28 @@ def test_a_trial_finishes_after_one_that_was_killed_while_it_compiled(
     command += ["device=cpu", "share_device=true", "data=random_tokens", "data.rows=16", "seq_len=32"]
     command += ["measure=quick", "measure.steps=1", "method.target_modules=[q_proj]"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["ATEN_CPU_CAPABILITY"] = "default"  # without vectors g++ is quicker
     killed, next_ = tmp_path / "killed", tmp_path / "next"
     for folder in (killed, next_):
         folder.mkdir()
         give_store(folder, empty_store)
 
-    with (killed / "said.txt").open("w") as said:
-        first = subprocess.Popen(command, cwd=killed, env=environment, stdout=said, stderr=said)
-    until(lambda: any(cache.glob("*/*.main.cpp")), "a kernel", seconds=120)
-    [events] = killed.glob("multirun/**/events.jsonl")
-    [pid] = [said["pid"] for said in map(json.loads, events.read_text().splitlines()) if said["event"] == "Ready"]
-    process = psutil.Process(pid)
-    for victim in (process, *process.children(recursive=True)):  # g++ too, as where a group's memory runs out
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-    first.wait(60)
+    with (
+        (killed / "said.txt").open("w") as said,
+        subprocess.Popen(command, cwd=killed, env=environment, stdout=said, stderr=said) as first,
+    ):
+        try:
+            until(lambda: any(cache.glob("*/*.main.cpp")), "a kernel", seconds=120)
+            [events] = killed.glob("multirun/**/events.jsonl")
+            lines = map(json.loads, events.read_text().splitlines())
+            [pid] = [event["pid"] for event in lines if event["event"] == "Ready"]
+            worker = psutil.Process(pid)
+            for victim in (worker, *worker.children(recursive=True)):  # g++ too, as where a group's memory runs out
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            first.wait(60)
+        finally:
+            first.kill()
     assert record_of(killed)["outcome"] == "killed"
     for source in cache.glob("*/*.main.cpp"):
         write(source.with_suffix(".so"))
