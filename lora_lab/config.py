@@ -218,8 +218,8 @@ class EngineConfig:
     chunked_loss: bool = False
     """Calculate the loss over a few rows of logits at a time, so that they never exist whole."""
     lengths: int = 4
-    """With compile and graph, rows are padded to one of so many lengths, evenly spaced up to seq_len: each needs a
-    compilation, and a CUDA graph, of its own."""
+    """With compile and graph and data.batching=longest, rows are padded to one of so many lengths, evenly spaced up to
+    seq_len in steps of 64 tokens: each needs a compilation, and a CUDA graph, of its own."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from lora_lab.config import (
     Checkpointing,
     DataSource,
     EngineKind,
+    Isolation,
     MethodConfig,
     ModelConfig,
     ModelSource,
@@ -131,6 +132,16 @@ def _engine_faults(config: TrialConfig) -> list[str]:
         found.append(
             f"engine={engine.kind.name} with method.use_dora=true: torch can't compile what PEFT does for DoRA's "
             "norms. Use engine=eager, or another method."
+        )
+    if engine.kind in (EngineKind.compile, EngineKind.graph) and config.attention is Attention.flash_attention_2:
+        found.append(
+            f"engine={engine.kind.name} with attention=flash_attention_2: transformers looks at the padding for it, "
+            "which can't be compiled. Use attention=sdpa, which is as fast without a mask."
+        )
+    if engine.kind is EngineKind.liger and config.isolation is Isolation.inline:
+        found.append(
+            "engine=liger with isolation=inline: liger changes functions for the whole process, and with them what "
+            "runs after it. Use isolation=process."
         )
     if engine.chunked_loss and any(name.rpartition(".")[2] == "lm_head" for name in method.target_modules):
         found.append(

@@ -69,8 +69,9 @@ def end_of(error: BaseException) -> End:
         return End(outcome=Outcome.unsupported, reason=text)
     if isinstance(error, Diverged):
         return End(outcome=Outcome.diverged, reason=text, step=error.step)
-    if _is_out_of_memory(error, text):
-        return out_of_memory(text)
+    for told in (error, error.__cause__, error.__context__):  # what is raised while one is handled may hide it
+        if told is not None and _is_out_of_memory(told, str(told)):
+            return out_of_memory(str(told).strip() or type(told).__name__)
     trace = "".join(traceback.format_exception(error))
     return End(outcome=Outcome.failed, reason=f"{type(error).__name__}: {text.splitlines()[0]}", traceback=trace)
 

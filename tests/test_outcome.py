@@ -49,6 +49,19 @@ def test_out_of_memory_is_known_by_type_and_by_text(error: BaseException) -> Non
     assert "\n" not in end.reason
 
 
+def test_out_of_memory_is_known_beneath_what_its_handling_raised() -> None:
+    """A CUDA graph's recording that runs out of memory ends with an error of its own."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        end = end_of(error)
+    assert end.outcome is Outcome.out_of_memory
+    assert end.asked_bytes == 2 * 2**30
+
+
 @pytest.mark.parametrize(
     "error",
     [

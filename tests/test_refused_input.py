@@ -164,6 +164,8 @@ def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
         (["device=cuda"], ["device=cuda is not known", "gpu:0"]),
         (["engine=compile", "engine.lengths=0"], ["engine.lengths=0 must lie between 1 and 16"]),
         (["engine=compile", "engine.lengths=17"], ["engine.lengths=17 must lie between 1 and 16"]),
+        (["engine=graph", "attention=flash_attention_2"], ["engine=graph with attention=flash", "attention=sdpa"]),
+        (["engine=liger", "isolation=inline"], ["engine=liger with isolation=inline", "isolation=process"]),
         (
             ["engine=graph", "gradient_checkpointing=selective", "method.dropout=0.1"],
             ["gradient_checkpointing=selective and method.dropout=0.1", "method.dropout=0", "engine=compile"],

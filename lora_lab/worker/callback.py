@@ -47,14 +47,11 @@ class PhaseClock:
             return
         retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
         free, total = torch.cuda.mem_get_info()
-        replaying = self.step is not None and self.present in _TRAINING
         self._emit(
             PhaseMemory(
                 t=time.monotonic(),
                 phase=part or self.present.value,
-                peak_allocated_bytes=max(
-                    torch.cuda.max_memory_allocated(), self.step.replay_peak_bytes if replaying and self.step else 0
-                ),
+                peak_allocated_bytes=max(torch.cuda.max_memory_allocated(), self._unseen_peak_bytes()),
                 peak_reserved_bytes=torch.cuda.max_memory_reserved(),
                 reserved_bytes=torch.cuda.memory_reserved(),
                 device_used_bytes=total - free,
@@ -63,6 +60,13 @@ class PhaseClock:
         )
         self._retries = retries
         torch.cuda.reset_peak_memory_stats()
+
+    def _unseen_peak_bytes(self) -> int:
+        if self.step is None:
+            return 0
+        if self.present is Phase.compilation:
+            return self.step.recording_peak_bytes
+        return self.step.replay_peak_bytes if self.present in _TRAINING else 0
 
 
 class TelemetryCallback(TrainerCallback):

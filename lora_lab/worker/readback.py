@@ -115,6 +115,8 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         "quantized_compute_dtype": _short(dtype) if quantised else "none",
         "attention": config.attention.value,
         "gradient_checkpointing": config.gradient_checkpointing.value,
+        "engine": config.engine.kind.value,
+        "chunked_loss": str(config.engine.chunked_loss),
         "autocast": _AUTOCAST[dtype],
         "grad_scaler": str(dtype is torch.float16),
     }

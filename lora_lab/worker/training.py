@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lora_lab.config import Checkpointing, DType, OptimizerConfig, RefusedInput, TrialConfig
+from lora_lab.config import Checkpointing, DType, EngineKind, OptimizerConfig, RefusedInput, TrialConfig
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import trainer_arguments
 
@@ -29,7 +29,7 @@ def make_trainer(
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
         gradient_checkpointing=config.gradient_checkpointing is not Checkpointing.none,
-        gradient_checkpointing_kwargs=_checkpointing(config),
+        gradient_checkpointing_kwargs=checkpointing_arguments(config),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=config.optimizer.weight_decay,
@@ -60,13 +60,14 @@ def make_trainer(
     )
 
 
-def _checkpointing(config: TrialConfig) -> dict[str, Any] | None:
+def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
+    """What TrainingArguments.gradient_checkpointing_kwargs takes; None without checkpointing."""
     if config.gradient_checkpointing is Checkpointing.none:
         return None
     return {
         "use_reentrant": False,
-        # only dropout needs the same random numbers twice; to keep their state is work, and no CUDA graph can
-        "preserve_rng_state": config.method.dropout > 0,
+        # so that dropout draws the same twice; a CUDA graph can't keep random state, and has no dropout there
+        "preserve_rng_state": config.engine.kind is not EngineKind.graph,
         "every_n_layers": 2 if config.gradient_checkpointing is Checkpointing.selective else 1,
     }
 

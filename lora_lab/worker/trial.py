@@ -135,7 +135,7 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     trainer = make_trainer(config, model, examples.train, collator, [*engine.callbacks, callback], str(folder), device)
     engine.attach(trainer)
     callback.scaler = trainer.accelerator.scaler
-    callback.on_stepped = lambda: _report_what_ran(config, trainer, callback, emit, device)
+    callback.on_stepped = lambda: _report_what_ran(config, trainer, engine, callback, emit, device)
 
     heldout = examples.heldout[: config.measure.eval_rows]
     _evaluate(Phase.evaluation_before, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
@@ -184,10 +184,10 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
 
 
 def _report_what_ran(
-    config: TrialConfig, trainer: Any, callback: TelemetryCallback, emit: Emit, device: torch.device
+    config: TrialConfig, trainer: Any, engine: Engine, callback: TelemetryCallback, emit: Emit, device: torch.device
 ) -> None:
     """Read back what runs; raise when it is not what was asked for, so that no figure is measured of it."""
-    facts = read_back(trainer, callback.attention.seen)
+    facts = read_back(trainer, callback.attention.seen) | engine.ran()
     differences, stand_ins = compare(facts, config, device)
     emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
     emit(optimizer_memory(trainer))

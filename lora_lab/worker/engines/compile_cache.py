@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _FOLDER = "lora_lab_compiling"
@@ -30,13 +31,17 @@ def compiling() -> Iterator[None]:
     marker = lock = None
     with contextlib.suppress(OSError):
         marker, lock = _begin(Path(cache_dir()))
+    whole = True
     try:
         yield
-        # not after an exception: it may be for a linker that was killed alone
-        if marker is not None:
+    except Exception as error:
+        # a linker that was killed alone is an exception here; a card that is full has nothing to do with the caches
+        whole = isinstance(error, torch.OutOfMemoryError)
+        raise
+    finally:
+        if marker is not None and whole:
             with contextlib.suppress(OSError):
                 marker.unlink()
-    finally:
         if lock is not None:
             os.close(lock)
 

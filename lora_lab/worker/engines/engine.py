@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_lab.config import Attention, Batching, EngineKind, TrialConfig
+from lora_lab.config import Attention, Batching, Checkpointing, EngineKind, TrialConfig
 from lora_lab.events import Compiled, EngineDone, Phase, Warned
+from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers
-from lora_lab.worker.engines.masks import always_mask, leave_out_masks, needs_no_mask
+from lora_lab.worker.engines.live import engine_of, has_dropout, loss_is_chunked, refuse_unknown_to_liger
+from lora_lab.worker.engines.masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.quick_answers import QuickAnswers
-from lora_lab.worker.engines.static_step import Batch, StaticStep, tensors, use_static_step
+from lora_lab.worker.engines.static_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
 from lora_lab.worker.models import working_dtype
 
 
@@ -55,15 +57,15 @@ class Engine(TrainerCallback):
             batches: one of every shape that training can bring, longest rows first; see `shapes`.
             attention: is told which kernels run in the steps that are prepared.
 
-        Raises: Unsupported when this model can't be run so.
+        Raises: Unsupported when this model can't be run so, or torch is told to compile nothing.
         """
         kind = config.engine.kind
-        device = model.device
-        dtype = working_dtype(config.precision.dtype, device)
         self._emit = emit
         self._clock = clock
-        self._device = device
         self._attention = attention
+        self._model = model
+        self._forward = model.forward
+        """Before accelerate wraps it; without the telemetry's hooks."""
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
         self._counts_labels = True
@@ -72,32 +74,39 @@ class Engine(TrainerCallback):
         self._compiled = 0
         self.callbacks: list[TrainerCallback] = [self]
         """For Trainer, to stand before others."""
-        if config.engine.chunked_loss and kind is not EngineKind.liger:  # liger brings its own
+        dtype = working_dtype(config.precision.dtype, model.device)
+        # as accelerate would have it
+        self._autocast = functools.partial(torch.autocast, model.device.type, dtype, dtype is not torch.float32)
+        if kind is EngineKind.liger:
+            refuse_unknown_to_liger(model)
+        elif config.engine.chunked_loss:  # liger brings its own
             use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
         if self._compiles:
             _settle_masks(config, model)
-            graphs = kind is EngineKind.graph
-            if graphs:  # its own launches would cost more than they save where each is the host's work
-                # not above: it brings bitsandbytes, which the server that workers are forked from must not import
-                from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
-
-                unpack_in_one_kernel(model)
-            compile_layers(model)
-            autocast = functools.partial(
-                torch.autocast,
-                device.type,
-                dtype,
-                enabled=dtype is not torch.float32,
-                # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
-                cache_enabled=not graphs,
-            )
-            self._step = StaticStep(model, autocast, graphs)
-            self._step.on_unrecorded = self._tell_unrecorded
         if kind is EngineKind.graph:
-            assert self._step is not None
-            use_static_step(model, self._step)
-            clock.step = self._step
-            self.callbacks.append(QuickAnswers())
+            self._become_graph(config, model)
+        if self._compiles:
+            compile_layers(model)
+
+    def _become_graph(self, config: TrialConfig, model: Any) -> None:
+        if config.gradient_checkpointing is not Checkpointing.none and has_dropout(model):
+            raise Unsupported(
+                f"engine=graph with gradient_checkpointing={config.gradient_checkpointing.name}: this model has dropout"
+                " of its own, whose random numbers checkpointing has to draw twice, and a CUDA graph can't keep their "
+                "state. Use gradient_checkpointing=none or engine=compile."
+            )
+        # not above: it brings bitsandbytes, which the server that workers are forked from must not import
+        from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
+
+        unpack_in_one_kernel(
+            model
+        )  # for graph alone: its launches cost more than they save where the host is waited for
+        # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
+        self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False))
+        self._step.on_unrecorded = self._tell_unrecorded
+        use_static_step(model, self._step)
+        self._clock.step = self._step
+        self.callbacks.append(QuickAnswers())
 
     def attach(self, trainer: Any) -> None:
         """Take what a trainer has made for this model."""
@@ -119,7 +128,7 @@ class Engine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Compile, and record, a step of each shape."""
-        if self._step is None:
+        if not self._compiles:
             return
         self._clock.enter(Phase.compilation)
         model.train()
@@ -128,35 +137,48 @@ class Engine(TrainerCallback):
             for batch in self._batches:
                 # Trainer adds the number of labels of the whole step, for models that take it
                 count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
-                self._step.record({**batch, **count}, self._watch)
-            if self._device.type == "cuda":
+                self._make_ready({**batch, **count})
+            if self._model.device.type == "cuda":
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
         self._compiled = compilations()
         self._emit(
             Compiled(
                 t=time.monotonic(),
                 seconds=time.monotonic() - began,
                 shapes=[list(batch["input_ids"].shape) for batch in self._batches],
-                graphs=self._step.graphs,
-                working_bytes=self._step.working_bytes,
+                graphs=self._step is not None,
+                working_bytes=self._step.working_bytes if self._step else 0,
             )
         )
+
+    def _make_ready(self, batch: Batch) -> None:
+        if self._step is not None:
+            self._step.record(batch, self._watch)
+            return
+        batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        once = torch.ones((), device=self._model.device)
+        run = functools.partial(forward_and_backward, self._forward, self._autocast, batch, parameters, once)
+        run()
+        self._watch(run)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say how it went."""
-        if self._step is None:
+        if not self._compiles:
             return
         later = compilations() - self._compiled
         if later:
             text = f"torch compiled {later} times more while training ran: some steps were slow for it"
             self._emit(Warned(t=time.monotonic(), text=text))
-        self._emit(
-            EngineDone(
-                t=time.monotonic(), replays=self._step.replays, unrecorded=self._step.unrecorded, compilations=later
-            )
-        )
+        replays, unrecorded = (self._step.replays, self._step.unrecorded) if self._step else (0, 0)
+        self._emit(EngineDone(t=time.monotonic(), replays=replays, unrecorded=unrecorded, compilations=later))
+
+    def ran(self) -> dict[str, str]:
+        """What really runs, read from the live model: facts by name, as in readback."""
+        return {"engine": engine_of(self._model, self._step).value, "chunked_loss": str(loss_is_chunked(self._model))}
 
     def _watch(self, run: Callable[[], object]) -> None:
         self._attention.seen = kernels_of(run) | (self._attention.seen or frozenset())
@@ -179,7 +201,11 @@ def shapes(config: TrialConfig, examples: list[Example], collator: Collator) -> 
 def _settle_masks(config: TrialConfig, model: Any) -> None:
     if config.attention is not Attention.sdpa:
         return
-    if config.data.batching is not Batching.packed and needs_no_mask(model.config.get_text_config(), config.seq_len):
-        leave_out_masks(model)
-    else:
-        always_mask(model)
+    packed = config.data.batching is Batching.packed
+    never = not packed and needs_no_mask(model.config.get_text_config(), config.seq_len)
+    (leave_out_masks if never else always_mask)(model)
+    if attention_of(model)[1] == AS_NEEDED:
+        raise Unsupported(
+            f"{type(model.get_base_model()).__name__} can't change its attention, so its masks depend on each batch. "
+            "Use engine=eager."
+        )

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 WITHOUT_MASK = "_without_mask"
 WITH_MASK = "_with_mask"
 """End the names of attention implementations that are never, or always, given one."""
+AS_NEEDED = "as needed"
 
 
 def leave_out_masks(model: Any) -> None:
@@ -43,7 +44,7 @@ def attention_of(model: Any) -> tuple[str, str]:
     for ending, masks in ((WITHOUT_MASK, "never"), (WITH_MASK, "always")):
         if name.endswith(ending):
             return name.removesuffix(ending), masks
-    return name, "as needed"
+    return name, AS_NEEDED
 
 
 def needs_no_mask(architecture: Any, seq_len: int) -> bool:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-_WATCHED_REPLAYS = 3
-"""Replays of a shape before which memory is looked at: what else is in use does not change after these."""
+_WATCHED = 3
+"""Optimizer steps, and replays of a shape, before which memory is looked at. What else is in use grows no more after
+these: the optimizer has its state."""
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Callable[[], Tensor]], object]
@@ -30,17 +31,33 @@ class _Recorded:
     replays: int = 0
 
 
-class StaticStep:
-    """Loss and its gradients into fixed buffers, recorded once for a batch's shape."""
+def forward_and_backward(
+    forward: Callable[..., Any], autocast: Callable[[], Any], batch: Batch, parameters: list[Tensor], scale: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A micro-batch's loss, and the gradients of `scale` times that over `parameters`.
 
-    def __init__(self, model: Any, autocast: Callable[[], Any], graphs: bool) -> None:
+    Args:
+        forward: the model's.
+        autocast: makes the context in which it runs.
+    """
+    with torch.enable_grad():
+        with autocast():
+            loss = forward(**batch).loss
+        gradients = torch.autograd.grad(loss * scale, parameters)
+    return loss.detach(), gradients
+
+
+class StaticStep:
+    """Loss and its gradients into fixed buffers, recorded as a CUDA graph once for a batch's shape."""
+
+    def __init__(self, model: Any, autocast: Callable[[], Any], graphs: bool = True) -> None:
         """Takes the model's present forward.
 
         Args:
             model: what Trainer will call; its parameters that are trained stay where they are.
             autocast: makes the context in which the forward runs; it must keep no cache of weights, which
                 would go stale.
-            graphs: record CUDA graphs. Without, a step is calculated anew each time: on a CPU, where tests have it.
+            graphs: without, a step is calculated anew each time: on a CPU, where tests have it.
         """
         self.forward = model.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -53,10 +70,13 @@ class StaticStep:
         """What a replay needs beyond what torch's allocator says to be in use: the memory that comes and goes
         within a graph."""
         self.replay_peak_bytes = 0
-        """Most memory in use during a replay, as seen in the first replays of each shape."""
+        """Most memory in use during a replay, as seen in the first steps and the first replays of each shape."""
+        self.recording_peak_bytes = 0
+        """Most memory in use while steps were recorded."""
         self.replays = 0
         self._autocast = autocast
-        self.graphs = graphs
+        self._graphs = graphs
+        self._steps = 0
         self._flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
         self._gradients = _views(self._flat, self.parameters)
         self._handed = torch.zeros_like(self._flat)
@@ -86,7 +106,7 @@ class StaticStep:
         """
         fixed = {name: tensor.to(self.device, copy=True) for name, tensor in batch.items()}
         run = functools.partial(self.calculate, fixed)
-        if not self.graphs:
+        if not self._graphs:
             run()
             watch(run)
             self._recorded[_shape(fixed)] = _Recorded(fixed, torch.zeros(()), None)
@@ -103,6 +123,7 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
+        self.recording_peak_bytes = max(self.recording_peak_bytes, torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         with torch.cuda.graph(graph, pool=self._pool):
             loss = run()
@@ -117,13 +138,9 @@ class StaticStep:
 
     def calculate(self, batch: Batch) -> Tensor:
         """Forward and backward, operation by operation: the loss, and the gradients into their buffers."""
-        with torch.enable_grad():
-            with self._autocast():
-                loss = self.forward(**batch).loss
-            gradients = torch.autograd.grad(loss * self._scale, self.parameters)
+        loss, gradients = forward_and_backward(self.forward, self._autocast, batch, self.parameters, self._scale)
         torch._foreach_copy_(self._gradients, gradients)
-        detached: Tensor = loss.detach()
-        return detached
+        return loss
 
     def run(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, a scalar; its gradients lie in this step's buffers until the next."""
@@ -141,7 +158,7 @@ class StaticStep:
         self.replays += 1
         if recorded.graph is None:
             return self.calculate(recorded.batch)
-        if recorded.replays < _WATCHED_REPLAYS:
+        if recorded.replays < _WATCHED or self._steps < _WATCHED:
             recorded.replays += 1
             self.replay_peak_bytes = max(self.replay_peak_bytes, torch.cuda.memory_allocated() + self.working_bytes)
         recorded.graph.replay()
@@ -152,6 +169,7 @@ class StaticStep:
         those that have gradients already, they are added. All of them lie in one buffer, so that this is one kernel."""
         factor = grad / self._scale
         if self.parameters[0].grad is None:
+            self._steps += 1
             torch.mul(self._flat, factor, out=self._handed)
             for parameter, gradient in zip(self.parameters, self._handed_gradients, strict=True):
                 parameter.grad = gradient
@@ -187,7 +205,13 @@ def use_static_step(model: Any, step: StaticStep) -> None:
 
 
 def tensors(inputs: Mapping[str, Any]) -> Batch:
-    """The entries that are tensors."""
+    """The entries that are tensors. Switches such as return_dict are left out; a number would be lost in silence.
+
+    Raises: TypeError for a number.
+    """
+    numbers = [name for name, value in inputs.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    if numbers:
+        raise TypeError(f"a recorded step takes tensors, and {numbers[0]} is a plain number")
     return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
 

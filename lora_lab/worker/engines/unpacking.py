@@ -6,6 +6,7 @@ products are operations of their own to the layer's compilation: it would else k
 backward, 16 bits a weight of the whole model.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -131,5 +132,6 @@ class UnpackingLinear4bit(Linear4bit):
 def unpack_in_one_kernel(model: Any) -> None:
     """Let the model's 4-bit layers be such layers; their weights and everything else stays."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        # bitsandbytes fills the last block up where it is not whole
+        if isinstance(module, Linear4bit) and math.prod(module.weight.quant_state.shape) % module.weight.blocksize == 0:
             module.__class__ = UnpackingLinear4bit

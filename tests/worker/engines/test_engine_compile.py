@@ -93,6 +93,8 @@ def test_what_ran_is_read_back(said: Said, name: str) -> None:
     eager, compiled = (of(events, Ran)[0].facts for events in said[name])
     assert eager.pop("attention_masks") == "as needed"
     assert compiled.pop("attention_masks") == ("always" if name == "selective" else "never")
+    assert [facts.pop("engine") for facts in (eager, compiled)] == ["eager", "compile"]
+    assert [facts.pop("chunked_loss") for facts in (eager, compiled)] == ["False", "True"]
     kernels = [facts.pop("attention_kernel") for facts in (eager, compiled)]
     assert kernels == ["flash_cpu", "flash_cpu"]
     assert compiled == eager

@@ -192,3 +192,23 @@ def test_evaluation_after_replays_sees_what_was_learned(tmp_path: Path) -> None:
     for precision in ("bf16", "fp32"):
         record = trial(tmp_path, precision, "engine=graph", f"precision={precision}", "measure.steps=10")
         assert record["metrics"]["loss/eval"] < record["metrics"]["loss/eval_before"]
+
+
+@pytest.mark.parametrize("count", [3 * 257, 4095])
+def test_the_share_of_a_step_is_not_rounded_on_a_card(count: int) -> None:
+    """There, unlike on a CPU, a lone number does not raise the format of what it is multiplied with."""
+    import torch
+
+    from lora_lab.worker.engines.chunked_loss import chunked_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(400, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(60, 32, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(60, (400,), device="cuda")
+    (chunked_cross_entropy(hidden, weight, labels) / torch.tensor(count, device="cuda")).backward()
+    assert hidden.grad is not None
+    exact = hidden.detach().double().requires_grad_()
+    (torch.nn.functional.cross_entropy(exact @ weight.double().t(), labels, reduction="sum") / count).backward()
+    assert exact.grad is not None
+    along = float((hidden.grad.double() * exact.grad).sum() / (exact.grad * exact.grad).sum())
+    assert along == pytest.approx(1, abs=5e-4)
