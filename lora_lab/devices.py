@@ -102,6 +102,20 @@ def _refuse_engine(kind: EngineKind, card: Card | None) -> None:
                 "Install what is missing (on Debian and Ubuntu: apt install build-essential python3-dev), or use "
                 "engine=eager."
             )
+        spaced = None if card else folder_with_a_space()
+        if spaced:
+            raise Unsupported(
+                f"engine={kind.name} on the CPU: torch hands the compiler its own folder and its cache unquoted, and "
+                f"there is a space in {spaced}. Use an environment and a cache (TORCHINDUCTOR_CACHE_DIR) without, or "
+                "engine=eager."
+            )
+
+
+def folder_with_a_space() -> str | None:
+    """One of those that torch names to g++, where there is such."""
+    torch = importlib.util.find_spec("torch")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or worker_environment(None)["TORCHINDUCTOR_CACHE_DIR"]
+    return next((place for place in (torch and torch.origin, cache) if place and " " in place), None)
 
 
 def _missing_to_compile(card: Card | None) -> list[str]:

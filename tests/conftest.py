@@ -24,6 +24,7 @@ from mlflow.tracking import MlflowClient
 
 from lora_lab.compose import CONF
 from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
+from lora_lab.devices import folder_with_a_space
 from lora_lab.tracking import open_tracker
 from lora_lab.worker.models import load_architecture
 
@@ -58,6 +59,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         f"kills: {phases.total()} instants ({hit}); {rounds['attempts']} attempts at trials; {failures} failures"
     )
+
+
+compiles = pytest.mark.skipif(
+    folder_with_a_space() is not None, reason="torch can't compile for a CPU where there is a space in its folder"
+)
+"""For tests that compile in earnest."""
 
 
 @dataclass(frozen=True)

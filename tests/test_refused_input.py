@@ -392,6 +392,14 @@ def test_a_compiler_that_is_not_there_is_unsupported(lab: Lab, tmp_path: Path) -
     )
 
 
+def test_a_space_in_the_path_is_told_before_a_compiler_stumbles_over_it(lab: Lab, tmp_path: Path) -> None:
+    cache = tmp_path / "my cache"
+    said = lab("model=tiny", "tracking=none", "device=cpu", "engine=compile", TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert said.code == 3
+    assert "there is a space in" in " ".join(said.text.split())
+    assert "or engine=eager" in " ".join(said.text.split())
+
+
 def test_liger_without_its_package_is_unsupported(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
     if importlib.util.find_spec("liger_kernel") is not None:
         pytest.skip("liger-kernel is installed here")
@@ -486,6 +494,7 @@ def test_a_card_needs_a_c_compiler_and_pythons_headers_to_compile_for(
 
 def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrialConfig(engine=EngineConfig(kind=EngineKind.compile))
+    monkeypatch.setattr("lora_lab.devices.folder_with_a_space", lambda: None)
     (bare / "include").mkdir()
     (bare / "include" / "Python.h").touch()
     give_compiler(bare, "gcc")

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import compiles
 
 from lora_lab.events import Compiled, Ended, EngineDone, Evaluated, Event, Ran, Step, Warned, decode
+
+pytestmark = compiles
 
 COMMON = [
     "model=tiny",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import give_store, record_of, until
+from conftest import compiles, give_store, record_of, until
 
 from lora_lab.worker.engines import compile_cache
 from lora_lab.worker.engines.compile_cache import compiling
@@ -164,6 +164,7 @@ def test_a_cache_that_cannot_be_used_harms_nobody(cache: Path, broken: str) -> N
     assert compiled
 
 
+@compiles
 def test_a_trial_finishes_after_one_that_was_killed_while_it_compiled(
     cache: Path, tmp_path: Path, empty_store: Path
 ) -> None:

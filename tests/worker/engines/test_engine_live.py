@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lab_in
+from conftest import compiles, lab_in
 from engine_models import adapted, padded
 from transformers import Trainer
 
@@ -110,6 +110,7 @@ def test_a_plain_number_is_not_lost_in_a_recorded_step() -> None:
     assert static_step.tensors({"return_dict": True, "labels": None}) == {}
 
 
+@compiles
 def test_torch_told_to_compile_nothing_is_no_compiled_trial(tmp_path: Path) -> None:
     said = lab_in(tmp_path)(
         "model=tiny", "measure=quick", "tracking=none", "engine=compile", "engine.lengths=1", TORCHDYNAMO_DISABLE="1"

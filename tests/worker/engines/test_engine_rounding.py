@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import compiles
 from engine_models import adapted, adapters, loss_and_gradients, padded
 
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
@@ -12,6 +13,7 @@ from lora_lab.worker.engines.compiled import compile_layers
 from lora_lab.worker.engines.masks import leave_out_masks
 
 pytestmark = [
+    compiles,
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
