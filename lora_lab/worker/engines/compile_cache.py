@@ -31,12 +31,12 @@ def compiling() -> Iterator[None]:
     marker = lock = None
     with contextlib.suppress(OSError):
         marker, lock = _begin(Path(cache_dir()))
-    whole = True
+    whole = False  # a linker that was killed alone is an exception here
     try:
         yield
-    except Exception as error:
-        # a linker that was killed alone is an exception here; a card that is full has nothing to do with the caches
-        whole = isinstance(error, torch.OutOfMemoryError)
+        whole = True
+    except torch.OutOfMemoryError:
+        whole = True  # a card that is full has nothing to do with the caches
         raise
     finally:
         if marker is not None and whole:
