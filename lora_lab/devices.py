@@ -95,7 +95,7 @@ def _refuse_engine(kind: EngineKind, card: Card | None) -> None:
             "  pip install 'liger-kernel>=0.8'\nor use engine=eager."
         )
     if kind in (EngineKind.compile, EngineKind.graph):
-        missing = _missing_to_compile(card)
+        missing = missing_to_compile(card)
         if missing:
             raise Unsupported(
                 f"engine={kind.name} compiles code on this machine, and there is no {' and no '.join(missing)}. "
@@ -118,7 +118,7 @@ def folder_with_a_space() -> str | None:
     return next((place for place in (torch and torch.origin, cache) if place and " " in place), None)
 
 
-def _missing_to_compile(card: Card | None) -> list[str]:
+def missing_to_compile(card: Card | None) -> list[str]:
     """What torch.compile lacks here, for people: Triton builds its launchers in C, and kernels for a CPU are C++."""
     variable, language, known = ("CC", "C", ("gcc", "clang")) if card else ("CXX", "C++", ("g++",))
     named = os.environ.get(variable)

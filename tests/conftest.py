@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 
 from lora_lab.compose import CONF
 from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
-from lora_lab.devices import folder_with_a_space
+from lora_lab.devices import folder_with_a_space, missing_to_compile
 from lora_lab.tracking import open_tracker
 from lora_lab.worker.models import load_architecture
 
@@ -62,7 +62,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 compiles = pytest.mark.skipif(
-    folder_with_a_space() is not None, reason="torch can't compile for a CPU where there is a space in its folder"
+    folder_with_a_space() is not None or bool(missing_to_compile(None)),
+    reason="torch can't compile for a CPU without g++ and Python.h, or where there is a space in its folder",
 )
 """For tests that compile in earnest."""
 
