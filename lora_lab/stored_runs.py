@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_lab.config import RefusedInput
+from lora_lab.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.records import RUNNING, without_secrets
 from lora_lab.report.trials import Sweep, Trial
 from lora_lab.tracking import (
@@ -46,6 +47,7 @@ says nothing of the trial."""
 KNOWN_SCHEMAS = ("dc11669786a5",)
 """Versions of MLflow's tables that are read here (MLflow 3.17); a store of another goes through the client."""
 
+_PARENT = "mlflow.parentRunId"
 _RUNS_A_CALL = 1000
 _NEWEST = 5
 _SHORT = 12
@@ -236,42 +238,15 @@ def _local() -> Path:
     return database
 
 
-_PARENT = "mlflow.parentRunId"
-_RAN_CHECKPOINTING = "ran.gradient_checkpointing"
-
-
-_CHECKPOINTING = {"true": "full", "false": "none"}
-"""gradient_checkpointing was yes or no once."""
-
-_BEFORE_ENGINES = {"engine": "eager", "engine.kind": "eager", "engine.chunked_loss": "False", "engine.lengths": "4"}
-"""What every trial ran with while there was nothing to choose."""
-
-
-def _params_of_today(params: dict[str, str]) -> dict[str, str]:
-    """A trial's params in today's words, so that older and newer trials are of the same levels. One that says yes or no
-    to gradient_checkpointing is of a version that had no engines either."""
-    level = _CHECKPOINTING.get(params.get("gradient_checkpointing", "").lower())
-    return params if level is None else _BEFORE_ENGINES | params | {"gradient_checkpointing": level}
-
-
-def _axes_of_today(params: dict[str, str]) -> dict[str, str]:
-    """The same for what a sweep asked for."""
-    key = "axis.gradient_checkpointing"
-    if key not in params:
-        return params
-    values = (_CHECKPOINTING.get(text.strip().lower(), text) for text in params[key].split(","))
-    return params | {key: ",".join(values)}
-
-
 def _trial(run: _Run) -> Trial:
     return Trial(
         run_id=run.run_id,
         name=run.name,
         sweep=run.tags.get(_PARENT),
         outcome=run.tags.get("outcome", RUNNING),
-        params=_params_of_today(run.params),
+        params=params_of_today(run.params),
         metrics={key: value for key, value in run.metrics.items() if key not in SERIES},
-        tags=_own(run.tags),
+        tags=tags_of_today(_own(run.tags)),
         started_ms=run.started_ms,
     )
 
@@ -281,16 +256,14 @@ def _sweep(run: _Run) -> Sweep:
         run_id=run.run_id,
         name=run.name,
         outcome=run.tags.get("outcome", RUNNING),
-        params=_axes_of_today(run.params),
-        tags=_own(run.tags),
+        params=axes_of_today(run.params),
+        tags=tags_of_today(_own(run.tags)),
         started_ms=run.started_ms,
     )
 
 
 def _own(tags: dict[str, str]) -> dict[str, str]:
-    own = {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
-    ran = own.get(_RAN_CHECKPOINTING, "")
-    return own | ({_RAN_CHECKPOINTING: _CHECKPOINTING[ran.lower()]} if ran.lower() in _CHECKPOINTING else {})
+    return {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
 
 
 def _line(run: Trial | Sweep) -> str:
