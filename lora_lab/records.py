@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import EngineKind, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
 from lora_lab.telemetry.figures import GIB, Summary
@@ -56,9 +56,12 @@ class Record:
 
 
 def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
-    """What tells this run from its neighbours in a list."""
-    shape = f"{config.batch_size}x{config.seq_len}"
-    return " ".join([choices["model"], choices["method"], choices["optimizer"], choices["precision"], shape])
+    """What tells this run from its neighbours in a list. The engine that everything ran with before there was a choice
+    goes unsaid: names stay short, and older runs have the name that they would get today."""
+    groups = ["model", "method", "optimizer", "precision"]
+    if choices["engine"] != EngineKind.eager.name:
+        groups.append("engine")
+    return " ".join([*(choices[group] for group in groups), f"{config.batch_size}x{config.seq_len}"])
 
 
 def plain(config: TrialConfig) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from lora_lab.records import RUNNING, Point, Record, complete, params, run_name,
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
 
-CHOICES = {"model": "tiny", "method": "qlora", "optimizer": "adamw", "precision": "fp16", "data": "lab_qa"}
+CHOICES = {
+    "model": "tiny",
+    "method": "qlora",
+    "optimizer": "adamw",
+    "precision": "fp16",
+    "engine": "eager",
+    "data": "lab_qa",
+}
 SECRET = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/@"), min_size=1, max_size=12)
 
 
@@ -83,8 +90,20 @@ def test_no_secret_of_an_address_is_among_the_params() -> None:
 
 
 def test_neighbours_in_a_sweep_have_different_names() -> None:
-    names = {run_name(TrialConfig(batch_size=b, seq_len=s), CHOICES) for b in (1, 2) for s in (512, 2048)}
-    assert len(names) == 4
+    names = {
+        run_name(TrialConfig(batch_size=b, seq_len=s), CHOICES | {"engine": engine})
+        for b in (1, 2)
+        for s in (512, 2048)
+        for engine in ("eager", "graph", "mine")
+    }
+    assert len(names) == 12
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"), [("eager", "tiny qlora adamw fp16 2x512"), ("graph", "tiny qlora adamw fp16 graph 2x512")]
+)
+def test_a_name_says_the_engine_where_it_is_not_the_plain_one(engine: str, name: str) -> None:
+    assert run_name(TrialConfig(batch_size=2, seq_len=512), CHOICES | {"engine": engine}) == name
 
 
 def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
