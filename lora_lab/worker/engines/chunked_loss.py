@@ -18,7 +18,11 @@ from lora_lab.worker.data import IGNORED
 from lora_lab.worker.evaluation import evaluation_mode
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that may exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
+"""Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""
+
+_WIDER = 8
+"""And as many as this times the hidden state, about what the tensors of one layer's MLP take anyway: for many rows,
+larger products are nearer to what the card can do."""
 
 _ALIGNED = 64
 
@@ -53,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk) -> Tensor:
         ctx.headroom = _HEADROOM if hidden.dtype is torch.float16 else 1.0
-        size = chunk_rows(hidden.shape[0], weight.shape[0])
+        size = chunk_rows(hidden.shape[0], *weight.shape)
         total = torch.zeros((), device=hidden.device)
         slope = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], size):
@@ -74,10 +78,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (slope.float() * (grads[0] / ctx.headroom)).to(slope.dtype), None, None, None
 
 
-def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows of a chunk: as few chunks as CHUNK_ELEMENTS allows, of one size but perhaps the last, which suits kernels
-    where it can."""
-    most = max(1, CHUNK_ELEMENTS // vocabulary)
+def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
+    """Rows of a chunk: as few chunks as may be, of one size but perhaps the last, which suits kernels where it can."""
+    most = max(1, max(CHUNK_ELEMENTS, _WIDER * rows * hidden_size) // vocabulary)
     chunks = -(-rows // most)
     even = -(-rows // chunks)
     aligned = -(-even // _ALIGNED) * _ALIGNED

@@ -95,14 +95,15 @@ class Engine(TrainerCallback):
                 " of its own, whose random numbers checkpointing has to draw twice, and a CUDA graph can't keep their "
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
-        # not above: it brings bitsandbytes, which the server that workers are forked from must not import
+        # not above: they bring bitsandbytes, which the server that workers are forked from must not import
+        from lora_lab.worker.engines.adapted_product import use_adapted_products
         from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
 
-        unpack_in_one_kernel(
-            model
-        )  # for graph alone: its launches cost more than they save where the host is waited for
+        # for graph alone: their launches cost more than they save where the host is waited for
+        unpack_in_one_kernel(model)
+        copies = use_adapted_products(model, working_dtype(config.precision.dtype, model.device))
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
-        self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False))
+        self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
         self._step.on_unrecorded = self._tell_unrecorded
         use_static_step(model, self._step)
         self._clock.step = self._step

@@ -50,13 +50,20 @@ def forward_and_backward(
 class StaticStep:
     """Loss and its gradients into fixed buffers, recorded as a CUDA graph once for a batch's shape."""
 
-    def __init__(self, model: Any, autocast: Callable[[], Any], graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        autocast: Callable[[], Any],
+        graphs: bool = True,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
         """Takes the model's present forward.
 
         Args:
             model: what Trainer will call; its parameters that are trained stay where they are.
             autocast: makes the context in which the forward runs; it must keep no cache of weights, which
                 would go stale.
+            copies: what the forward uses in place of some of the parameters, in another format.
             graphs: without, a step is calculated anew each time: on a CPU, where tests have it.
         """
         self.forward = model.forward
@@ -74,6 +81,8 @@ class StaticStep:
         self.recording_peak_bytes = 0
         """Most memory in use while steps were recorded."""
         self.replays = 0
+        self._copies = dict(copies or {})
+        self._used = [self._copies.get(p, p) for p in self.parameters]
         self._autocast = autocast
         self._graphs = graphs
         self._steps = 0
@@ -138,7 +147,10 @@ class StaticStep:
 
     def calculate(self, batch: Batch) -> Tensor:
         """Forward and backward, operation by operation: the loss, and the gradients into their buffers."""
-        loss, gradients = forward_and_backward(self.forward, self._autocast, batch, self.parameters, self._scale)
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+        loss, gradients = forward_and_backward(self.forward, self._autocast, batch, self._used, self._scale)
         torch._foreach_copy_(self._gradients, gradients)
         return loss
 

@@ -14,99 +14,103 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 
-def unpack(
-    packed: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    scales_code: Tensor | None,
-    scales_scales: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    scales_blocksize: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weights in their order, one row: for every block its scale times the code of each.
+def has_whole_blocks(layer: Any) -> bool:
+    """Whether it is a 4-bit layer whose last block bitsandbytes did not have to fill up."""
+    return isinstance(layer, Linear4bit) and math.prod(layer.weight.quant_state.shape) % layer.weight.blocksize == 0
+
+
+def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
+    """A layer's weight as `unpacked` takes it.
+
+    Returns: bytes of two weights each, the first in the upper half; what each of the 16 values stands for; a scale for
+    each block. Where scales are bytes too: what each of their 256 values stands for, a scale for each block of them,
+    what they lie around. And the sizes of a block of weights and of a block of scales.
+    """
+    state = layer.weight.quant_state
+    tensors = [layer.weight, state.code, state.absmax]
+    if not state.nested:
+        return tensors, [state.blocksize]
+    return [*tensors, state.state2.code, state.state2.absmax, state.offset], [state.blocksize, state.state2.blocksize]
+
+
+def unpack(packed: list[Tensor], blocks: list[int], matrix: Tensor) -> None:
+    """Write the weights into `matrix` (outputs, inputs): for every block its scale times what the values stand for.
 
     Args:
-        packed: bytes of two weights each, the first in the upper half.
-        code: what each of the 16 values stands for.
-        scales: one a block of `blocksize` weights; bytes where they are quantised too.
-        scales_code: what each of the 256 values of a scale stands for; None where they are plain.
-        scales_scales: one a block of `scales_blocksize` scales.
-        offset: what the scales lie around.
+        packed, blocks: as from `packed_weight`.
     """
-    if scales_code is not None and scales_scales is not None and offset is not None:
-        block = torch.arange(scales.numel(), device=scales.device) // scales_blocksize
+    weights, code, scales, *nested = packed
+    if nested:
+        scales_code, scales_scales, offset = nested
+        block = torch.arange(scales.numel(), device=scales.device) // blocks[1]
         scales = scales_code[scales.int()] * scales_scales[block] + offset
-    shifts = 4 - 4 * torch.arange(2, device=packed.device, dtype=torch.uint8)
-    halves = (packed.view(-1, blocksize // 2, 1) >> shifts) & 15
-    return (code[halves.int()] * scales.view(-1, 1, 1)).to(dtype).view(-1)
+    shifts = 4 - 4 * torch.arange(2, device=weights.device, dtype=torch.uint8)
+    halves = (weights.view(-1, blocks[0] // 2, 1) >> shifts) & 15
+    matrix.copy_((code[halves.int()] * scales.view(-1, 1, 1)).view(matrix.shape))
 
 
 _compiled_unpack = torch.compile(unpack, dynamic=False)
 
 
-def _unpack(packed: Tensor, *state: Any) -> Tensor:
+def unpacked(
+    packed: list[Tensor],
+    blocks: list[int],
+    inputs: int,
+    dtype: torch.dtype,
+    beside: Tensor | None = None,
+    below: Tensor | None = None,
+) -> Tensor:
+    """The weights (outputs, inputs) by one kernel, and by one more what is to stand beside or below them.
+
+    Args:
+        beside: further columns, (outputs, any).
+        below: further rows, (any, inputs).
+    """
+    outputs = 2 * packed[0].numel() // inputs
+    columns = 0 if beside is None else beside.shape[1]
+    rows = 0 if below is None else below.shape[0]
+    whole = packed[0].new_empty(outputs + rows, inputs + columns, dtype=dtype)
     # whatever forward and backward have autograd and autocast set to: each setting would be one more compilation
-    with torch.no_grad(), torch.autocast(packed.device.type, enabled=False, cache_enabled=False):
-        return _compiled_unpack(packed.detach(), *state)
+    with torch.no_grad(), torch.autocast(whole.device.type, enabled=False, cache_enabled=False):
+        _compiled_unpack([tensor.detach() for tensor in packed], blocks, whole[:outputs, :inputs])
+        if beside is not None:
+            whole[:, inputs:] = beside
+        if below is not None:
+            whole[outputs:] = below
+    return whole
 
 
 @torch.library.custom_op("lora_lab::linear_4bit", mutates_args=())
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    scales_code: Tensor | None,
-    scales_scales: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    scales_blocksize: int,
-    outputs: int,
-) -> Tensor:
+def linear_4bit(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tensor:  # noqa: ARG001  # its shape is told by it
     """X (..., inputs) times the transposed weight (outputs, inputs)."""
-    state = (code, scales, scales_code, scales_scales, offset, blocksize, scales_blocksize)
-    return torch.nn.functional.linear(x, _unpack(packed, *state, x.dtype).view(outputs, x.shape[-1]))
+    return torch.nn.functional.linear(x, unpacked(packed, blocks, x.shape[-1], x.dtype))
 
 
 @torch.library.custom_op("lora_lab::linear_4bit_slope", mutates_args=())
-def linear_4bit_slope(
-    slope: Tensor,
-    packed: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    scales_code: Tensor | None,
-    scales_scales: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    scales_blocksize: int,
-    inputs: int,
-) -> Tensor:
+def linear_4bit_slope(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
     """The gradient over x, from that over the result: slope (..., outputs) times the weight."""
-    state = (code, scales, scales_code, scales_scales, offset, blocksize, scales_blocksize)
-    return torch.matmul(slope, _unpack(packed, *state, slope.dtype).view(slope.shape[-1], inputs))
+    return torch.matmul(slope, unpacked(packed, blocks, inputs, slope.dtype))
 
 
 @linear_4bit.register_fake
-def _(x: Tensor, *state: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], state[-1])
+def _(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 @linear_4bit_slope.register_fake
-def _(slope: Tensor, *state: Any) -> Tensor:
-    return slope.new_empty(*slope.shape[:-1], state[-1])
+def _(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:  # noqa: ARG001
+    return slope.new_empty(*slope.shape[:-1], inputs)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # torch passes it by name
-    x, *tensors, ctx.blocksize, ctx.scales_blocksize, _ = inputs
+    x, packed, ctx.blocks, _ = inputs
     ctx.inputs = x.shape[-1]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*packed)
 
 
-def _backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-    found = linear_4bit_slope(slope, *ctx.saved_tensors, ctx.blocksize, ctx.scales_blocksize, ctx.inputs)
-    return found, *[None] * 9
+def _backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+    packed = list(ctx.saved_tensors)
+    return linear_4bit_slope(slope, packed, ctx.blocks, ctx.inputs), [None] * len(packed), None, None
 
 
 linear_4bit.register_autograd(_backward, setup_context=_keep)
@@ -119,11 +123,7 @@ class UnpackingLinear4bit(Linear4bit):
         """(..., inputs) to (..., outputs)."""
         if not torch.compiler.is_compiling():
             return cast(Tensor, super().forward(x))
-        state = self.weight.quant_state
-        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-        tensors = (self.weight, state.code, state.absmax, *nested)
-        sizes = (state.blocksize, state.state2.blocksize if state.nested else 1, self.out_features)
-        product = linear_4bit(x.to(self.compute_dtype), *tensors, *sizes)
+        product = linear_4bit(x.to(self.compute_dtype), *packed_weight(self), self.out_features)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
         return cast(Tensor, product.to(x.dtype))
@@ -132,6 +132,5 @@ class UnpackingLinear4bit(Linear4bit):
 def unpack_in_one_kernel(model: Any) -> None:
     """Let the model's 4-bit layers be such layers; their weights and everything else stays."""
     for module in model.modules():
-        # bitsandbytes fills the last block up where it is not whole
-        if isinstance(module, Linear4bit) and math.prod(module.weight.quant_state.shape) % module.weight.blocksize == 0:
+        if has_whole_blocks(module):
             module.__class__ = UnpackingLinear4bit

@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     # torch's own, while it imports its compiler
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
     importlib.import_module("lora_lab.worker.engines.engine")
+    importlib.import_module("lora_lab.worker.engines.adapted_product")
 
 torch.set_num_threads(1)  # on a machine that is shared, two threads wait for each other longer than they calculate
 

@@ -1,0 +1,230 @@
+"""A layer and its adapter as few products: PEFT's own result and gradients, however the work is laid out."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from conftest import compiles
+from engine_models import adapted, adapters, furthest, loss_and_gradients, padded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from lora_lab.worker.engines.adapted_product import AdaptedLinear, AdaptedLinear4bit, use_adapted_products, widens
+from lora_lab.worker.engines.compiled import compilations, compile_layers
+from lora_lab.worker.engines.masks import leave_out_masks
+from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
+
+
+class Lone(torch.nn.Module):
+    """One layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, inputs) to (rows, outputs)."""
+        result: Tensor = self.layer(x)
+        return result
+
+
+def lone(layer: Any, rank: int, **asked: Any) -> Any:
+    made = get_peft_model(Lone(layer), LoraConfig(r=rank, target_modules=["layer"], **asked))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapters(made).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return made.train()
+
+
+def pack(model: Any, dtype: torch.dtype, nested: bool = True) -> None:
+    """Adapted layers in 4 bits that calculate in `dtype`, as PEFT makes them of a model that was loaded so."""
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+
+    for module in model.modules():
+        if not hasattr(module, "base_layer"):
+            continue
+        base, has_bias = module.base_layer, module.base_layer.bias is not None
+        new = Linear4bit(base.in_features, base.out_features, has_bias, dtype, nested, quant_type="nf4")
+        new.load_state_dict({name: value.float() for name, value in base.state_dict().items()})
+        module.base_layer = new.to("cpu").requires_grad_(False)  # packs it
+        module.__class__ = PeftLinear4bit
+
+
+def slopes(model: Any, x: Tensor, used: dict[Tensor, Tensor]) -> list[Tensor]:
+    """The result, and the gradients over x and the adapter, of a sum with weights of its own."""
+    x = x.clone().requires_grad_()
+    result = model(x)
+    over = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+    leaves = [used.get(p, p) for p in adapters(model).values()]
+    return [result.detach(), *torch.autograd.grad((result * over).sum(), [x, *leaves])]
+
+
+def assert_same_as_pefts(model: Any, x: Tensor, kind: type) -> None:
+    expected = slopes(model, x, {})
+    copies = use_adapted_products(model, x.dtype)
+    assert [type(m) for m in model.modules() if isinstance(m, kind)] == [kind]
+    assert len(copies) == 2
+    for one, other in zip(slopes(model, x, copies), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9 if x.dtype is torch.float64 else 1e-4, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    rank=st.integers(1, 9),
+    bias=st.booleans(),
+    alpha=st.sampled_from([1, 3, 16]),
+)
+def test_a_plain_layer(rows: int, inputs: int, outputs: int, rank: int, bias: bool, alpha: int) -> None:
+    layer = torch.nn.Linear(inputs, outputs, bias, dtype=torch.float64)
+    model = lone(layer, rank, lora_alpha=alpha, use_rslora=bias)
+    for parameter in adapters(model).values():
+        parameter.data = parameter.data.double()
+    assert_same_as_pefts(model, torch.randn(rows, inputs, dtype=torch.float64), AdaptedLinear)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 256), (256, 64), (128, 128)])
+def test_a_packed_layer(inputs: int, outputs: int, nested: bool) -> None:
+    """Wider, narrower, and as wide as what it is given: each way is taken, in the forward or the backward."""
+    torch.manual_seed(0)
+    with torch.compiler.set_stance("force_eager"):
+        model = lone(torch.nn.Linear(inputs, outputs), 4, lora_alpha=12)
+        pack(model, torch.float32, nested)
+        assert_same_as_pefts(model, torch.randn(2, 9, inputs), AdaptedLinear4bit)
+
+
+def test_which_way_is_cheaper() -> None:
+    """In columns read and written: the way that copies what is given, against the one that goes over the result
+    again."""
+    assert widens(512, 1536, 8960, unpacks=True)
+    assert not widens(512, 8960, 1536, unpacks=True)
+    assert not widens(512, 1536, 1536, unpacks=True)
+    # a weight that lies there would be copied for 512 rows, which are fewer than it has
+    assert not widens(512, 1536, 8960, unpacks=False)
+    assert widens(16384, 1536, 8960, unpacks=False)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}],
+    ids=["dropout", "DoRA", "a bias of the adapter"],
+)
+def test_what_is_more_than_a_sum_stays_pefts(asked: dict[str, Any]) -> None:
+    model = lone(torch.nn.Linear(8, 12), 2, **asked)
+    assert use_adapted_products(model, torch.float32) == {}
+
+
+def test_a_weight_in_another_format_stays_pefts() -> None:
+    """Autocast converts it each time; the product here would not."""
+    assert use_adapted_products(lone(torch.nn.Linear(8, 12), 2), torch.bfloat16) == {}
+
+
+def test_evaluation_uses_what_was_learned_and_not_its_copy() -> None:
+    model = lone(torch.nn.Linear(8, 12), 2)
+    copies = use_adapted_products(model, torch.float32)
+    with torch.no_grad():
+        for copy in copies.values():
+            copy.zero_()
+    x = torch.randn(3, 8)
+    fresh = lone(torch.nn.Linear(8, 12), 2)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x), fresh(x))
+        model.eval()
+        fresh.eval()
+        assert torch.equal(model(x), fresh(x))
+
+
+def stepped(model: Any, dtype: torch.dtype) -> StaticStep:
+    copies = use_adapted_products(model, dtype)
+    autocast = functools.partial(torch.autocast, "cpu", dtype, dtype is not torch.float32, cache_enabled=False)
+    step = StaticStep(model, autocast, graphs=False, copies=copies)
+    use_static_step(model, step)
+    return step
+
+
+def test_a_step_sees_every_change_of_the_adapters() -> None:
+    changed, plain = adapted(), adapted()
+    step = stepped(changed, torch.float32)
+    batch = padded([40, 33], 40)
+    step.record(batch)
+    for _ in range(3):
+        loss, expected = loss_and_gradients(plain, batch)
+        found, gradients = loss_and_gradients(changed, batch)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert furthest(gradients, expected) < 1e-4
+        assert all(gradient.dtype is torch.float32 for gradient in gradients.values())
+        for model in (changed, plain):
+            with torch.no_grad():
+                for name, parameter in adapters(model).items():
+                    parameter.sub_(expected[name], alpha=0.5)
+    assert step.replays == 3
+
+
+def test_what_is_saved_names_no_copies() -> None:
+    model = adapted()
+    before = set(model.state_dict())
+    stepped(model, torch.bfloat16)
+    assert set(model.state_dict()) == before
+    assert len(adapters(model)) == len(adapters(adapted()))
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "16 bits"])
+def test_gradients_in_bf16_are_as_near_to_fp32_as_pefts(packed: bool) -> None:
+    """Compiled, over layers that are wider, narrower and as wide as what they are given."""
+    shapes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    exact, eager, few = (adapted("qwen2", **shapes) for _ in range(3))
+    for model in (eager, few):
+        for name, parameter in model.named_parameters():
+            if name not in adapters(model):
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if packed:
+            pack(model, torch.bfloat16)
+    for name, module in exact.named_modules():  # the same frozen weights, after their rounding
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.data = whole_weight(eager.get_submodule(name).base_layer)
+    leave_out_masks(few)
+    if packed:
+        unpack_in_one_kernel(few)
+    step = stepped(few, torch.bfloat16)
+    compile_layers(few)
+    before = compilations()
+    step.record(padded([96, 96], 96))
+    once = compilations()
+    off = {"eager": 0.0, "few": 0.0}
+    for seed in range(3):
+        batch = padded([96, 96], 96, seed=seed)
+        _, truth = loss_and_gradients(exact, batch)
+        size = sum(float(gradient.square().sum()) for gradient in truth.values())
+        for name, model in (("eager", eager), ("few", few)):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+            found = {n: parameter.grad for n, parameter in adapters(model).items()}
+            off[name] += sum(float((found[n] - truth[n]).square().sum()) for n in truth) / size
+            model.zero_grad()
+    assert compilations() == once > before, "one compilation serves all layers and steps"
+    assert step.replays == 3
+    assert 0 < off["few"] < 1.3 * off["eager"]
+    assert off["eager"] < 3 * 0.1**2
+
+
+def whole_weight(base: Any) -> Tensor:
+    if not hasattr(base.weight, "quant_state"):
+        weight: Tensor = base.weight.data.float()
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    unpacked: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return unpacked.to(torch.bfloat16).float()
