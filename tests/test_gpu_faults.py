@@ -22,7 +22,15 @@ SLACK_GIB = 0.07
 def test_a_poisoned_context_a_kill_a_hang_and_no_memory_end_one_trial_each(tmp_path: Path) -> None:
     plan = tmp_path / "sabotage.json"
     plan.write_text(json.dumps({rate: [act, where] for rate, (act, where, _) in HARM.items()}))
-    short = ("model=tiny", "measure=quick", "seq_len=64", "timeout_minutes=0.4", "cooldown_celsius=95")
+    # shared, since tests before this one may have left a context of this process on the card
+    short = (
+        "model=tiny",
+        "measure=quick",
+        "seq_len=64",
+        "timeout_minutes=0.4",
+        "cooldown_celsius=95",
+        "share_device=true",
+    )
     rates = ",".join(["0.0001", *HARM, "0.0006"])
     said = lab_in(tmp_path)(
         "-m",

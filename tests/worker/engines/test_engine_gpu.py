@@ -14,7 +14,15 @@ from lora_lab.packages import locate
 
 pytestmark = pytest.mark.gpu
 
-SHORT = ("seq_len=256", "batch_size=2", "tracking=none", "measure.idle_seconds=0", "cooldown_celsius=95")
+# shared, since these tests have a context on the card themselves
+SHORT = (
+    "seq_len=256",
+    "batch_size=2",
+    "tracking=none",
+    "measure.idle_seconds=0",
+    "cooldown_celsius=95",
+    "share_device=true",
+)
 
 
 def model() -> str:
