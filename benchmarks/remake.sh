@@ -23,6 +23,16 @@ done
 # beside other stacks, what is installed of them; bf16 LoRA likewise
 python3 -m benchmarks.peers "$1"
 python3 -m benchmarks.peers "$1" --method lora
+# does every engine learn the same; the ladder of engines; the factorial by the engines that are and are not host-bound
+python3 -m benchmarks.engine_losses "$1" model=smollm2_135m
+random="model.weights=random data=random_tokens data.rows=128 measure.eval_rows=0 timeout_minutes=5 tracking=none"
+# shellcheck disable=SC2086  # words of their own
+python3 -m lora_lab sweep=engines repeats=1 $random measure.warmup_steps=4 measure.steps=40 \
+  hydra.sweep.dir=multirun/engines/ladder
+# shellcheck disable=SC2086
+python3 -m lora_lab sweep=paper_factorial engine=eager,graph seq_len=512,2048 repeats=1 $random measure.warmup_steps=4 \
+  measure.steps=16 hydra.sweep.dir=multirun/engines/factorial
+python3 -m benchmarks.records_store pack multirun/engines/ladder multirun/engines/factorial "$1/engines.jsonl.gz"
 # what the report in docs/answers is about: the factorial, the same GPU-bound, and the paper's longest rows within 8 GiB
 sweep() {
   python3 -m lora_lab sweep=paper_factorial model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 \

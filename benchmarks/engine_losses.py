@@ -1,0 +1,88 @@
+"""Does engine=graph learn what engine=eager learns? 100 steps of real text through a real model by each, and by eager
+with its other attention kernel: how far apart one mathematics comes out by rounding alone.
+
+    python -m benchmarks.engine_losses OUT [OVERRIDES...]
+
+OUT/engine_losses.json has every step's loss. OVERRIDES go to all trials: model=tiny device=cpu, say, to see that it
+works.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import provenance, run_cell, write_report
+
+TRIALS = {
+    "eager": ["engine=eager", "attention=sdpa"],
+    "eager, other attention kernel": ["engine=eager", "attention=eager"],
+    "liger": ["engine=liger", "attention=sdpa"],
+    "compile": ["engine=compile", "attention=sdpa"],
+    "graph": ["engine=graph", "attention=sdpa"],
+}
+COMMON = ["measure.warmup_steps=10", "measure.steps=90", "measure.eval_rows=64", "measure.profile_steps=0"]
+COMMON += ["measure.idle_seconds=0", "tracking=none"]
+
+
+def losses(folder: Path) -> list[float]:
+    """Training loss of each step, nats a token, in order."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [event["loss"] for event in events if event["event"] == "Step"]
+
+
+def apart(one: list[float], other: list[float]) -> dict[str, float]:
+    """Differences step by step, in nats."""
+    between = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    later = between[len(between) // 2 :]
+    return {"median": statistics.median(between), "most": max(between), "most_in_second_half": max(later)}
+
+
+def table(content: dict[str, Any]) -> str:
+    """Every pair of trials: steps and held-out loss apart."""
+    lines = ["| trials | steps apart, median | at most | in the second half | held-out loss apart |", "|" + "---|" * 5]
+    for pair, found in content["apart"].items():
+        figures = [found[key] for key in ("median", "most", "most_in_second_half", "held_out")]
+        lines.append(f"| {pair} | " + " | ".join(f"{figure:.4f}" for figure in figures) + " |")
+    lines += ["", "| trial | first step | last step | held-out before | after |", "|" + "---|" * 5]
+    for name, trial in content["trials"].items():
+        first, *_, last = trial["losses"]
+        held = f"{trial['held_out_before']:.4f} | {trial['held_out']:.4f}"
+        lines.append(f"| {name} | {first:.4f} | {last:.4f} | {held} |")
+    if content["left_out"]:
+        lines += ["", *(f"- {name}: {why}" for name, why in content["left_out"].items())]
+    return "\n".join(lines) + "\n\nNats a token. All from one seed: the same rows in the same order, the same adapters."
+
+
+def main() -> None:
+    """Run, compare, write."""
+    out, overrides = Path(sys.argv[1]), sys.argv[2:]
+    content: dict[str, Any] = {"trials": {}, "apart": {}, "left_out": {}}
+    with tempfile.TemporaryDirectory() as place:
+        for number, (name, changes) in enumerate(TRIALS.items()):
+            folder = Path(place) / str(number)
+            record = run_cell([*COMMON, *changes, *overrides], folder)
+            if record["outcome"] != "finished":
+                content["left_out"][name] = f"{record['outcome']}, {record['tags'].get('reason', 'no reason given')}"
+                continue
+            content["trials"][name] = {
+                "losses": losses(folder),
+                "held_out_before": record["metrics"]["loss/eval_before"],
+                "held_out": record["metrics"]["loss/eval"],
+                "attention_kernel": record["tags"].get("ran.attention_kernel"),
+            }
+            origin = provenance(record, "python -m benchmarks.engine_losses " + " ".join(["OUT", *overrides]))
+            print(f"{name}: held-out {content['trials'][name]['held_out']:.4f}", flush=True)
+    for (one, a), (other, b) in combinations(content["trials"].items(), 2):
+        held = abs(a["held_out"] - b["held_out"])
+        content["apart"][f"{one} - {other}"] = apart(a["losses"], b["losses"]) | {"held_out": held}
+    text = table(content)
+    write_report(out, "engine_losses", "100 steps by each engine", origin, text, content)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
