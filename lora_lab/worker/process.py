@@ -70,9 +70,12 @@ def _die_with_parent() -> None:
 
 
 def forget_hidden_gpus() -> None:
-    """Answers that were cached while the GPUs were hidden are asked anew."""
+    """Answers that were cached while the GPUs were hidden are asked anew: transformers', and what torch was asked about
+    Triton by a library that is imported where it is installed (torchao does), without which it compiles nothing."""
+    from torch.utils import _triton
     from transformers.utils import import_utils
 
-    for name, function in vars(import_utils).items():
-        if name.startswith("is_") and hasattr(function, "cache_clear"):
-            function.cache_clear()
+    for module, asks in ((import_utils, "is_"), (_triton, "has_")):
+        for name, function in vars(module).items():
+            if name.startswith(asks) and hasattr(function, "cache_clear"):
+                function.cache_clear()
