@@ -1,5 +1,6 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
+import contextlib
 import os
 import resource
 import time
@@ -55,7 +56,8 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
         end = End(outcome=Outcome.finished, reason="")
     except Exception as error:  # the one broad except: every way to stop becomes a recorded end
         end = end_of(error)
-    clock.leave()
+    with contextlib.suppress(RuntimeError):  # a CUDA context that failed answers nothing any more
+        clock.leave()
     emit(
         Ended(
             t=time.monotonic(),

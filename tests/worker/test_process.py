@@ -1,12 +1,17 @@
-"""What a worker inherits from the server it is forked from, which sees no GPU."""
+"""What a worker inherits from the server it is forked from, which sees no GPU; and what it says when the card fails."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch._dynamo.device_interface import CpuInterface, CudaInterface
 from torch.utils import _triton
 
+from lora_lab.config import TrialConfig
+from lora_lab.events import Ended, Event
 from lora_lab.worker.process import forget_hidden_gpus
+from lora_lab.worker.trial import run_trial
 
 
 def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +30,27 @@ def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypat
         assert _triton.has_triton()
     finally:
         _triton.has_triton.cache_clear()
+
+
+def test_a_context_that_answers_nothing_does_not_hide_what_happened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After a device-side assert, asking for free memory fails as well."""
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    said: list[Event] = []
+
+    def emit(event: Event) -> None:
+        said.append(event)
+        if len(said) == 1:
+            monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.cuda, "memory_stats", dict)
+            monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+            raise RuntimeError("CUDA error: an illegal memory access, first")
+
+    run_trial(TrialConfig(), tmp_path, emit)
+    last = said[-1]
+    assert isinstance(last, Ended)
+    assert (last.outcome, last.reason) == ("failed", "RuntimeError: CUDA error: an illegal memory access, first")
