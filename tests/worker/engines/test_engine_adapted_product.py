@@ -93,24 +93,23 @@ def test_a_plain_layer(rows: int, inputs: int, outputs: int, rank: int, bias: bo
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 256), (256, 64), (128, 128)])
-def test_a_packed_layer(inputs: int, outputs: int, nested: bool) -> None:
-    """Wider, narrower, and as wide as what it is given: each way is taken, in the forward or the backward."""
+@pytest.mark.parametrize("rows", [9, 200])
+def test_a_packed_layer(inputs: int, outputs: int, rows: int, nested: bool) -> None:
+    """Wider, narrower, and as wide as what it is given, with few rows and many: each way is taken, in the forward and
+    in the backward."""
     torch.manual_seed(0)
     with torch.compiler.set_stance("force_eager"):
         model = lone(torch.nn.Linear(inputs, outputs), 4, lora_alpha=12)
         pack(model, torch.float32, nested)
-        assert_same_as_pefts(model, torch.randn(2, 9, inputs), AdaptedLinear4bit)
+        assert_same_as_pefts(model, torch.randn(2, rows, inputs), AdaptedLinear4bit)
 
 
 def test_which_way_is_cheaper() -> None:
-    """In columns read and written: the way that copies what is given, against the one that goes over the result
-    again."""
-    assert widens(512, 1536, 8960, unpacks=True)
-    assert not widens(512, 8960, 1536, unpacks=True)
-    assert not widens(512, 1536, 1536, unpacks=True)
-    # a weight that lies there would be copied for 512 rows, which are fewer than it has
-    assert not widens(512, 1536, 8960, unpacks=False)
-    assert widens(16384, 1536, 8960, unpacks=False)
+    """Of Qwen2.5-1.5B's MLP: up, down, and a layer as wide as what it is given."""
+    assert widens(2048, 1536, 8960)
+    assert not widens(512, 1536, 8960), "the weight has more rows than there are"
+    assert not widens(2048, 8960, 1536)
+    assert not widens(2048, 1536, 1536)
 
 
 @pytest.mark.parametrize(
