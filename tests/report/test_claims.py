@@ -232,7 +232,9 @@ def _share(word: str, effect: float, noise: float) -> float:
     draw = random.Random(7)
 
     def cell(*ends: str) -> Cell:
-        return Cell(trials=(), differences=tuple(draw.gauss(effect, noise) for _ in range(5)), ends=ends)
+        return Cell(
+            trials=(), regime="GPU-bound", differences=tuple(draw.gauss(effect, noise) for _ in range(5)), ends=ends
+        )
 
     told = [weigh(claim, claim.changes[0], [cell("1"), cell("2"), *(cell() for _ in range(4))]) for _ in range(300)]
     return told.count(word) / len(told)

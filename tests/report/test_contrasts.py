@@ -223,16 +223,22 @@ def test_one_pair_has_a_difference_and_no_interval():
     assert "repeats=3" in found.estimate.why_no_interval
 
 
-def test_regimes_are_told_apart_and_a_cell_between_two_is_mixed():
+def test_regimes_are_told_apart_and_so_is_what_takes_trials_from_one_to_another():
     regimes = {"shape=1x512": "host-bound", "optimizer=adamw precision=bf16": "host-bound"}
     effects = {"optimizer=paged_adamw shape=1x512": 0.05, "optimizer=paged_adamw shape=2x512": 0.20}
     trials = factorial(GRID, effects, noise=0.0, regimes=regimes)
     found = contrasts(trials, [OPTIMIZER], THROUGHPUT)
     assert [(each.regime, each.cells, round(each.estimate.value, 6)) for each in found] == [
         ("host-bound", 2, 0.05),
-        ("mixed", 1, 0.2),
+        ("host-bound to GPU-bound", 1, 0.2),
         ("GPU-bound", 1, 0.2),
     ]
+
+
+def test_a_cell_whose_repeats_disagree_is_mixed():
+    regimes = {"optimizer=adamw repeat=0": "host-bound"}
+    trials = factorial({"optimizer": OPTIMIZER.levels}, noise=0.0, repeats=2, regimes=regimes)
+    assert [each.regime for each in contrasts(trials, [OPTIMIZER], THROUGHPUT)] == ["mixed"]
 
 
 def test_trials_of_different_sweeps_are_never_paired():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from lora_lab.report.claims.study import ContrastClaim, Study
-from lora_lab.report.effects.blocks import Block, Figure, figures, regime_of, settings_besides
+from lora_lab.report.effects.blocks import Block, Figure, figures, regime_between, settings_besides
 from lora_lab.report.effects.estimates import CONFIDENCE, Estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import Measure
@@ -25,15 +25,12 @@ class Cell:
     """The pairs of trials at one setting of everything but the claim's factor."""
 
     trials: tuple[Trial, ...]
+    regime: str
+    """As contrasts have it."""
     differences: tuple[float, ...]
     """`of` less `over`, a pair each; of logarithms for measures that are compared by ratios."""
     ends: tuple[str, ...]
     """The study's runs that were set so, but for the claim's factor: the claim's own settings."""
-
-    @property
-    def regime(self) -> str:
-        """Of all its trials, else "mixed"."""
-        return regime_of(self.trials)
 
     @property
     def repeated(self) -> bool:
@@ -80,9 +77,11 @@ def _cell(study: Study, claim: ContrastClaim, factor: Factor, inside: Sequence[F
     blocks = sorted(over.keys() & of.keys())
     if not blocks:
         return None
-    trials = tuple(figure.trial for block in blocks for figure in (*over[block], *of[block]))
+    before, after = ([figure.trial for block in blocks for figure in side[block]] for side in (over, of))
+    trials = (*before, *after)
     return Cell(
         trials=trials,
+        regime=regime_between(before, after),
         differences=tuple(_mean(of[block]) - _mean(over[block]) for block in blocks),
         ends=tuple(run for run in claim.ends if _set_as(trials[0].params, study.settings(run), claim.factor)),
     )

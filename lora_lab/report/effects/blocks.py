@@ -60,6 +60,15 @@ def regime_of(trials: Collection[Trial]) -> str:
     return regimes.pop() if len(regimes) == 1 else "mixed"
 
 
+def regime_between(over: Collection[Trial], of: Collection[Trial]) -> str:
+    """The regime that a change was seen in; "GPU-bound to host-bound" where it took every trial from one to another:
+    what makes a card wait is no less an effect than what makes it slower."""
+    before, after = regime_of(over), regime_of(of)
+    if before == after or not {before, after} <= {"host-bound", "GPU-bound"}:
+        return regime_of([*over, *of])
+    return f"{before} to {after}"
+
+
 def _matters(key: str) -> bool:
     return not {key, key.split(".")[0]} & {*NO_EFFECT, *_LEFT_OVER}
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.report.effects.averages import average
-from lora_lab.report.effects.blocks import Block, Figure, figures, regime_of, settings_besides
+from lora_lab.report.effects.blocks import Block, Figure, figures, regime_between, settings_besides
 from lora_lab.report.effects.estimates import Estimate
 from lora_lab.report.factors import Factor
 from lora_lab.report.measures import Measure
 from lora_lab.report.trials import Trial
 
-_REGIMES = ("host-bound", "mixed", "GPU-bound", "not known")
+_REGIMES = ("host-bound", "host-bound to GPU-bound", "mixed", "GPU-bound to host-bound", "GPU-bound", "not known")
 
 _READ_BACK = ("ran.attention", "ran.attention_kernel", "ran.gradient_checkpointing", "stand_ins")
 """What a trial read back of how it ran, and what only a setting of the same name ought to change."""
@@ -33,7 +33,7 @@ class Contrast:
     of: str
     over: str
     regime: str
-    """The regime of the trials it is made of: host-bound, GPU-bound, mixed, not known."""
+    """The regime of the trials it is made of: host-bound, GPU-bound, from one to the other, mixed, not known."""
     estimate: Estimate
     """of - over, on the log scale for ratios."""
     pairs: int
@@ -67,15 +67,12 @@ class _Pair:
             figure.value for figure in self.over
         )
 
-    @property
-    def trials(self) -> list[Trial]:
-        return [figure.trial for figure in (*self.of, *self.over)]
-
 
 def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> list[Contrast]:
     """Every level of every factor against its baseline, by regime.
 
-    A cell's regime is the one that all its paired trials ran in, else "mixed". Levels that no block holds together
+    A cell's regime is the one that all its paired trials ran in, or that of the baseline's to that of the level's, else
+    "mixed". Levels that no block holds together
     with the baseline, all else equal, have no contrast.
 
     Args:
@@ -97,7 +94,9 @@ def _of_factor(found: Sequence[Figure], factor: Factor, measure: Measure) -> lis
         for _, sides in sorted(cells.items()):
             pairs = _pairs(sides.get(level, {}), sides.get(factor.levels[0], {}))
             if pairs:
-                by_regime.setdefault(regime_of([trial for pair in pairs for trial in pair.trials]), []).append(pairs)
+                over = [figure.trial for pair in pairs for figure in pair.over]
+                of = [figure.trial for pair in pairs for figure in pair.of]
+                by_regime.setdefault(regime_between(over, of), []).append(pairs)
         told = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
         made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in told]
     return made
