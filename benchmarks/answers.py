@@ -1,5 +1,5 @@
-"""What docs/answers holds, from the stored records alone: the report of the H100 factorial as a page, as a terminal
-shows it, and the picture that README begins with.
+"""What docs/answers holds, from the stored records alone: the reports of the H100 factorial and of the engines as pages
+and as a terminal shows them, and the picture that README begins with.
 
     python -m benchmarks.answers [DOCS]
 """
@@ -30,7 +30,7 @@ from lora_lab.report.terminal import show
 from lora_lab.report.words import briefly
 from lora_lab.stored_runs import open_store
 
-RECORDS = Path(__file__).parent / "results/h100/factorial.jsonl.gz"
+RESULTS = Path(__file__).parent / "results/h100"
 BASELINE = {"optimizer": "adamw", "precision": "fp16"}
 CLAIMED = (("optimizer", "paged_adamw", "adamw", "1", "2"), ("precision", "bf16", "fp16", "2", "3"))
 """Factor, level, baseline, and the study's runs between which it changed, with others."""
@@ -55,17 +55,24 @@ def main() -> None:
     docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs") / "answers"
     docs.mkdir(parents=True, exist_ok=True)
     [study] = shipped()
+    factorial = _report("factorial", BASELINE, study, docs / "report")
+    (docs / "answer.svg").write_text(picture(factorial, study), encoding="utf-8")
+    _report("engines", BASELINE | {"engine": "eager"}, study, docs / "engines")
+
+
+def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> Findings:
+    """Write OUT.html and OUT.txt about a file of records."""
     with tempfile.TemporaryDirectory() as place:
-        unpack(RECORDS, Path(place) / "mlruns")
+        unpack(RESULTS / f"{records}.jsonl.gz", Path(place) / "mlruns")
         store = open_store(f"sqlite:///{place}/mlruns/mlflow.db")
         trials, sweeps = store.runs()
         timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
-    question = Question(baseline=BASELINE, studies=(study,), command="python -m benchmarks.answers")
+    question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
     findings = find(trials, sweeps, question, __version__)
-    write_page(findings, timelines, docs / "report.html")
-    with (docs / "report.txt").open("w", encoding="utf-8") as file:
+    write_page(findings, timelines, out.with_suffix(".html"))
+    with out.with_suffix(".txt").open("w", encoding="utf-8") as file:
         show(findings, Console(file=file, width=_WIDE))
-    (docs / "answer.svg").write_text(picture(findings, study), encoding="utf-8")
+    return findings
 
 
 def picture(findings: Findings, study: Study) -> str:
