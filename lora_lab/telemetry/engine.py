@@ -17,7 +17,8 @@ _NO_END = "training did not come to its end"
 
 
 def add_engine(summary: Summary, events: Sequence[Event]) -> None:
-    """Seconds, counts and memory of engine=compile and engine=graph."""
+    """Seconds, counts and memory of engine=compile and engine=graph; and that a replayed step had to wait all the same,
+    where the summary has the regime already."""
     compiled = next((event for event in events if isinstance(event, Compiled)), None)
     done = next((event for event in events if isinstance(event, EngineDone)), None)
     if compiled is None:
@@ -33,3 +34,10 @@ def add_engine(summary: Summary, events: Sequence[Event]) -> None:
     summary.metrics["engine/graph_working_gib"] = compiled.working_bytes / GIB
     summary.add("engine/replayed_micro_batches", None if done is None else float(done.replays), _NO_END)
     summary.add("engine/unrecorded_micro_batches", None if done is None else float(done.unrecorded), _NO_END)
+    if summary.tags.get("regime", "GPU-bound") != "GPU-bound":
+        busy = summary.metrics["throughput/gpu_busy_share"]
+        summary.warnings.append(
+            f"engine=graph, and yet the card worked for {100 * busy:.0f} % of the time only: it waited for the host. "
+            "bitsandbytes' optimizers (paged, 8-bit) wait after each matrix, and fp16 asks in each step whether "
+            "anything overflowed; optimizer=adamw_fused precision=bf16 does neither"
+        )

@@ -40,3 +40,22 @@ def test_each_figure_is_there_or_has_a_reason(events: list[Event], missing: set[
     assert summary.metrics == {name: value for name, value in FIGURES.items() if name not in missing}
     assert summary.absent.keys() == missing
     assert all(why in reason for reason in summary.absent.values())
+
+
+@pytest.mark.parametrize(
+    ("regime", "graphs", "told"),
+    [
+        ("host-bound", True, True),
+        ("mixed", True, True),
+        ("GPU-bound", True, False),
+        ("host-bound", False, False),
+        (None, True, False),
+    ],
+)
+def test_a_replayed_step_that_waits_is_told(regime: str | None, graphs: bool, told: bool) -> None:
+    """An H100 worked for 45 % of the time with paged AdamW at 1x512."""
+    summary = Summary(metrics={"throughput/gpu_busy_share": 0.4529}, tags={"regime": regime} if regime else {})
+    add_engine(summary, [BEGAN, replace(COMPILED, graphs=graphs), DONE])
+    assert [("45 % of the time" in text, "optimizer=adamw_fused" in text) for text in summary.warnings] == (
+        [(True, True)] if told else []
+    )
