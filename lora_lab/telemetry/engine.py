@@ -38,6 +38,6 @@ def add_engine(summary: Summary, events: Sequence[Event]) -> None:
         busy = summary.metrics["throughput/gpu_busy_share"]
         summary.warnings.append(
             f"engine=graph, and yet the card worked for {100 * busy:.0f} % of the time only: it waited for the host. "
-            "bitsandbytes' optimizers (paged, 8-bit) wait after each matrix, and under fp16 all but fused ones ask in each "
-            "step whether anything overflowed; optimizer=adamw_fused does neither"
+            "bitsandbytes' optimizers (paged, 8-bit) wait after each matrix, and under fp16 all but fused ones ask in "
+            "each step whether anything overflowed; optimizer=adamw_fused does neither"
         )
