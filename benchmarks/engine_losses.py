@@ -76,6 +76,8 @@ def main() -> None:
             }
             origin = provenance(record, "python -m benchmarks.engine_losses " + " ".join(["OUT", *overrides]))
             print(f"{name}: held-out {content['trials'][name]['held_out']:.4f}", flush=True)
+    if not content["trials"]:
+        raise SystemExit("\n".join(f"{name}: {why}" for name, why in content["left_out"].items()))
     for (one, a), (other, b) in combinations(content["trials"].items(), 2):
         held = abs(a["held_out"] - b["held_out"])
         content["apart"][f"{one} - {other}"] = apart(a["losses"], b["losses"]) | {"held_out": held}

@@ -75,7 +75,7 @@ def forget_hidden_gpus() -> None:
     from torch.utils import _triton
     from transformers.utils import import_utils
 
-    for module, asks in ((import_utils, "is_"), (_triton, "has_")):
-        for name, function in vars(module).items():
-            if name.startswith(asks) and hasattr(function, "cache_clear"):
-                function.cache_clear()
+    asked = [function for name, function in vars(import_utils).items() if name.startswith("is_")]
+    for function in (*asked, *vars(_triton).values()):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()

@@ -1,6 +1,5 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
-import contextlib
 import os
 import resource
 import time
@@ -56,8 +55,10 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
         end = End(outcome=Outcome.finished, reason="")
     except Exception as error:  # the one broad except: every way to stop becomes a recorded end
         end = end_of(error)
-    with contextlib.suppress(RuntimeError):  # a CUDA context that failed answers nothing any more
+    try:
         clock.leave()
+    except RuntimeError as error:  # a CUDA context that failed answers nothing any more
+        end = end if end.outcome is not Outcome.finished else end_of(error)
     emit(
         Ended(
             t=time.monotonic(),

@@ -2,7 +2,7 @@
 
 PEFT calculates x W' + s (x A') B' (a dash: transposed) operation by operation. The product with B is as wide as the
 layer's result, and is written and read once more for the sum, in the forward and in the backward. Two ways avoid
-that, and round once where PEFT rounds three times:
+that, and round once or twice where PEFT rounds three times:
 
 - wide: [x, s x A'] times [W, B]', where the result is wider than x and rows are many: x is copied, and the weight
   is copied or unpacked with B's columns beside it.
@@ -36,7 +36,7 @@ def adapted_linear(
     outputs, inputs = b.shape[0], a.shape[1]
     rows = x.reshape(-1, inputs)
     narrow = _scaled(rows, a.t(), scaling)
-    if widens(len(rows), inputs, outputs):
+    if widens(len(rows), inputs, outputs, len(a)):
         result = torch.cat([rows, narrow], 1) @ _matrix(weight, blocks, inputs, x.dtype, beside=b).t()
     else:
         result = narrow @ b.t()
@@ -59,7 +59,7 @@ def adapted_linear_slope(
     outputs, inputs = b.shape[0], a.shape[1]
     rows, slopes = x.reshape(-1, inputs), slope.reshape(-1, outputs)
     back = _scaled(slopes, b, scaling)
-    if widens(len(rows), outputs, inputs):
+    if widens(len(rows), outputs, inputs, len(a)):
         over_x = torch.cat([slopes, back], 1) @ _matrix(weight, blocks, inputs, x.dtype, below=a)
     else:
         over_x = back @ a
@@ -67,7 +67,7 @@ def adapted_linear_slope(
     return over_x.view_as(x), back.t() @ rows, slopes.t() @ narrow
 
 
-def widens(rows: int, given: int, wanted: int) -> bool:
+def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
     """Whether it costs less to copy what goes into a product, and the weight, than to go over the result once more.
 
     A weight that is unpacked for the product is not copied, but to leave room in each of its rows costs about as much:
@@ -75,8 +75,10 @@ def widens(rows: int, given: int, wanted: int) -> bool:
 
     Args:
         given, wanted: columns of what goes in, and of the result.
+        rank: columns that would be added; where rows then no longer begin at multiples of 16 bytes, the fastest kernels
+            can't be had for the whole product.
     """
-    return rows * wanted > rows * given + given * wanted
+    return rank % 8 == 0 and rows * wanted > rows * given + given * wanted
 
 
 def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
@@ -133,7 +135,8 @@ adapted_linear.register_autograd(_backward, setup_context=_keep)
 
 
 class _Adapted:
-    """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever."""
+    """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever. A training step that
+    does not bring the copies up to date trains by old ones."""
 
     working_a: Tensor
     working_b: Tensor
@@ -141,7 +144,7 @@ class _Adapted:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()) or self.merged or self.disable_adapters:
             return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
         base = self.base_layer
         weight, blocks = _weight_of(base)

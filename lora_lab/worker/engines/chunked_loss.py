@@ -21,8 +21,11 @@ CHUNK_ELEMENTS = 2**26
 """Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""
 
 _WIDER = 8
-"""And as many as this times the hidden state, about what the tensors of one layer's MLP take anyway: for many rows,
-larger products are nearer to what the card can do."""
+"""Compiled, as many as this times the hidden state, about what the tensors of one layer's MLP take anyway: for many
+rows, larger products are nearer to what the card can do. Operation by operation a logit takes eight times as much."""
+
+_PARTS = 4
+"""But no more than this part of all logits."""
 
 _ALIGNED = 64
 
@@ -57,7 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk) -> Tensor:
         ctx.headroom = _HEADROOM if hidden.dtype is torch.float16 else 1.0
-        size = chunk_rows(hidden.shape[0], *weight.shape)
+        compiled = chunk is not chunk_loss and ctx.needs_input_grad[0]
+        size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0)
         total = torch.zeros((), device=hidden.device)
         slope = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], size):
@@ -79,8 +83,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
-    """Rows of a chunk: as few chunks as may be, of one size but perhaps the last, which suits kernels where it can."""
-    most = max(1, max(CHUNK_ELEMENTS, _WIDER * rows * hidden_size) // vocabulary)
+    """Rows of a chunk: as few chunks as may be, of one size but perhaps the last, which suits kernels where it can.
+
+    Args:
+        hidden_size: 0 where no more than CHUNK_ELEMENTS may exist.
+    """
+    most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden_size, vocabulary // _PARTS)) // vocabulary)
     chunks = -(-rows // most)
     even = -(-rows // chunks)
     aligned = -(-even // _ALIGNED) * _ALIGNED

@@ -9,8 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_lab.config import Checkpointing
 from lora_lab.outcome import Unsupported
 
-_MOST_COMPILATIONS = 64
-"""Of one layer's code: one for each row length, twice that where only every other layer is checkpointed."""
+MOST_COMPILATIONS = 64
+"""Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
+unpacking, one for each shape of a weight."""
 
 
 def compilations() -> int:
@@ -34,7 +35,7 @@ def compile_layers(model: Any) -> None:
         name = type(model.get_base_model()).__name__
         raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+    torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     # without it the first layer's input needs no gradient, which would be one more compilation
     model.get_base_model().enable_input_require_grads()
     for layer in layers:

@@ -13,6 +13,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from lora_lab.worker.engines.compiled import MOST_COMPILATIONS
+
 
 def has_whole_blocks(layer: Any) -> bool:
     """Whether it is a 4-bit layer whose last block bitsandbytes did not have to fill up."""
@@ -71,7 +73,10 @@ def unpacked(
     rows = 0 if below is None else below.shape[0]
     whole = packed[0].new_empty(outputs + rows, inputs + columns, dtype=dtype)
     # whatever forward and backward have autograd and autocast set to: each setting would be one more compilation
-    with torch.no_grad(), torch.autocast(whole.device.type, enabled=False, cache_enabled=False):
+    plain = torch.autocast(whole.device.type, enabled=False, cache_enabled=False)
+    # again, since torch 2.13 keeps such settings by thread, and the backward runs in one of its own
+    limits = torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
+    with torch.no_grad(), plain, limits:
         _compiled_unpack([tensor.detach() for tensor in packed], blocks, whole[:outputs, :inputs])
         if beside is not None:
             whole[:, inputs:] = beside

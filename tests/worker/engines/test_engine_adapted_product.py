@@ -1,6 +1,7 @@
 """A layer and its adapter as few products: PEFT's own result and gradients, however the work is laid out."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from lora_lab.worker.engines import unpacking
 from lora_lab.worker.engines.adapted_product import AdaptedLinear, AdaptedLinear4bit, use_adapted_products, widens
 from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.masks import leave_out_masks
@@ -79,7 +82,7 @@ def assert_same_as_pefts(model: Any, x: Tensor, kind: type) -> None:
     rows=st.integers(1, 70),
     inputs=st.integers(1, 40),
     outputs=st.integers(1, 40),
-    rank=st.integers(1, 9),
+    rank=st.integers(1, 9) | st.just(16),
     bias=st.booleans(),
     alpha=st.sampled_from([1, 3, 16]),
 )
@@ -99,17 +102,29 @@ def test_a_packed_layer(inputs: int, outputs: int, rows: int, nested: bool) -> N
     in the backward."""
     torch.manual_seed(0)
     with torch.compiler.set_stance("force_eager"):
-        model = lone(torch.nn.Linear(inputs, outputs), 4, lora_alpha=12)
+        model = lone(torch.nn.Linear(inputs, outputs), 8, lora_alpha=24)
         pack(model, torch.float32, nested)
         assert_same_as_pefts(model, torch.randn(2, rows, inputs), AdaptedLinear4bit)
 
 
 def test_which_way_is_cheaper() -> None:
     """Of Qwen2.5-1.5B's MLP: up, down, and a layer as wide as what it is given."""
-    assert widens(2048, 1536, 8960)
-    assert not widens(512, 1536, 8960), "the weight has more rows than there are"
-    assert not widens(2048, 8960, 1536)
-    assert not widens(2048, 1536, 1536)
+    assert widens(2048, 1536, 8960, 16)
+    assert not widens(512, 1536, 8960, 16), "the weight has more rows than there are"
+    assert not widens(2048, 8960, 1536, 16)
+    assert not widens(2048, 1536, 1536, 16)
+    assert not widens(2048, 1536, 8960, 4), "rows would begin at 3,080 bytes"
+
+
+def test_merged_or_switched_off_it_is_pefts() -> None:
+    model = lone(torch.nn.Linear(8, 12), 2)
+    use_adapted_products(model, torch.float32)
+    x = torch.randn(3, 8)
+    summed = model(x).detach()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), model.base_model.model.layer.base_layer(x))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), summed)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +242,21 @@ def whole_weight(base: Any) -> Tensor:
 
     unpacked: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
     return unpacked.to(torch.bfloat16).float()
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_too_many_shapes_are_an_error_in_the_backwards_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps its settings by thread from 2.13 on; unpacked step by step, it would be slow in silence."""
+    monkeypatch.setattr(unpacking, "MOST_COMPILATIONS", 2)
+
+    def unpack_three_shapes() -> str:
+        for columns in (1, 2, 3):
+            model = lone(torch.nn.Linear(64, 64 * columns), 8)
+            pack(model, torch.float32, nested=False)
+            packed, blocks = unpacking.packed_weight(model.base_model.model.layer.base_layer)
+            unpacking.unpacked(packed, blocks, 64, torch.float32)
+        return "nothing was said"
+
+    with ThreadPoolExecutor(1) as other, pytest.raises(FailOnRecompileLimitHit):
+        other.submit(unpack_three_shapes).result()
