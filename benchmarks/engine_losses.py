@@ -1,5 +1,6 @@
-"""Does engine=graph learn what engine=eager learns? 100 steps of real text through a real model by each, and by eager
-with its other attention kernel: how far apart one mathematics comes out by rounding alone.
+"""Does engine=graph learn what engine=eager learns? 100 steps of real text through a real model by each; by eager with
+its other attention kernel: how far apart one mathematics comes out by rounding alone; and by eager in fp32, whose
+rounding is next to nothing: which of two that differ is nearer to the truth.
 
     python -m benchmarks.engine_losses OUT [OVERRIDES...]
 
@@ -20,6 +21,7 @@ from benchmarks.cells import provenance, run_cell, write_report
 TRIALS = {
     "eager": ["engine=eager", "attention=sdpa"],
     "eager, other attention kernel": ["engine=eager", "attention=eager"],
+    "eager, fp32": ["engine=eager", "attention=sdpa", "precision=fp32"],
     "liger": ["engine=liger", "attention=sdpa"],
     "compile": ["engine=compile", "attention=sdpa"],
     "graph": ["engine=graph", "attention=sdpa"],
@@ -54,7 +56,11 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"| {name} | {first:.4f} | {last:.4f} | {held} |")
     if content["left_out"]:
         lines += ["", *(f"- {name}: {why}" for name, why in content["left_out"].items())]
-    return "\n".join(lines) + "\n\nNats a token. All from one seed: the same rows in the same order, the same adapters."
+    lines += [
+        "",
+        "Nats a token. All from one seed: the same rows in the same order, the same adapters. In fp32 the frozen",
+    ]
+    return "\n".join([*lines, "weights are as they were stored, not rounded to 16 bits."])
 
 
 def main() -> None:
