@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for number, (name, changes) in enumerate(TRIALS.items()):
             folder = Path(place) / str(number)
-            record = run_cell([*COMMON, *changes, *overrides], folder)
+            record = run_cell([*COMMON, *overrides, *changes], folder)
             if record["outcome"] != "finished":
                 content["left_out"][name] = f"{record['outcome']}, {record['tags'].get('reason', 'no reason given')}"
                 continue
