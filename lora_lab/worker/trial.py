@@ -1,5 +1,6 @@
 """One trial from the worker's side: data, model, evaluation, training, evaluation, adapter."""
 
+import contextlib
 import os
 import resource
 import time
@@ -52,13 +53,12 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
             _tell_matmul_rate(config, device, clock, emit)
         transformers.set_seed(config.seed)
         _train(config, folder, emit, clock, device)
+        clock.leave()
         end = End(outcome=Outcome.finished, reason="")
     except Exception as error:  # the one broad except: every way to stop becomes a recorded end
         end = end_of(error)
-    try:
-        clock.leave()
-    except RuntimeError as error:  # a CUDA context that failed answers nothing any more
-        end = end if end.outcome is not Outcome.finished else end_of(error)
+        with contextlib.suppress(RuntimeError):  # a CUDA context that failed answers nothing any more
+            clock.leave()
     emit(
         Ended(
             t=time.monotonic(),

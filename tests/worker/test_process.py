@@ -8,10 +8,10 @@ import torch
 from torch._dynamo.device_interface import CpuInterface, CudaInterface
 from torch.utils import _triton
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import OptimizerConfig, TrialConfig
 from lora_lab.events import Ended, Event
+from lora_lab.worker import trial
 from lora_lab.worker.process import forget_hidden_gpus
-from lora_lab.worker.trial import run_trial
 
 
 def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,25 +32,42 @@ def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypat
         _triton.has_triton.cache_clear()
 
 
+def break_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", dict)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+
+
+def test_a_context_that_breaks_at_the_very_end_is_no_finished_trial(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(trial, "_train", lambda *_: break_the_card(monkeypatch))
+    said: list[Event] = []
+    trial.run_trial(
+        TrialConfig(optimizer=OptimizerConfig(optim="adamw_torch_fused"), share_device=True), tmp_path, said.append
+    )
+    last = said[-1]
+    assert isinstance(last, Ended)
+    assert (last.outcome, last.reason) == ("failed", "RuntimeError: CUDA error: device-side assert triggered")
+
+
 def test_a_context_that_answers_nothing_does_not_hide_what_happened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """After a device-side assert, asking for free memory fails as well."""
-
-    def fails() -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
     said: list[Event] = []
 
     def emit(event: Event) -> None:
         said.append(event)
         if len(said) == 1:
-            monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-            monkeypatch.setattr(torch.cuda, "memory_stats", dict)
-            monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+            break_the_card(monkeypatch)
             raise RuntimeError("CUDA error: an illegal memory access, first")
 
-    run_trial(TrialConfig(), tmp_path, emit)
+    trial.run_trial(TrialConfig(), tmp_path, emit)
     last = said[-1]
     assert isinstance(last, Ended)
     assert (last.outcome, last.reason) == ("failed", "RuntimeError: CUDA error: an illegal memory access, first")
