@@ -1,4 +1,4 @@
-"""A layer and its adapter as few large products, in place of one for each factor and a sum.
+"""Layers and their adapters as few large products, in place of one for each factor and a sum.
 
 PEFT calculates x W' + s (x A') B' (a dash: transposed) operation by operation. The product with B is as wide as the
 layer's result, and is written and read once more for the sum, in the forward and in the backward. Two ways avoid
@@ -9,62 +9,95 @@ that, and round once or twice where PEFT rounds three times:
 - onto: s x A' times B' first, onto which the large product adds while it is written.
 
 The gradient over x is of the same form, with W and A in the places of W' and B'. Those over A and B are PEFT's own.
+
+Layers that are given the same x are one layer to both: W and A are theirs one below the other, and B has theirs as
+blocks on its diagonal, zeros elsewhere. With few columns these zeros cost nothing: a product so thin takes as long as
+it takes to read its other side.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
-from peft.tuners.lora.layer import Linear as PeftLinear
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lab.worker.engines.unpacking import has_whole_blocks, packed_weight, unpacked
+from lora_lab.worker.engines.unpacking import unpacked
+
+_FILLED = 2**23
+"""Elements of a product's result from which it fills a large card by itself: two tiles of 128 x 256 for each of an
+H100's 132 multiprocessors. Reasoned, not measured."""
 
 
 @torch.library.custom_op("lora_lab::adapted_linear", mutates_args=())
 def adapted_linear(
-    x: Tensor, a: Tensor, b: Tensor, scaling: float, weight: list[Tensor], blocks: list[int]
-) -> tuple[Tensor, Tensor]:
-    """A layer's result with its adapter's, and what the backward needs again.
+    x: Tensor, a: Tensor, b: Tensor, scaling: float, weights: list[Tensor], blocks: list[int], parts: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The results of layers with their adapters', and what the backward needs again.
 
     Args:
-        x: (..., inputs), in the format of `a` (rank, inputs) and `b` (outputs, rank).
-        weight, blocks: as from `packed_weight`; the matrix (outputs, inputs) and no blocks where it is not packed.
+        x: (..., inputs), in the format of `a` (ranks, inputs) and `b` (outputs, ranks), over all layers.
+        weights, blocks: as from `packed_weight`, of all layers at once or of one after the other; one matrix
+            (outputs, inputs) and no blocks where they are not packed.
+        parts: each layer's own A (rank, inputs) and B (outputs, rank), over which there are gradients.
 
-    Returns: (..., outputs); scaling x A', (rows, rank).
+    Returns: (..., outputs) for each layer, or all of them side by side in one, see `is_apart`; scaling x A',
+        (rows, ranks).
     """
-    outputs, inputs = b.shape[0], a.shape[1]
+    outputs, inputs = _outputs(parts), a.shape[1]
     rows = x.reshape(-1, inputs)
     narrow = _scaled(rows, a.t(), scaling)
-    if widens(len(rows), inputs, outputs, len(a)):
-        result = torch.cat([rows, narrow], 1) @ _matrix(weight, blocks, inputs, x.dtype, beside=b).t()
+    widths = outputs if is_apart(len(rows), outputs) else [sum(outputs)]
+    results = []
+    if widens(len(rows), inputs, sum(outputs), len(a)):
+        given = torch.cat([rows, narrow], 1)
+        matrix = _matrix(weights, blocks, inputs, x.dtype, beside=b)
+        results = [given @ part.t() for part in matrix.split(widths)]
     else:
-        result = narrow @ b.t()
-        result.addmm_(rows, _matrix(weight, blocks, inputs, x.dtype).t())
-    return result.view(*x.shape[:-1], outputs), narrow
+        matrix = _matrix(weights, blocks, inputs, x.dtype)
+        for part, adapter in zip(matrix.split(widths), b.split(widths), strict=True):
+            results.append((narrow @ adapter.t()).addmm_(rows, part.t()))
+    # not `view`: of many results that are views, none may be changed in place
+    return [torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[1]]) for result in results], narrow
 
 
 @torch.library.custom_op("lora_lab::adapted_linear_slope", mutates_args=())
 def adapted_linear_slope(
-    slope: Tensor,
+    slopes: list[Tensor],
     x: Tensor,
     narrow: Tensor,
     a: Tensor,
     b: Tensor,
     scaling: float,
-    weight: list[Tensor],
+    weights: list[Tensor],
     blocks: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients over x, a and b, from that over the result: slope (..., outputs)."""
-    outputs, inputs = b.shape[0], a.shape[1]
-    rows, slopes = x.reshape(-1, inputs), slope.reshape(-1, outputs)
-    back = _scaled(slopes, b, scaling)
-    if widens(len(rows), outputs, inputs, len(a)):
-        over_x = torch.cat([slopes, back], 1) @ _matrix(weight, blocks, inputs, x.dtype, below=a)
+    outputs: list[int],
+    ranks: list[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients over x, `a` whole, and each layer's own B, from those over the results.
+
+    Slopes that come apart are not joined: that is to copy them, and they are the largest there is. Onto the
+    gradient over x, which is narrower, each adds its share.
+
+    Args:
+        slopes: (..., outputs), one or many, as the results were.
+        outputs, ranks: of each layer.
+    """
+    inputs = a.shape[1]
+    rows = x.reshape(-1, inputs)
+    slopes = [slope.reshape(-1, slope.shape[-1]) for slope in slopes]
+    widths = [slope.shape[1] for slope in slopes]
+    back, *others = [_scaled(slope, part, scaling) for slope, part in zip(slopes, b.split(widths), strict=True)]
+    for other in others:  # zeros to all columns but its own
+        back += other
+    if widens(len(rows), sum(outputs), inputs, len(a)):
+        over_x = torch.cat([*slopes, back], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
     else:
         over_x = back @ a
-        over_x.addmm_(slopes, _matrix(weight, blocks, inputs, x.dtype))
-    return over_x.view_as(x), back.t() @ rows, slopes.t() @ narrow
+        matrix = _matrix(weights, blocks, inputs, x.dtype)
+        for slope, part in zip(slopes, matrix.split(widths), strict=True):
+            over_x.addmm_(slope, part)
+    each = slopes if len(slopes) == len(outputs) else slopes[0].split(outputs, 1)
+    over_b = [slope.t() @ own for slope, own in zip(each, narrow.split(ranks, 1), strict=True)]
+    return over_x.view_as(x), back.t() @ rows, over_b
 
 
 def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
@@ -81,13 +114,27 @@ def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
     return rank % 8 == 0 and rows * wanted > rows * given + given * wanted
 
 
+def is_apart(rows: int, outputs: list[int]) -> bool:
+    """Whether layers' results are tensors of their own, each by a product of its own, in place of one for all.
+
+    One product saves launches, and fills a card that the narrowest would leave half empty. But who keeps a part of its
+    result for the backward keeps all of it (v of q, k and v), and slopes have to be joined for the way back, which
+    goes over them once more. That weighs more, the more rows there are.
+    """
+    return len(outputs) > 1 and rows * min(outputs) >= _FILLED
+
+
+def _outputs(parts: list[Tensor]) -> list[int]:
+    return [b.shape[0] for b in parts[1::2]]
+
+
 def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
     """A product, multiplied before it is rounded."""
     return torch.addmm(one.new_empty(one.shape[0], other.shape[1]), one, other, beta=0, alpha=factor)
 
 
 def _matrix(
-    weight: list[Tensor],
+    weights: list[Tensor],
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
@@ -95,10 +142,12 @@ def _matrix(
     below: Tensor | None = None,
 ) -> Tensor:
     if blocks:
-        return unpacked(weight, blocks, inputs, dtype, beside, below)
+        each = 3 * len(blocks)
+        packed = [weights[first : first + each] for first in range(0, len(weights), each)]
+        return unpacked(packed, blocks, inputs, dtype, beside, below)
     if beside is not None:
-        return torch.cat([weight[0], beside], 1)
-    return weight[0] if below is None else torch.cat([weight[0], below], 0)
+        return torch.cat([weights[0], beside], 1)
+    return weights[0] if below is None else torch.cat([weights[0], below], 0)
 
 
 @adapted_linear.register_fake
@@ -107,95 +156,47 @@ def _(
     a: Tensor,
     b: Tensor,
     scaling: float,  # noqa: ARG001
-    weight: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],  # noqa: ARG001
     blocks: list[int],  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x[..., 0].numel(), a.shape[0])
+    parts: list[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    rows, outputs = x[..., 0].numel(), _outputs(parts)
+    widths = outputs if is_apart(rows, outputs) else [b.shape[0]]
+    return [x.new_empty(*x.shape[:-1], width) for width in widths], x.new_empty(rows, a.shape[0])
 
 
 @adapted_linear_slope.register_fake
-def _(slope: Tensor, x: Tensor, narrow: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), torch.empty_like(b)
+def _(
+    slopes: list[Tensor],  # noqa: ARG001
+    x: Tensor,
+    narrow: Tensor,  # noqa: ARG001
+    a: Tensor,
+    b: Tensor,
+    scaling: float,  # noqa: ARG001
+    weights: list[Tensor],  # noqa: ARG001
+    blocks: list[int],  # noqa: ARG001
+    outputs: list[int],
+    ranks: list[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    over_b = [b.new_empty(wide, rank) for wide, rank in zip(outputs, ranks, strict=True)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), over_b
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, a, b, ctx.scaling, weight, ctx.blocks = inputs
-    ctx.save_for_backward(x, output[1], a, b, *weight)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, a, b, ctx.scaling, weights, ctx.blocks, parts = inputs
+    ctx.outputs, ctx.ranks = _outputs(parts), [part.shape[0] for part in parts[::2]]
+    ctx.save_for_backward(x, output[1], a, b, *weights)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x, narrow, a, b, *weight = ctx.saved_tensors
-    over_x, over_a, over_b = adapted_linear_slope(slope, x, narrow, a, b, ctx.scaling, weight, ctx.blocks)
+def _backward(ctx: Any, slopes: list[Tensor], _: Tensor) -> tuple[Any, ...]:
+    x, narrow, a, b, *weights = ctx.saved_tensors
+    over_x, over_a, over_b = adapted_linear_slope(
+        slopes, x, narrow, a, b, ctx.scaling, weights, ctx.blocks, ctx.outputs, ctx.ranks
+    )
+    over_parts = [part for pair in zip(over_a.split(ctx.ranks), over_b, strict=True) for part in pair]
     # torch wants the structure of what was given, and takes an empty list for one of tensors
-    return over_x, over_a, over_b, None, [None] * len(weight), None if ctx.blocks else []
+    return over_x, None, None, None, [None] * len(weights), None if ctx.blocks else [], over_parts
 
 
 adapted_linear.register_autograd(_backward, setup_context=_keep)
-
-
-class _Adapted:
-    """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever. A training step that
-    does not bring the copies up to date trains by old ones."""
-
-    working_a: Tensor
-    working_b: Tensor
-    """The adapter in the format of the product."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        if not (self.training and torch.is_grad_enabled()) or self.merged or self.disable_adapters:
-            return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        base = self.base_layer
-        weight, blocks = _weight_of(base)
-        [adapter] = self.active_adapters
-        a, b = self.working_a, self.working_b
-        result: Tensor = adapted_linear(x.to(a.dtype), a, b, float(self.scaling[adapter]), weight, blocks)[0]
-        if base.bias is not None:
-            result = result + base.bias.to(result.dtype)
-        return result.to(x.dtype) if blocks else result  # as bitsandbytes and torch have it
-
-
-class AdaptedLinear(_Adapted, PeftLinear):
-    """PEFT's, over a plain layer."""
-
-
-class AdaptedLinear4bit(_Adapted, PeftLinear4bit):
-    """PEFT's, over one in 4 bits."""
-
-
-def _weight_of(base: Any) -> tuple[list[Tensor], list[int]]:
-    return packed_weight(base) if hasattr(base.weight, "quant_state") else ([base.weight], [])
-
-
-def use_adapted_products(model: Any, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Let adapted layers calculate so in training, over copies of their adapters in `dtype`: autocast would convert
-    each in each step by itself. Whoever trains has to bring the copies up to date, and takes gradients over them.
-
-    Layers with dropout before the adapter, or another adapter than a plain one, stay as they are.
-
-    Returns: for each adapter's matrix its copy.
-    """
-    copies: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        if not _is_plain(module, dtype):
-            continue
-        [adapter] = module.active_adapters
-        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        module.working_a, module.working_b = (p.detach().to(dtype, copy=True).requires_grad_() for p in (a, b))
-        copies[a], copies[b] = module.working_a, module.working_b
-        module.__class__ = AdaptedLinear4bit if type(module) is PeftLinear4bit else AdaptedLinear
-    return copies
-
-
-def _is_plain(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a layer is PEFT's sum of a frozen product and one adapter's, and no more."""
-    if type(module) not in (PeftLinear, PeftLinear4bit) or module.merged or len(module.active_adapters) != 1:
-        return False
-    [adapter] = module.active_adapters
-    if adapter not in module.lora_A or adapter in module.lora_variant or module.lora_B[adapter].bias is not None:
-        return False
-    base, a, b = module.base_layer, module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    known = has_whole_blocks(base) or (type(base) is nn.Linear and base.weight.dtype is dtype)
-    trained = a.requires_grad and b.requires_grad and not base.weight.requires_grad
-    return known and trained and isinstance(module.lora_dropout[adapter], nn.Identity) and not module.fan_in_fan_out

@@ -96,7 +96,7 @@ class Engine(TrainerCallback):
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
         # not above: they bring bitsandbytes, which the server that workers are forked from must not import
-        from lora_lab.worker.engines.adapted_product import use_adapted_products
+        from lora_lab.worker.engines.adapted_layers import use_adapted_products
         from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
 
         # for graph alone: their launches cost more than they save where the host is waited for

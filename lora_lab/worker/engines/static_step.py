@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
+from lora_lab.worker.engines.working_copies import WorkingCopies
+
 _WATCHED = 3
 """Optimizer steps, and replays of a shape, before which memory is looked at. What else is in use grows no more after
 these: the optimizer has its state."""
@@ -55,7 +57,7 @@ class StaticStep:
         model: Any,
         autocast: Callable[[], Any],
         graphs: bool = True,
-        copies: Mapping[Tensor, Tensor] | None = None,
+        copies: WorkingCopies | None = None,
     ) -> None:
         """Takes the model's present forward.
 
@@ -81,7 +83,7 @@ class StaticStep:
         self.recording_peak_bytes = 0
         """Most memory in use while steps were recorded."""
         self.replays = 0
-        self._copies = dict(copies or {})
+        self._copies = WorkingCopies() if copies is None else copies
         self._used = [self._copies.get(p, p) for p in self.parameters]
         self._autocast = autocast
         self._graphs = graphs
@@ -147,9 +149,7 @@ class StaticStep:
 
     def calculate(self, batch: Batch) -> Tensor:
         """Forward and backward, operation by operation: the loss, and the gradients into their buffers."""
-        if self._copies:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+        self._copies.refresh()
         loss, gradients = forward_and_backward(self.forward, self._autocast, batch, self._used, self._scale)
         torch._foreach_copy_(self._gradients, gradients)
         return loss

@@ -39,13 +39,13 @@ def unpack(packed: list[Tensor], blocks: list[int], matrix: Tensor) -> None:
     """Write the weights into `matrix` (outputs, inputs): for every block its scale times what the values stand for.
 
     Args:
-        packed, blocks: as from `packed_weight`.
+        packed, blocks: as from `packed_weight`; or of many layers, what their scales lie around told for each block.
     """
     weights, code, scales, *nested = packed
     if nested:
         scales_code, scales_scales, offset = nested
         block = torch.arange(scales.numel(), device=scales.device) // blocks[1]
-        scales = scales_code[scales.int()] * scales_scales[block] + offset
+        scales = scales_code[scales.int()] * scales_scales[block] + (offset[block] if offset.dim() else offset)
     shifts = 4 - 4 * torch.arange(2, device=weights.device, dtype=torch.uint8)
     halves = (weights.view(-1, blocks[0] // 2, 1) >> shifts) & 15
     matrix.copy_((code[halves.int()] * scales.view(-1, 1, 1)).view(matrix.shape))
@@ -55,46 +55,49 @@ _compiled_unpack = torch.compile(unpack, dynamic=False)
 
 
 def unpacked(
-    packed: list[Tensor],
+    packed: list[list[Tensor]],
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
     beside: Tensor | None = None,
     below: Tensor | None = None,
 ) -> Tensor:
-    """The weights (outputs, inputs) by one kernel, and by one more what is to stand beside or below them.
+    """Layers' weights (outputs, inputs), one below the other, by one kernel each, and by one more what is to stand
+    beside or below them.
 
     Args:
+        packed, blocks: as from `packed_weight`, of each layer.
         beside: further columns, (outputs, any).
         below: further rows, (any, inputs).
     """
-    outputs = 2 * packed[0].numel() // inputs
+    outputs = [2 * layer[0].numel() // inputs for layer in packed]
     columns = 0 if beside is None else beside.shape[1]
     rows = 0 if below is None else below.shape[0]
-    whole = packed[0].new_empty(outputs + rows, inputs + columns, dtype=dtype)
+    whole = packed[0][0].new_empty(sum(outputs) + rows, inputs + columns, dtype=dtype)
     # whatever forward and backward have autograd and autocast set to: each setting would be one more compilation
     plain = torch.autocast(whole.device.type, enabled=False, cache_enabled=False)
     # again, since torch 2.13 keeps such settings by thread, and the backward runs in one of its own
     limits = torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), plain, limits:
-        _compiled_unpack([tensor.detach() for tensor in packed], blocks, whole[:outputs, :inputs])
+        for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
+            _compiled_unpack([tensor.detach() for tensor in layer], blocks, place)
         if beside is not None:
             whole[:, inputs:] = beside
         if below is not None:
-            whole[outputs:] = below
+            whole[sum(outputs) :] = below
     return whole
 
 
 @torch.library.custom_op("lora_lab::linear_4bit", mutates_args=())
 def linear_4bit(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tensor:  # noqa: ARG001  # its shape is told by it
     """X (..., inputs) times the transposed weight (outputs, inputs)."""
-    return torch.nn.functional.linear(x, unpacked(packed, blocks, x.shape[-1], x.dtype))
+    return torch.nn.functional.linear(x, unpacked([packed], blocks, x.shape[-1], x.dtype))
 
 
 @torch.library.custom_op("lora_lab::linear_4bit_slope", mutates_args=())
 def linear_4bit_slope(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
     """The gradient over x, from that over the result: slope (..., outputs) times the weight."""
-    return torch.matmul(slope, unpacked(packed, blocks, inputs, slope.dtype))
+    return torch.matmul(slope, unpacked([packed], blocks, inputs, slope.dtype))
 
 
 @linear_4bit.register_fake

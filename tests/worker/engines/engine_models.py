@@ -1,5 +1,6 @@
 """Small causal language models with adapters, and batches for them."""
 
+import functools
 import importlib
 import warnings
 from typing import Any
@@ -15,7 +16,7 @@ with warnings.catch_warnings():
     # torch's own, while it imports its compiler
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
     importlib.import_module("lora_lab.worker.engines.engine")
-    importlib.import_module("lora_lab.worker.engines.adapted_product")
+    importlib.import_module("lora_lab.worker.engines.adapted_layers")
 
 torch.set_num_threads(1)  # on a machine that is shared, two threads wait for each other longer than they calculate
 
@@ -97,3 +98,42 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference between gradients, as a share of their tensor's largest."""
     assert one.keys() == other.keys()
     return max(float((one[n] - other[n]).abs().max() / other[n].abs().max().clamp(min=1e-12)) for n in one)
+
+
+def pack(model: Any, dtype: torch.dtype, nested: bool = True) -> None:
+    """Adapted layers in 4 bits that calculate in `dtype`, as PEFT makes them of a model that was loaded so."""
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+
+    for module in model.modules():
+        if not hasattr(module, "base_layer"):
+            continue
+        base, has_bias = module.base_layer, module.base_layer.bias is not None
+        new = Linear4bit(base.in_features, base.out_features, has_bias, dtype, nested, quant_type="nf4")
+        new.load_state_dict({name: value.float() for name, value in base.state_dict().items()})
+        module.base_layer = new.to("cpu").requires_grad_(False)  # packs it
+        module.__class__ = PeftLinear4bit
+
+
+def stepped(model: Any, dtype: torch.dtype) -> Any:
+    """A model that trains by its adapted products, in a step that is not recorded."""
+    from lora_lab.worker.engines.adapted_layers import use_adapted_products
+    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+
+    copies = use_adapted_products(model, dtype)
+    autocast = functools.partial(torch.autocast, "cpu", dtype, dtype is not torch.float32, cache_enabled=False)
+    step = StaticStep(model, autocast, graphs=False, copies=copies)
+    use_static_step(model, step)
+    return step
+
+
+def groups(model: Any) -> list[list[str]]:
+    """The names of layers that are calculated together, in the order of the model."""
+    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    firsts = [module for module in model.modules() if getattr(module, "others", None)]
+    return [[names[layer] for layer in [first, *first.others]] for first in firsts]
+
+
+def nothing_is_kept(model: Any) -> bool:
+    """Whether no layer holds another's result."""
+    return all(module.handed is None for module in model.modules() if hasattr(module, "handed"))

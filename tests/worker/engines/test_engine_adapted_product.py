@@ -1,13 +1,12 @@
 """A layer and its adapter as few products: PEFT's own result and gradients, however the work is laid out."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import compiles
-from engine_models import adapted, adapters, furthest, loss_and_gradients, padded
+from engine_models import adapted, adapters, furthest, loss_and_gradients, pack, padded, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from lora_lab.worker.engines import unpacking
-from lora_lab.worker.engines.adapted_product import AdaptedLinear, AdaptedLinear4bit, use_adapted_products, widens
+from lora_lab.worker.engines.adapted_layers import AdaptedLinear, AdaptedLinear4bit, use_adapted_products
+from lora_lab.worker.engines.adapted_product import widens
 from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.masks import leave_out_masks
-from lora_lab.worker.engines.static_step import StaticStep, use_static_step
 from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
 
 
@@ -42,21 +41,6 @@ def lone(layer: Any, rank: int, **asked: Any) -> Any:
         for parameter in adapters(made).values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return made.train()
-
-
-def pack(model: Any, dtype: torch.dtype, nested: bool = True) -> None:
-    """Adapted layers in 4 bits that calculate in `dtype`, as PEFT makes them of a model that was loaded so."""
-    from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
-
-    for module in model.modules():
-        if not hasattr(module, "base_layer"):
-            continue
-        base, has_bias = module.base_layer, module.base_layer.bias is not None
-        new = Linear4bit(base.in_features, base.out_features, has_bias, dtype, nested, quant_type="nf4")
-        new.load_state_dict({name: value.float() for name, value in base.state_dict().items()})
-        module.base_layer = new.to("cpu").requires_grad_(False)  # packs it
-        module.__class__ = PeftLinear4bit
 
 
 def slopes(model: Any, x: Tensor, used: dict[Tensor, Tensor]) -> list[Tensor]:
@@ -158,14 +142,6 @@ def test_evaluation_uses_what_was_learned_and_not_its_copy() -> None:
         assert torch.equal(model(x), fresh(x))
 
 
-def stepped(model: Any, dtype: torch.dtype) -> StaticStep:
-    copies = use_adapted_products(model, dtype)
-    autocast = functools.partial(torch.autocast, "cpu", dtype, dtype is not torch.float32, cache_enabled=False)
-    step = StaticStep(model, autocast, graphs=False, copies=copies)
-    use_static_step(model, step)
-    return step
-
-
 def test_a_step_sees_every_change_of_the_adapters() -> None:
     changed, plain = adapted(), adapted()
     step = stepped(changed, torch.float32)
@@ -255,7 +231,7 @@ def test_too_many_shapes_are_an_error_in_the_backwards_thread_too(monkeypatch: p
             model = lone(torch.nn.Linear(64, 64 * columns), 8)
             pack(model, torch.float32, nested=False)
             packed, blocks = unpacking.packed_weight(model.base_model.model.layer.base_layer)
-            unpacking.unpacked(packed, blocks, 64, torch.float32)
+            unpacking.unpacked([packed], blocks, 64, torch.float32)
         return "nothing was said"
 
     with ThreadPoolExecutor(1) as other, pytest.raises(FailOnRecompileLimitHit):
