@@ -1,0 +1,94 @@
+"""The kernels of `thin_products`. Imported only where they run: Triton comes with torch for CUDA alone."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def products(
+    slopes: tl.tensor,
+    b: tl.tensor,
+    narrow: tl.tensor,
+    backs: tl.tensor,
+    overs: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    span: tl.tensor,
+    rank: tl.constexpr,
+    padded: tl.constexpr,
+    tall: tl.constexpr,
+    wide: tl.constexpr,
+) -> None:
+    """Of a block of `wide` columns and a part of `span` rows: what it adds to both products, unrounded.
+
+    It goes down the rows by tiles of `tall`. Each is copied to shared memory while those before are multiplied, and
+    both products take it from there, one of them transposed.
+
+    Args:
+        backs: (blocks of columns, rows, rank).
+        overs: (parts of rows, columns, rank).
+        padded: the rank as Triton wants a product's side, a power of two from 16.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    start = part * span
+    down = tl.arange(0, tall)[:, None]
+    across = tl.arange(0, wide)
+    ranks = tl.arange(0, padded)[None, :]
+    in_columns = block * wide + across < columns
+    in_b = in_columns[:, None] & (ranks < rank)
+    b_at = (block * wide + across)[:, None] * rank + ranks
+    b_block = tl.load(b + b_at, mask=in_b, other=0.0)
+    over = tl.full([wide, padded], 0.0, tl.float32)
+    # what moves is one pointer a matrix, in 64 bits; places in a tile stay the same, in 32
+    slopes += start * columns + block * wide
+    narrow += start * rank
+    backs += (block * rows + start) * rank
+    tile_at = down * columns + across[None, :]
+    thin_at = down * rank + ranks
+    left = tl.minimum(span, rows - start).to(tl.int32)
+    for done in range(0, left, tall):
+        in_rows = down < left - done
+        in_thin = in_rows & (ranks < rank)
+        tile = tl.load(slopes + tile_at, mask=in_rows & in_columns[None, :], other=0.0)
+        narrow_tile = tl.load(narrow + thin_at, mask=in_thin, other=0.0)
+        # in this order: the other way round ptxas lets every instruction of an H100's products wait for the last
+        over = tl.dot(tl.trans(tile), narrow_tile, over, input_precision="ieee")
+        back = tl.dot(tile, b_block, input_precision="ieee")
+        tl.store(backs + thin_at, back, mask=in_thin)
+        slopes += tall * columns
+        narrow += tall * rank
+        backs += tall * rank
+    tl.store(overs + part * columns * rank + b_at, over, mask=in_b)
+
+
+@triton.jit
+def sums(
+    back: tl.tensor,
+    backs: tl.tensor,
+    back_size: tl.tensor,
+    blocks: tl.tensor,
+    over: tl.tensor,
+    overs: tl.tensor,
+    over_size: tl.tensor,
+    parts: tl.tensor,
+    scaling: tl.tensor,
+    size: tl.constexpr,
+) -> None:
+    """Both products from what `products` found, added up in the order of blocks and parts, and rounded."""
+    if tl.program_id(1) == 0:
+        _sum(back, backs, back_size, blocks, scaling, size)
+    else:
+        _sum(over, overs, over_size, parts, 1.0, size)
+
+
+@triton.jit
+def _sum(
+    whole: tl.tensor, addends: tl.tensor, length: tl.tensor, count: tl.tensor, factor: tl.tensor, size: tl.constexpr
+) -> None:
+    at = tl.program_id(0) * size + tl.arange(0, size)
+    total = tl.full([size], 0.0, tl.float32)
+    for _ in tl.range(0, count, loop_unroll_factor=8):  # so many readings wait for memory together
+        total += tl.load(addends + at, mask=at < length, other=0.0)
+        addends += length
+    tl.store(whole + at, (total * factor).to(whole.dtype.element_ty), mask=at < length)

@@ -1,0 +1,121 @@
+"""The two thin products of an adapter's backward, from one reading of the gradient in place of two.
+
+The gradient over a layer's result, (rows, outputs), is multiplied with B for what goes on to A, and its transpose with
+what A made of the input. Both are as narrow as the adapter's rank, and take as long as the gradient takes to be read:
+294 MB at 16384 rows of 8960 in 16 bits, 98 microseconds each at an H100's 3 TB/s. Here each piece of it is read once
+and multiplied twice while it lies on the chip. What the pieces add to the products is kept in 32 bits, there 23 MB to
+write and to read again, and added up in a fixed order: the results are the same bits each time.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+LEAST_READ_ONCE = 2**26
+"""Elements of the gradient from which it pays: of less, an H100's cache of 50 MB has much when it is read again."""
+
+MOST_RANK = 64
+
+HAS_TRITON = find_spec("triton") is not None
+
+_TALL = 64
+"""Rows of a tile: the least that a group of warps of an H100 multiplies from shared memory."""
+
+_LEAD = 4
+"""Tiles for whose time a program does not read yet, or not any more: it starts, and writes what it found."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel goes about it.
+
+    Args:
+        wide: columns of a tile.
+        stages: tiles in shared memory, read ahead where the card can multiply from there.
+        together: programs that a multiprocessor has room for.
+    """
+
+    wide: int
+    warps: int
+    stages: int
+    together: int
+
+
+def tiling(capability: tuple[int, int], padded: int) -> Tiling:
+    """Wide tiles, of which each row block leaves fewer addends, where shared memory holds three (227 KB on an H100);
+    elsewhere such as fit into half of a small card's 99 KB.
+
+    Args:
+        padded: the rank as a power of two from 16.
+    """
+    if capability[0] == 9:
+        return Tiling(512, 8, 3, 1) if padded == 16 else Tiling(256, 8, 3, 1)
+    return Tiling(128, 4, 3, 3) if padded < 64 else Tiling(128, 8, 3, 2)
+
+
+def reads_once(rows: int, columns: int, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `thin_products` is worth it for a gradient (rows, columns).
+
+    Columns that are no multiple of 16 can't be copied 16 bytes at a time, and Triton has no such products for cards
+    before Ampere.
+    """
+    if rows * columns < LEAST_READ_ONCE or columns % 16 or rank > MOST_RANK or dtype.itemsize != 2:
+        return False
+    return device.type == "cuda" and _card(device)[0] >= (8, 0) and HAS_TRITON
+
+
+def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Scaling times the product of slopes and b, and that of slopes transposed and narrow.
+
+    Its first call of a kind compiles, and so must not be in a CUDA graph's capture; later ones may.
+
+    Args:
+        slopes: (rows, columns).
+        b: (columns, rank).
+        narrow: (rows, rank); all contiguous, on one device and in one format.
+
+    Returns: (rows, rank); (columns, rank).
+    """
+    from lora_lab.worker.engines import thin_kernels  # Triton comes with torch for CUDA alone
+
+    (rows, columns), rank = slopes.shape, b.shape[1]
+    padded = max(16, 1 << (rank - 1).bit_length())
+    capability, processors = _card(slopes.device)
+    way = tiling(capability, padded)
+    blocks = -(-columns // way.wide)
+    span = _TALL * _tiles_of_part(-(-rows // _TALL), blocks, processors * way.together)
+    parts = -(-rows // span)
+    backs = slopes.new_empty(blocks, rows, rank, dtype=torch.float32)
+    overs = slopes.new_empty(parts, columns, rank, dtype=torch.float32)
+    back, over = slopes.new_empty(rows, rank), slopes.new_empty(columns, rank)
+    shape = {"rank": rank, "padded": padded, "tall": _TALL, "wide": way.wide}
+    thin_kernels.products[blocks, parts](
+        *(slopes, b, narrow, backs, overs, rows, columns, span), **shape, num_warps=way.warps, num_stages=way.stages
+    )
+    size = 512
+    thin_kernels.sums[-(-max(back.numel(), over.numel()) // size), 2](
+        *(back, backs, back.numel(), blocks, over, overs, over.numel(), parts, scaling), size=size
+    )
+    return back, over
+
+
+@lru_cache
+def _card(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Its capability and multiprocessors; an H100's for a CPU, which only tests."""
+    if device.type != "cuda":
+        return (9, 0), 132
+    card = torch.cuda.get_device_properties(device)
+    return (card.major, card.minor), card.multi_processor_count
+
+
+@lru_cache
+def _tiles_of_part(tiles: int, blocks: int, slots: int) -> int:
+    """Into how many tiles of each block of columns the programs should divide `tiles`, `slots` running at a time."""
+
+    def time(each: int) -> int:
+        return -(-blocks * -(-tiles // each) // slots) * (each + _LEAD)
+
+    return min(range(tiles, 0, -1), key=time)

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from torch import Tensor
+
+from lora_lab.worker.engines import thin_products as module
+from lora_lab.worker.engines.thin_products import reads_once, thin_products, tiling
+
+ON_CARD = torch.cuda.is_available()
+
+triton = pytest.mark.skipif(not module.HAS_TRITON, reason="Triton comes with torch for CUDA alone")
+
+# of numpy before 2.4, by Triton's interpreter; it has no loop with a newer one
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_CARD:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # before the kernels are defined
+
+
+def device_for(dtype: torch.dtype) -> str:
+    """Where kernels can run with this format, or the test is skipped."""
+    if ON_CARD:
+        if dtype is torch.float32:
+            pytest.skip("a card's shared memory holds tiles of 16 bits; those of 32 are for the interpreter")
+        return "cuda"
+    if dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as whole numbers")
+    numpy = pytest.importorskip("numpy")
+    if numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter has no loop with this numpy")
+    return "cpu"
+
+
+def given(rows: int, columns: int, rank: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    chance = torch.Generator(device).manual_seed(rows + columns + rank)
+    shapes = ((rows, columns), (columns, rank), (rows, rank))
+    slopes, b, narrow = (torch.randn(*shape, generator=chance, device=device).to(dtype) for shape in shapes)
+    return slopes, b, narrow
+
+
+def check(found: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
+    """Within one rounding to its format, and what 32 bits lose over the sum."""
+    exact = factor * (one.double() @ other.double())
+    lost = 2e-6 * factor * (one.double().abs() @ other.double().abs())
+    assert found.dtype is one.dtype
+    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(found.dtype).eps / 2 * 1.001 + lost).all()
+
+
+@triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"),
+    [(100, 64, 8), (300, 1100, 16), (129, 528, 24), (192, 512, 48), (1, 1, 1), (65, 257, 64)],
+)
+def test_both_products_are_rounded_once(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    slopes, b, narrow = given(rows, columns, rank, dtype, device_for(dtype))
+    back, over = thin_products(slopes, b, narrow, 0.3)
+    check(back, slopes, b, 0.3)
+    check(over, slopes.t(), narrow, 1.0)
+
+
+@triton
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
+def test_every_tiling_finds_the_same(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if ON_CARD and torch.cuda.get_device_capability() < capability:
+        pytest.skip("its shared memory may be smaller")
+    monkeypatch.setattr(module, "_card", lambda _: (capability, 3))
+    slopes, b, narrow = given(700, 300, 16, torch.float16, device_for(torch.float16))
+    back, over = thin_products(slopes, b, narrow, 2.0)
+    check(back, slopes, b, 2.0)
+    check(over, slopes.t(), narrow, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(16384, 8960, 16), (8191, 8968, 24), (4096, 20000, 64)])
+def test_a_card_finds_the_same_bits_each_time(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    slopes, b, narrow = given(rows, columns, rank, dtype, "cuda")
+    first = thin_products(slopes, b, narrow, 0.5)
+    check(first[0], slopes, b, 0.5)
+    check(first[1], slopes.t(), narrow, 1.0)
+    for _ in range(5):
+        assert all(map(torch.equal, thin_products(slopes, b, narrow, 0.5), first))
+
+
+@pytest.mark.gpu
+def test_a_graph_repeats_it() -> None:
+    slopes, b, narrow = given(16384, 1536, 16, torch.bfloat16, "cuda")
+    thin_products(slopes, b, narrow, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = thin_products(slopes, b, narrow, 0.5)
+    slopes.copy_(slopes.flip(0))
+    graph.replay()
+    assert all(map(torch.equal, found, thin_products(slopes, b, narrow, 0.5)))
+
+
+def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAS_TRITON", True)
+    card, cpu, of_16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    monkeypatch.setattr(module, "_card", lambda _: ((8, 6), 28))
+    assert reads_once(16384, 8960, 16, of_16, card)
+    assert reads_once(8192, 8192, 64, torch.float16, card)
+    assert not reads_once(8191, 8192, 16, of_16, card)
+    assert not reads_once(16384, 8968, 16, of_16, card)
+    assert not reads_once(16384, 8960, 128, of_16, card)
+    assert not reads_once(16384, 8960, 16, torch.float32, card)
+    assert not reads_once(16384, 8960, 16, of_16, cpu)
+    monkeypatch.setattr(module, "_card", lambda _: ((7, 5), 40))
+    assert not reads_once(16384, 8960, 16, of_16, card)
+    monkeypatch.setattr(module, "_card", lambda _: ((8, 6), 28))
+    monkeypatch.setattr(module, "HAS_TRITON", False)
+    assert not reads_once(16384, 8960, 16, of_16, card)
+
+
+@pytest.mark.parametrize(("capability", "room"), [((9, 0), 227), ((8, 9), 99), ((12, 0), 99)])
+@pytest.mark.parametrize("padded", [16, 32, 64])
+def test_what_a_program_keeps_has_room(capability: tuple[int, int], room: int, padded: int) -> None:
+    way = tiling(capability, padded)
+    tiles = way.stages * 64 * (way.wide + padded) * 2 if capability == (9, 0) else 64 * (way.wide + padded) * 2
+    assert way.together * (tiles + way.wide * padded * 2) <= room * 1024
+
+
+@pytest.mark.parametrize(("tiles", "blocks", "slots", "parts"), [(256, 18, 132, 7), (256, 3, 132, 43), (1, 18, 132, 1)])
+def test_programs_fill_the_card(tiles: int, blocks: int, slots: int, parts: int) -> None:
+    assert -(-tiles // module._tiles_of_part(tiles, blocks, slots)) == parts
+
+
+def test_no_round_is_nearly_empty() -> None:
+    each = module._tiles_of_part(64, 297, 132)
+    programs = 297 * -(-64 // each)
+    assert programs / (-(-programs // 132) * 132) >= 0.9
