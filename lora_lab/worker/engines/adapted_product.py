@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lab.worker.engines.thin_products import reads_once, thin_products
 from lora_lab.worker.engines.unpacking import unpacked
 
 _FILLED = 2**23
@@ -85,9 +86,14 @@ def adapted_linear_slope(
     rows = x.reshape(-1, inputs)
     slopes = [slope.reshape(-1, slope.shape[-1]) for slope in slopes]
     widths = [slope.shape[1] for slope in slopes]
-    back, *others = [_scaled(slope, part, scaling) for slope, part in zip(slopes, b.split(widths), strict=True)]
-    for other in others:  # zeros to all columns but its own
-        back += other
+    if len(slopes) == len(outputs):
+        own = zip(slopes, _diagonal(b, outputs, ranks), narrow.split(ranks, 1), strict=True)
+        found = [_thin(*each, scaling) for each in own]
+        backs, over_b = [back for back, _ in found], [over for _, over in found]
+        back = backs[0] if len(backs) == 1 else torch.cat(backs, 1)
+    else:
+        parts = zip(slopes[0].split(outputs, 1), narrow.split(ranks, 1), strict=True)
+        back, over_b = _scaled(slopes[0], b, scaling), [slope.t() @ part for slope, part in parts]
     if widens(len(rows), sum(outputs), inputs, len(a)):
         over_x = torch.cat([*slopes, back], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
     else:
@@ -95,9 +101,19 @@ def adapted_linear_slope(
         matrix = _matrix(weights, blocks, inputs, x.dtype)
         for slope, part in zip(slopes, matrix.split(widths), strict=True):
             over_x.addmm_(slope, part)
-    each = slopes if len(slopes) == len(outputs) else slopes[0].split(outputs, 1)
-    over_b = [slope.t() @ own for slope, own in zip(each, narrow.split(ranks, 1), strict=True)]
     return over_x.view_as(x), back.t() @ rows, over_b
+
+
+def _thin(slope: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """What of one layer's gradient (rows, outputs) goes on to its A, (rows, rank), and that over its B."""
+    if reads_once(len(slope), slope.shape[1], b.shape[1], slope.dtype, slope.device):
+        return thin_products(slope.contiguous(), b.contiguous(), narrow.contiguous(), scaling)
+    return _scaled(slope, b, scaling), slope.t() @ narrow
+
+
+def _diagonal(b: Tensor, outputs: list[int], ranks: list[int]) -> list[Tensor]:
+    """Each layer's own B (outputs, rank), out of blocks on a diagonal."""
+    return [rows.split(ranks, 1)[number] for number, rows in enumerate(b.split(outputs))]
 
 
 def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
