@@ -49,13 +49,10 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
     logits = torch.mm(hidden, weight.t()).float()
     trained = (labels != IGNORED).unsqueeze(1)
     target = labels.clamp(min=0).unsqueeze(1)
-    # written out, since torch.compile then finds both the largest and the sum in one reading of the logits
-    largest = logits.amax(1, keepdim=True)
-    below = logits - largest
-    spread = below.exp().sum(1, keepdim=True).log()
-    loss = torch.where(trained, largest + spread - logits.gather(1, target), 0.0).sum()
+    spread = torch.logsumexp(logits, dim=1, keepdim=True)
+    loss = torch.where(trained, spread - logits.gather(1, target), 0.0).sum()
     words = torch.arange(weight.shape[0], device=labels.device)
-    slope = torch.where(trained, (below - spread).exp() - (words == target).float(), 0.0)
+    slope = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
     return loss, torch.mm((slope * headroom).to(hidden.dtype), weight)
 
 
