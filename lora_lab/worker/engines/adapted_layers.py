@@ -41,9 +41,9 @@ class _Adapted:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        handed, self.handed = self.handed, None
         if not (self.training and torch.is_grad_enabled()) or self.merged or self.disable_adapters:
             return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        handed, self.handed = self.handed, None
         if handed is not None and handed[0] is x:
             return cast(Tensor, handed[1])
         first, *rest = _results([self, *self.others], x)
@@ -80,10 +80,16 @@ def _finished(layer: Any, result: Tensor, x: Tensor) -> Tensor:
 
 
 def _split(together: Tensor, outputs: list[int]) -> list[Tensor]:
-    """Results that lie side by side, each for itself. The narrow ones are copied: small as they are, they would keep
-    all of it where they are kept. Not by `split`, whose parts may not be changed in place."""
+    """Results that lie side by side, each for itself. All but the widest are copied: where one of them is kept for the
+    backward (v of q, k and v), it would keep all. Not so two of one width (gate and up), which are kept anyway.
+
+    Not by `split`, whose parts may not be changed in place. Who is not copied has gaps between its rows.
+    """
     parts = torch.unsafe_split_with_sizes(together, outputs, -1)
-    return [part if part.shape[-1] == max(outputs) else part.contiguous() for part in parts]
+    if len(outputs) == 2 and outputs[0] == outputs[1]:
+        return list(parts)
+    widest = outputs.index(max(outputs))
+    return [part if number == widest else part.contiguous() for number, part in enumerate(parts)]
 
 
 def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
@@ -106,6 +112,9 @@ def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
         stacks = copies.add([[_pair(layer) for layer in group] for group in like], dtype)
         for group, (a, b) in zip(like, stacks, strict=True):
             _adapt(group, a, b, copies)
+    # results are handed over: in compiled code nothing is left of that which checkpointing would do twice
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    torch.cuda.empty_cache()  # where weights lay before, in pieces too small for those that lie together
     return copies
 
 

@@ -36,8 +36,6 @@ def compile_layers(model: Any) -> None:
         raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
-    # layers that share an input hand results over (adapted_layers.py): compiled, nothing of it is left to do twice
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # without it the first layer's input needs no gradient, which would be one more compilation
     model.get_base_model().enable_input_require_grads()
     for layer in layers:

@@ -10,7 +10,7 @@ from lora_lab.worker.engines.unpacking import has_whole_blocks, packed_weight
 
 def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
     """The weights of `layers` (outputs, inputs) as `adapted_linear` takes them. Each becomes a part of what is made of
-    all, so that nothing is there twice.
+    all, so that nothing is there twice. Who gives a layer another weight afterwards has to call this again.
 
     Args:
         layers: PEFT's, over layers that are alike in all but how many outputs they have.

@@ -8,6 +8,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 Named = list[tuple[str, ...]]
+Given = tuple[int, int] | None
+"""Which tensor, and how often it had been changed in place."""
 
 
 def given_the_same(model: Any, layers: list[Any], dtype: torch.dtype) -> list[list[Any]]:
@@ -26,14 +28,14 @@ def given_the_same(model: Any, layers: list[Any], dtype: torch.dtype) -> list[li
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     calls = _calls(model, layers, dtype)
     often = Counter(id(layer) for layer, _ in calls)
-    last: dict[int, tuple[Tensor | None, list[Any]]] = {}
+    last: dict[int, tuple[Given, list[Any]]] = {}
     groups: list[list[Any]] = []
     for layer, given in calls:
         parent = id(parents[id(layer)][0])
         before, group = last.get(parent, (None, []))
         if often[id(layer)] > 1:  # what one call hands over, another would have to take
             last.pop(parent, None)
-        elif given is not None and before is given:
+        elif given is not None and before == given:
             group.append(layer)
         else:
             groups.append([layer])
@@ -53,13 +55,14 @@ def _where_all_are_alike(groups: list[list[Any]], parents: dict[int, tuple[Any, 
     return [group for group in groups if type(parents[id(group[0])][0]) in alike]
 
 
-def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, Tensor | None]]:
-    """Each call of a layer, in order, and what it was given. All of it is kept until the end, so that no tensor can
-    take another's place."""
-    calls: list[tuple[Any, Tensor | None]] = []
+def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, Given]]:
+    """Each call of a layer, in order, and what it was given; none of a model that can't be run on two tokens alone."""
+    calls: list[tuple[Any, Given]] = []
+    kept: list[Tensor] = []  # until the end, so that none takes another's place
 
     def note(layer: Any, args: tuple[Any, ...]) -> None:
-        calls.append((layer, args[0] if args else None))
+        kept.extend(args[:1])
+        calls.append((layer, (id(args[0]), args[0]._version) if args else None))
 
     modes = [(module, module.training) for module in model.modules()]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -72,6 +75,8 @@ def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any,
         autocast = torch.autocast(device.type, dtype, dtype is not torch.float32)
         with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
             model.get_base_model()(input_ids=ids)
+    except (TypeError, ValueError):
+        return []
     finally:
         for hook in hooks:
             hook.remove()

@@ -158,6 +158,28 @@ def test_no_activation_outlives_its_step() -> None:
     assert all(one() is None for one in seen)
 
 
+@pytest.mark.parametrize("values", [4, 2], ids=["v as wide as q", "narrow v"])
+def test_no_more_is_kept_for_the_backward_than_by_single_layers(monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+    """Attention keeps v: as a part of q, k and v in one tensor it would keep all of them."""
+    shapes = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": values, "intermediate_size": 256}
+    kept = {}
+    for filled in (1, 2**40):
+        monkeypatch.setattr(adapted_product, "_FILLED", filled)
+        model = adapted(**shapes)
+        use_adapted_products(model, torch.float32)
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(**padded([40, 33], 40)).loss
+        kept[filled] = sum(storages.values())
+        del loss
+    assert kept[2**40] <= 1.02 * kept[1]
+
+
 def test_working_copies_are_blocks_of_the_present_adapters() -> None:
     model = adapted(**SHAPES)
     copies = use_adapted_products(model, torch.bfloat16)

@@ -26,11 +26,13 @@ class Siblings(nn.Module):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(8, 12), nn.Linear(8, 6, bias=False), nn.Linear(8, 12)
         self.apart, self.twice = apart, twice
-        self.unused = False
+        self.unused = self.changed = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., 8) to (..., 6)."""
         result: Tensor = self.two(x).mul_(2) + self.one(x)[..., :6]
+        if self.changed:
+            x.add_(1)
         last = self.three(x * 1 if self.apart else x)
         if self.twice:
             last = last + self.three(x)
@@ -136,3 +138,34 @@ def test_the_probe_leaves_modes_and_hooks_as_they_were() -> None:
     use_adapted_products(model, torch.float32)
     assert [(module.training, len(module._forward_pre_hooks)) for module in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tensor_changed_in_place_is_another() -> None:
+    model = small(False, False)
+    for part in model.get_base_model().parts:
+        part.changed = True
+    use_adapted_products(model, torch.float32)
+    assert groups(model) == [["two", "one"]] * 2
+
+
+def test_a_model_that_two_tokens_are_not_enough_for_has_no_groups() -> None:
+    model = small(False, False)
+    whole = model.get_base_model().forward
+    model.get_base_model().forward = lambda input_ids, images: whole(input_ids + images)
+    use_adapted_products(model, torch.float32)
+    assert groups(model) == []
+
+
+def test_nothing_stays_handed_over_after_an_error() -> None:
+    model = small(False, False)
+    use_adapted_products(model, torch.float32)
+    three = model.get_base_model().parts[1].three
+    calls = three.forward
+    three.forward = lambda x: x / "0"
+    with pytest.raises(TypeError):
+        model(input_ids=torch.arange(4).view(2, 2))
+    three.forward = calls
+    assert three.handed is not None
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(4).view(2, 2))
+    assert nothing_is_kept(model)
