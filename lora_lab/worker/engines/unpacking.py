@@ -6,7 +6,6 @@ products are operations of their own to the layer's compilation: it would else k
 backward, 16 bits a weight of the whole model.
 """
 
-import math
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,11 @@ from lora_lab.worker.engines.compiled import MOST_COMPILATIONS
 
 
 def has_whole_blocks(layer: Any) -> bool:
-    """Whether it is a 4-bit layer whose last block bitsandbytes did not have to fill up."""
-    return isinstance(layer, Linear4bit) and math.prod(layer.weight.quant_state.shape) % layer.weight.blocksize == 0
+    """Whether it is a 4-bit layer of which no byte lies across rows, and whose last block is no shorter."""
+    if not isinstance(layer, Linear4bit):
+        return False
+    outputs, inputs = layer.weight.quant_state.shape
+    return bool(inputs % 2 == 0 and outputs * inputs % layer.weight.blocksize == 0)
 
 
 def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
@@ -35,20 +37,31 @@ def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
     return [*tensors, state.state2.code, state.state2.absmax, state.offset], [state.blocksize, state.state2.blocksize]
 
 
-def unpack(packed: list[Tensor], blocks: list[int], matrix: Tensor) -> None:
-    """Write the weights into `matrix` (outputs, inputs): for every block its scale times what the values stand for.
+_BITS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
+"""By the bytes of a number: integers of its size, and of two."""
+
+
+def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.dtype) -> None:
+    """Write the weights: for every block its scale times what the values stand for. Two at a time, as one integer, so
+    that a kernel looks up what is the same for both once, and once each of their bytes: that is what it waits for.
 
     Args:
         packed, blocks: as from `packed_weight`; or of many layers, what their scales lie around told for each block.
+        pairs: the matrix (outputs, inputs / 2), two neighbours in a row in each number.
+        dtype: of a weight in it.
     """
     weights, code, scales, *nested = packed
     if nested:
         scales_code, scales_scales, offset = nested
         block = torch.arange(scales.numel(), device=scales.device) // blocks[1]
         scales = scales_code[scales.int()] * scales_scales[block] + (offset[block] if offset.dim() else offset)
-    shifts = 4 - 4 * torch.arange(2, device=weights.device, dtype=torch.uint8)
-    halves = (weights.view(-1, blocks[0] // 2, 1) >> shifts) & 15
-    matrix.copy_((code[halves.int()] * scales.view(-1, 1, 1)).view(matrix.shape))
+    one, two = _BITS[dtype.itemsize]
+    values = weights.view(pairs.shape).int()
+    scale = scales.unsqueeze(1).expand(-1, blocks[0] // 2).reshape(pairs.shape)
+    first, second = ((code[half] * scale).to(dtype).view(one).to(two) for half in (values >> 4, values & 15))
+    bits = 8 * dtype.itemsize
+    # neighbours in memory begin with the lower half
+    pairs.copy_((second << bits) | (first & (2**bits - 1)))
 
 
 _compiled_unpack = torch.compile(unpack, dynamic=False)
@@ -80,7 +93,8 @@ def unpacked(
     limits = torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), plain, limits:
         for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
-            _compiled_unpack([tensor.detach() for tensor in layer], blocks, place)
+            pairs = place.view(_BITS[dtype.itemsize][1])
+            _compiled_unpack([tensor.detach() for tensor in layer], blocks, pairs, dtype)
         if beside is not None:
             whole[:, inputs:] = beside
         if below is not None:
