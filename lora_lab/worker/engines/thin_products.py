@@ -7,7 +7,6 @@ and multiplied twice while it lies on the chip. What the pieces add to the produ
 write and to read again, and added up in a fixed order: the results are the same bits each time.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -28,43 +27,27 @@ _LEAD = 4
 """Tiles for whose time a program does not read yet, or not any more: it starts, and writes what it found."""
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernel goes about it.
-
-    Args:
-        wide: columns of a tile.
-        stages: tiles in shared memory, read ahead where the card can multiply from there.
-        together: programs that a multiprocessor has room for.
-    """
-
-    wide: int
-    warps: int
-    stages: int
-    together: int
+_WARPS, _STAGES = 8, 3
+"""Stages: tiles in shared memory, one multiplied while the next are copied."""
 
 
-def tiling(capability: tuple[int, int], padded: int) -> Tiling:
-    """Wide tiles, of which each row block leaves fewer addends, where shared memory holds three (227 KB on an H100);
-    elsewhere such as fit into half of a small card's 99 KB.
+def wide_for(padded: int) -> int:
+    """Columns of a tile: the more, the fewer addends each block of rows leaves, as long as three have room in the
+    227 KB of an H100's multiprocessor.
 
     Args:
         padded: the rank as a power of two from 16.
     """
-    if capability[0] == 9:
-        return Tiling(512, 8, 3, 1) if padded == 16 else Tiling(256, 8, 3, 1)
-    return Tiling(128, 4, 3, 3) if padded < 64 else Tiling(128, 8, 3, 2)
+    return 512 if padded == 16 else 256
 
 
 def reads_once(rows: int, columns: int, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `thin_products` is worth it for a gradient (rows, columns).
-
-    Columns that are no multiple of 16 can't be copied 16 bytes at a time, and Triton has no such products for cards
-    before Ampere.
-    """
+    """Whether `thin_products` is worth it for a gradient (rows, columns). Other cards than Hopper's have too little
+    shared memory for its tiles, or were never tried; columns that are no multiple of 16 can't be copied 16 bytes at a
+    time."""
     if rows * columns < LEAST_READ_ONCE or columns % 16 or rank > MOST_RANK or dtype.itemsize != 2:
         return False
-    return device.type == "cuda" and _card(device)[0] >= (8, 0) and HAS_TRITON
+    return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -83,17 +66,16 @@ def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> 
 
     (rows, columns), rank = slopes.shape, b.shape[1]
     padded = max(16, 1 << (rank - 1).bit_length())
-    capability, processors = _card(slopes.device)
-    way = tiling(capability, padded)
-    blocks = -(-columns // way.wide)
-    span = _TALL * _tiles_of_part(-(-rows // _TALL), blocks, processors * way.together)
+    wide = wide_for(padded)
+    blocks = -(-columns // wide)
+    span = _TALL * _tiles_of_part(-(-rows // _TALL), blocks, _processors(slopes.device))
     parts = -(-rows // span)
     backs = slopes.new_empty(blocks, rows, rank, dtype=torch.float32)
     overs = slopes.new_empty(parts, columns, rank, dtype=torch.float32)
     back, over = slopes.new_empty(rows, rank), slopes.new_empty(columns, rank)
-    shape = {"rank": rank, "padded": padded, "tall": _TALL, "wide": way.wide}
+    shape = {"rank": rank, "padded": padded, "tall": _TALL, "wide": wide}
     thin_kernels.products[blocks, parts](
-        *(slopes, b, narrow, backs, overs, rows, columns, span), **shape, num_warps=way.warps, num_stages=way.stages
+        *(slopes, b, narrow, backs, overs, rows, columns, span), **shape, num_warps=_WARPS, num_stages=_STAGES
     )
     size = 512
     thin_kernels.sums[-(-max(back.numel(), over.numel()) // size), 2](
@@ -102,13 +84,9 @@ def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> 
     return back, over
 
 
-@lru_cache
-def _card(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its capability and multiprocessors; an H100's for a CPU, which only tests."""
-    if device.type != "cuda":
-        return (9, 0), 132
-    card = torch.cuda.get_device_properties(device)
-    return (card.major, card.minor), card.multi_processor_count
+def _processors(device: torch.device) -> int:
+    """Multiprocessors, each with room for one program; an H100's for a CPU, which only tests."""
+    return 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.worker.engines import thin_products as module
-from lora_lab.worker.engines.thin_products import reads_once, thin_products, tiling
+from lora_lab.worker.engines.thin_products import reads_once, thin_products, wide_for
 
 ON_CARD = torch.cuda.is_available()
 
@@ -62,11 +62,8 @@ def test_both_products_are_rounded_once(rows: int, columns: int, rank: int, dtyp
 
 
 @triton
-@pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
-def test_every_tiling_finds_the_same(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    if ON_CARD and torch.cuda.get_device_capability() < capability:
-        pytest.skip("its shared memory may be smaller")
-    monkeypatch.setattr(module, "_card", lambda _: (capability, 3))
+def test_programs_with_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_processors", lambda _: 3)
     slopes, b, narrow = given(700, 300, 16, torch.float16, device_for(torch.float16))
     back, over = thin_products(slopes, b, narrow, 2.0)
     check(back, slopes, b, 2.0)
@@ -98,29 +95,30 @@ def test_a_graph_repeats_it() -> None:
 
 
 def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def card_of(major: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+
     monkeypatch.setattr(module, "HAS_TRITON", True)
-    card, cpu, of_16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
-    monkeypatch.setattr(module, "_card", lambda _: ((8, 6), 28))
+    card, of_16 = torch.device("cuda"), torch.bfloat16
+    card_of(9)
     assert reads_once(16384, 8960, 16, of_16, card)
     assert reads_once(8192, 8192, 64, torch.float16, card)
     assert not reads_once(8191, 8192, 16, of_16, card)
     assert not reads_once(16384, 8968, 16, of_16, card)
     assert not reads_once(16384, 8960, 128, of_16, card)
     assert not reads_once(16384, 8960, 16, torch.float32, card)
-    assert not reads_once(16384, 8960, 16, of_16, cpu)
-    monkeypatch.setattr(module, "_card", lambda _: ((7, 5), 40))
+    assert not reads_once(16384, 8960, 16, of_16, torch.device("cpu"))
+    card_of(8)
     assert not reads_once(16384, 8960, 16, of_16, card)
-    monkeypatch.setattr(module, "_card", lambda _: ((8, 6), 28))
+    card_of(9)
     monkeypatch.setattr(module, "HAS_TRITON", False)
     assert not reads_once(16384, 8960, 16, of_16, card)
 
 
-@pytest.mark.parametrize(("capability", "room"), [((9, 0), 227), ((8, 9), 99), ((12, 0), 99)])
 @pytest.mark.parametrize("padded", [16, 32, 64])
-def test_what_a_program_keeps_has_room(capability: tuple[int, int], room: int, padded: int) -> None:
-    way = tiling(capability, padded)
-    tiles = way.stages * 64 * (way.wide + padded) * 2 if capability == (9, 0) else 64 * (way.wide + padded) * 2
-    assert way.together * (tiles + way.wide * padded * 2) <= room * 1024
+def test_what_a_program_keeps_has_room(padded: int) -> None:
+    tiles = module._STAGES * 64 * (wide_for(padded) + padded) * 2
+    assert tiles + wide_for(padded) * padded * 2 <= 227 * 1024
 
 
 @pytest.mark.parametrize(("tiles", "blocks", "slots", "parts"), [(256, 18, 132, 7), (256, 3, 132, 43), (1, 18, 132, 1)])
