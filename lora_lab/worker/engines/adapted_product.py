@@ -25,7 +25,7 @@ from lora_lab.worker.engines.unpacking import unpacked
 
 _FILLED = 2**23
 """Elements of a product's result from which it fills a large card by itself: two tiles of 128 x 256 for each of an
-H100's 132 multiprocessors. Reasoned, not measured."""
+H100's 132 multiprocessors. Half of that was 0.2 ms of 17.4 slower at 512 rows, and about the same at 16384."""
 
 
 @torch.library.custom_op("lora_lab::adapted_linear", mutates_args=())
