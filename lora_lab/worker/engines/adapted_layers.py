@@ -22,7 +22,8 @@ class _Adapted:
     """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever.
 
     The first layer of a group calculates for all of it and hands each other its result, together with the x it is of.
-    Who is given another x calculates by itself. What was handed over is taken at once, so that nothing stays.
+    Who is given another x calculates by itself. What was handed over is taken at once, so that nothing stays. A model
+    that changes x in place between two of them is found out before, if it does so in evaluation too.
     """
 
     working_a: Tensor

@@ -106,8 +106,9 @@ def adapted_linear_slope(
 
 def _thin(slope: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """What of one layer's gradient (rows, outputs) goes on to its A, (rows, rank), and that over its B."""
-    if reads_once(len(slope), slope.shape[1], b.shape[1], slope.dtype, slope.device):
-        return thin_products(slope.contiguous(), b.contiguous(), narrow.contiguous(), scaling)
+    once = reads_once(len(slope), slope.shape[1], b.shape[1], slope.dtype, slope.device)
+    if once and slope.is_contiguous():
+        return thin_products(slope, b.contiguous(), narrow.contiguous(), scaling)
     return _scaled(slope, b, scaling), slope.t() @ narrow
 
 
@@ -125,7 +126,7 @@ def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
     Args:
         given, wanted: columns of what goes in, and of the result.
         rank: columns that would be added; where rows then no longer begin at multiples of 16 bytes, the fastest kernels
-            can't be had for the whole product.
+            can't be had for the whole product, and of an odd number `unpacked` can't leave room for them.
     """
     return rank % 8 == 0 and rows * wanted > rows * given + given * wanted
 

@@ -26,9 +26,9 @@ _TALL = 64
 _LEAD = 4
 """Tiles for whose time a program does not read yet, or not any more: it starts, and writes what it found."""
 
-
-_WARPS, _STAGES = 8, 3
-"""Stages: tiles in shared memory, one multiplied while the next are copied."""
+_WARPS = 8
+_STAGES = 3
+"""Tiles in shared memory: one is multiplied while the next are copied."""
 
 
 def wide_for(padded: int) -> int:
@@ -43,8 +43,8 @@ def wide_for(padded: int) -> int:
 
 def reads_once(rows: int, columns: int, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `thin_products` is worth it for a gradient (rows, columns). Other cards than Hopper's have too little
-    shared memory for its tiles, or were never tried; columns that are no multiple of 16 can't be copied 16 bytes at a
-    time."""
+    shared memory for its tiles, or were never tried. And only of columns that are a multiple of 16 does Triton know
+    that it may copy 16 bytes at a time."""
     if rows * columns < LEAST_READ_ONCE or columns % 16 or rank > MOST_RANK or dtype.itemsize != 2:
         return False
     return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9
@@ -56,7 +56,7 @@ def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> 
     Its first call of a kind compiles, and so must not be in a CUDA graph's capture; later ones may.
 
     Args:
-        slopes: (rows, columns).
+        slopes: (rows, columns), at least one of each.
         b: (columns, rank).
         narrow: (rows, rank); all contiguous, on one device and in one format.
 
@@ -91,7 +91,8 @@ def _processors(device: torch.device) -> int:
 
 @lru_cache
 def _tiles_of_part(tiles: int, blocks: int, slots: int) -> int:
-    """Into how many tiles of each block of columns the programs should divide `tiles`, `slots` running at a time."""
+    """Tiles for each program, where there are so many in each of `blocks` and `slots` programs run at a time. Of two
+    that take as long the larger: it leaves fewer addends."""
 
     def time(each: int) -> int:
         return -(-blocks * -(-tiles // each) // slots) * (each + _LEAD)

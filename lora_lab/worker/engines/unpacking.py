@@ -37,7 +37,7 @@ def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
     return [*tensors, state.state2.code, state.state2.absmax, state.offset], [state.blocksize, state.state2.blocksize]
 
 
-_BITS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
+_INTEGERS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
 """By the bytes of a number: integers of its size, and of two."""
 
 
@@ -55,7 +55,7 @@ def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.
         scales_code, scales_scales, offset = nested
         block = torch.arange(scales.numel(), device=scales.device) // blocks[1]
         scales = scales_code[scales.int()] * scales_scales[block] + (offset[block] if offset.dim() else offset)
-    one, two = _BITS[dtype.itemsize]
+    one, two = _INTEGERS[dtype.itemsize]
     values = weights.view(pairs.shape).int()
     scale = scales.unsqueeze(1).expand(-1, blocks[0] // 2).reshape(pairs.shape)
     first, second = ((code[half] * scale).to(dtype).view(one).to(two) for half in (values >> 4, values & 15))
@@ -80,7 +80,7 @@ def unpacked(
 
     Args:
         packed, blocks: as from `packed_weight`, of each layer.
-        beside: further columns, (outputs, any).
+        beside: further columns, (outputs, an even number).
         below: further rows, (any, inputs).
     """
     outputs = [2 * layer[0].numel() // inputs for layer in packed]
@@ -93,7 +93,7 @@ def unpacked(
     limits = torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), plain, limits:
         for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
-            pairs = place.view(_BITS[dtype.itemsize][1])
+            pairs = place.view(_INTEGERS[dtype.itemsize][1])
             _compiled_unpack([tensor.detach() for tensor in layer], blocks, pairs, dtype)
         if beside is not None:
             whole[:, inputs:] = beside

@@ -30,10 +30,19 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
 SHAPES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
 
 
-@pytest.fixture(params=[1, 2**40], ids=["apart", "together"])
+@pytest.fixture(params=["apart", "together", "read once"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With results, and slopes, as tensors of their own, and as one."""
-    monkeypatch.setattr(adapted_product, "_FILLED", request.param)
+    """With results, and slopes, as tensors of their own, and as one; or with both thin products in one call."""
+    monkeypatch.setattr(adapted_product, "_FILLED", 2**40 if request.param == "together" else 1)
+    if request.param == "read once":
+        monkeypatch.setattr(adapted_product, "reads_once", lambda *_: True)
+        monkeypatch.setattr(adapted_product, "thin_products", both)
+
+
+def both(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """What the kernel finds."""
+    assert all(given.is_contiguous() for given in (slopes, b, narrow))
+    return scaling * slopes @ b, slopes.t() @ narrow
 
 
 @pytest.mark.usefixtures("ways")

@@ -79,7 +79,7 @@ def test_a_plain_layer(rows: int, inputs: int, outputs: int, rank: int, bias: bo
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 256), (256, 64), (128, 128)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 256), (256, 64), (128, 128), (66, 128)])
 @pytest.mark.parametrize("rows", [9, 200])
 def test_a_packed_layer(inputs: int, outputs: int, rows: int, nested: bool) -> None:
     """Wider, narrower, and as wide as what it is given, with few rows and many: each way is taken, in the forward and
@@ -89,6 +89,39 @@ def test_a_packed_layer(inputs: int, outputs: int, rows: int, nested: bool) -> N
         model = lone(torch.nn.Linear(inputs, outputs), 8, lora_alpha=24)
         pack(model, torch.float32, nested)
         assert_same_as_pefts(model, torch.randn(2, rows, inputs), AdaptedLinear4bit)
+
+
+def test_a_packed_layer_with_bytes_across_rows_stays_pefts() -> None:
+    model = lone(torch.nn.Linear(65, 64), 8)
+    pack(model, torch.float32)
+    kind = type(model.base_model.model.layer)
+    assert use_adapted_products(model, torch.float32) == {}
+    assert type(model.base_model.model.layer) is kind
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_unpacked_weights_are_bitsandbytes_own_bits(dtype: torch.dtype, nested: bool) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch._dynamo.reset()
+    model = lone(torch.nn.Linear(128, 64), 8)
+    pack(model, torch.float32, nested)
+    base = model.base_model.model.layer.base_layer
+    state = base.weight.quant_state
+    (state.state2.absmax if nested else state.absmax)[:1] = torch.nan
+    (state.state2.absmax if nested else state.absmax)[1:2] = torch.inf
+    expected = dequantize_4bit(base.weight.data, state).to(dtype)
+    for columns in (0, 8):
+        beside = torch.full((64, columns), 7, dtype=dtype) if columns else None
+        matrix = unpacking.unpacked(
+            [unpacking.packed_weight(base)[0]], unpacking.packed_weight(base)[1], 128, dtype, beside
+        )
+        assert matrix.dtype is dtype
+        assert torch.equal(matrix[:, :128].nan_to_num(nan=5), expected.nan_to_num(nan=5))
+        assert bool((matrix[:, 128:] == 7).all())
 
 
 def test_which_way_is_cheaper() -> None:

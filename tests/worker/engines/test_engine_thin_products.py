@@ -83,6 +83,28 @@ def test_a_card_finds_the_same_bits_each_time(rows: int, columns: int, rank: int
 
 
 @pytest.mark.gpu
+def test_a_layer_finds_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of two layers that are given the same tensor, each of which comes by itself."""
+    from lora_lab.worker.engines.adapted_product import adapted_linear_slope
+
+    chance = torch.Generator("cuda").manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=chance, device="cuda").bfloat16()
+
+    slopes, own = [some(512, 768), some(512, 768)], [some(768, 16), some(768, 16)]
+    x, narrow, a, weight = some(512, 256), some(512, 32), some(32, 256), some(1536, 256)
+    found = []
+    for least in (2**40, 1):
+        monkeypatch.setattr(module, "LEAST_READ_ONCE", least)
+        sizes = [768, 768], [16, 16]
+        found.append(adapted_linear_slope(slopes, x, narrow, a, torch.block_diag(*own), 0.5, [weight], [], *sizes))
+    (over_x, over_a, over_b), others = found
+    for one, other in zip([over_x, over_a, *over_b], [others[0], others[1], *others[2]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=float(other.abs().max()) / 100)
+
+
+@pytest.mark.gpu
 def test_a_graph_repeats_it() -> None:
     slopes, b, narrow = given(16384, 1536, 16, torch.bfloat16, "cuda")
     thin_products(slopes, b, narrow, 0.5)
@@ -108,8 +130,9 @@ def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) 
     assert not reads_once(16384, 8960, 128, of_16, card)
     assert not reads_once(16384, 8960, 16, torch.float32, card)
     assert not reads_once(16384, 8960, 16, of_16, torch.device("cpu"))
-    card_of(8)
-    assert not reads_once(16384, 8960, 16, of_16, card)
+    for other in (8, 10):
+        card_of(other)
+        assert not reads_once(16384, 8960, 16, of_16, card)
     card_of(9)
     monkeypatch.setattr(module, "HAS_TRITON", False)
     assert not reads_once(16384, 8960, 16, of_16, card)
@@ -117,8 +140,9 @@ def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("padded", [16, 32, 64])
 def test_what_a_program_keeps_has_room(padded: int) -> None:
-    tiles = module._STAGES * 64 * (wide_for(padded) + padded) * 2
-    assert tiles + wide_for(padded) * padded * 2 <= 227 * 1024
+    """Triton takes up to 9 KB more than this for itself."""
+    tiles = module._STAGES * module._TALL * (wide_for(padded) + padded) * 2
+    assert tiles + wide_for(padded) * padded * 2 <= (227 - 9) * 1024
 
 
 @pytest.mark.parametrize(("tiles", "blocks", "slots", "parts"), [(256, 18, 132, 7), (256, 3, 132, 43), (1, 18, 132, 1)])
