@@ -30,11 +30,15 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
 SHAPES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
 
 
-@pytest.fixture(params=["apart", "together", "read once"])
+@pytest.fixture(params=[1, 2**40], ids=["apart", "together"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With results, and slopes, as tensors of their own, and as one; or with both thin products in one call."""
-    monkeypatch.setattr(adapted_product, "_FILLED", 2**40 if request.param == "together" else 1)
-    if request.param == "read once":
+    """With results, and slopes, as tensors of their own, and as one."""
+    monkeypatch.setattr(adapted_product, "_FILLED", request.param)
+
+
+@pytest.fixture(params=[True, False], ids=["each thin product", "both in one call"])
+def thin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
         monkeypatch.setattr(adapted_product, "reads_once", lambda *_: True)
         monkeypatch.setattr(adapted_product, "thin_products", both)
 
@@ -45,7 +49,7 @@ def both(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Ten
     return scaling * slopes @ b, slopes.t() @ narrow
 
 
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("ways", "thin")
 @pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "whole"])
 @pytest.mark.parametrize("width", [20, 96], ids=["few rows", "many"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
