@@ -33,7 +33,7 @@ class Siblings(nn.Module):
         result: Tensor = self.two(x).mul_(2) + self.one(x)[..., :6]
         if self.changed:
             x.add_(1)
-        last = self.three(x * 1 if self.apart else x)
+        last = self.three(x * 2 if self.apart else x)
         if self.twice:
             last = last + self.three(x)
         return result if self.unused else result + last[..., 6:]
