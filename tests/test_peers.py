@@ -112,6 +112,12 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
     assert answered(lambda: {"x": 1}) == {"outcome": "finished", "x": 1}
 
 
+def test_a_mistyped_cell_is_told_what_one_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["nowhere", "--cells", "1x32,1x51c2"])
+    assert "'1x51c2' is no cell; one looks like 2x2048" in capsys.readouterr().err
+
+
 def test_cells() -> None:
     cell = Cell.parse("2x2048c")
     assert (cell.batch_size, cell.seq_len, cell.checkpointing, cell.tokens) == (2, 2048, True, 4096)

@@ -126,7 +126,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _cells(text: str) -> list[Cell]:
-    return [Cell.parse(part) for part in text.split(",")]
+    try:
+        return [Cell.parse(part) for part in text.split(",")]
+    except ValueError as error:  # argparse would leave its words out
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _contenders(text: str) -> list[str]:
