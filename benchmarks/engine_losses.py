@@ -2,21 +2,26 @@
 its other attention kernel: how far apart one mathematics comes out by rounding alone; and by eager in fp32, whose
 rounding is next to nothing: which of two that differ is nearer to the truth.
 
-    python -m benchmarks.engine_losses OUT [OVERRIDES...]
+    python -m benchmarks.engine_losses OUT [--without NAME]... [OVERRIDES...]
 
 OUT/engine_losses.json has every step's loss. OVERRIDES go to all trials: model=tiny device=cpu, say, to see that it
 works.
 """
 
+import argparse
 import json
+import shlex
 import statistics
-import sys
 import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import provenance, run_cell, write_report
+from hydra.errors import HydraException
+
+from benchmarks.cells import compose_cell, provenance, run_cell, write_report
+from lora_lab.compose import explain
+from lora_lab.config import RefusedInput
 
 TRIALS = {
     "eager": ["engine=eager", "attention=sdpa"],
@@ -63,14 +68,31 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "weights are as they were stored, not rounded to 16 bits."])
 
 
+def _parse() -> argparse.Namespace:
+    """The command line; every trial is composed, so that what can't be meant is told before the first one runs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_losses", description="100 steps by each engine.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--without", action="append", default=[], choices=TRIALS, help="a trial to leave out")
+    parser.add_argument("overrides", nargs="*", help="for all trials: model=smollm2_135m, say")
+    asked = parser.parse_intermixed_args()
+    try:
+        for changes in TRIALS.values():
+            compose_cell([*COMMON, *asked.overrides, *changes])
+    except (HydraException, RefusedInput) as error:
+        parser.error(explain(str(error)))
+    return asked
+
+
 def main() -> None:
     """Run, compare, write."""
-    out, overrides = Path(sys.argv[1]), sys.argv[2:]
-    content: dict[str, Any] = {"trials": {}, "apart": {}, "left_out": {}}
+    asked = _parse()
+    asked_for = [name for name in TRIALS if name not in asked.without]
+    content: dict[str, Any] = {"trials": {}, "apart": {}, "left_out": dict.fromkeys(asked.without, "not asked for")}
+    command = shlex.join([*(word for name in asked.without for word in ("--without", name)), *asked.overrides])
     with tempfile.TemporaryDirectory() as place:
-        for number, (name, changes) in enumerate(TRIALS.items()):
+        for number, name in enumerate(asked_for):
             folder = Path(place) / str(number)
-            record = run_cell([*COMMON, *overrides, *changes], folder)
+            record = run_cell([*COMMON, *asked.overrides, *TRIALS[name]], folder)
             if record["outcome"] != "finished":
                 content["left_out"][name] = f"{record['outcome']}, {record['tags'].get('reason', 'no reason given')}"
                 continue
@@ -80,7 +102,7 @@ def main() -> None:
                 "held_out": record["metrics"]["loss/eval"],
                 "attention_kernel": record["tags"].get("ran.attention_kernel"),
             }
-            origin = provenance(record, "python -m benchmarks.engine_losses " + " ".join(["OUT", *overrides]))
+            origin = provenance(record, f"python -m benchmarks.engine_losses OUT {command}")
             print(f"{name}: held-out {content['trials'][name]['held_out']:.4f}", flush=True)
     if not content["trials"]:
         raise SystemExit("\n".join(f"{name}: {why}" for name, why in content["left_out"].items()))
@@ -88,7 +110,7 @@ def main() -> None:
         held = abs(a["held_out"] - b["held_out"])
         content["apart"][f"{one} - {other}"] = apart(a["losses"], b["losses"]) | {"held_out": held}
     text = table(content)
-    write_report(out, "engine_losses", "100 steps by each engine", origin, text, content)
+    write_report(asked.out, "engine_losses", "100 steps by each engine", origin, text, content)
     print(text)
 
 
