@@ -11,8 +11,8 @@ that, and round once or twice where PEFT rounds three times:
 The gradient over x is of the same form, with W and A in the places of W' and B'. Those over A and B are PEFT's own.
 
 Layers that are given the same x are one layer to both: W and A are theirs one below the other, and B has theirs as
-blocks on its diagonal, zeros elsewhere. With few columns these zeros cost nothing: a product so thin takes as long as
-it takes to read its other side.
+blocks on its diagonal, zeros elsewhere. With few columns these zeros cost next to nothing: a product so thin takes
+about as long as it takes to read its other side.
 """
 
 from typing import Any
@@ -159,7 +159,7 @@ def _matrix(
     below: Tensor | None = None,
 ) -> Tensor:
     if blocks:
-        each = 3 * len(blocks)
+        each = 3 * len(blocks)  # tensors of one layer, see `packed_weight`
         packed = [weights[first : first + each] for first in range(0, len(weights), each)]
         return unpacked(packed, blocks, inputs, dtype, beside, below)
     if beside is not None:

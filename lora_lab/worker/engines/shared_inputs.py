@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 Named = list[tuple[str, ...]]
+"""A module's groups, each by its layers' names."""
 Given = tuple[int, int] | None
 """Which tensor, and how often it had been changed in place."""
 
