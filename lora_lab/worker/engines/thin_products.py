@@ -20,7 +20,7 @@ MOST_RANK = 64
 
 HAS_TRITON = find_spec("triton") is not None
 
-_TALL = 64
+_TILE_ROWS = 64
 """Rows of a tile: the least that a group of warps of an H100 multiplies from shared memory."""
 
 _LEAD = 4
@@ -31,7 +31,7 @@ _STAGES = 3
 """Tiles in shared memory: one is multiplied while the next are copied."""
 
 
-def wide_for(padded: int) -> int:
+def tile_columns(padded: int) -> int:
     """Columns of a tile: the more, the fewer addends each block of rows leaves, as long as three have room in the
     227 KB of an H100's multiprocessor.
 
@@ -66,14 +66,14 @@ def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> 
 
     (rows, columns), rank = slopes.shape, b.shape[1]
     padded = max(16, 1 << (rank - 1).bit_length())
-    wide = wide_for(padded)
+    wide = tile_columns(padded)
     blocks = -(-columns // wide)
-    span = _TALL * _tiles_of_part(-(-rows // _TALL), blocks, _processors(slopes.device))
+    span = _TILE_ROWS * _tiles_of_part(-(-rows // _TILE_ROWS), blocks, _processors(slopes.device))
     parts = -(-rows // span)
     backs = slopes.new_empty(blocks, rows, rank, dtype=torch.float32)
     overs = slopes.new_empty(parts, columns, rank, dtype=torch.float32)
     back, over = slopes.new_empty(rows, rank), slopes.new_empty(columns, rank)
-    shape = {"rank": rank, "padded": padded, "tall": _TALL, "wide": wide}
+    shape = {"rank": rank, "padded": padded, "tall": _TILE_ROWS, "wide": wide}
     thin_kernels.products[blocks, parts](
         *(slopes, b, narrow, backs, overs, rows, columns, span), **shape, num_warps=_WARPS, num_stages=_STAGES
     )

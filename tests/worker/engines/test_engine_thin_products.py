@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.worker.engines import thin_products as module
-from lora_lab.worker.engines.thin_products import reads_once, thin_products, wide_for
+from lora_lab.worker.engines.thin_products import reads_once, thin_products, tile_columns
 
 ON_CARD = torch.cuda.is_available()
 
@@ -141,8 +141,8 @@ def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("padded", [16, 32, 64])
 def test_what_a_program_keeps_has_room(padded: int) -> None:
     """Triton takes up to 9 KB more than this for itself."""
-    tiles = module._STAGES * module._TALL * (wide_for(padded) + padded) * 2
-    assert tiles + wide_for(padded) * padded * 2 <= (227 - 9) * 1024
+    tiles = module._STAGES * module._TILE_ROWS * (tile_columns(padded) + padded) * 2
+    assert tiles + tile_columns(padded) * padded * 2 <= (227 - 9) * 1024
 
 
 @pytest.mark.parametrize(("tiles", "blocks", "slots", "parts"), [(256, 18, 132, 7), (256, 3, 132, 43), (1, 18, 132, 1)])
