@@ -94,6 +94,13 @@ class Checkpointing(Enum):
     full = "full"
     selective = "selective"
     """Every other layer."""
+    offloaded = "offloaded"
+    """As full, and what is kept of each layer goes to host memory in between."""
+
+    @property
+    def by_trainer(self) -> bool:
+        """Whether it is switched on by Trainer's own arguments."""
+        return self in (Checkpointing.full, Checkpointing.selective)
 
 
 class Isolation(Enum):

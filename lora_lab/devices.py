@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from lora_lab.config import DType, EngineKind, RefusedInput, TrialConfig
+from lora_lab.config import Checkpointing, DType, EngineKind, RefusedInput, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.packages import cache_folder
 from lora_lab.telemetry.nvml import Card, visible_cards
@@ -65,6 +65,11 @@ def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
     """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
     is to be limited to, or the machine lacks what the trial's engine needs."""
     _refuse_engine(config.engine.kind, card)
+    if card is None and config.gradient_checkpointing is Checkpointing.offloaded:
+        raise Unsupported(
+            "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the "
+            "CPU. Use gradient_checkpointing=full."
+        )
     limit = config.vram_limit_gib
     if limit is not None and card is None:
         raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")

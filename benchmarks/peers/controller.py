@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.plan import OTHER_KERNEL, Cell, Setup, Turn, missing_packages
+from benchmarks.peers.plan import OTHER_KERNEL, Cell, Setup, Turn, applies, missing_packages
 from benchmarks.peers.processes import Contender, environment
 from lora_lab.outcome import Outcome
 
@@ -79,7 +79,8 @@ class Race:
         Every cell has fresh processes: what one shape compiled, cached or left fragmented is no other shape's
         start, and a profiled process is slower afterwards. They load side by side.
         """
-        running = self._ready([name for name in self._settings.contenders if name != OTHER_KERNEL])
+        beside = [name for name in self._settings.contenders if name != OTHER_KERNEL]
+        running = self._ready([name for name in beside if applies(name, self._cell)])
         try:
             for number in range(self._settings.rounds):
                 for contender in list(running):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from benchmarks.cells import compose_cell
-from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_NORM, RANK, SEED, Setup
+from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_NORM, OFFLOADED, RANK, SEED, Setup
 from benchmarks.peers.stacks import Built, Job
 from lora_lab.events import Event
 from lora_lab.worker.attention import AttentionKernels
@@ -64,7 +64,7 @@ def overrides(setup: Setup) -> list[str]:
     return [
         "model=local",
         f"model.path='{setup.material}/model'",
-        f"engine={setup.contender.removeprefix('lab_')}",
+        f"engine={_engine(setup.contender)}",
         f"method={setup.method}",
         f"method.rank={RANK}",
         f"method.alpha={ALPHA}",
@@ -76,8 +76,18 @@ def overrides(setup: Setup) -> list[str]:
         "tracking=none",
         f"batch_size={setup.cell.batch_size}",
         f"seq_len={setup.cell.seq_len}",
-        f"gradient_checkpointing={'full' if setup.cell.checkpointing else 'none'}",
+        f"gradient_checkpointing={_checkpointing(setup)}",
         f"learning_rate={LEARNING_RATE}",
         f"max_grad_norm={MAX_GRAD_NORM}",
         f"seed={SEED}",
     ]
+
+
+def _engine(contender: str) -> str:
+    return "graph" if contender == OFFLOADED else contender.removeprefix("lab_")
+
+
+def _checkpointing(setup: Setup) -> str:
+    if not setup.cell.checkpointing:
+        return "none"
+    return "offloaded" if setup.contender == OFFLOADED else "full"

@@ -13,6 +13,8 @@ SEED = 0
 
 OTHER_KERNEL = "plain_other_kernel"
 """Plain Hugging Face with another attention kernel: for the spread of losses alone, not for time."""
+OFFLOADED = "graph_offload"
+"""Graph with its checkpoints in host memory, where Unsloth has them; in cells with checkpointing alone."""
 NEEDS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "liger": ("liger_kernel",),
@@ -20,11 +22,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "eager": (),
     "compile": (),
     "graph": (),
+    OFFLOADED: (),
     "lab_liger": ("liger_kernel",),
     OTHER_KERNEL: (),
 }
 """Every contender, and the packages it needs beyond lora_lab's own. lab_liger is lora_lab's engine=liger."""
-OWN = ("eager", "compile", "graph", "lab_liger")
+OWN = ("eager", "compile", "graph", OFFLOADED, "lab_liger")
 """The contenders that are lora_lab's."""
 QLORA_NEEDS = ("bitsandbytes",)
 CELLS = ("1x512", "2x1024", "2x2048c", "2x2048", "8x2048c", "8x2048")
@@ -84,6 +87,11 @@ class Turn:
     def total(self) -> int:
         """Optimizer steps in all."""
         return self.warmup + self.steps + self.profiled
+
+
+def applies(contender: str, cell: Cell) -> bool:
+    """Whether a contender is another than those beside it in this cell."""
+    return cell.checkpointing or contender != OFFLOADED
 
 
 def missing_packages(contender: str, method: str) -> list[str]:

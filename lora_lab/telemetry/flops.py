@@ -111,13 +111,13 @@ def repeated_share(checkpointing: str, layers: int | None) -> float:
     """Share of the decoder layers that are calculated twice, from the read-back fact `gradient_checkpointing`.
 
     Args:
-        checkpointing: none, full or selective; False or True in trials from before there was a selective one.
+        checkpointing: none, full, selective or offloaded; False or True in trials from before there were more than two.
         layers: how many there are. Of those, `selective` has the first, the third, ...: every_n_layers=2 in
             transformers, which may be one more than half. Half where the number is not known.
     """
     if checkpointing == "selective":
         return math.ceil(layers / 2) / layers if layers else 0.5
-    return 1.0 if checkpointing in ("full", "True") else 0.0
+    return 1.0 if checkpointing in ("full", "offloaded", "True") else 0.0
 
 
 def products(counted: ModelCounted, tokens: int) -> float:

@@ -49,6 +49,12 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
+_NEED_LAYERS = {
+    Checkpointing.selective: "is every other layer",
+    Checkpointing.offloaded: "is of all layers but the last",
+}
+
+
 def load_architecture(model: ModelConfig) -> Any:
     """The transformers config: stated shapes for random weights, else the one beside the weights."""
     if model.weights is Weights.random:
@@ -66,10 +72,11 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
             f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less."
         )
     one_layer = getattr(shapes, "num_hidden_layers", None) == 1
-    if one_layer and config.gradient_checkpointing is Checkpointing.selective:
+    if one_layer and config.gradient_checkpointing in _NEED_LAYERS:
         # it would be full under another name, and be compared with full
         raise RefusedInput(
-            f"gradient_checkpointing=selective is every other layer, and the model ({_name(config.model)}) has one. "
+            f"gradient_checkpointing={config.gradient_checkpointing.name} "
+            f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({_name(config.model)}) has one. "
             "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
     if config.method.target_modules == ["all-linear"]:

@@ -28,7 +28,7 @@ def make_trainer(
         max_steps=config.measure.warmup_steps + config.measure.steps + profiled,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
-        gradient_checkpointing=config.gradient_checkpointing is not Checkpointing.none,
+        gradient_checkpointing=config.gradient_checkpointing.by_trainer,
         gradient_checkpointing_kwargs=checkpointing_arguments(config),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
@@ -61,8 +61,8 @@ def make_trainer(
 
 
 def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
-    """What TrainingArguments.gradient_checkpointing_kwargs takes; None without checkpointing."""
-    if config.gradient_checkpointing is Checkpointing.none:
+    """What TrainingArguments.gradient_checkpointing_kwargs takes; None where Trainer does no checkpointing."""
+    if not config.gradient_checkpointing.by_trainer:
         return None
     return {
         "use_reentrant": False,

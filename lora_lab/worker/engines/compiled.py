@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_lab.config import Checkpointing
 from lora_lab.outcome import Unsupported
+from lora_lab.worker.offloaded_checkpoints import OffloadedCall
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
@@ -42,9 +43,18 @@ def compile_layers(model: Any) -> None:
         layer.compile(fullgraph=True, dynamic=False)
 
 
+def is_compiled(layer: Any) -> bool:
+    """Whether torch is to compile what the layer does."""
+    call = layer._compiled_call_impl
+    return call.is_compiled if isinstance(call, OffloadedCall) else call is not None
+
+
 def checkpointing_of(model: Any) -> Checkpointing:
     """Which layers recompute their forward, read from the live ones."""
-    on = [bool(layer.gradient_checkpointing) for layer in decoder_layers(model)]
+    layers = decoder_layers(model)
+    if layers and all(isinstance(layer._compiled_call_impl, OffloadedCall) for layer in layers):
+        return Checkpointing.offloaded
+    on = [bool(layer.gradient_checkpointing) for layer in layers]
     if not any(on):
         return Checkpointing.none
     return Checkpointing.full if all(on) else Checkpointing.selective

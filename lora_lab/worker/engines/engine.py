@@ -16,12 +16,13 @@ from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
-from lora_lab.worker.engines.compiled import compilations, compile_layers
+from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
 from lora_lab.worker.engines.live import engine_of, has_dropout, loss_is_chunked, refuse_unknown_to_liger
 from lora_lab.worker.engines.masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.quick_answers import QuickAnswers
 from lora_lab.worker.engines.static_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
 from lora_lab.worker.models import working_dtype
+from lora_lab.worker.offloaded_checkpoints import offload_checkpoints
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
@@ -87,6 +88,9 @@ class Engine(TrainerCallback):
             self._become_graph(config, model)
         if self._compiles:
             compile_layers(model)
+        if config.gradient_checkpointing is Checkpointing.offloaded:
+            # a CUDA graph can't keep random state, and has no dropout then
+            offload_checkpoints(decoder_layers(model), model.device, keeps_random_state=kind is not EngineKind.graph)
 
     def _become_graph(self, config: TrialConfig, model: Any) -> None:
         if config.gradient_checkpointing is not Checkpointing.none and has_dropout(model):

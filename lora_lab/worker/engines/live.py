@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.config import EngineKind
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.engines.compiled import compilations, decoder_layers
+from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
 from lora_lab.worker.engines.static_step import StaticStep
 
 
@@ -17,7 +17,7 @@ def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
         return EngineKind.graph
     layers = decoder_layers(model)
     # switched off from outside (TORCHDYNAMO_DISABLE), torch leaves what is marked as compiled as it was
-    if layers and all(layer._compiled_call_impl is not None for layer in layers) and compilations():
+    if layers and all(map(is_compiled, layers)) and compilations():
         return EngineKind.compile
     if any(_of_liger(module) for module in model.modules()):
         return EngineKind.liger
