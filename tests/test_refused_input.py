@@ -109,7 +109,7 @@ def test_an_unknown_key_names_the_nearest(lab: Lab, tmp_path: Path, arguments: l
         ("batch_size=two", ["batch_size=two", "Integer", "batch_size=2"]),
         ("seq_len=1.5", ["seq_len=1.5", "Integer", "seq_len=512"]),
         ("method.dropout=high", ["method.dropout=high", "Float", "method.dropout=0.0"]),
-        ("gradient_checkpointing=true", ["gradient_checkpointing=true", "[none, full, selective]"]),
+        ("gradient_checkpointing=true", ["gradient_checkpointing=true", "[none, full, selective, offloaded]"]),
         ("gradient_checkpointing=maybe", ["gradient_checkpointing=maybe", "selective", "gradient_checkpointing=none"]),
         ("precision.dtype=fp8", ["precision.dtype=fp8", "[fp32, fp16, bf16]"]),
         ("data.rows=many", ["data.rows=many", "Integer", "data.rows=null"]),
@@ -290,9 +290,10 @@ def test_a_refused_sweep_takes_nothing_away_from_the_folder_that_was_named_for_i
 
 
 def test_one_layer_is_only_refused_what_it_cannot_have(lab: Lab, tmp_path: Path) -> None:
-    levels = "gradient_checkpointing=none,full,selective"
+    levels = "gradient_checkpointing=none,full,selective,offloaded"
     said = lab("-m", "model=tiny", "tracking=none", "model.architecture.num_hidden_layers=1,2", levels)
-    assert_refused_by_worker(said, tmp_path, "1 of 6 points", "num_hidden_layers=1 gradient_checkpointing=selective")
+    one = [f"num_hidden_layers=1 gradient_checkpointing={level}" for level in ("selective", "offloaded")]
+    assert_refused_by_worker(said, tmp_path, "1 of 8 points", *one)
 
 
 def test_a_folder_in_which_another_sweep_is_about_to_start_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -398,6 +399,14 @@ def test_an_engine_that_needs_a_card_is_unsupported_on_the_cpu(
     said = lab("model=tiny", "tracking=none", "device=cpu", f"engine={engine}")
     why = f"engine={engine} needs an NVIDIA GPU ({needs}), and this trial runs on the CPU. Use engine=eager or "
     assert_unsupported(said, tmp_path, f"{why}engine=compile.")
+
+
+def test_checkpoints_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> None:
+    said = lab("model=tiny", "tracking=none", "device=cpu", "gradient_checkpointing=offloaded")
+    why = (
+        "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the CPU."
+    )
+    assert_unsupported(said, tmp_path, f"{why} Use gradient_checkpointing=full.")
 
 
 def test_a_compiler_that_is_not_there_is_unsupported(lab: Lab, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> 
         asked["trust_remote_code"] = config.model.trust_remote_code
         with _errors_told():
             model = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
-    model.config.use_cache = False
+    # of nested configs the inner one counts
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     if config.method.raise_to_fp32:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     adapted = get_peft_model(model, _adapters(config.method))

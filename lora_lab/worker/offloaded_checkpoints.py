@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.outcome import Unsupported
+from lora_lab.outcome import Unsupported, says_out_of_memory
 
 
 @dataclass(slots=True)
@@ -42,16 +42,20 @@ class HostShelf:
         self._rooms = [torch.empty(0, dtype=torch.uint8) for _ in range(layers)]
         """As large as the largest input so far."""
         self._inputs: list[_Input | None] = [None] * layers
+        self._recorded: list[Tensor] = []
+        """Rooms that a CUDA graph may copy to whenever it is replayed."""
 
     @property
     def host_bytes(self) -> int:
-        """Host memory in use."""
+        """Host memory in use, as far as it is asked for: torch rounds what stays in place up to powers of two."""
         return sum(room.numel() for room in self._rooms)
 
     def put(self, number: int, given: Tensor) -> _Input:
         """Have the input of layer `number` copied, while what comes next is calculated. It goes from the card when the
         next one is put here."""
         self._make_room(number, given)
+        if self._pinned and torch.cuda.is_current_stream_capturing():
+            self._recorded.append(self._rooms[number])
         here = self._of_device.current_stream()
         self._aside.wait_stream(here)
         copied = self._of_device.Event()
@@ -75,7 +79,10 @@ class HostShelf:
         Raises: RuntimeError where another forward has come since.
         """
         if self._inputs[number] is not put:
-            raise RuntimeError("gradient_checkpointing=offloaded has room for one forward before its backward")
+            raise RuntimeError(
+                "gradient_checkpointing=offloaded has room for one forward before its backward, and for one call of a "
+                "layer in it. Use gradient_checkpointing=full."
+            )
         here = self._of_device.current_stream()
         here.wait_event(put.copied)
         if put.on_card is None:
@@ -109,12 +116,14 @@ class HostShelf:
         try:
             self._rooms[number] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         except RuntimeError as error:
+            if not says_out_of_memory(str(error)):
+                raise
             # not as torch has it, which says that the card is full
             wanted = size * len(self._rooms) / 2**30
             raise Unsupported(
-                f"gradient_checkpointing=offloaded needs {wanted:.2f} GiB of host memory that stays in place, and this "
-                f"machine gave no more than {self.host_bytes / 2**30:.2f}. Use gradient_checkpointing=full, or fewer "
-                "tokens a batch."
+                f"gradient_checkpointing=offloaded needs at least {wanted:.2f} GiB of host memory that stays in place, "
+                f"and this machine gave no more than {self.host_bytes / 2**30:.2f}. Use gradient_checkpointing=full, or "
+                "fewer tokens a batch."
             ) from error
 
 
@@ -173,9 +182,23 @@ def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_st
     Args:
         layers: in the order in which they are calculated; compiled, if they are to be.
         keeps_random_state: so that dropout drops the same twice.
+
+    Raises: Unsupported where there are none.
     """
-    shelf = HostShelf(len(layers) - 1, device)
+    if not layers:
+        raise Unsupported(
+            "gradient_checkpointing=offloaded: this model has no layers of the kind that transformers repeats. "
+            "Use gradient_checkpointing=none."
+        )
+    # those before have no backward, and what is on its way back for one that never comes ends no recording
+    first = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers) - 1)
+    last = len(layers) - 1
+    shelf = HostShelf(last - first, device)
     for number, layer in enumerate(layers):
-        kept = shelf if number < len(layers) - 1 else None
+        kept = shelf if first <= number < last else None
         # torch calls this in place of the class's own, with the hooks that a module may have within it
-        layer._compiled_call_impl = OffloadedCall(layer, number, kept, keeps_random_state)
+        layer._compiled_call_impl = OffloadedCall(layer, number - first, kept, keeps_random_state)
+
+
+def _is_trained(layer: Any) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())

@@ -74,7 +74,7 @@ SETTINGS = [
     st.tuples(st.just("+model.architecture.head_dim"), st.integers(1, 64)),
     st.tuples(st.just("vram_limit_gib"), st.sampled_from(["8", "7.5", "null"])),
     st.tuples(st.just("capacity"), st.sampled_from(["8gib", "12gib"])),
-    st.tuples(st.just("gradient_checkpointing"), st.sampled_from(["none", "full", "selective"])),
+    st.tuples(st.just("gradient_checkpointing"), st.sampled_from(["none", "full", "selective", "offloaded"])),
     st.tuples(st.just("measure"), st.just("quick")),
     st.tuples(st.just("measure.steps"), st.integers(1, 100)),
     st.tuples(st.just("measure.price_per_kwh"), st.just(0.3)),

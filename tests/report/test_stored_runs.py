@@ -137,7 +137,7 @@ def test_trials_from_before_there_were_engines_are_told_in_todays_words(root: Pa
         assert sweep.axes == {"gradient_checkpointing": ["none", "full"]}
 
 
-@pytest.mark.parametrize("level", ["none", "full", "selective"])
+@pytest.mark.parametrize("level", ["none", "full", "selective", "offloaded"])
 def test_a_trial_of_today_comes_back_as_it_is(root: Path, level: str) -> None:
     """Also one whose engine has a name of its own."""
     told = {"gradient_checkpointing": level, "engine": "mine", "engine.kind": "graph"}

@@ -109,6 +109,7 @@ def test_an_example_by_hand() -> None:
         ("selective", 5, 0.6),  # the first, the third and the fifth
         ("selective", 1, 1.0),
         ("selective", None, 0.5),
+        ("offloaded", 28, 1.0),
         ("False", None, 0.0),  # as trials said it before there was a selective one
         ("True", None, 1.0),
         ("True", 28, 1.0),

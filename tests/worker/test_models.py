@@ -1,0 +1,47 @@
+"""Loading a model as a trial does."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lora_lab.config import (
+    Attention,
+    DType,
+    MethodConfig,
+    ModelConfig,
+    ModelSource,
+    PrecisionConfig,
+    Quantization,
+    TrialConfig,
+    Weights,
+)
+from lora_lab.worker.models import load_architecture, load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
+
+
+def test_no_model_keeps_a_cache_in_training_also_not_one_within_another() -> None:
+    """Keys and values of a whole row would be kept for nothing, and twice where a layer is calculated again."""
+    nested = {"model_type": "gemma3", "text_config": TEXT, "vision_config": EYES, "mm_tokens_per_image": 4}
+    config = TrialConfig(
+        model=ModelConfig(source=ModelSource.hub, weights=Weights.random, architecture=nested),
+        method=MethodConfig(quantization=Quantization.none, target_modules=["q_proj"]),
+        precision=PrecisionConfig(dtype=DType.fp32),
+        attention=Attention.eager,
+    )
+    model = load_model(config, load_architecture(config.model), torch.device("cpu")).train()
+    ids = torch.randint(3, 60, (1, 8))
+    out = model(input_ids=ids, token_type_ids=torch.zeros_like(ids), labels=ids)
+    assert out.past_key_values is None
