@@ -122,7 +122,7 @@ class HostShelf:
             wanted = size * len(self._rooms) / 2**30
             raise Unsupported(
                 f"gradient_checkpointing=offloaded needs at least {wanted:.2f} GiB of host memory that stays in place, "
-                f"and this machine gave no more than {self.host_bytes / 2**30:.2f}. Use gradient_checkpointing=full, or "
+                f"and this machine gave {self.host_bytes / 2**30:.2f} so far. Use gradient_checkpointing=full, or "
                 "fewer tokens a batch."
             ) from error
 
