@@ -131,8 +131,13 @@ class OffloadedCall:
     """What a decoder layer's call becomes: the same, checkpointed, its input kept on the shelf."""
 
     def __init__(self, layer: Any, number: int, shelf: HostShelf | None, keeps_random_state: bool) -> None:
-        """Args:
-        shelf: None for a layer whose input stays on the card.
+        """Takes the layer's present call.
+
+        Args:
+            layer: a decoder layer.
+            number: its place on the shelf.
+            shelf: None for a layer whose input stays on the card.
+            keeps_random_state: see `offload_checkpoints`.
         """
         self._layer = layer
         self._call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
@@ -190,7 +195,8 @@ def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_st
             "gradient_checkpointing=offloaded: this model has no layers of the kind that transformers repeats. "
             "Use gradient_checkpointing=none."
         )
-    # those before have no backward, and what is on its way back for one that never comes ends no recording
+    # the layers before it have no backward: nothing would wait for the copy of an input on its way back to one of them,
+    # and a CUDA graph can't be recorded while a copy is under way
     first = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers) - 1)
     last = len(layers) - 1
     shelf = HostShelf(last - first, device)
