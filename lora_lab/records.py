@@ -131,6 +131,8 @@ def complete(
             f"data/{key}": float(value) for key, value in dataclasses.asdict(counted).items() if key.startswith("rows")
         }
         record.tags["data_digest"] = counted.digest
+        if counted.end_of_turn:
+            record.tags["data_end_of_turn"] = counted.end_of_turn
     record.metrics |= summary.metrics
     record.tags |= {f"absent.{name}": why for name, why in summary.absent.items()}
     record.tags |= summary.tags

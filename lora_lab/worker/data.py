@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, RefusedInput, TrialConfig
 from lora_lab.rows import SHIPPED, Row, heldout_indices, read_jsonl, refuse_too_few, row_of
+from lora_lab.worker.conversation import Conversations, Losses, Turn
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
@@ -67,6 +68,14 @@ class Examples:
     rows_read: int
     rows_truncated: int
     rows_without_labels: int
+    rows_lost: int = 0
+    """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
+    rows_apart: int = 0
+    """Rows whose prompt and answer had to be tokenised apart."""
+    end_of_turn: str = ""
+    """What ends each answer; empty where nothing does, and for random tokens."""
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know of how the rows were laid out."""
 
     @property
     def digest(self) -> str:
@@ -84,10 +93,14 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
-        empty = 0
+        empty, losses, end_of_turn, remarks = 0, Losses(), "", []
     else:
         rows, empty = _read_rows(config.data)
-        made = [tokenize(row, tokenizer, config.seq_len) for row in rows]
+        conversations = Conversations(tokenizer, vocab_size)
+        turns, losses = _lay_out(rows, conversations, tokenizer)
+        _refuse_unknown_ids(turns, tokenizer, vocab_size)
+        made = [_example(turn, config.seq_len) for turn in turns]
+        end_of_turn, remarks = conversations.end_of_turn, _remarks(conversations, losses)
     usable = [example for example in made if example.trained > 0]
     if not usable:
         raise RefusedInput(
@@ -113,6 +126,10 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         rows_read=len(made) + empty,
         rows_truncated=sum(example.truncated for example in made),
         rows_without_labels=len(made) - len(usable) + empty,
+        rows_lost=losses.lost,
+        rows_apart=losses.apart,
+        end_of_turn=end_of_turn,
+        remarks=remarks,
     )
 
 
@@ -146,28 +163,68 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
-    """One row through the model's chat template; only the response (and its end-of-turn token) is trained.
+    """Put one row through the model's chat template; only the response and its end of turn are trained.
 
-    Prompt and response are tokenised apart, as they are when the model is used: the prompt is complete
-    before the first response token exists.
-    """
-    messages = [{"role": "user", "content": row.prompt}]
-    # Llama 3's template writes today's date into the prompt unless told one; this is its own stand-in
-    layout = {"tokenize": False, "date_string": "26 Jul 2024"}
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **layout)
-    answer = [*messages, {"role": "assistant", "content": row.response}]
-    whole = tokenizer.apply_chat_template(answer, **layout)
-    if not whole.startswith(prompt):
+    Raises: RefusedInput when the template can't lay it out."""
+    return _example(Conversations(tokenizer).turn(row), seq_len)
+
+
+def _example(turn: Turn, seq_len: int) -> Example:
+    labels = [IGNORED] * turn.prompt + turn.ids[turn.prompt :]
+    return Example(turn.ids[:seq_len], labels[:seq_len], truncated=len(turn.ids) > seq_len)
+
+
+def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> tuple[list[Turn], Losses]:
+    """Lay out every row.
+
+    Raises: RefusedInput when most rows lose text or their end of turn."""
+    turns, losses = [], Losses()
+    for row in rows:
+        turns.append(conversations.turn(row))
+        losses.count(row, turns[-1], tokenizer)
+    if losses.lost * 2 > losses.rows:
         raise RefusedInput(
-            "this model's chat template does not put the answer straight after the generation prompt, so the "
-            "response cannot be told from the prompt. Use a model with another template."
+            *losses.sentences(),
+            "Training would not be on your rows. Change the rows, change chat_template in the model's folder, or use "
+            "another model.",
         )
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # what follows the end-of-turn token (a newline in most templates) is never generated, so not trained
-    response_ids = tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
-    ids = [*prompt_ids, *response_ids]
-    labels = [IGNORED] * len(prompt_ids) + response_ids
-    return Example(ids[:seq_len], labels[:seq_len], truncated=len(ids) > seq_len)
+    return turns, losses
+
+
+def _refuse_unknown_ids(turns: list[Turn], tokenizer: Any, vocab_size: int) -> None:
+    """Raise RefusedInput for a token that has no embedding: on a GPU it would cost the worker."""
+    beyond = next((token for turn in turns for token in turn.ids if token >= vocab_size), None)
+    if beyond is not None:
+        raise RefusedInput(
+            f"the rows hold the token {tokenizer.convert_ids_to_tokens(beyond)!r}, whose id is {beyond}: the tokenizer "
+            f"knows {len(tokenizer)} tokens, the model {vocab_size}. Use the tokenizer that belongs to the model."
+        )
+
+
+def _remarks(conversations: Conversations, losses: Losses) -> list[str]:
+    found = losses.sentences()
+    if losses.unopened:
+        found.append(
+            f"the chat template's generation prompt ends in text (the start of a reasoning, as a rule) without which "
+            f"{losses.unopened} of {losses.rows} rows are trained"
+        )
+    if conversations.end_is_ours:
+        found.append(
+            f"the chat template ends no turn: the tokenizer's end of text ({conversations.end_of_turn}) is trained "
+            "after each answer"
+        )
+    elif not conversations.end_of_turn:
+        found.append(
+            "no end of turn is trained, since neither the chat template nor the tokenizer has one: the model does not "
+            "learn to stop"
+        )
+    return found
+
+
+def pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """An id to fill rows up with. Padding is masked, so any id with an embedding does."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and token < vocab_size), 0)
 
 
 def _random_examples(count: int, seq_len: int, vocab_size: int, seed: int) -> list[Example]:
