@@ -59,7 +59,7 @@ def job(composed: "DictConfig") -> int:
         )
         code = run_session(request).exit_code
     except RefusedInput as refusal:
-        print(f"Refused, no model was loaded:\n{refusal}", file=sys.stderr)
+        print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)
         code = EXIT_REFUSED
     if not in_sweep:
         raise SystemExit(code)

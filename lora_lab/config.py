@@ -138,6 +138,8 @@ class MethodConfig:
     quantization: Quantization = Quantization.none
     double_quantization: bool = False
     """Quantise the 4-bit scales too: about 0.37 bit a weight less."""
+    mostly_unquantised: bool = False
+    """Run although less than half of the layers' weights can be held in 4 bit."""
     rank: int = 16
     alpha: float = 32.0
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""

@@ -7,7 +7,8 @@ import torch
 
 from lora_lab.config import DType
 from lora_lab.worker.data import Collator, Example, TokenCounts
-from lora_lab.worker.models import is_quantised, working_dtype
+from lora_lab.worker.models import working_dtype
+from lora_lab.worker.quantised import evaluation_mode
 
 
 def heldout_loss(
@@ -48,13 +49,3 @@ def heldout_loss(
             progress(min(start + batch_size, len(examples)), len(examples))
     model.train(was_training)
     return float(total / tokens), tokens
-
-
-def evaluation_mode(model: Any) -> None:
-    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
-    evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
-    that would run through an operation without a gradient, and wrongly."""
-    model.eval()
-    for module in model.modules():
-        if is_quantised(module):
-            module.train(True)

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ from lora_lab.config import (
 )
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.packages import converted_folder, locate
+from lora_lab.worker.checkpoint import (
+    make_skeleton,
+    refuse_gaps,
+    refuse_incomplete,
+    refuse_mostly_unquantised,
+    refuse_quantised,
+)
+from lora_lab.worker.probe import judge, look_through
+from lora_lab.worker.quantised import quantised_share
+from lora_lab.worker.random_weights import random_state
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 
@@ -42,6 +53,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if tokenizer.chat_template is None:
         raise RefusedInput(
             f"{_name(model)} has no chat template, so text can't be laid out for it. Use an instruct model."
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise RefusedInput(
+            f"the tokenizer of {_name(model)} names neither a padding token nor an end of text. Set eos_token in its "
+            "tokenizer_config.json to the token that ends an answer."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -63,8 +79,12 @@ def load_architecture(model: ModelConfig) -> Any:
     return _from_hub(AutoConfig, model, trust_remote_code=model.trust_remote_code)
 
 
-def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
-    """Raise RefusedInput for what only the model's shapes can tell; allocates nothing."""
+def refuse_unfit(config: TrialConfig, architecture: Any) -> list[str]:
+    """Look at the model's shapes and files; loads no weights.
+
+    Returns: what the user should know.
+
+    Raises: RefusedInput for what can't be trained as it is asked for."""
     shapes = architecture.get_text_config()
     longest = getattr(shapes, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
@@ -79,47 +99,110 @@ def refuse_unfit(config: TrialConfig, architecture: Any) -> None:
             f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({_name(config.model)}) has one. "
             "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
-    if config.method.target_modules == ["all-linear"]:
-        return
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
+    refuse_quantised(config, architecture)
+    with _errors_told():
+        skeleton = make_skeleton(config, architecture)
+    remarks = []
+    if config.model.weights is Weights.pretrained:
+        remarks = refuse_incomplete(config.model, architecture, skeleton)
+    _refuse_targets(config, skeleton)
+    return remarks
+
+
+def _refuse_targets(config: TrialConfig, skeleton: Any) -> None:
+    """Raise RefusedInput for modules that the model does not have, or that PEFT does not adapt in it."""
     there = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if getattr(m, "weight", None) is not None}
-    missing = [name for name in config.method.target_modules if name.rsplit(".", 1)[-1] not in there]
+    named = [] if config.method.target_modules == ["all-linear"] else config.method.target_modules
+    missing = [name for name in named if name.rsplit(".", 1)[-1] not in there]
     if missing:
         raise RefusedInput(
             f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
             f"it has {', '.join(sorted(there))}."
         )
+    try:
+        with torch.device("meta"):
+            get_peft_model(skeleton, _adapters(config.method), low_cpu_mem_usage=True)
+    except ValueError as error:
+        said = str(error).splitlines()[0].removeprefix("[PEFT:LORA] ")
+        linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
+        # PEFT puts the module that it can't adapt in quotes
+        able = sorted(name for name in linear if f"'{name}'" not in said and name not in ("lm_head", "base_layer"))
+        raise RefusedInput(
+            f"PEFT can't adapt the model ({_name(config.model)}) so: {said} Name other modules, for example "
+            f"'method.target_modules=[{','.join(able[:4])}]'."
+        ) from error
 
 
-def load_model(config: TrialConfig, architecture: Any, device: torch.device) -> PeftModel:
-    """The frozen model on `device` with fresh fp32 adapters, as `method` and `precision` ask."""
+def load_model(
+    config: TrialConfig, architecture: Any, device: torch.device, warn: Callable[[str], None] = lambda _: None
+) -> PeftModel:
+    """The frozen model on `device` with fresh fp32 adapters, as `method` and `precision` ask.
+
+    Args:
+        warn: gets what the user should know of the model.
+
+    Raises: RefusedInput when tensors are missing, when the model is not causal, when packed documents see each other,
+        or when most weights are not in the format that is asked for.
+    """
     dtype = working_dtype(config.precision.dtype, device)
+    model = _frozen(config, architecture, device, dtype, warn)
+    # of nested configs the inner one counts
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    for remark in refuse_mostly_unquantised(config.method, quantised_share(model)):
+        warn(remark)
+    seen = look_through(model, config, device, dtype)
+    for remark in judge(seen, config, _name(config.model)):
+        warn(remark)
+    if seen.unreached:
+        warn(f"no adapter is put where text never runs: {', '.join(seen.unreached)}")
+    if config.method.raise_to_fp32:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapted = get_peft_model(model, _adapters(config.method, seen.unreached))
+    assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
+    return adapted
+
+
+def _frozen(
+    config: TrialConfig, architecture: Any, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
+) -> Any:
+    """The model as it was trained, or with random weights, quantised tensor by tensor while it is loaded."""
     asked: dict[str, Any] = {
         "config": architecture,
         "dtype": dtype,
         "attn_implementation": config.attention.value,
         "device_map": {"": device},
-        "quantization_config": _quantization(config.method, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused by name below
     }
-    if config.model.weights is Weights.random:
-        # the same loading path as for real weights, from a state dict in place of files
-        with device:
-            made = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        with _errors_told():
-            model = type(made).from_pretrained(None, state_dict=made.state_dict(), **asked)
-    else:
-        asked["trust_remote_code"] = config.model.trust_remote_code
-        with _errors_told():
-            model = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
-    # of nested configs the inner one counts
-    model.config.use_cache = model.config.get_text_config().use_cache = False
-    if config.method.raise_to_fp32:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapted = get_peft_model(model, _adapters(config.method))
-    assert isinstance(adapted, PeftModel)
-    adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
-    return adapted
+    if getattr(architecture, "quantization_config", None) is None:  # else the files say how
+        asked["quantization_config"] = _quantization(config.method, dtype)
+    with _errors_told():
+        if config.model.weights is Weights.random:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+            # one tensor after the other: in threads they would draw their numbers in another order each time
+            with _environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+                state = random_state(skeleton, device)
+                model, info = type(skeleton).from_pretrained(None, state_dict=state, **asked)
+        else:
+            asked["trust_remote_code"] = config.model.trust_remote_code
+            model, info = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
+    for remark in refuse_gaps(info):
+        warn(remark)
+    return model
+
+
+@contextlib.contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
@@ -158,11 +241,6 @@ def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def is_quantised(module: Any) -> bool:
-    """Whether a layer is one of bitsandbytes', or of a kind made from these."""
-    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
-
-
 def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if method.quantization is Quantization.none:
         return None
@@ -175,9 +253,16 @@ def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfi
     )
 
 
-def _adapters(method: MethodConfig) -> LoraConfig:
+def _adapters(method: MethodConfig, leave_out: Sequence[str] = ()) -> LoraConfig:
+    """PEFT's config.
+
+    Args:
+        leave_out: names of modules that get no adapter, nor do the modules within them.
+    """
     everywhere = method.target_modules == ["all-linear"]
+    outside = "|".join(re.escape(name) for name in leave_out)
     return LoraConfig(
+        exclude_modules=rf"({outside})(\..*)?" if outside else None,
         task_type="CAUSAL_LM",
         r=method.rank,
         lora_alpha=method.alpha,

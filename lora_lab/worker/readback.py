@@ -10,7 +10,8 @@ from lora_lab.config import DType, Quantization, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.masks import attention_of
-from lora_lab.worker.models import is_quantised, working_dtype
+from lora_lab.worker.models import working_dtype
+from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.training import optimizer_class
 
 PAGED_FROM = 100_000
@@ -45,6 +46,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "weight_dtypes": _counted([p for p in weights if not p.requires_grad]),
         "trainable_parameters": str(sum(p.numel() for p in adapters)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
+        "quantized_share": f"{quantised_share(model):.4f}",
         "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
         "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
         "attention": attention,

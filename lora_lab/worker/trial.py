@@ -19,7 +19,7 @@ from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.counting import Uncountable, count_model
-from lora_lab.worker.data import Example, Examples, load_examples, train_collator
+from lora_lab.worker.data import Example, Examples, load_examples, pad_id, train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
@@ -120,18 +120,25 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
         convert(package)
     clock.enter(Phase.data)
     architecture = load_architecture(config.model)
-    refuse_unfit(config, architecture)
+
+    def warn(text: str) -> None:
+        emit(Warned(t=time.monotonic(), text=text))
+
+    for remark in refuse_unfit(config, architecture):
+        warn(remark)
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config, tokenizer, architecture.get_text_config().vocab_size)
+    vocab_size = architecture.get_text_config().vocab_size
+    examples = load_examples(config, tokenizer, vocab_size)
     _report_data(config, examples, emit)
 
     clock.enter(Phase.model)
-    model = load_model(config, architecture, device)
+    model = load_model(config, architecture, device, warn)
     try:
         emit(count_model(model))
     except Uncountable as error:
         emit(Warned(t=time.monotonic(), text=f"FLOPs are not counted: {error}"))
-    collator = train_collator(config, tokenizer.pad_token_id)
+    padding = pad_id(tokenizer, vocab_size)
+    collator = train_collator(config, padding)
     callback = TelemetryCallback(config.measure, device, emit, clock)
     engine = Engine(config, model, shapes(config, examples.train, collator), callback.attention, emit, clock)
     callback.watch(model)
@@ -141,12 +148,12 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     callback.on_stepped = lambda: _report_what_ran(config, trainer, engine, callback, emit, device)
 
     heldout = examples.heldout[: config.measure.eval_rows]
-    _evaluate(Phase.evaluation_before, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
+    _evaluate(Phase.evaluation_before, config, model, heldout, padding, emit, clock, device)
     model.train()
     trainer.train()
     # Trainer leaves an autocast wrapper on forward that would turn whole logits to fp32
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    _evaluate(Phase.evaluation_after, config, model, heldout, tokenizer.pad_token_id, emit, clock, device)
+    _evaluate(Phase.evaluation_after, config, model, heldout, padding, emit, clock, device)
 
     clock.enter(Phase.saving)
     try:
@@ -167,11 +174,14 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
             real=sum(len(example.ids) for example in examples.train),
             trained=sum(example.trained for example in examples.train),
             digest=examples.digest,
+            rows_lost=examples.rows_lost,
+            rows_apart=examples.rows_apart,
+            end_of_turn=examples.end_of_turn,
         )
     )
     if config.data.source is DataSource.random_tokens:
         return
-    warnings = []
+    warnings = list(examples.remarks)
     if examples.rows_without_labels:
         warnings.append(
             f"{examples.rows_without_labels} of {examples.rows_read} rows have no token to train on within "

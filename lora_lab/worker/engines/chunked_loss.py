@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
-from lora_lab.worker.evaluation import evaluation_mode
+from lora_lab.worker.quantised import evaluation_mode
 
 CHUNK_ELEMENTS = 2**26
 """Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""

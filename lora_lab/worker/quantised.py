@@ -1,0 +1,39 @@
+"""Which weights of a live model are held in 4 bit, and what must not happen to them."""
+
+import math
+from typing import Any
+
+import torch
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether a layer is one of bitsandbytes', or of a kind made from these."""
+    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+
+
+def quantised_share(model: Any) -> float:
+    """Calculate the share of the frozen weights in matrices that is held in 4 bit. Embeddings and the head are left
+    out: they stay in 16 bit by design. So do norms and biases, which are no matrices. 1.0 where there is no matrix."""
+    kept = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    head = model.get_output_embeddings()
+    apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]}
+    packed = whole = 0
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = math.prod(state.shape) if state is not None else parameter.numel()
+        shape = state.shape if state is not None else parameter.shape
+        if id(parameter) in apart or len(shape) < 2 or "lora_" in name:
+            continue
+        whole += count
+        packed += count if state is not None else 0
+    return packed / whole if whole else 1.0
+
+
+def evaluation_mode(model: Any) -> None:
+    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
+    evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
+    that would run through an operation without a gradient, and wrongly."""
+    model.eval()
+    for module in model.modules():
+        if is_quantised(module):
+            module.train(True)
