@@ -39,6 +39,7 @@ from lora_lab.worker.checkpoint import (
     refuse_mostly_unquantised,
     refuse_quantised,
 )
+from lora_lab.worker.experts import adapted_experts, quantise_experts
 from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
 from lora_lab.worker.random_weights import random_state
@@ -119,14 +120,15 @@ def _refuse_targets(config: TrialConfig, skeleton: Any) -> None:
             f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
             f"it has {', '.join(sorted(there))}."
         )
+    linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     try:
         with torch.device("meta"):
-            get_peft_model(skeleton, _adapters(config.method), low_cpu_mem_usage=True)
+            asked = _adapters(config.method, adapted_experts(skeleton, config.method))
+            get_peft_model(skeleton, asked, low_cpu_mem_usage=True)
     except ValueError as error:
-        said = str(error).splitlines()[0].removeprefix("[PEFT:LORA] ")
-        linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
+        said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
         # PEFT puts the module that it can't adapt in quotes
-        able = sorted(name for name in linear if f"'{name}'" not in said and name not in ("lm_head", "base_layer"))
+        able = sorted(name for name in linear - {"lm_head"} if f"'{name}'" not in said)
         raise RefusedInput(
             f"PEFT can't adapt the model ({_name(config.model)}) so: {said} Name other modules, for example "
             f"'method.target_modules=[{','.join(able[:4])}]'."
@@ -148,6 +150,8 @@ def load_model(
     model = _frozen(config, architecture, device, dtype, warn)
     # of nested configs the inner one counts
     model.config.use_cache = model.config.get_text_config().use_cache = False
+    for remark in quantise_experts(model, config.method):
+        warn(remark)
     for remark in refuse_mostly_unquantised(config.method, quantised_share(model)):
         warn(remark)
     seen = look_through(model, config, device, dtype)
@@ -157,7 +161,7 @@ def load_model(
         warn(f"no adapter is put where text never runs: {', '.join(seen.unreached)}")
     if config.method.raise_to_fp32:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapted = get_peft_model(model, _adapters(config.method, seen.unreached))
+    adapted = get_peft_model(model, _adapters(config.method, adapted_experts(model, config.method), seen.unreached))
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
     return adapted
@@ -253,15 +257,17 @@ def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfi
     )
 
 
-def _adapters(method: MethodConfig, leave_out: Sequence[str] = ()) -> LoraConfig:
+def _adapters(method: MethodConfig, experts: list[str], leave_out: Sequence[str] = ()) -> LoraConfig:
     """PEFT's config.
 
     Args:
+        experts: names of stacked expert weights that get an adapter too.
         leave_out: names of modules that get no adapter, nor do the modules within them.
     """
     everywhere = method.target_modules == ["all-linear"]
     outside = "|".join(re.escape(name) for name in leave_out)
     return LoraConfig(
+        target_parameters=experts or None,
         exclude_modules=rf"({outside})(\..*)?" if outside else None,
         task_type="CAUSAL_LM",
         r=method.rank,

@@ -1,6 +1,7 @@
 """Which weights of a live model are held in 4 bit, and what must not happen to them."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ def quantised_share(model: Any) -> float:
     kept = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     head = model.get_output_embeddings()
     apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]}
+    stacked = {id(parts.original): parts[0].quant_state for parts in _parametrised(model)}
     packed = whole = 0
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
+        state = getattr(parameter, "quant_state", None) or stacked.get(id(parameter))
         count = math.prod(state.shape) if state is not None else parameter.numel()
         shape = state.shape if state is not None else parameter.shape
         if id(parameter) in apart or len(shape) < 2 or "lora_" in name:
@@ -27,6 +29,14 @@ def quantised_share(model: Any) -> float:
         whole += count
         packed += count if state is not None else 0
     return packed / whole if whole else 1.0
+
+
+def _parametrised(model: Any) -> Iterator[Any]:
+    """What bitsandbytes' replace_parameter_4bit has put in the place of parameters."""
+    for module in model.modules():
+        for parts in getattr(module, "parametrizations", {}).values():
+            if hasattr(parts[0], "quant_state"):
+                yield parts
 
 
 def evaluation_mode(model: Any) -> None:

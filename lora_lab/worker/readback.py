@@ -46,7 +46,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "weight_dtypes": _counted([p for p in weights if not p.requires_grad]),
         "trainable_parameters": str(sum(p.numel() for p in adapters)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
-        "quantized_share": f"{quantised_share(model):.4f}",
+        **({"quantized_share": f"{quantised_share(model):.4f}"} if quantised else {}),
         "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
         "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
         "attention": attention,
