@@ -14,6 +14,7 @@ else
   python3 -m benchmarks.flop_check "$1"
 fi
 python3 -m benchmarks.paged "$1"
+python3 -m benchmarks.load_peak "$1"
 python3 -m benchmarks.steady "$1" host_bound
 python3 -m benchmarks.steady "$1" gpu_bound
 python3 -m benchmarks.looking "$1"

@@ -35,6 +35,7 @@ PARAMETERS = {
     "qwen2_5_0_5b": 494_032_768,
     "qwen2_5_1_5b": 1_543_714_304,
     "llama3_2_1b": 1_235_814_400,
+    "llama3_1_8b": 8_030_261_248,
 }
 """As the published checkpoints have them, tied weights once."""
 

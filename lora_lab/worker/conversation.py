@@ -147,7 +147,8 @@ class Conversations:
             except _RENDERING as error:
                 faults.append(str(error).strip() or type(error).__name__)
                 continue
-            if _QUESTION in prompt and _QUESTION in whole.partition(_ANSWER)[0] and _ANSWER in whole:
+            quoted = any(f"{mark}{_ANSWER}{mark}" in whole for mark in "'\"")  # a list shown as a list
+            if _QUESTION in prompt and _QUESTION in whole.partition(_ANSWER)[0] and _ANSWER in whole and not quoted:
                 return whole.rpartition(_ANSWER)[2]
         if faults:
             raise RefusedInput(

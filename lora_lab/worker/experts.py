@@ -45,6 +45,6 @@ def quantise_experts(model: Any, method: MethodConfig) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} stacked weights of experts are in 4 bit and get no adapter, which PEFT can't put there. They are "
-        "loaded in 16 bit first. Without gradient_checkpointing=full each layer's stay unpacked until its backward"
+        f"{len(found)} stacked weights of experts are in 4 bit and get no adapter, which PEFT can't put there. They "
+        "are loaded in 16 bit first. Without gradient_checkpointing=full each layer's stay unpacked until its backward"
     ]

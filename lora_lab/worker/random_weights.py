@@ -1,4 +1,8 @@
-"""Random weights that are made one tensor at a time, when transformers asks for it, as it would read a file."""
+"""Random weights that are made one tensor at a time, when transformers asks for it, as it would read a file.
+
+The model's own rule fills them. It is applied as transformers does, from the inside out: to the module that has the
+weight, then to each module around it.
+"""
 
 import copy
 from typing import Any
@@ -16,27 +20,25 @@ class RandomTensor:
         self._module, _, self._name = name.rpartition(".")
 
     def __getitem__(self, _: Any) -> Tensor:
-        module = self._model.get_submodule(self._module)
-        alone = copy.copy(module)  # with parameters of its own; its children stay without memory
+        path = self._module.split(".") if self._module else []
+        chain = [self._model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+        owner = next(module for module in reversed(chain) if isinstance(module, PreTrainedModel))
+        shadow = copy.copy(chain[-1])
         # zeros, for the rare weight that the rule leaves as it was constructed
-        alone._parameters = {
+        shadow._parameters = {
             name: None if p is None else nn.Parameter(torch.zeros_like(p, device=self._device), requires_grad=False)
-            for name, p in module._parameters.items()
+            for name, p in shadow._parameters.items()
         }
+        made = shadow._parameters[self._name]
         with torch.no_grad():
-            self._owner()._init_weights(alone)
-        made: Tensor = alone._parameters[self._name].data
-        return made
-
-    def _owner(self) -> Any:
-        """The innermost model that the module belongs to: a model within another has a rule of its own."""
-        owner = self._model
-        path = self._module.split(".")
-        for length in range(1, len(path) + 1):
-            inner = self._model.get_submodule(".".join(path[:length])) if self._module else owner
-            if isinstance(inner, PreTrainedModel):
-                owner = inner
-        return owner
+            owner._init_weights(shadow)
+            # a rule for a module may reach into its parts; all others of them stay without memory
+            for depth in range(len(path) - 1, chain.index(owner) - 1, -1):
+                around = copy.copy(chain[depth])
+                around._modules = {**around._modules, path[depth]: shadow}
+                shadow = around
+                owner._init_weights(shadow)
+        return made.data
 
 
 def random_state(skeleton: Any, device: torch.device) -> dict[str, RandomTensor]:
