@@ -48,6 +48,7 @@ COLUMNS = (
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
     ("s per 10k tokens", "throughput/seconds_per_10k_tokens", "{:.2f}"),
     ("step s (median)", "throughput/step_seconds_p50", "{:.4f}"),
+    ("loading GiB", "vram/load_allocated_gib", "{:.2f}"),
     ("allocated GiB", "vram/peak_allocated_gib", "{:.2f}"),
     ("reserved GiB", "vram/peak_reserved_gib", "{:.2f}"),
     ("card GiB", "vram/peak_device_gib", "{:.2f}"),
