@@ -1,12 +1,14 @@
 """What is wrong with a model's files or shapes, found before any weight is loaded."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
@@ -38,8 +40,24 @@ def make_skeleton(config: TrialConfig, architecture: Any) -> Any:
             ) from error
 
 
+def fetch_weights(model: ModelConfig) -> None:
+    """Download the safetensors files of a model on the hub, so that they can be looked at before they are loaded. Where
+    that is not possible, loading says why."""
+    if model.source is not ModelSource.hub:
+        return
+    names = [_SINGLE]
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            hf_hub_download(str(model.id), _SINGLE, revision=model.revision)
+        except EntryNotFoundError:
+            index = hf_hub_download(str(model.id), _INDEX, revision=model.revision)
+            names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            hf_hub_download(str(model.id), name, revision=model.revision)
+
+
 def weight_files(model: ModelConfig) -> list[Path]:
-    """The safetensors files that hold a model's weights, as far as they are on this machine.
+    """Find the safetensors files that hold a model's weights, as far as they are on this machine.
 
     Raises: RefusedInput when an index names a file that is not there."""
     first = _in_folder(model, _SINGLE)

@@ -136,7 +136,12 @@ class Conversations:
             ids = ids[: ended + stop + 1]
         elif self._eos is not None and self.end_is_ours:
             ids = [*ids, self._eos]
-        return Turn(ids, prompt, frozenset(self._look(Row(row.prompt, answer), ids, prompt)), apart, unopened)
+        lost = set(self._look(Row(row.prompt, answer), ids, prompt))
+        if _spaceless(answer) not in _spaceless(whole[start:]):
+            lost.add(Lost.answer)
+        if _spaceless(row.prompt) not in _spaceless(whole[:start]):
+            lost.add(Lost.question)
+        return Turn(ids, prompt, frozenset(lost), apart, unopened)
 
     def _choose_form(self) -> str:
         """Find out whether content is a string or a list of parts; returns what follows an answer."""
@@ -243,6 +248,11 @@ def _clock_held_still() -> Iterator[None]:
         yield
     finally:
         chat_template_utils.datetime = real
+
+
+def _spaceless(text: str) -> str:
+    """A text without the spaces that templates trim and add."""
+    return "".join(text.split())
 
 
 def _bare(text: str) -> str:

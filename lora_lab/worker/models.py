@@ -33,6 +33,7 @@ from lora_lab.config import (
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.packages import converted_folder, locate
 from lora_lab.worker.checkpoint import (
+    fetch_weights,
     make_skeleton,
     refuse_gaps,
     refuse_incomplete,
@@ -161,7 +162,10 @@ def load_model(
         warn(f"no adapter is put where text never runs: {', '.join(seen.unreached)}")
     if config.method.raise_to_fp32:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapted = get_peft_model(model, _adapters(config.method, adapted_experts(model, config.method), seen.unreached))
+    try:
+        adapted = get_peft_model(model, _adapters(config.method, adapted_experts(model, config.method), seen.unreached))
+    except ValueError as error:  # modules were named that lie where text never runs
+        raise RefusedInput(f"no adapter can be put into the model ({_name(config.model)}): {error}") from error
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
     return adapted
@@ -190,6 +194,9 @@ def _frozen(
                 state = random_state(skeleton, device)
                 model, info = type(skeleton).from_pretrained(None, state_dict=state, **asked)
         else:
+            fetch_weights(config.model)
+            if config.model.source is ModelSource.hub:  # the others were looked at before
+                refuse_incomplete(config.model, architecture, make_skeleton(config, architecture))
             asked["trust_remote_code"] = config.model.trust_remote_code
             model, info = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
     for remark in refuse_gaps(info):

@@ -25,13 +25,13 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the look found. Gradients are shares of the largest one on the document's own tokens up to the one that is
-    looked at; both are None where the logits have no gradient, so that nothing can be said."""
+    """What the look found. Gradients are shares of the largest one on the last document's own tokens; both are None
+    where the logits have no gradient, so that nothing can be said."""
 
     later: float | None
-    """The gradient on tokens after the one that is looked at."""
+    """The gradient of a token's logits on the tokens after it."""
     other_document: float | None
-    """The gradient on the document before; 0.0 where documents are not packed."""
+    """The gradient of the last document's logits on the document before; 0.0 where documents are not packed."""
     unreached: list[str]
     """Names of the largest parts of the model that text does not run through."""
 
@@ -39,17 +39,16 @@ class Seen:
 def look_through(model: Any, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Seen:
     """Run a few tokens through `model` as the trial lays them out, forward and backward."""
     inputs, start = _inputs(model, config, device)
-    looked_at = start + _TOKENS // 2
-    gradient, reached = _gradient(model, inputs, looked_at, dtype)
+    middle = start + _TOKENS // 2
+    # all of the last document: a convolution may see no further back than a few tokens
+    document = slice(start, start + _TOKENS)
+    sizes, reached = _gradients(model, inputs, [slice(middle, middle + 1), document], dtype)
     unreached = _largest(model, reached)
-    if gradient is None:
+    if sizes is None or not all(float(size[document].max()) > 0 for size in sizes):
         return Seen(None, None, unreached)
-    size = gradient.float().abs().amax(dim=-1).nan_to_num(nan=torch.inf)
-    own = float(size[start : looked_at + 1].max())
-    if not own > 0:
-        return Seen(None, None, unreached)
-    later, other = size[looked_at + 1 :], size[:start]
-    return Seen(float(later.max()) / own, float(other.max()) / own if start else 0.0, unreached)
+    of_middle, of_document = (size / size[document].max() for size in sizes)
+    other = float(of_document[:start].max()) if start else 0.0
+    return Seen(float(of_middle[middle + 1 :].max()), other, unreached)
 
 
 def judge(seen: Seen, config: TrialConfig, name: str) -> list[str]:
@@ -84,11 +83,14 @@ def _inputs(model: Any, config: TrialConfig, device: torch.device) -> tuple[dict
     return {name: t.to(device) for name, t in batch.items() if isinstance(t, Tensor)}, _TOKENS * (len(documents) - 1)
 
 
-def _gradient(
-    model: Any, inputs: dict[str, Tensor], looked_at: int, dtype: torch.dtype
-) -> tuple[Tensor | None, set[nn.Module]]:
-    """The gradient of one token's logits on the embeddings, of shape (tokens, width), None where there is none; and the
-    modules that ran."""
+def _gradients(
+    model: Any, inputs: dict[str, Tensor], looked_at: list[slice], dtype: torch.dtype
+) -> tuple[list[Tensor] | None, set[nn.Module]]:
+    """Measure how much the logits of some tokens depend on each token's embedding.
+
+    Returns: for each of `looked_at` the largest gradient on each token, of shape (tokens,), None where there is no
+        gradient; and the modules that ran.
+    """
     embedded: list[Tensor] = []
     reached: set[nn.Module] = set()
 
@@ -109,17 +111,23 @@ def _gradient(
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            logits = model(**inputs, use_cache=False).logits[0, looked_at].float()
+            logits = model(**inputs, use_cache=False).logits[0].float()
         # random weights: in a plain sum, gradients could cancel out
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        found = torch.autograd.grad((logits * weights).sum(), embedded[:1], allow_unused=True)
+        weighted = logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        found = [
+            torch.autograd.grad(weighted[which].sum(), embedded[:1], allow_unused=True, retain_graph=True)
+            for which in looked_at
+        ]
     finally:
         for hook in hooks:
             hook.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
         model.train(was_training)
-    return (found[0][0] if found and found[0] is not None else None), reached
+    gradients = [each[0] for each in found if each and each[0] is not None]
+    if len(gradients) < len(looked_at):
+        return None, reached
+    return [each[0].float().abs().amax(dim=-1).nan_to_num(nan=torch.inf) for each in gradients], reached
 
 
 def _largest(model: nn.Module, reached: set[nn.Module]) -> list[str]:

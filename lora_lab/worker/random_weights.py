@@ -38,7 +38,9 @@ class RandomTensor:
                 around._modules = {**around._modules, path[depth]: shadow}
                 shadow = around
                 owner._init_weights(shadow)
-        return made.data
+        assert made is not None
+        tensor: Tensor = made.detach()
+        return tensor
 
 
 def random_state(skeleton: Any, device: torch.device) -> dict[str, RandomTensor]:

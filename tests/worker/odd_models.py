@@ -66,6 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 64,
         "layer_types": ["mamba", "attention"],
     },
+    "lfm2": {**WITHOUT_HEAD_DIM, "layer_types": ["full_attention", "conv"]},
     "falcon": {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "mamba": {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4},
     "bert": {k: v for k, v in WITHOUT_HEAD_DIM.items() if k != "num_key_value_heads"},

@@ -179,6 +179,8 @@ def test_an_answer_that_opens_as_the_prompt_does_goes_on_from_there() -> None:
             Row("Why is the sky as blue as it is?", "So."),
             Lost.question,
         ),
+        (byte_level(template(answer="{{ m.content | replace('B', 'A') }}")), Row("Why?", "Because."), Lost.answer),
+        (byte_level(template(question="{{ m.content | e }}")), Row("Is 1 < 2?", "Yes."), Lost.question),
         (byte_level(PLAIN), Row("Why?", "It <|end|> is."), Lost.end),
         (words_only(PLAIN), Row("why is it so", "because 漢字"), Lost.answer),
         (words_only(PLAIN), Row("why is 漢字", "because"), Lost.question),

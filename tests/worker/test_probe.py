@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),
 ]
 CPU = torch.device("cpu")
-LEAKING = {"gpt_oss", "granitemoehybrid", "falcon", "mamba"}
+LEAKING = {"lfm2", "gpt_oss", "granitemoehybrid", "falcon", "mamba"}
 """Models in which transformers makes no mask from position_ids, or whose state runs on from token to token."""
 
 
@@ -89,7 +89,7 @@ def test_a_small_leak_is_seen(name: str, size: float, refused: bool) -> None:
     layers[0] = Leaking(layers[0])
     seen = look_through(model, config, CPU, torch.float32)
     assert seen.later == 0.0
-    assert (seen.other_document or 0.0) == pytest.approx(size, rel=30, abs=0.0 if size else 1e-30)
+    assert size / 10 <= (seen.other_document or 0.0) <= 10 * size
     if refused:
         with pytest.raises(RefusedInput, match="sees the one before it"):
             judge(seen, config, name)
@@ -117,6 +117,8 @@ def test_adapters_are_put_only_where_text_runs() -> None:
     assert names
     assert not [name for name in names if "language_model" not in name]
     assert ["vision_tower" in line and "multi_modal_projector" in line for line in warned] == [True]
+    with pytest.raises(RefusedInput, match="no adapter"):
+        load(trial("gemma3", target_modules=["fc1"]))
     ids = torch.randint(3, 90, (2, 8))
     model(input_ids=ids, token_type_ids=torch.zeros_like(ids), labels=ids).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
