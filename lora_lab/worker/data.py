@@ -98,7 +98,6 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         rows, empty = _read_rows(config.data)
         conversations = Conversations(tokenizer, vocab_size)
         turns, losses = _lay_out(rows, conversations, tokenizer)
-        _refuse_unknown_ids(turns, tokenizer, vocab_size)
         made = [_example(turn, config.seq_len) for turn in turns]
         end_of_turn, remarks = conversations.end_of_turn, _remarks(conversations, losses)
     usable = [example for example in made if example.trained > 0]
@@ -191,9 +190,10 @@ def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> t
     return turns, losses
 
 
-def _refuse_unknown_ids(turns: list[Turn], tokenizer: Any, vocab_size: int) -> None:
+def refuse_unknown_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None:
     """Raise RefusedInput for a token that has no embedding: on a GPU it would cost the worker."""
-    beyond = next((token for turn in turns for token in turn.ids if token >= vocab_size), None)
+    every = (token for example in (*examples.train, *examples.heldout) for token in example.ids)
+    beyond = next((token for token in every if token >= vocab_size), None)
     if beyond is not None:
         raise RefusedInput(
             f"the rows hold the token {tokenizer.convert_ids_to_tokens(beyond)!r}, whose id is {beyond}: the tokenizer "

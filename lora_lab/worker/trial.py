@@ -19,7 +19,7 @@ from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
 from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.counting import Uncountable, count_model
-from lora_lab.worker.data import Example, Examples, load_examples, pad_id, train_collator
+from lora_lab.worker.data import Example, Examples, load_examples, pad_id, refuse_unknown_ids, train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
@@ -129,6 +129,7 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     tokenizer = load_tokenizer(config.model)
     vocab_size = architecture.get_text_config().vocab_size
     examples = load_examples(config, tokenizer, vocab_size)
+    refuse_unknown_ids(examples, tokenizer, vocab_size)
     _report_data(config, examples, emit)
 
     clock.enter(Phase.model)

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 from lora_lab.config import DataSource, RefusedInput, TrialConfig
 from lora_lab.rows import SHIPPED, Row
 from lora_lab.worker.conversation import Conversations, Losses, Lost
-from lora_lab.worker.data import IGNORED, load_examples, pad_id, tokenize
+from lora_lab.worker.data import IGNORED, load_examples, pad_id, refuse_unknown_ids, tokenize
 
 TEXTS = [json.loads(line)["output"] for line in SHIPPED.read_text().splitlines()[:80]]
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eot|>"]
@@ -269,10 +269,11 @@ def test_how_answers_end_is_known_and_said(tmp_path: Path) -> None:
 def test_a_token_without_an_embedding_is_refused_and_never_pads(tmp_path: Path) -> None:
     tokenizer = byte_level(PLAIN)
     config = rows_file(tmp_path, [(f"q{i}", f"a{i}") for i in range(20)])
-    highest = max(max(example.ids) for example in load_examples(config, tokenizer, 10_000).train)
-    load_examples(config, tokenizer, highest + 1)
+    examples = load_examples(config, tokenizer, 10_000)
+    highest = max(max(example.ids) for example in (*examples.train, *examples.heldout))
+    refuse_unknown_ids(examples, tokenizer, highest + 1)
     with pytest.raises(RefusedInput, match=f"the tokenizer knows {len(tokenizer)} tokens, the model {highest}"):
-        load_examples(config, tokenizer, highest)
+        refuse_unknown_ids(examples, tokenizer, highest)
     assert pad_id(tokenizer, 600) == tokenizer.pad_token_id
     tokenizer.add_special_tokens({"pad_token": "<|late|>"})
     assert pad_id(tokenizer, len(tokenizer) - 1) == tokenizer.eos_token_id
