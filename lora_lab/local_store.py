@@ -6,7 +6,7 @@ import shlex
 import sqlite3
 import tempfile
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from filelock import FileLock
 
@@ -20,19 +20,19 @@ _AWAY = f"Move it away: the next start makes a new store. Or {_ANOTHER}."
 
 
 def address_of(database: Path) -> str:
-    """The tracking URI of a database. SQLAlchemy takes a name as it stands, up to a question mark."""
-    if "?" in str(database):
-        return f"sqlite:///file:{quote(str(database))}?uri=true"
-    return f"sqlite:///{database}"
+    """The tracking URI of a database. SQLAlchemy takes % and ? in a file's name only quoted; the driver is named with
+    it, since MLflow itself would make a folder of the quoted name for what begins with sqlite:///."""
+    name = str(database)
+    quoted = name.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{name}" if quoted == name else f"sqlite+pysqlite:///{quoted}"
 
 
 def database_of(uri: str) -> Path | None:
     """The file of a store in SQLite; None for any other."""
     kind, _, place = uri.partition("://")
-    if kind != "sqlite":
+    if kind.partition("+")[0] != "sqlite":
         return None
-    name = place.partition("?")[0].removeprefix("/")
-    return Path(unquote(name.removeprefix("file:")) if name.startswith("file:") else name)
+    return Path(unquote(place.partition("?")[0].removeprefix("/")))
 
 
 def refuse_unwritable(tracking: TrackingConfig) -> Path:

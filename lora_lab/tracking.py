@@ -112,6 +112,9 @@ class MlflowTracker:
         self._uri = uri
         with store_errors():
             self._client = MlflowClient(tracking_uri=uri)
+            if database is not None:
+                # MLflow keeps connections to the file that was at this address when this process first opened it
+                self._client._tracking_client.store.engine.dispose()
         self._experiment = experiment
         self._database = database
         self._inode = None if database is None else database.stat().st_ino
