@@ -32,6 +32,9 @@ _REMEDIES = {
 }
 """What to do by words of SQLite's, wherever MLflow meets them."""
 
+_DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Packages of modules that SQLAlchemy imports for a kind of database."""
+
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
@@ -44,10 +47,9 @@ def store_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = _DRIVERS.get(str(error.name), error.name)
         raise TrackingFailed(
-            f"the store needs the Python package {error.name}, which is not installed",
-            "Install what connects to such a database (for PostgreSQL: pip install psycopg2-binary, for MySQL: "
-            "pip install pymysql).",
+            f"what connects to such a store is not installed ({error.name})", f"Install it: pip install {package}"
         ) from error
     except (MlflowException, SQLAlchemyError, CommandError, ParseError, sqlite3.Error, OSError) as error:
         said = (str(error).splitlines() or [""])[0]

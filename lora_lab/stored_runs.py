@@ -136,6 +136,11 @@ class StoredRuns:
         Raises: TrackingFailed."""
         client, database = connect(self._uri), database_of(self._uri)
         with store_errors():
+            artifacts = client.get_run(run_id).info.artifact_uri
+            if artifacts.startswith("mlflow-artifacts:") and not self._uri.startswith("http"):
+                raise TrackingFailed(
+                    "its files are with a tracking server; to keep the page there, give --store http://..."
+                )
             if database is not None:
                 refuse_locked(database)
             client.log_artifact(run_id, str(file))

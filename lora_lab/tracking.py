@@ -297,7 +297,24 @@ def connect(uri: str) -> Any:
     with store_errors():
         if database is not None:
             refuse_unfit(database)
+        elif uri.startswith(_DATABASES):
+            _refuse_no_database(uri)
         return MlflowClient(tracking_uri=uri)
+
+
+_DATABASES = ("postgresql", "mysql", "mssql")
+
+
+def _refuse_no_database(uri: str) -> None:
+    """MLflow itself would try for minutes."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri)
+    except ValueError as error:  # a port that is no number
+        raise TrackingFailed(f"{uri} is no address of a database") from error
+    engine.connect().close()
+    engine.dispose()
 
 
 def _set_up_mlflow() -> None:

@@ -345,8 +345,8 @@ def slowly(there: socket.socket) -> None:
 
 ANSWERS: dict[str, Callable[[socket.socket], None]] = {
     "SSH": at_once(b"SSH-2.0-OpenSSH_9.2\r\n"),
-    "nothing": lambda there: None,
-    "silence": lambda there: time.sleep(20),
+    "nothing": void,
+    "silence": lambda _: time.sleep(20),
     "bytes": at_once(b"\x00\xff\x16\x03" * 100),
     "TLS": at_once(b"\x15\x03\x01\x00\x02\x02\x46"),
     "a byte at a time": slowly,
