@@ -135,7 +135,8 @@ class Store:
 
     def has(self, trial: TrialFolder) -> bool:
         """Whether a trial's record was delivered: here, and not to a store that stood here before and is gone."""
-        was, now = trial.delivered_to, self._which()
+        was = trial.delivered_to
+        now = None if was is None else self._which()
         return trial.delivered and (was is None or now is None or was.address != now.address or was == now)
 
     def outlook(self, what: str) -> str:
@@ -146,8 +147,9 @@ class Store:
 
     def _which(self) -> Which | None:
         """Which store this is; None where that can't be said."""
+        tracker = None if self.out_of_reach else self.open()
         try:
-            found = None if self._tracker is None else self._tracker.which()
+            found = None if tracker is None else tracker.which()
         except TrackingFailed:
             return None
         return None if found is None or found.made_ms is None else found

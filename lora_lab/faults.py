@@ -221,8 +221,9 @@ def _place_faults(config: TrialConfig) -> list[str]:
 def _secret_faults(config: TrialConfig) -> list[str]:
     """Every setting is written down, also one that comes from the environment (${oc.env:NAME})."""
     return [
-        f"{key} holds a password or token, and every setting is written into the record. Leave it out of the command; "
-        "set HF_TOKEN in the environment for the hub, MLFLOW_TRACKING_TOKEN for a server."
+        f"{key} holds a password or token (or the value of an environment variable that is named like one), and every "
+        "setting is written into the record. Leave it out of the command; set HF_TOKEN in the environment for the hub, "
+        "MLFLOW_TRACKING_TOKEN for a server."
         for key, text in _texts(dataclasses.asdict(config), "")
         if key != "tracking.uri" and without_secrets(text) != text
     ]

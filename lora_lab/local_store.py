@@ -15,7 +15,7 @@ from lora_lab.store_faults import TrackingFailed
 
 LOCKED_SECONDS = 5.0
 
-_ANOTHER = "give another tracking.root=FOLDER"
+_ANOTHER = "give another tracking.root=FOLDER to trials to come"
 _AWAY = f"Move it away: the next start makes a new store. Or {_ANOTHER}."
 
 

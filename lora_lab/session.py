@@ -94,6 +94,7 @@ def run_session(request: Request) -> Outcome:
     asked_t = time.monotonic()
     config = request.config
     refuse_unusable(config)
+    refuse_secret_name(request.folder)
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         processes.prepare()  # imports torch in the background while MLflow is imported here
@@ -136,6 +137,18 @@ def refuse_unusable(config: TrialConfig) -> None:
             )
     if config.tracking.kind is TrackingKind.local:
         refuse_unwritable(config.tracking)
+
+
+def refuse_secret_name(folder: Path) -> None:
+    """Raise RefusedInput for a folder that is named after a secret; its name would be in every record."""
+    name = os.path.relpath(folder)
+    if without_secrets(name) != name:
+        with contextlib.suppress(OSError):  # Hydra has made it already
+            folder.rmdir()
+        raise RefusedInput(
+            "the name of the folder for the results (hydra.run.dir, hydra.sweep.dir) holds a password or token and "
+            "would be written into the record. Give another name."
+        )
 
 
 def look_after_earlier_runs(store: Store) -> None:

@@ -27,7 +27,8 @@ class SweepUnknown(TrackingFailed):
 
 _REMEDIES = {
     "malformed": "Put a backup of the database in its place, or move it away: the next start makes a new store.",
-    "not a database": "Move that file away: the next start makes a new store. Or give another tracking.root=FOLDER.",
+    "not a database": "Move that file away: the next start makes a new store. Or give another "
+    "tracking.root=FOLDER to trials to come.",
     "readonly database": "Make the database and its folder writable, or give another tracking.root=FOLDER.",
 }
 """What to do by words of SQLite's, wherever MLflow meets them."""

@@ -39,7 +39,7 @@ from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, witho
 from lora_lab.records import RUNNING, Record
 from lora_lab.refusals import COMPOSING
 from lora_lab.secrets import without_secrets
-from lora_lab.session import look_after_earlier_runs, refuse_unusable
+from lora_lab.session import look_after_earlier_runs, refuse_secret_name, refuse_unusable
 from lora_lab.sweep_display import show_forecast, show_table, write_table
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder, outlines
 
@@ -119,6 +119,7 @@ class Grid(Sweeper):
         store = Store(absolute(first.tracking))
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
+        refuse_secret_name(new.path)
         found = self._earlier(points, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):

@@ -227,7 +227,7 @@ class MlflowTracker:
                 raise TrackingFailed(
                     f"the MLflow experiment {self._experiment} was deleted",
                     f"Restore it: {where} mlflow experiments restore -x {found.experiment_id}   "
-                    "Or record into another one with tracking.experiment=NAME.",
+                    "Or let trials to come record into another one with tracking.experiment=NAME.",
                 )
             return str(found.experiment_id)
         artifacts = None if self._database is None else (self._database.parent / "artifacts").as_uri()

@@ -25,7 +25,8 @@ def refuse_unreachable(uri: str) -> None:
     asking.join(_SECONDS + 1)
     fault = found[0] if found else f"was not reached (no whole answer within {_SECONDS + 1:g} seconds)"
     if fault:
-        raise TrackingFailed(f"the tracking server {uri} {fault}")
+        remedy = "Start one there, or give another tracking.uri to trials to come." if "what answers" in fault else ""
+        raise TrackingFailed(f"the tracking server {uri} {fault}", remedy)
 
 
 def _fault_of(uri: str) -> str:
