@@ -19,8 +19,8 @@ from lora_lab.report.best.candidates import Wish
 from lora_lab.report.best.choice import choose
 from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import MEASURES
+from lora_lab.store_faults import TrackingFailed
 from lora_lab.stored_runs import open_store
-from lora_lab.tracking import TrackingFailed
 
 EXIT_NOTHING_FITS = 1
 

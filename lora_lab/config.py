@@ -1,12 +1,14 @@
 """The typed schema of a trial: what can be set, and in which unit.
 
-Plain data and the standard library only, so that the worker reads it without Hydra and the parent
+Plain data, the standard library and secrets.py only, so that the worker reads it without Hydra and the parent
 without torch. `lora_lab.compose` builds it from the yaml files under conf/.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from lora_lab.secrets import without_secrets
 
 
 class DType(Enum):
@@ -317,8 +319,8 @@ class RefusedInput(ValueError):
     """What the user asked for cannot be meant; nothing has been started. Each fault says what to do."""
 
     def __init__(self, *faults: str) -> None:
-        super().__init__(*faults)
-        self.faults = faults
+        self.faults = tuple(without_secrets(fault) for fault in faults)
+        super().__init__(*self.faults)
 
     def __str__(self) -> str:
         return "\n".join(self.faults)

@@ -1,6 +1,7 @@
 """Records on their way from a trial's folder to the store: at once, or by a later start when that was not possible."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.owner import Owner
 from lora_lab.records import Record
+from lora_lab.store_faults import SweepUnknown, TrackingFailed
 from lora_lab.sweep_folder import SweepFolder
-from lora_lab.tracking import SweepUnknown, Tracker, TrackingFailed, open_tracker
+from lora_lab.tracking import Tracker, Which, open_tracker
 from lora_lab.trial_folder import TrialFolder
 
 MULTIRUN = Path("multirun")
@@ -47,7 +49,7 @@ def _owner_in(tags: dict[str, str]) -> Owner | None:
 
 def absolute(tracking: TrackingConfig) -> TrackingConfig:
     """The same store from wherever a later start stands."""
-    return replace(tracking, root=str(Path(tracking.root).resolve()))
+    return replace(tracking, root=os.path.realpath(tracking.root))
 
 
 class Store:
@@ -58,6 +60,8 @@ class Store:
         self._tracker: Tracker | None = None
         self.fault = ""
         """Why the last thing could not be done."""
+        self._needs_remedy = False
+        """Whether somebody has to do something before it can be."""
         self.out_of_reach = False
         """Whether it could not even be opened."""
 
@@ -68,7 +72,7 @@ class Store:
                 self._tracker = open_tracker(self.tracking)
                 self.fault = ""
             except (TrackingFailed, RefusedInput) as fault:
-                self.fault = str(fault)
+                self._failed(fault)
         self.out_of_reach = self._tracker is None
         return self._tracker
 
@@ -82,7 +86,7 @@ class Store:
                 return None
             run_id = self._deliver(record, folder.artifacts())
         if run_id is not None:
-            folder.mark_delivered(run_id)
+            folder.mark_delivered(run_id, self._which())
         return run_id
 
     def deliver_sweep(self, folder: SweepFolder) -> str | None:
@@ -99,7 +103,7 @@ class Store:
         left = ""
         for path in sorted(folder.path.glob("[0-9]*")):
             trial = TrialFolder(path)
-            record = None if trial.delivered else trial.record()
+            record = None if self.has(trial) else trial.record()
             if record is not None and self.deliver_trial(trial, record) is None:
                 if self.out_of_reach:
                     return None
@@ -126,8 +130,33 @@ class Store:
         try:
             return 0 if tracker is None else tracker.end_orphans(gone)
         except TrackingFailed as fault:
-            self.fault = str(fault)
+            self._failed(fault)
             return 0
+
+    def has(self, trial: TrialFolder) -> bool:
+        """Whether a trial's record was delivered: here, and not to a store that stood here before and is gone."""
+        was = trial.delivered_to
+        now = None if was is None else self._which()
+        return trial.delivered and (was is None or now is None or was.address != now.address or was == now)
+
+    def outlook(self, what: str) -> str:
+        """The fault, and when `what` will be in the store after all."""
+        if self._needs_remedy:
+            return f"{self.fault} What is recorded stays on disk; the first start after that delivers {what}"
+        return f"{self.fault}; the next start delivers {what}"
+
+    def _which(self) -> Which | None:
+        """Which store this is; None where that can't be said."""
+        tracker = None if self.out_of_reach else self.open()
+        try:
+            found = None if tracker is None else tracker.which()
+        except TrackingFailed:
+            return None
+        return None if found is None or found.made_ms is None else found
+
+    def _failed(self, fault: TrackingFailed | RefusedInput) -> None:
+        self.fault = str(fault)
+        self._needs_remedy = isinstance(fault, RefusedInput) or fault.needs_remedy
 
     def _deliver(self, record: Record, files: list[Path]) -> str | None:
         """Raises: SweepUnknown."""
@@ -141,7 +170,7 @@ class Store:
         except SweepUnknown:
             raise
         except TrackingFailed as fault:
-            self.fault = str(fault)
+            self._failed(fault)
             self._tracker = None  # to be opened anew: a server may be back, a database unlocked
             return None
 
@@ -220,7 +249,7 @@ def _recover(found: Recovered, store: Store) -> None:
                 _recover_sweep(SweepFolder(path), store_of, found)
     for path in folders:
         for trial in map(TrialFolder, (path, *path.glob("[0-9]*"))):
-            if not trial.delivered:
+            if not store.has(trial):
                 with contextlib.suppress(*damaged):
                     _recover_trial(trial, store_of, found)
 

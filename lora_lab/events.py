@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from lora_lab.secrets import without_secrets
+
 
 class Phase(Enum):
     """What a worker is doing, in this order; conversion only when weights are used for the first time."""
@@ -296,8 +298,17 @@ _BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in Event.__args__}
 
 
 def encode(event: Event) -> str:
-    """One line of JSON, without the newline. A loss that is not finite becomes NaN or Infinity."""
-    return json.dumps({"event": type(event).__name__, **asdict(event)})
+    """One line of JSON, without the newline and without secrets. A loss that is not finite becomes NaN or Infinity."""
+    return json.dumps({"event": type(event).__name__, **_clean(asdict(event))})
+
+
+def _clean(said: Any) -> Any:
+    """What libraries say in errors and warnings can hold a token or an address with a password."""
+    if isinstance(said, dict):
+        return {key: _clean(value) for key, value in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [_clean(value) for value in said]
+    return without_secrets(said) if isinstance(said, str) else said
 
 
 def decode(line: str | bytes) -> Event:

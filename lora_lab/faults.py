@@ -1,7 +1,10 @@
 """What cannot work on any machine, told from the config alone."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from lora_lab.config import (
     Attention,
@@ -19,6 +22,8 @@ from lora_lab.config import (
     TrialConfig,
     Weights,
 )
+from lora_lab.secrets import without_secrets
+from lora_lab.server_address import fault_of_address
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 
@@ -39,6 +44,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
         *_place_faults(config),
+        *_secret_faults(config),
     ]
 
 
@@ -204,11 +210,32 @@ def _place_faults(config: TrialConfig) -> list[str]:
         found.append(f"device={config.device} is not known; use auto, cpu, gpu:0 or a UUID as nvidia-smi -L prints it.")
     if config.tracking.kind is TrackingKind.server and not config.tracking.uri:
         found.append("tracking.uri is missing; give the server, for example tracking.uri=http://127.0.0.1:5000.")
-    if re.search(r"://[^/]*@", config.tracking.uri or ""):
-        found.append(
-            "tracking.uri holds a user name or password, which would be written into every record; set them in the "
-            "environment as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
-        )
+    fault = fault_of_address(config.tracking.uri) if config.tracking.uri else ""
+    if fault:
+        found.append(f"tracking.uri {fault}.")
     if not config.tracking.experiment.strip():
         found.append("tracking.experiment is empty; name an MLflow experiment.")
     return found
+
+
+def _secret_faults(config: TrialConfig) -> list[str]:
+    """Every setting is written down, also one that comes from the environment (${oc.env:NAME})."""
+    return [
+        f"{key} holds a password or token (or the value of an environment variable that is named like one), and every "
+        "setting is written into the record. Leave it out of the command; set HF_TOKEN in the environment for the hub, "
+        "MLFLOW_TRACKING_TOKEN for a server."
+        for key, text in _texts(dataclasses.asdict(config), "")
+        if key != "tracking.uri" and without_secrets(text) != text
+    ]
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of all settings that are text."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value, key)
+    elif isinstance(node, str):
+        yield key, node

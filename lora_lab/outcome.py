@@ -7,6 +7,7 @@ from enum import Enum
 
 from lora_lab.config import RefusedInput
 from lora_lab.events import Ended
+from lora_lab.secrets import without_secrets
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -62,7 +63,7 @@ class Unsupported(RuntimeError):
 
 def end_of(error: BaseException) -> End:
     """Turn the error that stopped a trial into its end. Needs no torch: types are told by name."""
-    text = str(error).strip() or type(error).__name__
+    text = without_secrets(str(error)).strip() or type(error).__name__
     if isinstance(error, RefusedInput):
         return End(outcome=Outcome.refused, reason=text)
     if isinstance(error, Unsupported):
@@ -71,8 +72,8 @@ def end_of(error: BaseException) -> End:
         return End(outcome=Outcome.diverged, reason=text, step=error.step)
     for told in (error, error.__cause__, error.__context__):  # what is raised while one is handled may hide it
         if told is not None and _is_out_of_memory(told, str(told)):
-            return out_of_memory(str(told).strip() or type(told).__name__)
-    trace = "".join(traceback.format_exception(error))
+            return out_of_memory(without_secrets(str(told)).strip() or type(told).__name__)
+    trace = without_secrets("".join(traceback.format_exception(error)))
     return End(outcome=Outcome.failed, reason=f"{type(error).__name__}: {text.splitlines()[0]}", traceback=trace)
 
 

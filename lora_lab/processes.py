@@ -13,8 +13,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from lora_lab.config import Isolation, TrialConfig
-from lora_lab.events import Ended, Event, decode
+from lora_lab.events import Ended, Event, decode, encode
 from lora_lab.outcome import End, Outcome, end_said, says_out_of_memory
+from lora_lab.secrets import clean
 
 _GRACE_SECONDS = 5.0
 """What a worker has to leave by itself after SIGTERM."""
@@ -111,6 +112,7 @@ def check_trials(configs: list[TrialConfig], log: Path) -> list[str]:
     finally:
         _stop(worker)
         receiver.close()
+        clean(log)
 
 
 def _hear(
@@ -185,6 +187,7 @@ def _run_inline(
     events: list[Event] = []
 
     def emit(event: Event) -> None:
+        event = decode(encode(event))  # as it would come from a process
         events.append(event)
         on_event(event)
 

@@ -19,12 +19,13 @@ from lora_lab.config import RefusedInput
 from lora_lab.environment import environment
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.records import Record, complete
+from lora_lab.store_faults import TrackingFailed
 from lora_lab.telemetry.figures import TAGS
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.seen import Idle
 from lora_lab.telemetry.summary import summarise
-from lora_lab.tracking import TrackingFailed, fetch_run
+from lora_lab.tracking import fetch_run
 from lora_lab.trial_folder import ASKED, IDLE, SEEN, TrialFolder
 
 NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")

@@ -1,7 +1,6 @@
 """What is kept of a trial: one record, the same for every tracker, built from plain data."""
 
 import dataclasses
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from lora_lab.config import EngineKind, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
+from lora_lab.secrets import without_secrets
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
 
@@ -91,11 +91,6 @@ def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{key}.{name}" if key else name)
     else:
         yield key, str(node)
-
-
-def without_secrets(text: str) -> str:
-    """Cut user names and passwords out of addresses."""
-    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def complete(

@@ -6,6 +6,7 @@ from contextlib import redirect_stderr
 
 from lora_lab.compose import explain
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.secrets import without_secrets
 
 
 class Composing:
@@ -36,7 +37,7 @@ class Composing:
             self._said = io.StringIO()
         self.over()
         if refused:
-            print(f"Refused, nothing was started:\n{explain(said)}", file=sys.stderr)
+            print(f"Refused, nothing was started:\n{without_secrets(explain(said))}", file=sys.stderr)
             raise SystemExit(EXIT_REFUSED) from None
 
 

@@ -25,12 +25,14 @@ from lora_lab.environment import device_facts, environment
 from lora_lab.events import Event, Ran
 from lora_lab.fingerprint import point_digest
 from lora_lab.idle import keep_for_block, measure_idle, of_block
+from lora_lab.local_store import refuse_unwritable
 from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.owner import this_process
 from lora_lab.packages import converted_folder, locate
-from lora_lab.records import Record, params, run_name, without_secrets
+from lora_lab.records import Record, params, run_name
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
+from lora_lab.secrets import without_secrets
 from lora_lab.sweep_display import show_line
 from lora_lab.sweep_folder import Planned, SweepFolder
 from lora_lab.telemetry.figures import GIB
@@ -39,7 +41,6 @@ from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import Sampler
 from lora_lab.telemetry.seen import Seen, Stated
 from lora_lab.telemetry.sensors import reader
-from lora_lab.tracking import refuse_unwritable
 from lora_lab.trial_folder import Asked, TrialFolder
 
 
@@ -93,6 +94,7 @@ def run_session(request: Request) -> Outcome:
     asked_t = time.monotonic()
     config = request.config
     refuse_unusable(config)
+    refuse_secret_name(request.folder)
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         processes.prepare()  # imports torch in the background while MLflow is imported here
@@ -137,12 +139,24 @@ def refuse_unusable(config: TrialConfig) -> None:
         refuse_unwritable(config.tracking)
 
 
+def refuse_secret_name(folder: Path) -> None:
+    """Raise RefusedInput for a folder that is named after a secret; its name would be in every record."""
+    name = os.path.relpath(folder)
+    if without_secrets(name) != name:
+        with contextlib.suppress(OSError):  # Hydra has made it already
+            folder.rmdir()
+        raise RefusedInput(
+            "the name of the folder for the results (hydra.run.dir, hydra.sweep.dir) holds a password or token and "
+            "would be written into the record. Give another name."
+        )
+
+
 def look_after_earlier_runs(store: Store) -> None:
     """Record what earlier processes have left behind, on disk and in the store, and say so."""
     for line in recover(store).lines():
         print(line, flush=True)
     if store.fault:
-        print(f"warning: {store.fault}; records are kept, and delivered by a later start", flush=True)
+        print(f"warning: {store.outlook('the records')}", flush=True)
 
 
 def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
@@ -286,7 +300,7 @@ def _finish(story: _Story, end: End, store: Store) -> None:
     record, summary = story.folder.finish(story.asked, end, story.events, sampler.samples, seen)
     run_id = store.deliver_trial(story.folder, record)
     if run_id is None:
-        summary.warnings.append(f"{store.fault}; the next start delivers the trial's record")
+        summary.warnings.append(store.outlook("the trial's record"))
     if record.parent is not None:
         show_line(SweepFolder(story.folder.path.parent), record, end, summary)
         return

@@ -18,19 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_lab.config import RefusedInput
+from lora_lab.local_store import LOCKED_SECONDS, address_of, database_of, refuse_locked
 from lora_lab.older_runs import axes_of_today, params_of_today, tags_of_today
-from lora_lab.records import RUNNING, without_secrets
+from lora_lab.records import RUNNING
 from lora_lab.report.trials import Sweep, Trial
-from lora_lab.tracking import (
-    LOCKED_SECONDS,
-    TrackingFailed,
-    connect,
-    database_of,
-    look,
-    refuse_locked,
-    refuse_no_store,
-    store_errors,
-)
+from lora_lab.secrets import without_secrets
+from lora_lab.store_faults import TrackingFailed, store_errors
+from lora_lab.tracking import connect, look, refuse_no_store
 
 SERIES = (
     "step/loss",
@@ -142,6 +136,11 @@ class StoredRuns:
         Raises: TrackingFailed."""
         client, database = connect(self._uri), database_of(self._uri)
         with store_errors():
+            artifacts = client.get_run(run_id).info.artifact_uri
+            if artifacts.startswith("mlflow-artifacts:") and not self._uri.startswith("http"):
+                raise TrackingFailed(
+                    "its files are with a tracking server; to keep the page there, give --store http://..."
+                )
             if database is not None:
                 refuse_locked(database)
             client.log_artifact(run_id, str(file))
@@ -217,10 +216,10 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
         experiment: only this one's runs; None for those of all.
 
     Raises: RefusedInput when there is no local store; TrackingFailed when the store can't be had."""
-    database = _local() if uri is None else database_of(uri)
     if uri is None:
-        uri = f"sqlite:///{database}"
-    elif database is not None:
+        uri = address_of(_local())
+    database = database_of(uri)
+    if database is not None:
         refuse_no_store(uri)
     if database is not None:
         tables = _Tables(database)
@@ -286,7 +285,8 @@ class _Tables:
     def schema(self) -> str:
         """Which version of MLflow's tables these are."""
         with _reading(self._database) as connection:
-            return str(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
+            found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        return "" if found is None else str(found[0])
 
     def experiments(self) -> dict[str, str]:
         with _reading(self._database) as connection:

@@ -36,9 +36,10 @@ from lora_lab.fingerprint import conditions, point_digest
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.owner import this_process
 from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
-from lora_lab.records import RUNNING, Record, without_secrets
+from lora_lab.records import RUNNING, Record
 from lora_lab.refusals import COMPOSING
-from lora_lab.session import look_after_earlier_runs, refuse_unusable
+from lora_lab.secrets import without_secrets
+from lora_lab.session import look_after_earlier_runs, refuse_secret_name, refuse_unusable
 from lora_lab.sweep_display import show_forecast, show_table, write_table
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder, outlines
 
@@ -118,6 +119,7 @@ class Grid(Sweeper):
         store = Store(absolute(first.tracking))
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
+        refuse_secret_name(new.path)
         found = self._earlier(points, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
@@ -276,7 +278,7 @@ class Grid(Sweeper):
             run_id = store.deliver_all(folder)
             places = store.where(run_id) if run_id else []
             if store.fault:
-                places.append(f"{store.fault}; the next start delivers the records")
+                places.append(store.outlook("the records"))
         show_table(trials, attempts)
         if any(attempt is None or not attempt.done for attempt in attempts):
             places.append("to run again what was not measured: the same command with resume=true")

@@ -1,36 +1,42 @@
-"""Where results are kept: the Tracker protocol, MLflow, and one in memory. The only importer of mlflow."""
+"""Where results are kept: the Tracker protocol, MLflow, and one in memory."""
 
-import contextlib
 import logging
 import os
 import shlex
-import sqlite3
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock
-
-from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
+from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.local_store import (
+    address_of,
+    create_store,
+    database_of,
+    has_content,
+    refuse_locked,
+    refuse_unfit,
+    refuse_unwritable,
+)
 from lora_lab.outcome import Outcome
-from lora_lab.records import RUNNING, Record, without_secrets
+from lora_lab.records import RUNNING, Record
+from lora_lab.secrets import without_secrets
+from lora_lab.store_faults import SweepUnknown, TrackingFailed, store_errors
+from lora_lab.tracking_server import refuse_unreachable
 
 _METRICS_A_CALL = 1000
-_SERVER_SECONDS = 3.0
-LOCKED_SECONDS = 5.0
 _LONGEST_TAG = 5000
 
 
-class TrackingFailed(RuntimeError):
-    """The store did not take a record. The trial's files are still in its folder."""
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Tells a store from another one that stood at the same address before."""
 
-
-class SweepUnknown(TrackingFailed):
-    """The store has not got the sweep that a trial belongs to."""
+    address: str
+    made_ms: int | None
+    """Unix time; None where the store does not say."""
 
 
 class Tracker(Protocol):
@@ -50,6 +56,11 @@ class Tracker(Protocol):
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark as killed what is still said to run though its process is gone, as `gone` tells from a run's
         tags. Returns how many.
+
+        Raises: TrackingFailed."""
+
+    def which(self) -> Which:
+        """Which store this is.
 
         Raises: TrackingFailed."""
 
@@ -74,6 +85,10 @@ class InMemoryTracker:
         """Nothing here outlives its process."""
         return 0
 
+    def which(self) -> Which:
+        """None that outlives its process."""
+        return Which("", None)
+
     def where(self, run_id: str) -> list[str]:
         """Not in any store."""
         return ["recorded in no store (tracking=none)"]
@@ -90,10 +105,16 @@ class MlflowTracker:
             experiment: its name.
             database: the local store's file, with its artifacts beside it; None for a server.
             look: lines that tell how to open the UI; {page} becomes the runs' page.
-        """
+
+        Raises: TrackingFailed."""
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=uri)
+        self._uri = uri
+        with store_errors():
+            self._client = MlflowClient(tracking_uri=uri)
+            if database is not None:
+                # MLflow keeps connections to the file that was at this address when this process first opened it
+                self._client._tracking_client.store.engine.dispose()
         self._experiment = experiment
         self._database = database
         self._inode = None if database is None else database.stat().st_ino
@@ -144,13 +165,38 @@ class MlflowTracker:
         """A local database that was deleted or replaced would still take records, through a file that is no more."""
         if self._database is None:
             return
-        if not _has_content(self._database) or self._database.stat().st_ino != self._inode:
-            raise FileNotFoundError(f"{self._database} was deleted or replaced since it was opened")
+        if not has_content(self._database) or self._database.stat().st_ino != self._inode:
+            raise TrackingFailed(f"{self._database} was deleted or replaced since it was opened")
         refuse_locked(self._database)
 
+    def which(self) -> Which:
+        """The address, and when the store's first experiment was made: with the store itself."""
+        return self._which
+
+    @cached_property
+    def _which(self) -> Which:
+        from mlflow.exceptions import MlflowException
+
+        with store_errors():
+            try:
+                return Which(self._uri, self._client.get_experiment("0").creation_time)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return Which(self._uri, None)
+
     def _find(self, record_id: str) -> Any:
-        """The run of a record; None when there is none."""
-        found = self._client.search_runs([self._experiment_id()], f"tags.record_id = '{record_id}'", max_results=1)
+        """The run of a record; None when there is none. A run that somebody deleted is restored: of a sweep's there
+        are trials that lie under it, and others come."""
+        from mlflow.entities import ViewType
+
+        asked = {"filter_string": f"tags.record_id = '{record_id}'", "max_results": 1}
+        found = self._client.search_runs([self._experiment_id()], **asked)
+        if not found:
+            found = self._client.search_runs([self._experiment_id()], run_view_type=ViewType.DELETED_ONLY, **asked)
+            for run in found:
+                self._client.restore_run(run.info.run_id)
+                self._client.set_tag(run.info.run_id, "restored", "its run was deleted, and a record of it came after")
         return found[0] if found else None
 
     def _create(self, record: Record) -> str:
@@ -176,6 +222,13 @@ class MlflowTracker:
 
         found = self._client.get_experiment_by_name(self._experiment)
         if found is not None:
+            if found.lifecycle_stage == "deleted":
+                where = f"MLFLOW_TRACKING_URI={shlex.quote(self._uri)}"
+                raise TrackingFailed(
+                    f"the MLflow experiment {self._experiment} was deleted",
+                    f"Restore it: {where} mlflow experiments restore -x {found.experiment_id}   "
+                    "Or let trials to come record into another one with tracking.experiment=NAME.",
+                )
             return str(found.experiment_id)
         artifacts = None if self._database is None else (self._database.parent / "artifacts").as_uri()
         try:
@@ -203,20 +256,21 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     """The tracker the config asks for; makes the local store if there is none.
 
     Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached, or
-    the store is locked or can't be made.
+    the store is locked, damaged, of another version of MLflow or can't be made.
     """
     if tracking.kind is TrackingKind.none:
         return InMemoryTracker()
     _set_up_mlflow()
     if tracking.kind is TrackingKind.server:
         uri = str(tracking.uri)
-        _refuse_unreachable(uri)
+        refuse_unreachable(uri)
         return MlflowTracker(uri, tracking.experiment, None, look(uri))
     root = refuse_unwritable(tracking)
     database = root / "mlflow.db"
-    uri = f"sqlite:///{database}"
+    uri = address_of(database)
     with store_errors():
-        _create_store(database)
+        create_store(database)
+        refuse_unfit(database)
         refuse_locked(database)
     return MlflowTracker(uri, tracking.experiment, database, look(uri))
 
@@ -239,8 +293,28 @@ def connect(uri: str) -> Any:
     refuse_no_store(uri)
     from mlflow.tracking import MlflowClient
 
+    database = database_of(uri)
     with store_errors():
+        if database is not None:
+            refuse_unfit(database)
+        elif uri.startswith(_DATABASES):
+            _refuse_no_database(uri)
         return MlflowClient(tracking_uri=uri)
+
+
+_DATABASES = ("postgresql", "mysql", "mssql")
+
+
+def _refuse_no_database(uri: str) -> None:
+    """MLflow itself would try for minutes."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri)
+    except ValueError as error:  # a port that is no number
+        raise TrackingFailed(f"{uri} is no address of a database") from error
+    engine.connect().close()
+    engine.dispose()
 
 
 def _set_up_mlflow() -> None:
@@ -248,7 +322,8 @@ def _set_up_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is raised, and said here in a sentence
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -277,87 +352,10 @@ def refuse_no_store(uri: str) -> None:
             f"{uri} is no store's address, as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000 would be."
         )
     if kind in ("http", "https"):
-        _refuse_unreachable(uri)
+        refuse_unreachable(uri)
     database = database_of(uri)
-    if database is not None and not _has_content(database):
+    if database is not None and not has_content(database):
         raise TrackingFailed(f"there is no store at {uri}.")
-
-
-def database_of(uri: str) -> Path | None:
-    """The file of a store in SQLite; None for any other."""
-    kind, _, place = uri.partition("://")
-    return Path(place.partition("?")[0].removeprefix("/")) if kind == "sqlite" else None
-
-
-def refuse_unwritable(tracking: TrackingConfig) -> Path:
-    """The local store's folder, made if missing.
-
-    Raises: RefusedInput when nothing can be written there.
-    """
-    root = Path(tracking.root).resolve()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise RefusedInput(
-            f"tracking.root={tracking.root}: nothing can be written to {root} ({error.strerror}). "
-            "Give another folder with tracking.root=FOLDER, or use tracking=none."
-        ) from error
-    return root
-
-
-def _refuse_unreachable(uri: str) -> None:
-    """MLflow itself would try for minutes."""
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # something answers; whether it takes records is seen when it is given one
-    except (OSError, ValueError) as error:
-        raise TrackingFailed(f"the tracking server {without_secrets(uri)} was not reached ({error})") from error
-
-
-def _create_store(database: Path) -> None:
-    """Make a new store under another name and move it into place whole: two first starts at once, or a
-    kill while its tables are made, would otherwise leave a store that never opens again."""
-    if _has_content(database):
-        return
-    with FileLock(f"{database}.lock"):
-        if _has_content(database):
-            return
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        with tempfile.TemporaryDirectory(dir=database.parent) as folder:
-            fresh = Path(folder) / database.name
-            store = SqlAlchemyStore(f"sqlite:///{fresh}", (database.parent / "artifacts").as_uri())
-            store.engine.dispose()
-            os.rename(fresh, database)
-
-
-def _has_content(database: Path) -> bool:
-    """Opening a database that was deleted meanwhile leaves an empty file."""
-    return database.exists() and database.stat().st_size > 0
-
-
-def refuse_locked(database: Path) -> None:
-    """MLflow itself would wait for minutes on a database that somebody has locked.
-
-    Raises: sqlite3.OperationalError."""
-    with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
-        connection.execute("begin immediate")
-        connection.rollback()
-
-
-@contextlib.contextmanager
-def store_errors() -> Iterator[None]:
-    """Whatever a store can raise, as TrackingFailed."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise TrackingFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:

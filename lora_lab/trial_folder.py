@@ -19,10 +19,12 @@ from lora_lab.files import read_json, write_json, write_text
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.owner import Owner
 from lora_lab.records import Record, complete, plain
+from lora_lab.secrets import clean
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.seen import Idle, Seen
 from lora_lab.telemetry.summary import summarise
+from lora_lab.tracking import Which
 
 ASKED = "trial.json"
 SEEN = "seen.json"
@@ -159,6 +161,7 @@ class TrialFolder:
         complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
         journals = self._close()
         try:
+            clean(self.path / "worker.log")
             for journal in journals:
                 journal.complete()
             if end.traceback:
@@ -224,10 +227,20 @@ class TrialFolder:
         """Whether a store has the record."""
         return (self.path / DELIVERED).is_file()
 
-    def mark_delivered(self, run_id: str) -> None:
-        """Remember the store's id of the run. On a full disk the next start delivers again, which changes nothing."""
+    @property
+    def delivered_to(self) -> Which | None:
+        """Which store was given the record; None where that was not noted."""
+        found = read_json(self.path / DELIVERED)
+        store = found.get("store") if isinstance(found, dict) else None
+        if not isinstance(store, dict) or store.keys() != {"address", "made_ms"}:
+            return None
+        return Which(**store)
+
+    def mark_delivered(self, run_id: str, which: Which | None = None) -> None:
+        """Remember which store has the record, and its id of the run. On a full disk the next start delivers again,
+        which changes nothing."""
         try:
-            write_json(self.path / DELIVERED, {"run_id": run_id})
+            write_json(self.path / DELIVERED, {"run_id": run_id} | ({"store": asdict(which)} if which else {}))
         except OSError:
             return
 

@@ -25,8 +25,9 @@ from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.page.page import write_page
 from lora_lab.report.terminal import show
 from lora_lab.report.trials import Sweep, Trial
+from lora_lab.secrets import without_secrets
+from lora_lab.store_faults import TrackingFailed
 from lora_lab.stored_runs import StoredRuns, open_store
-from lora_lab.tracking import TrackingFailed
 
 _WIDE = 160
 """Columns of a terminal report that goes into a file."""
@@ -51,7 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             baseline=asked.baseline,
             ends=tuple(asked.split) if asked.split else None,
             studies=tuple([load_study(path) for path in asked.claims] if asked.claims else shipped()),
-            command=shlex.join(["python", "-m", "lora_lab.report", *_that_names_its_sweeps(given, trials, sweeps)]),
+            command=shlex.join(
+                [
+                    "python",
+                    "-m",
+                    "lora_lab.report",
+                    *map(without_secrets, _that_names_its_sweeps(given, trials, sweeps)),
+                ]
+            ),
         )
         findings = find(trials, sweeps, question, __version__)
         path = _write(findings, store, trials, sweeps, asked.out)
