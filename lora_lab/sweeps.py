@@ -24,7 +24,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import track
 
 from lora_lab import processes
 from lora_lab.compose import explain, load
@@ -39,7 +38,7 @@ from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, witho
 from lora_lab.records import RUNNING, Record, without_secrets
 from lora_lab.refusals import COMPOSING
 from lora_lab.session import look_after_earlier_runs, refuse_unusable
-from lora_lab.sweep_display import show_forecast, show_table, write_table
+from lora_lab.sweep_display import progress, show_forecast, show_table, write_table
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder, outlines
 
 
@@ -319,8 +318,10 @@ def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
     chosen = [point for point in points if point.config.isolation is Isolation.process]
     if not chosen:
         return
-    with Console(stderr=True).status("looking at rows and models of all points"):
-        found = processes.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG)
+    with progress("looking at rows and models of the points", len(chosen)) as seen:
+        found, untold = processes.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
+    if untold:
+        print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
     faults: dict[str, list[str]] = {}
     for point, fault in zip(chosen, found, strict=True):
         if fault:
@@ -338,9 +339,11 @@ def _refuse(faults: dict[str, list[str]], count: int) -> None:
     raise RefusedInput(*lines)
 
 
-def _with_progress(items: list[list[str]], what: str) -> Any:
-    console = Console(stderr=True)
-    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+def _with_progress(items: list[list[str]], what: str) -> Iterator[list[str]]:
+    with progress(what, len(items)) as seen:
+        for done, item in enumerate(items, 1):
+            yield item
+            seen(done)
 
 
 def _quoted(text: str) -> str:
