@@ -10,7 +10,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
-from lora_lab.launchers import without_launchers
+from lora_lab.variables import of_server
 
 ANSWER_SECONDS = 180.0
 """What the server has to import torch and to fork a worker, and the worker to say its first word. It takes seconds; a
@@ -19,18 +19,13 @@ slow network disk makes a minute of them."""
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lora_lab.worker.preload"])
 
-_HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONUTF8": "1"}
-"""The server's environment. Hiding the cards is not enough: a plain `torch.cuda.is_available()` at some import
-would ask the driver, which then answers 'no device' in every forked worker too. NVML is asked instead. Python's UTF-8
-mode is for a C locale, in which torch can't read its own files."""
-
 
 def prepare() -> None:
     """Start the server. Returns at once; the server imports torch, some seconds' work, meanwhile. It must not see a
     GPU: importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with changed_environment({**without_launchers(), **_HIDDEN}):
+    with changed_environment(of_server()):
         forkserver.ensure_running()
 
 
@@ -87,7 +82,7 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
                 failed.append(error)
 
     thread = threading.Thread(target=ask, name="asks for a worker")
-    with answered, changed_environment({**without_launchers(), **_HIDDEN}):  # a server may be started here too
+    with answered, changed_environment(of_server()):  # a server may be started here too
         thread.start()
         ready = wait([answered, interrupt], seconds)
         if answered not in ready or failed:

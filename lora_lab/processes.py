@@ -14,8 +14,8 @@ from pathlib import Path
 from lora_lab import forkserver
 from lora_lab.config import Isolation, TrialConfig
 from lora_lab.events import Ended, Event, Ready, decode
-from lora_lab.launchers import without_launchers
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
+from lora_lab.variables import without_launchers
 
 _GRACE_SECONDS = 5.0
 """What a worker has to leave by itself after SIGTERM."""

@@ -93,7 +93,7 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
 
 
 def _of_this_code(recorded: Recorded) -> bool:
-    return recorded.tags.get("code") == environment()["code"]
+    return recorded.tags.get("code.telemetry") == environment()["code.telemetry"]
 
 
 def _newer(name: str, there: dict[str, str]) -> bool:

@@ -169,6 +169,7 @@ class Grid(Sweeper):
         found = take_up(trials, new.path)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
+            _warn_of_other_figures(found[0])
             return found
         print("no earlier sweep has these points under the present conditions: this is a new one")
         for line in done_elsewhere(points):
@@ -311,6 +312,18 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
 
 def _conditions(config: TrialConfig) -> dict[str, str]:
     return conditions(config, choose_card(config.device))
+
+
+def _warn_of_other_figures(folder: SweepFolder) -> None:
+    """Say when the code that makes figures has changed since the sweep began: what was measured is still the same."""
+    then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
+    if then not in (None, now):
+        print(
+            f"warning: the code that makes figures of what is measured (lora_lab/telemetry) has changed since this "
+            f"sweep began ({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows what it makes of an earlier "
+            "trial's files.",
+            file=sys.stderr,
+        )
 
 
 def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
