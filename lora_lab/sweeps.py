@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -56,6 +58,9 @@ class GridConf:
 
 
 _CHECK_LOG = "check.log"
+
+_MOST_TRIALS = 10_000
+"""More would take longer to plan than anybody waits, and years to run."""
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
 
@@ -101,13 +106,9 @@ class Grid(Sweeper):
             if override.key_or_group == "sweep" and override.is_sweep_override():
                 raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
         params = [f"{key}={values}" for key, values in self._params.items()]
-        found: list[list[str]] = []
-        for line in self._lines:
-            [combinations] = BasicSweeper.split_arguments(
-                parser.parse_overrides([*params, *shlex.split(line), *arguments]), None
-            )
-            found += combinations
-        return found
+        lines = [parser.parse_overrides([*params, *shlex.split(line), *arguments]) for line in self._lines]
+        _refuse_too_many(sum(map(_count_points, lines)))
+        return [point for line in lines for point in BasicSweeper.split_arguments(line, None)[0]]
 
     def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
         points = self._points(combinations)
@@ -148,6 +149,8 @@ class Grid(Sweeper):
                 for fault in refusal.faults:
                     faults.setdefault(fault, []).append(" ".join(overrides))
                 continue
+            if not points:
+                _refuse_too_many(len(combinations) * config.repeats)
             digest = point_digest(config)
             points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
         _refuse(faults, len(combinations))
@@ -312,6 +315,26 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
 
 def _conditions(config: TrialConfig) -> dict[str, str]:
     return conditions(config, choose_card(config.device))
+
+
+def _count_points(overrides: Sequence[Override]) -> int:
+    """Of one line of overrides, without making them."""
+    return prod(_length(override) for override in overrides if override.is_discrete_sweep())
+
+
+def _length(axis: Override) -> int:
+    sweep = axis.value()
+    if isinstance(sweep, RangeSweep) and sweep.start is not None and sweep.stop is not None and sweep.step:
+        return max(0, ceil((sweep.stop - sweep.start) / sweep.step))
+    return sum(1 for _ in axis.sweep_string_iterator())
+
+
+def _refuse_too_many(count: int) -> None:
+    if count > _MOST_TRIALS:
+        raise RefusedInput(
+            f"the sweep would have {count:,} trials; {_MOST_TRIALS:,} is the most. Sweep fewer values, use "
+            "fewer repeats, or run it in parts."
+        )
 
 
 def _warn_of_other_figures(folder: SweepFolder) -> None:
