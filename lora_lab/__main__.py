@@ -15,6 +15,9 @@ def main() -> None:
     """The command line. Always leaves through SystemExit; README.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
+    from lora_lab.output import never_end_for_output
+
+    never_end_for_output()
     import hydra
 
     from lora_lab.compose import CONF, register_schema

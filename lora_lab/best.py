@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.output import never_end_for_output
 from lora_lab.report.arguments import share
 from lora_lab.report.best.candidates import Wish
 from lora_lab.report.best.choice import choose
@@ -29,6 +30,7 @@ _BY_NAME = {measure.name: measure for measure in MEASURES}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
+    never_end_for_output()
     asked = _parser().parse_args(arguments)
     wish = Wish(
         objective=_BY_NAME[asked.objective],

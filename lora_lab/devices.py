@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lora_lab.config import Checkpointing, DType, EngineKind, RefusedInput, TrialConfig
 from lora_lab.outcome import Unsupported
-from lora_lab.packages import cache_folder
 from lora_lab.telemetry.nvml import Card, visible_cards
 from lora_lab.telemetry.sampler import SensorFailed
+from lora_lab.variables import of_worker
 
 _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
 """CUDA's compute capability from which a card calculates in that format."""
@@ -52,13 +52,8 @@ def choose_card(device: str) -> Card | None:
 
 
 def worker_environment(card: Card | None) -> dict[str, str]:
-    """What shows a worker its one card, and hides the others (Trainer would use them all); and where compiled code is
-    kept: torch's own place is under /tmp, which a reboot empties."""
-    kept = {
-        name: os.environ.get(name) or str(cache_folder() / folder)
-        for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
-    }
-    return {"CUDA_VISIBLE_DEVICES": card.uuid if card else "", "TOKENIZERS_PARALLELISM": "false"} | kept
+    """What shows a worker its one card, and hides the others."""
+    return of_worker(card.uuid if card else "")
 
 
 def refuse_incapable(config: TrialConfig, card: Card | None) -> None:

@@ -1,7 +1,6 @@
 """Where a trial ran: versions, machine, commit. Imports none of what it describes."""
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from lora_lab import __version__
+from lora_lab.code_digest import PACKAGE, code_digest, deciding_files, telemetry_digest
 from lora_lab.machine import cpu_name
 from lora_lab.telemetry.nvml import Card
 
@@ -44,7 +44,8 @@ def _facts() -> dict[str, str]:
             facts[f"version.{name}"] = "not installed"
     commit, dirty = _commit()
     facts |= {
-        "code": _code_digest(),
+        "code": code_digest(),
+        "code.telemetry": telemetry_digest(),
         "commit": commit,
         "dirty": dirty,
         "machine.os": platform.platform(),
@@ -55,29 +56,21 @@ def _facts() -> dict[str, str]:
     return facts
 
 
-def _code_digest() -> str:
-    """sha256 over this package's Python files: what ran, whatever git says about it."""
-    package = Path(__file__).resolve().parent
-    sha = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        sha.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return sha.hexdigest()[:16]
-
-
 def _commit() -> tuple[str, str]:
-    """(commit, 'true' or 'false' for uncommitted changes) of this code, where it runs from a clone."""
-    package = Path(__file__).resolve().parent
+    """(commit, 'true' or 'false' for uncommitted changes in what decides a figure) of this code, where it runs from a
+    clone."""
     try:
-        top = Path(_git(package, "rev-parse", "--show-toplevel"))
-        if top != package.parent:  # installed into somebody else's repository
+        top = Path(_git("rev-parse", "--show-toplevel"))
+        if top != PACKAGE.parent:  # installed into somebody else's repository
             raise FileNotFoundError
-        return _git(package, "rev-parse", "HEAD"), "true" if _git(package, "status", "--porcelain") else "false"
+        changes = _git("status", "--porcelain", "--", *map(str, deciding_files()))
+        return _git("rev-parse", "HEAD"), "true" if changes else "false"
     except (OSError, subprocess.SubprocessError):
         return "not a git clone", "unknown"
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()

@@ -1,7 +1,6 @@
 """What cannot work on any machine, told from the config alone."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from lora_lab.config import (
     TrialConfig,
     Weights,
 )
+from lora_lab.limits import number_faults
 from lora_lab.secrets import without_secrets
 from lora_lab.server_address import fault_of_address
 
@@ -30,14 +30,12 @@ _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 _MOST_LENGTHS = 16
 """Each row length is compiled by itself, for seconds."""
 
-_STATED = ("board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
-_FINITE = ("measure.idle_seconds", *(f"measure.{name}" for name in _STATED))
-
 
 def faults(config: TrialConfig) -> list[str]:
     """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
     return [
-        *_number_faults(config),
+        *number_faults(config),
+        *_sharing_faults(config),
         *_optimizer_faults(config.optimizer),
         *_engine_faults(config),
         *_method_faults(config.method),
@@ -48,44 +46,8 @@ def faults(config: TrialConfig) -> list[str]:
     ]
 
 
-def _number_faults(config: TrialConfig) -> list[str]:
-    positive = {
-        "batch_size": config.batch_size,
-        "grad_accum_steps": config.grad_accum_steps,
-        "seq_len": config.seq_len,
-        "learning_rate": config.learning_rate,
-        "method.rank": config.method.rank,
-        "method.alpha": config.method.alpha,
-        "measure.steps": config.measure.steps,
-        "measure.loss_spike": config.measure.loss_spike,
-        "repeats": config.repeats,
-    }
-    not_negative = {
-        "max_grad_norm": config.max_grad_norm,
-        "seed": config.seed,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "measure.warmup_steps": config.measure.warmup_steps,
-        "measure.eval_rows": config.measure.eval_rows,
-        "measure.profile_steps": config.measure.profile_steps,
-        "measure.idle_seconds": config.measure.idle_seconds,
-    }
-    for key in _STATED:
-        stated = getattr(config.measure, key)
-        if stated is not None:
-            positive[f"measure.{key}"] = stated
-    if config.data.rows is not None:
-        positive["data.rows"] = config.data.rows
-    for key in ("timeout_minutes", "vram_limit_gib", "cooldown_celsius"):
-        value = getattr(config, key)
-        if value is not None:
-            positive[key] = value
-    # `not x > 0` rather than `x <= 0`, so that nan is refused as well
-    found = [f"{key}={value} must be greater than 0." for key, value in positive.items() if not value > 0]
-    found += [f"{key}={value} must not be negative." for key, value in not_negative.items() if not value >= 0]
-    given = positive | not_negative
-    found += [f"{key}=inf must be finite." for key in _FINITE if given.get(key) == math.inf]
-    if config.seed >= 2**32:
-        found.append(f"seed={config.seed} is beyond what numpy takes; use one below 4294967296.")
+def _sharing_faults(config: TrialConfig) -> list[str]:
+    found = []
     if config.vram_limit_gib is not None and config.share_device:
         found.append(
             f"vram_limit_gib={config.vram_limit_gib:g} is checked against the whole card's reading, which others "

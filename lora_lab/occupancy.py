@@ -24,6 +24,9 @@ _SLACK_BYTES = 64 * 2**20
 
 _COOL_DOWN_SECONDS = 600.0
 
+_SAY_AGAIN_SECONDS = 300.0
+"""How often it is said that a device is still waited for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
@@ -41,7 +44,7 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
 
     Args:
         share: do not lock.
-        waiting: told once, in words, when there is somebody to wait for.
+        waiting: takes in words whom there is to wait for, at once and every few minutes.
     """
     if share:
         yield
@@ -51,11 +54,7 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
     folder.mkdir(mode=0o700, exist_ok=True)
     name = card.uuid if card else "cpu"
     lock, holder = FileLock(folder / f"{name}.lock"), folder / f"{name}.holder"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting(f"waiting for {card.name if card else 'the CPU'}, on which {_holder(holder)} runs a trial")
-        lock.acquire()
+    _acquire(lock, lambda: waiting(f"waiting for {card.name if card else 'the CPU'}, on which {_holder(holder)}"))
     try:
         holder.write_text(f"{os.getpid()}", encoding="ascii")
         yield
@@ -63,11 +62,27 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
         lock.release()
 
 
+def _acquire(lock: FileLock, say: Callable[[], None]) -> None:
+    """Without a limit: a trial may take days. Ctrl-C ends the wait."""
+    seconds = 0.0
+    while True:
+        try:
+            lock.acquire(timeout=seconds)
+            return
+        except Timeout:
+            say()
+            seconds = _SAY_AGAIN_SECONDS
+
+
 def _holder(holder: Path) -> str:
+    """Who holds a device, and whether that is stopped and would go on holding it."""
     try:
-        return f"process {int(holder.read_text(encoding='ascii'))}"
-    except (OSError, ValueError):
-        return "another process"
+        pid = int(holder.read_text(encoding="ascii"))
+        stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except (OSError, ValueError, psutil.Error):
+        return "another process runs a trial"
+    how = f"; it is stopped: `kill -CONT {pid}` lets it go on, `kill -KILL {pid}` ends it" if stopped else ""
+    return f"process {pid} runs a trial{how}"
 
 
 def look_at(card: Card | None, share: bool) -> Before:

@@ -3,19 +3,20 @@
 import contextlib
 import math
 import multiprocessing
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from lora_lab import forkserver
 from lora_lab.config import Isolation, TrialConfig
-from lora_lab.events import Ended, Event, decode, encode
-from lora_lab.outcome import End, Outcome, end_said, says_out_of_memory
+from lora_lab.events import Ended, Event, Ready, decode, encode
+from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
 from lora_lab.secrets import clean
+from lora_lab.variables import without_launchers
 
 _GRACE_SECONDS = 5.0
 """What a worker has to leave by itself after SIGTERM."""
@@ -23,36 +24,10 @@ _GRACE_SECONDS = 5.0
 _LEAVING_SECONDS = 30.0
 """What a worker has to leave after its last word: CUDA and its files must be closed."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lora_lab.worker.preload"])
+LOOK_SECONDS = 600.0
+"""What the check has for one look at a point's rows and model: it may have to download and tokenise them."""
 
-
-def prepare() -> None:
-    """Start the server that workers are forked from. Returns at once; the server imports torch, some
-    seconds' work, meanwhile. It must not see a GPU: importing would initialise CUDA, which can't be forked."""
-    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
-        multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with _environment(_HIDDEN):
-        forkserver.ensure_running()
-
-
-_HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""The server's environment. Hiding the cards is not enough: a plain `torch.cuda.is_available()` at some import
-would ask the driver, which then answers 'no device' in every forked worker too. NVML is asked instead."""
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+prepare = forkserver.prepare
 
 
 def run_worker(
@@ -73,64 +48,88 @@ def run_worker(
         return _run_inline(config, environment, folder, on_event)
     from lora_lab.worker import process
 
-    prepare()
-    receiver, sender = _context.Pipe(duplex=False)
-    worker = _context.Process(target=process.main, args=(sender, config, environment, folder), name="lora_lab worker")
-    worker.start()
-    sender.close()
-    limit = None if config.timeout_minutes is None else config.timeout_minutes * 60
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    arguments = (sender, config, environment, folder)
+    worker = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
+    limit = math.inf if config.timeout_minutes is None else config.timeout_minutes * 60
+    begun = False
+
+    def hear(event: Event) -> None:
+        nonlocal begun
+        begun = begun or not isinstance(event, Ready)
+        on_event(event)
+
     try:
         with _ctrl_c() as interrupt:
-            end = _hear(receiver, interrupt, limit, on_event)
+            with sender:
+                missing = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
+            if missing:
+                return End(outcome=Outcome.failed, reason=missing)
+            end = _hear(receiver, interrupt, limit, hear)
         if end is None or end.outcome is not Outcome.timed_out:
             worker.join(_LEAVING_SECONDS)  # it has said its last word, or is gone already
     finally:
-        _stop(worker)
+        _stop(worker, _GRACE_SECONDS)
         receiver.close()
-    return end or _end_of_silence(worker.exitcode, folder)
+    return end or _end_of_silence(worker.exitcode, folder / "worker.log", begun)
 
 
-def check_trials(configs: list[TrialConfig], log: Path) -> list[str]:
-    """What each trial would be refused for, found in a worker; empty where it would not be, or where the worker
-    could not tell (then the trial itself will).
+def check_trials(
+    configs: list[TrialConfig], log: Path, seen: Callable[[int], None], seconds: float = LOOK_SECONDS
+) -> tuple[list[str], str]:
+    """What each trial would be refused for, found in a worker.
 
     Args:
         log: gets what the worker prints.
+        seen: called with the number of trials looked at.
+        seconds: how long one look may take.
+
+    Returns: for each trial what it would be refused for; empty where it would not be, or where the worker could not
+        tell (then the trial itself will). And empty, or why the worker could not tell of all.
+
+    Raises: KeyboardInterrupt.
     """
     from lora_lab.worker import process
 
-    prepare()
-    receiver, sender = _context.Pipe(duplex=False)
-    worker = _context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
-    worker.start()
-    sender.close()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    worker = forkserver.context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
+    found: list[str] = []
+    why = ""
     try:
-        found: list[str] = receiver.recv()
-        return found
+        with _ctrl_c() as interrupt:
+            with sender:
+                why = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
+            while not why and len(found) < len(configs):
+                if not _says_something(receiver, interrupt, seconds):
+                    why = f"the check of the points did not answer within {seconds:g} s"
+                    break
+                found.append(receiver.recv())
+                seen(len(found))
     except (EOFError, OSError):
-        return [""] * len(configs)
+        why = f"the check of the points ended early; see {log}"
     finally:
-        _stop(worker)
+        _stop(worker, 0.0)
         receiver.close()
         clean(log)
+    return found + [""] * (len(configs) - len(found)), why
 
 
 def _hear(
-    receiver: Connection, interrupt: Connection, limit_seconds: float | None, on_event: Callable[[Event], None]
+    receiver: Connection, interrupt: Connection, limit_seconds: float, on_event: Callable[[Event], None]
 ) -> End | None:
     """Pass on events until the worker's last word; None when it left without one.
 
     Raises: KeyboardInterrupt when Ctrl-C was pressed.
     """
-    due = math.inf if limit_seconds is None else time.monotonic() + limit_seconds
+    due = time.monotonic() + limit_seconds
+    silence = forkserver.ANSWER_SECONDS  # until its first word
     while True:
         left = due - time.monotonic()
-        ready = wait([receiver, interrupt], None if due == math.inf else max(0.0, left))
-        if interrupt in ready:
-            raise KeyboardInterrupt
-        if not ready or left <= 0:
-            why = f"not done within timeout_minutes={(limit_seconds or 0) / 60:g}"
-            return End(outcome=Outcome.timed_out, reason=why)
+        if left <= 0 or not _says_something(receiver, interrupt, min(left, silence)):
+            if time.monotonic() < due:
+                return End(outcome=Outcome.failed, reason=f"the worker did not begin within {silence:g} s")
+            return End(outcome=Outcome.timed_out, reason=f"not done within timeout_minutes={limit_seconds / 60:g}")
+        silence = math.inf
         try:
             event = decode(receiver.recv_bytes())
         except (EOFError, OSError):
@@ -138,6 +137,17 @@ def _hear(
         on_event(event)
         if isinstance(event, Ended):
             return end_said(event)
+
+
+def _says_something(receiver: Connection, interrupt: Connection, seconds: float) -> bool:
+    """Wait until there is something to hear, a worker's end included; False when it has been silent for `seconds`.
+
+    Raises: KeyboardInterrupt when Ctrl-C was pressed.
+    """
+    ready = wait([receiver, interrupt], None if seconds == math.inf else seconds)
+    if interrupt in ready:
+        raise KeyboardInterrupt
+    return bool(ready)
 
 
 @contextlib.contextmanager
@@ -155,35 +165,46 @@ def _ctrl_c() -> Iterator[Connection]:
         signal.signal(signal.SIGINT, before)
 
 
-def _stop(worker: "multiprocessing.context.ForkServerProcess") -> None:
-    """SIGTERM, a grace, SIGKILL; does nothing to a worker that has left."""
-    if worker.exitcode is not None:
+def _stop(worker: ForkServerProcess, grace_seconds: float) -> None:
+    """SIGTERM, a grace, SIGKILL; does nothing to a worker that has left, or never was."""
+    if worker.pid is None or worker.exitcode is not None:
         return
     worker.terminate()
-    if not wait([worker.sentinel], _GRACE_SECONDS):
+    if not wait([worker.sentinel], grace_seconds):
         worker.kill()
-    worker.join()
+    worker.join(_GRACE_SECONDS)
+    if worker.exitcode is None:  # the server says how its workers ended: it hangs
+        forkserver.end_server()
+        worker.join()
 
 
-def _end_of_silence(exit_code: int | None, folder: Path) -> End:
-    """A worker left without a last word."""
-    log = folder / "worker.log"
+def _end_of_silence(exit_code: int | None, log: Path, begun: bool) -> End:
+    """A worker left without a last word.
+
+    Args:
+        begun: whether it had begun with its trial, torch imported.
+    """
     last = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else ""
     # bitsandbytes leaves the process when CUDA refuses it, a Rust library aborts it
     if exit_code in (1, -signal.SIGABRT) and says_out_of_memory(last):
         return End(outcome=Outcome.out_of_memory, reason=f"a library ended the worker; see {log}")
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
+    by_signal = signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else ""
+    if not begun and by_signal not in (signal.SIGKILL.name, signal.SIGTERM.name):
+        how = by_signal or f"exit code {exit_code}"
+        why = next((line.strip()[:300] for line in reversed(last.splitlines()) if line.strip()), "no word of why")
+        return End(
+            outcome=Outcome.failed,
+            reason=f"torch, or what builds on it, could not be imported: {why} ({how}; see {log})",
+        )
+    if by_signal:
         hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
-        return End(outcome=Outcome.killed, reason=f"the worker was ended by {name}{hint}")
+        return End(outcome=Outcome.killed, reason=f"the worker was ended by {by_signal}{hint}")
     return End(outcome=Outcome.failed, reason=f"the worker left with exit code {exit_code}; see {log}")
 
 
 def _run_inline(
     config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
 ) -> End:
-    from lora_lab.worker.trial import run_trial
-
     events: list[Event] = []
 
     def emit(event: Event) -> None:
@@ -191,7 +212,11 @@ def _run_inline(
         events.append(event)
         on_event(event)
 
-    with _environment(environment):
+    with forkserver.changed_environment({**without_launchers(), **environment}):
+        try:
+            from lora_lab.worker.trial import run_trial
+        except (ImportError, OSError, RuntimeError) as error:
+            return end_of(error)
         run_trial(config, folder, emit)
     last = events[-1]
     assert isinstance(last, Ended)

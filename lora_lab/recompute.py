@@ -18,6 +18,7 @@ from rich.table import Table
 from lora_lab.config import RefusedInput
 from lora_lab.environment import environment
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
+from lora_lab.output import never_end_for_output
 from lora_lab.records import Record, complete
 from lora_lab.store_faults import TrackingFailed
 from lora_lab.telemetry.figures import TAGS
@@ -93,7 +94,7 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
 
 
 def _of_this_code(recorded: Recorded) -> bool:
-    return recorded.tags.get("code") == environment()["code"]
+    return recorded.tags.get("code.telemetry") == environment()["code.telemetry"]
 
 
 def _newer(name: str, there: dict[str, str]) -> bool:
@@ -126,6 +127,7 @@ def _digits(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
+    never_end_for_output()
     parser = argparse.ArgumentParser(prog="python -m lora_lab.recompute", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="a run's id in the store, or a trial's folder under multirun/")
     parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")

@@ -3,14 +3,17 @@
 import csv
 import statistics
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from lora_lab.outcome import End, Outcome
@@ -27,6 +30,9 @@ _FIGURES = (
 )
 
 _WIDE = 160
+
+_SAY_SECONDS = 10.0
+"""How often a line is printed where no live bar can be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,25 @@ def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tup
         seconds.setdefault(point, []).append(took)
     known = [statistics.median(seconds[trial.point]) for trial in trials if trial.point in seconds]
     return sum(known), len(trials) - len(known)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Something that is done `total` times; what is given takes how often that was until now. A bar on a terminal, a
+    line now and then elsewhere."""
+    console = Console(stderr=True)
+    said = time.monotonic()
+
+    def seen(done: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done)
+        if not console.is_terminal and time.monotonic() - said > _SAY_SECONDS:
+            said = time.monotonic()
+            console.print(f"  {what}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield seen
 
 
 def show_forecast(

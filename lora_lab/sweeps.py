@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -24,7 +26,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import track
 
 from lora_lab import processes
 from lora_lab.compose import explain, load
@@ -40,7 +41,7 @@ from lora_lab.records import RUNNING, Record
 from lora_lab.refusals import COMPOSING
 from lora_lab.secrets import without_secrets
 from lora_lab.session import look_after_earlier_runs, refuse_secret_name, refuse_unusable
-from lora_lab.sweep_display import show_forecast, show_table, write_table
+from lora_lab.sweep_display import progress, show_forecast, show_table, write_table
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder, outlines
 
 
@@ -58,6 +59,9 @@ class GridConf:
 
 
 _CHECK_LOG = "check.log"
+
+_MOST_TRIALS = 10_000
+"""More would take longer to plan than anybody waits, and years to run."""
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
 
@@ -103,13 +107,9 @@ class Grid(Sweeper):
             if override.key_or_group == "sweep" and override.is_sweep_override():
                 raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
         params = [f"{key}={values}" for key, values in self._params.items()]
-        found: list[list[str]] = []
-        for line in self._lines:
-            [combinations] = BasicSweeper.split_arguments(
-                parser.parse_overrides([*params, *shlex.split(line), *arguments]), None
-            )
-            found += combinations
-        return found
+        lines = [parser.parse_overrides([*params, *shlex.split(line), *arguments]) for line in self._lines]
+        _refuse_too_many(sum(map(_count_points, lines)))
+        return [point for line in lines for point in BasicSweeper.split_arguments(line, None)[0]]
 
     def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
         points = self._points(combinations)
@@ -151,6 +151,8 @@ class Grid(Sweeper):
                 for fault in refusal.faults:
                     faults.setdefault(fault, []).append(" ".join(overrides))
                 continue
+            if not points:
+                _refuse_too_many(len(combinations) * config.repeats)
             digest = point_digest(config)
             points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
         _refuse(faults, len(combinations))
@@ -172,6 +174,7 @@ class Grid(Sweeper):
         found = take_up(trials, new.path)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
+            _warn_of_other_figures(found[0])
             return found
         print("no earlier sweep has these points under the present conditions: this is a new one")
         for line in done_elsewhere(points):
@@ -316,13 +319,47 @@ def _conditions(config: TrialConfig) -> dict[str, str]:
     return conditions(config, choose_card(config.device))
 
 
+def _count_points(overrides: Sequence[Override]) -> int:
+    """Of one line of overrides, without making them."""
+    return prod(_length(override) for override in overrides if override.is_discrete_sweep())
+
+
+def _length(axis: Override) -> int:
+    sweep = axis.value()
+    if isinstance(sweep, RangeSweep) and sweep.start is not None and sweep.stop is not None and sweep.step:
+        return max(0, ceil((sweep.stop - sweep.start) / sweep.step))
+    return sum(1 for _ in axis.sweep_string_iterator())
+
+
+def _refuse_too_many(count: int) -> None:
+    if count > _MOST_TRIALS:
+        raise RefusedInput(
+            f"the sweep would have {count:,} trials; {_MOST_TRIALS:,} is the most. Sweep fewer values, use "
+            "fewer repeats, or run it in parts."
+        )
+
+
+def _warn_of_other_figures(folder: SweepFolder) -> None:
+    """Say when the code that makes figures has changed since the sweep began: what was measured is still the same."""
+    then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
+    if then not in (None, now):
+        print(
+            f"warning: the code that makes figures of what is measured (lora_lab/telemetry) has changed since this "
+            f"sweep began ({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows what it makes of an earlier "
+            "trial's files.",
+            file=sys.stderr,
+        )
+
+
 def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
     """Raise RefusedInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
     chosen = [point for point in points if point.config.isolation is Isolation.process]
     if not chosen:
         return
-    with Console(stderr=True).status("looking at rows and models of all points"):
-        found = processes.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG)
+    with progress("looking at rows and models of the points", len(chosen)) as seen:
+        found, untold = processes.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
+    if untold:
+        print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
     faults: dict[str, list[str]] = {}
     for point, fault in zip(chosen, found, strict=True):
         if fault:
@@ -340,9 +377,11 @@ def _refuse(faults: dict[str, list[str]], count: int) -> None:
     raise RefusedInput(*lines)
 
 
-def _with_progress(items: list[list[str]], what: str) -> Any:
-    console = Console(stderr=True)
-    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+def _with_progress(items: list[list[str]], what: str) -> Iterator[list[str]]:
+    with progress(what, len(items)) as seen:
+        for done, item in enumerate(items, 1):
+            yield item
+            seen(done)
 
 
 def _quoted(text: str) -> str:

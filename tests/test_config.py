@@ -148,20 +148,49 @@ def test_every_fault_is_told_at_once() -> None:
     assert len(faults(config)) == 3
 
 
-def float_keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
+def number_keys(node: Any, prefix: str = "") -> list[tuple[str, type]]:
+    """Every number of the schema, with its type."""
+    keys: list[tuple[str, type]] = []
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):
-            keys += float_keys(value, f"{prefix}{field.name}.")
-        elif field.type in (float, float | None):
-            keys.append(prefix + field.name)
+            keys += number_keys(value, f"{prefix}{field.name}.")
+        elif field.type in (float, float | None, int, int | None):
+            keys.append((prefix + field.name, float if field.type in (float, float | None) else int))
     return keys
 
 
-@pytest.mark.parametrize("key", float_keys(sound()))
-def test_nan_is_refused_wherever_a_float_can_be_set(key: str) -> None:
-    assert any(key in fault for fault in faults(changed(key, math.nan)))
+NUMBERS = number_keys(sound())
+BEYOND_SENSE: dict[type, list[float]] = {
+    float: [math.nan, math.inf, -math.inf, 1e300],
+    int: [2**31, 10**12, 2**63, 10**40, -(2**63)],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, kind in NUMBERS for value in BEYOND_SENSE[kind]])
+def test_a_number_beyond_sense_is_refused_wherever_one_can_be_set(key: str, value: float) -> None:
+    if (key, value) == ("seed", 2**31):
+        pytest.skip("a seed may be as large as numpy takes it")
+    assert any(fault.startswith(f"{key}={value}") for fault in faults(changed(key, value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("measure.steps", 1_000_000), ("seq_len", 2**20), ("repeats", 1000), ("data.rows", 10**8), ("method.rank", 4096)],
+)
+def test_what_is_large_and_can_be_meant_is_sound(key: str, value: int) -> None:
+    assert faults(changed(key, value)) == []
+
+
+def test_what_is_too_much_together_is_refused() -> None:
+    config = changed("seed", 2**32 - 1)
+    config.repeats = 2
+    assert "seed=4294967295" in faults(config)[0]
+    config = changed("seq_len", 2**24)
+    config.batch_size = 100
+    assert "batch_size=100" in faults(config)[0]
+    config.batch_size, config.data.source, config.data.rows = 1, DataSource.random_tokens, 1000
+    assert "data.rows=1000" in faults(config)[0]
 
 
 PACKAGE = PackageConfig(name="n", version="1", file="f", sha256="0")

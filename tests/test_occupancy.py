@@ -128,6 +128,26 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
             assert line(second) == "held"
 
 
+def test_a_holder_that_is_stopped_is_said_to_be_again_and_again(
+    tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(occupancy, "_SAY_AGAIN_SECONDS", 0.1)
+    said: list[str] = []
+    with holder(tmp_path) as first:
+        assert line(first) == "held"
+        first.send_signal(signal.SIGSTOP)
+
+        def waiting(text: str) -> None:
+            said.append(text)
+            if len(said) == 3:
+                first.kill()
+
+        with device_lock(card, False, waiting):
+            assert len(said) >= 3
+    assert f"process {first.pid}" in said[1]
+    assert "stopped" in said[1]
+
+
 def test_a_lock_that_a_killed_process_left_is_taken_at_once(tmp_path: Path, card: Card) -> None:
     with holder(tmp_path) as first:
         assert line(first) == "held"

@@ -304,7 +304,7 @@ def test_a_reason_that_a_run_lacks_is_told_but_of_one_whose_version_did_not_know
     (folder / "record.json").write_text(json.dumps(record))
     said = again(folder)
     assert (said.code, set(differing(said))) == (1, {name}), said.text
-    record["tags"]["code"] = "of another version"
+    record["tags"]["code.telemetry"] = "of another version"
     (folder / "record.json").write_text(json.dumps(record))
     said = again(folder)
     assert (said.code, AGREES in said.out) == (0, True), said.text

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import Said, lab_in, save_tiny, store_of, until
+from conftest import Lab, Said, lab_in, save_tiny, store_of, until
 from mlflow.entities import Run
 
 SABOTEUR = Path(__file__).parent / "fakes" / "saboteur"
@@ -297,3 +297,20 @@ def test_resume_gives_what_timed_out_the_time_that_is_asked_for_now(harmed: Look
     slow = [harmed.folder_of(case) for case in CASES if case.outcome == "timed_out"]
     configs = [yaml.safe_load((folder.parent / f"{folder.name}-2" / "config.yaml").read_text()) for folder in slow]
     assert [config["timeout_minutes"] for config in configs] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("repeats=1000000000",),
+        ("repeats=1000", "seed=1,2,3,4,5,6,7,8,9,10,11"),
+        ("seed=range(1,1000000000)",),
+        ("seed=shuffle(range(1,1000000000))",),
+        ("seed=range(1,200)", "batch_size=range(1,200)"),
+    ],
+)
+def test_a_sweep_beyond_sense_is_refused_before_it_is_planned(lab: Lab, tmp_path: Path, axes: tuple[str, ...]) -> None:
+    said = lab("-m", "model=tiny", "data=random_tokens", "seq_len=32", *axes)
+    assert said.code == 2, said.text
+    assert "1,000 or less" in said.err or "10,000 is the most" in said.err
+    assert not (tmp_path / "multirun").exists()

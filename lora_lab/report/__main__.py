@@ -17,6 +17,7 @@ from rich.console import Console
 from lora_lab import __version__
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.output import never_end_for_output
 from lora_lab.report.against.compare import compare, exit_code
 from lora_lab.report.against.display import show as show_comparison
 from lora_lab.report.arguments import settings, share
@@ -36,6 +37,7 @@ _WIDE = 160
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit code 0; with --against 1 when something got worse beyond noise, 3 when nothing could be told;
     2 when what was asked for can't be had."""
+    never_end_for_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = _parser().parse_args(given)
     console = Console()

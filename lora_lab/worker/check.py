@@ -1,6 +1,6 @@
 """What is wrong with a trial that only the tokenizer, the model's shapes and the rows can tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lora_lab.config import DataSource, RefusedInput, TrialConfig
@@ -10,10 +10,10 @@ from lora_lab.worker.models import load_architecture, load_tokenizer, refuse_unf
 from lora_lab.worker.training import refuse_optimizer
 
 
-def check_trials(configs: list[TrialConfig]) -> list[str]:
+def check_trials(configs: list[TrialConfig]) -> Iterator[str]:
     """Look at many trials before the first of them starts; nothing is loaded onto a device.
 
-    Returns: for each config what a trial would be refused for; empty where it would not be.
+    Yields: for each config what a trial would be refused for; empty where it would not be.
     """
     seen: dict[str, str] = {}
 
@@ -23,11 +23,9 @@ def check_trials(configs: list[TrialConfig]) -> list[str]:
             seen[key] = _fault(look, config)
         return seen[key]
 
-    found = []
     for config in configs:
         alone = TrialConfig(optimizer=config.optimizer)
-        found.append(once(_look_at_optimizer, alone) or once(_look_at_data, _what_data_needs(config)))
-    return found
+        yield once(_look_at_optimizer, alone) or once(_look_at_data, _what_data_needs(config))
 
 
 def _what_data_needs(config: TrialConfig) -> TrialConfig:

@@ -29,6 +29,8 @@ class _Later:
         raise ImportError("bitsandbytes waits for the worker, which sees the GPU")
 
 
+# An error here ends the server, and the next one leaves the import to the worker, whose log then has it.
+sys.excepthook = lambda *_: None
 _later = _Later()
 sys.meta_path.insert(0, _later)
 try:
@@ -40,6 +42,7 @@ try:
     import lora_lab.worker.trial  # noqa: F401
 finally:
     sys.meta_path.remove(_later)
+sys.excepthook = sys.__excepthook__
 # tqdm's own lock is a semaphore of the system's, which a killed worker would leave behind
 tqdm.tqdm.set_lock(threading.RLock())
 gc.collect()

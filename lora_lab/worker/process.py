@@ -40,12 +40,13 @@ def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None
     """Look at many trials in this process, on the CPU, and send what each would be refused for.
 
     Args:
-        connection: takes the list of refusals.
+        connection: takes one refusal a trial, empty where it would not be refused.
     """
     _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
     from lora_lab.worker.check import check_trials
 
-    connection.send(check_trials(configs))
+    for found in check_trials(configs):
+        connection.send(found)
     connection.close()
 
 

@@ -206,7 +206,19 @@ def _surroundings(one: Sequence[Trial], other: Sequence[Trial]) -> Iterator[Diff
     yield from _apart(_tags(one), _tags(other))
 
 
-_FACTS = ("device", "device.", "version.", "machine.", "ran.", "commit", "code", "dirty", "process.host", "regime")
+_FACTS = (
+    "device",
+    "device.",
+    "version.",
+    "machine.",
+    "ran.",
+    "commit",
+    "code",
+    "code.",
+    "dirty",
+    "process.host",
+    "regime",
+)
 """Tags that say where and on what trials ran; those with a dot are beginnings."""
 
 
