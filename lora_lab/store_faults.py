@@ -53,6 +53,7 @@ def store_errors() -> Iterator[None]:
             f"what connects to such a store is not installed ({error.name})", f"Install it: pip install {package}"
         ) from error
     except (MlflowException, SQLAlchemyError, CommandError, ParseError, sqlite3.Error, OSError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        remedy = next((remedy for words, remedy in _REMEDIES.items() if words in str(error)), "")
+        lines = str(error).splitlines() or [""]
+        known = ((line, remedy) for line in lines for words, remedy in _REMEDIES.items() if words in line)
+        said, remedy = next(known, (lines[0], ""))
         raise TrackingFailed(f"{type(error).__name__}: {said}", remedy) from error

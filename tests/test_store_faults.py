@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import give_store, store_of
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.delivery import Store, absolute, recover
@@ -85,6 +87,14 @@ def sql(*statements: str) -> Callable[[Path], None]:
     return harm
 
 
+def in_turn(*harms: Callable[[Path], None]) -> Callable[[Path], None]:
+    def harm(database: Path) -> None:
+        for one in harms:
+            one(database)
+
+    return harm
+
+
 def file_of(content: bytes) -> Callable[[Path], None]:
     return lambda database: void(database.write_bytes(content))
 
@@ -125,17 +135,17 @@ UPGRADE, NEWER, AWAY = (
 
 HARMS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     **{f"older {revision}": (version(revision), UPGRADE) for revision in revisions()[1::22]},
-    "older, with tables that are no more": (
-        lambda database: (version(revisions()[5])(database), sql("DROP TABLE trace_info")(database))[0],
+    "older, and a table that came later": (
+        in_turn(version(revisions()[5]), sql("DROP TABLE trace_info")),
         UPGRADE,
     ),
     "newer": (version("ffffffffffff"), NEWER),
-    "no version at all": (version("none'--"[:4]), NEWER),
+    "no version at all": (version("none"), NEWER),
     "no row": (sql("DELETE FROM alembic_version"), AWAY),
     "two rows": (sql("INSERT INTO alembic_version VALUES ('ffffffffffff')"), AWAY),
     "no table of versions": (sql("DROP TABLE alembic_version"), AWAY),
     "a table missing": (sql("DROP TABLE latest_metrics"), ["latest_metrics", *AWAY]),
-    "another program's": (lambda database: (database.unlink(), sql("CREATE TABLE mine (a)")(database))[1], AWAY),
+    "another program's": (in_turn(Path.unlink, sql("CREATE TABLE mine (a)")), AWAY),
     "garbage": (file_of(b"\x00\xffgarbage" * 1000), ["not a database", "Move that file away"]),
     "a short text": (file_of(b"hello\n"), ["not a database", "Move that file away"]),
     "a folder": (a_folder, AWAY),
@@ -195,6 +205,19 @@ def test_reading_a_store_of_another_version_is_refused_with_the_same_advice(plac
     version(revisions()[3])(place.database)
     with pytest.raises(TrackingFailed, match="mlflow db upgrade"):
         open_store(None)
+
+
+@pytest.mark.parametrize("words", ["attempt to write a readonly database", "database disk image is malformed"])
+def test_what_sqlite_says_only_when_it_is_written_to_is_advised_on_too(
+    place: Place, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException(f"(raised as a result of autoflush)\n(sqlite3.OperationalError) {words}\n[SQL: ...]")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+    said = place.deliver(place.trial()).outlook("the record")
+    assert words in said
+    assert "the next start delivers" not in said
 
 
 # --- what somebody deleted
@@ -360,7 +383,7 @@ ANSWERS: dict[str, Callable[[socket.socket], None]] = {
     "long header": at_once(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\nOK"),
     "not found": web("404 Not Found", b"no"),
     "login": web("401 Unauthorized", b"no"),
-    **{f"OK, then {said!r}": web("200 OK", said) for said in (b"OK",)},
+    "OK to everything": web("200 OK", b"OK"),
     **{
         f"404, then {said!r}": web("404 Not Found", said, "Content-Type: application/json")
         for said in (b"{}", b"[]", b"null", b'"x"', b'{"error_code": 5}')
