@@ -5,6 +5,7 @@ Every cell goes through the same composition and the same session as the command
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def _compose(overrides: Sequence[str]) -> tuple[TrialConfig, dict[str, str]]:
 def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """One trial; returns its record as written to record.json."""
     config, choices = _compose(overrides)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run of the same benchmark
     run_session(Request(config=config, choices=choices, overrides=list(overrides), folder=folder))
     record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     # where it lay and who ran it on that machine tells nobody anything

@@ -21,9 +21,16 @@ def main() -> None:
     import hydra
 
     from lora_lab.compose import CONF, register_schema
-    from lora_lab.outcome import EXIT_INTERRUPTED
+    from lora_lab.config import RefusedInput
+    from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
+    from lora_lab.place import refuse_working_folder
     from lora_lab.refusals import COMPOSING
 
+    try:
+        refuse_working_folder()
+    except RefusedInput as refusal:
+        print(f"Refused, nothing was started:\n{refusal}", file=sys.stderr)
+        raise SystemExit(EXIT_REFUSED) from None
     register_schema()
     # argparse takes no overrides after -m when some stood before it, and says only "unrecognized arguments"
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
@@ -42,6 +49,7 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.compose import GROUPS, load
     from lora_lab.config import RefusedInput
     from lora_lab.outcome import EXIT_REFUSED
+    from lora_lab.place import leave_empty, refuse_moving
     from lora_lab.refusals import COMPOSING
     from lora_lab.session import Request, run_session
     from lora_lab.sweep_folder import SweepFolder
@@ -51,6 +59,7 @@ def job(composed: "DictConfig") -> int:
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = SweepFolder(folder.parent).exists
     try:
+        refuse_moving(hydra_config.job.chdir)
         config = load(composed)
         if not in_sweep and (config.repeats > 1 or config.resume):
             raise RefusedInput("repeats and resume are for sweeps; add -m, or choose one with sweep=NAME.")
@@ -63,6 +72,7 @@ def job(composed: "DictConfig") -> int:
         code = run_session(request).exit_code
     except RefusedInput as refusal:
         print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)
+        leave_empty(folder)
         code = EXIT_REFUSED
     if not in_sweep:
         raise SystemExit(code)

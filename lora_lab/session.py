@@ -30,6 +30,7 @@ from lora_lab.occupancy import Before, cool_down, device_lock, look_at, see_free
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.owner import this_process
 from lora_lab.packages import converted_folder, locate
+from lora_lab.place import refuse_trial_folder
 from lora_lab.records import Record, params, run_name
 from lora_lab.rows import SHIPPED, read_jsonl, refuse_too_few
 from lora_lab.secrets import without_secrets
@@ -95,11 +96,12 @@ def run_session(request: Request) -> Outcome:
     config = request.config
     refuse_unusable(config)
     refuse_secret_name(request.folder)
+    in_sweep = SweepFolder(request.folder.parent).exists
+    refuse_trial_folder(request.folder, config.tracking, in_sweep)
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         processes.prepare()  # imports torch in the background while MLflow is imported here
     store = Store(absolute(config.tracking))
-    in_sweep = SweepFolder(request.folder.parent).exists
     if not in_sweep:
         look_after_earlier_runs(store)
     story = _begin(request, card, asked_t)

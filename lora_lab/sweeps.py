@@ -36,6 +36,7 @@ from lora_lab.environment import device_facts, environment
 from lora_lab.fingerprint import conditions, point_digest
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.owner import this_process
+from lora_lab.place import refuse_moving, refuse_sweep_folder
 from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
 from lora_lab.records import RUNNING, Record
 from lora_lab.refusals import COMPOSING
@@ -120,6 +121,8 @@ class Grid(Sweeper):
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
         refuse_secret_name(new.path)
+        refuse_moving(self._config.hydra.job.chdir)
+        refuse_sweep_folder(new.path, first.tracking)
         found = self._earlier(points, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
@@ -274,12 +277,15 @@ class Grid(Sweeper):
         places: list[str] = []
         if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
             whole = folder.read().trials  # earlier starts may have asked for more
-            with suppress(OSError):
+            try:
                 write_table(folder.path / "trials.csv", whole, [folder.attempt(trial) for trial in whole])
+            except OSError as error:
+                places.append(f"{folder.path / 'trials.csv'} was not written ({error.strerror})")
+            with suppress(OSError):
                 ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
                 folder.end(ended, [folder.attempt(trial) for trial in whole])
             run_id = store.deliver_all(folder)
-            places = store.where(run_id) if run_id else []
+            places += store.where(run_id) if run_id else []
             if store.fault:
                 places.append(store.outlook("the records"))
         show_table(trials, attempts)

@@ -33,7 +33,24 @@ RECORD = "record.json"
 DELIVERED = "delivered.json"
 _OUTLINE = {"outcome", "reason", "seconds", "point", "device", "metrics", "warnings"}
 _NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
-_NOT_ARTIFACTS = (RECORD, DELIVERED)  # the store has these as the run itself
+LEFT_OVER = ("events.jsonl", "worker.log")
+"""What a trial whose input was refused leaves: how far it came."""
+
+_ARTIFACTS = (
+    *(
+        "config.yaml",
+        "environment.json",
+        ASKED,
+        *LEFT_OVER,
+        "samples.jsonl",
+        SEEN,
+        IDLE,
+        "traceback.txt",
+        "summary.json",
+    ),
+    "adapter",
+)
+"""What a trial writes and the store keeps with its run. record.json is not among them: it is the run itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +154,9 @@ class TrialFolder:
     def give_up(self) -> None:
         """No trial after all: its input was refused."""
         self._close()
-        (self.path / ASKED).unlink()
+        for name in _ARTIFACTS:
+            if name not in LEFT_OVER and name != "adapter":
+                (self.path / name).unlink(missing_ok=True)
 
     def finish(
         self,
@@ -245,8 +264,9 @@ class TrialFolder:
             return
 
     def artifacts(self) -> list[Path]:
-        """What goes into the store beside the figures."""
-        return sorted(path for path in self.path.iterdir() if path.name not in _NOT_ARTIFACTS and path.name[0] != ".")
+        """What goes into the store with the figures: what the trial itself wrote, by name."""
+        there = (self.path / name for name in sorted(_ARTIFACTS))
+        return [path for path in there if path.exists() and not path.is_symlink()]
 
 
 def tracking_in(found: dict[str, Any]) -> TrackingConfig:

@@ -1,11 +1,10 @@
 """What is wrong with a trial that only the tokenizer, the model's shapes and the rows can tell."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from lora_lab.config import DataSource, RefusedInput, TrialConfig
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.data import load_examples
+from lora_lab.worker.data import load_examples, refuse_unknown_ids
 from lora_lab.worker.models import load_architecture, load_tokenizer, refuse_unfit
 from lora_lab.worker.training import refuse_optimizer
 
@@ -24,20 +23,33 @@ def check_trials(configs: list[TrialConfig]) -> Iterator[str]:
         return seen[key]
 
     for config in configs:
-        alone = TrialConfig(optimizer=config.optimizer)
-        yield once(_look_at_optimizer, alone) or once(_look_at_data, _what_data_needs(config))
+        yield (
+            once(_look_at_optimizer, TrialConfig(optimizer=config.optimizer))
+            or once(_look_at_model, _what_the_model_needs(config))
+            or once(_look_at_data, _what_data_needs(config))
+        )
+
+
+def _what_the_model_needs(config: TrialConfig) -> TrialConfig:
+    """The config without what no check of the model reads, so that a grid's points share most checks."""
+    return TrialConfig(
+        model=config.model,
+        method=config.method,
+        precision=config.precision,
+        attention=config.attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seq_len=config.seq_len,
+    )
 
 
 def _what_data_needs(config: TrialConfig) -> TrialConfig:
-    """The config without what no check of the data reads, so that a grid's points share most checks."""
-    blank = TrialConfig()
-    return replace(
-        config,
-        optimizer=blank.optimizer,
-        precision=blank.precision,
-        tracking=blank.tracking,
-        measure=blank.measure,
-        learning_rate=blank.learning_rate,
+    """The config without what no check of the data reads."""
+    return TrialConfig(
+        model=config.model,
+        data=config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
         seed=config.seed if config.data.source is DataSource.random_tokens else 0,
     )
 
@@ -46,10 +58,13 @@ def _look_at_optimizer(config: TrialConfig) -> None:
     refuse_optimizer(config.optimizer)
 
 
+def _look_at_model(config: TrialConfig) -> None:
+    refuse_unfit(config, load_architecture(config.model))
+
+
 def _look_at_data(config: TrialConfig) -> None:
-    architecture = load_architecture(config.model)
-    refuse_unfit(config, architecture)
-    load_examples(config, load_tokenizer(config.model), architecture.get_text_config().vocab_size)
+    tokenizer, vocab_size = load_tokenizer(config.model), load_architecture(config.model).get_text_config().vocab_size
+    refuse_unknown_ids(load_examples(config, tokenizer, vocab_size), tokenizer, vocab_size)
 
 
 def _fault(look: Callable[[TrialConfig], None], config: TrialConfig) -> str:
