@@ -20,17 +20,16 @@ class _Above:
             return f"{key}={value} {'must not be negative' if self.zero else 'must be greater than 0'}."
         if value == math.inf:
             return f"{key}=inf must be finite."
-        return (
-            f"{key}={value} is beyond what can be meant; use {self.most:,.0f} or less." if value > self.most else None
-        )
+        return f"{key}={value} is beyond what can be meant; use {self.most:,} or less." if value > self.most else None
 
 
-_ANY_FLOAT = _Above(1e9)
+_FLOAT = 3.4e38  # float32's largest
+_ANY_FLOAT = _Above(_FLOAT)
 _STEPS = _Above(10**7)
 _LONGEST_WAIT_MINUTES = 30_000  # poll(2) counts milliseconds in 32 bits, 35,791 minutes
 
 _LIMITS = {
-    "optimizer.weight_decay": _Above(1e9, zero=True),
+    "optimizer.weight_decay": _Above(_FLOAT, zero=True),
     "method.rank": _Above(2**16),
     "method.alpha": _ANY_FLOAT,
     "data.rows": _Above(10**9),
@@ -47,10 +46,10 @@ _LIMITS = {
     "grad_accum_steps": _Above(10**6),
     "seq_len": _Above(2**24),
     "learning_rate": _ANY_FLOAT,
-    "max_grad_norm": _Above(1e9, zero=True),
+    "max_grad_norm": _Above(_FLOAT, zero=True),
     "seed": _Above(2**32 - 1, zero=True),  # numpy's
     "cooldown_celsius": _Above(1000),
-    "vram_limit_gib": _Above(1e6),
+    "vram_limit_gib": _Above(10**6),
     "timeout_minutes": _Above(_LONGEST_WAIT_MINUTES),
     "repeats": _Above(1000),
 }
