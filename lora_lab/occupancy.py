@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lora_lab.config import RefusedInput
+from lora_lab.files import write_text
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, SensorFailed
@@ -50,16 +53,36 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
         yield
         return
     # one place for all of a user's processes, whatever folder they were started in
-    folder = Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    name = card.uuid if card else "cpu"
+    folder = _lock_folder(Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}")
+    name = re.sub(r"[^A-Za-z0-9-]", "_", card.uuid) if card else "cpu"
     lock, holder = FileLock(folder / f"{name}.lock"), folder / f"{name}.holder"
     _acquire(lock, lambda: waiting(f"waiting for {card.name if card else 'the CPU'}, on which {_holder(holder)}"))
     try:
-        holder.write_text(f"{os.getpid()}", encoding="ascii")
+        write_text(holder, f"{os.getpid()}")  # by a rename, which follows no link
         yield
     finally:
         lock.release()
+
+
+def _lock_folder(folder: Path) -> Path:
+    """The folder of the locks. Everybody may write to the one above it, so it is taken only if it is ours alone.
+
+    Raises: RefusedInput when it is not."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            fault = "is no folder"
+        elif found.st_uid != os.getuid():
+            fault = f"belongs to another user ({found.st_uid})"
+        else:
+            folder.chmod(0o700)
+            return folder
+    except OSError as error:
+        fault = f"can't be used ({error.strerror})"
+    raise RefusedInput(
+        f"{folder}, where trials queue for a device, {fault}. Remove it, or set TMPDIR to a folder that is yours."
+    )
 
 
 def _acquire(lock: FileLock, say: Callable[[], None]) -> None:

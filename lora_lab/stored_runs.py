@@ -5,6 +5,7 @@ and 2 s more to be imported. Every other store goes through the client. Both giv
 """
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import sqlite3
@@ -22,6 +23,7 @@ from lora_lab.local_store import LOCKED_SECONDS, address_of, database_of, refuse
 from lora_lab.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.records import RUNNING
 from lora_lab.report.trials import Sweep, Trial
+from lora_lab.run_checks import fault_of, printable
 from lora_lab.secrets import without_secrets
 from lora_lab.store_faults import TrackingFailed, store_errors
 from lora_lab.tracking import connect, look, refuse_no_store
@@ -164,10 +166,16 @@ class StoredRuns:
         experiments = self._source.experiments()
         chosen = [key for key, name in experiments.items() if self._experiment in (None, name)]
         if not chosen:
-            names = ", ".join(sorted(experiments.values()))
+            names = printable(", ".join(sorted(map(str, experiments.values()))))
             raise RefusedInput(f"{self._place}: there is no such experiment. There are: {names}.")
-        runs = sorted(self._source.runs(chosen), key=lambda run: (run.started_ms, run.run_id))
-        return {run.run_id: run for run in runs}
+        read = []
+        for run in self._source.runs(chosen):
+            fault = fault_of(run.started_ms, run.params, run.metrics, run.tags)
+            if fault:
+                print(printable(f"run {run.run_id} is left out: {fault}"), file=sys.stderr)
+            else:
+                read.append(_shown(run))
+        return {run.run_id: run for run in sorted(read, key=lambda run: (run.started_ms, run.run_id))}
 
     @cached_property
     def _trials_and_sweeps(self) -> Found:
@@ -261,6 +269,13 @@ def _sweep(run: _Run) -> Sweep:
     )
 
 
+def _shown(run: _Run) -> _Run:
+    """A run whose texts can be shown."""
+    params = {printable(key): printable(text) for key, text in run.params.items()}
+    tags = {printable(key): printable(text) for key, text in run.tags.items()}
+    return dataclasses.replace(run, name=printable(run.name), params=params, tags=tags)
+
+
 def _own(tags: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
 
@@ -271,7 +286,9 @@ def _line(run: Trial | Sweep) -> str:
 
 
 def _number(value: float) -> float:
-    """A store that knows no infinity keeps the largest number in its place."""
+    """A store that knows no infinity keeps the largest number instead. What is no number stays, to be left out."""
+    if not isinstance(value, int | float):
+        return value
     return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 
@@ -369,7 +386,9 @@ class _Client:
 
     def runs(self, experiments: Sequence[str]) -> Iterable[_Run]:
         # oldest first: a run that comes meanwhile is put at the end, and moves none from one page to the next
-        asked = {"filter_string": "tags.record_id != ''", "order_by": ["attributes.start_time ASC"]}
+        # MLflow can't even make an object of a run without a start, and would give none of the others
+        ours = "tags.record_id != '' and attributes.start_time > 0"
+        asked = {"filter_string": ours, "order_by": ["attributes.start_time ASC"]}
         with store_errors():
             return [_run(run) for run in _pages(self._client.search_runs, experiment_ids=list(experiments), **asked)]
 

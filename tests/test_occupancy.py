@@ -317,3 +317,37 @@ def test_a_holder_that_left_no_name_is_another_process(tmp_path: Path, card: Car
 def _hold(card: Card, said: list[str]) -> None:
     with device_lock(card, False, said.append):
         return
+
+
+@pytest.mark.parametrize("what", ["link", "file", "somebody's"])
+def test_a_lock_folder_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Everybody may write to the folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"lora_lab-{os.getuid()}"
+    if what == "link":
+        (tmp_path / "target").mkdir()
+        folder.symlink_to(tmp_path / "target")
+    elif what == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        if os.getuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, 12345, 12345)
+    with pytest.raises(RefusedInput, match="set TMPDIR"), device_lock(None, False, lambda _: None):
+        pass
+
+
+def test_the_holder_is_written_through_no_link_and_the_folder_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"lora_lab-{os.getuid()}"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    (tmp_path / "precious").write_text("mine")
+    (folder / "cpu.holder").symlink_to(tmp_path / "precious")
+    with device_lock(None, False, lambda _: None):
+        assert (folder / "cpu.holder").read_text() == str(os.getpid())
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert folder.stat().st_mode & 0o077 == 0

@@ -24,6 +24,7 @@ from lora_lab.report.arguments import settings, share
 from lora_lab.report.claims.study import load_study, shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.page.page import write_page
+from lora_lab.report.page_file import choose_place
 from lora_lab.report.terminal import show
 from lora_lab.report.trials import Sweep, Trial
 from lora_lab.secrets import without_secrets
@@ -64,13 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         )
         findings = find(trials, sweeps, question, __version__)
-        path = _write(findings, store, trials, sweeps, asked.out)
+        path, why = choose_place(_newest(trials, sweeps).tags, asked.out)
+        _write(findings, store, trials, path)
         show(findings, console)
         for study in question.studies if asked.claims else ():
             if all(study is not judged for judged, _ in findings.verdicts):
                 held = " ".join(f"{key}={value}" for key, value in study.held.items())
                 console.print(f"no trial here says anything about {study.id}: it takes {held}", highlight=False)
         _keep(path, store, trials, sweeps, console)
+        if why:
+            console.print(why, highlight=False, soft_wrap=True, markup=False)
     except (RefusedInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
@@ -106,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
     parser.add_argument("--experiment", metavar="NAME", help="only runs of this MLflow experiment")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; by default report.html beside the sweep")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; by default report.html in its sweep's folder"
+    )
     return parser
 
 
@@ -116,20 +122,15 @@ def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps
     return list(given) if "--sweep" in given else [*given, "--sweep", *ids]
 
 
-def _write(
-    findings: Findings, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], out: Path | None
-) -> Path:
-    """The page, beside the sweep if that is here.
+def _write(findings: Findings, store: StoredRuns, trials: Sequence[Trial], path: Path) -> None:
+    """Write the page.
 
     Raises: RefusedInput when nothing can be written there."""
-    beside = Path(_newest(trials, sweeps).tags.get("folder", ""))
-    path = out or ((beside if beside.is_absolute() and beside.is_dir() else Path()) / "report.html")
     timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
     try:
         write_page(findings, timelines, path)
     except OSError as error:
         raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out FILE.") from error
-    return path
 
 
 def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], console: Console) -> None:

@@ -1,0 +1,59 @@
+"""Where the page goes: next to its sweep, and never over a file that is no page of ours."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_lab.config import RefusedInput
+
+MARK = ": lora_lab report</title>"
+"""Stands in every page's head, also of older versions."""
+
+_MARK_WITHIN = 2000
+_RECORDS = ("sweep.json", "trial.json")
+
+
+def choose_place(tags: Mapping[str, str], out: Path | None) -> tuple[Path, str]:
+    """Choose the page's file.
+
+    Args:
+        tags: those of the newest sweep or trial. Anybody who writes to the store can set them.
+        out: the file that the user named.
+
+    Returns: the file, and in words why it is not where one would look for it.
+
+    Raises: RefusedInput when the user named a file that is no page."""
+    if out is not None:
+        if not _free(out):
+            raise RefusedInput(f"--out {out}: there is a file that is no page of lora_lab's. Name another one.")
+        return out, ""
+    folder = Path(tags.get("folder", ""))
+    beside = folder if folder.is_absolute() and _holds(folder, tags.get("record_id", "")) else Path()
+    if _free(beside / "report.html"):
+        return beside / "report.html", ""
+    number = next(n for n in range(2, 10_000) if _free(Path(f"report-{n}.html")))
+    return Path(f"report-{number}.html"), f"{beside / 'report.html'} is no page of lora_lab's and was left as it is"
+
+
+def _holds(folder: Path, record_id: str) -> bool:
+    """Whether a folder is that of the record: what it says itself is compared, not its name."""
+    for name in _RECORDS:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if record_id and found["record"]["id"] == record_id:
+                return True
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return False
+
+
+def _free(path: Path) -> bool:
+    """Whether nothing is lost by writing there: no file, or a page of ours."""
+    if path.is_symlink():
+        return False
+    try:
+        return MARK in path.read_text(encoding="utf-8", errors="replace")[:_MARK_WITHIN]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False

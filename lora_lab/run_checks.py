@@ -1,0 +1,60 @@
+"""What comes out of a store was written by anybody: which of its runs can be read as ours, which text can be shown."""
+
+import dataclasses
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from lora_lab.config import TrialConfig
+
+_LATEST_MS = 2**43
+"""A Unix time in the year 2248."""
+
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the direction of writing, so that a text looks like another."""
+
+
+def _numbers(schema: Any = TrialConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every setting that is a number, by its dotted key."""
+    for field in dataclasses.fields(schema):
+        kinds = get_args(field.type) or (field.type,)
+        if dataclasses.is_dataclass(kinds[0]):
+            yield from _numbers(kinds[0], f"{prefix}{field.name}.")
+        elif kinds[0] in (int, float):
+            yield f"{prefix}{field.name}", kinds[0]
+
+
+_NUMBERS: dict[str, type] = {**dict(_numbers()), "repeat": int}
+"""Params that are read as numbers."""
+
+
+def fault_of(started_ms: object, params: Mapping[str, Any], metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
+    """Say why a run can't be one of lora_lab's as the report reads them; empty when it can."""
+    if not isinstance(started_ms, int) or not 0 < started_ms < _LATEST_MS:
+        return f"its start is {started_ms}, which is no time"
+    for kind, texts in (("param", params), ("tag", tags)):
+        odd = next((key for key, text in texts.items() if not isinstance(text, str)), None)
+        if odd is not None:
+            return f"its {kind} {odd} is no text"
+    for key, value in metrics.items():
+        if not isinstance(value, int | float):
+            return f"its metric {key} is no number"
+    for key, number in _NUMBERS.items():
+        text = params.get(key, "None")
+        if text != "None" and not _is(number, text):
+            return f"its param {key} is {text!r}, which is no number"
+    return ""
+
+
+def _is(number: type, text: str) -> bool:
+    try:
+        number(text)
+    except (ValueError, OverflowError):
+        return False
+    return number is float or (text.isascii() and len(text) < 20)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: control characters, and those that turn the direction of writing."""
+    spaced = text.replace("\n", " ").replace("\t", " ")
+    return "".join(c for c in spaced if unicodedata.category(c) != "Cc" and c not in _TURNING)
