@@ -19,6 +19,7 @@ from typing import Any
 from lora_lab.config import RefusedInput, TrackingConfig
 from lora_lab.files import read_json
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.reading import typed
 from lora_lab.records import Point, Record
 from lora_lab.sweep_folder import PLAN
 from lora_lab.tracking import TrackingFailed, open_tracker
@@ -32,9 +33,9 @@ def records_of(folder: Path) -> Iterator[Record]:
     plan = read_json(folder / PLAN)
     if plan is None:
         raise RefusedInput(f"{folder} holds no sweep: there is no {PLAN} that can be read.")
-    yield Record.of(plan["record"])
+    yield typed(Record, plan["record"])
     for path in sorted(folder.glob(f"[0-9]*/{RECORD}")):
-        yield Record.of(json.loads(path.read_text(encoding="utf-8")))
+        yield typed(Record, json.loads(path.read_text(encoding="utf-8")))
 
 
 def encode(record: Record) -> str:
@@ -60,7 +61,7 @@ def decode(line: str) -> Record:
         for key, series in fields.pop("series").items()
         for since_ms, step, value in series
     ]
-    record = Record.of({**fields, "series": []})
+    record = typed(Record, fields | {"series": []})
     record.series = points
     return record
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from filelock import FileLock, Timeout
 from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.owner import Owner
+from lora_lab.reading import Damaged, text_of
 from lora_lab.records import Record
 from lora_lab.store_faults import SweepUnknown, TrackingFailed
 from lora_lab.sweep_folder import SweepFolder
 from lora_lab.tracking import Tracker, Which, open_tracker
-from lora_lab.trial_folder import TrialFolder
+from lora_lab.trial_folder import SENSELESS, TrialFolder
 
 MULTIRUN = Path("multirun")
 """Where conf/config.yaml puts the folders of trials and sweeps."""
@@ -91,7 +92,11 @@ class Store:
 
     def deliver_sweep(self, folder: SweepFolder) -> str | None:
         """Hand over the record above a sweep's trials as it is now; returns the run's id, None with `fault`."""
-        record = folder.read().record
+        try:
+            record = folder.read().record
+        except Damaged as damaged:
+            self.fault, self._needs_remedy = str(damaged), True
+            return None
         run_id = self._deliver(record, folder.artifacts())
         if run_id is not None:
             folder.mark_delivered(run_id, record)
@@ -103,7 +108,10 @@ class Store:
         left = ""
         for path in sorted(folder.path.glob("[0-9]*")):
             trial = TrialFolder(path)
-            record = None if self.has(trial) else trial.record()
+            try:
+                record = None if self.has(trial) else trial.record()
+            except Damaged:  # the next start names it
+                continue
             if record is not None and self.deliver_trial(trial, record) is None:
                 if self.out_of_reach:
                     return None
@@ -185,6 +193,8 @@ class Recovered:
     waiting: int = 0
     """Records that no store has taken yet."""
     faults: set[str] = field(default_factory=set)
+    damaged: dict[str, None] = field(default_factory=dict)
+    """What could not be read, and is left as it is."""
 
     def count(self, run_id: str | None, store: Store) -> None:
         """Take in whether the store took a record."""
@@ -194,9 +204,21 @@ class Recovered:
         else:
             self.delivered += 1
 
+    @contextlib.contextmanager
+    def setting_aside(self, path: Path) -> Iterator[None]:
+        """Go on after this with everything else, whatever is wrong with what is in `path`."""
+        try:
+            yield
+        except Damaged as damaged:
+            self.damaged[str(damaged)] = None
+        except (OSError, *SENSELESS) as error:
+            self.damaged[f"{path}: {type(error).__name__}: {error}"] = None
+
     def lines(self) -> list[str]:
         """What a person should know of it."""
-        said = []
+        said = [f"set aside, cannot be read: {damaged}" for damaged in self.damaged]
+        if self.damaged:
+            said.append("put right, or move away, what is set aside; until then each start names it")
         if self.killed:
             said.append(f"left over from killed processes, now recorded as killed: {self.killed}")
         if self.delivered:
@@ -214,7 +236,7 @@ def remember_outside(folder: Path) -> None:
             return
     with contextlib.suppress(OSError):
         MULTIRUN.mkdir(exist_ok=True)
-        with (MULTIRUN / _OUTSIDE).open("a", encoding="utf-8") as file:
+        with (MULTIRUN / _OUTSIDE).open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{folder.absolute()}\n")
 
 
@@ -230,8 +252,10 @@ def recover(store: Store) -> Recovered:
             _recover(found, store)
             if not store.out_of_reach:
                 found.killed += store.end_orphans()
-    except (Timeout, OSError):
-        return found  # another start is at it, or the disk is full
+    except Timeout:
+        return found  # another start is at it
+    except OSError as error:
+        found.damaged[f"{error.filename or MULTIRUN}: {error.strerror}; nothing in {MULTIRUN} is looked after"] = None
     return found
 
 
@@ -241,27 +265,44 @@ def _recover(found: Recovered, store: Store) -> None:
     def store_of(tracking: TrackingConfig) -> Store:
         return stores.setdefault(repr(tracking), Store(tracking))
 
-    damaged = (OSError, KeyError, TypeError, ValueError)  # of another version, or edited: not worth failing a start
-    folders = _folders()
+    folders = _folders(found)
     for path in folders:  # first, so that the trials have something to be nested under
-        if SweepFolder(path).exists:
-            with contextlib.suppress(*damaged):
+        with found.setting_aside(path):
+            if SweepFolder(path).exists:
                 _recover_sweep(SweepFolder(path), store_of, found)
     for path in folders:
-        for trial in map(TrialFolder, (path, *path.glob("[0-9]*"))):
-            if not store.has(trial):
-                with contextlib.suppress(*damaged):
+        trials = [path]
+        with found.setting_aside(path):
+            trials += path.glob("[0-9]*")
+        for trial in map(TrialFolder, trials):
+            with found.setting_aside(trial.path):
+                if not store.has(trial):
                     _recover_trial(trial, store_of, found)
 
 
-def _folders() -> list[Path]:
+def _folders(found: Recovered) -> list[Path]:
     """Where trials and sweeps were put, as far as is known here."""
-    listed = MULTIRUN / _OUTSIDE
-    outside = dict.fromkeys(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else {}
-    return [*MULTIRUN.glob("*/*"), *map(Path, outside)]
+    outside: dict[Path, None] = {}
+    with found.setting_aside(MULTIRUN / _OUTSIDE):
+        for number, line in enumerate((text_of(MULTIRUN / _OUTSIDE) or "").split("\n"), 1):
+            if line.isprintable() or _is_folder(line):
+                outside |= {Path(line): None} if line else {}
+            else:  # one that names a folder that was taken away since is as it should be
+                what = f"line {number} is the name of no folder: {line[:200]!r}"
+                found.damaged[f"{MULTIRUN / _OUTSIDE}: {what}"] = None
+    return [*MULTIRUN.glob("*/*"), *outside]
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
 
 
 def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
+    with found.setting_aside(folder.path):  # the record is delivered once more
+        folder.refuse_damaged_delivery()
     plan = folder.read()
     if not plan.owner.gone:
         return
@@ -276,6 +317,8 @@ def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Sto
     asked = folder.asked()
     if asked is None or not asked.owner.gone:
         return
+    with found.setting_aside(folder.path):  # the record is delivered once more, which changes nothing
+        folder.refuse_damaged_delivery()
     record = folder.record()
     if record is None:
         record = folder.finish_for_dead(asked)

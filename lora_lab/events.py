@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from lora_lab.reading import Damaged, parsed, typed
 from lora_lab.secrets import without_secrets
 
 
@@ -314,7 +315,10 @@ def _clean(said: Any) -> Any:
 def decode(line: str | bytes) -> Event:
     """The record that `encode` wrote.
 
-    Raises: KeyError or TypeError for a line of another version, json.JSONDecodeError for a torn one."""
-    fields = json.loads(line)
-    event: Event = _BY_NAME[fields.pop("event")](**fields)
+    Raises: Damaged for a line that is torn, of another version, or of something else."""
+    fields = parsed(line)
+    name = fields.pop("event", None) if isinstance(fields, dict) else None
+    if not isinstance(name, str) or name not in _BY_NAME:
+        raise Damaged(None, "event", "is missing, or none that this version knows")
+    event: Event = typed(_BY_NAME[name], fields)
     return event

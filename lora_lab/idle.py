@@ -1,12 +1,14 @@
 """What a card draws while nobody uses it, measured before the trials it is taken off from."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from lora_lab.files import read_json, write_json
+from lora_lab.files import write_json
 from lora_lab.owner import Owner
+from lora_lab.reading import Damaged, whole
 from lora_lab.telemetry.energy import AVERAGE_SECONDS
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.nvml import Card
@@ -87,8 +89,10 @@ def _state(samples: list[Sample]) -> list[str]:
 def of_block(sweep: Path, card: Card, block: int, owner: Owner) -> Watched | None:
     """What an earlier trial of the same block of a sweep measured, in the same start of it; None when it is to be
     measured now."""
-    name = (read_json(sweep / _FILE) or {}).get(_key(card, block, owner))
-    return None if name is None else TrialFolder(sweep / name).idle()
+    name = _measured_by(sweep).get(_key(card, block, owner))
+    with contextlib.suppress(Damaged):
+        return None if name is None else TrialFolder(sweep / name).idle()
+    return None
 
 
 def keep_for_block(trial: Path, card: Card, block: int, owner: Owner) -> None:
@@ -96,7 +100,14 @@ def keep_for_block(trial: Path, card: Card, block: int, owner: Owner) -> None:
 
     Raises: OSError."""
     file = trial.parent / _FILE
-    write_json(file, (read_json(file) or {}) | {_key(card, block, owner): trial.name})
+    write_json(file, _measured_by(trial.parent) | {_key(card, block, owner): trial.name})
+
+
+def _measured_by(sweep: Path) -> dict[str, str]:
+    """Which trials measured for which blocks; none where that cannot be read: it is measured again."""
+    with contextlib.suppress(Damaged):
+        return whole(dict[str, str], sweep / _FILE) or {}
+    return {}
 
 
 def _key(card: Card, block: int, owner: Owner) -> str:

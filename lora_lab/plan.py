@@ -1,14 +1,14 @@
 """Which trials a sweep consists of, in which order, and which of them an earlier sweep has done."""
 
-import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import RefusedInput, TrialConfig
 from lora_lab.delivery import MULTIRUN
 from lora_lab.fingerprint import digest
+from lora_lab.reading import Damaged
 from lora_lab.sweep_folder import Plan, Planned, SweepFolder
 
 
@@ -108,10 +108,18 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
 
 
 def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
-    """`first`, then what is below multirun/, newest first: the folders are named by date and time. What another
-    version of lora_lab wrote is passed over."""
+    """`first`, then what is below multirun/, newest first: the folders are named by date and time. What cannot be read
+    there is passed over: each start names it.
+
+    Raises: RefusedInput when `first`, which the user named, cannot be read."""
     there = (path.parent.absolute() for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
     for sweep in map(SweepFolder, (*first, *there)):
-        if sweep.exists:
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                yield sweep, sweep.read()
+        if not sweep.exists:
+            continue
+        try:
+            plan = sweep.read()
+        except Damaged as damaged:
+            if sweep.path in first:
+                raise RefusedInput(f"{damaged}.") from None
+            continue
+        yield sweep, plan

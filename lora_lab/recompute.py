@@ -19,6 +19,7 @@ from lora_lab.config import RefusedInput
 from lora_lab.environment import environment
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.output import never_end_for_output
+from lora_lab.reading import Damaged
 from lora_lab.records import Record, complete
 from lora_lab.store_faults import TrackingFailed
 from lora_lab.telemetry.figures import TAGS
@@ -27,13 +28,10 @@ from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.seen import Idle
 from lora_lab.telemetry.summary import summarise
 from lora_lab.tracking import fetch_run
-from lora_lab.trial_folder import ASKED, IDLE, SEEN, TrialFolder
+from lora_lab.trial_folder import ASKED, IDLE, SEEN, SENSELESS, TrialFolder
 
 NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")
 """What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""
-
-_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)
-"""What reading a file of another shape raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +54,8 @@ class Comparison:
     samples: int
     differences: list[tuple[str, str, str]]
     """Name, as recorded, as recomputed; empty where one side has none."""
+    damaged: list[str]
+    """Lines of events and samples that cannot be read; those after them are left out."""
 
 
 def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
@@ -70,27 +70,33 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
             "its figures are made of."
         )
     try:
-        asked, (events, samples, seen) = folder.asked(), folder.told()
-    except _UNREADABLE:
-        asked = None
-    if asked is None or "outcome" not in recorded.tags:
+        asked, (events, samples, seen, damaged) = folder.asked(), folder.told()
+        watched = folder.idle()
+    except Damaged as fault:
+        raise RefusedInput(
+            f"what {recorded.name} holds was edited or damaged, or is of another version: {fault}"
+        ) from None
+    outcome = recorded.tags.get("outcome")
+    if asked is None or outcome not in Outcome.__members__:
         raise RefusedInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
-    watched = folder.idle()
     if seen.idle is not None and watched is None:
         raise RefusedInput(f"{recorded.name} holds no {IDLE}, of which its idle draw was made.")
     if watched is not None:
         seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})
-    outcome = Outcome(recorded.tags["outcome"])
-    summary = summarise(events, samples, seen, asked.t)
-    complete(record, End(outcome=outcome, reason=""), events, samples, summary, asked.unix_minus_monotonic)
+    try:
+        summary = summarise(events, samples, seen, asked.t)
+        end = End(outcome=Outcome(outcome), reason="")
+        complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+    except SENSELESS as error:
+        raise RefusedInput(f"what {recorded.name} holds makes no figures ({type(error).__name__}: {error}).") from error
     here = _said(_with_series(record), record.tags)
     there = _said(recorded.metrics, recorded.tags)
     if not _of_this_code(recorded):
         here = {name: text for name, text in here.items() if not _newer(name, there)}
     names = sorted(here.keys() | there.keys())
     apart = [(name, there.get(name, ""), here.get(name, "")) for name in names if here.get(name) != there.get(name)]
-    return Comparison(len(names), len(events), len(samples), apart)
+    return Comparison(len(names), len(events), len(samples), apart, [str(fault) for fault in damaged])
 
 
 def _of_this_code(recorded: Recorded) -> bool:
@@ -151,10 +157,10 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
         folder = TrialFolder(Path(run))
         try:
             record = folder.record()
-        except _UNREADABLE:
-            record = None
+        except Damaged as damaged:
+            raise RefusedInput(f"{run} holds no record that can be read: {damaged}") from None
         if record is None:
-            raise RefusedInput(f"{run} holds no record of a trial that is over, or none that can be read.")
+            raise RefusedInput(f"{run} holds no record of a trial that is over.")
         return folder, Recorded(run, _with_series(record), record.tags)
     if store is None:
         database = Path("mlruns/mlflow.db").resolve()
@@ -174,6 +180,8 @@ def _show(found: Comparison, recorded: Recorded) -> None:
     console = Console(soft_wrap=True)
     if not _of_this_code(recorded):
         console.print("the run was made by other code than this; its formulas may have changed since", style="yellow")
+    for fault in found.damaged:
+        console.print(f"{fault}; what comes after is left out", style="yellow", highlight=False, markup=False)
     source = f"{found.figures} figures and reasons from {found.events} events and {found.samples} samples"
     if not found.differences:
         console.print(f"{source}: all recomputed the same, to the last digit", highlight=False)

@@ -49,11 +49,6 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     series: list[Point] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "Record":
-        """Back from what dataclasses.asdict made of it."""
-        return cls(**{**fields, "series": [Point(**point) for point in fields["series"]]})
-
 
 def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
     """What tells this run from its neighbours in a list. The engine that everything ran with before there was a choice

@@ -38,6 +38,7 @@ from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_e
 from lora_lab.owner import this_process
 from lora_lab.place import refuse_moving, refuse_sweep_folder
 from lora_lab.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
+from lora_lab.reading import Damaged
 from lora_lab.records import RUNNING, Record
 from lora_lab.refusals import COMPOSING
 from lora_lab.secrets import without_secrets
@@ -177,6 +178,8 @@ class Grid(Sweeper):
         found = take_up(trials, new.path)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
+            for line in found[0].damaged(found[1]):
+                print(f"warning: {line}")
             _warn_of_other_figures(found[0])
             return found
         print("no earlier sweep has these points under the present conditions: this is a new one")
@@ -248,6 +251,7 @@ class Grid(Sweeper):
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
         plan.launched = [folder.next_attempt(trial) for trial in pending]
+        folder.hold(plan)
         with suppress(OSError):
             folder.write(plan)
         store.deliver_sweep(folder)
@@ -306,7 +310,9 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        which = f"process {folder.read().owner.pid}" if folder.exists else "another process"
+        which = "another process"
+        with suppress(Damaged):  # or it has not written its plan yet
+            which = f"process {folder.read().owner.pid}"
         raise RefusedInput(
             f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
         ) from None

@@ -6,19 +6,19 @@ appears whole or not at all: with it the trial is over. `delivered.json` says wh
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Ended, Event, decode, encode
-from lora_lab.files import read_json, write_json, write_text
+from lora_lab.files import write_json, write_text
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.owner import Owner
-from lora_lab.records import Record, complete, plain
+from lora_lab.reading import Damaged, lines, whole
+from lora_lab.records import RUNNING, Record, complete, plain
 from lora_lab.secrets import clean
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.sampler import Sample
@@ -31,7 +31,8 @@ SEEN = "seen.json"
 IDLE = "idle.jsonl"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
-_OUTLINE = {"outcome", "reason", "seconds", "point", "device", "metrics", "warnings"}
+SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What figures raise that are made of numbers of the right type which cannot be."""
 _NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
 LEFT_OVER = ("events.jsonl", "worker.log")
 """What a trial whose input was refused leaves: how far it came."""
@@ -64,6 +65,30 @@ class Asked:
     record: Record
     unix_minus_monotonic: float = field(default_factory=lambda: time.time() - time.monotonic())
     """Seconds that turn an event's `t` into Unix time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Delivered:
+    """Which store has the record."""
+
+    run_id: str
+    store: Which | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outline:
+    """What summary.json holds of a trial."""
+
+    name: str = ""
+    outcome: Outcome
+    reason: str
+    seconds: float
+    point: str
+    device: str
+    metrics: dict[str, float]
+    absent: dict[str, str] = field(default_factory=dict)
+    warnings: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 class _Journal:
@@ -144,12 +169,16 @@ class TrialFolder:
         write_json(self.path / SEEN, asdict(seen))
 
     def idle(self) -> tuple[Idle, list[Sample]] | None:
-        """The card's draw at rest and its readings; None where they are not both here."""
-        found = read_json(self.path / SEEN)
-        idle = None if found is None else Seen.of(found).idle
-        if idle is None or not (self.path / IDLE).is_file():
+        """The card's draw at rest and its readings; None where they are not both here.
+
+        Raises: Damaged."""
+        seen = whole(Seen, self.path / SEEN)
+        if seen is None or seen.idle is None or not (self.path / IDLE).is_file():
             return None
-        return idle, _read_lines(self.path / IDLE, Sample.decode)
+        samples, damaged = lines(self.path / IDLE, Sample.decode)
+        if damaged is not None:
+            raise damaged
+        return seen.idle, samples
 
     def give_up(self) -> None:
         """No trial after all: its input was refused."""
@@ -199,32 +228,56 @@ class TrialFolder:
         return journals
 
     def asked(self) -> Asked | None:
-        """What was asked for here; None where no trial began, or one of an older version."""
-        found = read_json(self.path / ASKED)
-        if found is None:
-            return None
-        return Asked(
-            owner=Owner(**found["owner"]),
-            t=found["t"],
-            tracking=tracking_in(found),
-            record=Record.of(found["record"]),
-            unix_minus_monotonic=found["unix_minus_monotonic"],
-        )
+        """What was asked for here; None where no trial began, or one of an older version.
+
+        Raises: Damaged."""
+        asked = whole(Asked, self.path / ASKED)
+        if asked is None and (self.path / RECORD).is_file() and not self.delivered:
+            raise Damaged(self.path / ASKED, "", f"is missing, though {RECORD} is there")
+        return asked
 
     def record(self) -> Record | None:
-        """The whole record; None while the trial is not over."""
-        found = read_json(self.path / RECORD)
-        return None if found is None else Record.of(found)
+        """The whole record; None while the trial is not over.
+
+        Raises: Damaged."""
+        record = whole(Record, self.path / RECORD)
+        if record is not None and (record.outcome == RUNNING or record.outcome not in Outcome.__members__):
+            raise Damaged(self.path / RECORD, "outcome", "is none that a trial ends with")
+        return record
 
     def outline(self) -> dict[str, Any] | None:
-        """Outcome, reason, seconds and figures, without the series; None while the trial is not over."""
-        found = read_json(self.path / "summary.json")
-        whole = isinstance(found, dict) and found.keys() >= _OUTLINE and (self.path / RECORD).is_file()
-        return found if whole else None
+        """Outcome, reason, seconds and figures, without the series; None while the trial is not over.
+
+        Raises: Damaged, also where no store has the record and it cannot be read."""
+        if (not self.delivered and self.record() is None) or not (self.path / RECORD).is_file():
+            return None
+        outline = whole(_Outline, self.path / "summary.json")
+        if outline is None:
+            raise Damaged(self.path / "summary.json", "", f"is missing, though {RECORD} is there")
+        return asdict(outline) | {"outcome": outline.outcome.value}
 
     def finish_for_dead(self, asked: Asked) -> Record:
-        """Make the record of a trial whose process is gone, from what it had written until then."""
-        events, samples, seen = self.told()
+        """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of
+        that is left out, with a warning in the record.
+
+        Raises: Damaged where that makes no sense."""
+        try:
+            events, samples, seen, damaged = self.told()
+        except Damaged as fault:
+            if (self.path / SEEN).is_dir():  # it could not be written again
+                raise
+            seen = Seen(no_sensor=_NOT_SEEN)
+            events, samples, damaged = self._lines()
+            damaged.append(fault)
+        seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
+        try:
+            return self._finish_for_dead(asked, events, samples, seen)
+        except SENSELESS as error:
+            raise Damaged(
+                self.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})"
+            ) from error
+
+    def _finish_for_dead(self, asked: Asked, events: list[Event], samples: list[Sample], seen: Seen) -> Record:
         said = next((event for event in events if isinstance(event, Ended)), None)
         if said is not None:
             end = end_said(said)
@@ -234,26 +287,40 @@ class TrialFolder:
         # one that had said nothing yet is over as it began: nobody knows better
         return self.finish(asked, end, events, samples, seen, asked.record.started_ms)[0]
 
-    def told(self) -> tuple[list[Event], list[Sample], Seen]:
-        """Everything that the figures are made of, as it stands here."""
-        events: list[Event] = _read_lines(self.path / "events.jsonl", decode)
-        samples: list[Sample] = _read_lines(self.path / "samples.jsonl", Sample.decode)
-        found = read_json(self.path / SEEN)
-        return events, samples, Seen(no_sensor=_NOT_SEEN) if found is None else Seen.of(found)
+    def told(self) -> tuple[list[Event], list[Sample], Seen, list[Damaged]]:
+        """Everything that the figures are made of, as it stands here, and what is wrong with a line of it: those
+        after it are not read.
+
+        Raises: Damaged."""
+        seen = whole(Seen, self.path / SEEN)
+        events, samples, damaged = self._lines()
+        return events, samples, seen or Seen(no_sensor=_NOT_SEEN), damaged
+
+    def _lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
+        events, fault = lines(self.path / "events.jsonl", decode)
+        samples, other = lines(self.path / "samples.jsonl", Sample.decode)
+        return events, samples, [one for one in (fault, other) if one is not None]
 
     @property
     def delivered(self) -> bool:
-        """Whether a store has the record."""
-        return (self.path / DELIVERED).is_file()
+        """Whether a store has the record. Where that cannot be read it is delivered once more, which changes nothing,
+        and noted again."""
+        return self._delivered() is not None
 
     @property
     def delivered_to(self) -> Which | None:
         """Which store was given the record; None where that was not noted."""
-        found = read_json(self.path / DELIVERED)
-        store = found.get("store") if isinstance(found, dict) else None
-        if not isinstance(store, dict) or store.keys() != {"address", "made_ms"}:
-            return None
-        return Which(**store)
+        delivered = self._delivered()
+        return None if delivered is None else delivered.store
+
+    def refuse_damaged_delivery(self) -> None:
+        """Raise Damaged where it is noted that a store has the record, and that note cannot be read."""
+        whole(_Delivered, self.path / DELIVERED)
+
+    def _delivered(self) -> _Delivered | None:
+        with contextlib.suppress(Damaged):
+            return whole(_Delivered, self.path / DELIVERED)
+        return None
 
     def mark_delivered(self, run_id: str, which: Which | None = None) -> None:
         """Remember which store has the record, and its id of the run. On a full disk the next start delivers again,
@@ -269,11 +336,6 @@ class TrialFolder:
         return [path for path in there if path.exists() and not path.is_symlink()]
 
 
-def tracking_in(found: dict[str, Any]) -> TrackingConfig:
-    """The store that a trial's or sweep's file names."""
-    return TrackingConfig(**found["tracking"] | {"kind": TrackingKind[found["tracking"]["kind"]]})
-
-
 def _outline(record: Record) -> dict[str, Any]:
     return {
         "name": record.name,
@@ -281,16 +343,5 @@ def _outline(record: Record) -> dict[str, Any]:
         "reason": record.tags.get("reason", ""),
         "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
         "point": record.tags.get("point", ""),
-        "device": record.tags["device"],
+        "device": record.tags.get("device", ""),
     }
-
-
-def _read_lines(path: Path, read: Callable[[str], Any]) -> list[Any]:
-    """Every whole line; a kill or a full disk can leave the last one torn."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(read(line))
-        except (ValueError, KeyError, TypeError):
-            break
-    return found

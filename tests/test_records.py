@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lora_lab.config import DType, OptimizerConfig, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
+from lora_lab.reading import typed
 from lora_lab.records import RUNNING, Point, Record, complete, params, run_name, without_secrets
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
@@ -209,9 +210,11 @@ def test_every_record_has_an_id_of_its_own_and_is_running_until_it_is_over() -> 
 
 
 NUMBERS = st.floats()
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
+UNIX_MS = st.integers(0, 10**14)
 TEXTS = st.text(st.characters(codec=None))
 WORDS = st.dictionaries(TEXTS, TEXTS, max_size=4)
-POINTS = st.builds(Point, key=TEXTS, value=NUMBERS, step=st.integers(), t_ms=st.integers())
+POINTS = st.builds(Point, key=TEXTS, value=NUMBERS, step=INTEGERS, t_ms=UNIX_MS)
 RECORDS = st.builds(
     Record,
     id=TEXTS,
@@ -219,8 +222,8 @@ RECORDS = st.builds(
     name=TEXTS,
     params=WORDS,
     outcome=TEXTS,
-    started_ms=st.integers(),
-    ended_ms=st.none() | st.integers(),
+    started_ms=UNIX_MS,
+    ended_ms=st.none() | UNIX_MS,
     tags=WORDS,
     metrics=st.dictionaries(TEXTS, NUMBERS, max_size=4),
     series=st.lists(POINTS, max_size=4),
@@ -230,4 +233,4 @@ RECORDS = st.builds(
 @given(record=RECORDS)
 def test_a_record_comes_back_from_disk_as_it_went(record: Record) -> None:
     there = json.dumps(dataclasses.asdict(record))
-    assert repr(Record.of(json.loads(there))) == repr(record)  # repr, since nan is not equal to itself
+    assert repr(typed(Record, json.loads(there))) == repr(record)  # repr, since nan is not equal to itself

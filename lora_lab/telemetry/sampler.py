@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
+from lora_lab.reading import parsed, typed
+
 RATE_HZ = 20.0
 """Of energy and power: twice in each tick of a counter that moves every 100 ms."""
 
@@ -57,14 +59,11 @@ class Sample:
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
     @classmethod
-    def decode(cls, line: str) -> "Sample":
+    def decode(cls, line: str | bytes) -> "Sample":
         """Back from `encode`.
 
-        Raises: TypeError for a line of another version, json.JSONDecodeError for a torn one."""
-        fields = json.loads(line)
-        if "processes" in fields:
-            fields["processes"] = tuple((pid, used) for pid, used in fields["processes"])
-        return cls(**fields)
+        Raises: Damaged."""
+        return typed(cls, parsed(line))
 
 
 class SensorFailed(RuntimeError):

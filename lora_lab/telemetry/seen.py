@@ -1,7 +1,6 @@
 """What the parent itself knows and a trial's figures need: kept as seen.json in the trial's folder."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +50,3 @@ class Seen:
     stated: Stated = field(default_factory=Stated)
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "Seen":
-        """Back from what dataclasses.asdict made of it."""
-        idle = None if fields["idle"] is None else Idle(**fields["idle"])
-        return cls(**{**fields, "idle": idle, "stated": Stated(**fields["stated"])})
