@@ -10,7 +10,7 @@ from lora_lab.config import TrialConfig
 _LATEST_MS = 2**43
 """A Unix time in the year 2248."""
 
-_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that turn the direction of writing, so that a text looks like another."""
 
 
@@ -57,4 +57,4 @@ def _is(number: type, text: str) -> bool:
 def printable(text: str) -> str:
     """A text without what a terminal would obey: control characters, and those that turn the direction of writing."""
     spaced = text.replace("\n", " ").replace("\t", " ")
-    return "".join(c for c in spaced if unicodedata.category(c) != "Cc" and c not in _TURNING)
+    return "".join(c for c in spaced if unicodedata.category(c) != "Cc" and c not in TURNING)
