@@ -90,6 +90,10 @@ class DataCounted:
     real: int
     trained: int
     digest: str
+    rows_repeated: int | None = None
+    """Usable rows that are equal to an earlier one; None in trials from before they were counted."""
+    rows_heldout_prompt_trained: int | None = None
+    """Held-out rows whose prompt is trained on too, with another answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
