@@ -17,15 +17,15 @@ def main() -> None:
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
     import hydra
 
+    from lora_lab.arguments import in_order
     from lora_lab.compose import CONF, register_schema
     from lora_lab.outcome import EXIT_INTERRUPTED
     from lora_lab.refusals import COMPOSING
 
     register_schema()
-    # argparse takes no overrides after -m when some stood before it, and says only "unrecognized arguments"
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     try:
         with COMPOSING:
+            sys.argv[1:] = in_order(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None

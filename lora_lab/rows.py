@@ -99,7 +99,7 @@ def _text(fields: dict[Any, Any], column: str) -> str:
 
 def _written(value: object) -> str:
     """A value of another kind as the file has it; lists and objects by that word alone."""
-    kinds = {list: "a list", dict: "an object"}
+    kinds: dict[type, str] = {list: "a list", dict: "an object"}
     return kinds.get(type(value)) or json.dumps(value, default=lambda other: type(other).__name__)[:40]
 
 
