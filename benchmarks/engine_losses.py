@@ -20,8 +20,8 @@ from typing import Any
 from hydra.errors import HydraException
 
 from benchmarks.cells import compose_cell, provenance, run_cell, write_report
-from lora_lab.compose import explain
 from lora_lab.config import RefusedInput
+from lora_lab.explanations import explain
 
 TRIALS = {
     "eager": ["engine=eager", "attention=sdpa"],
@@ -79,7 +79,7 @@ def _parse() -> argparse.Namespace:
         for changes in TRIALS.values():
             compose_cell([*COMMON, *asked.overrides, *changes])
     except (HydraException, RefusedInput) as error:
-        parser.error(explain(str(error)))
+        parser.error(explain(error))
     return asked
 
 

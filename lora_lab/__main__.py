@@ -20,6 +20,7 @@ def main() -> None:
     never_end_for_output()
     import hydra
 
+    from lora_lab.arguments import in_order
     from lora_lab.compose import CONF, register_schema
     from lora_lab.config import RefusedInput
     from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
@@ -32,10 +33,9 @@ def main() -> None:
         print(f"Refused, nothing was started:\n{refusal}", file=sys.stderr)
         raise SystemExit(EXIT_REFUSED) from None
     register_schema()
-    # argparse takes no overrides after -m when some stood before it, and says only "unrecognized arguments"
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     try:
         with COMPOSING:
+            sys.argv[1:] = in_order(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None

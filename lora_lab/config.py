@@ -212,7 +212,7 @@ class DataConfig:
     """Name of a data set on the Hugging Face hub (its train split is read)."""
     revision: str | None = None
     path: str | None = None
-    """A jsonl file: one JSON object a line."""
+    """A jsonl file: one JSON object a line. One JSON list of objects will do."""
     rows: int | None = None
     """Use the first rows only; for random_tokens, how many rows to make."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

@@ -99,6 +99,10 @@ class DataCounted:
     """Rows whose prompt and answer had to be tokenised apart."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does."""
+    rows_repeated: int | None = None
+    """Usable rows that are equal to an earlier one; None in trials from before they were counted."""
+    rows_heldout_prompt_trained: int | None = None
+    """Held-out rows whose prompt is trained on too, with another answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

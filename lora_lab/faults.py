@@ -163,6 +163,9 @@ def _data_faults(config: TrialConfig) -> list[str]:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
+    columns = data.columns
+    if columns.instruction == columns.output:
+        return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
     return []
 
 

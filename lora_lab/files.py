@@ -40,3 +40,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is only the note that git-lfs leaves where the real one is to come."""
+    note = b"version https://git-lfs.github.com/spec/"
+    with path.open("rb") as file:
+        return file.read(len(note)) == note

@@ -118,7 +118,9 @@ def complete(
         record.tags["stand_ins"] = "; ".join(ran.stand_ins) or "none"
     for counted in (event for event in events if isinstance(event, DataCounted)):
         record.metrics |= {
-            f"data/{key}": float(value) for key, value in dataclasses.asdict(counted).items() if key.startswith("rows")
+            f"data/{key}": float(value)
+            for key, value in dataclasses.asdict(counted).items()
+            if key.startswith("rows") and value is not None
         }
         record.tags["data_digest"] = counted.digest
         if counted.end_of_turn:

@@ -7,8 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from math import ceil, prod
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -24,15 +22,16 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from lora_lab import processes
-from lora_lab.compose import explain, load
+from lora_lab.arguments import refuse_uncountable
+from lora_lab.compose import load
 from lora_lab.config import Isolation, RefusedInput, TrialConfig
 from lora_lab.delivery import MULTIRUN, Store, absolute, owner_tags, remember_outside
 from lora_lab.devices import choose_card
 from lora_lab.environment import device_facts, environment
+from lora_lab.explanations import COMPOSITION_ERRORS, explain
 from lora_lab.fingerprint import conditions, point_digest
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.owner import this_process
@@ -52,7 +51,7 @@ class GridConf:
     """The keys below hydra.sweeper; a preset under conf/sweep/ sets them."""
 
     _target_: str = "hydra_plugins.lora_lab_grid.GridSweeper"
-    params: dict[str, str] | None = None
+    params: dict[str, str] = field(default_factory=dict)
     """A grid: for each key its values, separated by commas."""
     points: list[str] | None = None
     """Points that are no grid: a line of overrides for each. Together with params, each point gets that grid."""
@@ -105,13 +104,22 @@ class Grid(Sweeper):
     def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of each point. What the command line says beats the preset's point, which beats its grid."""
         parser = OverridesParser.create(config_loader=self._context.config_loader)
-        for override in parser.parse_overrides(list(arguments)):
-            if override.key_or_group == "sweep" and override.is_sweep_override():
-                raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
         params = [f"{key}={values}" for key, values in self._params.items()]
-        lines = [parser.parse_overrides([*params, *shlex.split(line), *arguments]) for line in self._lines]
-        _refuse_too_many(sum(map(_count_points, lines)))
-        return [point for line in lines for point in BasicSweeper.split_arguments(line, None)[0]]
+        found: list[list[str]] = []
+        try:
+            for override in parser.parse_overrides(list(arguments)):
+                if override.key_or_group == "sweep" and override.is_sweep_override():
+                    raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
+            for line in self._lines:
+                overrides = parser.parse_overrides([*params, *_words(line), *arguments])
+                refuse_uncountable(overrides, len(found))
+                [combinations] = BasicSweeper.split_arguments(overrides, None)
+                found += combinations
+        except HydraException as error:
+            raise RefusedInput(explain(error)) from error
+        if not found:
+            raise RefusedInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
+        return found
 
     def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
         points = self._points(combinations)
@@ -165,9 +173,8 @@ class Grid(Sweeper):
     def _compose(self, overrides: list[str]) -> TrialConfig:
         try:
             composed = self._context.config_loader.load_sweep_config(self._config, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-            raise RefusedInput(explain(f"{error}{cause}")) from error
+        except COMPOSITION_ERRORS as error:
+            raise RefusedInput(explain(error)) from error
         with open_dict(composed):
             del composed["hydra"]
         return load(composed)
@@ -300,6 +307,13 @@ class Grid(Sweeper):
         return code
 
 
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise RefusedInput(f"hydra.sweeper.points: {line} can't be split into overrides ({error}).") from error
+
+
 @contextmanager
 def _alone(folder: SweepFolder) -> Iterator[None]:
     """The right to run this sweep, for one process at a time. A folder that was made for nothing is taken away again.
@@ -329,18 +343,6 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
 
 def _conditions(config: TrialConfig) -> dict[str, str]:
     return conditions(config, choose_card(config.device))
-
-
-def _count_points(overrides: Sequence[Override]) -> int:
-    """Of one line of overrides, without making them."""
-    return prod(_length(override) for override in overrides if override.is_discrete_sweep())
-
-
-def _length(axis: Override) -> int:
-    sweep = axis.value()
-    if isinstance(sweep, RangeSweep) and sweep.start is not None and sweep.stop is not None and sweep.step:
-        return max(0, ceil((sweep.stop - sweep.start) / sweep.step))
-    return sum(1 for _ in axis.sweep_string_iterator())
 
 
 def _refuse_too_many(count: int) -> None:

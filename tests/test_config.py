@@ -78,6 +78,7 @@ def test_the_config_that_the_other_tests_break_has_no_fault() -> None:
         ("data.source", DataSource.jsonl, "data.path="),
         ("data.source", DataSource.hub, "data.id="),
         ("data.source", DataSource.random_tokens, "data.rows="),
+        ("data.columns.output", "instruction", "data.columns.instruction and data.columns.output"),
         ("optimizer.optim", None, "optimizer=adamw"),
         ("optimizer.target", "torch.optim.SGD", "optimizer.optim=null"),
         ("optimizer.args", {"momentum": 0.9}, "optimizer.target"),

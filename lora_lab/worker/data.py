@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, RefusedInput, TrialConfig
-from lora_lab.rows import SHIPPED, Row, heldout_indices, read_jsonl, refuse_too_few, row_of
+from lora_lab.rows import SHIPPED, Row, read_jsonl, refuse_too_few, split_rows
 from lora_lab.worker.conversation import Conversations, Losses, Turn
+from lora_lab.worker.hub_rows import hub_rows
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
@@ -68,6 +69,8 @@ class Examples:
     rows_read: int
     rows_truncated: int
     rows_without_labels: int
+    rows_repeated: int
+    rows_heldout_prompt_trained: int
     rows_lost: int = 0
     """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
     rows_apart: int = 0
@@ -93,7 +96,8 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
-        empty, losses, end_of_turn, remarks = 0, Losses(), "", []
+        rows, empty = [Row(prompt=str(number), response="") for number in range(len(made))], 0  # no two are equal
+        losses, end_of_turn, remarks = Losses(), "", []
     else:
         rows, empty = _read_rows(config.data)
         conversations = Conversations(tokenizer, vocab_size)
@@ -101,6 +105,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         made = [_example(turn, config.seq_len) for turn in turns]
         end_of_turn, remarks = conversations.end_of_turn, _remarks(conversations, losses)
     usable = [example for example in made if example.trained > 0]
+    usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
     if not usable:
         raise RefusedInput(
             f"at seq_len={config.seq_len} no row has a token left to train on: every prompt alone is longer. "
@@ -110,8 +115,8 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     needed = 1 if config.data.batching is Batching.packed else per_step
     which = f"rows with something to train on at seq_len={config.seq_len}"
     refuse_too_few(len(usable), config.data.holdout, needed, which)
-    held = heldout_indices(len(usable), config.data.holdout)
-    train = [example for i, example in enumerate(usable) if i not in held]
+    split = split_rows(usable_rows, config.data.holdout)
+    train = [example for i, example in enumerate(usable) if i not in split.held]
     if config.data.batching is Batching.packed:
         train = pack(train, config.seq_len)
         if len(train) < per_step:
@@ -121,7 +126,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
             )
     return Examples(
         train=train,
-        heldout=[usable[i] for i in sorted(held)],
+        heldout=[usable[i] for i in sorted(split.held)],
         rows_read=len(made) + empty,
         rows_truncated=sum(example.truncated for example in made),
         rows_without_labels=len(made) - len(usable) + empty,
@@ -129,6 +134,8 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         rows_apart=losses.apart,
         end_of_turn=end_of_turn,
         remarks=remarks,
+        rows_repeated=split.repeated,
+        rows_heldout_prompt_trained=split.prompts_trained,
     )
 
 
@@ -138,27 +145,7 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
         return read_jsonl(SHIPPED, data.columns, data.rows), 0
     if data.source is DataSource.jsonl:
         return read_jsonl(Path(str(data.path)), data.columns, data.rows), 0
-    import datasets
-
-    split = f"train[:{data.rows}]" if data.rows else "train"
-    try:
-        loaded = datasets.load_dataset(data.id, revision=data.revision, split=split)
-    except (OSError, ValueError) as error:
-        raise RefusedInput(
-            f"data.id={data.id} cannot be had from the Hugging Face hub ({type(error).__name__}). "
-            "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
-        ) from error
-    rows = []
-    empty = 0
-    for number, record in enumerate(loaded, start=1):
-        if str(record.get(data.columns.output, "?")).strip() == "":
-            empty += 1
-            continue
-        try:
-            rows.append(row_of(dict(record), data.columns))
-        except RefusedInput as error:
-            raise RefusedInput(f"row {number} of data.id={data.id}: {error}") from error
-    return rows, empty
+    return hub_rows(data)
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:

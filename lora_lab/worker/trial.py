@@ -178,6 +178,8 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
             rows_lost=examples.rows_lost,
             rows_apart=examples.rows_apart,
             end_of_turn=examples.end_of_turn,
+            rows_repeated=examples.rows_repeated,
+            rows_heldout_prompt_trained=examples.rows_heldout_prompt_trained,
         )
     )
     if config.data.source is DataSource.random_tokens:
@@ -192,6 +194,18 @@ def _report_data(config: TrialConfig, examples: Examples, emit: Emit) -> None:
         warnings.append(
             f"{examples.rows_truncated} of {examples.rows_read} rows are longer than seq_len={config.seq_len} "
             "and are cut"
+        )
+    if config.data.rows and examples.rows_read < config.data.rows:
+        warnings.append(f"data.rows={config.data.rows}, and the data has only {examples.rows_read} rows")
+    if examples.rows_repeated:
+        warnings.append(
+            f"{examples.rows_repeated} of {examples.rows_read} rows are equal to an earlier one; equal rows are held "
+            "out together, or trained on together"
+        )
+    if examples.rows_heldout_prompt_trained:
+        warnings.append(
+            f"{examples.rows_heldout_prompt_trained} of {len(examples.heldout)} held-out rows have a prompt that is "
+            "trained on too, with another answer"
         )
     for text in warnings:
         emit(Warned(t=time.monotonic(), text=text))

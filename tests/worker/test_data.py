@@ -272,6 +272,16 @@ def test_held_out_rows_do_not_move_with_seed_batch_size_or_batching(tmp_path: Pa
     assert not trained_on & {tuple(example.ids) for example in two.heldout}
 
 
+def test_rows_that_come_twice_are_not_held_out_and_trained_on(tmp_path: Path) -> None:
+    config = jsonl(tmp_path, [(5, n) for n in range(1, 21)] * 26)  # letter and lengths come again after 260 rows
+    config.data.batching = Batching.packed
+    made = load_examples(config, TOKENIZER, 272)
+    trained_on = {tuple(ids) for row in made.train for ids, _ in documents(row)}
+    assert made.heldout
+    assert not trained_on & {tuple(example.ids) for example in made.heldout}
+    assert (made.rows_read, made.rows_repeated, made.rows_heldout_prompt_trained > 0) == (520, 260, True)
+
+
 def test_the_digest_tells_data_apart(tmp_path: Path) -> None:
     def digest(config: TrialConfig) -> str:
         return load_examples(config, TOKENIZER, 272).digest

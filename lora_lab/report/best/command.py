@@ -13,8 +13,8 @@ from typing import Any, get_args
 import yaml
 
 from lora_lab.compose import CONF
-from lora_lab.compose import GROUPS as GROUPS_OF_CONFIG
 from lora_lab.config import TrialConfig
+from lora_lab.keys import GROUPS as GROUPS_OF_CONFIG
 from lora_lab.records import plain
 
 _DROPPED = frozenset(

@@ -1,0 +1,135 @@
+"""What was typed: options may stand anywhere, ~ is the home folder, and the quoting that Hydra's grammar asks for."""
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
+from lora_lab.config import RefusedInput
+
+_SHELLS = "[$`!]"
+"""What a shell replaces also within double quotes."""
+
+
+def in_order(typed: Sequence[str]) -> list[str]:
+    """Put options with their values before the overrides: argparse takes no override after an option when some stood
+    before it.
+
+    Raises: RefusedInput for an option that Hydra does not have; SystemExit, as argparse does, for a wrong value of one.
+    """
+    parser = get_args_parser()
+    found, unknown = parser.parse_known_intermixed_args(list(typed))
+    if unknown:
+        raise RefusedInput(*map(_no_option, unknown))
+    if found.experimental_rerun is not None:
+        raise RefusedInput("--experimental-rerun is not supported; type the command that the tag 'command' has.")
+    options = []
+    for action in parser._actions:
+        value = getattr(found, action.dest, None)
+        if action.option_strings and value not in (None, False):
+            option = action.option_strings[0]
+            options.append(option if value is True else f"{option}={value}")
+    return [*options, *map(_at_home, found.overrides)]
+
+
+def _no_option(typed: str) -> str:
+    setting = f" A setting has no dashes: {typed.lstrip('-')}." if "=" in typed else ""
+    return f"'{typed}' is no option of lora_lab.{setting} --hydra-help lists the options, --help the settings."
+
+
+def _at_home(override: str) -> str:
+    """An override whose values may begin with ~/, as a shell would have understood it."""
+    key, equals, value = override.partition("=")
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # nobody knows
+        return override
+    expanded = re.sub(r"""((?:^|[,\[])\s*['"]?)~(?=/)""", lambda start: start[1] + home, value)
+    return f"{key}{equals}{expanded}"
+
+
+def quoted(text: str) -> str:
+    """A value in quotes, as Hydra's grammar takes it whatever is in it; in those that suit a shell where both do."""
+    quote = Quote.double if re.search(rf"'|{_SHELLS}", text) and '"' not in text else Quote.single
+    return QuotedString(text=text, quote=quote).with_quotes()
+
+
+def unreadable(override: str) -> str:
+    """Say why Hydra's grammar does not take an override, and what to type in a shell to give its value as text."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"'{override}' has no value. Write key=value without spaces around the =; --help lists the settings."
+    if _fault(f"{key}=x"):
+        return f"'{key}' is no name of a setting. Write key=value, for example batch_size=2; --help lists the settings."
+    advice = f"  {in_shell(f'{key}={quoted(value)}')}"
+    if "," in value and not re.search(r"""[()\[\]{}'"]""", value):
+        each = ",".join(quoted(part) for part in value.split(","))
+        advice += f"\nor, if these are several values:\n  {in_shell(f'{key}={each}')}"
+    return f"{override}: {_fault(override)}. If it is meant as text, type:\n{advice}"
+
+
+def in_shell(argument: str) -> str:
+    """An argument in quotes for a shell: in double ones, which are easier to read, where a shell leaves it as it is."""
+    if re.search(_SHELLS, argument):
+        return shlex.quote(argument)
+    return '"' + re.sub(r'(["\\])', r"\\\1", argument) + '"'
+
+
+def _fault(override: str) -> str:
+    """What Hydra's grammar stumbles over; empty where it takes the override."""
+    try:
+        OverridesParser.create().parse_rule(override, "override")
+    except HydraException as error:
+        text, start = str(error).strip(), getattr(error.__cause__, "startIndex", None)
+        if start is not None:  # the lexer's; the parser's errors have no such thing
+            return f"{override[start]!r} has to stand in quotes"
+        if " while evaluating " in text:
+            return text.partition(" while evaluating ")[2].replace("\n", ". ")
+        token = re.search(r"input '(.*?)' expecting", text)
+        if token and token[1] != "<EOF>":
+            return f"{token[1]!r} can't stand where it does"
+        return "a bracket, a brace or a quote is not closed"
+    return ""
+
+
+MOST_POINTS = 10_000
+"""More take minutes to be looked at before the first of them runs."""
+
+
+def refuse_uncountable(overrides: Sequence[Override], before: int) -> None:
+    """Raise RefusedInput when a sweep over these has no point, or more than MOST_POINTS with the `before` there are."""
+    counts: dict[str, int] = {}
+    for override in overrides:
+        count = _count(override)
+        if count == 0:
+            raise RefusedInput(f"{override.input_line} has no value at all. Name some, for example key=1,2.")
+        counts[override.get_key_element()] = count
+    points = before + math.prod(counts.values())
+    if points > MOST_POINTS:
+        raise RefusedInput(f"this sweep has more than {MOST_POINTS} points. Divide it into several.")
+
+
+def _count(override: Override) -> int:
+    """How many values an override has; of a range without counting them up."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        raise RefusedInput(
+            f"{override.input_line} is all numbers between two. Name those to try, for example "
+            f"{override.get_key_element()}={value.start},{value.end}."
+        )
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator()) if override.is_sweep_override() else 1
+    edges = [value.start, value.stop, value.step]
+    if not all(isinstance(edge, int) or (isinstance(edge, float) and math.isfinite(edge)) for edge in edges):
+        raise RefusedInput(f"{override.input_line} has an end that is no finite number.")
+    start, stop, step = map(Fraction, map(str, edges))
+    if step == 0:
+        raise RefusedInput(f"{override.input_line} goes on in steps of 0. Give another step.")
+    return max(0, math.ceil((stop - start) / step))

@@ -1,0 +1,70 @@
+"""Rows of a data set on the Hugging Face hub."""
+
+import re
+from typing import Any
+
+from lora_lab.config import DataConfig, RefusedInput
+from lora_lab.rows import Row, row_of, rows_of
+
+
+def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
+    """Read the train split's rows, and count those with an empty answer, which are left out (alpaca has some).
+
+    Raises: RefusedInput when the data set can't be had, lacks a column, or a row is broken."""
+    records = _records(data)
+    answered = [(number, fields) for number, fields in records if str(fields[data.columns.output]).strip()]
+    return rows_of(answered, data.columns, f"data.id={data.id}", "row"), len(records) - len(answered)
+
+
+def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    split = f"train[:{data.rows}]" if data.rows else "train"
+    columns = data.columns
+    try:
+        loaded = datasets.load_dataset(data.id, revision=data.revision, split=split)
+        names = loaded.column_names
+        if not {columns.instruction, columns.output} <= set(names):
+            row_of(dict.fromkeys(names), columns)  # refuses it, with the columns there are
+        # the others, pictures perhaps, need not be decoded
+        texts = loaded.select_columns(sorted({columns.instruction, columns.input, columns.output} & set(names)))
+        return [(number, dict(fields)) for number, fields in enumerate(texts, start=1)]
+    except RefusedInput as refusal:
+        raise RefusedInput(f"data.id={data.id}: {refusal}") from refusal
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, DatasetsError) as error:
+        raise RefusedInput(_refusal(str(data.id), error)) from error
+
+
+def _refusal(name: str, error: Exception) -> str:
+    """What to do about an error of the package datasets, which tells most of them by their text alone."""
+    text = str(error.__cause__ or error)
+    listed = re.search(r"\[(.*?)\]", text)
+    found = f" (it has {listed[1]})" if listed else ""
+    if "gated" in text:
+        return (
+            f"data.id={name} is gated. Accept its licence on https://huggingface.co/datasets/{name} and log in with "
+            "hf auth login, or use data=lab_qa."
+        )
+    if "Config name is missing" in text:
+        export = _export(name, "'CONFIGURATION', split='train'")
+        return f"data.id={name} has several configurations{found}. {export}"
+    if re.search(r"(Unknown|Bad) split", text):
+        export = _export(name, "split='SPLIT'")
+        return f"data.id={name} has no train split{found}. {export}"
+    if "scripts are no longer supported" in text:
+        return f"data.id={name} is a script, which the package datasets runs no longer. Use another copy of the data."
+    if "Revision" in text:
+        return f"data.id={name} has no revision of that name. Check data.revision, or leave it out."
+    said = text.strip().splitlines()[0] if text.strip() else "without a word"
+    return (
+        f"data.id={name} cannot be had from the Hugging Face hub ({type(error.__cause__ or error).__name__}: {said}). "
+        "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
+    )
+
+
+def _export(name: str, which: str) -> str:
+    return (
+        "Save the rows as a file, and use data=jsonl data.path=rows.jsonl:\n"
+        f"  python -c \"import datasets; datasets.load_dataset('{name}', {which}).to_json('rows.jsonl')\""
+    )

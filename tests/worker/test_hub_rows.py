@@ -1,0 +1,87 @@
+"""Rows of a data set: the package datasets on folders, which it reads as it does the hub's."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+
+from lora_lab.config import DataConfig, RefusedInput
+from lora_lab.rows import Row
+from lora_lab.worker.hub_rows import hub_rows
+
+ROW = {"instruction": "Why?", "output": "Because."}
+CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def data_set(folder: Path, **files: str | list[dict[str, object]]) -> DataConfig:
+    (folder / "set").mkdir()
+    for name, content in files.items():
+        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        (folder / "set" / name.replace("_", ".")).write_text(text)
+    return DataConfig(id=str(folder / "set"))
+
+
+def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
+    data = data_set(tmp_path, train_jsonl=[ROW, ROW | {"output": " "}, ROW, ROW])
+    assert hub_rows(data) == ([Row("Why?", "Because.")] * 3, 1)
+    data.rows = 2
+    assert hub_rows(data) == ([Row("Why?", "Because.")], 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"test_jsonl": [ROW]}, ["has no train split", "'test'", "split='SPLIT'", "to_json"]),
+        (
+            {"README_md": CONFIGS, "a_jsonl": [ROW], "b_jsonl": [ROW]},
+            ["several configurations", "'one', 'two'", "'CONFIGURATION', split='train'"],
+        ),
+        ({"set_py": "x = 1\n"}, ["is a script"]),
+        ({}, ["cannot be had", "data=lab_qa"]),
+        ({"a_jsonl": '{"instr'}, ["cannot be had", "JSON parse error"]),
+        ({"a_jsonl": [ROW], "b_jsonl": [ROW | {"more": 1}]}, ["cannot be had", "CastError"]),
+        ({"a_parquet": "version https://git-lfs.github.com/spec/v1\n"}, ["cannot be had", "Parquet"]),
+        ({"train_jsonl": [{"q": "Why?", "a": "So."}]}, ["no column instruction", "found q, a", "data.columns.output="]),
+        (
+            {"train_jsonl": [ROW, ROW | {"input": [1]}, ROW | {"input": [2]}]},
+            ["2 broken row(s)", "row 2: input must be text", "row 3:"],
+        ),
+    ],
+    ids=["split", "configurations", "script", "empty", "torn", "unlike", "lfs", "columns", "list"],
+)
+def test_what_datasets_stumbles_over_is_one_refusal(
+    tmp_path: Path, files: dict[str, str | list[dict[str, object]]], words: list[str]
+) -> None:
+    data = data_set(tmp_path, **files)
+    with pytest.raises(RefusedInput) as info:
+        hub_rows(data)
+    assert [word for word in words if word not in str(info.value)] == [], str(info.value)
+    assert f"data.id={data.id}" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "Dataset 'me/mine' is a gated dataset on the Hub.",
+            ["is gated", "huggingface.co/datasets/me/mine", "hf auth login"],
+        ),
+        ("Revision 'x' doesn't exist for dataset 'me/mine' on the Hub.", ["no revision", "data.revision"]),
+        ("Dataset 'me/mine' doesn't exist on the Hub or cannot be accessed.", ["cannot be had", "Check the name"]),
+    ],
+    ids=["gated", "revision", "no_such"],
+)
+def test_what_the_hub_says_is_one_refusal(monkeypatch: pytest.MonkeyPatch, said: str, words: list[str]) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise DatasetNotFoundError(said)
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(RefusedInput) as info:
+        hub_rows(DataConfig(id="me/mine"))
+    assert [word for word in words if word not in str(info.value)] == [], str(info.value)
