@@ -38,18 +38,18 @@ def main() -> None:
 def job(composed: "DictConfig") -> int:
     """Run one composed trial. A trial of a sweep returns its exit code; one alone leaves with it."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from lora_lab.compose import GROUPS, load
     from lora_lab.config import RefusedInput
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.refusals import COMPOSING
     from lora_lab.session import Request, run_session
-    from lora_lab.sweep_folder import SweepFolder
 
     COMPOSING.over()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    in_sweep = SweepFolder(folder.parent).exists
+    in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
         config = load(composed)
         if not in_sweep and (config.repeats > 1 or config.resume):
