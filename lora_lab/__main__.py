@@ -45,6 +45,7 @@ def main() -> None:
 def job(composed: "DictConfig") -> int:
     """Run one composed trial. A trial of a sweep returns its exit code; one alone leaves with it."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from lora_lab.compose import GROUPS, load
     from lora_lab.config import RefusedInput
@@ -52,12 +53,11 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.place import leave_empty, refuse_moving
     from lora_lab.refusals import COMPOSING
     from lora_lab.session import Request, run_session
-    from lora_lab.sweep_folder import SweepFolder
 
     COMPOSING.over()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    in_sweep = SweepFolder(folder.parent).exists
+    in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
         refuse_moving(hydra_config.job.chdir)
         config = load(composed)

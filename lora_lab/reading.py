@@ -33,7 +33,8 @@ class Damaged(ValueError):
 
     def __init__(self, file: Path | None, field: str, what: str) -> None:
         self.file, self.field, self.what = file, field, what
-        super().__init__(": ".join([*([str(file)] if file else []), f"{field} {what}".strip()]))
+        where = [*([str(file)] if file else []), *([field] if field else [])]
+        super().__init__(f"{': '.join(where)} {what}".lstrip())
 
 
 def whole(kind: type[T], path: Path) -> T | None:
