@@ -93,9 +93,10 @@ class DataCounted:
     real: int
     trained: int
     digest: str
-    rows_lost: int = 0
-    """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
-    rows_apart: int = 0
+    rows_lost: int | None = None
+    """Rows whose text is not whole in the tokens, or whose end of turn is not trained once; None in trials from before
+    they were counted."""
+    rows_apart: int | None = None
     """Rows whose prompt and answer had to be tokenised apart."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does."""

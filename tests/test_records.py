@@ -157,8 +157,6 @@ def test_a_trial_that_died_in_a_phase_is_completed_with_what_there_is() -> None:
         "data/rows_heldout": 1.0,
         "data/rows_truncated": 2.0,
         "data/rows_without_labels": 1.0,
-        "data/rows_lost": 0.0,
-        "data/rows_apart": 0.0,
     }
     by_key: dict[str, list[tuple[int, float, int]]] = {}
     for point in record.series:
