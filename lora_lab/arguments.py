@@ -113,7 +113,9 @@ def refuse_uncountable(overrides: Sequence[Override], before: int) -> None:
         counts[override.get_key_element()] = count
     points = before + math.prod(counts.values())
     if points > MOST_POINTS:
-        raise RefusedInput(f"this sweep has more than {MOST_POINTS} points. Divide it into several.")
+        raise RefusedInput(
+            f"the sweep would have {points:,} points; {MOST_POINTS:,} is the most. Sweep fewer values, or run it in parts."
+        )
 
 
 def _count(override: Override) -> int:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lora_lab import processes
-from lora_lab.arguments import refuse_uncountable
+from lora_lab.arguments import MOST_POINTS, refuse_uncountable
 from lora_lab.compose import load
 from lora_lab.config import Isolation, RefusedInput, TrialConfig
 from lora_lab.delivery import MULTIRUN, Store, absolute, owner_tags, remember_outside
@@ -60,9 +60,6 @@ class GridConf:
 
 
 _CHECK_LOG = "check.log"
-
-_MOST_TRIALS = 10_000
-"""More would take longer to plan than anybody waits, and years to run."""
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
 
@@ -346,9 +343,9 @@ def _conditions(config: TrialConfig) -> dict[str, str]:
 
 
 def _refuse_too_many(count: int) -> None:
-    if count > _MOST_TRIALS:
+    if count > MOST_POINTS:
         raise RefusedInput(
-            f"the sweep would have {count:,} trials; {_MOST_TRIALS:,} is the most. Sweep fewer values, use "
+            f"the sweep would have {count:,} trials; {MOST_POINTS:,} is the most. Sweep fewer values, use "
             "fewer repeats, or run it in parts."
         )
 
