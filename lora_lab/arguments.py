@@ -114,7 +114,8 @@ def refuse_uncountable(overrides: Sequence[Override], before: int) -> None:
     points = before + math.prod(counts.values())
     if points > MOST_POINTS:
         raise RefusedInput(
-            f"the sweep would have {points:,} points; {MOST_POINTS:,} is the most. Sweep fewer values, or run it in parts."
+            f"the sweep would have {points:,} points; {MOST_POINTS:,} is the most. Sweep fewer values, or run it in "
+            "parts."
         )
 
 

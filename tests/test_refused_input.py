@@ -231,11 +231,11 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
     [
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=collections.OrderedDict"],
-            ["loaded:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
+            ["trained:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
         ),
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=torch.optim.Nowhere"],
-            ["loaded:\noptimizer.target=torch.optim.Nowhere cannot be imported", "such as torch.optim.SGD"],
+            ["trained:\noptimizer.target=torch.optim.Nowhere cannot be imported", "such as torch.optim.SGD"],
         ),
         (
             ["model=tiny", "method.target_modules=[q_proj,nowhere]"],
@@ -243,7 +243,7 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
         ),
         (
             ["model=tiny", "model.architecture.num_hidden_layers=1", "gradient_checkpointing=selective"],
-            ["loaded:\ngradient_checkpointing=selective is every other", "has one", "Use gradient_checkpointing=full"],
+            ["trained:\ngradient_checkpointing=selective is every other", "has one", "Use gradient_checkpointing=full"],
         ),
         (
             ["model=hub", "model.id=nobody/nothing"],
