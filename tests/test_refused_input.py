@@ -247,11 +247,11 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
         ),
         (
             ["model=hub", "model.id=nobody/nothing"],
-            ["model.id=nobody/nothing cannot be had", "connection", "model=local model.path=FOLDER"],
+            ["model.id=nobody/nothing could not be loaded", "connection", "model=local model.path=FOLDER"],
         ),
         (
             ["model=tiny", "data=alpaca"],
-            ["data.id=tatsu-lab/alpaca cannot be had", "connection", "data=lab_qa"],
+            ["data.id=tatsu-lab/alpaca could not be loaded", "connection", "data=lab_qa"],
         ),
         (
             [f"model.package.sha256='{'0' * 64}'"],

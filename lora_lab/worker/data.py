@@ -92,7 +92,7 @@ class Examples:
 def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examples:
     """Read the rows the config names, tokenise, hold out, and pack if asked to.
 
-    Raises: RefusedInput when there are too few usable rows or the rows cannot be had.
+    Raises: RefusedInput when there are too few usable rows or the rows could not be loaded.
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)

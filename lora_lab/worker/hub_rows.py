@@ -10,7 +10,7 @@ from lora_lab.rows import Row, row_of, rows_of
 def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
     """Read the train split's rows, and count those with an empty answer, which are left out (alpaca has some).
 
-    Raises: RefusedInput when the data set can't be had, lacks a column, or a row is broken."""
+    Raises: RefusedInput when the data set could not be loaded, lacks a column, or a row is broken."""
     records = _records(data)
     answered = [(number, fields) for number, fields in records if str(fields[data.columns.output]).strip()]
     return rows_of(answered, data.columns, f"data.id={data.id}", "row"), len(records) - len(answered)
@@ -58,7 +58,8 @@ def _refusal(name: str, error: Exception) -> str:
         return f"data.id={name} has no revision of that name. Check data.revision, or leave it out."
     said = text.strip().splitlines()[0] if text.strip() else "without a word"
     return (
-        f"data.id={name} cannot be had from the Hugging Face hub ({type(error.__cause__ or error).__name__}: {said}). "
+        f"data.id={name} could not be loaded from the Hugging Face hub "
+        f"({type(error.__cause__ or error).__name__}: {said}). "
         "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
     )
 

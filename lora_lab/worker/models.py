@@ -325,8 +325,8 @@ def _why_not_had(model: ModelConfig, error: Exception) -> str:
     if "safetensors" in said:
         return f"model.id={model.id} has no weights in safetensors, and nothing else is loaded. Choose another model."
     return (
-        f"model.id={model.id} cannot be had: it is not in the local cache and the Hugging Face hub was not reached "
-        "or does not have it. Check the name and the connection, use model=local model.path=FOLDER, or "
+        f"model.id={model.id} could not be loaded: it is not in the local cache, and the Hugging Face hub was not "
+        "reached or does not have it. Check the name and the connection, use model=local model.path=FOLDER, or "
         "model.weights=random for a named model's shapes."
     )
 

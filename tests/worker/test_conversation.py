@@ -17,6 +17,7 @@ from lora_lab.config import DataSource, RefusedInput, TrialConfig
 from lora_lab.rows import SHIPPED, Row
 from lora_lab.worker.conversation import Conversations, Losses, Lost
 from lora_lab.worker.data import IGNORED, load_examples, pad_id, refuse_unknown_ids, tokenize
+from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = [json.loads(line)["output"] for line in SHIPPED.read_text().splitlines()[:80]]
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eot|>"]
@@ -278,3 +279,9 @@ def test_a_token_without_an_embedding_is_refused_and_never_pads(tmp_path: Path) 
     tokenizer.add_special_tokens({"pad_token": "<|late|>"})
     assert pad_id(tokenizer, len(tokenizer) - 1) == tokenizer.eos_token_id
     assert pad_id(byte_level(PLAIN, eos_token=None, pad_token=None), 600) == 0
+
+
+def test_the_shipped_rows_are_whole() -> None:
+    made = load_examples(TrialConfig(seq_len=4096), tiny_tokenizer(), 10_000)
+    assert made.rows_read == 432
+    assert made.rows_lost == 0

@@ -43,10 +43,10 @@ def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
             ["several configurations", "'one', 'two'", "'CONFIGURATION', split='train'"],
         ),
         ({"set_py": "x = 1\n"}, ["is a script"]),
-        ({}, ["cannot be had", "data=lab_qa"]),
-        ({"a_jsonl": '{"instr'}, ["cannot be had", "JSON parse error"]),
-        ({"a_jsonl": [ROW], "b_jsonl": [ROW | {"more": 1}]}, ["cannot be had", "CastError"]),
-        ({"a_parquet": "version https://git-lfs.github.com/spec/v1\n"}, ["cannot be had", "Parquet"]),
+        ({}, ["could not be loaded", "data=lab_qa"]),
+        ({"a_jsonl": '{"instr'}, ["could not be loaded", "JSON parse error"]),
+        ({"a_jsonl": [ROW], "b_jsonl": [ROW | {"more": 1}]}, ["could not be loaded", "CastError"]),
+        ({"a_parquet": "version https://git-lfs.github.com/spec/v1\n"}, ["could not be loaded", "Parquet"]),
         ({"train_jsonl": [{"q": "Why?", "a": "So."}]}, ["no column instruction", "found q, a", "data.columns.output="]),
         (
             {"train_jsonl": [ROW, ROW | {"input": [1]}, ROW | {"input": [2]}]},
@@ -73,7 +73,10 @@ def test_what_datasets_stumbles_over_is_one_refusal(
             ["is gated", "huggingface.co/datasets/me/mine", "hf auth login"],
         ),
         ("Revision 'x' doesn't exist for dataset 'me/mine' on the Hub.", ["no revision", "data.revision"]),
-        ("Dataset 'me/mine' doesn't exist on the Hub or cannot be accessed.", ["cannot be had", "Check the name"]),
+        (
+            "Dataset 'me/mine' doesn't exist on the Hub or cannot be accessed.",
+            ["could not be loaded", "Check the name"],
+        ),
     ],
     ids=["gated", "revision", "no_such"],
 )
