@@ -68,6 +68,7 @@ def job(composed: "DictConfig") -> int:
             choices={group: str(hydra_config.runtime.choices[group]) for group in GROUPS},
             overrides=list(hydra_config.overrides.task),
             folder=folder,
+            in_sweep=in_sweep,
         )
         code = run_session(request).exit_code
     except RefusedInput as refusal:

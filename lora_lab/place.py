@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
-from lora_lab.sweep_folder import PLAN
+from lora_lab.sweep_folder import PLAN, SweepFolder
 from lora_lab.trial_folder import ASKED, LEFT_OVER, RECORD
 
 _MULTIRUN = Path("multirun")
@@ -38,10 +38,19 @@ def refuse_moving(chdir: object) -> None:
 
 
 def refuse_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool) -> None:
-    """Raise RefusedInput for a folder that can't be this trial's alone."""
+    """Raise RefusedInput for a folder that can't be this trial's alone.
+
+    Args:
+        in_sweep: Hydra runs it as a part of a sweep. Its folder alone does not say so: any trial can be given one.
+    """
     setting, what = ("hydra.sweep.dir", "sweep") if in_sweep else ("hydra.run.dir", "trial")
     another = _ANOTHER.format(setting=setting, what=what)
-    _refuse_store(folder, tracking, setting, another)
+    _refuse_place(folder, tracking, setting, another)
+    sweep = SweepFolder(folder.parent)
+    if sweep.exists and not (in_sweep and sweep.launches(folder)):
+        raise RefusedInput(
+            f"{setting}: {folder} lies in a sweep's folder: the trial would be counted among its own. {another}"
+        )
     try:
         there = sorted(entry.name for entry in os.scandir(folder)) if os.path.lexists(folder) else []
     except OSError as error:
@@ -62,7 +71,7 @@ def refuse_sweep_folder(folder: Path, tracking: TrackingConfig) -> None:
     """Raise RefusedInput for a folder that can't hold the folders of this sweep's trials. Files of the user's may lie
     there, since a sweep uploads by name, but nothing that is called as its trials will be."""
     another = _ANOTHER.format(setting="hydra.sweep.dir", what="sweep")
-    _refuse_store(folder, tracking, "hydra.sweep.dir", another)
+    _refuse_place(folder, tracking, "hydra.sweep.dir", another)
     if os.path.lexists(folder) and not folder.is_dir():
         raise RefusedInput(f"hydra.sweep.dir: {folder} is {_kind(folder)}, not a folder. {another}")
     if (folder / PLAN).is_file():
@@ -82,11 +91,16 @@ def leave_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _refuse_store(folder: Path, tracking: TrackingConfig, setting: str, another: str) -> None:
-    """The store takes a copy of the trial's files, so neither may lie within the other."""
+def _refuse_place(folder: Path, tracking: TrackingConfig, setting: str, another: str) -> None:
+    """The store takes a copy of the trial's files, so that neither may lie within the other, nor in another trial."""
     name = os.fspath(folder)
     if any(ord(character) < 32 for character in name):
         raise RefusedInput(f"{setting}={name!r} has control characters in its name. {another}")
+    if "${" in name:
+        raise RefusedInput(f"{setting}: {name} has ${{ in its name, which Hydra takes for a variable. {another}")
+    for above in Path(os.path.realpath(folder)).parents:
+        if all((above / one).is_file() for one in (ASKED, "events.jsonl")):  # either name alone may be the user's
+            raise RefusedInput(f"{setting}: {folder} lies in the folder of another trial, {above}. {another}")
     if tracking.kind is not TrackingKind.local:
         return
     store, own = os.path.realpath(tracking.root), os.path.realpath(folder)

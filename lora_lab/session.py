@@ -55,6 +55,8 @@ class Request:
     overrides: list[str]
     folder: Path
     """Gets every file of the trial; inside a sweep's folder for a trial of a sweep."""
+    in_sweep: bool = False
+    """Hydra runs it as a part of a sweep."""
 
 
 @dataclass(slots=True)
@@ -96,8 +98,8 @@ def run_session(request: Request) -> Outcome:
     config = request.config
     refuse_unusable(config)
     refuse_secret_name(request.folder)
-    in_sweep = SweepFolder(request.folder.parent).exists
-    refuse_trial_folder(request.folder, config.tracking, in_sweep)
+    refuse_trial_folder(request.folder, config.tracking, request.in_sweep)
+    in_sweep = SweepFolder(request.folder.parent).exists  # with another sweeper of Hydra's there is no plan
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         processes.prepare()  # imports torch in the background while MLflow is imported here

@@ -156,6 +156,15 @@ class SweepFolder:
         except Damaged as damaged:
             raise RefusedInput(f"{damaged}.") from None
 
+    def launches(self, folder: Path) -> bool:
+        """Whether the sweep's present, or latest, start runs a trial in `folder`.
+
+        Raises: RefusedInput when the plan cannot be read."""
+        held = self._held.get(self.path.absolute())  # a full disk may have kept the latest start out of the file
+        if held is not None:
+            return folder.name in held.launched
+        return self.planned(folder) is not None and folder.name in self.read().launched
+
     def next_attempt(self, trial: Planned) -> str:
         """Name of a folder for one more attempt; what earlier ones left stays."""
         return _name(trial, max(self._attempts(trial), default=0) + 1)

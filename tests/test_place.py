@@ -7,8 +7,10 @@ from conftest import Lab, store_of
 
 from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
 from lora_lab.delivery import MULTIRUN
+from lora_lab.owner import this_process
 from lora_lab.place import refuse_moving, refuse_sweep_folder, refuse_trial_folder, refuse_working_folder
-from lora_lab.sweep_folder import PLAN
+from lora_lab.records import Record
+from lora_lab.sweep_folder import PLAN, Plan, Planned, SweepFolder
 from lora_lab.trial_folder import LEFT_OVER, TrialFolder
 
 CHEAP = ("model=tiny", "measure=quick", "data=random_tokens", "seq_len=32")
@@ -129,6 +131,58 @@ def test_a_sweeps_folder_may_hold_other_files_of_the_users(here: Path) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").touch()
     refuse_sweep_folder(Path("mine"), LOCAL)
+
+
+def sweep_plan(launched: list[str]) -> Plan:
+    """Of two trials."""
+    trials = [
+        Planned(number=n, settings={}, asked_place=n, repeat=0, overrides=[], point="p", fingerprint="f")
+        for n in (0, 1)
+    ]
+    record = Record(name="a sweep", params={}, tags={}, is_sweep=True)
+    return Plan(owner=this_process(), tracking=NONE, record=record, conditions={}, trials=trials, launched=launched)
+
+
+@pytest.mark.parametrize("in_sweep", [False, True])
+@pytest.mark.parametrize("name", ["0000", "0001", "0000-2", "0007", "extra"])
+def test_only_what_a_sweep_launches_is_counted_among_its_trials(here: Path, in_sweep: bool, name: str) -> None:
+    """A trial of other settings would stand under a planned one's."""
+    SweepFolder(here / "sw").write(sweep_plan(["0001"]))
+    if in_sweep and name == "0001":
+        return refuse_trial_folder(here / "sw" / name, NONE, in_sweep)
+    with pytest.raises(RefusedInput, match=r"sweep's folder.*=FOLDER"):
+        refuse_trial_folder(here / "sw" / name, NONE, in_sweep)
+
+
+def test_a_sweep_that_runs_launches_its_trials_though_its_file_is_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SweepFolder, "_held", {})
+    folder, plan = SweepFolder(here / "sw"), sweep_plan([])
+    folder.write(plan)
+    plan.launched = ["0000"]
+    folder.hold(plan)
+    refuse_trial_folder(here / "sw" / "0000", NONE, in_sweep=True)
+
+
+@pytest.mark.parametrize("name", ["mine/x", "mine/adapter/x", "mine/adapter/deep/er", "link/x"])
+@pytest.mark.parametrize("of_sweep", [False, True])
+def test_no_folder_lies_in_another_trials(here: Path, name: str, of_sweep: bool) -> None:
+    """That one's adapter goes into the store whole."""
+    (here / "mine" / "adapter").mkdir(parents=True)
+    (here / "link").symlink_to(here / "mine" / "adapter", target_is_directory=True)
+    (here / "mine" / "trial.json").touch()
+    refuse(Path(name), of_sweep)  # a file of the user's that happens to be called so
+    (here / "mine" / "events.jsonl").touch()
+    with pytest.raises(RefusedInput, match=r"another trial.*=FOLDER"):
+        refuse(Path(name), of_sweep)
+
+
+@pytest.mark.parametrize("of_sweep", [False, True])
+def test_hydras_variable_in_a_folders_name_is_refused(here: Path, of_sweep: bool) -> None:
+    with pytest.raises(RefusedInput, match="Hydra takes for a variable"):
+        refuse(here / "a${c}b", of_sweep)
+    refuse(here / "a$c{b}", of_sweep)
 
 
 def test_changing_into_the_trials_folder_is_refused() -> None:
