@@ -1,6 +1,7 @@
 """What comes out of a store was written by anybody: which of its runs can be read as ours, which text can be shown."""
 
 import dataclasses
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -14,18 +15,24 @@ TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 """Characters that turn the direction of writing, so that a text looks like another."""
 
 
-def _numbers(schema: Any = TrialConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Every setting that is a number, by its dotted key."""
+def _numbers(schema: Any = TrialConfig, prefix: str = "") -> Iterator[tuple[str, type, bool]]:
+    """Every setting that is a number, by its dotted key, and whether it can be absent."""
     for field in dataclasses.fields(schema):
         kinds = get_args(field.type) or (field.type,)
         if dataclasses.is_dataclass(kinds[0]):
             yield from _numbers(kinds[0], f"{prefix}{field.name}.")
         elif kinds[0] in (int, float):
-            yield f"{prefix}{field.name}", kinds[0]
+            yield f"{prefix}{field.name}", kinds[0], type(None) in kinds
 
 
-_NUMBERS: dict[str, type] = {**dict(_numbers()), "repeat": int}
+_NUMBERS: dict[str, type] = {**{key: kind for key, kind, _ in _numbers()}, "repeat": int, "trials": int, "points": int}
 """Params that are read as numbers."""
+
+_OPTIONAL = {key for key, _, optional in _numbers() if optional}
+"""Those of them that can be None."""
+
+_SMALLEST, _LARGEST = 1e-200, 1e200
+"""Between these a figure's ratios and logarithms are numbers too."""
 
 
 def fault_of(started_ms: object, params: Mapping[str, Any], metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
@@ -39,9 +46,13 @@ def fault_of(started_ms: object, params: Mapping[str, Any], metrics: Mapping[str
     for key, value in metrics.items():
         if not isinstance(value, int | float):
             return f"its metric {key} is no number"
+        if math.isfinite(value) and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
+            return f"its metric {key} is {value:g}, which nothing measures"
     for key, number in _NUMBERS.items():
-        text = params.get(key, "None")
-        if text != "None" and not _is(number, text):
+        text = params.get(key)
+        if text is None or (text == "None" and key in _OPTIONAL):
+            continue
+        if not _is(number, text):
             return f"its param {key} is {text!r}, which is no number"
     return ""
 

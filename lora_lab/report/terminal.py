@@ -34,6 +34,7 @@ def _show_group(found: GroupFindings, console: Console) -> None:
     console.print(
         f"{found.group.place.host}; {found.group.place.versions}; code {found.group.place.code}",
         highlight=False,
+        markup=False,
         style="dim",
     )
     console.print(_points_table(found))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from test_stored_runs import a_sweep, a_trial, both_ways, client_of, root, track
 
 from lora_lab.config import RefusedInput
 from lora_lab.report.page_file import choose_place
-from lora_lab.run_checks import _NUMBERS, fault_of, printable
+from lora_lab.run_checks import _NUMBERS, _OPTIONAL, fault_of, printable
 
 __all__ = ["root"]  # a fixture
 SOUND = {"started_ms": 1_700_000_000_000, "params": {"batch_size": "2"}, "metrics": {"m": 1.0}, "tags": {"t": "x"}}
-PAGE = "<!doctype html><html><head><title>sweep x: lora_lab report</title></head></html>"
+PAGE = "<html><head><title>sweep x: lora_lab report</title>\n<style>:root { --ink: #000; }</style></head></html>"
+THEIRS = "<html><head><title>my notes: lora_lab report</title></head></html>"
 
 
 def test_a_sound_run_has_no_fault() -> None:
@@ -24,9 +26,12 @@ def test_a_sound_run_has_no_fault() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(_NUMBERS))
-@pytest.mark.parametrize("text", ["two", "", "[1, 2]", "1" * 5000, "\u0663"])
+@pytest.mark.parametrize("text", ["two", "", "[1, 2]", "1" * 5000, "\u0663", "None"])
 def test_each_param_that_is_read_as_a_number_has_to_be_one(key: str, text: str) -> None:
-    if _NUMBERS[key] is float and text.strip("1\u0663") == "":
+    if text == "None" and key in _OPTIONAL:
+        assert fault_of(**SOUND | {"params": {key: text}}) == ""
+        return
+    if text and _NUMBERS[key] is float and text.strip("1\u0663") == "":
         return  # a float takes these
     assert key in fault_of(**SOUND | {"params": {key: text}})
 
@@ -37,7 +42,7 @@ def test_each_param_that_is_read_as_a_number_has_to_be_one(key: str, text: str) 
         *(("started_ms", value) for value in (None, -1, 0, 2**60, "yesterday", 1.5)),
         *(("params", {"model": value}) for value in (None, 3, b"x")),
         *(("tags", {"outcome": value}) for value in (None, 3, b"x")),
-        *(("metrics", {"m": value}) for value in (None, "fast", b"x")),
+        *(("metrics", {"m": value}) for value in (None, "fast", b"x", 1e300, 1e-320)),
     ],
 )
 def test_what_is_of_another_kind_is_named(field: str, value: Any) -> None:
@@ -129,10 +134,12 @@ def test_no_file_but_a_page_of_ours_is_written_over(tmp_path: Path, monkeypatch:
     page.write_text(PAGE)
     assert choose_place(tags, None) == (page, "")
     assert choose_place(tags, page) == (page, "")
-    for taken in ("theirs", "a folder", "a link"):
+    for taken in ("theirs", "a pipe", "a folder", "a link"):
         page.unlink()
         if taken == "theirs":
-            page.write_text("<html>my thesis</html>")
+            page.write_text(THEIRS)
+        elif taken == "a pipe":
+            os.mkfifo(page)
         elif taken == "a folder":
             page.mkdir()
         else:
@@ -146,5 +153,10 @@ def test_no_file_but_a_page_of_ours_is_written_over(tmp_path: Path, monkeypatch:
         if taken == "a folder":
             page.rmdir()
             page.touch()
+    (tmp_path / "linked").symlink_to(tmp_path / "own", target_is_directory=True)
+    assert choose_place(tags | {"folder": str(tmp_path / "linked")}, None)[0] == Path("report.html")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sweep.json").symlink_to(tmp_path / "own" / "sweep.json")
+    assert choose_place(tags | {"folder": str(tmp_path / "other")}, None)[0] == Path("report.html")
     (tmp_path / "report-2.html").write_text("mine")
     assert choose_place(tags, None)[0] == Path("report-3.html")
