@@ -57,6 +57,14 @@ def fault_of(started_ms: object, params: Mapping[str, Any], metrics: Mapping[str
     return ""
 
 
+def is_reading(reading: tuple[Any, Any, Any]) -> bool:
+    """Whether a point of a series is a time (Unix, ms), a step and a figure that can be drawn."""
+    t_ms, step, value = reading
+    if not isinstance(t_ms, int) or not isinstance(step, int) or not isinstance(value, int | float):
+        return False
+    return 0 < t_ms < _LATEST_MS and abs(step) < _LATEST_MS and (not math.isfinite(value) or abs(value) <= _LARGEST)
+
+
 def _is(number: type, text: str) -> bool:
     try:
         number(text)

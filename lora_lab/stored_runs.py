@@ -23,7 +23,7 @@ from lora_lab.local_store import LOCKED_SECONDS, address_of, database_of, refuse
 from lora_lab.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.records import RUNNING
 from lora_lab.report.trials import Sweep, Trial
-from lora_lab.run_checks import fault_of, printable
+from lora_lab.run_checks import fault_of, is_reading, printable
 from lora_lab.secrets import without_secrets
 from lora_lab.store_faults import TrackingFailed, store_errors
 from lora_lab.tracking import connect, look, refuse_no_store
@@ -129,7 +129,8 @@ class StoredRuns:
         """Series of a trial by their key; those that it has not are left out.
 
         Raises: TrackingFailed."""
-        found = self._source.series(run_id, keys)
+        read = self._source.series(run_id, keys)
+        found = {key: [reading for reading in readings if is_reading(reading)] for key, readings in read.items()}
         return {key: sorted(found[key], key=lambda reading: reading[:2]) for key in keys if found.get(key)}
 
     def keep(self, run_id: str, file: Path) -> None:
@@ -353,6 +354,8 @@ def _reading(database: Path) -> Iterator[sqlite3.Connection]:
     Raises: TrackingFailed."""
     try:
         with contextlib.closing(_opened(database)) as connection:
+            # one text that is not UTF-8 would make the whole store unreadable
+            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             connection.execute("BEGIN")
             yield connection
     except (sqlite3.Error, OSError) as error:

@@ -80,7 +80,12 @@ def _points_table(found: GroupFindings) -> Table:
     for point in found.points:
         outcomes = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in point.outcomes.items())
         figures = [_figure(point, measure) for measure in shown]
-        table.add_row(escape(name_of(point.levels, found)), outcomes, *figures, point.regime if point.figures else "")
+        table.add_row(
+            escape(name_of(point.levels, found)),
+            escape(outcomes),
+            *figures,
+            escape(point.regime) if point.figures else "",
+        )
     if usual := levels_text(usual_levels(found.points, factors), factors, {}):
         table.caption, table.caption_justify = f"where a row says nothing else: {escape(usual)}", "left"
     return table
@@ -112,14 +117,18 @@ def _contrasts_table(found: GroupFindings) -> Table:
         besides += f" ({note})" if note else ""
         change_told = told(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
-            each.measure.title, escape(f"{of} / {over}"), regime_text(each.regime), str(each.pairs), escape(change_told)
+            each.measure.title,
+            escape(f"{of} / {over}"),
+            escape(regime_text(each.regime)),
+            str(each.pairs),
+            escape(change_told),
         )
     return table
 
 
 def _show_model(fitted: Fitted, console: Console) -> None:
     head = f"factorial model of {fitted.measure.title}, {regime_text(fitted.regime)}"
-    head += f", run {fitted.sweep[:8]}" if fitted.sweep else ""
+    head = escape(head + (f", run {fitted.sweep[:8]}" if fitted.sweep else ""))
     if not isinstance(fitted.model, FactorialModel):
         console.print(f"{head}: none ({escape(fitted.model)})", highlight=False)
         return
@@ -177,7 +186,7 @@ def _fits_table(fits: Sequence[Fit]) -> Table:
         following += f"; not told of {', '.join(fit.unknown)}" if fit.unknown else ""
         budgets.setdefault((fit.others, largest, following), []).append(f"{fit.budget_gib:g}")
     for (others, largest, following), told_budgets in budgets.items():
-        table.add_row(escape(others), ", ".join(told_budgets), largest, following)
+        table.add_row(escape(others), ", ".join(told_budgets), escape(largest), escape(following))
     return table
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import deliver, factorial
 from test_stored_runs import a_sweep, a_trial, both_ways, client_of, root, tracker_of
 
+from lora_lab.best import main as best
 from lora_lab.config import RefusedInput
+from lora_lab.records import Point
+from lora_lab.report.__main__ import main as report
 from lora_lab.report.page_file import choose_place
 from lora_lab.run_checks import _NUMBERS, _OPTIONAL, fault_of, printable
 
@@ -160,3 +164,50 @@ def test_no_file_but_a_page_of_ours_is_written_over(tmp_path: Path, monkeypatch:
     assert choose_place(tags | {"folder": str(tmp_path / "other")}, None)[0] == Path("report.html")
     (tmp_path / "report-2.html").write_text("mine")
     assert choose_place(tags, None)[0] == Path("report-3.html")
+
+
+@pytest.mark.parametrize("text", ["[/bold]", "[red]x", "[", "\\[/]"])
+def test_markup_in_a_stores_texts_is_shown_as_it_is(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    levels = {"optimizer": [f"a{text}", "b"], "shape": ["1x512", "2x512"]}
+    trials = factorial(levels, {}, noise=0.01, sweep="a" * 32, random=5)
+    for one in trials:
+        one.tags.update(
+            {"machine.cpu": text, "version.torch": text, "code": text, "regime": text, "machine.cpu_count": text}
+        )
+    store = deliver(tmp_path, trials)
+    assert report(["--store", store]) == 0
+    assert best(["--store", store]) in (0, 3)
+    assert report(["--store", store, "--against", trials[0].run_id]) in (0, 1, 2, 3)
+    assert text in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "timestamp = 'soon'",
+        "timestamp = -4",
+        "step = 'first'",
+        "value = 'fast'",
+        "value = x'00ff'",
+        "value = 1.7e308",
+    ],
+)
+def test_an_odd_point_of_a_series_is_left_out(root: Path, change: str) -> None:
+    points = [Point(key="step/loss", value=1.0 + n, step=n, t_ms=1_700_000_000_000 + n) for n in range(4)]
+    run_id = tracker_of(root).deliver(a_trial(series=points), [])
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as store, store:
+        harmed = store.execute(f"UPDATE metrics SET {change} WHERE step = 2 AND key = 'step/loss'").rowcount
+    assert harmed == 1
+    tables, _ = both_ways(root)
+    assert [value for _, _, value in tables.series(run_id)["step/loss"]] == [1.0, 2.0, 4.0]
+
+
+def test_a_text_that_is_not_utf_8_costs_no_other_run(root: Path) -> None:
+    ids = [tracker_of(root).deliver(a_trial(number), []) for number in range(2)]
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as store, store:
+        store.execute("UPDATE tags SET value = cast(x'ff41' as text) WHERE key = 'device' AND run_uuid = ?", (ids[0],))
+    tables, _ = both_ways(root)
+    assert {trial.run_id for trial in tables.runs()[0]} == set(ids)

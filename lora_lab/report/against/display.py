@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -75,7 +76,7 @@ def _show_points(comparison: Comparison, console: Console) -> None:
     if not told:
         return
     title = f"\n{count(comparison.matched, 'point')} on both sides (medians, the other's first)"
-    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=escape(title), title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
     table.add_column("point", overflow="fold")
     for result in told:
         table.add_column(result.measure.unit, justify="right", overflow="fold")
@@ -85,7 +86,7 @@ def _show_points(comparison: Comparison, console: Console) -> None:
             form = result.measure.form
             rows[row.label][result.measure.name] = f"{form.format(row.other)} → {form.format(row.one)}"
     for label, cells in list(rows.items())[:_MOST_ROWS]:
-        table.add_row(label, *(cells.get(result.measure.name, "absent") for result in told))
+        table.add_row(escape(label), *(cells.get(result.measure.name, "absent") for result in told))
     console.print(table)
     if len(rows) > _MOST_ROWS:
         _say(console, f"and {len(rows) - _MOST_ROWS} more")
@@ -105,11 +106,11 @@ def _show_differences(head: str, differences: Sequence[Difference], console: Con
     if not differences:
         _say(console, f"\n{head}: none.")
         return
-    table = Table(title=f"\n{head}", title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=f"\n{escape(head)}", title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
     for column in ("", "this", "the other"):
         table.add_column(column, overflow="fold")
     for each in differences:
-        table.add_row(each.what, _short(each.one), _short(each.other))
+        table.add_row(*map(escape, (each.what, _short(each.one), _short(each.other))))
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 import math
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -40,7 +41,7 @@ def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
     console.print(best.label, style="bold", highlight=False, markup=False)
     for measure in MEASURES:
         if measure.name in best.figures:
-            console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False)
+            console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False, markup=False)
     _show_command(best, console)
     _say(console, f"How sure: {choice.sure}.")
     if choice.runners_up:
@@ -67,7 +68,10 @@ def _table(choice: Choice, objective: Measure) -> Table:
     for runner in shown:
         figure = runner.candidate.figures[objective.name]
         table.add_row(
-            runner.candidate.label, objective.form.format(figure.median), str(figure.n), _beside(runner, objective)
+            escape(runner.candidate.label),
+            objective.form.format(figure.median),
+            str(figure.n),
+            escape(_beside(runner, objective)),
         )
     return table
 
