@@ -14,9 +14,8 @@ run: $(VENV)/installed
 # Two runs side by side, since tests that start trials mostly wait for them. Trials queue for a device by a lock in
 # TMPDIR, and the two must not wait for each other.
 # 5 is pytest's code for nothing to run, as ARGS="-k name" can leave one of the two.
-ASIDE := tests/report tests/telemetry tests/worker tests/test_peers.py tests/test_cross.py tests/test_refused_input.py \
-	tests/test_faults.py tests/test_recompute.py tests/test_arguments.py tests/test_store_faults.py tests/test_secrets.py \
-	tests/test_damaged.py
+ASIDE := tests/report tests/telemetry tests/worker tests/test_peers.py tests/test_cross.py tests/test_refused_input.py tests/composition \
+	tests/store tests/dataset tests/test_faults.py tests/test_recompute.py tests/test_secrets.py
 test: $(VENV)/installed-dev
 	@tmp=$$(mktemp -d); \
 	TMPDIR="$$tmp" $(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider $(ASIDE) $(ARGS) > $(VENV)/aside.log 2>&1 & \

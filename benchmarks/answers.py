@@ -20,15 +20,15 @@ from rich.console import Console
 
 from benchmarks.records_store import unpack
 from lora_lab import __version__
-from lora_lab.report.claims.study import Study, shipped
-from lora_lab.report.effects.contrasts import Contrast
-from lora_lab.report.effects.estimates import percent
+from lora_lab.report.answers.claims.study import Study, shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.page.page import write_page
-from lora_lab.report.terminal import show
-from lora_lab.report.words import briefly
-from lora_lab.stored_runs import open_store
+from lora_lab.report.statistics.contrasts import Contrast
+from lora_lab.report.statistics.estimates import percent
+from lora_lab.report.writing.numbers import briefly
+from lora_lab.report.writing.page.page import write_page
+from lora_lab.report.writing.terminal import show
+from lora_lab.store.stored_runs import open_store
 
 RESULTS = Path(__file__).parent / "results/h100"
 BASELINE = {"optimizer": "adamw", "precision": "fp16"}

@@ -14,9 +14,9 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from lora_lab.compose import CONF, GROUPS, load, register_schema
+from lora_lab.composition.compose import CONF, GROUPS, load, register_schema
 from lora_lab.config import TrialConfig
-from lora_lab.session import Request, run_session
+from lora_lab.trial.session import Request, run_session
 
 
 def compose_cell(overrides: Sequence[str]) -> TrialConfig:

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 
 AXES = {
     group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("optimizer", "precision", "method")

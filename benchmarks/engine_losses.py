@@ -20,8 +20,8 @@ from typing import Any
 from hydra.errors import HydraException
 
 from benchmarks.cells import compose_cell, provenance, run_cell, write_report
+from lora_lab.composition.explanations import explain
 from lora_lab.config import RefusedInput
-from lora_lab.explanations import explain
 
 TRIALS = {
     "eager": ["engine=eager", "attention=sdpa"],

@@ -28,13 +28,13 @@ from transformers import TrainerCallback
 
 from benchmarks.cells import compose_cell, provenance, write_report
 from lora_lab.config import Checkpointing, TrialConfig
-from lora_lab.devices import choose_card
-from lora_lab.environment import device_facts, environment
+from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
-from lora_lab.worker.counting import count_model
+from lora_lab.trial.devices import choose_card
 from lora_lab.worker.data import TokenCounts, load_examples, train_collator
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
 from lora_lab.worker.training import make_trainer
+from lora_lab.worker.weight_counts import count_model
 
 LIMIT = 0.02
 SHAPES = ((2, 128), (1, 1024))

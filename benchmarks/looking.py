@@ -35,12 +35,12 @@ from scipy.stats import t as student
 from benchmarks.cells import compose_cell, provenance, write_report
 from benchmarks.one_factor import last_wins
 from lora_lab.config import TrialConfig
-from lora_lab.devices import choose_card, worker_environment
-from lora_lab.environment import device_facts, environment
 from lora_lab.events import Ended, Event, WindowClosed, WindowOpened
+from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import RATE_HZ, Sample, Sampler
 from lora_lab.telemetry.sensors import reader
+from lora_lab.trial.devices import choose_card, worker_environment
 
 BLOCK_SECONDS = 2.0
 PATTERN = (True, False, False, True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import provenance
-from lora_lab.devices import choose_card
-from lora_lab.environment import device_facts, environment
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
+from lora_lab.store.environment import device_facts, environment
+from lora_lab.trial.devices import choose_card
 
 TRIALS = 5
 COMMON = [

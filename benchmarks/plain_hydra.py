@@ -16,9 +16,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lora_lab.compose import CONF, load, register_schema
-from lora_lab.devices import choose_card, worker_environment
+from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.events import Event, encode
+from lora_lab.trial.devices import choose_card, worker_environment
 
 
 def job(composed: DictConfig) -> None:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.cells import provenance
-from lora_lab.sweep_display import write_table
-from lora_lab.sweep_folder import SweepFolder
+from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.sweep.display import write_table
 
 _QWEN = (
     "model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 measure.steps=12 "

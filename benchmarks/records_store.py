@@ -20,10 +20,10 @@ from lora_lab.config import RefusedInput, TrackingConfig
 from lora_lab.files import read_json
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.reading import typed
-from lora_lab.records import Point, Record
-from lora_lab.sweep_folder import PLAN
-from lora_lab.tracking import TrackingFailed, open_tracker
-from lora_lab.trial_folder import RECORD
+from lora_lab.store.mlflow_store import TrackingFailed, open_tracker
+from lora_lab.store.record import Point, Record
+from lora_lab.store.sweep_folder import PLAN
+from lora_lab.store.trial_folder import RECORD
 
 
 def records_of(folder: Path) -> Iterator[Record]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.cells import provenance, run_cell, write_report
 from benchmarks.one_factor import last_wins
+from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.window import Window, find_window, steady
-from lora_lab.trial_folder import TrialFolder
 
 REPEATS = 5
 PART_SECONDS = 5.0

@@ -21,11 +21,11 @@ from typing import Any
 
 import hydra
 
-from lora_lab import processes
-from lora_lab.compose import CONF, load, register_schema
+from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.config import TrialConfig
-from lora_lab.devices import choose_card, worker_environment
 from lora_lab.events import Ended, Event, Ran, Step, WindowOpened
+from lora_lab.trial import worker_process
+from lora_lab.trial.devices import choose_card, worker_environment
 
 OVERRIDES = ["optimizer=paged_adamw", "precision=fp16", "method=qlora", "tracking=none"]
 REPEATS = 2
@@ -78,7 +78,7 @@ def in_prepared(connection: Connection, config: TrialConfig, environment: dict[s
 
 
 def prepared(config: TrialConfig, environment: dict[str, str], profiled: bool) -> dict[str, Any]:
-    processes.prepare()
+    worker_process.prepare()
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=in_prepared, args=(sender, config, environment, profiled))

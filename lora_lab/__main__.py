@@ -20,12 +20,12 @@ def main() -> None:
     never_end_for_output()
     import hydra
 
-    from lora_lab.arguments import in_order
-    from lora_lab.compose import CONF, register_schema
+    from lora_lab.composition.arguments import in_order
+    from lora_lab.composition.compose import CONF, register_schema
+    from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.config import RefusedInput
     from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
-    from lora_lab.place import refuse_working_folder
-    from lora_lab.refusals import COMPOSING
+    from lora_lab.store.folder_checks import refuse_working_folder
 
     try:
         refuse_working_folder()
@@ -47,12 +47,12 @@ def job(composed: "DictConfig") -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from lora_lab.compose import GROUPS, load
+    from lora_lab.composition.compose import GROUPS, load
+    from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.config import RefusedInput
     from lora_lab.outcome import EXIT_REFUSED
-    from lora_lab.place import leave_empty, refuse_moving
-    from lora_lab.refusals import COMPOSING
-    from lora_lab.session import Request, run_session
+    from lora_lab.store.folder_checks import leave_empty, refuse_moving
+    from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
     hydra_config = HydraConfig.get()

@@ -15,13 +15,13 @@ from rich.console import Console
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
+from lora_lab.report.answers.best.candidates import Wish
+from lora_lab.report.answers.best.choice import choose
+from lora_lab.report.answers.best.display import show_choice
 from lora_lab.report.arguments import share
-from lora_lab.report.best.candidates import Wish
-from lora_lab.report.best.choice import choose
-from lora_lab.report.best.display import show_choice
 from lora_lab.report.measures import MEASURES
-from lora_lab.store_faults import TrackingFailed
-from lora_lab.stored_runs import open_store
+from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.stored_runs import open_store
 
 EXIT_NOTHING_FITS = 1
 

@@ -1,7 +1,7 @@
 """The typed schema of a trial: what can be set, and in which unit.
 
 Plain data, the standard library and secrets.py only, so that the worker reads it without Hydra and the parent
-without torch. `lora_lab.compose` builds it from the yaml files under conf/.
+without torch. `lora_lab.composition.compose` builds it from the yaml files under conf/.
 """
 
 from dataclasses import dataclass, field

@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.config import RefusedInput
-from lora_lab.environment import environment
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
-from lora_lab.records import Record, complete
-from lora_lab.store_faults import TrackingFailed
+from lora_lab.store.environment import environment
+from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.mlflow_store import fetch_run
+from lora_lab.store.record import Record, complete
+from lora_lab.store.trial_folder import ASKED, IDLE, SEEN, SENSELESS, TrialFolder
 from lora_lab.telemetry.figures import TAGS
+from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Idle
 from lora_lab.telemetry.summary import summarise
-from lora_lab.tracking import fetch_run
-from lora_lab.trial_folder import ASKED, IDLE, SEEN, SENSELESS, TrialFolder
 
 NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")
 """What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""

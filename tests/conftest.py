@@ -22,10 +22,10 @@ from hypothesis import settings
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
-from lora_lab.devices import folder_with_a_space, missing_to_compile
-from lora_lab.tracking import open_tracker
+from lora_lab.store.mlflow_store import open_tracker
+from lora_lab.trial.devices import folder_with_a_space, missing_to_compile
 from lora_lab.worker.models import load_architecture
 
 # a shared machine stalls now and then; no example is wrong for being slow

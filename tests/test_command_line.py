@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Lab, lab_in, record_of
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 
 CLONE = CONF.parent
 

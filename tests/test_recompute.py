@@ -19,16 +19,16 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrialConfig
-from lora_lab.delivery import Store, recover
 from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, Step, WindowClosed, WindowOpened
 from lora_lab.outcome import End, Outcome
-from lora_lab.owner import Owner, this_process
 from lora_lab.recompute import main
-from lora_lab.records import Record
+from lora_lab.store.outbox import Store, recover
+from lora_lab.store.process_id import Owner, this_process
+from lora_lab.store.record import Record
+from lora_lab.store.trial_folder import Asked, TrialFolder
+from lora_lab.telemetry.host_facts import Idle, Seen
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Idle, Seen
-from lora_lab.trial_folder import Asked, TrialFolder
 
 SABOTEUR = Path(__file__).parent / "fakes" / "saboteur"
 STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "h100" / "trial"

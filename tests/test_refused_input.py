@@ -15,9 +15,9 @@ from conftest import Lab, Said
 from filelock import FileLock
 
 from lora_lab.config import EngineConfig, EngineKind, RefusedInput, TrialConfig
-from lora_lab.devices import choose_card, refuse_incapable, worker_environment
 from lora_lab.outcome import Unsupported
 from lora_lab.telemetry import nvml
+from lora_lab.trial.devices import choose_card, refuse_incapable, worker_environment
 
 FAKES = Path(__file__).parent / "fakes"
 UUIDS = [f"GPU-{index:08x}-0000-0000-0000-000000000000" for index in range(2)]
@@ -521,7 +521,7 @@ def test_a_card_needs_a_c_compiler_and_pythons_headers_to_compile_for(
 
 def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrialConfig(engine=EngineConfig(kind=EngineKind.compile))
-    monkeypatch.setattr("lora_lab.devices.folder_with_a_space", lambda: None)
+    monkeypatch.setattr("lora_lab.trial.devices.folder_with_a_space", lambda: None)
     (bare / "include").mkdir()
     (bare / "include" / "Python.h").touch()
     give_compiler(bare, "gcc")

@@ -9,12 +9,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from conftest import give_store, lab_in
 
+from lora_lab.composition.validation import faults
 from lora_lab.config import RefusedInput, TrackingKind, TrialConfig
 from lora_lab.events import Warned, decode, encode
-from lora_lab.faults import faults
 from lora_lab.outcome import end_of
 from lora_lab.secrets import clean, without_secrets
-from lora_lab.store_faults import TrackingFailed
+from lora_lab.store.errors import TrackingFailed
 
 PLANTED = "Planted/7Secret+"
 """With what an address has to quote."""

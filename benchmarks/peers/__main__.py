@@ -20,8 +20,8 @@ from benchmarks.cells import provenance, write_report
 from benchmarks.peers.controller import Race, Settings, make_material
 from benchmarks.peers.plan import CELLS, NEEDS, Cell
 from benchmarks.peers.table import table
-from lora_lab.devices import choose_card, worker_environment
-from lora_lab.environment import device_facts, environment
+from lora_lab.store.environment import device_facts, environment
+from lora_lab.trial.devices import choose_card, worker_environment
 
 
 def main(arguments: list[str]) -> None:

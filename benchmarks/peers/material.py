@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.peers.plan import LINEAR_LAYERS, RANK, SEED
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 

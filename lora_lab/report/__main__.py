@@ -18,18 +18,18 @@ from lora_lab import __version__
 from lora_lab.config import RefusedInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.report.against.compare import compare, exit_code
-from lora_lab.report.against.display import show as show_comparison
+from lora_lab.report.answers.claims.study import load_study, shipped
+from lora_lab.report.answers.compare.comparison import compare, exit_code
+from lora_lab.report.answers.compare.display import show as show_comparison
 from lora_lab.report.arguments import settings, share
-from lora_lab.report.claims.study import load_study, shipped
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.page.page import write_page
-from lora_lab.report.page_file import choose_place
-from lora_lab.report.terminal import show
-from lora_lab.report.trials import Sweep, Trial
+from lora_lab.report.writing.page.page import write_page
+from lora_lab.report.writing.page.page_file import choose_place
+from lora_lab.report.writing.terminal import show
 from lora_lab.secrets import without_secrets
-from lora_lab.store_faults import TrackingFailed
-from lora_lab.stored_runs import StoredRuns, open_store
+from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.stored_runs import StoredRuns, open_store
+from lora_lab.store.trials import Sweep, Trial
 
 _WIDE = 160
 """Columns of a terminal report that goes into a file."""

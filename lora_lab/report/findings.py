@@ -5,21 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.best.candidates import Wish
-from lora_lab.report.best.choice import choose
-from lora_lab.report.claims.judge import judge
-from lora_lab.report.claims.needed import Needed, needed
-from lora_lab.report.claims.study import Study
-from lora_lab.report.claims.verdict import Verdict
-from lora_lab.report.effects.attribution import Split, split
-from lora_lab.report.effects.contrasts import Contrast, contrasts
-from lora_lab.report.effects.model import FactorialModel, factorial
-from lora_lab.report.factors import Design, Factor, design, taken_apart
-from lora_lab.report.front import Point, front, points
+from lora_lab.report.answers.best.candidates import Wish
+from lora_lab.report.answers.best.choice import choose
+from lora_lab.report.answers.claims.judge import judge
+from lora_lab.report.answers.claims.required_effect import Needed, needed
+from lora_lab.report.answers.claims.study import Study
+from lora_lab.report.answers.claims.verdict import Verdict
+from lora_lab.report.answers.fits import Fit, fits
+from lora_lab.report.answers.pareto import Point, front, points
 from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
-from lora_lab.report.memory import Fit, fits
-from lora_lab.report.sentences import sentences
-from lora_lab.report.trials import Group, Sweep, Trial, groups
+from lora_lab.report.statistics.attribution import Split, split
+from lora_lab.report.statistics.contrasts import Contrast, contrasts
+from lora_lab.report.statistics.factorial import FactorialModel, factorial
+from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
+from lora_lab.report.writing.headline import sentences
+from lora_lab.store.trials import Group, Sweep, Trial, groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

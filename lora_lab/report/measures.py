@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from lora_lab.report.trials import Trial
+from lora_lab.store.trials import Trial
 
 
 class Better(Enum):

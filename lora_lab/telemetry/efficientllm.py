@@ -8,8 +8,8 @@ from statistics import mean
 
 from lora_lab.events import Event, ModelCounted
 from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 from lora_lab.telemetry.window import Window
 
 _SIXTEEN_BIT_BYTES = 2

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lora_lab.telemetry.energy import DISAGREEMENT_TOLD, Energy, cpu_energy, window_energy
 from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 from lora_lab.telemetry.window import Window
 
 _GROSS, _NET, _CPU = "energy/joules_per_token", "energy/net_joules_per_token", "energy/cpu_joules_per_token"

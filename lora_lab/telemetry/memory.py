@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from lora_lab.events import FIRST_STEP, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.gpu_processes import worker_pid
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.phases import Span, spans
-from lora_lab.telemetry.processes import worker_pid
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 
 _PARTS = {
     "load": (Phase.model,),

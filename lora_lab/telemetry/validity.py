@@ -10,9 +10,9 @@ from statistics import median
 
 from lora_lab.events import Event, Phase, PhaseMemory
 from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.processes import foreign_pids
+from lora_lab.telemetry.gpu_processes import foreign_pids
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 from lora_lab.telemetry.window import Window
 
 THROTTLED_SHARE = 0.01

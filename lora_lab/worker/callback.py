@@ -9,12 +9,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_lab.config import MeasureConfig
 from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned, WindowClosed, WindowOpened
+from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.capacity import Capacity
 from lora_lab.worker.data import TokenCounts
-from lora_lab.worker.engines.static_step import StaticStep
-from lora_lab.worker.losses import DivergenceWatch, LossRelay
+from lora_lab.worker.engines.graph_step import StaticStep
 from lora_lab.worker.profiling import StepProfiler
+from lora_lab.worker.vram_limit import Capacity
 
 Emit = Callable[[Event], None]
 

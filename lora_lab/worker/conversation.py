@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from lora_lab.config import RefusedInput
-from lora_lab.rows import Row
+from lora_lab.dataset.rows import Row
 
 _CLOCK = datetime.datetime(2024, 7, 26, 12)
 """What templates get for today, so that the same rows are the same tokens on every day: Llama 3's own stand-in."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, RefusedInput, TrialConfig
-from lora_lab.rows import SHIPPED, Row, read_jsonl, refuse_too_few, split_rows
+from lora_lab.dataset.rows import SHIPPED, Row, read_jsonl, refuse_too_few, split_rows
 from lora_lab.worker.conversation import Conversations, Losses, Turn
 from lora_lab.worker.hub_rows import hub_rows
 

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from lora_lab.config import DataConfig, RefusedInput
-from lora_lab.rows import Row, row_of, rows_of
+from lora_lab.dataset.rows import Row, row_of, rows_of
 
 
 def hub_rows(data: DataConfig) -> tuple[list[Row], int]:

@@ -8,8 +8,8 @@ import torch
 
 from lora_lab.config import DType, Quantization, TrialConfig
 from lora_lab.events import OptimizerMemory
+from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
-from lora_lab.worker.engines.masks import attention_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.training import optimizer_class

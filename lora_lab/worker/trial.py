@@ -17,8 +17,6 @@ from lora_lab.matmul_cache import load_rate, store_rate
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
-from lora_lab.worker.capacity import Capacity
-from lora_lab.worker.counting import Uncountable, count_model
 from lora_lab.worker.data import Example, Examples, load_examples, pad_id, refuse_unknown_ids, train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.evaluation import heldout_loss
@@ -33,6 +31,8 @@ from lora_lab.worker.models import (
 )
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
 from lora_lab.worker.training import make_trainer, refuse_optimizer
+from lora_lab.worker.vram_limit import Capacity
+from lora_lab.worker.weight_counts import Uncountable, count_model
 
 
 def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:

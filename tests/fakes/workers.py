@@ -5,7 +5,7 @@ import signal
 from multiprocessing.connection import Connection
 
 from lora_lab.events import Ended, Event, PhaseBegan, Ready, encode
-from lora_lab.variables import is_launchers
+from lora_lab.trial.variables import is_launchers
 
 
 def _say(connection: Connection, *events: Event) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_lab.config import TrackingConfig
-from lora_lab.records import Record
-from lora_lab.report.trials import Trial
-from lora_lab.tracking import open_tracker
+from lora_lab.store.mlflow_store import open_tracker
+from lora_lab.store.record import Record
+from lora_lab.store.trials import Trial
 
 _numbers = itertools.count()
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.effects.attribution import Split, split
-from lora_lab.report.effects.contrasts import contrasts
-from lora_lab.report.effects.estimates import Estimate
-from lora_lab.report.factors import Factor
 from lora_lab.report.measures import LOSS, THROUGHPUT
-from lora_lab.report.trials import groups
+from lora_lab.report.statistics.attribution import Split, split
+from lora_lab.report.statistics.contrasts import contrasts
+from lora_lab.report.statistics.estimates import Estimate
+from lora_lab.report.statistics.factors import Factor
+from lora_lab.store.trials import groups
 
 OPTIMIZER = Factor(name="optimizer", keys=("optimizer",), levels=("adamw", "paged_adamw"))
 PRECISION = Factor(name="precision", keys=("precision",), levels=("fp16", "bf16"))

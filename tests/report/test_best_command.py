@@ -9,9 +9,9 @@ from planted import record, trial
 
 from lora_lab import best
 from lora_lab.config import TrackingConfig
-from lora_lab.records import Record
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
-from lora_lab.tracking import open_tracker
+from lora_lab.store.mlflow_store import open_tracker
+from lora_lab.store.record import Record
 
 
 def figures(rate: float, gib: float) -> dict[str, float]:

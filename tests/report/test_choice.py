@@ -11,13 +11,13 @@ from planted import trial
 from rich.console import Console
 
 from lora_lab.config import RefusedInput
-from lora_lab.report.best.candidates import Wish
-from lora_lab.report.best.choice import Choice, choose
-from lora_lab.report.best.display import show_choice
-from lora_lab.report.factors import design
+from lora_lab.report.answers.best.candidates import Wish
+from lora_lab.report.answers.best.choice import Choice, choose
+from lora_lab.report.answers.best.display import show_choice
+from lora_lab.report.answers.fits import fits
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM, Measure
-from lora_lab.report.memory import fits
-from lora_lab.report.trials import Trial
+from lora_lab.report.statistics.factors import design
+from lora_lab.store.trials import Trial
 
 KEYS = {
     "throughput": THROUGHPUT.key,

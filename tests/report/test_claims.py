@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.claims.cells import Cell
-from lora_lab.report.claims.contrast import weigh
-from lora_lab.report.claims.judge import (
+from lora_lab.report.answers.claims.cells import Cell
+from lora_lab.report.answers.claims.contrast import weigh
+from lora_lab.report.answers.claims.judge import (
     CONFOUNDED,
     CONTRADICTED,
     NOT_TESTABLE,
@@ -27,12 +27,12 @@ from lora_lab.report.claims.judge import (
     load_study,
     needed,
 )
-from lora_lab.report.claims.study import SHIPPED, Change, ContrastClaim, Study
-from lora_lab.report.effects.attribution import split
-from lora_lab.report.effects.estimates import Estimate
-from lora_lab.report.factors import design
+from lora_lab.report.answers.claims.study import SHIPPED, Change, ContrastClaim, Study
 from lora_lab.report.measures import ENERGY, THROUGHPUT
-from lora_lab.report.trials import Trial, groups
+from lora_lab.report.statistics.attribution import split
+from lora_lab.report.statistics.estimates import Estimate
+from lora_lab.report.statistics.factors import design
+from lora_lab.store.trials import Trial, groups
 
 PAPER = SHIPPED / "arxiv_2509_12229.yaml"
 CARD = "NVIDIA GeForce RTX 4060"

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import factorial, trial
 
-from lora_lab.report.effects.contrasts import Contrast, contrasts
-from lora_lab.report.effects.estimates import estimate
-from lora_lab.report.factors import Factor
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM
-from lora_lab.report.trials import Trial, groups
+from lora_lab.report.statistics.contrasts import Contrast, contrasts
+from lora_lab.report.statistics.estimates import estimate
+from lora_lab.report.statistics.factors import Factor
+from lora_lab.store.trials import Trial, groups
 
 OPTIMIZER = Factor(name="optimizer", keys=("optimizer",), levels=("adamw", "paged_adamw"))
 PRECISION = Factor(name="precision", keys=("precision",), levels=("fp16", "bf16"))

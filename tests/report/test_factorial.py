@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from planted import factorial as planted
 from planted import trial
 
-from lora_lab.report.effects.estimates import Estimate, estimate
-from lora_lab.report.effects.model import FactorialModel, factorial
-from lora_lab.report.factors import Factor
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM
-from lora_lab.report.trials import Trial, groups
+from lora_lab.report.statistics.estimates import Estimate, estimate
+from lora_lab.report.statistics.factorial import FactorialModel, factorial
+from lora_lab.report.statistics.factors import Factor
+from lora_lab.store.trials import Trial, groups
 
 OPTIMIZER = Factor(name="optimizer", keys=("optimizer",), levels=("adamw", "paged_adamw"))
 PRECISION = Factor(name="precision", keys=("precision",), levels=("fp16", "bf16"))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab import fingerprint
 from lora_lab.config import RefusedInput
-from lora_lab.report.factors import NO_EFFECT, TOKENS, design, tied
-from lora_lab.report.trials import Sweep
+from lora_lab.report.statistics.factors import NO_EFFECT, TOKENS, design, tied
+from lora_lab.store import fingerprint
+from lora_lab.store.trials import Sweep
 
 PAPER = [
     {"optimizer": "adamw", "precision": "fp16", "batch_size": "1", "seq_len": "512"},

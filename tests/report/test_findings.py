@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 from rich.console import Console
 
-from lora_lab.report.claims.study import shipped
+from lora_lab.report.answers.claims.study import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
-from lora_lab.report.page.page import page
-from lora_lab.report.terminal import show
-from lora_lab.report.trials import Trial
+from lora_lab.report.writing.page.page import page
+from lora_lab.report.writing.terminal import show
+from lora_lab.store.trials import Trial
 
 LEVELS = {"optimizer": ["adamw", "paged_adamw"], "precision": ["fp16", "bf16"], "shape": ["1x512", "2x2048"]}
 

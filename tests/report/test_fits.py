@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.factors import design
-from lora_lab.report.memory import fits
+from lora_lab.report.answers.fits import fits
+from lora_lab.report.statistics.factors import design
 
 
 def ran(peak_gib, *, limit_gib=None, used_gib=None, before_gib=0.5, **more):

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.claims.study import SHIPPED, load_study
+from lora_lab.report.answers.claims.study import SHIPPED, load_study
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.page.heat_map import colour
-from lora_lab.report.page.page import Timelines, page, typeset, write_page
-from lora_lab.report.page.timelines import POWER_WATTS, STEP_SECONDS, timeline
-from lora_lab.report.trials import Trial
+from lora_lab.report.writing.page.heat_map import colour
+from lora_lab.report.writing.page.page import Timelines, page, typeset, write_page
+from lora_lab.report.writing.page.timelines import POWER_WATTS, STEP_SECONDS, timeline
+from lora_lab.store.trials import Trial
 
 _VOID = {"meta", "br", "wbr", "hr", "img", "input", "link", "path", "rect", "use"}
 _INLINE = {"wbr", "span"}

@@ -13,11 +13,11 @@ from mlflow.tracking import MlflowClient
 from planted import deliver, factorial, trial
 
 from lora_lab.report.__main__ import main
-from lora_lab.report.effects.contrasts import contrasts
-from lora_lab.report.factors import design
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.trials import Trial
-from lora_lab.stored_runs import open_store
+from lora_lab.report.statistics.contrasts import contrasts
+from lora_lab.report.statistics.factors import design
+from lora_lab.store.stored_runs import open_store
+from lora_lab.store.trials import Trial
 
 LEVELS = {"optimizer": ["adamw", "paged_adamw"], "precision": ["fp16", "bf16"], "shape": ["1x512", "2x512", "2x2048"]}
 EFFECTS = {"optimizer=paged_adamw": math.log(1.07), "shape=2x2048": math.log(4)}

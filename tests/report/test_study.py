@@ -12,13 +12,13 @@ import yaml
 from hydra import compose, initialize_config_dir
 from planted import trial
 
-from lora_lab.compose import CONF, load, register_schema
+from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.config import RefusedInput
-from lora_lab.report.claims.judge import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Verdict, judge, load_study
-from lora_lab.report.claims.study import SHIPPED, Claim, ContrastClaim, FitsClaim, Study
-from lora_lab.report.factors import tied
+from lora_lab.report.answers.claims.judge import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Verdict, judge, load_study
+from lora_lab.report.answers.claims.study import SHIPPED, Claim, ContrastClaim, FitsClaim, Study
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.trials import Trial, groups
+from lora_lab.report.statistics.factors import tied
+from lora_lab.store.trials import Trial, groups
 
 PAPER = load_study(SHIPPED / "arxiv_2509_12229.yaml")
 

@@ -29,8 +29,8 @@ from synthetic import (
 from lora_lab.events import Event
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.host_facts import Idle, Seen, Stated
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Idle, Seen, Stated
 from lora_lab.telemetry.summary import summarise
 
 GROSS, NET, CPU = "energy/joules_per_token", "energy/net_joules_per_token", "energy/cpu_joules_per_token"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lora_lab.events import FIRST_STEP, Ended, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory, Ready
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 
 WORKER = 17
 PARTS = {

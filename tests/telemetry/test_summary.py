@@ -27,8 +27,8 @@ from lora_lab.events import (
     WindowOpened,
 )
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.host_facts import Idle, Seen
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Idle, Seen
 from lora_lab.telemetry.summary import summarise
 
 HEADLINES = {

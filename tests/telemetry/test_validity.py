@@ -11,8 +11,8 @@ from synthetic import step, window_of
 
 from lora_lab.events import Event, PhaseBegan, PhaseMemory, Ready
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.host_facts import Seen
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.seen import Seen
 from lora_lab.telemetry.summary import summarise
 
 WORKER, PARENT = 17, 12

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import (
     Batching,
     DataSource,

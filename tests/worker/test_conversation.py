@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from lora_lab.config import DataSource, RefusedInput, TrialConfig
-from lora_lab.rows import SHIPPED, Row
+from lora_lab.dataset.rows import SHIPPED, Row
 from lora_lab.worker.conversation import Conversations, Losses, Lost
 from lora_lab.worker.data import IGNORED, load_examples, pad_id, refuse_unknown_ids, tokenize
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer

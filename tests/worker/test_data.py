@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import (
     Attention,
     Batching,
@@ -26,7 +26,7 @@ from lora_lab.config import (
     TrialConfig,
     Weights,
 )
-from lora_lab.rows import Row
+from lora_lab.dataset.rows import Row
 from lora_lab.worker.data import IGNORED, Example, TokenCounts, load_examples, pack, tokenize, train_collator
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer

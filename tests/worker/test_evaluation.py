@@ -6,7 +6,7 @@ import yaml
 from peft import PeftModel
 from torch import Tensor
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import (
     DType,
     MethodConfig,

@@ -7,7 +7,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from lora_lab.config import DataConfig, RefusedInput
-from lora_lab.rows import Row
+from lora_lab.dataset.rows import Row
 from lora_lab.worker.hub_rows import hub_rows
 
 ROW = {"instruction": "Why?", "output": "Because."}

@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_lab.config import Checkpointing
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.offloaded_checkpoints import OffloadedCall
+from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the

@@ -14,15 +14,15 @@ from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
+from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
-from lora_lab.worker.engines.live import engine_of, has_dropout, loss_is_chunked, refuse_unknown_to_liger
-from lora_lab.worker.engines.masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
-from lora_lab.worker.engines.quick_answers import QuickAnswers
-from lora_lab.worker.engines.static_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
+from lora_lab.worker.engines.graph_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
+from lora_lab.worker.engines.inspection import engine_of, has_dropout, loss_is_chunked, refuse_unknown_to_liger
+from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
+from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
 from lora_lab.worker.models import working_dtype
-from lora_lab.worker.offloaded_checkpoints import offload_checkpoints
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
@@ -100,8 +100,8 @@ class Engine(TrainerCallback):
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
         # not above: they bring bitsandbytes, which the server that workers are forked from must not import
-        from lora_lab.worker.engines.adapted_layers import use_adapted_products
-        from lora_lab.worker.engines.unpacking import unpack_in_one_kernel
+        from lora_lab.worker.engines.dequantize import unpack_in_one_kernel
+        from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
 
         # for graph alone: their launches cost more than they save where the host is waited for
         unpack_in_one_kernel(model)

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     # torch's own, while it imports its compiler
     warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
     importlib.import_module("lora_lab.worker.engines.engine")
-    importlib.import_module("lora_lab.worker.engines.adapted_layers")
+    importlib.import_module("lora_lab.worker.engines.fused_lora_layers")
 
 torch.set_num_threads(1)  # on a machine that is shared, two threads wait for each other longer than they calculate
 
@@ -117,8 +117,8 @@ def pack(model: Any, dtype: torch.dtype, nested: bool = True) -> None:
 
 def stepped(model: Any, dtype: torch.dtype) -> Any:
     """A model that trains by its adapted products, in a step that is not recorded."""
-    from lora_lab.worker.engines.adapted_layers import use_adapted_products
-    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
+    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
 
     copies = use_adapted_products(model, dtype)
     autocast = functools.partial(torch.autocast, "cpu", dtype, dtype is not torch.float32, cache_enabled=False)

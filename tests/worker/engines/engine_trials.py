@@ -12,7 +12,7 @@ def main() -> None:
     os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")  # two such processes share two cores
     from hydra import compose, initialize_config_dir
 
-    from lora_lab.compose import CONF, load, register_schema
+    from lora_lab.composition.compose import CONF, load, register_schema
     from lora_lab.events import Event, encode
     from lora_lab.worker.trial import run_trial
 

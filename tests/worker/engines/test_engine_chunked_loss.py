@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import (
     DType,
     MethodConfig,

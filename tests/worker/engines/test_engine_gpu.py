@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import lab_in
 
-from lora_lab.compose import CONF
+from lora_lab.composition.compose import CONF
 from lora_lab.config import PackageConfig, RefusedInput
 from lora_lab.packages import locate
 
@@ -109,7 +109,7 @@ def test_a_replayed_overflow_is_skipped_and_the_scale_falls() -> None:
     from engine_models import adapted, adapters, padded
 
     from lora_lab.worker.engines.chunked_loss import use_chunked_loss
-    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
 
     made = adapted().to("cuda")
     use_chunked_loss(made)
@@ -148,7 +148,7 @@ def test_each_replay_drops_others(tmp_path: Path) -> None:
     import torch
     from engine_models import adapted, padded
 
-    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
 
     made = adapted(lora={"lora_dropout": 0.5}).to("cuda")
     step = StaticStep(made, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
@@ -168,8 +168,8 @@ def test_replayed_gradients_are_those_of_the_recorded_operations() -> None:
     import torch
     from engine_models import adapted, loss_and_gradients, padded
 
-    from lora_lab.worker.engines.masks import leave_out_masks
-    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.attention_masks import leave_out_masks
+    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
 
     graphed, plain = adapted().to("cuda"), adapted().to("cuda")
     leave_out_masks(graphed)
@@ -193,10 +193,10 @@ def test_replays_with_checkpoints_in_host_memory_have_the_same_gradients() -> No
     import torch
     from engine_models import adapted, loss_and_gradients, padded
 
+    from lora_lab.worker.engines.attention_masks import leave_out_masks
     from lora_lab.worker.engines.compiled import decoder_layers
-    from lora_lab.worker.engines.masks import leave_out_masks
-    from lora_lab.worker.engines.static_step import StaticStep, use_static_step
-    from lora_lab.worker.offloaded_checkpoints import offload_checkpoints
+    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 
     replayed, stepped, plain = (adapted(num_hidden_layers=4, hidden_size=256).to("cuda") for _ in range(3))
     for model in (replayed, stepped):

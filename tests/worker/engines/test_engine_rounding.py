@@ -8,9 +8,9 @@ import torch
 from conftest import compiles
 from engine_models import adapted, adapters, loss_and_gradients, padded
 
+from lora_lab.worker.engines.attention_masks import leave_out_masks
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.compiled import compile_layers
-from lora_lab.worker.engines.masks import leave_out_masks
 
 pytestmark = [
     compiles,

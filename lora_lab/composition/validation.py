@@ -1,0 +1,206 @@
+"""What cannot work on any machine, told from the config alone."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lora_lab.composition.limits import number_faults
+from lora_lab.config import (
+    Attention,
+    Batching,
+    Checkpointing,
+    DataSource,
+    EngineKind,
+    Isolation,
+    MethodConfig,
+    ModelConfig,
+    ModelSource,
+    OptimizerConfig,
+    Quantization,
+    TrackingKind,
+    TrialConfig,
+    Weights,
+)
+from lora_lab.secrets import without_secrets
+from lora_lab.store.server_address import fault_of_address
+
+_DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
+
+_MOST_LENGTHS = 16
+"""Each row length is compiled by itself, for seconds."""
+
+
+def faults(config: TrialConfig) -> list[str]:
+    """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
+    return [
+        *number_faults(config),
+        *_sharing_faults(config),
+        *_optimizer_faults(config.optimizer),
+        *_engine_faults(config),
+        *_method_faults(config.method),
+        *_model_faults(config.model, config.seq_len),
+        *_data_faults(config),
+        *_place_faults(config),
+        *_secret_faults(config),
+    ]
+
+
+def _sharing_faults(config: TrialConfig) -> list[str]:
+    found = []
+    if config.vram_limit_gib is not None and config.share_device:
+        found.append(
+            f"vram_limit_gib={config.vram_limit_gib:g} is checked against the whole card's reading, which others "
+            "change with share_device=true; leave one of them out."
+        )
+    if not 0 < config.data.holdout < 1:
+        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
+    if (
+        config.attention is Attention.flash_attention_2
+        and config.data.batching is Batching.packed
+        and config.batch_size > 1
+    ):
+        found.append(
+            f"attention=flash_attention_2 tells packed documents apart only at batch_size=1, not {config.batch_size}; "
+            "use batch_size=1 with grad_accum_steps, or attention=sdpa."
+        )
+    return found
+
+
+def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
+    if optimizer.optim and optimizer.target:
+        return [
+            f"optimizer.optim={optimizer.optim} and optimizer.target={optimizer.target} are both set; "
+            "give one: add optimizer.optim=null to use the target."
+        ]
+    if not optimizer.optim and not optimizer.target:
+        return ["neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."]
+    if optimizer.target and "." not in optimizer.target:
+        return [f"optimizer.target={optimizer.target} is no import path; write for example torch.optim.SGD."]
+    if optimizer.optim and optimizer.args:
+        return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
+    return []
+
+
+def _engine_faults(config: TrialConfig) -> list[str]:
+    engine, method, found = config.engine, config.method, []
+    if not 1 <= engine.lengths <= _MOST_LENGTHS:
+        found.append(f"engine.lengths={engine.lengths} must lie between 1 and {_MOST_LENGTHS}, for example 4.")
+    if (
+        engine.kind is EngineKind.graph
+        and config.gradient_checkpointing is not Checkpointing.none
+        and method.dropout > 0
+    ):
+        found.append(
+            f"engine=graph with gradient_checkpointing={config.gradient_checkpointing.name} and "
+            f"method.dropout={method.dropout:g}: checkpointing has to draw dropout's random numbers twice, and a CUDA "
+            "graph can't keep their state. Use method.dropout=0, gradient_checkpointing=none or engine=compile."
+        )
+    if engine.kind in (EngineKind.compile, EngineKind.graph) and method.use_dora:
+        found.append(
+            f"engine={engine.kind.name} with method.use_dora=true: torch can't compile what PEFT does for DoRA's "
+            "norms. Use engine=eager, or another method."
+        )
+    if engine.kind in (EngineKind.compile, EngineKind.graph) and config.attention is Attention.flash_attention_2:
+        found.append(
+            f"engine={engine.kind.name} with attention=flash_attention_2: transformers looks at the padding for it, "
+            "which can't be compiled. Use attention=sdpa, which is as fast without a mask."
+        )
+    if engine.kind is EngineKind.liger and config.isolation is Isolation.inline:
+        found.append(
+            "engine=liger with isolation=inline: liger changes functions for the whole process, and with them what "
+            "runs after it. Use isolation=process."
+        )
+    if engine.chunked_loss and any(name.rpartition(".")[2] == "lm_head" for name in method.target_modules):
+        found.append(
+            "engine.chunked_loss=true needs a frozen head, and method.target_modules names lm_head. "
+            "Use engine.chunked_loss=false, or leave lm_head out."
+        )
+    return found
+
+
+def _method_faults(method: MethodConfig) -> list[str]:
+    found = []
+    if not 0 <= method.dropout < 1:
+        found.append(f"method.dropout={method.dropout} must be at least 0 and below 1.")
+    if not method.target_modules:
+        found.append("method.target_modules is empty; use [all-linear] or name modules, for example [q_proj,v_proj].")
+    if method.double_quantization and method.quantization is Quantization.none:
+        found.append("method.double_quantization needs method.quantization=nf4 or fp4.")
+    return found
+
+
+def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
+    found = []
+    if model.source is ModelSource.hub and not model.id and model.weights is Weights.pretrained:
+        found.append("model.id is missing; name a model on the hub, for example model.id=Qwen/Qwen2.5-0.5B-Instruct.")
+    if model.source is ModelSource.local and not model.path:
+        found.append("model.path is missing; give the folder of a model, for example model.path=models/mine.")
+    if model.source is ModelSource.package and not model.package:
+        found.append("model.package is missing; copy the block from conf/model/smollm2_135m.yaml.")
+    if model.source is ModelSource.tiny and model.weights is Weights.pretrained:
+        found.append("model.source=tiny has no weights to load; add model.weights=random or choose another model.")
+    if model.weights is Weights.random and not model.architecture:
+        found.append("model.weights=random needs model.architecture; only models with stated shapes have it.")
+    if model.trust_remote_code and not model.revision:
+        found.append(
+            "model.trust_remote_code=true runs code from the hub, so it needs a pinned version: "
+            "add model.revision=<commit>."
+        )
+    if model.max_seq_len is not None and seq_len > model.max_seq_len:
+        found.append(
+            f"seq_len={seq_len} is beyond the model's {model.max_seq_len} positions; "
+            f"use seq_len={model.max_seq_len} or less."
+        )
+    return found
+
+
+def _data_faults(config: TrialConfig) -> list[str]:
+    data = config.data
+    if data.source is DataSource.jsonl and not data.path:
+        return ["data.path is missing; give a jsonl file, for example data.path=my_rows.jsonl."]
+    if data.source is DataSource.hub and not data.id:
+        return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
+    if data.source is DataSource.random_tokens and not data.rows:
+        return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
+    columns = data.columns
+    if columns.instruction == columns.output:
+        return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
+    return []
+
+
+def _place_faults(config: TrialConfig) -> list[str]:
+    found = []
+    if not _DEVICE.fullmatch(config.device):
+        found.append(f"device={config.device} is not known; use auto, cpu, gpu:0 or a UUID as nvidia-smi -L prints it.")
+    if config.tracking.kind is TrackingKind.server and not config.tracking.uri:
+        found.append("tracking.uri is missing; give the server, for example tracking.uri=http://127.0.0.1:5000.")
+    fault = fault_of_address(config.tracking.uri) if config.tracking.uri else ""
+    if fault:
+        found.append(f"tracking.uri {fault}.")
+    if not config.tracking.experiment.strip():
+        found.append("tracking.experiment is empty; name an MLflow experiment.")
+    return found
+
+
+def _secret_faults(config: TrialConfig) -> list[str]:
+    """Every setting is written down, also one that comes from the environment (${oc.env:NAME})."""
+    return [
+        f"{key} holds a password or token (or the value of an environment variable that is named like one), and every "
+        "setting is written into the record. Leave it out of the command; set HF_TOKEN in the environment for the hub, "
+        "MLFLOW_TRACKING_TOKEN for a server."
+        for key, text in _texts(dataclasses.asdict(config), "")
+        if key != "tracking.uri" and without_secrets(text) != text
+    ]
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of all settings that are text."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value, key)
+    elif isinstance(node, str):
+        yield key, node

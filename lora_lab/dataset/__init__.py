@@ -1,0 +1,1 @@
+"""Rows of text: found, read, checked and split before any tokenizer is loaded."""

@@ -1,0 +1,126 @@
+"""Which of the measured configurations to use: the best by one measure of those that fit, and how sure that is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_lab.config import RefusedInput
+from lora_lab.report.answers.best.candidates import Candidate, Wish, candidates, within
+from lora_lab.report.answers.best.caveats import remarks, sure
+from lora_lab.report.answers.best.cohort import Subject, others, subjects
+from lora_lab.report.answers.best.ranking import RunnerUp, ranked
+from lora_lab.report.measures import LOSS, VRAM
+from lora_lab.report.writing.labels import count
+from lora_lab.store.trials import Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The answer."""
+
+    wish: Wish
+    subject: Subject
+    best: Candidate | None
+    """None when nothing fits."""
+    runners_up: tuple[RunnerUp, ...]
+    """The best of them first."""
+    least: Candidate | None
+    """When nothing fits: what needs least."""
+    left_out: tuple[str, ...]
+    """What was no candidate, and why."""
+    sure: str
+    """How sure it is, in words."""
+    remarks: tuple[str, ...]
+    others: tuple[str, ...]
+    """What else there is, and how to choose it."""
+
+
+def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
+    """Answer.
+
+    Models, data, lengths of the window, cards, versions and code are never mixed: the newest trial says which model,
+    data, window and card, and of the places with that the one with most measured trials is taken.
+
+    Raises: RefusedInput when nothing is measured, or what is asked can't be told from it."""
+    found = subjects(trials, wish.model, wish.card)
+    subject = found[0]
+    _refuse_unanswerable(subject, wish)
+    found_here, left_out = candidates(subject, wish)
+    _refuse_unknown_memory(subject, found_here, wish)
+    fitting, too_large = within(found_here, wish)
+    left_out += too_large
+    rest = tuple(others(found))
+    if not fitting:
+        return Choice(
+            wish=wish,
+            subject=subject,
+            best=None,
+            runners_up=(),
+            least=min(found_here, key=_needs),
+            left_out=tuple(left_out),
+            sure="",
+            remarks=(),
+            others=rest,
+        )
+    fitting, worse = _learning(fitting, wish)
+    best, runners_up = ranked(fitting, wish.objective)
+    return Choice(
+        wish=wish,
+        subject=subject,
+        best=best,
+        runners_up=runners_up,
+        least=None,
+        left_out=tuple(left_out + worse),
+        sure=sure(best, runners_up),
+        remarks=tuple(remarks(best, runners_up, wish)),
+        others=rest,
+    )
+
+
+def _needs(one: Candidate) -> tuple[bool, float]:
+    """Those first of which it was seen: where a trial ran out of memory it needs more than so much."""
+    return one.fit is None or one.fit.next_is_bound, one.needs_gib or math.inf
+
+
+def _refuse_unanswerable(subject: Subject, wish: Wish) -> None:
+    measured = subject.measured
+    if wish.max_loss_increase is not None and all(LOSS.of(trial) is None for trial in measured):
+        raise RefusedInput(
+            f"--max-loss-increase can't be kept here: {LOSS.why_absent(measured[-1])}. {subject.text}: leave the "
+            "option out, or run trials with pretrained weights and measure.eval_rows above 0."
+        )
+    if all(wish.objective.of(trial) is None for trial in measured):
+        raise RefusedInput(
+            f"no trial has {wish.objective.title}: {wish.objective.why_absent(measured[-1])}. {subject.text}: choose "
+            "another --objective, or other trials with --model, --card or --sweep."
+        )
+
+
+def _refuse_unknown_memory(subject: Subject, found: Sequence[Candidate], wish: Wish) -> None:
+    if wish.vram_gib is not None and all(one.fit is None for one in found):
+        raise RefusedInput(
+            f"--vram {wish.vram_gib:g} can't be judged here: no trial has the card's peak "
+            f"({VRAM.why_absent(subject.measured[-1])}). {subject.text}: leave --vram out, or choose trials of a card "
+            "with --card NAME."
+        )
+
+
+def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
+    """Those whose held-out loss is low enough.
+
+    Raises: RefusedInput when none of them has one."""
+    if wish.max_loss_increase is None:
+        return list(candidates), []
+    losses = {one.label: one.figures[LOSS.name].median for one in candidates if LOSS.name in one.figures}
+    if not losses:
+        raise RefusedInput(
+            "--max-loss-increase can't be kept: none of the configurations that fit has a held-out loss. Run them with "
+            "measure.eval_rows above 0."
+        )
+    most = min(losses.values()) * (1 + wish.max_loss_increase)
+    kept = [one for one in candidates if losses.get(one.label, math.inf) <= most]
+    gone = len(losses) - len(kept)
+    left_out = [f"{count(gone, 'configuration')} with a held-out loss above {most:.4f}"] if gone else []
+    unknown = len(candidates) - len(losses)
+    left_out += [f"{count(unknown, 'configuration')} without a held-out loss"] if unknown else []
+    return kept, left_out

@@ -1,0 +1,149 @@
+"""Which trials may be chosen among: one model, one data set, one length of the window, one place."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_lab.config import RefusedInput
+from lora_lab.report.statistics.factors import NO_EFFECT
+from lora_lab.report.writing.labels import count, outcome_text
+from lora_lab.store.trials import Group, Place, Trial, groups
+
+_WINDOW = ("measure.warmup_steps", "measure.steps", "measure.eval_rows")
+_LAYOUT = ("data.batching",)
+"""Of the settings under data, what is a way to train and not another data set."""
+_SHOWN = 6
+_ID = 12
+"""Characters of an id that tell it from others."""
+
+_Key = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Trials that answer one question."""
+
+    place: Place
+    key: _Key
+    """Settings of model, data and window."""
+    trials: tuple[Trial, ...]
+    """Those that say something, by their start."""
+    measured: tuple[Trial, ...]
+
+    @property
+    def text(self) -> str:
+        """What they are of, for people."""
+        told = dict(self.key)
+        weights = told.get("model.weights")
+        model = told.get("model", "a model") + (f" ({weights} weights)" if weights else "")
+        return f"{model} on {told.get('data', 'its data')}, {self.place.label}"
+
+    @property
+    def newest_ms(self) -> int:
+        """When its newest measured trial began (Unix time)."""
+        return max(trial.started_ms for trial in self.measured)
+
+
+def subjects(trials: Sequence[Trial], model: str | None = None, card: str | None = None) -> list[Subject]:
+    """What measured trials there are, by what may be compared. The first is to be used: that of the newest trial, at
+    the place where most was measured of it. The rest by their newest trial.
+
+    Raises: RefusedInput when there is none."""
+    chosen = [trial for trial in trials if _is_model(trial, model) and _is_card(trial, card)]
+    if trials and not chosen:
+        raise RefusedInput(_none_such(trials, model, card))
+    found = [subject for group in groups(chosen) for subject in _subjects(group)]
+    if not found:
+        raise RefusedInput(_nothing_measured(chosen))
+    newest = max(found, key=lambda subject: subject.newest_ms)
+    alike = [one for one in found if (one.key, one.place.device) == (newest.key, newest.place.device)]
+    first = max(alike, key=lambda subject: (len(subject.measured), subject.newest_ms))
+    rest = [subject for subject in found if subject is not first]
+    return [first, *sorted(rest, key=lambda subject: -subject.newest_ms)]
+
+
+def others(found: Sequence[Subject]) -> list[str]:
+    """What there is beside the first, a line for each, with what chooses it."""
+    first, *rest = found
+    lines = [_other(first, subject) for subject in rest[:_SHOWN]]
+    if len(rest) > _SHOWN:
+        lines.append(f"and {len(rest) - _SHOWN} more: --model, --card and --sweep choose")
+    return lines
+
+
+def _subjects(group: Group) -> list[Subject]:
+    keys: dict[_Key, tuple[list[Trial], list[Trial]]] = {}
+    for trial in group.trials:
+        keys.setdefault(_key(trial), ([], []))[0].append(trial)
+    for trial in group.measured:
+        keys[_key(trial)][1].append(trial)
+    return [
+        Subject(place=group.place, key=key, trials=tuple(told), measured=tuple(measured))
+        for key, (told, measured) in keys.items()
+        if measured
+    ]
+
+
+def _key(trial: Trial) -> _Key:
+    return tuple(sorted((key, value) for key, value in trial.params.items() if _tells(key)))
+
+
+@functools.cache
+def _tells(key: str) -> bool:
+    """Whether trials that differ in this setting answer different questions."""
+    return (key.partition(".")[0] in ("model", "data") or key in _WINDOW) and key not in (*_LAYOUT, *NO_EFFECT)
+
+
+def _is_model(trial: Trial, model: str | None) -> bool:
+    names = [trial.params.get(key, "").lower() for key in ("model", "model.id", "model.path")]
+    return model is None or model.lower() in names
+
+
+def _is_card(trial: Trial, card: str | None) -> bool:
+    place = trial.place
+    return card is None or card.lower() in place.device.lower() or place.unit.lower().startswith(card.lower())
+
+
+def _none_such(trials: Sequence[Trial], model: str | None, card: str | None) -> str:
+    asked = " and ".join(text for text in (model and f"--model {model}", card and f"--card {card}") if text)
+    models = ", ".join(sorted({trial.params.get("model", "not recorded") for trial in trials}))
+    cards = ", ".join(sorted({trial.place.device for trial in trials}))
+    return f"no trial is of {asked}. There are trials of the models {models}, on {cards}."
+
+
+def _nothing_measured(trials: Sequence[Trial]) -> str:
+    kinds = sorted({outcome_text(trial.outcome) for trial in trials if not trial.finished})
+    invalid = any(trial.finished for trial in trials)
+    ended = ", ".join(kinds + ["finished, but invalid"] * invalid)
+    there = f"{count(len(trials), 'trial')} ended without a figure that may be used ({ended})" if trials else "no trial"
+    return f"nothing is measured: {there}. Run some: python -m lora_lab -m sweep=paper_factorial"
+
+
+def _other(first: Subject, other: Subject) -> str:
+    """One line: how many trials, what differs, what to type."""
+    here, there = dict(first.key), dict(other.key)
+    keys = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+    short = [key for key in keys if "." not in key] or keys
+    apart = [f"{key}={there.get(key, 'absent')}" for key in short[:3]]
+    if other.place.device != first.place.device:
+        apart.append(other.place.device)
+    elif other.place.unit != first.place.unit:
+        apart.append(f"another card or host of that name, {other.place.unit}")
+    if (other.place.versions, other.place.code, other.place.dirty) != (
+        first.place.versions,
+        first.place.code,
+        first.place.dirty,
+    ):
+        apart.append("other versions or code")
+    return f"{count(len(other.measured), 'trial')} of {', '.join(apart)}: {_option(first, other)}"
+
+
+def _option(first: Subject, other: Subject) -> str:
+    """What chooses it: a sweep's id, or a trial's, where neither model nor card does."""
+    here, there = dict(first.key), dict(other.key)
+    if here.get("model") != there.get("model") and "model" in there:
+        return f"--model {there['model']}"
+    if first.place.unit != other.place.unit:
+        return f"--card {other.place.unit}"
+    ids = dict.fromkeys(trial.sweep or trial.run_id for trial in reversed(other.measured))
+    return " ".join(f"--sweep {name[:_ID]}" for name in list(ids)[:2]) + (" ..." if len(ids) > 2 else "")

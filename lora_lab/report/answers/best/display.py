@@ -1,0 +1,128 @@
+"""An answer of `lora_lab.best` on a terminal."""
+
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from lora_lab.report.answers.best.candidates import Candidate
+from lora_lab.report.answers.best.choice import Choice
+from lora_lab.report.answers.best.command import command
+from lora_lab.report.answers.best.ranking import RunnerUp
+from lora_lab.report.measures import MEASURES, VRAM, Measure
+from lora_lab.report.statistics.estimates import percent
+from lora_lab.report.writing.labels import count
+
+_RUNNERS_UP = 5
+_VERDICTS = {True: "told apart", False: "cannot be told from the best", None: "not known"}
+
+
+def show_choice(choice: Choice, console: Console) -> None:
+    """Write it down: the configuration, its command, how sure, the others."""
+    _say(console, f"Of {count(len(choice.subject.measured), 'measured trial')}: {choice.subject.text}.")
+    if choice.best is None:
+        _show_nothing_fits(choice, console)
+    else:
+        _show_best(choice, choice.best, console)
+    _list(console, "Left out", choice.left_out)
+    _list(console, "Remarks", choice.remarks)
+    _list(console, "Also in the store", choice.others)
+
+
+def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
+    wish = choice.wish
+    limits = [f"within {wish.vram_gib:g} GiB"] if wish.vram_gib is not None else []
+    if wish.max_loss_increase is not None:
+        limits.append(f"held-out loss at most {100 * wish.max_loss_increase:g} % above the lowest")
+    limited = f" ({', '.join(limits)})" if limits else ""
+    console.print(f"\nBest {wish.objective.title}{limited}: ", style="bold", end="", highlight=False)
+    console.print(best.label, style="bold", highlight=False, markup=False)
+    for measure in MEASURES:
+        if measure.name in best.figures:
+            console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False, markup=False)
+    _show_command(best, console)
+    _say(console, f"How sure: {choice.sure}.")
+    if choice.runners_up:
+        console.print(_table(choice, wish.objective))
+
+
+def _show_command(candidate: Candidate, console: Console) -> None:
+    """On one line however narrow the terminal: so it can be copied."""
+    newest = candidate.trials[-1]
+    console.print("\nTo run it:")
+    text = command(newest.params, newest.tags.get("command", ""))
+    console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(choice: Choice, objective: Measure) -> Table:
+    shown = choice.runners_up[:_RUNNERS_UP]
+    more = len(choice.runners_up) - len(shown)
+    title = f"Runners-up{f' ({more} more not shown)' if more else ''}; means over repeats against the best's, 95 %"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="")
+    table.add_column("configuration", overflow="fold")
+    table.add_column(objective.unit, justify="right", no_wrap=True)
+    table.add_column("n", justify="right")
+    table.add_column("against the best", overflow="fold", ratio=1)
+    for runner in shown:
+        figure = runner.candidate.figures[objective.name]
+        table.add_row(
+            escape(runner.candidate.label),
+            objective.form.format(figure.median),
+            str(figure.n),
+            escape(_beside(runner, objective)),
+        )
+    return table
+
+
+def _beside(runner: RunnerUp, measure: Measure) -> str:
+    found = runner.estimate
+    value = _change(found.value, measure)
+    if found.low is None or found.high is None:
+        return f"{value}; no interval: {found.why_no_interval}"
+    return f"{value} ({_change(found.low, measure)} to {_change(found.high, measure)}): {_VERDICTS[found.seen]}"
+
+
+def _change(value: float, measure: Measure) -> str:
+    """A difference, in percent as long as that can be read."""
+    if not measure.ratios:
+        return f"{value:+.4f}"
+    return f"x{math.exp(value):.3g}" if value > math.log(3) else f"{percent(value):+.1f} %"
+
+
+def _figure(candidate: Candidate, measure: Measure) -> str:
+    figure = candidate.figures[measure.name]
+    if figure.n == 1:
+        return f"{measure.write(figure.median)} (1 trial)"
+    ends = f"{measure.form.format(figure.low)} to {measure.form.format(figure.high)}"
+    return f"{measure.write(figure.median)} (median of {figure.n}: {ends})"
+
+
+def _show_nothing_fits(choice: Choice, console: Console) -> None:
+    wish, least = choice.wish, choice.least
+    budget = f"{wish.vram_gib:g} GiB" if wish.vram_gib is not None else "what was asked"
+    console.print(f"\nNothing that was measured fits into {budget}.", style="bold", highlight=False)
+    if least is None or least.needs_gib is None or wish.vram_gib is None:
+        return
+    if least.fit is not None and least.fit.next_is_bound:
+        _say(console, f"{least.label} needs least: more than {VRAM.write(least.needs_gib)}, which it ran out of.")
+        return
+    _say(console, f"{least.label} needs least: {VRAM.write(least.needs_gib)}.")
+    if least.ran_out:
+        _say(console, f"It ran out of memory within {budget}.")
+        return
+    text = command({**least.trials[-1].params, "vram_limit_gib": f"{wish.vram_gib:g}"})
+    _say(console, "On a large card torch keeps more than it needs. Whether it can do with less is seen by")
+    console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def _list(console: Console, head: str, lines: tuple[str, ...]) -> None:
+    if lines:
+        console.print(f"\n{head}:")
+    for line in lines:
+        console.print(Padding(line, (0, 0, 0, 2)), highlight=False, markup=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False)

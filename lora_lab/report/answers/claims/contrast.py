@@ -1,0 +1,155 @@
+"""A claim that one factor's level over another changes measures, put to one place's trials.
+
+A ratio is claimed of some setting ("up to 25 %"), so an average over a grid cannot refute it:
+
+- supported where at the claim's own settings (those of one of its two runs, but for the factor) the whole interval lies
+  at or beyond `least_ratio`; the intervals of all such settings hold together;
+- contradicted where at every setting with repeats the whole interval falls short of `least_ratio`, and the settings of
+  both of its runs are among them. Bonferroni over all settings; that is on the safe side, as to refute them all each
+  could be tested by itself (an intersection-union test, Berger 1982).
+
+A direction is claimed of the runs compared, so only their own settings decide: all with the interval wholly on the
+claimed side, or all on the other.
+
+Both rules ask the whole interval to lie beyond what is to be excluded. So whatever the noise, a wrong word comes in at
+most 1 of 40 cases per measure, place and regime, and noise makes undecided more likely.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lora_lab.report.answers.claims.cells import Cell, cells_of, factor_of
+from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
+from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Found, Seen, ids, listed
+from lora_lab.report.statistics.blocks import regime_of
+from lora_lab.report.statistics.contrasts import Contrast, contrasts
+from lora_lab.report.statistics.estimates import Estimate
+from lora_lab.report.writing.numbers import change, interval, told
+from lora_lab.store.trials import Group
+
+
+def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in: Sequence[str] | None) -> list[Found]:
+    """What the group shows of it, by regime.
+
+    Args:
+        name: the place, for people.
+        speaks_in: regimes whose trials may decide; None for all."""
+    sides = [trial for trial in group.measured if trial.params.get(claim.factor) in (claim.of, claim.over)]
+    if len({trial.params[claim.factor] for trial in sides}) < 2:
+        return []
+    by_regime: dict[str, list[tuple[Change, Contrast, list[Cell]]]] = {}
+    for claimed in claim.changes:
+        cells = cells_of(study, claim, sides, claimed.measure)
+        for contrast in contrasts(sides, [factor_of(claim)], claimed.measure):
+            inside = [cell for cell in cells if cell.regime == contrast.regime]
+            by_regime.setdefault(contrast.regime, []).append((claimed, contrast, inside))
+    if not by_regime:
+        text = f"{name}: no two trials of one repeat differ in {claim.factor} alone."
+        seen = Seen(text=text, place=group.place.label, regime=regime_of(sides), trials=ids(sides))
+        return [Found(seen=(seen,), speaks=False, word=None)]
+    return [
+        Found(
+            seen=tuple(_seen(study, claim, group, name, each) for each in made),
+            speaks=speaks_in is None or regime in speaks_in,
+            word=_word(claim, made),
+        )
+        for regime, made in by_regime.items()
+    ]
+
+
+def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[Cell]]]) -> str | None:
+    """All changes have to be supported; one contradicted contradicts the claim."""
+    words = [weigh(claim, claimed, cells) for claimed, _, cells in made]
+    if CONTRADICTED in words:
+        return CONTRADICTED
+    return SUPPORTED if len(made) == len(claim.changes) and set(words) == {SUPPORTED} else None
+
+
+def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> str | None:
+    """What the cells of one regime say of one change (the module says when); those without repeats say nothing."""
+    repeated = [cell for cell in cells if cell.repeated]
+    own = [cell for cell in repeated if cell.ends]
+    if claimed.ratio is None:
+        words = {decide(claimed, cell.estimate()) for cell in own}
+        return words.pop() if len(words) == 1 else None
+    if any(decide(claimed, cell.estimate(len(own))) == SUPPORTED for cell in own):
+        return SUPPORTED
+    if {end for cell in own for end in cell.ends} < set(claim.ends):
+        return None
+    refuted = all(decide(claimed, cell.estimate(len(repeated))) == CONTRADICTED for cell in repeated)
+    return CONTRADICTED if refuted else None
+
+
+def decide(claimed: Change, found: Estimate) -> str | None:
+    """What one interval says: SUPPORTED where it lies wholly at or beyond the least that was claimed (for a direction:
+    on that side of 0), CONTRADICTED where wholly short of it, else None."""
+    if found.low is None or found.high is None:
+        return None
+    low, high = sorted((claimed.sign * found.low, claimed.sign * found.high))
+    if claimed.least_ratio is None:
+        return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else None
+    least = abs(math.log(claimed.least_ratio))
+    return SUPPORTED if low >= least else CONTRADICTED if high < least else None
+
+
+def _seen(
+    study: Study, claim: ContrastClaim, group: Group, name: str, made: tuple[Change, Contrast, list[Cell]]
+) -> Seen:
+    claimed, contrast, cells = made
+    return Seen(
+        text=f"{name}, {contrast.regime}: {_text(study, claim, claimed, contrast, cells)}",
+        place=group.place.label,
+        regime=contrast.regime,
+        trials=ids(trial for cell in cells for trial in cell.trials),
+        estimate=contrast.estimate,
+    )
+
+
+def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contrast, cells: Sequence[Cell]) -> str:
+    measure, found = contrast.measure, contrast.estimate
+    over = _over(contrast, cells)
+    text = f"{measure.title} with {claim.of} over {claim.over}, {over}: {told(found, measure)}"
+    text += "".join(f"; {each}" for each in _at_ends(claim, claimed, cells))
+    size = _size(study, claim, claimed)
+    if size is not None and found.detectable is not None and found.detectable >= abs(size):
+        whose = "claimed" if claimed.ratio is not None else "original's"
+        text += f"; the {whose} {change(size, measure)} could have been missed"
+    if contrast.also_changed:
+        text += f"; besides, what ran differed in {listed(contrast.also_changed)}"
+    return text + "."
+
+
+def _over(contrast: Contrast, cells: Sequence[Cell]) -> str:
+    """What the average is over, and how the settings differ."""
+    pairs = "1 pair of trials" if contrast.pairs == 1 else f"{contrast.pairs} pairs of trials"
+    if len(cells) < 2:
+        return f"{pairs} in one setting of the rest"
+    means = [cell.estimate().value for cell in cells]
+    spread = interval(Estimate(value=contrast.estimate.value, low=min(means), high=max(means)), contrast.measure)
+    return f"average of {len(cells)} settings of the rest ({spread} by setting; {pairs})"
+
+
+def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> list[str]:
+    """What was found at the settings of each of the claim's two runs."""
+    own = {run: [cell.estimate() for cell in cells if run in cell.ends] for run in claim.ends}
+    if not any(own.values()):
+        return ["the settings of neither of its two runs among them"]
+    return [
+        f"at run {run}'s settings {listed([told(each, claimed.measure) for each in found])}"
+        if found
+        else f"run {run}'s settings not among them"
+        for run, found in own.items()
+    ]
+
+
+def _size(study: Study, claim: ContrastClaim, claimed: Change) -> float | None:
+    """The effect that trials should have been able to see, as a log ratio: the claimed one, else that between the
+    middles of the study's own figures. None for what is not compared by ratios, or has no figures."""
+    if claimed.ratio is not None:
+        return math.log(claimed.ratio)
+    name = claimed.measure.name
+    runs = [study.run(run).figures for run in claim.ends]
+    if not claimed.measure.ratios or any(name not in told_figures for told_figures in runs):
+        return None
+    over, of = (sum(told_figures[name]) for told_figures in runs)
+    return math.log(of / over)

@@ -1,0 +1,195 @@
+"""What a paper claims, put to the trials at hand.
+
+Only trials with the settings that all of the study's runs share are looked at, each place and regime for itself.
+
+Who can speak: for a claim with `evidence: same_card` only trials on the study's card (its name as the driver gives it)
+in the study's regime; for `any_card` all of them. What others show is listed and decides nothing.
+
+What decides: contrast.py for one factor's level over another, memory.py for what fits, association.py for more of one
+measure with less of another.
+
+Where places or regimes that may speak disagree, a claim about any card is contradicted (one counterexample is enough),
+and one about a single card stays undecided. What is undecided is "confounded in the original" where by rank the study's
+own runs cannot tell the claim's factor from others, else "not testable here".
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_lab.report.answers.claims import association, contrast
+from lora_lab.report.answers.claims.contrast import decide
+from lora_lab.report.answers.claims.memory import judge_fits
+from lora_lab.report.answers.claims.required_effect import Needed, needed
+from lora_lab.report.answers.claims.study import (
+    ANY_CARD,
+    AssociationClaim,
+    Claim,
+    ContrastClaim,
+    FitsClaim,
+    Study,
+    load_study,
+    shipped,
+)
+from lora_lab.report.answers.claims.verdict import (
+    CONFOUNDED,
+    CONTRADICTED,
+    NOT_TESTABLE,
+    SUPPORTED,
+    Found,
+    Seen,
+    Verdict,
+    listed,
+    place_names,
+)
+from lora_lab.report.statistics.factors import tied
+from lora_lab.store.trials import Group, Trial
+
+__all__ = [
+    "CONFOUNDED",
+    "CONTRADICTED",
+    "NOT_TESTABLE",
+    "SUPPORTED",
+    "Needed",
+    "Seen",
+    "Study",
+    "Verdict",
+    "decide",
+    "judge",
+    "load_study",
+    "needed",
+    "shipped",
+]
+
+
+def judge(study: Study, groups: Sequence[Group]) -> list[Verdict]:
+    """Every claim of the study."""
+    ours = [narrowed for group in groups if (narrowed := narrow(group, study.held)).trials]
+    return [_judge(study, claim, ours) for claim in study.claims]
+
+
+def narrow(group: Group, settings: Mapping[str, str]) -> Group:
+    """The group with only those trials that have these settings."""
+
+    def has(trial: Trial) -> bool:
+        return all(trial.params.get(key) == value for key, value in settings.items())
+
+    return Group(
+        place=group.place,
+        trials=tuple(trial for trial in group.trials if has(trial)),
+        measured=tuple(trial for trial in group.measured if has(trial)),
+        excluded=tuple(each for each in group.excluded if has(each.trial)),
+    )
+
+
+def _judge(study: Study, claim: Claim, groups: Sequence[Group]) -> Verdict:
+    if isinstance(claim, FitsClaim):
+        return judge_fits(study, claim, groups)
+    names = place_names(groups)
+    found = [each for group in groups for each in _look(study, claim, group, names[group.place])]
+    speaking = [each for each in found if each.speaks]
+    words = {each.word for each in speaking if each.word is not None}
+    if len(words) == 1 or (words and claim.evidence == ANY_CARD):
+        word = CONTRADICTED if CONTRADICTED in words else SUPPORTED
+        meaning = [association.meaning(claim)] if isinstance(claim, AssociationClaim) else []
+        because = _because(each for each in speaking if each.word == word)
+        why = " ".join([because, *meaning, *_besides(speaking, word)])
+        told = dict.fromkeys(seen.regime for each in speaking if each.word == word for seen in each.seen)
+        at = f"{' and '.join(told)} only" if any(each.word != word for each in speaking) else ""
+    else:
+        (word, why), at = _undecided(study, claim, speaking), ""
+    return Verdict(
+        claim=claim.id,
+        says=claim.says,
+        verdict=word,
+        why=why,
+        original=_original(study, claim),
+        seen=tuple(seen for each in found for seen in each.seen),
+        at=at,
+        settle=claim.settle,
+    )
+
+
+def _because(found: Iterable[Found]) -> str:
+    return " ".join(seen.text for each in found for seen in each.seen)
+
+
+def _besides(speaking: Sequence[Found], word: str) -> list[str]:
+    """Where else it was looked at, with another result or none."""
+    said = []
+    for others, how in (({None}, "Undecided"), ({SUPPORTED, CONTRADICTED} - {word}, "Otherwise")):
+        places = [seen.text.partition(":")[0] for each in speaking if each.word in others for seen in each.seen]
+        if places:
+            said.append(f"{how}: {'; '.join(dict.fromkeys(places))}.")
+    return said
+
+
+def _undecided(study: Study, claim: Claim, speaking: Sequence[Found]) -> tuple[str, str]:
+    """The verdict where no trials decide, and why."""
+    words = {each.word for each in speaking} - {None}
+    where = "" if claim.evidence == ANY_CARD else f" {study.regime} on {study.card}"
+    if not speaking:
+        lack = f"No trial at hand tests it{where}"
+        lack += "; other trials are listed, and decide nothing." if where else "."
+    else:
+        lack = f"The trials{where} {'disagree' if words else 'decide nothing'}: {_because(speaking)}"
+    others = _tied_with(study, claim)
+    if not others:
+        return NOT_TESTABLE, lack
+    return CONFOUNDED, f"By rank, its own runs cannot tell {_factor(claim)} from {listed(others)}. {lack}"
+
+
+def _factor(claim: Claim) -> str:
+    return claim.factor if isinstance(claim, ContrastClaim) else ""
+
+
+def _tied_with(study: Study, claim: Claim) -> list[str]:
+    """What the study's own runs cannot tell the claim's factor from."""
+    groups = tied([study.settings(run.name) for run in study.runs])
+    return [name for group in groups if _factor(claim) in group for name in group if name != _factor(claim)]
+
+
+def _original(study: Study, claim: Claim) -> str:
+    said = []
+    if isinstance(claim, ContrastClaim):
+        said.append(_changed(study, claim))
+    if isinstance(claim, AssociationClaim):
+        said.append(_product(study, claim))
+    return " ".join(text for text in [*said, claim.remark] if text)
+
+
+def _changed(study: Study, claim: ContrastClaim) -> str:
+    start, end = (study.settings(run) for run in claim.ends)
+    keys = [key for key in dict.fromkeys([*start, *end]) if start.get(key) != end.get(key)]
+    moves = [f"{key} ({start.get(key, 'not stated')} to {end.get(key, 'not stated')})" for key in keys]
+    between = f"between its runs {claim.ends[0]} and {claim.ends[1]}"
+    if keys == [claim.factor]:
+        return f"Nothing but {moves[0]} changed {between}."
+    return f"{len(keys)} settings changed at once {between}: {listed(moves)}."
+
+
+def _product(study: Study, claim: AssociationClaim) -> str:
+    """Whether the product of both measures is one number in all of the study's runs."""
+    both = [
+        (run.figures[claim.more.name], run.figures[claim.less.name]) for run in study.runs if _has(run.figures, claim)
+    ]
+    products = [[more[end] * less[end] for more, less in both] for end in (0, 1)]
+    if len(both) < 2 or any(max(each) > 1.05 * min(each) for each in products):
+        return ""
+    low, high = (sum(each) / len(each) for each in products)
+    ends = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    return (
+        f"In all of its {len(both)} runs {claim.more.title} x {claim.less.title} is {ends} within 5 %: one follows "
+        "from the other."
+    )
+
+
+def _has(told_figures: Mapping[str, object], claim: AssociationClaim) -> bool:
+    return claim.more.name in told_figures and claim.less.name in told_figures
+
+
+def _look(study: Study, claim: Claim, group: Group, name: str) -> list[Found]:
+    speaks_in = None
+    if claim.evidence != ANY_CARD:
+        speaks_in = [study.regime] if group.place.device == study.card else []
+    if isinstance(claim, ContrastClaim):
+        return contrast.look(study, claim, group, name, speaks_in)
+    return association.look(claim, group, name, speaks_in) if isinstance(claim, AssociationClaim) else []

@@ -1,0 +1,78 @@
+"""A claim, judged: the verdict with what it rests on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lora_lab.report.statistics.estimates import Estimate
+from lora_lab.store.trials import Group, Place, Trial
+
+SUPPORTED = "supported"
+CONTRADICTED = "contradicted"
+CONFOUNDED = "confounded in the original"
+NOT_TESTABLE = "not testable here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One thing that the trials at hand show of a claim."""
+
+    text: str
+    """In words, with the card and the regime; figures with units and intervals."""
+    place: str
+    regime: str
+    """ "" where it makes no difference (memory)."""
+    trials: tuple[str, ...]
+    """Run ids."""
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A claim, judged."""
+
+    claim: str
+    """Its id."""
+    says: str
+    verdict: str
+    """One of the four words."""
+    why: str
+    original: str
+    """What is to be said of the original's evidence: which factors changed together, true by definition, ..."""
+    seen: tuple[Seen, ...]
+    at: str
+    """Where that was seen, in few words: "host-bound only", "batch_size=1"; "" where it was everywhere."""
+    settle: str
+    """What would settle it on the original's card: a command."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What one place's trials of one regime show of a claim."""
+
+    seen: tuple[Seen, ...]
+    speaks: bool
+    """Whether it may support or contradict."""
+    word: str | None
+    """SUPPORTED or CONTRADICTED; None where it is undecided."""
+
+
+def place_names(groups: Sequence[Group]) -> dict[Place, str]:
+    """Places for people: the card's name, with the start of its UUID only where several have that name."""
+    units: dict[str, set[str]] = {}
+    for group in groups:
+        units.setdefault(group.place.device, set()).add(group.place.unit)
+    return {group.place: _name(group.place, len(units[group.place.device]) > 1) for group in groups}
+
+
+def _name(place: Place, told_apart: bool) -> str:
+    return f"{place.device} ({'-'.join(place.unit.split('-')[:2])})" if told_apart else place.device
+
+
+def ids(trials: Iterable[Trial]) -> tuple[str, ...]:
+    """Their run ids, each once."""
+    return tuple(dict.fromkeys(trial.run_id for trial in trials))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -1,0 +1,96 @@
+"""Which trials may be set against one another: their figures, their blocks, and what else was set differently."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from lora_lab.report.measures import Measure
+from lora_lab.report.statistics.factors import NO_EFFECT, Factor
+from lora_lab.store.trials import Trial
+
+Block = tuple[str, int]
+"""What ran close together in time: the sweep's run id and the repeat. Trials of no sweep have "" and a number."""
+
+_LEFT_OVER = ("hydra", "sweep")
+"""What a launcher may leave among the settings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One trial's figure, on the scale that differences are taken on."""
+
+    trial: Trial
+    block: Block
+    value: float
+    """The natural logarithm for measures that are compared by ratios, else the figure itself."""
+
+
+def figures(trials: Sequence[Trial], measure: Measure) -> list[Figure]:
+    """The figures of the trials that have one, by their start."""
+    ordered = sorted(trials, key=lambda trial: (trial.started_ms, trial.run_id))
+    found = []
+    for trial, block in zip(ordered, _blocks(ordered), strict=True):
+        value = measure.of(trial)
+        if value is not None:
+            found.append(Figure(trial=trial, block=block, value=math.log(value) if measure.ratios else value))
+    return found
+
+
+def settings_besides(trials: Sequence[Trial], factors: Sequence[Factor]) -> list[tuple[str, ...]]:
+    """What each trial was set to, but for `factors`: trials are alike where these are equal.
+
+    A group's choice brings its leaves with it (optimizer=paged_adamw sets optimizer.optim), so a setting above or
+    below one of a factor's is passed over where it follows from that one in all trials. Settings that are the same in
+    all trials are passed over too: they tell nothing apart."""
+    own = {key for factor in factors for key in factor.keys}
+    kept = [key for key in varied(trials) if key not in own and not any(_follows(key, one, trials) for one in own)]
+    return [tuple(trial.params.get(key, "None") for key in kept) for trial in trials]
+
+
+def varied(trials: Collection[Trial]) -> list[str]:
+    """The settings that differ between these trials and that can change what is measured, by the alphabet."""
+    keys = {key for trial in trials for key in trial.params if _matters(key)}
+    return sorted(key for key in keys if len({trial.params.get(key, "None") for trial in trials}) > 1)
+
+
+def regime_of(trials: Collection[Trial]) -> str:
+    """The regime that all of them ran in, else "mixed"."""
+    regimes = {trial.regime for trial in trials}
+    return regimes.pop() if len(regimes) == 1 else "mixed"
+
+
+def regime_between(over: Collection[Trial], of: Collection[Trial]) -> str:
+    """The regime that a change was seen in; "GPU-bound to host-bound" where it took every trial from one to another:
+    what makes a card wait is no less an effect than what makes it slower."""
+    before, after = regime_of(over), regime_of(of)
+    if before == after or not {before, after} <= {"host-bound", "GPU-bound"}:
+        return regime_of([*over, *of])
+    return f"{before} to {after}"
+
+
+def _matters(key: str) -> bool:
+    return not {key, key.split(".")[0]} & {*NO_EFFECT, *_LEFT_OVER}
+
+
+def _follows(key: str, other: str, trials: Sequence[Trial]) -> bool:
+    """Whether `key` is above or below `other`, and every value of `other` comes with one value of `key`."""
+    if not (key.startswith(f"{other}.") or other.startswith(f"{key}.")):
+        return False
+    pairs = {(trial.params.get(other, "None"), trial.params.get(key, "None")) for trial in trials}
+    return len(pairs) == len({value for value, _ in pairs})
+
+
+def _blocks(ordered: Sequence[Trial]) -> list[Block]:
+    """Each trial's block. Trials of no sweep are numbered within their point, so that the first of one point meets the
+    first of another."""
+    settings = settings_besides(ordered, ())
+    alone: Counter[tuple[str, ...]] = Counter()
+    blocks = []
+    for trial, setting in zip(ordered, settings, strict=True):
+        if trial.sweep is not None:
+            blocks.append((trial.sweep, trial.repeat))
+        else:
+            blocks.append(("", alone[setting]))
+            alone[setting] += 1
+    return blocks

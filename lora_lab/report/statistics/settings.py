@@ -1,0 +1,77 @@
+"""What a trial was told to do: which trials are of one point, and what to call a point among others."""
+
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+
+from lora_lab.report.statistics.factors import NO_EFFECT
+from lora_lab.store.trials import Trial
+
+GROUPS = ("optimizer", "precision", "engine", "method", "model", "data")
+"""Groups whose options have names that say something."""
+
+_SHAPE = ("batch_size", "seq_len")
+
+ABSENT = "absent"
+"""Stands for a setting that a trial does not have: it is of a version that had none."""
+
+Settings = tuple[tuple[str, str], ...]
+"""Keys and values, by key: equal for trials of one point."""
+
+
+def settings(trial: Trial, known: frozenset[str] | None = None) -> Settings:
+    """What decides the trial's figures, of the keys that are `known` to all (by default, of its own)."""
+    return tuple(
+        (key, value) for key, value in sorted(trial.params.items()) if _decides(key) and (known is None or key in known)
+    )
+
+
+@functools.cache
+def _decides(key: str) -> bool:
+    """A window's length is among the settings under `measure`; the name of the option that set it says no more."""
+    return key != "measure" and not {key, key.partition(".")[0]} & NO_EFFECT
+
+
+def by_point(trials: Sequence[Trial], known: frozenset[str] | None = None) -> dict[Settings, list[Trial]]:
+    """Trials that are equal in everything but seed and repeat, together; in the order given."""
+    found: dict[Settings, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(settings(trial, known), []).append(trial)
+    return found
+
+
+def labels(points: Sequence[Settings]) -> list[str]:
+    """What to call each of these points: what it has and others have not. Of settings that are no group's option and
+    no shape, what most points have is left out."""
+    told = [dict(point) for point in points]
+    words = _differing(told)
+    usual = {
+        (key, value)
+        for key in words
+        for value, times in Counter(point.get(key, ABSENT) for point in told).items()
+        if key not in (*GROUPS, *_SHAPE) and 2 * times > len(points)
+    }
+    return [" ".join(_words(point, words, usual) or _words(point, words, set())) or "the only one" for point in told]
+
+
+def _differing(points: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys in which the points differ, less those that the option chosen for their group explains."""
+    keys = sorted({key for point in points for key in point})
+    values = {key: [point.get(key, ABSENT) for point in points] for key in keys}
+    varied = [key for key in keys if len(set(values[key])) > 1]
+
+    def explained(key: str) -> bool:
+        group = key.partition(".")[0]
+        pairs = set(zip(values[group], values[key], strict=True)) if group in varied and group != key else set()
+        return bool(pairs) and len(pairs) == len({option for option, _ in pairs})
+
+    return [key for key in varied if not explained(key)]
+
+
+def _words(point: Mapping[str, str], keys: Sequence[str], usual: Set[tuple[str, str]]) -> list[str]:
+    """Options by their name, batch and sequence as a shape, the rest with its key."""
+    words = [point.get(group, ABSENT) for group in GROUPS if group in keys]
+    if set(_SHAPE) & set(keys):
+        words.append("x".join(point.get(key, ABSENT) for key in _SHAPE))
+    others = ((key, point.get(key, ABSENT)) for key in keys if key not in (*GROUPS, *_SHAPE))
+    return words + [f"{key.rpartition('.')[2]}={value}" for key, value in others if (key, value) not in usual]

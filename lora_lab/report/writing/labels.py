@@ -1,0 +1,61 @@
+"""Points and levels named shortly enough for a table's edge or a picture."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from lora_lab.report.answers.pareto import Point
+from lora_lab.report.statistics.factors import SHAPE, Factor
+
+
+def level_text(factor: Factor, level: str) -> str:
+    """A level that can stand alone: "paged_adamw", "2x512", but "raise_to_fp32=False"."""
+    if set(factor.keys) <= set(SHAPE):
+        return level if len(factor.keys) > 1 else f"{factor.keys[0]}={level}"
+    # within a level, shape is one word of several settings
+    keys = list(dict.fromkeys("shape" if key in SHAPE else key for key in factor.keys))
+    told = zip(keys, level.split(" + "), strict=False)
+    return " ".join(
+        value if key == "shape" or _a_word(key, value) else f"{key.rpartition('.')[2]}={value}" for key, value in told
+    )
+
+
+def _a_word(key: str, value: str) -> bool:
+    """Whether a value says by itself what it is: the chosen option of a group does, a number or a switch doesn't."""
+    return "." not in key and value not in ("None", "True", "False") and not value[:1].isdigit()
+
+
+def usual_levels(points: Sequence[Point], factors: Sequence[Factor]) -> dict[str, str]:
+    """By factor, the level that most points have, where levels are numbers or switches: labels leave these out."""
+    usual = {}
+    for factor in factors:
+        found = Counter(point.levels[factor.name] for point in points).most_common(1)
+        if found and found[0][1] * 2 > len(points) and "=" in level_text(factor, found[0][0]):
+            usual[factor.name] = found[0][0]
+    return usual
+
+
+def levels_text(
+    levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str], without: str | None = None
+) -> str:
+    """Levels in one line, without the usual ones and without the factor named `without`."""
+    told = [
+        level_text(factor, levels[factor.name])
+        for factor in factors
+        if factor.name != without and factor.name in levels and levels[factor.name] != usual.get(factor.name)
+    ]
+    return " ".join(told)
+
+
+def regime_text(regime: str) -> str:
+    """A regime that can stand alone."""
+    return "regime not known" if regime == "not known" else regime
+
+
+def outcome_text(outcome: str) -> str:
+    """An outcome in words."""
+    return outcome.replace("_", " ")
+
+
+def count(number: int, one: str) -> str:
+    """With its noun: "1 trial", "3 trials"."""
+    return f"{number:,} {one}" + ("" if number == 1 else "s")

@@ -1,0 +1,285 @@
+"""The findings as one page of HTML that needs nothing else: no network, no script, no font."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from lora_lab.report.answers.fits import Fit
+from lora_lab.report.answers.pareto import Point
+from lora_lab.report.findings import Findings, Fitted, GroupFindings
+from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
+from lora_lab.report.statistics.attribution import Split
+from lora_lab.report.statistics.factorial import FactorialModel
+from lora_lab.report.statistics.factors import Factor
+from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
+from lora_lab.report.writing.numbers import change, told
+from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
+from lora_lab.report.writing.page.intervals import Bars, forests, waterfall
+from lora_lab.report.writing.page.plots import mark, trade_off
+from lora_lab.report.writing.page.timelines import HEIGHT, WIDTH, Series, Timeline, timeline
+from lora_lab.store.trials import Trial
+
+_FOLD_FROM = 12
+_OPEN_UP_TO = 3
+"""Timelines are unfolded when there are no more trials than this."""
+
+Timelines = Mapping[str, Mapping[str, Series]]
+"""By run id, then by series key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """Throughput against another measure."""
+
+    svg: Markup
+    one: Measure
+    other: Measure
+    regimes: tuple[tuple[str, str, str], ...]
+    """Sign, colour and name."""
+    front: tuple[tuple[str, str, str], ...]
+    """Name and both figures of each point of the front."""
+    others: int
+    """Points that are drawn and not on the front."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """The timelines of one point."""
+
+    label: str
+    trials: tuple[tuple[Trial, Timeline | None], ...]
+
+    @property
+    def drawn(self) -> int:
+        """How many trials have a timeline."""
+        return sum(line is not None for _, line in self.trials)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One place's findings, ready to be written down."""
+
+    found: GroupFindings
+    usual: Mapping[str, str]
+    """Levels that names of points leave out."""
+    sure: str
+    one_point: Point | None
+    maps: tuple[HeatMap, ...]
+    pictures: tuple[Picture, ...]
+    forests: tuple[tuple[Measure, tuple[Bars, ...]], ...]
+    models: tuple[tuple[str, tuple[Fitted, ...]], ...]
+    """By measure name."""
+    splits: tuple[tuple[Split, Bars | None, str], ...]
+    """With the regimes of their corners, in words."""
+    budgets: tuple[float, ...]
+    fits: tuple[tuple[str, tuple[Fit | None, ...]], ...]
+    folders: tuple[Folder, ...]
+    environment: tuple[tuple[str, str], ...]
+
+    def name(self, levels: Mapping[str, str]) -> str:
+        """A point's name."""
+        return _name(levels, self.found.design.factors, self.usual)
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many points that their list is folded up, too."""
+        return len(self.folders) > _FOLD_FROM
+
+    @property
+    def open(self) -> bool:
+        """Whether timelines are few enough to be unfolded."""
+        return sum(len(folder.trials) for folder in self.folders) <= _OPEN_UP_TO
+
+
+def write_page(findings: Findings, timelines: Timelines, path: Path) -> None:
+    """Write `page` to `path`."""
+    path.write_text(page(findings, timelines), encoding="utf-8")
+
+
+def page(findings: Findings, timelines: Timelines) -> str:
+    """The whole page. `timelines` holds what is to be drawn of step times (s) and power (W): Unix time in ms, step and
+    value; trials that it lacks are told to have none."""
+    loader = PackageLoader("lora_lab.report.page", "")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"typeset": typeset, "outcome": outcome_text, "breaks": breaks, "regime": regime_text}
+    environment.globals |= {
+        "count": count,
+        "told": told,
+        "change": change,
+        "level_text": level_text,
+        "is_model": lambda model: isinstance(model, FactorialModel),
+    }
+    css, _, _ = loader.get_source(environment, "page.css")
+    parts = [_part(found, timelines, number) for number, found in enumerate(findings.groups)]
+    return environment.get_template("page.html.j2").render(
+        findings=findings,
+        parts=parts,
+        css=Markup(css),
+        measures={measure.name: measure for measure in MEASURES},
+        panel_size=(WIDTH, HEIGHT),
+        symbols={"supported": "✓", "contradicted": "✗", "confounded in the original": "≠", "not testable here": "?"},
+    )
+
+
+def typeset(text: str) -> str:
+    """True minus and multiplication signs in figures: "-0.5 %" and "x7.31", but not "bf16-2" or "2x512"."""
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
+    text = re.sub(r"(?<!\w)x(?=\d)", "\N{MULTIPLICATION SIGN}", text)
+    return re.sub(r"(?<=\d) (?=%|GiB\b|J/token|tokens/s)", "\N{NO-BREAK SPACE}", text)
+
+
+def breaks(text: str) -> Markup:
+    """Text whose long settings may be broken after "_", "=", "." and "/", but only where they don't fit on a line."""
+    words = [re.sub(r"(?<=\w[_=./])(?=\w)", "<wbr>", str(escape(word))) for word in text.split(" ")]
+    return Markup(" ".join(f'<span class="word">{word}</span>' if "<wbr>" in word else word for word in words))
+
+
+def _part(found: GroupFindings, timelines: Timelines, number: int) -> Part:
+    factors, points = found.design.factors, found.points
+    usual = usual_levels(points, factors)
+    measures = [measure for measure in MEASURES if any(measure.name in point.figures for point in points)]
+    budgets = tuple(dict.fromkeys(fit.budget_gib for fit in found.fits))
+    drawn = [(measure, tuple(forests(found.contrasts, found.compared, measure))) for measure in MEASURES]
+    return Part(
+        found=found,
+        usual=usual,
+        sure=_how_sure(found),
+        one_point=points[0] if len(points) == 1 else None,
+        maps=tuple(heat_map(points, factors, m) for m in measures or [THROUGHPUT]) if len(points) > 1 else (),
+        pictures=tuple(_pictures(found, factors, usual, number)),
+        forests=tuple((measure, bars) for measure, bars in drawn if bars),
+        models=tuple(
+            (measure.name, tuple(each for each in found.models if each.measure is measure))
+            for measure in MEASURES
+            if any(each.measure is measure for each in found.models)
+        ),
+        splits=tuple((split, waterfall(split), _regimes_text(split.regimes)) for split in found.splits),
+        budgets=budgets,
+        fits=tuple(_fits_by_others(found.fits, budgets)),
+        folders=tuple(_folders(found, factors, usual, timelines)),
+        environment=tuple(_environment(found)),
+    )
+
+
+def _how_sure(found: GroupFindings) -> str:
+    """How many trials, in which regimes, how often repeated."""
+    measured = found.group.measured
+    each = sorted({sum(t.finished for t in point.trials) for point in found.points if point.figures})
+    if not each:
+        return "No trial finished with figures that can be compared."
+    regimes = Counter(trial.regime for trial in measured)
+    if set(regimes) == {"not known"}:
+        spread = "regime not known (nothing here could look at it)"
+    else:
+        spread = ", ".join(f"{number} {regime}" for regime, number in regimes.most_common())
+    ran = f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
+    repeats = f"{ran} a point" if len(found.points) > 1 else ""
+    sure = "" if each[-1] > 1 else "; without repeats nothing says how sure a figure is"
+    intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
+    measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
+    meaning = (
+        " Host-bound: the GPU waited for the host; a faster GPU would change little." if "host-bound" in regimes else ""
+    )
+    return f"{measured_text}: {spread}{intervals}{sure}.{meaning}"
+
+
+def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:
+    return levels_text(levels, factors, usual) or ("usual settings" if factors else "the one point")
+
+
+def _regimes_text(regimes: Mapping[str, str]) -> str:
+    if len(set(regimes.values())) == 1:
+        return f"All points that this rests on: {regime_text(next(iter(regimes.values())))}."
+    return "Regimes: " + "; ".join(f"{corner} {regime}" for corner, regime in regimes.items()) + "."
+
+
+def _pictures(found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], number: int) -> list[Picture]:
+    def name(point: Point) -> str:
+        return _name(point.levels, factors, usual)
+
+    made = []
+    for measure in MEASURES:
+        front = found.fronts.get(measure.name, ())
+        both = [p for p in found.points if THROUGHPUT.name in p.figures and measure.name in p.figures]
+        if measure is THROUGHPUT or not front or len(both) < 2:
+            continue
+        svg = trade_off(both, front, (THROUGHPUT, measure), name, salt=str(number))
+        regimes = [(mark(r).sign, mark(r).colour, r) for r in dict.fromkeys(point.regime for point in both)]
+        told_front = [
+            (name(p), THROUGHPUT.write(p.figures[THROUGHPUT.name][0]), measure.write(p.figures[measure.name][0]))
+            for p in front
+        ]
+        made.append(
+            Picture(
+                svg=Markup(svg),
+                one=THROUGHPUT,
+                other=measure,
+                regimes=tuple(regimes),
+                front=tuple(told_front),
+                others=len(both) - len(front),
+            )
+        )
+    return made
+
+
+def _fits_by_others(fits: Sequence[Fit], budgets: Sequence[float]) -> list[tuple[str, tuple[Fit | None, ...]]]:
+    table: dict[str, dict[float, Fit]] = {}
+    for fit in fits:
+        table.setdefault(fit.others, {})[fit.budget_gib] = fit
+    return [(others, tuple(row.get(budget) for budget in budgets)) for others, row in table.items()]
+
+
+def _folders(
+    found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], timelines: Timelines
+) -> list[Folder]:
+    by_point = [(_name(p.levels, factors, usual), p.trials) for p in found.points]
+    shown = {trial.run_id for _, trials in by_point for trial in trials}
+    rest = tuple(each.trial for each in found.group.excluded if each.trial.run_id not in shown)
+    return [
+        Folder(label=label, trials=tuple((trial, timeline(trial, timelines.get(trial.run_id, {}))) for trial in trials))
+        for label, trials in [*by_point, *([("left out", rest)] if rest else [])]
+    ]
+
+
+def _changes_text(dirty: bool, tags: Sequence[Mapping[str, str]]) -> str:
+    if dirty:
+        return "yes: no commit holds the code that ran"
+    return "none" if all("dirty" in each for each in tags) else "not recorded"
+
+
+def _environment(found: GroupFindings) -> list[tuple[str, str]]:
+    """What the trials recorded of where they ran; several values where they differ."""
+    group, place = found.group, found.group.place
+    tags = [trial.tags for trial in (*group.trials, *(each.trial for each in group.excluded))]
+
+    def values(key: str, unit: str = "") -> str:
+        told_values = dict.fromkeys(each[key] + unit for each in tags if key in each)
+        return ", ".join(told_values) or "not recorded"
+
+    host = [("cores", "machine.cpu_count", ""), ("memory", "machine.memory_gib", " GiB"), ("OS", "machine.os", "")]
+    return [
+        ("device", place.device),
+        ("device memory", values("device.memory_gib", " GiB")),
+        ("device id", place.unit),
+        ("driver", values("device.driver")),
+        ("versions", place.versions or "not recorded"),
+        ("Python", values("version.python")),
+        ("lora_lab", values("version.lora_lab")),
+        ("commit", values("commit")),
+        ("code digest", place.code),
+        ("uncommitted changes", _changes_text(place.dirty, tags)),
+        ("host", values("process.host")),
+        ("CPU", values("machine.cpu")),
+        *((name, values(key, unit)) for name, key, unit in host),
+    ]

@@ -1,0 +1,203 @@
+"""The findings as tables in a terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lora_lab.report.answers.claims.study import Study
+from lora_lab.report.answers.claims.verdict import Verdict
+from lora_lab.report.answers.fits import Fit
+from lora_lab.report.answers.pareto import Point
+from lora_lab.report.findings import Findings, Fitted, GroupFindings
+from lora_lab.report.measures import MEASURES, Measure
+from lora_lab.report.statistics.attribution import Split
+from lora_lab.report.statistics.factorial import FactorialModel
+from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
+from lora_lab.report.writing.numbers import change, interval_note, told
+
+
+def show(findings: Findings, console: Console) -> None:
+    """Everything but timelines and environment, which are the page's."""
+    console.print(f"\n[bold]{escape(findings.title)}[/bold]\n")
+    for sentence in findings.sentences:
+        console.print(escape(sentence), highlight=False)
+    for found in findings.groups:
+        _show_group(found, console)
+    for study, verdicts in findings.verdicts:
+        _show_verdicts(study, verdicts, console)
+
+
+def _show_group(found: GroupFindings, console: Console) -> None:
+    console.print(f"\n[bold]{escape(found.group.place.label)}[/bold]")
+    console.print(
+        f"{found.group.place.host}; {found.group.place.versions}; code {found.group.place.code}",
+        highlight=False,
+        markup=False,
+        style="dim",
+    )
+    console.print(_points_table(found))
+    for measure, why in found.absent.items():
+        console.print(f"no {measure}: {escape(why)}", highlight=False)
+    for confounded in found.design.confounded:
+        names = ", ".join(confounded.names)
+        console.print(
+            f"[yellow]can't be told apart[/yellow]: {escape(names)} ({escape(confounded.why)})", highlight=False
+        )
+    for note in found.design.notes:
+        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
+    if found.contrasts:
+        console.print(_contrasts_table(found))
+    for fitted in found.models:
+        _show_model(fitted, console)
+    for split in found.splits:
+        _show_split(split, found, console)
+    for needed in found.needed:
+        console.print(escape(needed.text), highlight=False)
+    if found.fits:
+        console.print(_fits_table(found.fits))
+        for note in dict.fromkeys(fit.note for fit in found.fits if fit.note):
+            console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
+    for trial in found.group.doubtful:
+        reasons = trial.tags.get("validity_reasons", "no reason kept")
+        console.print(f"doubtful, but used: {escape(trial.name)}: {escape(reasons)}", highlight=False)
+    for excluded in found.group.excluded:
+        console.print(f"left out: {escape(excluded.trial.name)}: {escape(excluded.why)}", highlight=False)
+
+
+def _points_table(found: GroupFindings) -> Table:
+    """A point a row."""
+    table = Table(
+        title="every point: median, and half the way from its lowest to its highest trial", title_justify="left"
+    )
+    table.add_column("configuration", overflow="fold", min_width=12)
+    table.add_column("outcome")
+    shown, factors = [measure for measure in MEASURES if measure.name not in found.absent], found.design.factors
+    for measure in shown:
+        table.add_column(measure.unit, justify="right")
+    table.add_column("regime")
+    for point in found.points:
+        outcomes = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in point.outcomes.items())
+        figures = [_figure(point, measure) for measure in shown]
+        table.add_row(
+            escape(name_of(point.levels, found)),
+            escape(outcomes),
+            *figures,
+            escape(point.regime) if point.figures else "",
+        )
+    if usual := levels_text(usual_levels(found.points, factors), factors, {}):
+        table.caption, table.caption_justify = f"where a row says nothing else: {escape(usual)}", "left"
+    return table
+
+
+def name_of(levels: Mapping[str, str], found: GroupFindings) -> str:
+    """A point, without what most points have."""
+    usual = usual_levels(found.points, found.design.factors)
+    return levels_text(levels, found.design.factors, usual) or "the usual settings"
+
+
+def _figure(point: Point, measure: Measure) -> str:
+    if measure.name not in point.figures:
+        return "-"
+    median, low, high = point.figures[measure.name]
+    spread = "" if low == high else f" ±{(high - low) / 2 / abs(median):.1%}"
+    return measure.form.format(median) + spread
+
+
+def _contrasts_table(found: GroupFindings) -> Table:
+    factors = {factor.name: factor for factor in found.compared}
+    table = Table(title="one factor changed, all else equal (95 % intervals)", title_justify="left")
+    for head in ("measure", "of / over", "regime", "pairs", "change"):
+        table.add_column(head, overflow="fold")
+    for each in found.contrasts:
+        of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
+        besides = f" (besides, {'; '.join(each.also_changed)})" if each.also_changed else ""
+        note = interval_note(each.interval_over, each.by_blocks, each.measure)
+        besides += f" ({note})" if note else ""
+        change_told = told(each.estimate, each.measure, each.lowest, each.highest) + besides
+        table.add_row(
+            each.measure.title,
+            escape(f"{of} / {over}"),
+            escape(regime_text(each.regime)),
+            str(each.pairs),
+            escape(change_told),
+        )
+    return table
+
+
+def _show_model(fitted: Fitted, console: Console) -> None:
+    head = f"factorial model of {fitted.measure.title}, {regime_text(fitted.regime)}"
+    head = escape(head + (f", run {fitted.sweep[:8]}" if fitted.sweep else ""))
+    if not isinstance(fitted.model, FactorialModel):
+        console.print(f"{head}: none ({escape(fitted.model)})", highlight=False)
+        return
+    model = fitted.model
+    spread = change(model.residual_sd, model.measure, signed=False)
+    table = Table(
+        title=f"{head}: {model.trials} trials, R2 {model.r_squared:.3f}, a repeat lies {spread} from its like (1 sd)",
+        title_justify="left",
+    )
+    for name in ("averaged over the rest", "change"):
+        table.add_column(name, overflow="fold")
+    for effect in model.effects:
+        table.add_row(escape(f"{effect.of} / {effect.over}"), escape(told(effect.estimate, model.measure)))
+    for each in model.interactions:
+        size = change(each.largest, model.measure, signed=False)
+        table.add_row(escape(" x ".join(each.factors)), f"together up to {size} off their sum, p = {each.p:.2g}")
+    for name in model.not_estimable:
+        table.add_row(escape(name), "left open: cells are missing")
+    console.print(table)
+
+
+def _show_split(split: Split, found: GroupFindings, console: Console) -> None:
+    start, end = (name_of(levels, found) for levels in (split.start, split.end))
+    title = f"{split.measure.title}: what made the difference from {start} to {end}"
+    if not split.parts:
+        corners = "; ".join(name_of(levels, found) for levels in split.missing)
+        console.print(f"{escape(title)}: can't be split, nothing measured at {escape(corners)}", highlight=False)
+        return
+    table = Table(title=escape(title), title_justify="left")
+    for head in ("part", "from", "to", "change"):
+        table.add_column(head, overflow="fold")
+    for part in split.parts:
+        if part.estimate is None:
+            continue
+        said = told(part.estimate, split.measure)
+        table.add_row(escape(part.factor), escape(part.over), escape(part.of), escape(said))
+    if split.total is not None:
+        table.add_row("all together", "", "", escape(told(split.total, split.measure)))
+    console.print(table)
+
+
+def _fits_table(fits: Sequence[Fit]) -> Table:
+    """Budgets at which the same fits share a row."""
+    table = Table(title="what fits (batch x seq)", title_justify="left")
+    for head in ("with", "GiB", "largest that fits", "next, and what it needs"):
+        table.add_column(head, overflow="fold")
+    budgets: dict[tuple[str, str, str], list[str]] = {}
+    for fit in sorted(fits, key=lambda fit: (fit.others, fit.budget_gib)):
+        largest = "none tried fits" if fit.largest is None else fit.largest
+        largest += f" ({fit.largest_gib:.2f} GiB)" if fit.largest_gib is not None else ""
+        following = "none was tried" if fit.next is None else fit.next
+        if fit.next_needs_gib is not None:
+            following += f" ({'at least ' if fit.next_is_bound else ''}{fit.next_needs_gib:.2f} GiB)"
+        following += ", but might with less slack" if fit.next_may_fit else ""
+        following += f"; not told of {', '.join(fit.unknown)}" if fit.unknown else ""
+        budgets.setdefault((fit.others, largest, following), []).append(f"{fit.budget_gib:g}")
+    for (others, largest, following), told_budgets in budgets.items():
+        table.add_row(escape(others), ", ".join(told_budgets), escape(largest), escape(following))
+    return table
+
+
+def _show_verdicts(study: Study, verdicts: Sequence[Verdict], console: Console) -> None:
+    console.print(f"\n[bold]the claims of {escape(study.id)}[/bold]: {escape(study.title)}", highlight=False)
+    console.print(f"  made on {escape(study.on)}", highlight=False)
+    for verdict in verdicts:
+        console.print(f"\n  “{escape(verdict.says)}”", highlight=False)
+        console.print(f"  [bold]{verdict.verdict}[/bold]: {escape(verdict.why)}", highlight=False)
+        if verdict.original:
+            console.print(f"  in the original: {escape(verdict.original)}", highlight=False)
+        for seen in verdict.seen:
+            console.print(f"  seen here: {escape(seen.text)}", highlight=False)
+        console.print(f"  to settle it there: {escape(verdict.settle)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What outlives the process: records, folders, the outbox and MLflow."""

@@ -1,0 +1,76 @@
+"""Where a trial ran: versions, machine, commit. Imports none of what it describes."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from lora_lab import __version__
+from lora_lab.machine import cpu_name
+from lora_lab.store.code_digest import PACKAGE, code_digest, deciding_files, telemetry_digest
+from lora_lab.telemetry.nvml import Card
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "mlflow-skinny")
+
+
+def environment() -> dict[str, str]:
+    """Plain facts by dotted name, looked up once a process. What cannot be known says so."""
+    return dict(_facts())
+
+
+def device_facts(card: Card | None) -> dict[str, str]:
+    """The device that calculates: a card, or this machine's CPU."""
+    if card is None:
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
+    return {
+        "device": card.name,
+        "device.uuid": card.uuid,
+        "device.driver": card.driver,
+        "device.memory_gib": f"{card.total_bytes / 2**30:.1f}",
+    }
+
+
+@functools.cache
+def _facts() -> dict[str, str]:
+    facts = {"version.lora_lab": __version__, "version.python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            facts[f"version.{name.removesuffix('-skinny')}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[f"version.{name}"] = "not installed"
+    commit, dirty = _commit()
+    facts |= {
+        "code": code_digest(),
+        "code.telemetry": telemetry_digest(),
+        "commit": commit,
+        "dirty": dirty,
+        "machine.os": platform.platform(),
+        "machine.cpu": cpu_name(),
+        "machine.cpu_count": str(os.cpu_count()),
+        "machine.memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+    }
+    return facts
+
+
+def _commit() -> tuple[str, str]:
+    """(commit, 'true' or 'false' for uncommitted changes in what decides a figure) of this code, where it runs from a
+    clone."""
+    try:
+        top = Path(_git("rev-parse", "--show-toplevel"))
+        if top != PACKAGE.parent:  # installed into somebody else's repository
+            raise FileNotFoundError
+        changes = _git("status", "--porcelain", "--", *map(str, deciding_files()))
+        return _git("rev-parse", "HEAD"), "true" if changes else "false"
+    except (OSError, subprocess.SubprocessError):
+        return "not a git clone", "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

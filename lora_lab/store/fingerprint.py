@@ -1,0 +1,93 @@
+"""What makes two trials the same: their config, and the environment they ran in."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_lab.config import DataSource, ModelSource, TrialConfig, Weights
+from lora_lab.dataset.rows import SHIPPED
+from lora_lab.store.environment import device_facts, environment
+from lora_lab.store.record import plain
+from lora_lab.telemetry.nvml import Card
+
+_NO_EFFECT = ("tracking", "timeout_minutes", "repeats", "resume")
+"""Settings that cannot change what a trial measures."""
+
+_NO_EFFECT_OF_MEASURE = ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
+"""Those within `measure`: they add figures beside the trial's own."""
+
+_DECISIVE = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "python", "lora_lab")
+
+
+def point_digest(config: TrialConfig) -> str:
+    """Of the resolved config, less what cannot change a result."""
+    decisive = {key: value for key, value in plain(config).items() if key not in _NO_EFFECT}
+    measure = decisive["measure"].items()
+    decisive["measure"] = {key: value for key, value in measure if key not in _NO_EFFECT_OF_MEASURE}
+    return digest(decisive)
+
+
+def conditions(config: TrialConfig, card: Card | None) -> dict[str, str]:
+    """What besides the config decides a trial's result: code, packages, device, and the content of data and model."""
+    facts = environment()
+    decisive = {f"version.{name}": facts[f"version.{name}"] for name in _DECISIVE}
+    return {**decisive, "code": facts["code"], **device_facts(card), **_contents(config)}
+
+
+def digest(content: object) -> str:
+    """sha256 over plain data, the order of keys aside; the first 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _contents(config: TrialConfig) -> dict[str, str]:
+    found = {}
+    if config.data.source is DataSource.shipped:
+        found["data"] = _file_digest(SHIPPED)
+    elif config.data.source is DataSource.jsonl:
+        found["data"] = _file_digest(Path(str(config.data.path)))
+    elif config.data.source is DataSource.hub:
+        found["data"] = _hub_commit("dataset", str(config.data.id), config.data.revision)
+    if config.model.weights is Weights.pretrained:
+        if config.model.source is ModelSource.local:
+            found["model"] = _folder_digest(Path(str(config.model.path)))
+        elif config.model.source is ModelSource.hub:
+            found["model"] = _hub_commit("model", str(config.model.id), config.model.revision)
+    return found
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        return "missing"
+    return _digest_of((path, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.cache
+def _digest_of(state: tuple[Path, int, int]) -> str:
+    """Once for each path, size and time of change."""
+    with state[0].open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of a local model: its small files by content, its weights by size and time (hashing 15 GB takes a minute)."""
+    parts: list[Any] = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".json":
+            parts.append((path.name, _file_digest(path)))
+        elif path.is_file():
+            parts.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return digest(parts)
+
+
+def _hub_commit(kind: str, name: str, revision: str | None) -> str:
+    """The commit that `revision` means in the local cache; before the first download nobody here knows it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    asked = revision or "main"
+    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / asked
+    return ref.read_text(encoding="ascii").strip() if ref.is_file() else asked

@@ -1,0 +1,135 @@
+"""The local store: one SQLite database. Its address, its making, and whether MLflow can work with it."""
+
+import contextlib
+import os
+import shlex
+import sqlite3
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote
+
+from filelock import FileLock
+
+from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.store.errors import TrackingFailed
+
+LOCKED_SECONDS = 5.0
+
+_ANOTHER = "give another tracking.root=FOLDER to trials to come"
+_AWAY = f"Move it away: the next start makes a new store. Or {_ANOTHER}."
+
+
+def address_of(database: Path) -> str:
+    """The tracking URI of a database. SQLAlchemy takes % and ? in a file's name only quoted; the driver is named with
+    it, since MLflow itself would make a folder of the quoted name for what begins with sqlite:///."""
+    name = str(database)
+    quoted = name.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{name}" if quoted == name else f"sqlite+pysqlite:///{quoted}"
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a store in SQLite; None for any other."""
+    kind, _, place = uri.partition("://")
+    if kind.partition("+")[0] != "sqlite":
+        return None
+    return Path(unquote(place.partition("?")[0].removeprefix("/")))
+
+
+def refuse_unwritable(tracking: TrackingConfig) -> Path:
+    """The local store's folder, made if missing.
+
+    Raises: RefusedInput when nothing can be written there.
+    """
+    root = Path(os.path.realpath(tracking.root))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise RefusedInput(
+            f"tracking.root={tracking.root}: nothing can be written to {root} ({error.strerror}). "
+            "Give another folder with tracking.root=FOLDER, or use tracking=none."
+        ) from error
+    return root
+
+
+def create_store(database: Path) -> None:
+    """Make a new store under another name and move it into place whole: two first starts at once, or a
+    kill while its tables are made, would otherwise leave a store that never opens again."""
+    if has_content(database):
+        return
+    with FileLock(f"{database}.lock"):
+        if has_content(database):
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with tempfile.TemporaryDirectory(dir=database.parent) as folder:
+            fresh = Path(folder) / database.name
+            store = SqlAlchemyStore(address_of(fresh), (database.parent / "artifacts").as_uri())
+            store.engine.dispose()
+            os.rename(fresh, database)
+
+
+def has_content(database: Path) -> bool:
+    """Opening a database that was deleted meanwhile leaves an empty file."""
+    return database.exists() and (not database.is_file() or database.stat().st_size > 0)
+
+
+def refuse_locked(database: Path) -> None:
+    """MLflow itself would wait for minutes on a database that somebody has locked.
+
+    Raises: sqlite3.OperationalError."""
+    with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
+        connection.execute("begin immediate")
+        connection.rollback()
+
+
+def refuse_unfit(database: Path) -> None:
+    """MLflow itself would change the tables of some other versions without being asked, and stop at others.
+
+    Raises: TrackingFailed for a database whose tables are not those of the MLflow that is installed; sqlite3.Error."""
+    if not database.is_file():
+        raise TrackingFailed(f"{database} is no file", _AWAY)
+    with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        versions = connection.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else []
+        found = [str(version) for (version,) in versions]
+    if not tables:
+        return  # MLflow makes them
+    if len(found) != 1:
+        raise TrackingFailed(f"{database} does not say which version of MLflow's tables it holds", _AWAY)
+    refuse_other_schema(database, found[0])
+    missing = _tables_of_today() - tables
+    if missing:
+        raise TrackingFailed(
+            f"{database} lacks {len(missing)} of MLflow's tables ({', '.join(sorted(missing)[:3])})",
+            f"Put a backup in its place, or move it away: the next start makes a new store. Or {_ANOTHER}.",
+        )
+
+
+def refuse_other_schema(database: Path, version: str) -> None:
+    """Raise TrackingFailed when the tables are of an older or a newer MLflow than the one that is installed."""
+    from alembic.script import ScriptDirectory
+    from mlflow import __version__
+    from mlflow.store.db.utils import _get_alembic_config  # MLflow has no public name for its migrations' folder
+
+    migrations = ScriptDirectory.from_config(_get_alembic_config(""))
+    if version in migrations.get_heads():
+        return
+    if version in {migration.revision for migration in migrations.walk_revisions()}:
+        command = f"mlflow db upgrade {shlex.quote(address_of(database))}"
+        raise TrackingFailed(
+            f"{database} was made by an older MLflow than the installed {__version__}",
+            f"Copy the file as a backup, then run: {command}   Or {_ANOTHER}.",
+        )
+    raise TrackingFailed(
+        f"{database} has tables of version {version}, which MLflow {__version__} does not know: a newer MLflow made it",
+        f"Install that MLflow (pip install --upgrade mlflow), or move the database away: the next start makes a new "
+        f"store. Or {_ANOTHER}.",
+    )
+
+
+def _tables_of_today() -> set[str]:
+    from mlflow.store.db import utils  # knows the tables only once it has been imported
+
+    return set(utils.Base.metadata.tables)

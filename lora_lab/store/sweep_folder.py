@@ -1,0 +1,276 @@
+"""What a sweep leaves on disk: its plan, written before the first trial, and a folder for each attempt at a trial."""
+
+import contextlib
+import copy
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.files import write_json
+from lora_lab.outcome import Outcome
+from lora_lab.reading import Damaged, whole
+from lora_lab.store.process_id import Owner
+from lora_lab.store.record import RUNNING, Record
+from lora_lab.store.trial_folder import DELIVERED, TrialFolder
+
+PLAN = "sweep.json"
+_PUT_RIGHT = (
+    "To go on with that sweep (resume=true), put back a copy of it: the sweep's run in the store has one among its "
+    "artifacts. Without it everything is measured again. To be done with it, move its folder away"
+)
+
+AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)
+"""Outcomes that say nothing about the point itself: resume runs these again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One trial of a sweep, before it is run."""
+
+    number: int
+    """From 0, in the order of running; names its folder."""
+    settings: dict[str, str]
+    """Those that differ between the sweep's points."""
+    asked_place: int
+    """Where its point stands among the points as asked for, from 0."""
+    repeat: int
+    overrides: list[str]
+    """What its command line would be."""
+    point: str
+    """Digest of the config: the same for all repeats."""
+    fingerprint: str
+    """Digest of config, repeat and conditions: the same trial, however often it is asked for."""
+
+    @property
+    def label(self) -> str:
+        """The point, for people."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or "the defaults"
+
+    @property
+    def name(self) -> str:
+        """The trial, for people."""
+        return f"{self.label} #{self.repeat}" if self.repeat else self.label
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """All trials of a sweep, and the record above them."""
+
+    owner: Owner
+    tracking: TrackingConfig
+    record: Record
+    conditions: dict[str, dict[str, str]]
+    """Code, versions, device and data of each point, by its digest."""
+    trials: list[Planned]
+    launched: list[str] = field(default_factory=list)
+    """Names of the folders of the trials that the present, or latest, start runs."""
+
+    def planned(self, name: str) -> Planned | None:
+        """Which trial is run in the folder `name`."""
+        return next((trial for trial in self.trials if _name(trial) == name.partition("-")[0]), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The latest attempt at a trial, as far as it is over."""
+
+    outcome: str
+    reason: str
+    seconds: float
+    metrics: dict[str, float]
+    warnings: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
+    """What to think of the figures: validity and its reasons among them."""
+
+    @property
+    def done(self) -> bool:
+        """Measured: nothing is gained by running it again."""
+        return self.outcome not in AGAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Delivered:
+    """What the store was told of a sweep."""
+
+    run_id: str
+    outcome: str
+    ended_ms: int | None
+
+
+class SweepFolder:
+    """The folder of one sweep."""
+
+    _held: ClassVar[dict[Path, Plan]] = {}
+    """The plans of the sweeps that this process runs, by folder: a sweep outlives its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep was planned here, be its plan readable or not."""
+        return os.path.lexists(self.path / PLAN) or self.path.absolute() in self._held
+
+    def read(self) -> Plan:
+        """The plan as it is now. That of a sweep that this process runs is written again where it has been deleted or
+        damaged.
+
+        Raises: Damaged."""
+        try:
+            plan = whole(Plan, self.path / PLAN)
+            if plan is None:
+                raise Damaged(self.path / PLAN, "", "is missing")
+            return plan
+        except Damaged as damaged:
+            held = self._held.get(self.path.absolute())
+            if held is None:
+                raise Damaged(damaged.file, damaged.field, f"{damaged.what}. {_PUT_RIGHT}") from None
+            print(f"warning: {damaged}; it is written again as it was", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                self.write(held)
+            return copy.deepcopy(held)
+
+    def hold(self, plan: Plan) -> None:
+        """Keep the plan of a sweep that this process runs in memory too."""
+        self._held[self.path.absolute()] = copy.deepcopy(plan)
+
+    def write(self, plan: Plan) -> None:
+        """Raises: OSError."""
+        if self.path.absolute() in self._held:
+            self.hold(plan)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / PLAN, asdict(plan))
+
+    def planned(self, folder: Path) -> Planned | None:
+        """Which trial is run in `folder`.
+
+        Raises: RefusedInput when the plan cannot be read."""
+        try:
+            return self.read().planned(folder.name) if self.exists else None
+        except Damaged as damaged:
+            raise RefusedInput(f"{damaged}.") from None
+
+    def launches(self, folder: Path) -> bool:
+        """Whether the sweep's present, or latest, start runs a trial in `folder`.
+
+        Raises: RefusedInput when the plan cannot be read."""
+        held = self._held.get(self.path.absolute())  # a full disk may have kept the latest start out of the file
+        if held is not None:
+            return folder.name in held.launched
+        return self.planned(folder) is not None and folder.name in self.read().launched
+
+    def next_attempt(self, trial: Planned) -> str:
+        """Name of a folder for one more attempt; what earlier ones left stays."""
+        return _name(trial, max(self._attempts(trial), default=0) + 1)
+
+    def attempt(self, trial: Planned) -> Attempt | None:
+        """How the latest attempt that is over ended; None when there is none, or none that can be read."""
+        for number in sorted(self._attempts(trial), reverse=True):
+            found = self.over(_name(trial, number))
+            if found is not None:
+                return found
+        return None
+
+    def damaged(self, trials: Sequence[Planned]) -> list[str]:
+        """What is wrong with attempts that seem to be over: they do not count. A line for each."""
+        found = []
+        for trial in trials:
+            for number in self._attempts(trial):
+                try:
+                    TrialFolder(self.path / _name(trial, number)).outline()
+                except Damaged as damaged:
+                    found.append(f"{damaged}; this attempt does not count")
+        return found
+
+    def _attempts(self, trial: Planned) -> list[int]:
+        """The numbers of the attempts whose folders are there, from 1. Anything else of such a name keeps it taken."""
+        first = _name(trial)
+        later = (path.name.removeprefix(f"{first}-") for path in self.path.glob(f"{first}-*"))
+        return [1] * os.path.lexists(self.path / first) + [int(number) for number in later if number.isdecimal()]
+
+    def over(self, name: str) -> Attempt | None:
+        """How the attempt in the folder `name` ended; None while it is not over, or when that cannot be read."""
+        found = _outline(TrialFolder(self.path / name))
+        if found is None:
+            return None
+        names = ("outcome", "reason", "seconds", "metrics", "warnings", "tags")
+        return Attempt(**{name: found[name] for name in names})
+
+    def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
+        """Complete the record above the trials. An outcome that no trial has any more is counted as 0: a store keeps
+        the last figure it was told.
+
+        Raises: OSError."""
+        plan = self.read()
+        plan.record.outcome = plan.record.tags["outcome"] = outcome.value
+        plan.record.ended_ms = round(time.time() * 1e3)
+        counts = Counter(attempt.outcome for attempt in attempts if attempt is not None)
+        plan.record.metrics = {"sweep/trials": float(len(attempts))}
+        kinds = (kind.value for kind in Outcome if kind is not Outcome.refused)
+        plan.record.metrics |= {f"sweep/{kind}": float(counts[kind]) for kind in kinds}
+        self.write(plan)
+
+    def end_for_dead(self) -> bool:
+        """Say of a sweep whose process is gone that it was killed; whether that was news.
+
+        Raises: OSError."""
+        plan = self.read()
+        if plan.record.outcome != RUNNING:
+            return False
+        plan.record.outcome = plan.record.tags["outcome"] = Outcome.killed.value
+        self.write(plan)
+        return True
+
+    def refuse_damaged_delivery(self) -> None:
+        """Raise Damaged where it is noted what the store was told, and that note cannot be read."""
+        whole(_Delivered, self.path / DELIVERED)
+
+    @property
+    def delivered_as_it_is(self) -> bool:
+        """Whether the store's record is the present one."""
+        record = self.read().record
+        with contextlib.suppress(Damaged):  # it is delivered once more, and noted again
+            found = whole(_Delivered, self.path / DELIVERED)
+            return found is not None and (found.outcome, found.ended_ms) == (record.outcome, record.ended_ms)
+        return False
+
+    def mark_delivered(self, run_id: str, record: Record) -> None:
+        """Remember the store's id and what it was told."""
+        try:
+            told = {"run_id": run_id, "outcome": record.outcome, "ended_ms": record.ended_ms}
+            write_json(self.path / DELIVERED, told)
+        except OSError:
+            return
+
+    def artifacts(self) -> list[Path]:
+        """What goes into the store beside the trials' own records."""
+        return [path for path in (self.path / PLAN, self.path / "trials.csv") if path.is_file()]
+
+
+def _name(trial: Planned, attempt: int = 1) -> str:
+    return f"{trial.number:04d}" + (f"-{attempt}" if attempt > 1 else "")
+
+
+def _outline(trial: TrialFolder) -> dict[str, Any] | None:
+    with contextlib.suppress(Damaged):
+        return trial.outline()
+    return None
+
+
+def outlines(root: Path) -> list[dict[str, Any]]:
+    """What the newest trials below `root` were and how long they took, for a forecast. One that cannot be read is
+    left out."""
+    folders = sorted(root.glob("*/*"), reverse=True)[:200]
+    found = []
+    for folder in folders:
+        for trial in (folder, *folder.glob("[0-9]*")):
+            outline = _outline(TrialFolder(trial))
+            if outline is not None:
+                found.append(outline)
+    return found

@@ -1,0 +1,347 @@
+"""What a trial leaves on disk, written so that a kill at any instant loses nothing that was said before it.
+
+`trial.json` says what was asked for and by which process. Events and samples follow line by line. `record.json`
+appears whole or not at all: with it the trial is over. `delivered.json` says which store has it.
+"""
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.events import Ended, Event, decode, encode
+from lora_lab.files import write_json, write_text
+from lora_lab.outcome import End, Outcome, end_said
+from lora_lab.reading import Damaged, lines, whole
+from lora_lab.secrets import clean
+from lora_lab.store.mlflow_store import Which
+from lora_lab.store.process_id import Owner
+from lora_lab.store.record import RUNNING, Record, complete, plain
+from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.summary import summarise
+
+ASKED = "trial.json"
+SEEN = "seen.json"
+IDLE = "idle.jsonl"
+RECORD = "record.json"
+DELIVERED = "delivered.json"
+SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What figures raise that are made of numbers of the right type which cannot be."""
+_NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
+LEFT_OVER = ("events.jsonl", "worker.log")
+"""What a trial whose input was refused leaves: how far it came."""
+
+_ARTIFACTS = (
+    *(
+        "config.yaml",
+        "environment.json",
+        ASKED,
+        *LEFT_OVER,
+        "samples.jsonl",
+        SEEN,
+        IDLE,
+        "traceback.txt",
+        "summary.json",
+    ),
+    "adapter",
+)
+"""What a trial writes and the store keeps with its run. record.json is not among them: it is the run itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is known before a trial starts, and is needed to record it if its process is killed."""
+
+    owner: Owner
+    t: float
+    """time.monotonic() seconds when it was asked for."""
+    tracking: TrackingConfig
+    record: Record
+    unix_minus_monotonic: float = field(default_factory=lambda: time.time() - time.monotonic())
+    """Seconds that turn an event's `t` into Unix time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Delivered:
+    """Which store has the record."""
+
+    run_id: str
+    store: Which | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outline:
+    """What summary.json holds of a trial."""
+
+    name: str = ""
+    outcome: Outcome
+    reason: str
+    seconds: float
+    point: str
+    device: str
+    metrics: dict[str, float]
+    absent: dict[str, str] = field(default_factory=dict)
+    warnings: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class _Journal:
+    """One line at a time, each in the file before the next thing happens. A disk that is full does not stop
+    the trial: what did not fit is kept in memory, and written at the end if there is room then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[str] = []
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._fault = False
+
+    def add(self, line: str) -> None:
+        self._lines.append(line + "\n")
+        if self._fault:
+            return
+        try:
+            self._file.write(self._lines[-1])
+        except OSError:
+            self._fault = True
+
+    def close(self) -> None:
+        """Let go of the file; never raises."""
+        try:
+            self._file.close()
+        except OSError:
+            self._fault = True
+
+    def complete(self) -> None:
+        """After `close`: write again what did not fit before.
+
+        Raises: OSError when it still does not."""
+        if self._fault:
+            write_text(self._path, "".join(self._lines))
+
+
+class TrialFolder:
+    """The folder of one trial."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events: _Journal | None = None
+        self._samples: _Journal | None = None
+
+    def begin(self, asked: Asked, config: TrialConfig, facts: dict[str, str], seen: Seen) -> None:
+        """Write what was asked for, and be ready for events and samples.
+
+        Raises: OSError when nothing can be written here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        write_json(self.path / "environment.json", facts)
+        write_json(self.path / SEEN, asdict(seen))
+        write_json(self.path / ASKED, asdict(asked))
+        self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
+
+    def note_event(self, event: Event) -> None:
+        """Keep an event."""
+        assert self._events is not None
+        self._events.add(encode(event))
+
+    def note_sample(self, sample: Sample) -> None:
+        """Keep a reading of the card."""
+        assert self._samples is not None
+        self._samples.add(sample.encode())
+
+    def note_seen(self, seen: Seen) -> None:
+        """Keep what the parent has seen by now."""
+        with contextlib.suppress(OSError):  # at the end it is written again
+            write_json(self.path / SEEN, asdict(seen))
+
+    def keep_idle(self, idle: Idle, samples: list[Sample], seen: Seen) -> None:
+        """Keep the card's draw at rest with the readings that it is made of.
+
+        Raises: OSError."""
+        seen.idle = idle
+        write_text(self.path / IDLE, "".join(f"{sample.encode()}\n" for sample in samples))
+        write_json(self.path / SEEN, asdict(seen))
+
+    def idle(self) -> tuple[Idle, list[Sample]] | None:
+        """The card's draw at rest and its readings; None where they are not both here.
+
+        Raises: Damaged."""
+        seen = whole(Seen, self.path / SEEN)
+        if seen is None or seen.idle is None or not (self.path / IDLE).is_file():
+            return None
+        samples, damaged = lines(self.path / IDLE, Sample.decode)
+        if damaged is not None:
+            raise damaged
+        return seen.idle, samples
+
+    def give_up(self) -> None:
+        """No trial after all: its input was refused."""
+        self._close()
+        for name in _ARTIFACTS:
+            if name not in LEFT_OVER and name != "adapter":
+                (self.path / name).unlink(missing_ok=True)
+
+    def finish(
+        self,
+        asked: Asked,
+        end: End,
+        events: list[Event],
+        samples: list[Sample],
+        seen: Seen,
+        over_ms: int | None = None,
+    ) -> tuple[Record, Summary]:
+        """Summarise, complete the record, and put both on disk; `record.json` comes last.
+
+        Args:
+            over_ms: when it was over (Unix time), where no event tells; by default now.
+
+        A disk that is full leaves the record in memory, with a warning: the store can still take it.
+        """
+        record = asked.record
+        summary = summarise(events, samples, seen, asked.t)
+        record.ended_ms = over_ms or round(time.time() * 1e3)
+        complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+        journals = self._close()
+        try:
+            clean(self.path / "worker.log")
+            for journal in journals:
+                journal.complete()
+            if end.traceback:
+                write_text(self.path / "traceback.txt", end.traceback)
+            write_json(self.path / SEEN, asdict(seen))
+            write_json(self.path / "summary.json", _outline(record) | asdict(summary))
+            write_json(self.path / RECORD, asdict(record))
+        except OSError as error:
+            summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
+        return record, summary
+
+    def _close(self) -> list[_Journal]:
+        journals = [journal for journal in (self._events, self._samples) if journal is not None]
+        for journal in journals:
+            journal.close()
+        return journals
+
+    def asked(self) -> Asked | None:
+        """What was asked for here; None where no trial began, or one of an older version.
+
+        Raises: Damaged."""
+        asked = whole(Asked, self.path / ASKED)
+        if asked is None and (self.path / RECORD).is_file() and not self.delivered:
+            raise Damaged(self.path / ASKED, "", f"is missing, though {RECORD} is there")
+        return asked
+
+    def record(self) -> Record | None:
+        """The whole record; None while the trial is not over.
+
+        Raises: Damaged."""
+        record = whole(Record, self.path / RECORD)
+        if record is not None and (record.outcome == RUNNING or record.outcome not in Outcome.__members__):
+            raise Damaged(self.path / RECORD, "outcome", "is none that a trial ends with")
+        return record
+
+    def outline(self) -> dict[str, Any] | None:
+        """Outcome, reason, seconds and figures, without the series; None while the trial is not over.
+
+        Raises: Damaged, also where no store has the record and it cannot be read."""
+        if (not self.delivered and self.record() is None) or not (self.path / RECORD).is_file():
+            return None
+        outline = whole(_Outline, self.path / "summary.json")
+        if outline is None:
+            raise Damaged(self.path / "summary.json", "", f"is missing, though {RECORD} is there")
+        return asdict(outline) | {"outcome": outline.outcome.value}
+
+    def finish_for_dead(self, asked: Asked) -> Record:
+        """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of
+        that is left out, with a warning in the record.
+
+        Raises: Damaged where that makes no sense."""
+        try:
+            events, samples, seen, damaged = self.told()
+        except Damaged as fault:
+            if (self.path / SEEN).is_dir():  # it could not be written again
+                raise
+            seen = Seen(no_sensor=_NOT_SEEN)
+            events, samples, damaged = self._lines()
+            damaged.append(fault)
+        seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
+        try:
+            return self._finish_for_dead(asked, events, samples, seen)
+        except SENSELESS as error:
+            raise Damaged(
+                self.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})"
+            ) from error
+
+    def _finish_for_dead(self, asked: Asked, events: list[Event], samples: list[Sample], seen: Seen) -> Record:
+        said = next((event for event in events if isinstance(event, Ended)), None)
+        if said is not None:
+            end = end_said(said)
+        else:
+            why = "the process that ran lora_lab was gone: killed, or the machine stopped"
+            end = End(outcome=Outcome.killed, reason=why)
+        # one that had said nothing yet is over as it began: nobody knows better
+        return self.finish(asked, end, events, samples, seen, asked.record.started_ms)[0]
+
+    def told(self) -> tuple[list[Event], list[Sample], Seen, list[Damaged]]:
+        """Everything that the figures are made of, as it stands here, and what is wrong with a line of it: those
+        after it are not read.
+
+        Raises: Damaged."""
+        seen = whole(Seen, self.path / SEEN)
+        events, samples, damaged = self._lines()
+        return events, samples, seen or Seen(no_sensor=_NOT_SEEN), damaged
+
+    def _lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
+        events, fault = lines(self.path / "events.jsonl", decode)
+        samples, other = lines(self.path / "samples.jsonl", Sample.decode)
+        return events, samples, [one for one in (fault, other) if one is not None]
+
+    @property
+    def delivered(self) -> bool:
+        """Whether a store has the record. Where that cannot be read it is delivered once more, which changes nothing,
+        and noted again."""
+        return self._delivered() is not None
+
+    @property
+    def delivered_to(self) -> Which | None:
+        """Which store was given the record; None where that was not noted."""
+        delivered = self._delivered()
+        return None if delivered is None else delivered.store
+
+    def refuse_damaged_delivery(self) -> None:
+        """Raise Damaged where it is noted that a store has the record, and that note cannot be read."""
+        whole(_Delivered, self.path / DELIVERED)
+
+    def _delivered(self) -> _Delivered | None:
+        with contextlib.suppress(Damaged):
+            return whole(_Delivered, self.path / DELIVERED)
+        return None
+
+    def mark_delivered(self, run_id: str, which: Which | None = None) -> None:
+        """Remember which store has the record, and its id of the run. On a full disk the next start delivers again,
+        which changes nothing."""
+        try:
+            write_json(self.path / DELIVERED, {"run_id": run_id} | ({"store": asdict(which)} if which else {}))
+        except OSError:
+            return
+
+    def artifacts(self) -> list[Path]:
+        """What goes into the store with the figures: what the trial itself wrote, by name."""
+        there = (self.path / name for name in sorted(_ARTIFACTS))
+        return [path for path in there if path.exists() and not path.is_symlink()]
+
+
+def _outline(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "outcome": record.outcome,
+        "reason": record.tags.get("reason", ""),
+        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
+        "point": record.tags.get("point", ""),
+        "device": record.tags.get("device", ""),
+    }

@@ -1,0 +1,1 @@
+"""Many trials: a grid planned, checked, run in blocks and resumed."""

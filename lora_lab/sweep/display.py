@@ -1,0 +1,124 @@
+"""What a person sees of a sweep: the forecast, a line a trial, the table at the end."""
+
+import csv
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from lora_lab.store.sweep_folder import Attempt, Planned
+from lora_lab.trial.standing import FIGURES, clock, colour, estimate
+
+_WIDE = 160
+
+_SAY_SECONDS = 10.0
+"""How often a line is printed where no live bar can be drawn."""
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Something that is done `total` times; what is given takes how often that was until now. A bar on a terminal, a
+    line now and then elsewhere."""
+    console = Console(stderr=True)
+    said = time.monotonic()
+
+    def seen(done: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done)
+        if not console.is_terminal and time.monotonic() - said > _SAY_SECONDS:
+            said = time.monotonic()
+            console.print(f"  {what}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield seen
+
+
+def show_forecast(
+    folder: Path, trials: Sequence[Planned], pending: Sequence[Planned], earlier: Sequence[dict[str, Any]]
+) -> None:
+    """What is going to be run and how long that takes, judged by `earlier` trials on the same device."""
+    points, repeats = len({trial.point for trial in trials}), 1 + max(trial.repeat for trial in trials)
+    console = Console(file=sys.stdout)
+    what = f"{len(trials)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
+    done = len(trials) - len(pending)
+    console.print(what + (f", {done} of them done already" if done else ""), highlight=False)
+    ran = [(outline["point"], outline["seconds"]) for outline in earlier if outline["outcome"] == "finished"]
+    seconds, unknown = estimate(pending, ran)
+    if not pending:
+        said = "nothing left to do"
+    elif unknown == len(pending):
+        said = "time: unknown, none of these points has finished here before"
+    elif unknown:
+        said = f"time: {clock(seconds)} for the points that finished here before, unknown for {unknown} others"
+    else:
+        said = f"time: about {clock(seconds)}, as these points took here before"
+    console.print(said, highlight=False)
+    console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
+    """Every trial with its figures, then every trial that did not finish with its reason."""
+    shown = [figure for figure in FIGURES if any(a is not None and figure[1] in a.metrics for a in attempts)]
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
+    repeated = any(trial.repeat for trial in trials)
+    table = Table()
+    for key in (*keys, *(["repeat"] if repeated else [])):
+        table.add_column(key.rpartition(".")[2], overflow="fold")
+    table.add_column("outcome", no_wrap=True)
+    for name, _, _ in shown:
+        table.add_column(name, justify="right")
+    for trial, attempt in _in_order(trials, attempts):
+        outcome = attempt.outcome if attempt else "not run"
+        metrics = attempt.metrics if attempt else {}
+        cells = [escape(trial.settings.get(key, "")) for key in keys] + ([str(trial.repeat)] if repeated else [])
+        cells.append(f"[{colour(outcome)}]{outcome}[/]")
+        cells += [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
+        table.add_row(*cells)
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=_WIDE)  # a log file has no edge
+    console.print(table)
+    for trial, attempt in _in_order(trials, attempts):
+        if attempt is not None and attempt.reason:
+            said = f"{attempt.outcome}: {trial.name}: {attempt.reason}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if attempt is not None and attempt.tags.get("validity") in ("invalid", "doubtful"):
+            said = f"{attempt.tags['validity']}: {trial.name}: {attempt.tags['validity_reasons']}"
+            console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    warned = Counter(warning for attempt in attempts if attempt for warning in set(attempt.warnings))
+    for warning, count in warned.items():
+        which = "all trials" if count == len(trials) else f"{count} of {len(trials)} trials"
+        console.print(f"[yellow]warning[/yellow] ({which}): {escape(warning)}", highlight=False, soft_wrap=True)
+    counts = Counter(attempt.outcome if attempt else "not run" for attempt in attempts)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()), highlight=False)
+
+
+def write_table(path: Path, trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
+    """The same as one row a trial, for other programs.
+
+    Raises: OSError."""
+    names = sorted({name for attempt in attempts if attempt for name in attempt.metrics})
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "repeat", "outcome", "reason", "seconds", *names])
+        for trial, attempt in _in_order(trials, attempts):
+            if attempt is None:
+                rows.writerow([trial.label, trial.repeat, "not run"])
+                continue
+            figures = [attempt.metrics.get(name, "") for name in names]
+            rows.writerow([trial.label, trial.repeat, attempt.outcome, attempt.reason, attempt.seconds, *figures])
+
+
+def _in_order(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> list[tuple[Planned, Attempt | None]]:
+    """Points in the order they were asked for, repeats of a point together."""
+    first = {trial.point: trial.asked_place for trial in trials}
+    return sorted(zip(trials, attempts, strict=True), key=lambda pair: (first[pair[0].point], pair[0].repeat))

@@ -1,0 +1,125 @@
+"""Which trials a sweep consists of, in which order, and which of them an earlier sweep has done."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.reading import Damaged
+from lora_lab.store.fingerprint import digest
+from lora_lab.store.outbox import MULTIRUN
+from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridPoint:
+    """One point of a grid, as asked for."""
+
+    overrides: list[str]
+    config: TrialConfig
+    digest: str
+    conditions: dict[str, str]
+    """What besides the config decides the result."""
+
+
+def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
+    """Every point `repeats` times, as blocks: all points once before any point again, in a random order inside each
+    block (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
+    settings = _settings(points)
+    trials: list[Planned] = []
+    for repeat in range(repeats):
+        order = random.Random(f"{seed} {repeat}").sample(range(len(points)), len(points))
+        for place in order:
+            point = points[place]
+            overrides = [o for o in point.overrides if o.partition("=")[0] != "seed"]
+            trials.append(
+                Planned(
+                    number=len(trials),
+                    settings=settings[place],
+                    asked_place=place,
+                    repeat=repeat,
+                    overrides=[*overrides, f"seed={point.config.seed + repeat}"],
+                    point=point.digest,
+                    fingerprint=digest([point.digest, repeat, point.conditions]),
+                )
+            )
+    return trials
+
+
+def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
+    """The points, each once: a grid can name the same config twice."""
+    first: dict[str, GridPoint] = {}
+    for point in points:
+        first.setdefault(point.digest, point)
+    return list(first.values())
+
+
+def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
+    """For each point the settings in which it differs from others; for a single point all that were asked for."""
+    asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
+    values: dict[str, set[str]] = {}
+    for settings in asked:
+        for key, value in settings.items():
+            values.setdefault(key, set()).add(value)
+    same = {key for key, seen in values.items() if len(seen) == 1 and all(key in settings for settings in asked)}
+    fixed = same if len(points) > 1 else set()
+    return [{key: value for key, value in settings.items() if key not in fixed} for settings in asked]
+
+
+def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:
+    """The newest sweep that has some of these trials (in `folder`, or below multirun/), and the trials as that
+    sweep numbers them, with those it does not have added; None when there is none."""
+    wanted = {trial.fingerprint for trial in trials}
+    for sweep, plan in _earlier_sweeps(folder):
+        there = {trial.fingerprint: trial for trial in plan.trials}
+        if not wanted & there.keys():
+            continue
+        asked = []
+        for trial in trials:
+            known = there.get(trial.fingerprint)
+            if known is None:
+                known = replace(trial, number=len(plan.trials))
+                plan.trials.append(known)
+            # what cannot change a result (a time limit, say) is as asked for now
+            asked.append(replace(trial, number=known.number))
+        return sweep, sorted(asked, key=lambda trial: trial.number)
+    return None
+
+
+def done_elsewhere(points: Sequence[GridPoint]) -> list[str]:
+    """What of these points was done under other conditions, and what differs; a line for each earlier sweep."""
+    conditions = {point.digest: point.conditions for point in points}
+    said = []
+    for sweep, plan in _earlier_sweeps():
+        differing: set[str] = set()
+        shared = [t for t in plan.trials if t.point in conditions and (sweep.attempt(t) is not None)]
+        for trial in shared:
+            differing |= _differences(plan.conditions.get(trial.point, {}), conditions[trial.point])
+        if differing:
+            what = ", ".join(sorted(differing))
+            said.append(f"{len(shared)} trials in {sweep.path} ran under other conditions: {what}")
+    return said
+
+
+def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
+    keys = {key for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
+    return {f"{key} {then.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys}
+
+
+def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
+    """`first`, then what is below multirun/, newest first: the folders are named by date and time. What cannot be read
+    there is passed over: each start names it.
+
+    Raises: RefusedInput when `first`, which the user named, cannot be read."""
+    there = (path.parent.absolute() for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
+    for sweep in map(SweepFolder, (*first, *there)):
+        if not sweep.exists:
+            continue
+        try:
+            plan = sweep.read()
+        except Damaged as damaged:
+            if sweep.path in first:
+                raise RefusedInput(f"{damaged}.") from None
+            continue
+        yield sweep, plan

@@ -1,0 +1,401 @@
+"""A sweep: every point of a grid, checked before the first is run, in blocks, and taken up again where it stopped.
+
+Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `sweep`.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from lora_lab.composition.arguments import MOST_POINTS, refuse_uncountable
+from lora_lab.composition.compose import load
+from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
+from lora_lab.composition.hydra_errors import COMPOSING
+from lora_lab.config import Isolation, RefusedInput, TrialConfig
+from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
+from lora_lab.reading import Damaged
+from lora_lab.secrets import without_secrets
+from lora_lab.store.environment import device_facts, environment
+from lora_lab.store.fingerprint import conditions, point_digest
+from lora_lab.store.folder_checks import refuse_moving, refuse_sweep_folder
+from lora_lab.store.outbox import MULTIRUN, Store, absolute, owner_tags, remember_outside
+from lora_lab.store.process_id import this_process
+from lora_lab.store.record import RUNNING, Record
+from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
+from lora_lab.sweep.display import progress, show_forecast, show_table, write_table
+from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
+from lora_lab.trial import worker_process
+from lora_lab.trial.devices import choose_card
+from lora_lab.trial.session import look_after_earlier_runs, refuse_secret_name, refuse_unusable
+
+
+@dataclass
+class GridConf:
+    """The keys below hydra.sweeper; a preset under conf/sweep/ sets them."""
+
+    _target_: str = "hydra_plugins.lora_lab_grid.GridSweeper"
+    params: dict[str, str] = field(default_factory=dict)
+    """A grid: for each key its values, separated by commas."""
+    points: list[str] | None = None
+    """Points that are no grid: a line of overrides for each. Together with params, each point gets that grid."""
+    assumptions: list[str] | None = None
+    """What a preset had to assume; shown before the sweep and kept in its record."""
+
+
+_CHECK_LOG = "check.log"
+
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
+
+
+class Grid(Sweeper):
+    """Hydra's sweeper of this project."""
+
+    def __init__(
+        self,
+        params: dict[str, str] | None = None,
+        points: list[str] | None = None,
+        assumptions: list[str] | None = None,
+    ) -> None:
+        self._params = dict(params or {})
+        self._lines = list(points or [""])
+        self._assumptions = list(assumptions or [])
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's call before `sweep`."""
+        self._context = hydra_context
+        self._config = config
+        self._launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run every point; leaves through SystemExit with the sweep's exit code."""
+        try:
+            combinations = self._combinations(arguments)
+            COMPOSING.over()
+            code = self._run(combinations, arguments)
+        except RefusedInput as refusal:
+            COMPOSING.over()
+            print(f"Refused, no trial was started:\n{refusal}", file=sys.stderr)
+            code = EXIT_REFUSED
+        sys.stdout.flush()
+        raise SystemExit(code)
+
+    def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each point. What the command line says beats the preset's point, which beats its grid."""
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        params = [f"{key}={values}" for key, values in self._params.items()]
+        found: list[list[str]] = []
+        try:
+            for override in parser.parse_overrides(list(arguments)):
+                if override.key_or_group == "sweep" and override.is_sweep_override():
+                    raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
+            for line in self._lines:
+                overrides = parser.parse_overrides([*params, *_words(line), *arguments])
+                refuse_uncountable(overrides, len(found))
+                [combinations] = BasicSweeper.split_arguments(overrides, None)
+                found += combinations
+        except HydraException as error:
+            raise RefusedInput(explain(error)) from error
+        if not found:
+            raise RefusedInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
+        return found
+
+    def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
+        points = self._points(combinations)
+        first = points[0].config
+        if first.isolation is Isolation.process:
+            worker_process.prepare()  # imports torch in the background
+        store = Store(absolute(first.tracking))
+        look_after_earlier_runs(store)
+        new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
+        refuse_secret_name(new.path)
+        refuse_moving(self._config.hydra.job.chdir)
+        refuse_sweep_folder(new.path, first.tracking)
+        found = self._earlier(points, new) if first.resume else None
+        folder = found[0] if found else new
+        with _alone(folder):
+            trials = found[1] if found else self._plan_anew(points, new)
+            pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
+            if found:
+                _refuse_unfit(folder, [point for point in points if point.digest in {t.point for t in pending}])
+            for assumption in self._assumptions:
+                Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
+            here = {point.conditions["device"] for point in points}
+            earlier = [outline for outline in outlines(MULTIRUN) if outline["device"] in here]
+            show_forecast(folder.path, trials, pending, earlier)
+            self._write_plan(folder, trials, points, arguments)
+            code = self._launch(folder, pending, store) if pending else 0
+            return self._finish(folder, trials, store, code)
+
+    def _points(self, combinations: list[list[str]]) -> list[GridPoint]:
+        """Compose every point.
+
+        Raises: RefusedInput with every fault of every point."""
+        points: list[GridPoint] = []
+        faults: dict[str, list[str]] = {}
+        for overrides in _with_progress(combinations, "composing the points"):
+            try:
+                config = self._compose(overrides)
+                refuse_unusable(config)
+                now = _conditions(config)
+            except RefusedInput as refusal:
+                for fault in refusal.faults:
+                    faults.setdefault(fault, []).append(" ".join(overrides))
+                continue
+            if not points:
+                _refuse_too_many(len(combinations) * config.repeats)
+            digest = point_digest(config)
+            points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
+        _refuse(faults, len(combinations))
+        return without_twins(points)
+
+    def _compose(self, overrides: list[str]) -> TrialConfig:
+        try:
+            composed = self._context.config_loader.load_sweep_config(self._config, overrides)
+        except COMPOSITION_ERRORS as error:
+            raise RefusedInput(explain(error)) from error
+        with open_dict(composed):
+            del composed["hydra"]
+        return load(composed)
+
+    def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
+        """The sweep to go on with, and its trials; None, said aloud, when there is none."""
+        trials = plan_trials(points, points[0].config.repeats, points[0].config.seed)
+        found = take_up(trials, new.path)
+        if found is not None:
+            print(f"resuming the sweep in {found[0].path}")
+            for line in found[0].damaged(found[1]):
+                print(f"warning: {line}")
+            _warn_of_other_figures(found[0])
+            return found
+        print("no earlier sweep has these points under the present conditions: this is a new one")
+        for line in done_elsewhere(points):
+            print(line)
+        return None
+
+    def _plan_anew(self, points: list[GridPoint], folder: SweepFolder) -> list[Planned]:
+        if folder.exists:
+            raise RefusedInput(
+                f"{folder.path} holds a sweep already; add resume=true to go on with it, or name another folder."
+            )
+        _refuse_unfit(folder, points)
+        # only now: the check may have fetched a hub model's description, and with it its commit
+        points[:] = [replace(point, conditions=_conditions(point.config)) for point in points]
+        return plan_trials(points, points[0].config.repeats, points[0].config.seed)
+
+    def _write_plan(
+        self, folder: SweepFolder, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str]
+    ) -> None:
+        """On disk before the first trial; on resume the plan that is there is brought up to date."""
+        owner = this_process()
+        facts = owner_tags(owner, folder.path)
+        now = {point.digest: point.conditions for point in points}
+        try:
+            first = points[0].config
+            if folder.exists:
+                plan = folder.read()
+                asked = {trial.number: trial for trial in trials}
+                plan.trials = [asked.pop(trial.number, trial) for trial in plan.trials] + list(asked.values())
+                plan.owner, plan.conditions, plan.tracking = owner, plan.conditions | now, absolute(first.tracking)
+                plan.record.tags |= facts
+            else:
+                record = self._record(trials, points, arguments, facts)
+                plan = Plan(
+                    owner=owner, tracking=absolute(first.tracking), record=record, conditions=now, trials=trials
+                )
+            folder.write(plan)
+        except OSError as error:
+            raise RefusedInput(
+                f"nothing can be written to {folder.path} ({error.strerror}). Make room there."
+            ) from error
+
+    def _record(
+        self, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]
+    ) -> Record:
+        preset = self._config.hydra.runtime.choices.get("sweep")
+        axes: dict[str, list[str]] = {}
+        for point in points:
+            for override in point.overrides:
+                key, _, value = override.partition("=")
+                if value not in axes.setdefault(key, []):
+                    axes[key].append(value)
+        varied = {key: values for key, values in axes.items() if len(values) > 1}
+        params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
+        params |= {"points": str(len(points)), "repeats": str(points[0].config.repeats), "trials": str(len(trials))}
+        if preset:
+            params["sweep"] = str(preset)
+        words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
+        tags = environment() | device_facts(choose_card(points[0].config.device)) | facts | {"command": words}
+        if self._assumptions:
+            tags["assumptions"] = "; ".join(self._assumptions)
+        name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
+        return Record(name=name, is_sweep=True, params=params, tags=tags)
+
+    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Store) -> int:
+        """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
+        remember_outside(folder.path)
+        plan = folder.read()
+        plan.record.outcome = plan.record.tags["outcome"] = RUNNING
+        plan.launched = [folder.next_attempt(trial) for trial in pending]
+        folder.hold(plan)
+        with suppress(OSError):
+            folder.write(plan)
+        store.deliver_sweep(folder)
+        place = f"hydra.sweep.dir={_quoted(str(folder.path))}"
+        jobs = [
+            [*trial.overrides, place, f"hydra.sweep.subdir={_quoted(name)}"]
+            for trial, name in zip(pending, plan.launched, strict=True)
+        ]
+        with open_dict(self._config):
+            OmegaConf.set_readonly(self._config, False)
+            OmegaConf.set_readonly(self._config.hydra, False)
+            self._config.hydra.sweep.dir = str(folder.path)
+        try:
+            returned: Sequence[JobReturn] = self._launcher.launch(jobs, initial_job_idx=0)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        broken = [job for job in returned if job.status is JobStatus.FAILED]
+        for job in broken:
+            print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
+        return 1 if broken else 0
+
+    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int) -> int:
+        """Delivery of what the store did not take at once, table, exit code."""
+        attempts = [folder.attempt(trial) for trial in trials]
+        codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
+        code = code or combined_exit_code(codes)
+        places: list[str] = []
+        if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
+            whole = folder.read().trials  # earlier starts may have asked for more
+            try:
+                write_table(folder.path / "trials.csv", whole, [folder.attempt(trial) for trial in whole])
+            except OSError as error:
+                places.append(f"{folder.path / 'trials.csv'} was not written ({error.strerror})")
+            with suppress(OSError):
+                ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
+                folder.end(ended, [folder.attempt(trial) for trial in whole])
+            run_id = store.deliver_all(folder)
+            places += store.where(run_id) if run_id else []
+            if store.fault:
+                places.append(store.outlook("the records"))
+        show_table(trials, attempts)
+        if any(attempt is None or not attempt.done for attempt in attempts):
+            places.append("to run again what was not measured: the same command with resume=true")
+        for place in places:
+            print(place)
+        return code
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise RefusedInput(f"hydra.sweeper.points: {line} can't be split into overrides ({error}).") from error
+
+
+@contextmanager
+def _alone(folder: SweepFolder) -> Iterator[None]:
+    """The right to run this sweep, for one process at a time. A folder that was made for nothing is taken away again.
+
+    Raises: RefusedInput when another process has it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        which = "another process"
+        with suppress(Damaged):  # or it has not written its plan yet
+            which = f"process {folder.read().owner.pid}"
+        raise RefusedInput(
+            f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
+        ) from None
+    try:
+        yield
+    finally:
+        if not folder.exists:
+            for name in (".sweep.lock", _CHECK_LOG):
+                (folder.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it may be a folder of the user's, with files in it
+                folder.path.rmdir()
+        lock.release()
+
+
+def _conditions(config: TrialConfig) -> dict[str, str]:
+    return conditions(config, choose_card(config.device))
+
+
+def _refuse_too_many(count: int) -> None:
+    if count > MOST_POINTS:
+        raise RefusedInput(
+            f"the sweep would have {count:,} trials; {MOST_POINTS:,} is the most. Sweep fewer values, use "
+            "fewer repeats, or run it in parts."
+        )
+
+
+def _warn_of_other_figures(folder: SweepFolder) -> None:
+    """Say when the code that makes figures has changed since the sweep began: what was measured is still the same."""
+    then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
+    if then not in (None, now):
+        print(
+            f"warning: the code that makes figures of what is measured (lora_lab/telemetry) has changed since this "
+            f"sweep began ({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows what it makes of an earlier "
+            "trial's files.",
+            file=sys.stderr,
+        )
+
+
+def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
+    """Raise RefusedInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
+    chosen = [point for point in points if point.config.isolation is Isolation.process]
+    if not chosen:
+        return
+    with progress("looking at rows and models of the points", len(chosen)) as seen:
+        found, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
+    if untold:
+        print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
+    faults: dict[str, list[str]] = {}
+    for point, fault in zip(chosen, found, strict=True):
+        if fault:
+            faults.setdefault(fault, []).append(" ".join(point.overrides))
+    _refuse(faults, len(points))
+
+
+def _refuse(faults: dict[str, list[str]], count: int) -> None:
+    if not faults:
+        return
+    lines = []
+    for fault, where in faults.items():
+        which = "every point" if len(where) == count else f"{len(where)} of {count} points, the first: {where[0]}"
+        lines.append(f"{fault}\n  ({which})" if count > 1 else fault)
+    raise RefusedInput(*lines)
+
+
+def _with_progress(items: list[list[str]], what: str) -> Iterator[list[str]]:
+    with progress(what, len(items)) as seen:
+        for done, item in enumerate(items, 1):
+            yield item
+            seen(done)
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra's grammar takes it whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

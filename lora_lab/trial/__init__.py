@@ -1,0 +1,1 @@
+"""One trial from the parent's side: device, worker process, sensors, result."""

@@ -1,0 +1,133 @@
+"""Which card a trial runs on, and whether that card can do what is asked."""
+
+import importlib.util
+import os
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+from lora_lab.config import Checkpointing, DType, EngineKind, RefusedInput, TrialConfig
+from lora_lab.outcome import Unsupported
+from lora_lab.telemetry.nvml import Card, visible_cards
+from lora_lab.telemetry.sampler import SensorFailed
+from lora_lab.trial.variables import of_worker
+
+_NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
+"""CUDA's compute capability from which a card calculates in that format."""
+
+
+def choose_card(device: str) -> Card | None:
+    """The card that `device` names; None for the CPU.
+
+    Raises: RefusedInput when it names a card that is not there.
+    """
+    if device == "cpu":
+        return None
+    try:
+        there = visible_cards()
+    except SensorFailed as error:
+        raise RefusedInput(
+            f"device={device}: this machine's NVIDIA driver does not answer ({error}). Mend it (a reboot after a "
+            "driver update often does), or use device=cpu."
+        ) from error
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "auto" and not there and hidden:
+        raise RefusedInput(
+            f"device=auto: CUDA_VISIBLE_DEVICES={hidden} names no card of this machine. Unset it, name a card as "
+            "nvidia-smi -L does, or use device=cpu."
+        )
+    if device == "auto":
+        return there[0] if there else None
+    numbered = re.fullmatch(r"gpu:(\d+)", device)
+    for card in there:
+        if card.uuid == device or (numbered and card.index == int(numbered[1])):
+            return card
+    listed = ", ".join(f"gpu:{card.index} ({card.name}, {card.uuid})" for card in there) or "no NVIDIA card"
+    limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+    within = "" if limit is None else f" within CUDA_VISIBLE_DEVICES={limit!r}"
+    raise RefusedInput(
+        f"device={device} is not there; this machine shows {listed}{within}. Use device=auto or device=cpu."
+    )
+
+
+def worker_environment(card: Card | None) -> dict[str, str]:
+    """What shows a worker its one card, and hides the others."""
+    return of_worker(card.uuid if card else "")
+
+
+def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
+    """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
+    is to be limited to, or the machine lacks what the trial's engine needs."""
+    _refuse_engine(config.engine.kind, card)
+    if card is None and config.gradient_checkpointing is Checkpointing.offloaded:
+        raise Unsupported(
+            "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the "
+            "CPU. Use gradient_checkpointing=full."
+        )
+    limit = config.vram_limit_gib
+    if limit is not None and card is None:
+        raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")
+    if limit is not None and card is not None and limit * 2**30 > card.total_bytes:
+        has = card.total_bytes / 2**30
+        raise Unsupported(f"vram_limit_gib={limit:g} is more than {card.name} has ({has:.1f} GiB).")
+    needed = _NEEDS_CAPABILITY.get(config.precision.dtype)
+    if card is None or needed is None or card.compute_capability >= needed:
+        return
+    have = ".".join(map(str, card.compute_capability))
+    other = "precision=fp16 or precision=fp32" if config.precision.dtype is DType.bf16 else "precision=fp32"
+    raise Unsupported(
+        f"precision={config.precision.dtype.name} needs compute capability {needed[0]}.{needed[1]}; "
+        f"{card.name} has {have}. Use {other}."
+    )
+
+
+def _refuse_engine(kind: EngineKind, card: Card | None) -> None:
+    if card is None and kind in (EngineKind.liger, EngineKind.graph):
+        needs = "liger-kernel's kernels are Triton's" if kind is EngineKind.liger else "CUDA graphs are NVIDIA's"
+        raise Unsupported(
+            f"engine={kind.name} needs an NVIDIA GPU ({needs}), and this trial runs on the CPU. "
+            "Use engine=eager or engine=compile."
+        )
+    if kind is EngineKind.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise Unsupported(
+            "engine=liger needs the package liger-kernel, which is not installed. Type:\n"
+            "  pip install 'liger-kernel>=0.8'\nor use engine=eager."
+        )
+    if kind in (EngineKind.compile, EngineKind.graph):
+        missing = missing_to_compile(card)
+        if missing:
+            raise Unsupported(
+                f"engine={kind.name} compiles code on this machine, and there is no {' and no '.join(missing)}. "
+                "Install what is missing (on Debian and Ubuntu: apt install build-essential python3-dev), or use "
+                "engine=eager."
+            )
+        spaced = None if card else folder_with_a_space()
+        if spaced:
+            raise Unsupported(
+                f"engine={kind.name} on the CPU: torch hands the compiler its own folder and its cache unquoted, and "
+                f"there is a space in {spaced}. Use an environment and a cache (TORCHINDUCTOR_CACHE_DIR) without, or "
+                "engine=eager."
+            )
+
+
+def folder_with_a_space() -> str | None:
+    """One of those that torch names to g++, where there is such."""
+    torch = importlib.util.find_spec("torch")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or worker_environment(None)["TORCHINDUCTOR_CACHE_DIR"]
+    return next((place for place in (torch and torch.origin, cache) if place and " " in place), None)
+
+
+def missing_to_compile(card: Card | None) -> list[str]:
+    """What torch.compile lacks here, for people: Triton builds its launchers in C, and kernels for a CPU are C++."""
+    variable, language, known = ("CC", "C", ("gcc", "clang")) if card else ("CXX", "C++", ("g++",))
+    named = os.environ.get(variable)
+    missing = []
+    if named and not shutil.which(named):
+        missing.append(f"{variable}={named}")
+    elif not named and not any(map(shutil.which, known)):
+        missing.append(f"{language} compiler ({' or '.join(known)}; {variable}=... names another)")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        missing.append(f"Python.h in {headers}")
+    return missing

@@ -1,0 +1,112 @@
+"""The server that workers are forked from: started once, asked for workers, replaced when it does not answer."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+
+from lora_lab.trial.variables import of_server
+
+ANSWER_SECONDS = 180.0
+"""What the server has to import torch and to fork a worker, and the worker to say its first word. It takes seconds; a
+slow network disk makes a minute of them."""
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["lora_lab.worker.preload"])
+
+
+def prepare() -> None:
+    """Start the server. Returns at once; the server imports torch, some seconds' work, meanwhile. It must not see a
+    GPU: importing would initialise CUDA, which can't be forked."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
+    with changed_environment(of_server()):
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Set these variables for a while; None takes one out."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set(changes)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> str:
+    """Have the server fork `worker`; a server that does not answer, or that dies over it, is replaced once.
+
+    Args:
+        interrupt: has something to read when Ctrl-C was pressed.
+        seconds: how long an answer may take.
+
+    Returns: empty, or why there is no worker.
+
+    Raises: KeyboardInterrupt.
+    """
+    why = ""
+    for _ in range(2):
+        prepare()
+        why = _ask(worker, interrupt, seconds)
+        if not why:
+            break
+    return why
+
+
+def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> str:
+    """In a thread, since Python waits for the server's answer without a limit and deaf to a Ctrl-C that is not raised.
+    The server's end also ends that wait."""
+    answered, asked = multiprocessing.Pipe(duplex=False)
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        with asked:
+            try:
+                worker.start()
+            except (OSError, EOFError) as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=ask, name="asks for a worker")
+    with answered, changed_environment(of_server()):  # a server may be started here too
+        thread.start()
+        ready = wait([answered, interrupt], seconds)
+        if answered not in ready or failed:
+            end_server()
+        thread.join()
+    if interrupt in ready:
+        raise KeyboardInterrupt
+    if not failed:
+        return ""
+    did = "ended" if answered in ready else f"did not answer within {seconds:g} s"
+    return f"the server that workers are forked from {did}, and so did the one after it"
+
+
+def end_server() -> None:
+    """End the server, whatever state it is in. One that ended by itself could not import what workers need: the next
+    one imports nothing, and each worker, which does then, has the error in its log."""
+    server = forkserver._forkserver
+    pid: int | None = server._forkserver_pid  # type: ignore[attr-defined]  # the module has no public way to end it
+    if pid is None:
+        return
+    os.kill(pid, signal.SIGKILL)  # also ends one that is stopped; does nothing to one that is dead
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    server._stop()  # type: ignore[attr-defined]
+    if found is not None and (
+        found.si_code == os.CLD_EXITED or found.si_status not in (signal.SIGKILL, signal.SIGTERM)
+    ):
+        context.set_forkserver_preload([])

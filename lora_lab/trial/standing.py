@@ -1,0 +1,82 @@
+"""What a sweep's trial prints when it ends: a line with its figures, and how far the sweep is."""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+
+from lora_lab.outcome import End, Outcome
+from lora_lab.store.record import Record
+from lora_lab.store.sweep_folder import Planned, SweepFolder
+from lora_lab.telemetry.figures import Summary
+
+FIGURES = (
+    ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
+    ("VRAM GiB", "vram/peak_allocated_gib", "{:.2f}"),
+    ("card GiB", "vram/peak_device_gib", "{:.2f}"),
+    ("J/token", "energy/joules_per_token", "{:.4f}"),
+    ("held-out loss", "loss/eval", "{:.4f}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a start of a sweep is."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+    """None while nothing is known to judge by."""
+
+
+def standing(folder: SweepFolder) -> Standing:
+    """How far the sweep's present start is; the time left is judged by the sweep's own trials."""
+    plan = folder.read()
+    launched = [(plan.planned(name), folder.over(name)) for name in plan.launched]
+    pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
+    over = [(trial.point, seen) for trial in plan.trials if (seen := folder.attempt(trial)) is not None]
+    known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
+    usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
+    left = None if unknown and usual is None else known + unknown * (usual or 0.0)
+    return Standing(len(launched) - len(pending), len(launched), left)
+
+
+def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tuple[float, int]:
+    """Seconds for those trials whose point has run before, and how many have not.
+
+    Args:
+        ran: point and seconds of each trial that ran.
+    """
+    seconds: dict[str, list[float]] = {}
+    for point, took in ran:
+        seconds.setdefault(point, []).append(took)
+    known = [statistics.median(seconds[trial.point]) for trial in trials if trial.point in seconds]
+    return sum(known), len(trials) - len(known)
+
+
+def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -> None:
+    """One finished trial in one line, with the sweep's standing."""
+    now = standing(folder)
+    figures = [form.format(summary.metrics[key]) + f" {name}" for name, key, form in FIGURES if key in summary.metrics]
+    left = "" if now.seconds_left is None or now.done == now.total else f"{clock(now.seconds_left)} left"
+    why = end.reason if end.outcome is not Outcome.finished else ""
+    parts = [f"[{now.done}/{now.total}] {end.outcome.value}: {record.name}", *figures, why, left]
+    line = "  ".join(escape(part) for part in parts if part)
+    Console(file=sys.stdout).print(f"[{colour(end.outcome.value)}]{line}[/]", highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def colour(outcome: str) -> str:
+    """Return rich's colour for an outcome."""
+    return {"finished": "green", "not run": "dim"}.get(outcome, "red")

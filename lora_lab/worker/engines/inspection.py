@@ -1,0 +1,54 @@
+"""What a live model says of itself: which engine runs it, and what an engine can't do with it."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from lora_lab.config import EngineKind
+from lora_lab.outcome import Unsupported
+from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
+from lora_lab.worker.engines.graph_step import StaticStep
+
+
+def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
+    """The engine that the model runs by: replayed, compiled, with liger's kernels, or none of these."""
+    if step is not None and step.replays:
+        return EngineKind.graph
+    layers = decoder_layers(model)
+    # switched off from outside (TORCHDYNAMO_DISABLE), torch leaves what is marked as compiled as it was
+    if layers and all(map(is_compiled, layers)) and compilations():
+        return EngineKind.compile
+    if any(_of_liger(module) for module in model.modules()):
+        return EngineKind.liger
+    return EngineKind.eager
+
+
+def loss_is_chunked(model: Any) -> bool:
+    """Whether the causal language model has another forward than its class: ours, or liger's."""
+    causal = model.get_base_model()
+    forward = causal.__dict__.get("forward")
+    return getattr(forward, "__module__", "").startswith(("lora_lab.worker.engines.chunked_loss", "liger_kernel."))
+
+
+def _of_liger(module: Any) -> bool:
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return getattr(forward, "__module__", "").startswith("liger_kernel.")
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether anything of the frozen model or the adapters is dropped at random in training."""
+    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    # attention's is a number that is given to the kernel
+    stated = vars(model.config.get_text_config()).items()
+    return modules or any(
+        name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0 for name, value in stated
+    )
+
+
+def refuse_unknown_to_liger(model: Any) -> None:
+    """Raise Unsupported for an architecture that liger would leave as it is, with no more than a line in its log."""
+    kind = model.config.get_text_config().model_type
+    known = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    if kind not in known:
+        raise Unsupported(f"engine=liger: liger-kernel has no kernels for models of type {kind}. Use engine=compile.")

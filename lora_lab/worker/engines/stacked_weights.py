@@ -1,0 +1,56 @@
+"""Frozen weights of layers that are calculated as one, one below the other in memory, so that one kernel reads them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
+
+
+def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
+    """The weights of `layers` (outputs, inputs) as `adapted_linear` takes them. Each becomes a part of what is made of
+    all, so that nothing is there twice. Who gives a layer another weight afterwards has to call this again.
+
+    Args:
+        layers: PEFT's, over layers that are alike in all but how many outputs they have.
+    """
+    bases = [layer.base_layer for layer in layers]
+    if has_whole_blocks(bases[0]):
+        return _packed(bases)
+    if len(bases) == 1:
+        return [bases[0].weight.data], []
+    stacked, parts = _stacked([base.weight.data for base in bases])
+    for base, part in zip(bases, parts, strict=True):
+        base.weight.data = part
+    return [stacked], []
+
+
+def _packed(bases: list[Any]) -> tuple[list[Tensor], list[int]]:
+    """Together, or one after the other where a block of scales would lie across two layers."""
+    each = [packed_weight(base)[0] for base in bases]
+    blocks = packed_weight(bases[0])[1]
+    # the scales' own blocks, where there are any
+    whole = all(packed[2].numel() % blocks[-1] == 0 for packed in each[:-1]) or len(blocks) == 1
+    tables = (1, 3) if len(blocks) > 1 else (1,)
+    alike = all(torch.equal(packed[table], each[0][table]) for packed in each for table in tables)
+    if len(bases) == 1 or not (whole and alike):
+        return [tensor for packed in each for tensor in packed], blocks
+    states = [base.weight.quant_state for base in bases]
+    weights, parts = _stacked([base.weight.data for base in bases])
+    scales, of_scales = _stacked([state.absmax for state in states])
+    for base, state, part, scale in zip(bases, states, parts, of_scales, strict=True):
+        base.weight.data, state.absmax = part, scale
+    if len(blocks) == 1:
+        return [weights, each[0][1], scales], blocks
+    second, of_second = _stacked([state.state2.absmax for state in states])
+    for state, part in zip(states, of_second, strict=True):
+        state.state2.absmax = part
+    # one for each layer: as many times as it has blocks
+    offsets = torch.cat([state.offset.expand(part.numel()) for state, part in zip(states, of_second, strict=True)])
+    return [weights, each[0][1], scales, each[0][3], second, offsets], blocks
+
+
+def _stacked(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    stacked = torch.cat(tensors)
+    return stacked, list(stacked.split([len(tensor) for tensor in tensors]))

@@ -1,0 +1,233 @@
+"""What may not be combined, told before anything starts."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_lab.composition.validation import faults
+from lora_lab.config import (
+    DataSource,
+    ModelSource,
+    OptimizerConfig,
+    PackageConfig,
+    Quantization,
+    TrackingKind,
+    TrialConfig,
+    Weights,
+)
+
+
+def sound() -> TrialConfig:
+    config = TrialConfig(optimizer=OptimizerConfig(optim="adamw_torch"))
+    config.model.id = "owner/name"
+    return config
+
+
+def changed(key: str, value: object) -> TrialConfig:
+    config = sound()
+    *groups, name = key.split(".")
+    node: Any = config
+    for group in groups:
+        node = getattr(node, group)
+    setattr(node, name, value)
+    return config
+
+
+def test_the_config_that_the_other_tests_break_has_no_fault() -> None:
+    assert faults(sound()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("batch_size", 0, "batch_size=0"),
+        ("grad_accum_steps", -1, "grad_accum_steps=-1"),
+        ("seq_len", 0, "seq_len=0"),
+        ("learning_rate", 0.0, "learning_rate=0.0"),
+        ("max_grad_norm", -0.5, "max_grad_norm=-0.5"),
+        ("seed", -1, "seed=-1"),
+        ("seed", 2**32, "seed=4294967296"),
+        ("method.rank", 0, "method.rank=0"),
+        ("method.alpha", 0.0, "method.alpha=0.0"),
+        ("method.dropout", 1.0, "method.dropout=1.0"),
+        ("method.target_modules", [], "method.target_modules"),
+        ("method.double_quantization", True, "method.quantization="),
+        ("measure.steps", 0, "measure.steps=0"),
+        ("measure.warmup_steps", -1, "measure.warmup_steps=-1"),
+        ("measure.eval_rows", -1, "measure.eval_rows=-1"),
+        ("measure.loss_spike", 0.0, "measure.loss_spike=0.0"),
+        ("measure.profile_steps", -1, "measure.profile_steps=-1"),
+        ("measure.idle_seconds", -1.0, "measure.idle_seconds=-1.0"),
+        ("measure.idle_seconds", math.nan, "measure.idle_seconds=nan"),
+        ("measure.idle_seconds", math.inf, "measure.idle_seconds=inf"),
+        ("measure.board_power_watts", 0.0, "measure.board_power_watts=0.0"),
+        ("measure.board_power_watts", math.inf, "measure.board_power_watts=inf"),
+        ("measure.price_per_kwh", math.nan, "measure.price_per_kwh=nan"),
+        ("measure.co2_grams_per_kwh", -1.0, "measure.co2_grams_per_kwh=-1.0"),
+        ("data.rows", 0, "data.rows=0"),
+        ("repeats", 0, "repeats=0"),
+        ("timeout_minutes", 0.0, "timeout_minutes=0.0"),
+        ("vram_limit_gib", 0.0, "vram_limit_gib=0.0"),
+        ("cooldown_celsius", -1.0, "cooldown_celsius=-1.0"),
+        ("data.holdout", 0.0, "data.holdout=0.0"),
+        ("data.holdout", 1.0, "data.holdout=1.0"),
+        ("data.source", DataSource.jsonl, "data.path="),
+        ("data.source", DataSource.hub, "data.id="),
+        ("data.source", DataSource.random_tokens, "data.rows="),
+        ("data.columns.output", "instruction", "data.columns.instruction and data.columns.output"),
+        ("optimizer.optim", None, "optimizer=adamw"),
+        ("optimizer.target", "torch.optim.SGD", "optimizer.optim=null"),
+        ("optimizer.args", {"momentum": 0.9}, "optimizer.target"),
+        ("optimizer.weight_decay", -0.1, "optimizer.weight_decay=-0.1"),
+        ("model.id", None, "model.id="),
+        ("model.source", ModelSource.local, "model.path="),
+        ("model.source", ModelSource.package, "model.package"),
+        ("model.source", ModelSource.tiny, "model.weights=random"),
+        ("model.weights", Weights.random, "model.architecture"),
+        ("model.trust_remote_code", True, "model.revision="),
+        ("model.architecture", {"max_position_embeddings": 511}, "seq_len=511"),
+        ("tracking.kind", TrackingKind.server, "tracking.uri="),
+        ("tracking.experiment", " ", "tracking.experiment"),
+        ("device", "cuda", "device=cuda"),
+        ("device", "gpu:", "device=gpu:"),
+        ("device", "gpu:0,gpu:1", "device=gpu:0,gpu:1"),
+    ],
+)
+def test_one_wrong_value_is_one_fault_that_says_what_to_type(key: str, value: object, names: str) -> None:
+    found = faults(changed(key, value))
+    assert len(found) == 1
+    assert names in found[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_grad_norm", 0.0),
+        ("seed", 2**32 - 1),
+        ("measure.warmup_steps", 0),
+        ("measure.eval_rows", 0),
+        ("measure.profile_steps", 0),
+        ("measure.idle_seconds", 0.0),
+        ("measure.board_power_watts", 0.01),
+        ("method.dropout", 0.999),
+        ("repeats", 1),
+        ("timeout_minutes", 0.01),
+        ("vram_limit_gib", 0.5),
+        ("cooldown_celsius", 40.0),
+        ("model.architecture", {"max_position_embeddings": 512}),
+        ("model.architecture", {"model_type": "llama"}),
+        ("device", "cpu"),
+        ("device", "gpu:12"),
+        ("device", "GPU-0e9f5c1a-7b1f-11ee-b962-0242ac120002"),
+    ],
+)
+def test_what_lies_on_the_right_side_of_an_edge_is_sound(key: str, value: object) -> None:
+    assert faults(changed(key, value)) == []
+
+
+def test_double_quantization_is_sound_with_either_four_bit_format() -> None:
+    for quantization in (Quantization.nf4, Quantization.fp4):
+        config = changed("method.double_quantization", True)
+        config.method.quantization = quantization
+        assert faults(config) == []
+
+
+def test_a_capacity_cannot_be_emulated_on_a_card_that_others_fill_too() -> None:
+    config = changed("vram_limit_gib", 8.0)
+    config.share_device = True
+    assert [fault for fault in faults(config) if "share_device" in fault]
+
+
+def test_every_fault_is_told_at_once() -> None:
+    config = changed("batch_size", 0)
+    config.device = "tpu"
+    config.data.source = DataSource.jsonl
+    assert len(faults(config)) == 3
+
+
+def number_keys(node: Any, prefix: str = "") -> list[tuple[str, type]]:
+    """Every number of the schema, with its type."""
+    keys: list[tuple[str, type]] = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            keys += number_keys(value, f"{prefix}{field.name}.")
+        elif field.type in (float, float | None, int, int | None):
+            keys.append((prefix + field.name, float if field.type in (float, float | None) else int))
+    return keys
+
+
+NUMBERS = number_keys(sound())
+BEYOND_SENSE: dict[type, list[float]] = {
+    float: [math.nan, math.inf, -math.inf, 1e300],
+    int: [2**31, 10**12, 2**63, 10**40, -(2**63)],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, kind in NUMBERS for value in BEYOND_SENSE[kind]])
+def test_a_number_beyond_sense_is_refused_wherever_one_can_be_set(key: str, value: float) -> None:
+    if (key, value) == ("seed", 2**31):
+        pytest.skip("a seed may be as large as numpy takes it")
+    assert any(fault.startswith(f"{key}={value}") for fault in faults(changed(key, value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("measure.steps", 1_000_000), ("seq_len", 2**20), ("repeats", 1000), ("data.rows", 10**8), ("method.rank", 4096)],
+)
+def test_what_is_large_and_can_be_meant_is_sound(key: str, value: int) -> None:
+    assert faults(changed(key, value)) == []
+
+
+def test_what_is_too_much_together_is_refused() -> None:
+    config = changed("seed", 2**32 - 1)
+    config.repeats = 2
+    assert "seed=4294967295" in faults(config)[0]
+    config = changed("seq_len", 2**24)
+    config.batch_size = 100
+    assert "batch_size=100" in faults(config)[0]
+    config.batch_size, config.data.source, config.data.rows = 1, DataSource.random_tokens, 1000
+    assert "data.rows=1000" in faults(config)[0]
+
+
+PACKAGE = PackageConfig(name="n", version="1", file="f", sha256="0")
+
+
+def origin(config: TrialConfig) -> object:
+    """What leads to the weights; None when nothing does."""
+    model = config.model
+    if model.weights is Weights.random:
+        return model.architecture
+    by_source: dict[ModelSource, object] = {
+        ModelSource.hub: model.id,
+        ModelSource.local: model.path,
+        ModelSource.package: model.package,
+    }
+    return by_source.get(model.source)
+
+
+@given(
+    source=st.sampled_from(ModelSource),
+    weights=st.sampled_from(Weights),
+    name=st.sampled_from([None, "owner/name"]),
+    path=st.sampled_from([None, "folder"]),
+    package=st.sampled_from([None, PACKAGE]),
+    architecture=st.sampled_from([None, {"model_type": "llama", "vocab_size": 272}]),
+)
+def test_a_model_without_fault_says_where_its_weights_come_from(
+    source: ModelSource,
+    weights: Weights,
+    name: str | None,
+    path: str | None,
+    package: PackageConfig | None,
+    architecture: dict[str, Any] | None,
+) -> None:
+    config = sound()
+    config.model = dataclasses.replace(
+        config.model, source=source, weights=weights, id=name, path=path, package=package, architecture=architecture
+    )
+    assert faults(config) or origin(config)

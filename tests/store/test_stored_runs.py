@@ -1,0 +1,474 @@
+"""What was delivered comes back, the same by either way into a store, and is found by what people type."""
+
+import contextlib
+import json
+import math
+import shutil
+import sqlite3
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SmallDisk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlflow.tracking import MlflowClient
+
+from benchmarks import records_store
+from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.store import stored_runs
+from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
+from lora_lab.store.record import RUNNING, Point, Record
+from lora_lab.store.run_checks import TURNING
+from lora_lab.store.stored_runs import KNOWN_SCHEMAS, StoredRuns, open_store
+
+MS = 1_700_000_000_000
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Path:
+    """A folder with a store in which nothing is."""
+    folder = tmp_path / "mlruns"
+    folder.mkdir()
+    shutil.copy(empty_store, folder)
+    return folder
+
+
+def tracker_of(root: Path, experiment: str = "lora_lab") -> Tracker:
+    return open_tracker(TrackingConfig(root=str(root), experiment=experiment))
+
+
+def address(root: Path) -> str:
+    return f"sqlite:///{root}/mlflow.db"
+
+
+def client_of(root: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=address(root))
+
+
+def a_trial(start: int = 0, above: Record | None = None, **changes: Any) -> Record:
+    parent = None if above is None else above.id
+    asked: dict[str, Any] = {
+        "name": f"tiny {start}",
+        "params": {"optimizer": "adamw", "repeat": "0"},
+        "outcome": "finished",
+        "started_ms": MS + start,
+        "ended_ms": MS + start + 500,
+        "tags": {"outcome": "finished", "device": "cpu"},
+        "metrics": {"throughput/tokens_per_second": 100.0 + start},
+    }
+    return Record(parent=parent, **{**asked, **changes})
+
+
+def a_sweep(start: int = 0, **changes: Any) -> Record:
+    params = {"axis.optimizer": "adamw,sgd", "points": "2", "repeats": "1", "trials": "2"}
+    told = {"params": params, "metrics": {"sweep/trials": 2.0}, "is_sweep": True, "name": f"sweep {start}"}
+    return a_trial(start, **{**told, **changes})
+
+
+def both_ways(root: Path, experiment: str | None = None) -> tuple[StoredRuns, StoredRuns]:
+    """The tables themselves, and MLflow's client."""
+    with pytest.MonkeyPatch.context() as patch:
+        tables = open_store(address(root), experiment)
+        patch.setattr(stored_runs, "KNOWN_SCHEMAS", ())
+        return tables, open_store(address(root), experiment)
+
+
+def test_a_new_store_is_of_a_version_that_is_read_directly(empty_store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(empty_store)) as connection:
+        [(version,)] = connection.execute("SELECT version_num FROM alembic_version")
+    assert version in KNOWN_SCHEMAS, "look at the tables of this MLflow, then add its version"
+
+
+# --- what comes back ---------------------------------------------------------------------------------------------
+
+KEYS = st.from_regex(r"[a-z]{1,8}([/. _-][a-z0-9]{1,8}){0,3}", fullmatch=True)
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="".join(TURNING)), min_size=1, max_size=40
+)
+FLOATS = st.one_of(
+    st.floats(1e-200, 1e200), st.floats(-1e200, -1e-200), st.sampled_from([0.0, math.nan, math.inf, -math.inf])
+)  # what is further out is left out of reports
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    params=st.dictionaries(KEYS, TEXTS, max_size=5),
+    tags=st.dictionaries(KEYS, TEXTS, max_size=5),
+    metrics=st.dictionaries(KEYS, FLOATS, max_size=5),
+    name=TEXTS,
+)
+def test_what_was_delivered_comes_back(
+    root: Path, params: dict[str, str], tags: dict[str, str], metrics: dict[str, float], name: str
+) -> None:
+    wanted = a_trial(name=name, params=params, tags={"outcome": "diverged", **tags}, metrics=metrics)
+    run_id = tracker_of(root).deliver(wanted, [])
+    for store in both_ways(root):
+        [[trial], _] = store.of([run_id])
+        assert (trial.run_id, trial.name, trial.sweep, trial.outcome) == (run_id, name, None, "diverged")
+        assert (trial.params, trial.started_ms) == (params, MS)
+        assert trial.tags == wanted.tags | {"record_id": wanted.id}
+        assert same(trial.metrics, metrics)
+
+
+def same(one: dict[str, float], other: dict[str, float]) -> bool:
+    """Equal to the last bit; a store keeps no sign of zero or of what is no number."""
+    return one.keys() == other.keys() and all(
+        math.isnan(one[key]) if math.isnan(other[key]) else one[key] == other[key] for key in one
+    )
+
+
+@pytest.mark.parametrize(("said", "level"), [("True", "full"), ("False", "none"), ("true", "full")])
+def test_trials_from_before_there_were_engines_are_told_in_todays_words(root: Path, said: str, level: str) -> None:
+    above = a_sweep(params={"axis.gradient_checkpointing": "false,true", "points": "2", "trials": "2"})
+    older = {"optimizer": "adamw", "gradient_checkpointing": said}
+    newer = {
+        "optimizer": "adamw",
+        "gradient_checkpointing": level,
+        "engine": "eager",
+        "engine.kind": "eager",
+        "engine.chunked_loss": "False",
+        "engine.lengths": "4",
+    }
+    tracker = tracker_of(root)
+    tracker.deliver(above, [])
+    tracker.deliver(a_trial(1, above, params=older, tags={"ran.gradient_checkpointing": said}), [])
+    tracker.deliver(a_trial(2, above, params=newer, tags={"ran.gradient_checkpointing": level}), [])
+    for store in both_ways(root):
+        [old, new], [sweep] = store.runs()
+        assert old.params == new.params == newer
+        assert old.tags["ran.gradient_checkpointing"] == new.tags["ran.gradient_checkpointing"] == level
+        assert sweep.axes == {"gradient_checkpointing": ["none", "full"]}
+
+
+@pytest.mark.parametrize("level", ["none", "full", "selective", "offloaded"])
+def test_a_trial_of_today_comes_back_as_it_is(root: Path, level: str) -> None:
+    """Also one whose engine has a name of its own."""
+    told = {"gradient_checkpointing": level, "engine": "mine", "engine.kind": "graph"}
+    run_id = tracker_of(root).deliver(a_trial(params=told), [])
+    for store in both_ways(root):
+        assert store.of([run_id])[0][0].params == told
+
+
+def test_the_factorial_that_is_shipped_speaks_todays_words(root: Path) -> None:
+    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
+    first = [record for record in records_store.read(file) if record.parent][:3]
+    for record in first:
+        record.parent = None
+        tracker_of(root).deliver(record, [])
+    trials, _ = open_store(address(root)).runs()
+    assert {(t.params["gradient_checkpointing"], t.params["engine"]) for t in trials} == {("full", "eager")}
+    assert {t.tags.get("ran.gradient_checkpointing", "full") for t in trials} == {"full"}
+
+
+def test_trials_lie_under_their_sweep_by_their_start_in_every_experiment(root: Path) -> None:
+    above, other = a_sweep(0), a_sweep(50)
+    tracker = tracker_of(root)
+    sweep = tracker.deliver(above, [])
+    late, early = (tracker.deliver(a_trial(start, above), []) for start in (20, 10))
+    elsewhere = tracker_of(root, "elsewhere").deliver(a_trial(30), [])
+    apart = tracker_of(root, "elsewhere").deliver(other, [])
+    for store in both_ways(root):
+        trials, sweeps = store.runs()
+        assert [(t.run_id, t.sweep) for t in trials] == [(early, sweep), (late, sweep), (elsewhere, None)]
+        assert [s.run_id for s in sweeps] == [sweep, apart]
+        assert sweeps[0].axes == {"optimizer": ["adamw", "sgd"]}
+    for store in both_ways(root, "elsewhere"):
+        trials, sweeps = store.runs()
+        assert [t.run_id for t in trials] + [s.run_id for s in sweeps] == [elsewhere, apart]
+    for store in both_ways(root, "nowhere"):
+        with pytest.raises(RefusedInput, match=r"no such experiment.*elsewhere, lora_lab"):
+            store.runs()
+
+
+def test_only_what_is_of_lora_lab_and_was_not_deleted(root: Path) -> None:
+    tracker, client = tracker_of(root), client_of(root)
+    kept, deleted = (tracker.deliver(a_trial(start), []) for start in (0, 1))
+    foreign = client.create_run("0", tags={"outcome": "finished"})
+    client.log_metric(foreign.info.run_id, "loss", 1.0)
+    client.delete_run(deleted)
+    gone = tracker_of(root, "gone")
+    gone.deliver(a_trial(2), [])
+    client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
+    for store in both_ways(root):
+        trials, sweeps = store.runs()
+        assert ([t.run_id for t in trials], sweeps) == ([kept], [])
+    client.restore_run(deleted)
+    for store in both_ways(root):
+        assert [t.run_id for t in store.runs()[0]] == [kept, deleted]
+
+
+def test_a_sweep_that_a_kill_left_without_params_is_known_by_its_trials(root: Path) -> None:
+    above = a_sweep(0, params={}, metrics={}, outcome=RUNNING, tags={"outcome": RUNNING})
+    tracker = tracker_of(root)
+    sweep = tracker.deliver(above, [])
+    tracker.deliver(a_trial(1, above), [])
+    for store in both_ways(root):
+        trials, [found] = store.runs()
+        assert (found.run_id, found.outcome, len(trials)) == (sweep, RUNNING, 1)
+
+
+def test_series_come_whole_and_in_order_and_are_no_figures(root: Path) -> None:
+    power = [Point(key="card/power_watts", value=100.0 + n, step=n, t_ms=MS + 7 * n) for n in range(1500)]
+    odd = [math.nan, math.inf, -math.inf, 1.5, 1.5]
+    loss = [Point(key="step/loss", value=value, step=n + 1, t_ms=MS) for n, value in enumerate(odd)]
+    run_id = tracker_of(root).deliver(a_trial(series=[*reversed(power), *loss]), [])
+    other = tracker_of(root).deliver(a_trial(9), [])
+    for store in both_ways(root):
+        found = store.series(run_id, ["step/seconds", "step/loss", "card/power_watts"])
+        assert list(found) == ["step/loss", "card/power_watts"]
+        assert found["card/power_watts"] == [(p.t_ms, p.step, p.value) for p in power]
+        assert [(t, n) for t, n, _ in found["step/loss"]] == [(MS, n) for n in range(1, 6)]
+        values = [value for _, _, value in found["step/loss"]]
+        assert math.isnan(values[0])
+        assert values[1:] == odd[1:]
+        assert store.series(other) == {}
+        assert all(trial.metrics.keys() == {"throughput/tokens_per_second"} for trial in store.runs()[0])
+
+
+# --- what people ask for -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_sweeps(root: Path) -> dict[str, str]:
+    """Ids of the runs in a store with two sweeps and a trial of its own, by name."""
+    tracker = tracker_of(root)
+    first, second = a_sweep(0, id="1a" * 16), a_sweep(100, id="2b" * 16)
+    records = [first, second, *(a_trial(start, first) for start in (1, 2)), a_trial(101, second), a_trial(200)]
+    return {record.name: tracker.deliver(record, []) for record in records}
+
+
+def test_sweeps_and_trials_are_found_by_whatever_tells_them_apart(root: Path, two_sweeps: dict[str, str]) -> None:
+    store = open_store(address(root))
+    ids = two_sweeps
+
+    def found(*names: str) -> tuple[list[str], list[str]]:
+        trials, sweeps = store.of(names)
+        return [trial.name for trial in trials], [sweep.name for sweep in sweeps]
+
+    whole = (["tiny 1", "tiny 2"], ["sweep 0"])
+    for name in (ids["sweep 0"], ids["sweep 0"][:20], "1a" * 16, "1a1a1a1a1a1a"):
+        assert found(name) == whole
+    assert found(ids["tiny 2"]) == (["tiny 2"], ["sweep 0"])
+    assert found(ids["tiny 200"], ids["tiny 101"]) == (["tiny 101", "tiny 200"], ["sweep 100"])
+    assert found(ids["tiny 1"], ids["sweep 0"], ids["sweep 0"]) == whole
+
+
+def test_an_id_that_fits_nothing_is_refused_with_what_there_is(root: Path, two_sweeps: dict[str, str]) -> None:
+    right = two_sweeps["sweep 0"]
+    wrong = right[:10] + ("0" if right[10] != "0" else "1") + right[11:]
+    with pytest.raises(RefusedInput) as refused:
+        open_store(address(root)).of([wrong])
+    text = str(refused.value)
+    assert f"begins with '{wrong}'" in text
+    assert f"Near it: {right[:12]}  sweep 0" in text
+    newest, older = text.splitlines()[-2:]
+    assert newest.strip().startswith(two_sweeps["sweep 100"][:12])
+    assert newest.endswith(", 1 trials")
+    assert older.endswith(", 2 trials")
+
+
+def test_a_beginning_of_several_ids_is_refused_with_them(root: Path) -> None:
+    tracker = tracker_of(root)
+    made = [tracker.deliver(a_trial(n), []) for n in range(17)]  # two of them begin alike
+    store = open_store(address(root))
+    [digit, *_] = [d for d in "0123456789abcdef" if sum(run_id.startswith(d) for run_id in made) > 1]
+    fitting = [run_id for run_id in made if run_id.startswith(digit)]
+    with pytest.raises(RefusedInput, match=f"beginning of {len(fitting)} ids") as refused:
+        store.of([digit])
+    assert all(run_id[:12] in str(refused.value) for run_id in fitting[:5])
+    with pytest.raises(RefusedInput, match="There is no sweep"):
+        store.of([""])
+
+
+def test_the_last_sweep_is_the_one_that_ran_last(root: Path, two_sweeps: dict[str, str]) -> None:
+    def last() -> list[str]:
+        return [sweep.name for sweep in open_store(address(root)).last_sweep()[1]]
+
+    assert last() == ["sweep 100"]
+    tracker = tracker_of(root)
+    tracker.deliver(a_sweep(400), [])  # no trial of it is over
+    assert last() == ["sweep 100"]
+    tracker.deliver(a_trial(300, a_sweep(0, id="1a" * 16)), [])  # taken up again
+    assert last() == ["sweep 0"]
+    with pytest.raises(RefusedInput, match="no trial of it that is over"):
+        open_store(address(root)).of([open_store(address(root)).runs()[1][-1].run_id])
+
+
+def test_without_a_sweep_it_is_the_newest_trial_and_without_any_a_refusal(root: Path) -> None:
+    with pytest.raises(RefusedInput, match="holds no trial of lora_lab"):
+        open_store(address(root)).last_sweep()
+    tracker = tracker_of(root)
+    for start in (1, 3, 2):
+        tracker.deliver(a_trial(start), [])
+    [[trial], sweeps] = open_store(address(root)).last_sweep()
+    assert (trial.name, sweeps) == ("tiny 3", [])
+
+
+# --- stores as they are found ------------------------------------------------------------------------------------
+
+
+def test_the_local_store_is_found_whatever_its_folder_is_called(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = tracker_of(root).deliver(a_trial(), [])
+    for name in ("100%25 #1 & ü", "is it?"):
+        shutil.copytree(root, tmp_path / name / "mlruns")
+        monkeypatch.chdir(tmp_path / name)
+        assert [trial.run_id for trial in open_store(None).runs()[0]] == [run_id]
+        assert [trial.run_id for trial in open_store("sqlite:///mlruns/mlflow.db").runs()[0]] == [run_id]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        (None, "--store URI"),
+        ("mlruns/mlflow.db", "no store's address"),
+        ("sqlite:///missing.db", "no store at"),
+        ("sqlite:///empty.db", "no store at"),
+        ("sqlite:///text.db", "can't be read"),
+        ("sqlite:///other.db", "can't be read"),
+        ("http://127.0.0.1:9", "not reached"),
+    ],
+)
+def test_where_no_store_is_that_is_said_and_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "text.db").write_text("not a database, but long enough to be taken for one" * 99)
+    with contextlib.closing(sqlite3.connect("other.db")) as other:
+        other.execute("CREATE TABLE runs (id)")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((RefusedInput, TrackingFailed), match=words):
+        open_store(uri)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_store_that_somebody_has_locked_is_not_waited_for_long(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker_of(root).deliver(a_trial(), [])
+    monkeypatch.setattr(stored_runs, "LOCKED_SECONDS", 0.1)
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingFailed, match="locked"):
+            open_store(address(root))
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as other:
+        other.execute("BEGIN IMMEDIATE")  # about to write, as a trial that is just delivered does
+        assert len(open_store(address(root)).runs()[0]) == 1
+
+
+@pytest.mark.mounts
+def test_a_store_that_can_only_be_read_is_read(tmp_path: Path, root: Path) -> None:
+    run_id = tracker_of(root).deliver(a_trial(), [])
+    with SmallDisk(tmp_path / "disk", "20m") as disk:
+        for journal in ("DELETE", "WAL"):
+            database = Path(shutil.copy(root / "mlflow.db", disk.path / f"{journal}.db"))
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute(f"PRAGMA journal_mode={journal}")
+        disk.resize("20m,ro")
+        for journal in ("DELETE", "WAL"):
+            store = open_store(f"sqlite:///{disk.path}/{journal}.db")
+            assert [trial.run_id for trial in store.runs()[0]] == [run_id]
+
+
+def test_a_thousand_runs_of_full_size_are_read_within_three_seconds(root: Path) -> None:
+    whole = a_trial(
+        params={f"group.setting{n}": "a value of some length" for n in range(90)},
+        metrics={f"group/figure{n}": n / 7 for n in range(110)},
+        tags={f"fact{n}": "a fact, somewhat longer than a setting is" for n in range(50)},
+    )
+    one = tracker_of(root).deliver(whole, [])
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
+        connection.execute("CREATE TEMP TABLE clones AS SELECT value AS clone FROM json_each(?)", (_ids(999),))
+        for table in ("runs", "params", "tags", "latest_metrics"):
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+            taken = ", ".join("clone" if column == "run_uuid" else column for column in columns)
+            connection.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {taken} FROM {table}, clones WHERE run_uuid = ?",
+                (one,),
+            )
+    begin = time.perf_counter()
+    trials, _ = open_store(address(root)).last_sweep()
+    read, _ = open_store(address(root)).runs()
+    seconds = time.perf_counter() - begin
+    assert (len(trials), len(read)) == (1, 1000)  # read twice
+    assert {(len(trial.params), len(trial.metrics), len(trial.tags)) for trial in read} == {(90, 110, 51)}
+    assert seconds / 2 < 3
+
+
+def _ids(count: int) -> str:
+    return json.dumps([f"{n:032x}" for n in range(count)])
+
+
+# --- what is kept with a run -------------------------------------------------------------------------------------
+
+
+def test_a_report_is_kept_with_a_run_and_replaced_by_the_next(root: Path, tmp_path: Path) -> None:
+    run_id = tracker_of(root).deliver(a_sweep(), [])
+    tracker_of(root).deliver(a_trial(), [])
+    store, page = open_store(address(root)), tmp_path / "report.html"
+    for text in ("<p>one", "<p>two"):
+        page.write_text(text)
+        store.keep(run_id, page)
+    assert [file.path for file in client_of(root).list_artifacts(run_id)] == ["report.html"]
+    client_of(root).download_artifacts(run_id, "report.html", str(tmp_path / "root"))
+    command, seen = store.where(run_id, "report.html")
+    assert command == f"mlflow ui --backend-store-uri {address(root)}"
+    assert seen.endswith(f"/#/experiments/1/runs/{run_id}/artifacts/report.html?workflowType=machine_learning")
+    with pytest.raises(TrackingFailed):
+        store.keep("0" * 32, page)
+    with pytest.raises(TrackingFailed):
+        store.keep(run_id, tmp_path / "missing.html")
+
+
+# --- records in a file -------------------------------------------------------------------------------------------
+
+
+def test_packed_records_make_the_same_trials_again_and_name_no_place(tmp_path: Path, root: Path) -> None:
+    folder = tmp_path / "multirun" / "grid"
+    tags = {"outcome": "finished", "folder": str(folder), "process.host": "somewhere", "process.pid": "17"}
+    above = a_sweep(tags=tags)
+    points = [Point(key="step/loss", value=2 / (n + 3), step=n, t_ms=MS + 250 * n) for n in range(40)]
+    gpu = a_trial(1, above, tags={**tags, "device.uuid": "GPU-1"}, series=points)
+    cpu = a_trial(2, above, tags=tags, outcome="killed", metrics={"a": 1 / 3, "b": math.inf})
+    for name, content in (
+        ("sweep", {"record": asdict(above)}),
+        ("0000/record", asdict(gpu)),
+        ("0001/record", asdict(cpu)),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    outs = [tmp_path / name for name in ("one.gz", "other.gz")]
+    for out in outs:
+        assert records_store.main(["pack", str(folder), str(out)]) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert str(tmp_path) not in "".join(map(repr, records_store.read(outs[0])))
+    assert records_store.main(["unpack", str(outs[0]), str(root)]) == 0
+    store = open_store(address(root))
+    trials, [sweep] = store.runs()
+    assert [(t.name, t.sweep, t.metrics) for t in trials] == [(r.name, sweep.run_id, r.metrics) for r in (gpu, cpu)]
+    assert [t.place.unit for t in trials] == ["GPU-1", "somewhere"]
+    assert "process.pid" not in trials[1].tags
+    read = store.series(trials[0].run_id)["step/loss"]
+    assert [(t, step) for t, step, _ in read] == [(p.t_ms, p.step) for p in points]
+    assert [value for _, _, value in read] == pytest.approx([p.value for p in points], rel=1e-5)
+
+
+def test_the_factorial_that_is_shipped_is_whole() -> None:
+    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
+    seen: set[str | None] = {None}
+    for record in records_store.read(file):
+        assert record.parent in seen, "a sweep comes before its trials, and no trial is without its sweep"
+        assert record.is_sweep == (record.parent is None)
+        assert record.outcome != RUNNING
+        assert not {"folder", "process.host"} & record.tags.keys()
+        seen.add(record.id)
+    assert len(seen) == 1 + 5 + 121
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert records_store.main(["pack", str(tmp_path), str(tmp_path / "out.gz")]) == 2
+    assert "holds no sweep" in capsys.readouterr().err
+    assert not (tmp_path / "out.gz").exists()
