@@ -25,7 +25,7 @@ from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
-from lora_lab.report.writing.numbers import briefly
+from lora_lab.report.writing.numbers import format_short
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.terminal import show
 from lora_lab.store.stored_runs import open_store
@@ -120,7 +120,7 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
         if found.low is not None and found.high is not None:
             axes.plot([percent(found.low), percent(found.high)], [y, y], color=_HERE, lw=2.4)
         axes.plot([percent(row.value)], [y], "o", color=_HERE, ms=7)
-        axes.text(38, y, briefly(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
+        axes.text(38, y, format_short(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
     axes.axvline(0, color=_INK, lw=0.8)
     axes.set_xlim(-152, 100)
     axes.set_ylim(0.4, len(rows) + 0.6)

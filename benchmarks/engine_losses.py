@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 
 from benchmarks.cells import compose_cell, provenance, run_cell, write_report
 from lora_lab.composition.explanations import explain
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 
 TRIALS = {
     "eager": ["engine=eager", "attention=sdpa"],
@@ -78,7 +78,7 @@ def _parse() -> argparse.Namespace:
     try:
         for changes in TRIALS.values():
             compose_cell([*COMMON, *asked.overrides, *changes])
-    except (HydraException, RefusedInput) as error:
+    except (HydraException, InvalidInput) as error:
         parser.error(explain(error))
     return asked
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import read_json
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.reading import typed
@@ -29,10 +29,10 @@ from lora_lab.store.trial_folder import RECORD
 def records_of(folder: Path) -> Iterator[Record]:
     """A sweep's record, then those of its trials that are over.
 
-    Raises: RefusedInput."""
+    Raises: InvalidInput."""
     plan = read_json(folder / PLAN)
     if plan is None:
-        raise RefusedInput(f"{folder} holds no sweep: there is no {PLAN} that can be read.")
+        raise InvalidInput(f"{folder} holds no sweep: there is no {PLAN} that can be read.")
     yield typed(Record, plan["record"])
     for path in sorted(folder.glob(f"[0-9]*/{RECORD}")):
         yield typed(Record, json.loads(path.read_text(encoding="utf-8")))
@@ -69,7 +69,7 @@ def decode(line: str) -> Record:
 def pack(folders: Iterable[Path], out: Path) -> int:
     """Write the file; how many records are in it.
 
-    Raises: RefusedInput, OSError."""
+    Raises: InvalidInput, OSError."""
     lines = [encode(record) for folder in folders for record in records_of(folder)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
@@ -88,7 +88,7 @@ def read(file: Path) -> list[Record]:
 def unpack(file: Path, root: Path) -> int:
     """Deliver the records into the store at `root`, which is made if there is none; how many there are.
 
-    Raises: RefusedInput, TrackingFailed, OSError, ValueError."""
+    Raises: InvalidInput, TrackingFailed, OSError, ValueError."""
     tracker = open_tracker(TrackingConfig(root=str(root)))
     records = read(file)
     for record in records:
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{pack(asked.folders, asked.out)} records in {asked.out}")
         else:
             print(f"{unpack(asked.file, asked.root)} records in {asked.root / 'mlflow.db'}")
-    except (RefusedInput, TrackingFailed, OSError, ValueError) as fault:
+    except (InvalidInput, TrackingFailed, OSError, ValueError) as fault:
         print(fault, file=sys.stderr)
         return EXIT_REFUSED
     return 0

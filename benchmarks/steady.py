@@ -69,7 +69,7 @@ def parts(window: Window) -> Iterator[Window]:
 
 def deviations(folder: Path) -> list[float]:
     """J/token of each part over that of the whole window, less 1."""
-    events, samples, _, _ = TrialFolder(folder).told()
+    events, samples, _, _ = TrialFolder(folder).read_inputs()
     found = find_window(events)
     if found is None:
         return []

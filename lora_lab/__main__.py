@@ -23,13 +23,13 @@ def main() -> None:
     from lora_lab.composition.arguments import in_order
     from lora_lab.composition.compose import CONF, register_schema
     from lora_lab.composition.hydra_errors import COMPOSING
-    from lora_lab.config import RefusedInput
+    from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
-    from lora_lab.store.folder_checks import refuse_working_folder
+    from lora_lab.store.folder_checks import check_working_folder
 
     try:
-        refuse_working_folder()
-    except RefusedInput as refusal:
+        check_working_folder()
+    except InvalidInput as refusal:
         print(f"Refused, nothing was started:\n{refusal}", file=sys.stderr)
         raise SystemExit(EXIT_REFUSED) from None
     register_schema()
@@ -49,9 +49,9 @@ def job(composed: "DictConfig") -> int:
 
     from lora_lab.composition.compose import GROUPS, load
     from lora_lab.composition.hydra_errors import COMPOSING
-    from lora_lab.config import RefusedInput
+    from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
-    from lora_lab.store.folder_checks import leave_empty, refuse_moving
+    from lora_lab.store.folder_checks import check_chdir, leave_empty
     from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
@@ -59,10 +59,10 @@ def job(composed: "DictConfig") -> int:
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
-        refuse_moving(hydra_config.job.chdir)
+        check_chdir(hydra_config.job.chdir)
         config = load(composed)
         if not in_sweep and (config.repeats > 1 or config.resume):
-            raise RefusedInput("repeats and resume are for sweeps; add -m, or choose one with sweep=NAME.")
+            raise InvalidInput("repeats and resume are for sweeps; add -m, or choose one with sweep=NAME.")
         request = Request(
             config=config,
             choices={group: str(hydra_config.runtime.choices[group]) for group in GROUPS},
@@ -71,7 +71,7 @@ def job(composed: "DictConfig") -> int:
             in_sweep=in_sweep,
         )
         code = run_session(request).exit_code
-    except RefusedInput as refusal:
+    except InvalidInput as refusal:
         print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)
         leave_empty(folder)
         code = EXIT_REFUSED

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.report.answers.best.candidates import Wish
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = open_store(asked.store)
         trials, _ = store.of(asked.sweep) if asked.sweep else store.runs()
         choice = choose(trials, wish)
-    except (RefusedInput, TrackingFailed) as refusal:
+    except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
     show_choice(choice, Console())

@@ -315,7 +315,7 @@ class TrialConfig:
     """Go on with the last sweep that had these points, in place of a new one."""
 
 
-class RefusedInput(ValueError):
+class InvalidInput(ValueError):
     """What the user asked for cannot be meant; nothing has been started. Each fault says what to do."""
 
     def __init__(self, *faults: str) -> None:

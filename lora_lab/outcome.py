@@ -5,7 +5,7 @@ import traceback
 from dataclasses import dataclass
 from enum import Enum
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.events import Ended
 from lora_lab.secrets import without_secrets
 
@@ -64,7 +64,7 @@ class Unsupported(RuntimeError):
 def end_of(error: BaseException) -> End:
     """Turn the error that stopped a trial into its end. Needs no torch: types are told by name."""
     text = without_secrets(str(error)).strip() or type(error).__name__
-    if isinstance(error, RefusedInput):
+    if isinstance(error, InvalidInput):
         return End(outcome=Outcome.refused, reason=text)
     if isinstance(error, Unsupported):
         return End(outcome=Outcome.unsupported, reason=text)

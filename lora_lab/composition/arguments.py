@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 
 _SHELLS = "[$`!]"
 """What a shell replaces also within double quotes."""
@@ -22,14 +22,14 @@ def in_order(typed: Sequence[str]) -> list[str]:
     """Put options with their values before the overrides: argparse takes no override after an option when some stood
     before it.
 
-    Raises: RefusedInput for an option that Hydra does not have; SystemExit, as argparse does, for a wrong value of one.
+    Raises: InvalidInput for an option that Hydra does not have; SystemExit, as argparse does, for a wrong value of one.
     """
     parser = get_args_parser()
     found, unknown = parser.parse_known_intermixed_args(list(typed))
     if unknown:
-        raise RefusedInput(*map(_no_option, unknown))
+        raise InvalidInput(*map(_no_option, unknown))
     if found.experimental_rerun is not None:
-        raise RefusedInput("--experimental-rerun is not supported; type the command that the tag 'command' has.")
+        raise InvalidInput("--experimental-rerun is not supported; type the command that the tag 'command' has.")
     options = []
     for action in parser._actions:
         value = getattr(found, action.dest, None)
@@ -103,17 +103,17 @@ MOST_POINTS = 10_000
 """More take minutes to be looked at before the first of them runs."""
 
 
-def refuse_uncountable(overrides: Sequence[Override], before: int) -> None:
-    """Raise RefusedInput when a sweep over these has no point, or more than MOST_POINTS with the `before` there are."""
+def check_point_count(overrides: Sequence[Override], before: int) -> None:
+    """Raise InvalidInput when a sweep over these has no point, or more than MOST_POINTS with the `before` there are."""
     counts: dict[str, int] = {}
     for override in overrides:
         count = _count(override)
         if count == 0:
-            raise RefusedInput(f"{override.input_line} has no value at all. Name some, for example key=1,2.")
+            raise InvalidInput(f"{override.input_line} has no value at all. Name some, for example key=1,2.")
         counts[override.get_key_element()] = count
     points = before + math.prod(counts.values())
     if points > MOST_POINTS:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the sweep would have {points:,} points; {MOST_POINTS:,} is the most. Sweep fewer values, or run it in "
             "parts."
         )
@@ -123,7 +123,7 @@ def _count(override: Override) -> int:
     """How many values an override has; of a range without counting them up."""
     value = override.value()
     if isinstance(value, IntervalSweep):
-        raise RefusedInput(
+        raise InvalidInput(
             f"{override.input_line} is all numbers between two. Name those to try, for example "
             f"{override.get_key_element()}={value.start},{value.end}."
         )
@@ -131,8 +131,8 @@ def _count(override: Override) -> int:
         return sum(1 for _ in override.sweep_iterator()) if override.is_sweep_override() else 1
     edges = [value.start, value.stop, value.step]
     if not all(isinstance(edge, int) or (isinstance(edge, float) and math.isfinite(edge)) for edge in edges):
-        raise RefusedInput(f"{override.input_line} has an end that is no finite number.")
+        raise InvalidInput(f"{override.input_line} has an end that is no finite number.")
     start, stop, step = map(Fraction, map(str, edges))
     if step == 0:
-        raise RefusedInput(f"{override.input_line} goes on in steps of 0. Give another step.")
+        raise InvalidInput(f"{override.input_line} goes on in steps of 0. Give another step.")
     return max(0, math.ceil((stop - start) / step))

@@ -15,7 +15,7 @@ from lora_lab.composition.keys import GROUPS as GROUPS
 from lora_lab.composition.keys import group_of, unknown_key
 from lora_lab.composition.keys import known_keys as known_keys
 from lora_lab.composition.validation import faults
-from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 
 _HERE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
@@ -30,19 +30,19 @@ def register_schema() -> None:
 def load(composed: DictConfig) -> TrialConfig:
     """Check a composed config and turn it into typed data.
 
-    Raises: RefusedInput with every fault found, one a line.
+    Raises: InvalidInput with every fault found, one a line.
     """
     unknown = list(_unknown_keys(OmegaConf.to_container(composed, resolve=False), TrialConfig))
     if unknown:
-        raise RefusedInput(*(unknown_key(key) for key in unknown))
+        raise InvalidInput(*(unknown_key(key) for key in unknown))
     try:
         config = cast(TrialConfig, OmegaConf.to_object(composed))
     except (OmegaConfBaseException, RecursionError) as error:
-        raise RefusedInput(explain(error)) from error
+        raise InvalidInput(explain(error)) from error
     _expand_home(config)
     found = faults(config)
     if found:
-        raise RefusedInput(*found)
+        raise InvalidInput(*found)
     return config
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.composition.arguments import in_shell, quoted, unreadable
 from lora_lab.composition.keys import GROUPS, unknown_key
-from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 
 _HYDRA_ASIDES = re.compile(r"\n(Config search path:(\n\t.*)*|Set the environment variable HYDRA_FULL_ERROR.*)")
 _DETAILS = re.compile(r"\n\s+(full_key: .*|reference_type=.*|object_type=.*)")
@@ -34,7 +34,7 @@ _OPEN = ("optimizer.args", "model.architecture", "hydra.sweeper.params")
 def explain(error: Exception) -> str:
     """Say in plain words what was wrong with a command line, or with a yaml that it names."""
     text = str(error).strip()
-    if isinstance(error, RefusedInput):
+    if isinstance(error, InvalidInput):
         return text
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)

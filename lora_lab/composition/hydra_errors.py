@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stderr
 
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.secrets import without_secrets
 
@@ -55,7 +55,7 @@ class Composing:
             refusal = f"{option[1]}. --hydra-help lists the options."
         elif isinstance(error, SystemExit) and error.code == 1:
             refusal = said.strip()
-        elif isinstance(error, RefusedInput) or (isinstance(error, COMPOSITION_ERRORS) and not self._traceback):
+        elif isinstance(error, InvalidInput) or (isinstance(error, COMPOSITION_ERRORS) and not self._traceback):
             refusal = explain(error)
         else:
             self.over()

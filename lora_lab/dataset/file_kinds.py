@@ -5,7 +5,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from lora_lab.config import ColumnsConfig, RefusedInput
+from lora_lab.config import ColumnsConfig, InvalidInput
 from lora_lab.files import lfs_pointer
 
 _HEAD_BYTES = 4096
@@ -49,18 +49,18 @@ _ICONV = {
 """What json calls an encoding, and what iconv does."""
 
 
-def refuse_other_kinds(path: Path, columns: ColumnsConfig) -> None:
-    """Raise RefusedInput, with what to type, unless `path` is a file that begins as text in UTF-8 and is no table."""
+def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
+    """Raise InvalidInput, with what to type, unless `path` is a file that begins as text in UTF-8 and is no table."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
         mode = 0
     if stat.S_ISDIR(mode):
-        raise RefusedInput(f"data.path={path}: there is no such file; it is a folder. Give the jsonl file in it.")
+        raise InvalidInput(f"data.path={path}: there is no such file; it is a folder. Give the jsonl file in it.")
     if mode == 0:
-        raise RefusedInput(f"data.path={path}: there is no such file (looked in {Path.cwd()}). Give a jsonl file.")
+        raise InvalidInput(f"data.path={path}: there is no such file (looked in {Path.cwd()}). Give a jsonl file.")
     if not stat.S_ISREG(mode):
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.path={path} is a pipe or a device. It is read more than once: save its content as a file first."
         )
     try:
@@ -68,22 +68,22 @@ def refuse_other_kinds(path: Path, columns: ColumnsConfig) -> None:
             head = file.read(_HEAD_BYTES)
         pointer = lfs_pointer(path)
     except OSError as error:
-        raise RefusedInput(f"data.path={path} can't be read ({error.strerror}). Look at its permissions.") from error
+        raise InvalidInput(f"data.path={path} can't be read ({error.strerror}). Look at its permissions.") from error
     if pointer:
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.path={path} is a git-lfs pointer, not the file itself. In its repository, type:\n  git lfs pull"
         )
     if head and not head.strip(b"\0"):
-        raise RefusedInput(f"data.path={path} holds nothing but NUL bytes, as a crash leaves a file. Write it again.")
+        raise InvalidInput(f"data.path={path} holds nothing but NUL bytes, as a crash leaves a file. Write it again.")
     text = head.decode("utf-8-sig", errors="replace").lstrip()
     if text[:5].lower() in ("<html", "<!doc"):
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.path={path} is a web page. Where a site shows a file, its own address is often the one named raw."
         )
     found = _other_kind(path.suffix, head, text, columns)
     if found:
         what, command = found
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.path={path} is {what}, not one JSON object a line. Convert it, for example:\n"
             f"  {command.format(file=shlex.quote(str(path)))}"
         )

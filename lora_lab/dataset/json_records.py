@@ -10,22 +10,22 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 
 _Read = TypeVar("_Read")
 
 Numbered = Iterable[tuple[int, object]]
-"""Records with their numbers, from 1; a RefusedInput stands where one can't be read."""
+"""Records with their numbers, from 1; a InvalidInput stands where one can't be read."""
 
 
 def read_records(path: Path) -> Numbered:
     """Read every record of a file; blank lines are skipped.
 
-    Raises: RefusedInput for a file of another encoding, a list that breaks off, and objects over several lines."""
+    Raises: InvalidInput for a file of another encoding, a list that breaks off, and objects over several lines."""
     with path.open("rb") as lines:
         texts = (line.decode("utf-8-sig", errors="replace").strip() for line in lines)
         first, *more = [*islice(filter(None, texts), 2)] or [""]
-    if more and not isinstance(_value(first), RefusedInput):
+    if more and not isinstance(_value(first), InvalidInput):
         return _lines(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -33,7 +33,7 @@ def read_records(path: Path) -> Numbered:
         return _lines(path)  # which says where
     if first.startswith("["):
         return _elements(path, text)
-    _refuse_objects_over_lines(path, text)
+    _check_one_object_per_line(path, text)
     return _lines(path)
 
 
@@ -43,8 +43,8 @@ def _lines(path: Path) -> Iterator[tuple[int, object]]:
             try:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                _refuse_other_encoding(path, number)
-                yield number, RefusedInput(f"not UTF-8 (the byte {line[error.start]:#04x} at {error.start + 1})")
+                _check_encoding(path, number)
+                yield number, InvalidInput(f"not UTF-8 (the byte {line[error.start]:#04x} at {error.start + 1})")
                 continue
             if text.strip():
                 yield number, _value(text)
@@ -53,15 +53,15 @@ def _lines(path: Path) -> Iterator[tuple[int, object]]:
 def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
     """The elements of one list, by the lines they begin in."""
 
-    def broken(why: object) -> RefusedInput:
-        return RefusedInput(f"data.path={path} is one JSON list, which breaks at line {line}: {why}")
+    def broken(why: object) -> InvalidInput:
+        return InvalidInput(f"data.path={path} is one JSON list, which breaks at line {line}: {why}")
 
     before, at, line = 0, _after_space(text, text.index("[") + 1), 1
     while text[at : at + 1] != "]":
         line += text.count("\n", before, at)
         before = at
         found = _readable(partial(_DECODER.raw_decode, text, at))
-        if isinstance(found, RefusedInput):
+        if isinstance(found, InvalidInput):
             raise broken(found)
         value, at = found
         yield line, value
@@ -74,14 +74,14 @@ def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
         raise broken("something stands behind its closing ]")
 
 
-def _refuse_objects_over_lines(path: Path, text: str) -> None:
-    """Raise RefusedInput, with jq's command, when a file is objects printed over several lines, or has the rows within
+def _check_one_object_per_line(path: Path, text: str) -> None:
+    """Raise InvalidInput, with jq's command, when a file is objects printed over several lines, or has the rows within
     one object; nothing is said of any other."""
     values: list[object] = []
     at = _after_space(text, 0)
     while at < len(text):
         found = _readable(partial(_DECODER.raw_decode, text, at))
-        if isinstance(found, RefusedInput) or not isinstance(found[0], dict):
+        if isinstance(found, InvalidInput) or not isinstance(found[0], dict):
             return
         values.append(found[0])
         at = _after_space(text, found[1])
@@ -96,7 +96,7 @@ def _refuse_objects_over_lines(path: Path, text: str) -> None:
         elif text.strip().count("\n") == 0:
             return
     what = "one JSON object" if len(values) == 1 else f"{len(values)} JSON objects over several lines"
-    raise RefusedInput(
+    raise InvalidInput(
         f"data.path={path} is {what}, not one object a line. Convert it, for example:\n"
         f"  jq -c {shlex.quote(program)} {shlex.quote(str(path))} > rows.jsonl"
     )
@@ -116,7 +116,7 @@ def _only_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RefusedInput(f"the key {twice!a} comes twice; leave one of them")
+        raise InvalidInput(f"the key {twice!a} comes twice; leave one of them")
     return fields
 
 
@@ -128,26 +128,26 @@ def _value(text: str) -> object:
     return _readable(partial(_DECODER.decode, text))
 
 
-def _readable(read: Callable[[], _Read]) -> _Read | RefusedInput:
+def _readable(read: Callable[[], _Read]) -> _Read | InvalidInput:
     try:
         return read()
-    except RefusedInput as refusal:
+    except InvalidInput as refusal:
         return refusal
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        return RefusedInput(f"not JSON ({error.msg} at {place})")
+        return InvalidInput(f"not JSON ({error.msg} at {place})")
     except RecursionError:
-        return RefusedInput("lists or objects are nested too deeply")
+        return InvalidInput("lists or objects are nested too deeply")
     except ValueError:  # Python reads no integer of more than 4,300 digits
-        return RefusedInput("a number has too many digits")
+        return InvalidInput("a number has too many digits")
 
 
-def _refuse_other_encoding(path: Path, number: int) -> None:
-    """Raise RefusedInput when no line has a character beyond ASCII in UTF-8: then it is another encoding throughout."""
+def _check_encoding(path: Path, number: int) -> None:
+    """Raise InvalidInput when no line has a character beyond ASCII in UTF-8: then it is another encoding throughout."""
     with path.open("rb") as lines:
         if any(not line.isascii() and _is_utf8(line) for line in lines):
             return
-    raise RefusedInput(
+    raise InvalidInput(
         f"data.path={path} is not UTF-8 text (line {number}). Convert it; Western European text, for example, with:\n"
         f"  iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > utf8.jsonl"
     )

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import ColumnsConfig, RefusedInput
-from lora_lab.dataset.file_kinds import refuse_other_kinds
+from lora_lab.config import ColumnsConfig, InvalidInput
+from lora_lab.dataset.file_kinds import check_file_kind
 from lora_lab.dataset.json_records import Numbered, read_records
 
 SHIPPED = Path(__file__).resolve().parent / "data" / "lab_qa.jsonl"
@@ -29,46 +29,46 @@ class Row:
 def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
     """Read rows from a file with one JSON object a line, or with one JSON list of them; blank lines are skipped.
 
-    Raises: RefusedInput naming the lines that are broken or lack a column, or what the file is otherwise.
+    Raises: InvalidInput naming the lines that are broken or lack a column, or what the file is otherwise.
     """
-    refuse_other_kinds(path, columns)
+    check_file_kind(path, columns)
     rows = rows_of(read_records(path), columns, f"data.path={path}", "line", limit)
     if not rows:
-        raise RefusedInput(f"data.path={path} is empty; it needs one JSON object a line.")
+        raise InvalidInput(f"data.path={path} is empty; it needs one JSON object a line.")
     return rows
 
 
 def rows_of(records: Numbered, columns: ColumnsConfig, source: str, unit: str, limit: int | None = None) -> list[Row]:
     """Turn records into rows, at most `limit`.
 
-    Raises: RefusedInput naming the first few that are broken, by `unit` (line, row) and number."""
+    Raises: InvalidInput naming the first few that are broken, by `unit` (line, row) and number."""
     rows: list[Row] = []
     broken: list[str] = []
     for number, fields in islice(records, limit):
         try:
-            if isinstance(fields, RefusedInput):
+            if isinstance(fields, InvalidInput):
                 raise fields
             rows.append(row_of(fields, columns))
-        except RefusedInput as error:
+        except InvalidInput as error:
             broken.append(f"{unit} {number}: {error}")
     if broken:
         shown = "\n  ".join(broken[:5])
         more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise RefusedInput(f"{source} has {len(broken)} broken {unit}(s):\n  {shown}{more}")
+        raise InvalidInput(f"{source} has {len(broken)} broken {unit}(s):\n  {shown}{more}")
     return rows
 
 
 def row_of(fields: object, columns: ColumnsConfig) -> Row:
     """Turn one record into a row: the instruction, then the optional input after a blank line.
 
-    Raises: RefusedInput when it is no object, lacks a column, or a column holds something other than text.
+    Raises: InvalidInput when it is no object, lacks a column, or a column holds something other than text.
     """
     if not isinstance(fields, dict):
-        raise RefusedInput(f"expected a JSON object, found {type(fields).__name__}")
+        raise InvalidInput(f"expected a JSON object, found {type(fields).__name__}")
     missing = [name for name in (columns.instruction, columns.output) if name not in fields]
     if missing:
         found = (str(name) if str(name).isprintable() else ascii(name) for name in fields)
-        raise RefusedInput(
+        raise InvalidInput(
             f"no column {' and no column '.join(missing)}; found {', '.join(found) or 'none'}. "
             "Name yours with data.columns.instruction=... data.columns.output=..."
         )
@@ -77,21 +77,21 @@ def row_of(fields: object, columns: ColumnsConfig) -> Row:
     context = _text(fields, columns.input) if has_context else ""
     instruction, output = _text(fields, columns.instruction), _text(fields, columns.output)
     if not instruction or not output:
-        raise RefusedInput("instruction and output must not be empty")
+        raise InvalidInput("instruction and output must not be empty")
     return Row(prompt=f"{instruction}\n\n{context}" if context else instruction, response=output)
 
 
 def _text(fields: dict[Any, Any], column: str) -> str:
     """A column's text without the space around it.
 
-    Raises: RefusedInput for anything that is no text, also for 0, false and [], and for half a character."""
+    Raises: InvalidInput for anything that is no text, also for 0, false and [], and for half a character."""
     text = fields[column]
     if not isinstance(text, str):
-        raise RefusedInput(f"{column} must be text, and is {_written(text)}")
+        raise InvalidInput(f"{column} must be text, and is {_written(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{column} holds {ascii(text[error.start])[1:-1]} alone, half of a character. Write the whole one."
         ) from error
     return text.strip()
@@ -117,7 +117,7 @@ class Split:
 def split_rows(rows: Sequence[Row], share: float) -> Split:
     """Hold out a share of the rows.
 
-    Raises: RefusedInput when too many are equal."""
+    Raises: InvalidInput when too many are equal."""
     held = heldout_indices(rows, share)
     trained = {row.prompt for index, row in enumerate(rows) if index not in held}
     asked_again = sum(rows[index].prompt in trained for index in held)
@@ -128,17 +128,17 @@ def heldout_indices(rows: Sequence[Hashable], share: float) -> set[int]:
     """Which rows are held out: at least one, and all that are equal or none, so that none is trained on as well. The
     same ones for every seed and batch size, so that held-out losses of different trials can be compared.
 
-    Raises: RefusedInput when every row comes more often than rows are to be held out."""
+    Raises: InvalidInput when every row comes more often than rows are to be held out."""
     room = max(1, round(len(rows) * share))
     copies = Counter(rows)
     fitting = [row for row, count in copies.items() if count <= room]
     if len(copies) == 1 < len(rows):
-        raise RefusedInput(
+        raise InvalidInput(
             f"all {len(rows)} rows are equal, so none can be held out that is not trained on. Give rows that differ."
         )
     if not fitting:
         fewest = min(copies.values())
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.holdout={share:g} of {len(rows)} rows is {room}, but each of the {len(copies)} different ones comes "
             f"{fewest} times or more, and equal rows are held out together. "
             f"Use data.holdout={math.ceil(100 * fewest / len(rows)) / 100} or more, or rows that differ."
@@ -152,11 +152,11 @@ def heldout_indices(rows: Sequence[Hashable], share: float) -> set[int]:
     return {index for index, row in enumerate(rows) if row in held}
 
 
-def refuse_too_few(count: int, holdout: float, needed: int, which: str = "rows") -> None:
-    """Raise RefusedInput unless, after holding out, `needed` rows (one optimizer step's) remain to train on."""
+def check_row_count(count: int, holdout: float, needed: int, which: str = "rows") -> None:
+    """Raise InvalidInput unless, after holding out, `needed` rows (one optimizer step's) remain to train on."""
     remaining = count - max(1, round(count * holdout))
     if remaining < needed:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the data has {count} {which}, {remaining} after holding out {holdout:.0%}, but one step needs {needed} "
             "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_lab import __version__
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.report.answers.claims.study import load_study, shipped
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep(path, store, trials, sweeps, console)
         if why:
             console.print(why, highlight=False, soft_wrap=True, markup=False)
-    except (RefusedInput, TrackingFailed) as refusal:
+    except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
     return 0
@@ -125,12 +125,12 @@ def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps
 def _write(findings: Findings, store: StoredRuns, trials: Sequence[Trial], path: Path) -> None:
     """Write the page.
 
-    Raises: RefusedInput when nothing can be written there."""
+    Raises: InvalidInput when nothing can be written there."""
     timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
     try:
         write_page(findings, timelines, path)
     except OSError as error:
-        raise RefusedInput(f"{path} can't be written ({error.strerror}). Name another file with --out FILE.") from error
+        raise InvalidInput(f"{path} can't be written ({error.strerror}). Name another file with --out FILE.") from error
 
 
 def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], console: Console) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.judge import judge
@@ -90,9 +90,9 @@ class Question:
 def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, version: str) -> Findings:
     """Everything that can be said of these trials.
 
-    Raises: RefusedInput when there are none, or `question` names a setting that none has."""
+    Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
-        raise RefusedInput("there are no trials to report on. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
+        raise InvalidInput("there are no trials to report on. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
     by_place = groups(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
     judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
@@ -109,11 +109,11 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
 
 
 def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:
-    """Raises: RefusedInput when `question` names a setting that the main group has not; others say so in a note."""
+    """Raises: InvalidInput when `question` names a setting that the main group has not; others say so in a note."""
     measures = [measure for measure in MEASURES if any(measure.of(trial) is not None for trial in group.measured)]
     try:
         varied = design(group.trials, sweeps, question.baseline)
-    except RefusedInput as refusal:
+    except InvalidInput as refusal:
         if is_main:
             raise
         varied = design(group.trials, sweeps)
@@ -147,7 +147,7 @@ def _as_fast(found: Sequence[Point], group: Group) -> int:
         return 0
     try:
         chosen = choose(group.measured, Wish(objective=THROUGHPUT))
-    except RefusedInput:
+    except InvalidInput:
         return 0
     its = {trial.run_id for trial in fastest.trials}
     if chosen.best is None or not its >= {trial.run_id for trial in chosen.best.trials}:
@@ -226,9 +226,9 @@ def _splits(
         if point is None:
             told = ",".join(f"{key}={value}" for key, value in settings.items())
             there = "; ".join(point.label for point in measured[:12])
-            raise RefusedInput(f"--split {told}: no measured point has these settings. There are: {there}.")
+            raise InvalidInput(f"--split {told}: no measured point has these settings. There are: {there}.")
     if ends[0] is ends[1]:
-        raise RefusedInput("--split names one point twice; give two that differ.")
+        raise InvalidInput("--split names one point twice; give two that differ.")
     return tuple(
         split(group.measured, factors, m, ends[0].levels, ends[1].levels) for m in asked if ends[0] and ends[1]
     ), ()

@@ -4,9 +4,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.store.sweep_folder import PLAN, SweepFolder
-from lora_lab.store.trial_folder import ASKED, LEFT_OVER, RECORD
+from lora_lab.store.trial_folder import LEFT_OVER, MANIFEST, RECORD
 
 _MULTIRUN = Path("multirun")
 _ANOTHER = (
@@ -14,73 +14,73 @@ _ANOTHER = (
 )
 
 
-def refuse_working_folder() -> None:
-    """Raise RefusedInput when no trial can be started from where the user stands."""
+def check_working_folder() -> None:
+    """Raise InvalidInput when no trial can be started from where the user stands."""
     here = Path.cwd()
     if "${" in str(here):
-        raise RefusedInput(
+        raise InvalidInput(
             f"the folder you stand in, {here}, has ${{ in its name, which Hydra takes for a variable. Rename it."
         )
     if os.path.lexists(_MULTIRUN) and not _MULTIRUN.is_dir():
-        raise RefusedInput(
+        raise InvalidInput(
             f"{here}/multirun is in the way: trials leave their files in a folder of that name, and it is "
             f"{_kind(_MULTIRUN)}. Move it away, or stand in another folder."
         )
 
 
-def refuse_moving(chdir: object) -> None:
-    """Raise RefusedInput when Hydra was asked to change into each trial's folder."""
+def check_chdir(chdir: object) -> None:
+    """Raise InvalidInput when Hydra was asked to change into each trial's folder."""
     if chdir:
-        raise RefusedInput(
+        raise InvalidInput(
             "hydra.job.chdir=true moves a trial into its own folder, where multirun, tracking.root and data.path are "
             "other places than you meant. Leave it out."
         )
 
 
-def refuse_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool) -> None:
-    """Raise RefusedInput for a folder that can't be this trial's alone.
+def check_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool) -> None:
+    """Raise InvalidInput for a folder that can't be this trial's alone.
 
     Args:
         in_sweep: Hydra runs it as a part of a sweep. Its folder alone does not say so: any trial can be given one.
     """
     setting, what = ("hydra.sweep.dir", "sweep") if in_sweep else ("hydra.run.dir", "trial")
     another = _ANOTHER.format(setting=setting, what=what)
-    _refuse_place(folder, tracking, setting, another)
+    _check_location(folder, tracking, setting, another)
     sweep = SweepFolder(folder.parent)
     if sweep.exists and not (in_sweep and sweep.launches(folder)):
-        raise RefusedInput(
+        raise InvalidInput(
             f"{setting}: {folder} lies in a sweep's folder: the trial would be counted among its own. {another}"
         )
     try:
         there = sorted(entry.name for entry in os.scandir(folder)) if os.path.lexists(folder) else []
     except OSError as error:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{setting}: {folder} is no folder that can be read ({error.strerror}). {another}"
         ) from error
-    if ASKED in there or RECORD in there:
-        raise RefusedInput(f"{setting}: {folder} holds a trial already, and its files would be mixed. {another}")
+    if MANIFEST in there or RECORD in there:
+        raise InvalidInput(f"{setting}: {folder} holds a trial already, and its files would be mixed. {another}")
     if PLAN in there and not in_sweep:
-        raise RefusedInput(f"{setting}: {folder} holds a sweep. {another}")
+        raise InvalidInput(f"{setting}: {folder} holds a sweep. {another}")
     foreign = [name for name in there if name not in LEFT_OVER]
     if foreign:
         some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise RefusedInput(f"{setting}: {folder} holds files that are no trial's ({some}). {another}")
+        raise InvalidInput(f"{setting}: {folder} holds files that are no trial's ({some}). {another}")
 
 
-def refuse_sweep_folder(folder: Path, tracking: TrackingConfig) -> None:
-    """Raise RefusedInput for a folder that can't hold the folders of this sweep's trials. Files of the user's may lie
+def check_sweep_folder(folder: Path, tracking: TrackingConfig) -> None:
+    """Raise InvalidInput for a folder that can't hold the folders of this sweep's trials. Files of the user's may lie
     there, since a sweep uploads by name, but nothing that is called as its trials will be."""
     another = _ANOTHER.format(setting="hydra.sweep.dir", what="sweep")
-    _refuse_place(folder, tracking, "hydra.sweep.dir", another)
+    _check_location(folder, tracking, "hydra.sweep.dir", another)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise RefusedInput(f"hydra.sweep.dir: {folder} is {_kind(folder)}, not a folder. {another}")
+        raise InvalidInput(f"hydra.sweep.dir: {folder} is {_kind(folder)}, not a folder. {another}")
     if (folder / PLAN).is_file():
         return
-    taken = [PLAN, "trials.csv", "report.html", ASKED, RECORD]
+    taken = [PLAN, "trials.csv", "report.html", MANIFEST, RECORD]
     taken += [path.name for path in folder.glob("[0-9][0-9][0-9][0-9]*")]
     in_the_way = sorted(name for name in taken if os.path.lexists(folder / name))
     if in_the_way:
-        raise RefusedInput(
+        raise InvalidInput(
             f"hydra.sweep.dir: {folder} holds {', '.join(in_the_way[:3])}, where the sweep's own would go. {another}"
         )
 
@@ -91,22 +91,22 @@ def leave_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _refuse_place(folder: Path, tracking: TrackingConfig, setting: str, another: str) -> None:
+def _check_location(folder: Path, tracking: TrackingConfig, setting: str, another: str) -> None:
     """The store takes a copy of the trial's files, so that neither may lie within the other, nor in another trial."""
     name = os.fspath(folder)
     if any(ord(character) < 32 for character in name):
-        raise RefusedInput(f"{setting}={name!r} has control characters in its name. {another}")
+        raise InvalidInput(f"{setting}={name!r} has control characters in its name. {another}")
     if "${" in name:
-        raise RefusedInput(f"{setting}: {name} has ${{ in its name, which Hydra takes for a variable. {another}")
+        raise InvalidInput(f"{setting}: {name} has ${{ in its name, which Hydra takes for a variable. {another}")
     for above in Path(os.path.realpath(folder)).parents:
-        if all((above / one).is_file() for one in (ASKED, "events.jsonl")):  # either name alone may be the user's
-            raise RefusedInput(f"{setting}: {folder} lies in the folder of another trial, {above}. {another}")
+        if all((above / one).is_file() for one in (MANIFEST, "events.jsonl")):  # either name alone may be the user's
+            raise InvalidInput(f"{setting}: {folder} lies in the folder of another trial, {above}. {another}")
     if tracking.kind is not TrackingKind.local:
         return
     store, own = os.path.realpath(tracking.root), os.path.realpath(folder)
     if os.path.commonpath([store, own]) in (store, own):
         how = "is" if store == own else "lies in" if own.startswith(store) else "holds"
-        raise RefusedInput(f"{setting}: {folder} {how} the MLflow store (tracking.root={tracking.root}). {another}")
+        raise InvalidInput(f"{setting}: {folder} {how} the MLflow store (tracking.root={tracking.root}). {another}")
 
 
 def _kind(path: Path) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.store.errors import TrackingFailed
 
 LOCKED_SECONDS = 5.0
@@ -35,10 +35,10 @@ def database_of(uri: str) -> Path | None:
     return Path(unquote(place.partition("?")[0].removeprefix("/")))
 
 
-def refuse_unwritable(tracking: TrackingConfig) -> Path:
+def check_writable(tracking: TrackingConfig) -> Path:
     """The local store's folder, made if missing.
 
-    Raises: RefusedInput when nothing can be written there.
+    Raises: InvalidInput when nothing can be written there.
     """
     root = Path(os.path.realpath(tracking.root))
     try:
@@ -46,7 +46,7 @@ def refuse_unwritable(tracking: TrackingConfig) -> Path:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise RefusedInput(
+        raise InvalidInput(
             f"tracking.root={tracking.root}: nothing can be written to {root} ({error.strerror}). "
             "Give another folder with tracking.root=FOLDER, or use tracking=none."
         ) from error
@@ -75,7 +75,7 @@ def has_content(database: Path) -> bool:
     return database.exists() and (not database.is_file() or database.stat().st_size > 0)
 
 
-def refuse_locked(database: Path) -> None:
+def check_unlocked(database: Path) -> None:
     """MLflow itself would wait for minutes on a database that somebody has locked.
 
     Raises: sqlite3.OperationalError."""
@@ -84,7 +84,7 @@ def refuse_locked(database: Path) -> None:
         connection.rollback()
 
 
-def refuse_unfit(database: Path) -> None:
+def check_database(database: Path) -> None:
     """MLflow itself would change the tables of some other versions without being asked, and stop at others.
 
     Raises: TrackingFailed for a database whose tables are not those of the MLflow that is installed; sqlite3.Error."""
@@ -98,7 +98,7 @@ def refuse_unfit(database: Path) -> None:
         return  # MLflow makes them
     if len(found) != 1:
         raise TrackingFailed(f"{database} does not say which version of MLflow's tables it holds", _AWAY)
-    refuse_other_schema(database, found[0])
+    check_schema(database, found[0])
     missing = _tables_of_today() - tables
     if missing:
         raise TrackingFailed(
@@ -107,7 +107,7 @@ def refuse_unfit(database: Path) -> None:
         )
 
 
-def refuse_other_schema(database: Path, version: str) -> None:
+def check_schema(database: Path, version: str) -> None:
     """Raise TrackingFailed when the tables are of an older or a newer MLflow than the one that is installed."""
     from alembic.script import ScriptDirectory
     from mlflow import __version__

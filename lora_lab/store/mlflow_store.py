@@ -16,15 +16,15 @@ from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import SweepUnknown, TrackingFailed, store_errors
 from lora_lab.store.local_store import (
     address_of,
+    check_database,
+    check_unlocked,
+    check_writable,
     create_store,
     database_of,
     has_content,
-    refuse_locked,
-    refuse_unfit,
-    refuse_unwritable,
 )
 from lora_lab.store.record import RUNNING, Record
-from lora_lab.store.tracking_server import refuse_unreachable
+from lora_lab.store.tracking_server import check_reachable
 
 _METRICS_A_CALL = 1000
 _LONGEST_TAG = 5000
@@ -128,7 +128,7 @@ class MlflowTracker:
         points = [Metric(p.key, p.value, p.t_ms, p.step) for p in record.series]
         points += [Metric(key, value, ended_ms, 0) for key, value in record.metrics.items()]
         with store_errors():
-            self._refuse_lost()
+            self._check_present()
             found = self._find(record.id)
             if found is not None and _is_over(found) and not record.is_sweep:
                 return str(found.info.run_id)
@@ -161,13 +161,13 @@ class MlflowTracker:
                 self._client.set_terminated(run_id, "KILLED")
         return len(orphans)
 
-    def _refuse_lost(self) -> None:
+    def _check_present(self) -> None:
         """A local database that was deleted or replaced would still take records, through a file that is no more."""
         if self._database is None:
             return
         if not has_content(self._database) or self._database.stat().st_ino != self._inode:
             raise TrackingFailed(f"{self._database} was deleted or replaced since it was opened")
-        refuse_locked(self._database)
+        check_unlocked(self._database)
 
     def which(self) -> Which:
         """The address, and when the store's first experiment was made: with the store itself."""
@@ -255,7 +255,7 @@ _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
 def open_tracker(tracking: TrackingConfig) -> Tracker:
     """The tracker the config asks for; makes the local store if there is none.
 
-    Raises: RefusedInput when the local folder can't be written; TrackingFailed when a server is not reached, or
+    Raises: InvalidInput when the local folder can't be written; TrackingFailed when a server is not reached, or
     the store is locked, damaged, of another version of MLflow or can't be made.
     """
     if tracking.kind is TrackingKind.none:
@@ -263,15 +263,15 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     _set_up_mlflow()
     if tracking.kind is TrackingKind.server:
         uri = str(tracking.uri)
-        refuse_unreachable(uri)
+        check_reachable(uri)
         return MlflowTracker(uri, tracking.experiment, None, look(uri))
-    root = refuse_unwritable(tracking)
+    root = check_writable(tracking)
     database = root / "mlflow.db"
     uri = address_of(database)
     with store_errors():
         create_store(database)
-        refuse_unfit(database)
-        refuse_locked(database)
+        check_database(database)
+        check_unlocked(database)
     return MlflowTracker(uri, tracking.experiment, database, look(uri))
 
 
@@ -290,22 +290,22 @@ def connect(uri: str) -> Any:
 
     Raises: TrackingFailed when there is none, or it is not reached."""
     _set_up_mlflow()
-    refuse_no_store(uri)
+    check_store_exists(uri)
     from mlflow.tracking import MlflowClient
 
     database = database_of(uri)
     with store_errors():
         if database is not None:
-            refuse_unfit(database)
+            check_database(database)
         elif uri.startswith(_DATABASES):
-            _refuse_no_database(uri)
+            _check_database_answers(uri)
         return MlflowClient(tracking_uri=uri)
 
 
 _DATABASES = ("postgresql", "mysql", "mssql")
 
 
-def _refuse_no_database(uri: str) -> None:
+def _check_database_answers(uri: str) -> None:
     """MLflow itself would try for minutes."""
     import sqlalchemy
 
@@ -342,7 +342,7 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
     return dict(run.data.metrics), dict(run.data.tags)
 
 
-def refuse_no_store(uri: str) -> None:
+def check_store_exists(uri: str) -> None:
     """MLflow itself would make a store where there is none, and call a server that is away for minutes.
 
     Raises: TrackingFailed."""
@@ -352,7 +352,7 @@ def refuse_no_store(uri: str) -> None:
             f"{uri} is no store's address, as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000 would be."
         )
     if kind in ("http", "https"):
-        refuse_unreachable(uri)
+        check_reachable(uri)
     database = database_of(uri)
     if database is not None and not has_content(database):
         raise TrackingFailed(f"there is no store at {uri}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
@@ -53,7 +53,7 @@ def absolute(tracking: TrackingConfig) -> TrackingConfig:
     return replace(tracking, root=os.path.realpath(tracking.root))
 
 
-class Store:
+class Outbox:
     """The store of one trial or sweep; a fault of it is kept in words and never raised into a trial."""
 
     def __init__(self, tracking: TrackingConfig) -> None:
@@ -72,7 +72,7 @@ class Store:
             try:
                 self._tracker = open_tracker(self.tracking)
                 self.fault = ""
-            except (TrackingFailed, RefusedInput) as fault:
+            except (TrackingFailed, InvalidInput) as fault:
                 self._failed(fault)
         self.out_of_reach = self._tracker is None
         return self._tracker
@@ -162,9 +162,9 @@ class Store:
             return None
         return None if found is None or found.made_ms is None else found
 
-    def _failed(self, fault: TrackingFailed | RefusedInput) -> None:
+    def _failed(self, fault: TrackingFailed | InvalidInput) -> None:
         self.fault = str(fault)
-        self._needs_remedy = isinstance(fault, RefusedInput) or fault.needs_remedy
+        self._needs_remedy = isinstance(fault, InvalidInput) or fault.needs_remedy
 
     def _deliver(self, record: Record, files: list[Path]) -> str | None:
         """Raises: SweepUnknown."""
@@ -196,7 +196,7 @@ class Recovered:
     damaged: dict[str, None] = field(default_factory=dict)
     """What could not be read, and is left as it is."""
 
-    def count(self, run_id: str | None, store: Store) -> None:
+    def count(self, run_id: str | None, store: Outbox) -> None:
         """Take in whether the store took a record."""
         if run_id is None:
             self.waiting += 1
@@ -240,7 +240,7 @@ def remember_outside(folder: Path) -> None:
             file.write(f"{folder.absolute()}\n")
 
 
-def recover(store: Store) -> Recovered:
+def recover(store: Outbox) -> Recovered:
     """Bring in order what killed processes and stores that were out of reach have left: make the records of trials
     that were cut off, deliver every record that no store has, and end what `store` says is running and is not."""
     found = Recovered()
@@ -259,11 +259,11 @@ def recover(store: Store) -> Recovered:
     return found
 
 
-def _recover(found: Recovered, store: Store) -> None:
+def _recover(found: Recovered, store: Outbox) -> None:
     stores = {repr(store.tracking): store}
 
-    def store_of(tracking: TrackingConfig) -> Store:
-        return stores.setdefault(repr(tracking), Store(tracking))
+    def store_of(tracking: TrackingConfig) -> Outbox:
+        return stores.setdefault(repr(tracking), Outbox(tracking))
 
     folders = _folders(found)
     for path in folders:  # first, so that the trials have something to be nested under
@@ -300,9 +300,9 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
+def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Outbox], found: Recovered) -> None:
     with found.setting_aside(folder.path):  # the record is delivered once more
-        folder.refuse_damaged_delivery()
+        folder.check_delivery_note()
     plan = folder.read()
     if not plan.owner.gone:
         return
@@ -313,12 +313,12 @@ def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Sto
     found.count(None if store.out_of_reach else store.deliver_sweep(folder), store)
 
 
-def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Store], found: Recovered) -> None:
-    asked = folder.asked()
+def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Outbox], found: Recovered) -> None:
+    asked = folder.manifest()
     if asked is None or not asked.owner.gone:
         return
     with found.setting_aside(folder.path):  # the record is delivered once more, which changes nothing
-        folder.refuse_damaged_delivery()
+        folder.check_delivery_note()
     record = folder.record()
     if record is None:
         record = folder.finish_for_dead(asked)

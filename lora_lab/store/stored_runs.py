@@ -18,11 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed, store_errors
-from lora_lab.store.local_store import LOCKED_SECONDS, address_of, database_of, refuse_locked
-from lora_lab.store.mlflow_store import connect, look, refuse_no_store
+from lora_lab.store.local_store import LOCKED_SECONDS, address_of, check_unlocked, database_of
+from lora_lab.store.mlflow_store import check_store_exists, connect, look
 from lora_lab.store.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.store.record import RUNNING
 from lora_lab.store.run_checks import fault_of, is_reading, printable
@@ -94,10 +94,10 @@ class StoredRuns:
     def runs(self) -> Found:
         """All there is.
 
-        Raises: RefusedInput when there is none; TrackingFailed."""
+        Raises: InvalidInput when there is none; TrackingFailed."""
         trials, sweeps = self._trials_and_sweeps
         if not trials:
-            raise RefusedInput(f"{self._place} holds no trial of lora_lab. Run one: python -m lora_lab")
+            raise InvalidInput(f"{self._place} holds no trial of lora_lab. Run one: python -m lora_lab")
         return list(trials), list(sweeps)
 
     def of(self, names: Sequence[str]) -> Found:
@@ -106,20 +106,20 @@ class StoredRuns:
         Args:
             names: ids of runs in the store, or record ids (tag record_id), or the beginnings of such.
 
-        Raises: RefusedInput when a name fits no run or several, or a sweep has no trial; TrackingFailed."""
+        Raises: InvalidInput when a name fits no run or several, or a sweep has no trial; TrackingFailed."""
         trials, sweeps = self.runs()
         chosen = {self._one(name) for name in names}
         below = [trial for trial in trials if trial.run_id in chosen or trial.sweep in chosen]
         for sweep in sweeps:
             if sweep.run_id in chosen and all(trial.sweep != sweep.run_id for trial in below):
-                raise RefusedInput(f"{_line(sweep)}: the store has no trial of it that is over.\n{self._newest()}")
+                raise InvalidInput(f"{_line(sweep)}: the store has no trial of it that is over.\n{self._newest()}")
         above = {trial.sweep for trial in below}
         return below, [sweep for sweep in sweeps if sweep.run_id in above]
 
     def last_sweep(self) -> Found:
         """The sweep whose newest trial began last; without any sweep, the newest trial.
 
-        Raises: RefusedInput when there is no trial; TrackingFailed."""
+        Raises: InvalidInput when there is no trial; TrackingFailed."""
         trials, sweeps = self.runs()
         known = {sweep.run_id for sweep in sweeps}
         newest = next((trial.sweep for trial in reversed(trials) if trial.sweep in known), None)
@@ -145,7 +145,7 @@ class StoredRuns:
                     "its files are with a tracking server; to keep the page there, give --store http://..."
                 )
             if database is not None:
-                refuse_locked(database)
+                check_unlocked(database)
             client.log_artifact(run_id, str(file))
 
     def where(self, run_id: str, file: str = "") -> list[str]:
@@ -168,7 +168,7 @@ class StoredRuns:
         chosen = [key for key, name in experiments.items() if self._experiment in (None, name)]
         if not chosen:
             names = printable(", ".join(sorted(map(str, experiments.values()))))
-            raise RefusedInput(f"{self._place}: there is no such experiment. There are: {names}.")
+            raise InvalidInput(f"{self._place}: there is no such experiment. There are: {names}.")
         read = []
         for run in self._source.runs(chosen):
             fault = fault_of(run.started_ms, run.params, run.metrics, run.tags)
@@ -200,12 +200,12 @@ class StoredRuns:
         known |= {run.run_id: run for run in trials}
         if found:
             lines = [f"{name} is the beginning of {len(found)} ids, give more of it:"]
-            raise RefusedInput("\n  ".join(lines + [_line(known[run_id]) for run_id in found[:_NEWEST]]))
+            raise InvalidInput("\n  ".join(lines + [_line(known[run_id]) for run_id in found[:_NEWEST]]))
         lines = [f"no run of lora_lab in {self._place} has an id that begins with {name!r}."]
         beginnings = {run_id[: len(name)]: run_id for run_id in known}
         near = difflib.get_close_matches(name, beginnings, n=2, cutoff=0.75) if name else []
         lines += [f"Near it: {_line(known[beginnings[text]])}" for text in near]
-        raise RefusedInput("\n".join([*lines, self._newest()]))
+        raise InvalidInput("\n".join([*lines, self._newest()]))
 
     def _newest(self) -> str:
         trials, sweeps = self._trials_and_sweeps
@@ -224,12 +224,12 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
         uri: MLflow tracking URI; None for the local store under mlruns/ here.
         experiment: only this one's runs; None for those of all.
 
-    Raises: RefusedInput when there is no local store; TrackingFailed when the store can't be had."""
+    Raises: InvalidInput when there is no local store; TrackingFailed when the store can't be had."""
     if uri is None:
         uri = address_of(_local())
     database = database_of(uri)
     if database is not None:
-        refuse_no_store(uri)
+        check_store_exists(uri)
     if database is not None:
         tables = _Tables(database)
         if tables.schema in KNOWN_SCHEMAS:
@@ -240,7 +240,7 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
 def _local() -> Path:
     database = Path("mlruns/mlflow.db").resolve()
     if not database.is_file() or database.stat().st_size == 0:
-        raise RefusedInput(
+        raise InvalidInput(
             f"there is no store at {database}. Stand where the runs were made, or name their store with --store URI."
         )
     return database

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import write_json
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, whole
@@ -150,16 +150,16 @@ class SweepFolder:
     def planned(self, folder: Path) -> Planned | None:
         """Which trial is run in `folder`.
 
-        Raises: RefusedInput when the plan cannot be read."""
+        Raises: InvalidInput when the plan cannot be read."""
         try:
             return self.read().planned(folder.name) if self.exists else None
         except Damaged as damaged:
-            raise RefusedInput(f"{damaged}.") from None
+            raise InvalidInput(f"{damaged}.") from None
 
     def launches(self, folder: Path) -> bool:
         """Whether the sweep's present, or latest, start runs a trial in `folder`.
 
-        Raises: RefusedInput when the plan cannot be read."""
+        Raises: InvalidInput when the plan cannot be read."""
         held = self._held.get(self.path.absolute())  # a full disk may have kept the latest start out of the file
         if held is not None:
             return folder.name in held.launched
@@ -227,7 +227,7 @@ class SweepFolder:
         self.write(plan)
         return True
 
-    def refuse_damaged_delivery(self) -> None:
+    def check_delivery_note(self) -> None:
         """Raise Damaged where it is noted what the store was told, and that note cannot be read."""
         whole(_Delivered, self.path / DELIVERED)
 

@@ -11,7 +11,7 @@ from lora_lab.store.server_address import fault_of_address
 _SECONDS = 3.0
 
 
-def refuse_unreachable(uri: str) -> None:
+def check_reachable(uri: str) -> None:
     """MLflow itself would try for minutes, and believe whatever answers.
 
     Raises: TrackingFailed."""

@@ -22,11 +22,11 @@ from lora_lab.store.mlflow_store import Which
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record, complete, plain
 from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
-ASKED = "trial.json"
+MANIFEST = "trial.json"
 SEEN = "seen.json"
 IDLE = "idle.jsonl"
 RECORD = "record.json"
@@ -41,7 +41,7 @@ _ARTIFACTS = (
     *(
         "config.yaml",
         "environment.json",
-        ASKED,
+        MANIFEST,
         *LEFT_OVER,
         "samples.jsonl",
         SEEN,
@@ -55,7 +55,7 @@ _ARTIFACTS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Manifest:
     """What is known before a trial starts, and is needed to record it if its process is killed."""
 
     owner: Owner
@@ -133,7 +133,7 @@ class TrialFolder:
         self._events: _Journal | None = None
         self._samples: _Journal | None = None
 
-    def begin(self, asked: Asked, config: TrialConfig, facts: dict[str, str], seen: Seen) -> None:
+    def begin(self, asked: Manifest, config: TrialConfig, facts: dict[str, str], seen: HostFacts) -> None:
         """Write what was asked for, and be ready for events and samples.
 
         Raises: OSError when nothing can be written here.
@@ -142,7 +142,7 @@ class TrialFolder:
         write_text(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(self.path / "environment.json", facts)
         write_json(self.path / SEEN, asdict(seen))
-        write_json(self.path / ASKED, asdict(asked))
+        write_json(self.path / MANIFEST, asdict(asked))
         self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
 
     def note_event(self, event: Event) -> None:
@@ -155,12 +155,12 @@ class TrialFolder:
         assert self._samples is not None
         self._samples.add(sample.encode())
 
-    def note_seen(self, seen: Seen) -> None:
+    def note_seen(self, seen: HostFacts) -> None:
         """Keep what the parent has seen by now."""
         with contextlib.suppress(OSError):  # at the end it is written again
             write_json(self.path / SEEN, asdict(seen))
 
-    def keep_idle(self, idle: Idle, samples: list[Sample], seen: Seen) -> None:
+    def keep_idle(self, idle: Idle, samples: list[Sample], seen: HostFacts) -> None:
         """Keep the card's draw at rest with the readings that it is made of.
 
         Raises: OSError."""
@@ -172,7 +172,7 @@ class TrialFolder:
         """The card's draw at rest and its readings; None where they are not both here.
 
         Raises: Damaged."""
-        seen = whole(Seen, self.path / SEEN)
+        seen = whole(HostFacts, self.path / SEEN)
         if seen is None or seen.idle is None or not (self.path / IDLE).is_file():
             return None
         samples, damaged = lines(self.path / IDLE, Sample.decode)
@@ -189,11 +189,11 @@ class TrialFolder:
 
     def finish(
         self,
-        asked: Asked,
+        asked: Manifest,
         end: End,
         events: list[Event],
         samples: list[Sample],
-        seen: Seen,
+        seen: HostFacts,
         over_ms: int | None = None,
     ) -> tuple[Record, Summary]:
         """Summarise, complete the record, and put both on disk; `record.json` comes last.
@@ -227,13 +227,13 @@ class TrialFolder:
             journal.close()
         return journals
 
-    def asked(self) -> Asked | None:
+    def manifest(self) -> Manifest | None:
         """What was asked for here; None where no trial began, or one of an older version.
 
         Raises: Damaged."""
-        asked = whole(Asked, self.path / ASKED)
+        asked = whole(Manifest, self.path / MANIFEST)
         if asked is None and (self.path / RECORD).is_file() and not self.delivered:
-            raise Damaged(self.path / ASKED, "", f"is missing, though {RECORD} is there")
+            raise Damaged(self.path / MANIFEST, "", f"is missing, though {RECORD} is there")
         return asked
 
     def record(self) -> Record | None:
@@ -256,17 +256,17 @@ class TrialFolder:
             raise Damaged(self.path / "summary.json", "", f"is missing, though {RECORD} is there")
         return asdict(outline) | {"outcome": outline.outcome.value}
 
-    def finish_for_dead(self, asked: Asked) -> Record:
+    def finish_for_dead(self, asked: Manifest) -> Record:
         """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of
         that is left out, with a warning in the record.
 
         Raises: Damaged where that makes no sense."""
         try:
-            events, samples, seen, damaged = self.told()
+            events, samples, seen, damaged = self.read_inputs()
         except Damaged as fault:
             if (self.path / SEEN).is_dir():  # it could not be written again
                 raise
-            seen = Seen(no_sensor=_NOT_SEEN)
+            seen = HostFacts(no_sensor=_NOT_SEEN)
             events, samples, damaged = self._lines()
             damaged.append(fault)
         seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
@@ -277,7 +277,7 @@ class TrialFolder:
                 self.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})"
             ) from error
 
-    def _finish_for_dead(self, asked: Asked, events: list[Event], samples: list[Sample], seen: Seen) -> Record:
+    def _finish_for_dead(self, asked: Manifest, events: list[Event], samples: list[Sample], seen: HostFacts) -> Record:
         said = next((event for event in events if isinstance(event, Ended)), None)
         if said is not None:
             end = end_said(said)
@@ -287,14 +287,14 @@ class TrialFolder:
         # one that had said nothing yet is over as it began: nobody knows better
         return self.finish(asked, end, events, samples, seen, asked.record.started_ms)[0]
 
-    def told(self) -> tuple[list[Event], list[Sample], Seen, list[Damaged]]:
+    def read_inputs(self) -> tuple[list[Event], list[Sample], HostFacts, list[Damaged]]:
         """Everything that the figures are made of, as it stands here, and what is wrong with a line of it: those
         after it are not read.
 
         Raises: Damaged."""
-        seen = whole(Seen, self.path / SEEN)
+        seen = whole(HostFacts, self.path / SEEN)
         events, samples, damaged = self._lines()
-        return events, samples, seen or Seen(no_sensor=_NOT_SEEN), damaged
+        return events, samples, seen or HostFacts(no_sensor=_NOT_SEEN), damaged
 
     def _lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
         events, fault = lines(self.path / "events.jsonl", decode)
@@ -313,7 +313,7 @@ class TrialFolder:
         delivered = self._delivered()
         return None if delivered is None else delivered.store
 
-    def refuse_damaged_delivery(self) -> None:
+    def check_delivery_note(self) -> None:
         """Raise Damaged where it is noted that a store has the record, and that note cannot be read."""
         whole(_Delivered, self.path / DELIVERED)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.reading import Damaged
 from lora_lab.store.fingerprint import digest
 from lora_lab.store.outbox import MULTIRUN
@@ -111,7 +111,7 @@ def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
     """`first`, then what is below multirun/, newest first: the folders are named by date and time. What cannot be read
     there is passed over: each start names it.
 
-    Raises: RefusedInput when `first`, which the user named, cannot be read."""
+    Raises: InvalidInput when `first`, which the user named, cannot be read."""
     there = (path.parent.absolute() for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))
     for sweep in map(SweepFolder, (*first, *there)):
         if not sweep.exists:
@@ -120,6 +120,6 @@ def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
             plan = sweep.read()
         except Damaged as damaged:
             if sweep.path in first:
-                raise RefusedInput(f"{damaged}.") from None
+                raise InvalidInput(f"{damaged}.") from None
             continue
         yield sweep, plan

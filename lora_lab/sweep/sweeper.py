@@ -24,18 +24,18 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from lora_lab.composition.arguments import MOST_POINTS, refuse_uncountable
+from lora_lab.composition.arguments import MOST_POINTS, check_point_count
 from lora_lab.composition.compose import load
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
 from lora_lab.composition.hydra_errors import COMPOSING
-from lora_lab.config import Isolation, RefusedInput, TrialConfig
+from lora_lab.config import InvalidInput, Isolation, TrialConfig
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import conditions, point_digest
-from lora_lab.store.folder_checks import refuse_moving, refuse_sweep_folder
-from lora_lab.store.outbox import MULTIRUN, Store, absolute, owner_tags, remember_outside
+from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
+from lora_lab.store.outbox import MULTIRUN, Outbox, absolute, owner_tags, remember_outside
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
@@ -43,7 +43,7 @@ from lora_lab.sweep.display import progress, show_forecast, show_table, write_ta
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_card
-from lora_lab.trial.session import look_after_earlier_runs, refuse_secret_name, refuse_unusable
+from lora_lab.trial.session import check_folder_name, check_inputs, look_after_earlier_runs
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Grid(Sweeper):
             combinations = self._combinations(arguments)
             COMPOSING.over()
             code = self._run(combinations, arguments)
-        except RefusedInput as refusal:
+        except InvalidInput as refusal:
             COMPOSING.over()
             print(f"Refused, no trial was started:\n{refusal}", file=sys.stderr)
             code = EXIT_REFUSED
@@ -106,16 +106,16 @@ class Grid(Sweeper):
         try:
             for override in parser.parse_overrides(list(arguments)):
                 if override.key_or_group == "sweep" and override.is_sweep_override():
-                    raise RefusedInput(f"{override.input_line} names several sweeps; run them one after the other.")
+                    raise InvalidInput(f"{override.input_line} names several sweeps; run them one after the other.")
             for line in self._lines:
                 overrides = parser.parse_overrides([*params, *_words(line), *arguments])
-                refuse_uncountable(overrides, len(found))
+                check_point_count(overrides, len(found))
                 [combinations] = BasicSweeper.split_arguments(overrides, None)
                 found += combinations
         except HydraException as error:
-            raise RefusedInput(explain(error)) from error
+            raise InvalidInput(explain(error)) from error
         if not found:
-            raise RefusedInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
+            raise InvalidInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
         return found
 
     def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
@@ -123,19 +123,19 @@ class Grid(Sweeper):
         first = points[0].config
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
-        store = Store(absolute(first.tracking))
+        store = Outbox(absolute(first.tracking))
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
-        refuse_secret_name(new.path)
-        refuse_moving(self._config.hydra.job.chdir)
-        refuse_sweep_folder(new.path, first.tracking)
+        check_folder_name(new.path)
+        check_chdir(self._config.hydra.job.chdir)
+        check_sweep_folder(new.path, first.tracking)
         found = self._earlier(points, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
             trials = found[1] if found else self._plan_anew(points, new)
             pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
             if found:
-                _refuse_unfit(folder, [point for point in points if point.digest in {t.point for t in pending}])
+                _check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             here = {point.conditions["device"] for point in points}
@@ -148,30 +148,30 @@ class Grid(Sweeper):
     def _points(self, combinations: list[list[str]]) -> list[GridPoint]:
         """Compose every point.
 
-        Raises: RefusedInput with every fault of every point."""
+        Raises: InvalidInput with every fault of every point."""
         points: list[GridPoint] = []
         faults: dict[str, list[str]] = {}
         for overrides in _with_progress(combinations, "composing the points"):
             try:
                 config = self._compose(overrides)
-                refuse_unusable(config)
+                check_inputs(config)
                 now = _conditions(config)
-            except RefusedInput as refusal:
+            except InvalidInput as refusal:
                 for fault in refusal.faults:
                     faults.setdefault(fault, []).append(" ".join(overrides))
                 continue
             if not points:
-                _refuse_too_many(len(combinations) * config.repeats)
+                _check_trial_count(len(combinations) * config.repeats)
             digest = point_digest(config)
             points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
-        _refuse(faults, len(combinations))
+        _raise_faults(faults, len(combinations))
         return without_twins(points)
 
     def _compose(self, overrides: list[str]) -> TrialConfig:
         try:
             composed = self._context.config_loader.load_sweep_config(self._config, overrides)
         except COMPOSITION_ERRORS as error:
-            raise RefusedInput(explain(error)) from error
+            raise InvalidInput(explain(error)) from error
         with open_dict(composed):
             del composed["hydra"]
         return load(composed)
@@ -193,10 +193,10 @@ class Grid(Sweeper):
 
     def _plan_anew(self, points: list[GridPoint], folder: SweepFolder) -> list[Planned]:
         if folder.exists:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"{folder.path} holds a sweep already; add resume=true to go on with it, or name another folder."
             )
-        _refuse_unfit(folder, points)
+        _check_points(folder, points)
         # only now: the check may have fetched a hub model's description, and with it its commit
         points[:] = [replace(point, conditions=_conditions(point.config)) for point in points]
         return plan_trials(points, points[0].config.repeats, points[0].config.seed)
@@ -223,7 +223,7 @@ class Grid(Sweeper):
                 )
             folder.write(plan)
         except OSError as error:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"nothing can be written to {folder.path} ({error.strerror}). Make room there."
             ) from error
 
@@ -249,7 +249,7 @@ class Grid(Sweeper):
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
         return Record(name=name, is_sweep=True, params=params, tags=tags)
 
-    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Store) -> int:
+    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox) -> int:
         """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
         plan = folder.read()
@@ -277,7 +277,7 @@ class Grid(Sweeper):
             print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
         return 1 if broken else 0
 
-    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Store, code: int) -> int:
+    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int) -> int:
         """Delivery of what the store did not take at once, table, exit code."""
         attempts = [folder.attempt(trial) for trial in trials]
         codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
@@ -308,14 +308,14 @@ def _words(line: str) -> list[str]:
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise RefusedInput(f"hydra.sweeper.points: {line} can't be split into overrides ({error}).") from error
+        raise InvalidInput(f"hydra.sweeper.points: {line} can't be split into overrides ({error}).") from error
 
 
 @contextmanager
 def _alone(folder: SweepFolder) -> Iterator[None]:
     """The right to run this sweep, for one process at a time. A folder that was made for nothing is taken away again.
 
-    Raises: RefusedInput when another process has it."""
+    Raises: InvalidInput when another process has it."""
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.path / ".sweep.lock")
     try:
@@ -324,7 +324,7 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
         which = "another process"
         with suppress(Damaged):  # or it has not written its plan yet
             which = f"process {folder.read().owner.pid}"
-        raise RefusedInput(
+        raise InvalidInput(
             f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
         ) from None
     try:
@@ -342,9 +342,9 @@ def _conditions(config: TrialConfig) -> dict[str, str]:
     return conditions(config, choose_card(config.device))
 
 
-def _refuse_too_many(count: int) -> None:
+def _check_trial_count(count: int) -> None:
     if count > MOST_POINTS:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the sweep would have {count:,} trials; {MOST_POINTS:,} is the most. Sweep fewer values, use "
             "fewer repeats, or run it in parts."
         )
@@ -362,8 +362,8 @@ def _warn_of_other_figures(folder: SweepFolder) -> None:
         )
 
 
-def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
-    """Raise RefusedInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
+def _check_points(folder: SweepFolder, points: list[GridPoint]) -> None:
+    """Raise InvalidInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
     chosen = [point for point in points if point.config.isolation is Isolation.process]
     if not chosen:
         return
@@ -375,17 +375,17 @@ def _refuse_unfit(folder: SweepFolder, points: list[GridPoint]) -> None:
     for point, fault in zip(chosen, found, strict=True):
         if fault:
             faults.setdefault(fault, []).append(" ".join(point.overrides))
-    _refuse(faults, len(points))
+    _raise_faults(faults, len(points))
 
 
-def _refuse(faults: dict[str, list[str]], count: int) -> None:
+def _raise_faults(faults: dict[str, list[str]], count: int) -> None:
     if not faults:
         return
     lines = []
     for fault, where in faults.items():
         which = "every point" if len(where) == count else f"{len(where)} of {count} points, the first: {where[0]}"
         lines.append(f"{fault}\n  ({which})" if count > 1 else fault)
-    raise RefusedInput(*lines)
+    raise InvalidInput(*lines)
 
 
 def _with_progress(items: list[list[str]], what: str) -> Iterator[list[str]]:

@@ -67,7 +67,7 @@ def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -
             f"the energy counter ran backwards, from {fallen[0].value:.1f} to {fallen[1].value:.1f} J "
             "(a reset or a wrap)"
         )
-    _refuse_standstill(start, end, readings, ticks)
+    _check_counter_moves(start, end, readings, ticks)
     if first < 0 or last == len(ticks):
         raise CounterFault("the energy counter was not read on both sides of the window")
     inside = sum(start <= tick.seen <= end for tick in near)
@@ -79,7 +79,7 @@ def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -
     return Measured(joules, max(high_end - low_start - joules, joules - (low_end - high_start)))
 
 
-def _refuse_standstill(
+def _check_counter_moves(
     start: float, end: float, readings: Sequence[tuple[float, float]], ticks: Sequence[_Tick]
 ) -> None:
     # of all readings, not of the window's: there a standstill may be most of what is seen

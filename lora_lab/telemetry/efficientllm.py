@@ -8,7 +8,7 @@ from statistics import mean
 
 from lora_lab.events import Event, ModelCounted
 from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
@@ -16,7 +16,7 @@ _SIXTEEN_BIT_BYTES = 2
 
 
 def add_efficientllm(
-    summary: Summary, window: Window, events: Sequence[Event], samples: Sequence[Sample], seen: Seen
+    summary: Summary, window: Window, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts
 ) -> None:
     """AMU, PCU, AL, ST, AEC and MCR, each where its parts are known."""
     metrics = summary.metrics

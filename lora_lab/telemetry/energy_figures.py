@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_lab.telemetry.energy import DISAGREEMENT_TOLD, Energy, cpu_energy, window_energy
 from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
@@ -13,7 +13,7 @@ _NO_WINDOW = "the measured window was not completed"
 _JOULES_PER_KWH = 3.6e6
 
 
-def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], seen: Seen) -> None:
+def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], seen: HostFacts) -> None:
     """Every figure below `energy/`, and the tags that say where they come from."""
     summary.tags["energy_source"] = "none"
     if window is None:
@@ -35,7 +35,7 @@ def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample
     _add_stated(summary, window, real, seen)
 
 
-def _add_card(summary: Summary, window: Window, real: int, samples: Sequence[Sample], seen: Seen) -> None:
+def _add_card(summary: Summary, window: Window, real: int, samples: Sequence[Sample], seen: HostFacts) -> None:
     of_card = [s for s in samples if (s.energy_joules, s.instant_watts, s.average_watts) != (None, None, None)]
     if not of_card:
         summary.without((_GROSS, _NET), seen.no_sensor or "no power sensor was read")
@@ -87,7 +87,7 @@ def _tell_source(summary: Summary, energy: Energy) -> None:
         )
 
 
-def _add_stated(summary: Summary, window: Window | None, real: int, seen: Seen) -> None:
+def _add_stated(summary: Summary, window: Window | None, real: int, seen: HostFacts) -> None:
     """ArXiv 2509.12229 calculates E/N = P t / N with a constant board power P; cost and CO2 follow from energy."""
     stated = seen.stated
     if stated.board_power_watts is not None:

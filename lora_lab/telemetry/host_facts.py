@@ -31,7 +31,7 @@ class Stated:
 
 
 @dataclass(slots=True, kw_only=True)
-class Seen:
+class HostFacts:
     """What the parent has seen and was told."""
 
     no_sensor: str = ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_lab.events import FIRST_STEP, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.gpu_processes import worker_pid
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.phases import Span, spans
 from lora_lab.telemetry.sampler import Sample
 
@@ -24,7 +24,7 @@ _SPILL_SLACK_BYTES = 256 * 2**20
 """The allocator's own count and the driver's may differ by this much without anything being spilled."""
 
 
-def add_memory(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: Seen) -> None:
+def add_memory(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts) -> None:
     """Peaks over training, peaks of each phase, the optimizer's state, and what neither accounts for."""
     told = {event.phase: event for event in events if isinstance(event, PhaseMemory)}
     phases = spans(events)
@@ -62,7 +62,7 @@ def _add_training(
     events: Sequence[Event],
     told: dict[str, PhaseMemory],
     samples: Sequence[Sample],
-    seen: Seen,
+    seen: HostFacts,
     pid: int | None,
 ) -> None:
     """Peaks from the first step to the end of the window: what a card must have."""
@@ -107,7 +107,7 @@ def _add_optimizer(
     told: dict[str, PhaseMemory],
     phases: dict[str, Span],
     samples: Sequence[Sample],
-    seen: Seen,
+    seen: HostFacts,
 ) -> None:
     state = next((event for event in events if isinstance(event, OptimizerMemory)), None)
     if state is not None:
@@ -135,7 +135,7 @@ def _add_optimizer(
     summary.metrics[name] = rest / GIB
 
 
-def _add_spill(summary: Summary, told: dict[str, PhaseMemory], seen: Seen) -> None:
+def _add_spill(summary: Summary, told: dict[str, PhaseMemory], seen: HostFacts) -> None:
     """On Windows (WSL2) the driver lends main memory when a card's own is full, and all goes on, many times slower."""
     spilled = 0
     for memory in told.values():

@@ -21,7 +21,7 @@ from lora_lab.telemetry.energy_figures import add_energy
 from lora_lab.telemetry.engine import add_engine
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.flops import flops, repeated_share
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.throughput import add_busy_share, add_kernel_time, throughput
@@ -29,7 +29,7 @@ from lora_lab.telemetry.validity import add_validity
 from lora_lab.telemetry.window import Window, find_window, steady
 
 
-def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: Seen, asked_t: float) -> Summary:
+def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts, asked_t: float) -> Summary:
     """Figures of one trial.
 
     Args:

@@ -11,7 +11,7 @@ from statistics import median
 from lora_lab.events import Event, Phase, PhaseMemory
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.gpu_processes import foreign_pids
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
@@ -27,7 +27,7 @@ _POWER_CAP, _THERMAL, _BRAKE = 0x4, 0x20 | 0x40, 0x80
 
 
 def add_validity(
-    summary: Summary, events: Sequence[Event], window: Window | None, samples: Sequence[Sample], seen: Seen
+    summary: Summary, events: Sequence[Event], window: Window | None, samples: Sequence[Sample], seen: HostFacts
 ) -> None:
     """The figures behind the verdict, and the tags `validity` and `validity_reasons`."""
     invalid: list[str] = []
@@ -54,7 +54,7 @@ def add_validity(
 
 
 def _add_neighbours(
-    summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: Seen, invalid: list[str]
+    summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts, invalid: list[str]
 ) -> None:
     if not any(sample.processes is not None for sample in samples):
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.files import write_text
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
@@ -67,7 +67,7 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
 def _lock_folder(folder: Path) -> Path:
     """The folder of the locks. Everybody may write to the one above it, so it is taken only if it is ours alone.
 
-    Raises: RefusedInput when it is not."""
+    Raises: InvalidInput when it is not."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -80,7 +80,7 @@ def _lock_folder(folder: Path) -> Path:
             return folder
     except OSError as error:
         fault = f"can't be used ({error.strerror})"
-    raise RefusedInput(
+    raise InvalidInput(
         f"{folder}, where trials queue for a device, {fault}. Remove it, or set TMPDIR to a folder that is yours."
     )
 
@@ -111,14 +111,14 @@ def _holder(holder: Path) -> str:
 def look_at(card: Card | None, share: bool) -> Before:
     """The card before a trial.
 
-    Raises: RefusedInput when somebody else calculates on it, unless `share`.
+    Raises: InvalidInput when somebody else calculates on it, unless `share`.
     """
     if card is None:
         return Before()
     users = {pid: used for pid, used in card.users().items() if pid != os.getpid()}  # isolation=inline
     with_whom = ", ".join(_user(pid, used) for pid, used in users.items())
     if users and not share:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{card.name} (gpu:{card.index}) is in use by {with_whom}: neither speed nor memory nor energy would be "
             "the trial's own. Wait for it, end it, choose another card with device=gpu:N, or measure all the same "
             "with share_device=true; the record will say so."

@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from lora_lab.config import Checkpointing, DType, EngineKind, RefusedInput, TrialConfig
+from lora_lab.config import Checkpointing, DType, EngineKind, InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.telemetry.nvml import Card, visible_cards
 from lora_lab.telemetry.sampler import SensorFailed
@@ -20,20 +20,20 @@ _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
 def choose_card(device: str) -> Card | None:
     """The card that `device` names; None for the CPU.
 
-    Raises: RefusedInput when it names a card that is not there.
+    Raises: InvalidInput when it names a card that is not there.
     """
     if device == "cpu":
         return None
     try:
         there = visible_cards()
     except SensorFailed as error:
-        raise RefusedInput(
+        raise InvalidInput(
             f"device={device}: this machine's NVIDIA driver does not answer ({error}). Mend it (a reboot after a "
             "driver update often does), or use device=cpu."
         ) from error
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and not there and hidden:
-        raise RefusedInput(
+        raise InvalidInput(
             f"device=auto: CUDA_VISIBLE_DEVICES={hidden} names no card of this machine. Unset it, name a card as "
             "nvidia-smi -L does, or use device=cpu."
         )
@@ -46,7 +46,7 @@ def choose_card(device: str) -> Card | None:
     listed = ", ".join(f"gpu:{card.index} ({card.name}, {card.uuid})" for card in there) or "no NVIDIA card"
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     within = "" if limit is None else f" within CUDA_VISIBLE_DEVICES={limit!r}"
-    raise RefusedInput(
+    raise InvalidInput(
         f"device={device} is not there; this machine shows {listed}{within}. Use device=auto or device=cpu."
     )
 
@@ -56,10 +56,10 @@ def worker_environment(card: Card | None) -> dict[str, str]:
     return of_worker(card.uuid if card else "")
 
 
-def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
+def check_capable(config: TrialConfig, card: Card | None) -> None:
     """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
     is to be limited to, or the machine lacks what the trial's engine needs."""
-    _refuse_engine(config.engine.kind, card)
+    _check_engine(config.engine.kind, card)
     if card is None and config.gradient_checkpointing is Checkpointing.offloaded:
         raise Unsupported(
             "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the "
@@ -82,7 +82,7 @@ def refuse_incapable(config: TrialConfig, card: Card | None) -> None:
     )
 
 
-def _refuse_engine(kind: EngineKind, card: Card | None) -> None:
+def _check_engine(kind: EngineKind, card: Card | None) -> None:
     if card is None and kind in (EngineKind.liger, EngineKind.graph):
         needs = "liger-kernel's kernels are Triton's" if kind is EngineKind.liger else "CUDA graphs are NVIDIA's"
         raise Unsupported(

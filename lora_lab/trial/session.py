@@ -9,37 +9,37 @@ from pathlib import Path
 
 from lora_lab.config import (
     DataSource,
+    InvalidInput,
     Isolation,
     MeasureConfig,
     ModelSource,
-    RefusedInput,
     TrackingKind,
     TrialConfig,
     Weights,
 )
-from lora_lab.dataset.rows import SHIPPED, read_jsonl, refuse_too_few
+from lora_lab.dataset.rows import SHIPPED, check_row_count, read_jsonl
 from lora_lab.events import Event, Ran
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
-from lora_lab.store.folder_checks import refuse_trial_folder
-from lora_lab.store.local_store import refuse_unwritable
-from lora_lab.store.outbox import Store, absolute, owner_tags, recover, remember_outside
+from lora_lab.store.folder_checks import check_trial_folder
+from lora_lab.store.local_store import check_writable
+from lora_lab.store.outbox import Outbox, absolute, owner_tags, recover, remember_outside
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record, params, run_name
 from lora_lab.store.sweep_folder import Planned, SweepFolder
-from lora_lab.store.trial_folder import Asked, TrialFolder
+from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
-from lora_lab.telemetry.host_facts import Seen, Stated
+from lora_lab.telemetry.host_facts import HostFacts, Stated
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
-from lora_lab.trial.devices import choose_card, refuse_incapable, worker_environment
+from lora_lab.trial.devices import check_capable, choose_card, worker_environment
 from lora_lab.trial.display import Display, show_result
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
 from lora_lab.trial.standing import show_line
@@ -60,22 +60,22 @@ class Request:
 
 
 @dataclass(slots=True)
-class _Story:
+class TrialState:
     """What is known of a trial so far; every event is on disk before anything is done with it."""
 
     request: Request
     card: Card | None
-    asked: Asked
+    asked: Manifest
     folder: TrialFolder
     sampler: Sampler
     display: Display
-    seen: Seen
+    seen: HostFacts
     planned: Planned | None
     """Its place in a sweep; None for a trial alone."""
     events: list[Event] = field(default_factory=list)
     before: Before = field(default_factory=Before)
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Take in what the worker says."""
         self.folder.note_event(event)
         self.events.append(event)
@@ -90,72 +90,72 @@ class _Story:
 def run_session(request: Request) -> Outcome:
     """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
-    Raises: RefusedInput before a worker starts, and when the worker finds that the input cannot be meant (in a
+    Raises: InvalidInput before a worker starts, and when the worker finds that the input cannot be meant (in a
     sweep, which has looked at all its points before, that is a recorded failure); KeyboardInterrupt on Ctrl-C,
     after the worker has been ended and what there is has been recorded.
     """
     asked_t = time.monotonic()
     config = request.config
-    refuse_unusable(config)
-    refuse_secret_name(request.folder)
-    refuse_trial_folder(request.folder, config.tracking, request.in_sweep)
+    check_inputs(config)
+    check_folder_name(request.folder)
+    check_trial_folder(request.folder, config.tracking, request.in_sweep)
     in_sweep = SweepFolder(request.folder.parent).exists  # with another sweeper of Hydra's there is no plan
     card = choose_card(config.device)
     if config.isolation is Isolation.process:
         worker_process.prepare()  # imports torch in the background while MLflow is imported here
-    store = Store(absolute(config.tracking))
+    store = Outbox(absolute(config.tracking))
     if not in_sweep:
         look_after_earlier_runs(store)
-    story = _begin(request, card, asked_t)
+    state = _begin(request, card, asked_t)
     interrupted: KeyboardInterrupt | None = None
     try:
-        end = _measure(story)
+        end = _measure(state)
     except KeyboardInterrupt as error:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
     if end.outcome is Outcome.refused:
         if not in_sweep:
-            story.folder.give_up()
-            raise RefusedInput(end.reason)
+            state.folder.give_up()
+            raise InvalidInput(end.reason)
         end = End(outcome=Outcome.failed, reason=f"refused: {end.reason}")
-    _finish(story, end, store)
+    _finish(state, end, store)
     if interrupted:
         raise interrupted
     return end.outcome
 
 
-def refuse_unusable(config: TrialConfig) -> None:
-    """Raise RefusedInput for what can be seen from here without torch: files, folders, packages."""
+def check_inputs(config: TrialConfig) -> None:
+    """Raise InvalidInput for what can be seen from here without torch: files, folders, packages."""
     if config.data.source in (DataSource.jsonl, DataSource.shipped):
         shipped = config.data.source is DataSource.shipped
         rows = read_jsonl(SHIPPED if shipped else Path(str(config.data.path)), config.data.columns, config.data.rows)
-        refuse_too_few(len(rows), config.data.holdout, config.batch_size * config.grad_accum_steps)
+        check_row_count(len(rows), config.data.holdout, config.batch_size * config.grad_accum_steps)
     if config.model.weights is Weights.pretrained:
         package = config.model.package
         if config.model.source is ModelSource.package and package and not converted_folder(package).is_dir():
             locate(package)
         if config.model.source is ModelSource.local and not (Path(str(config.model.path)) / "config.json").is_file():
-            raise RefusedInput(
+            raise InvalidInput(
                 f"model.path={config.model.path} holds no config.json (looked in {Path.cwd()}). "
                 "Give a folder that save_pretrained made."
             )
     if config.tracking.kind is TrackingKind.local:
-        refuse_unwritable(config.tracking)
+        check_writable(config.tracking)
 
 
-def refuse_secret_name(folder: Path) -> None:
-    """Raise RefusedInput for a folder that is named after a secret; its name would be in every record."""
+def check_folder_name(folder: Path) -> None:
+    """Raise InvalidInput for a folder that is named after a secret; its name would be in every record."""
     name = os.path.relpath(folder)
     if without_secrets(name) != name:
         with contextlib.suppress(OSError):  # Hydra has made it already
             folder.rmdir()
-        raise RefusedInput(
+        raise InvalidInput(
             "the name of the folder for the results (hydra.run.dir, hydra.sweep.dir) holds a password or token and "
             "would be written into the record. Give another name."
         )
 
 
-def look_after_earlier_runs(store: Store) -> None:
+def look_after_earlier_runs(store: Outbox) -> None:
     """Record what earlier processes have left behind, on disk and in the store, and say so."""
     for line in recover(store).lines():
         print(line, flush=True)
@@ -163,7 +163,7 @@ def look_after_earlier_runs(store: Store) -> None:
         print(f"warning: {store.outlook('the records')}", flush=True)
 
 
-def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
+def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     """Write what was asked and where it runs."""
     config = request.config
     sweep = SweepFolder(request.folder.parent)
@@ -180,7 +180,7 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
         facts |= {"point": planned.point, "fingerprint": planned.fingerprint, "trial": str(planned.number)}
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
-    asked = Asked(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
+    asked = Manifest(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
     folder, rapl = TrialFolder(request.folder), Rapl()
     seen = _seen_so_far(config.measure, card, rapl)
     if planned is None:
@@ -188,19 +188,19 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> _Story:
     try:
         folder.begin(asked, config, facts, seen)
     except OSError as error:
-        raise RefusedInput(
+        raise InvalidInput(
             f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
             "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
         ) from error
     sampler = Sampler(reader(card, rapl), folder.note_sample)
     steps = config.measure.warmup_steps + config.measure.steps
     display = Display(record.name, steps, sampler, sweep if planned else None)
-    return _Story(request, card, asked, folder, sampler, display, seen, planned)
+    return TrialState(request, card, asked, folder, sampler, display, seen, planned)
 
 
-def _seen_so_far(measure: MeasureConfig, card: Card | None, rapl: Rapl) -> Seen:
+def _seen_so_far(measure: MeasureConfig, card: Card | None, rapl: Rapl) -> HostFacts:
     """What can be known before anything is looked at."""
-    return Seen(
+    return HostFacts(
         no_sensor="" if card else "no NVIDIA card was used",
         no_cpu_sensor=rapl.absent,
         card_bytes=card.total_bytes if card else None,
@@ -213,59 +213,59 @@ def _seen_so_far(measure: MeasureConfig, card: Card | None, rapl: Rapl) -> Seen:
     )
 
 
-def _measure(story: _Story) -> End:
+def _measure(state: TrialState) -> End:
     """Wait for the device, run the worker to its end, see the device free again.
 
     Raises: KeyboardInterrupt."""
-    config, card = story.request.config, story.card
+    config, card = state.request.config, state.card
     try:
-        refuse_incapable(config, card)
-        with story.display, _device(story), story.sampler:
-            end = worker_process.run_worker(config, worker_environment(card), story.folder.path, story.hear)
-    except (Unsupported, RefusedInput, OSError) as error:
+        check_capable(config, card)
+        with state.display, _device(state), state.sampler:
+            end = worker_process.run_worker(config, worker_environment(card), state.folder.path, state.on_event)
+    except (Unsupported, InvalidInput, OSError) as error:
         return end_of(error)
-    return _within_capacity(story, end)
+    return _within_capacity(state, end)
 
 
 @contextlib.contextmanager
-def _device(story: _Story) -> Iterator[None]:
+def _device(state: TrialState) -> Iterator[None]:
     """The device for this trial alone: locked, looked at, cooled down; and seen free again afterwards."""
-    config, card = story.request.config, story.card
+    config, card = state.request.config, state.card
     asked_t = time.monotonic()
-    with device_lock(card, config.share_device, story.display.note):
-        story.before = look_at(card, config.share_device)
-        if story.before.shared_with:
-            story.warn(f"the card was shared with {story.before.shared_with}")
-        warm = cool_down(card, config.cooldown_celsius, story.display.note)
+    with device_lock(card, config.share_device, state.display.note):
+        state.before = look_at(card, config.share_device)
+        if state.before.shared_with:
+            state.warn(f"the card was shared with {state.before.shared_with}")
+        warm = cool_down(card, config.cooldown_celsius, state.display.note)
         if warm:
-            story.warn(warm)
-        _take_idle(story)
-        story.seen.used_before_bytes = story.before.used_bytes
+            state.warn(warm)
+        _take_idle(state)
+        state.seen.used_before_bytes = state.before.used_bytes
         celsius = temperature(card)
-        story.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
-        story.folder.note_seen(story.seen)
+        state.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
+        state.folder.note_seen(state.seen)
         yield
-        used_bytes, held = see_freed(card, story.before, config.share_device)
+        used_bytes, held = see_freed(card, state.before, config.share_device)
         if held:
-            story.warn(held)
+            state.warn(held)
         readings = {
             "card/start_celsius": celsius,
-            "card/used_before_gib": None if story.before.used_bytes is None else story.before.used_bytes / GIB,
+            "card/used_before_gib": None if state.before.used_bytes is None else state.before.used_bytes / GIB,
             "card/used_after_gib": None if used_bytes is None else used_bytes / GIB,
         }
-        story.seen.metrics |= {name: value for name, value in readings.items() if value is not None}
+        state.seen.metrics |= {name: value for name, value in readings.items() if value is not None}
 
 
-def _take_idle(story: _Story) -> None:
+def _take_idle(state: TrialState) -> None:
     """What the card draws at rest: measured now, or by an earlier trial of the same block of this sweep."""
-    config, card, seen, planned = story.request.config, story.card, story.seen, story.planned
+    config, card, seen, planned = state.request.config, state.card, state.seen, state.planned
     seconds = config.measure.idle_seconds
     if card is None or not seconds or config.share_device:
         seen.no_idle = "share_device=true" if card and seconds else seen.no_sensor or "measure.idle_seconds=0"
         return
-    folder, owner = story.folder, this_process()
+    folder, owner = state.folder, this_process()
     earlier = of_block(folder.path.parent, card, planned.repeat, owner) if planned else None
-    found = earlier or measure_idle(card, seconds, story.display.note)
+    found = earlier or measure_idle(card, seconds, state.display.note)
     if isinstance(found, str):
         seen.no_idle = found
         return
@@ -275,14 +275,14 @@ def _take_idle(story: _Story) -> None:
             keep_for_block(folder.path, card, planned.repeat, owner)
 
 
-def _within_capacity(story: _Story, end: End) -> End:
+def _within_capacity(state: TrialState, end: End) -> End:
     """With vram_limit_gib: was the card's own reading within the limit? The allocator's cap can't hold what others
     allocate (the context, libraries, managed memory)."""
-    limit, before = story.request.config.vram_limit_gib, story.before.used_bytes
+    limit, before = state.request.config.vram_limit_gib, state.before.used_bytes
     if limit is None or before is None:
         return end
-    story.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these are")
-    used = [sample.used_bytes - before for sample in story.sampler.samples if sample.used_bytes is not None]
+    state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these are")
+    used = [sample.used_bytes - before for sample in state.sampler.samples if sample.used_bytes is not None]
     peak_gib = max(used, default=0) / GIB
     if end.outcome is not Outcome.finished or peak_gib <= limit:
         return end
@@ -293,21 +293,21 @@ def _within_capacity(story: _Story, end: End) -> End:
     )
 
 
-def _finish(story: _Story, end: End, store: Store) -> None:
+def _finish(state: TrialState, end: End, store: Outbox) -> None:
     """Summarise, write the files, hand the record to the store, tell the user."""
-    sampler, seen = story.sampler, story.seen
+    sampler, seen = state.sampler, state.seen
     if sampler.fault:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = len(sampler.samples) / sampler.seconds
-    record, summary = story.folder.finish(story.asked, end, story.events, sampler.samples, seen)
-    run_id = store.deliver_trial(story.folder, record)
+    record, summary = state.folder.finish(state.asked, end, state.events, sampler.samples, seen)
+    run_id = store.deliver_trial(state.folder, record)
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
     if record.parent is not None:
-        show_line(SweepFolder(story.folder.path.parent), record, end, summary)
+        show_line(SweepFolder(state.folder.path.parent), record, end, summary)
         return
-    places = [*(store.where(run_id) if run_id else []), f"files {story.folder.path}"]
-    stand_ins = [stand_in for event in story.events if isinstance(event, Ran) for stand_in in event.stand_ins]
+    places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
+    stand_ins = [stand_in for event in state.events if isinstance(event, Ran) for stand_in in event.stand_ins]
     show_result(end, summary, stand_ins, places)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from lora_lab.config import DataSource, RefusedInput, TrialConfig
+from lora_lab.config import DataSource, InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.data import load_examples, refuse_unknown_ids
-from lora_lab.worker.models import load_architecture, load_tokenizer, refuse_unfit
-from lora_lab.worker.training import refuse_optimizer
+from lora_lab.worker.data import check_token_ids, load_examples
+from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
+from lora_lab.worker.training import check_optimizer
 
 
 def check_trials(configs: list[TrialConfig]) -> Iterator[str]:
@@ -55,22 +55,22 @@ def _what_data_needs(config: TrialConfig) -> TrialConfig:
 
 
 def _look_at_optimizer(config: TrialConfig) -> None:
-    refuse_optimizer(config.optimizer)
+    check_optimizer(config.optimizer)
 
 
 def _look_at_model(config: TrialConfig) -> None:
-    refuse_unfit(config, load_architecture(config.model))
+    check_model(config, load_architecture(config.model))
 
 
 def _look_at_data(config: TrialConfig) -> None:
     tokenizer, vocab_size = load_tokenizer(config.model), load_architecture(config.model).get_text_config().vocab_size
-    refuse_unknown_ids(load_examples(config, tokenizer, vocab_size), tokenizer, vocab_size)
+    check_token_ids(load_examples(config, tokenizer, vocab_size), tokenizer, vocab_size)
 
 
 def _fault(look: Callable[[TrialConfig], None], config: TrialConfig) -> str:
     try:
         look(config)
-    except RefusedInput as refusal:
+    except InvalidInput as refusal:
         return str(refusal)
     except (Unsupported, OSError, RuntimeError):
         return ""  # this machine's state, not the user's words: the trial itself will tell

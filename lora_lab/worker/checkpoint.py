@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import Attention, MethodConfig, ModelConfig, ModelSource, Quantization, RefusedInput, TrialConfig
+from lora_lab.config import Attention, InvalidInput, MethodConfig, ModelConfig, ModelSource, Quantization, TrialConfig
 from lora_lab.packages import converted_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,7 +23,7 @@ _FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 def make_skeleton(config: TrialConfig, architecture: Any) -> Any:
     """Build the model on the meta device: its modules and shapes, without memory.
 
-    Raises: RefusedInput when it does not have the attention that is asked for."""
+    Raises: InvalidInput when it does not have the attention that is asked for."""
     wanted: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
     # from_config marks the config that it is given with the attention
     architecture = copy.deepcopy(architecture)
@@ -35,7 +35,7 @@ def make_skeleton(config: TrialConfig, architecture: Any) -> Any:
         except ValueError as error:
             if "attn_implementation" not in str(error) and "attention" not in str(error):
                 raise
-            raise RefusedInput(
+            raise InvalidInput(
                 f"the model ({architecture.model_type}) has no attention=sdpa in transformers. Use attention=eager."
             ) from error
 
@@ -59,34 +59,34 @@ def fetch_weights(model: ModelConfig) -> None:
 def weight_files(model: ModelConfig) -> list[Path]:
     """Find the safetensors files that hold a model's weights, as far as they are on this machine.
 
-    Raises: RefusedInput when an index names a file that is not there."""
+    Raises: InvalidInput when an index names a file that is not there."""
     first = _in_folder(model, _SINGLE)
     if first is not None:
         return [first]
     index = _in_folder(model, _INDEX)
     if index is None:
         return []
-    _refuse_pointer(index)
+    _check_not_pointer(index)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RefusedInput(f"{index} is damaged ({error}). Fetch it again.") from error
+        raise InvalidInput(f"{index} is damaged ({error}). Fetch it again.") from error
     absent = [file.name for file in files if not file.is_file()]
     if absent and model.source is ModelSource.hub:
         return []  # not downloaded yet
     if absent:
-        raise RefusedInput(f"{index} names {_some(absent)}, and there is no such file. Fetch the whole model again.")
+        raise InvalidInput(f"{index} names {_some(absent)}, and there is no such file. Fetch the whole model again.")
     return files
 
 
-def refuse_incomplete(model: ModelConfig, architecture: Any, skeleton: Any) -> list[str]:
+def check_files(model: ModelConfig, architecture: Any, skeleton: Any) -> list[str]:
     """Compare the tensors in a checkpoint with those of the model. transformers itself would fill gaps with random
     weights. Tied weights and buffers that are made while loading are no gaps: transformers decides, on the meta device.
 
     Returns: what the user should know of tensors that the model has no place for.
 
-    Raises: RefusedInput naming tensors that are missing or have another shape, or a file that is damaged.
+    Raises: InvalidInput naming tensors that are missing or have another shape, or a file that is damaged.
     """
     if getattr(architecture, "quantization_config", None) is not None:
         return []  # packed weights have other names and shapes; loading itself is checked
@@ -103,14 +103,14 @@ def refuse_incomplete(model: ModelConfig, architecture: Any, skeleton: Any) -> l
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    return refuse_gaps(info)
+    return check_weights_complete(info)
 
 
-def refuse_gaps(info: dict[str, Any]) -> list[str]:
-    """Judge what transformers says of a loading. Raises and returns as `refuse_incomplete`."""
+def check_weights_complete(info: dict[str, Any]) -> list[str]:
+    """Judge what transformers says of a loading. Raises and returns as `check_files`."""
     missing = sorted(info["missing_keys"])
     if missing:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the checkpoint lacks {len(missing)} tensors of the model: {_some(missing)}. They would be random. "
             "Fetch the whole model again, or use the model that these weights belong to."
         )
@@ -118,7 +118,7 @@ def refuse_gaps(info: dict[str, Any]) -> list[str]:
         f"{name} is {list(there)} and the config says {list(here)}" for name, there, here in info["mismatched_keys"]
     )
     if other:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the checkpoint has {len(other)} tensors of another shape: {_some(other)}. "
             "Use the config.json that belongs to these weights."
         )
@@ -128,8 +128,8 @@ def refuse_gaps(info: dict[str, Any]) -> list[str]:
     return []
 
 
-def refuse_quantised(config: TrialConfig, architecture: Any) -> None:
-    """Raise RefusedInput when the weights are stored quantised, and not just as the trial asks for them."""
+def check_not_quantised(config: TrialConfig, architecture: Any) -> None:
+    """Raise InvalidInput when the weights are stored quantised, and not just as the trial asks for them."""
     stored = getattr(architecture, "quantization_config", None)
     if stored is None:
         return
@@ -137,13 +137,13 @@ def refuse_quantised(config: TrialConfig, architecture: Any) -> None:
     method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
     if method not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES") or not fields.get("load_in_4bit"):
         kind = "8 bits by bitsandbytes" if fields.get("load_in_8bit") else method
-        raise RefusedInput(
+        raise InvalidInput(
             f"the model's weights are stored quantised ({kind}), which is not trained here. Use the model with "
             "unquantised weights; method=qlora quantises it while loading."
         )
     differing = [f"{key}={value}" for key, value in _as_stored(fields).items() if value != _asked(config)[key]]
     if differing:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the model's weights are stored in 4 bits already. Add: {' '.join(differing)}. Or use the model with "
             "unquantised weights."
         )
@@ -167,17 +167,17 @@ def _asked(config: TrialConfig) -> dict[str, str]:
     }
 
 
-def refuse_mostly_unquantised(method: MethodConfig, share: float) -> list[str]:
+def check_quantized_share(method: MethodConfig, share: float) -> list[str]:
     """Judge the share of the layers' weights that is held in 4 bit.
 
     Returns: a warning below 90 %.
 
-    Raises: RefusedInput below 50 %, unless asked for by name."""
+    Raises: InvalidInput below 50 %, unless asked for by name."""
     if method.quantization is Quantization.none or share >= 0.9:
         return []
     said = f"{share:.0%} of the weights in the model's layers are in 4 bit; bitsandbytes can't quantise the rest"
     if share < 0.5 and not method.mostly_unquantised:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{said}, so memory, speed and energy would not be QLoRA's. Use method=lora, another model, or "
             "method.mostly_unquantised=true to measure it all the same."
         )
@@ -195,19 +195,19 @@ def _in_folder(model: ModelConfig, name: str) -> Path | None:
 
 def _shapes_in(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name, on the meta device; reads the header alone."""
-    _refuse_pointer(file)
+    _check_not_pointer(file)
     try:
         with safe_open(file, "pt") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  # no dictionary
     except (SafetensorError, OSError) as error:
-        raise RefusedInput(f"{file} is damaged, or was not fetched whole ({error}). Fetch it again.") from error
+        raise InvalidInput(f"{file} is damaged, or was not fetched whole ({error}). Fetch it again.") from error
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def _refuse_pointer(file: Path) -> None:
+def _check_not_pointer(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(len(_LFS)) == _LFS:
-            raise RefusedInput(f"{file} is a git-lfs pointer, not the file itself. In its folder, type: git lfs pull")
+            raise InvalidInput(f"{file} is a git-lfs pointer, not the file itself. In its folder, type: git lfs pull")
 
 
 def _some(names: list[str]) -> str:

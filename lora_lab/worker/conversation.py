@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.dataset.rows import Row
 
 _CLOCK = datetime.datetime(2024, 7, 26, 12)
@@ -96,7 +96,7 @@ class Conversations:
         Args:
             vocab_size: ids from here on have no embedding, and are not used as an end of turn; None where unknown.
 
-        Raises: RefusedInput when the template raises, or does not show both texts.
+        Raises: InvalidInput when the template raises, or does not show both texts.
         """
         self._tokenizer = tokenizer
         self._as_parts = False
@@ -124,7 +124,7 @@ class Conversations:
     def turn(self, row: Row) -> Turn:
         """Lay out one row.
 
-        Raises: RefusedInput when the template raises."""
+        Raises: InvalidInput when the template raises."""
         whole, start, answer, unopened = self._laid_out(row)
         end = len(whole) - len(self._tail) if whole.endswith(self._tail) else len(whole)
         if self._ends is None:  # a marker in plain text is trained, but not the space after it
@@ -156,11 +156,11 @@ class Conversations:
             if _QUESTION in prompt and _QUESTION in whole.partition(_ANSWER)[0] and _ANSWER in whole and not quoted:
                 return whole.rpartition(_ANSWER)[2]
         if faults:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"the model's chat template can't lay out a question and its answer: {faults[0]}. Use a model with "
                 "another template, or change chat_template in the model's folder."
             )
-        raise RefusedInput(
+        raise InvalidInput(
             "the model's chat template leaves out the question or the answer, whether they are given as text or as "
             "parts. Use a model with another template."
         )
@@ -171,7 +171,7 @@ class Conversations:
         try:
             prompt, whole = self._render(row, True), self._render(row, False)
         except _RENDERING as error:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"the model's chat template can't lay out the row with the question {_short(row.prompt)}: {error}. "
                 "Change the row, or use a model with another template."
             ) from error

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, RefusedInput, TrialConfig
-from lora_lab.dataset.rows import SHIPPED, Row, read_jsonl, refuse_too_few, split_rows
+from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, InvalidInput, TrialConfig
+from lora_lab.dataset.rows import SHIPPED, Row, check_row_count, read_jsonl, split_rows
 from lora_lab.worker.conversation import Conversations, Losses, Turn
 from lora_lab.worker.hub_rows import hub_rows
 
@@ -92,7 +92,7 @@ class Examples:
 def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examples:
     """Read the rows the config names, tokenise, hold out, and pack if asked to.
 
-    Raises: RefusedInput when there are too few usable rows or the rows could not be loaded.
+    Raises: InvalidInput when there are too few usable rows or the rows could not be loaded.
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
@@ -107,20 +107,20 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     usable = [example for example in made if example.trained > 0]
     usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
     if not usable:
-        raise RefusedInput(
+        raise InvalidInput(
             f"at seq_len={config.seq_len} no row has a token left to train on: every prompt alone is longer. "
             "Raise seq_len."
         )
     per_step = config.batch_size * config.grad_accum_steps
     needed = 1 if config.data.batching is Batching.packed else per_step
     which = f"rows with something to train on at seq_len={config.seq_len}"
-    refuse_too_few(len(usable), config.data.holdout, needed, which)
+    check_row_count(len(usable), config.data.holdout, needed, which)
     split = split_rows(usable_rows, config.data.holdout)
     train = [example for i, example in enumerate(usable) if i not in split.held]
     if config.data.batching is Batching.packed:
         train = pack(train, config.seq_len)
         if len(train) < per_step:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"packed to seq_len={config.seq_len} the data makes {len(train)} rows, but one step needs {per_step} "
                 "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
             )
@@ -151,7 +151,7 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
     """Put one row through the model's chat template; only the response and its end of turn are trained.
 
-    Raises: RefusedInput when the template can't lay it out."""
+    Raises: InvalidInput when the template can't lay it out."""
     return _example(Conversations(tokenizer).turn(row), seq_len)
 
 
@@ -163,13 +163,13 @@ def _example(turn: Turn, seq_len: int) -> Example:
 def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> tuple[list[Turn], Losses]:
     """Lay out every row.
 
-    Raises: RefusedInput when most rows lose text or their end of turn."""
+    Raises: InvalidInput when most rows lose text or their end of turn."""
     turns, losses = [], Losses()
     for row in rows:
         turns.append(conversations.turn(row))
         losses.count(row, turns[-1], tokenizer)
     if losses.lost * 2 > losses.rows:
-        raise RefusedInput(
+        raise InvalidInput(
             *losses.sentences(),
             "Training would not be on your rows. Change the rows, change chat_template in the model's folder, or use "
             "another model.",
@@ -177,12 +177,12 @@ def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> t
     return turns, losses
 
 
-def refuse_unknown_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None:
-    """Raise RefusedInput for a token that has no embedding: on a GPU it would cost the worker."""
+def check_token_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None:
+    """Raise InvalidInput for a token that has no embedding: on a GPU it would cost the worker."""
     every = (token for example in (*examples.train, *examples.heldout) for token in example.ids)
     beyond = next((token for token in every if token >= vocab_size), None)
     if beyond is not None:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the rows hold the token {tokenizer.convert_ids_to_tokens(beyond)!r}, whose id is {beyond}: the tokenizer "
             f"knows {len(tokenizer)} tokens, the model {vocab_size}. Use the tokenizer that belongs to the model."
         )

@@ -3,14 +3,14 @@
 import re
 from typing import Any
 
-from lora_lab.config import DataConfig, RefusedInput
+from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.rows import Row, row_of, rows_of
 
 
 def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
     """Read the train split's rows, and count those with an empty answer, which are left out (alpaca has some).
 
-    Raises: RefusedInput when the data set could not be loaded, lacks a column, or a row is broken."""
+    Raises: InvalidInput when the data set could not be loaded, lacks a column, or a row is broken."""
     records = _records(data)
     answered = [(number, fields) for number, fields in records if str(fields[data.columns.output]).strip()]
     return rows_of(answered, data.columns, f"data.id={data.id}", "row"), len(records) - len(answered)
@@ -30,10 +30,10 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
         # the others, pictures perhaps, need not be decoded
         texts = loaded.select_columns(sorted({columns.instruction, columns.input, columns.output} & set(names)))
         return [(number, dict(fields)) for number, fields in enumerate(texts, start=1)]
-    except RefusedInput as refusal:
-        raise RefusedInput(f"data.id={data.id}: {refusal}") from refusal
+    except InvalidInput as refusal:
+        raise InvalidInput(f"data.id={data.id}: {refusal}") from refusal
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, DatasetsError) as error:
-        raise RefusedInput(_refusal(str(data.id), error)) from error
+        raise InvalidInput(_refusal(str(data.id), error)) from error
 
 
 def _refusal(name: str, error: Exception) -> str:

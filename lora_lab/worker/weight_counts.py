@@ -34,7 +34,7 @@ def count_model(model: Any) -> ModelCounted:
     if not layers:
         raise Uncountable("it has no layers of the kind that transformers checkpoints")
     linears = list(_linears(model))
-    _refuse_others(model, linears)
+    _check_known_layers(model, linears)
     shapes = model.config.get_text_config()
     head_size = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
     frozen = {id(linear): _weights(linear) for linear in linears if not linear.weight.requires_grad}
@@ -66,7 +66,7 @@ def _repeated(layer: Any) -> list[Any]:
     return linears[:-1] if ends_frozen else linears
 
 
-def _refuse_others(model: Any, linears: list[Any]) -> None:
+def _check_known_layers(model: Any, linears: list[Any]) -> None:
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     known = {id(module.weight) for module in [*linears, *embeddings]}
     others = [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]

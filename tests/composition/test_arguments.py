@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lora_lab.__main__ import main
 from lora_lab.composition.arguments import MOST_POINTS, in_order, in_shell, quoted, unreadable
 from lora_lab.composition.keys import known_keys
-from lora_lab.config import RefusedInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.outcome import Outcome
 from lora_lab.sweep.sweeper import Grid
 from lora_lab.trial.session import Request
@@ -53,7 +53,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_lab.trial.session.run_session", begin)
     monkeypatch.setattr("lora_lab.sweep.sweeper.Grid._run", points)
-    monkeypatch.setattr("lora_lab.sweep.sweeper.refuse_unusable", lambda _: None)
+    monkeypatch.setattr("lora_lab.sweep.sweeper.check_inputs", lambda _: None)
 
     def run(*arguments: str) -> Typed:
         configs.clear()
@@ -271,5 +271,5 @@ def test_who_asks_hydra_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unsafe_way_to_run_again_is_refused() -> None:
-    with pytest.raises(RefusedInput, match="not supported"):
+    with pytest.raises(InvalidInput, match="not supported"):
         in_order(["--experimental-rerun", "config.pickle"])

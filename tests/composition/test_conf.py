@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
 from lora_lab.composition.compose import CONF, GROUPS, known_keys, load, register_schema
-from lora_lab.config import Checkpointing, ModelConfig, RefusedInput, TrialConfig, Weights
+from lora_lab.config import Checkpointing, InvalidInput, ModelConfig, TrialConfig, Weights
 from lora_lab.worker.models import load_architecture
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -94,7 +94,7 @@ def _assert_holds(node: Any, written: Any) -> None:
 @pytest.mark.parametrize(("group", "option"), sorted(NEEDED))
 def test_an_option_that_needs_a_value_names_it(group: str, option: str) -> None:
     key = NEEDED[group, option][0].split("=")[0]
-    with pytest.raises(RefusedInput, match=re.escape(key)):
+    with pytest.raises(InvalidInput, match=re.escape(key)):
         composed(f"{group}={option}")
 
 
@@ -262,12 +262,12 @@ def test_the_helps_examples_compose(command: str) -> None:
     ],
 )
 def test_an_appended_typo_is_refused_and_the_right_key_named(override: str, near: str) -> None:
-    with pytest.raises(RefusedInput, match=re.escape(near)):
+    with pytest.raises(InvalidInput, match=re.escape(near)):
         composed(override)
 
 
 def test_a_package_without_all_its_parts_is_refused() -> None:
-    with pytest.raises(RefusedInput, match="sha256"):
+    with pytest.raises(InvalidInput, match="sha256"):
         composed("model.package.sha256=???")
 
 

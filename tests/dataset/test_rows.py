@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import ColumnsConfig, RefusedInput
-from lora_lab.dataset.rows import SHIPPED, Row, Split, heldout_indices, read_jsonl, refuse_too_few, row_of, split_rows
+from lora_lab.config import ColumnsConfig, InvalidInput
+from lora_lab.dataset.rows import SHIPPED, Row, Split, check_row_count, heldout_indices, read_jsonl, row_of, split_rows
 
 GOOD = '{"instruction": "Why?", "output": "Because."}'
 
@@ -34,7 +34,7 @@ def written(folder: Path, *lines: str | bytes) -> Path:
 
 
 def refusal(path: Path, columns: ColumnsConfig | None = None, limit: int | None = None) -> str:
-    with pytest.raises(RefusedInput) as info:
+    with pytest.raises(InvalidInput) as info:
         read_jsonl(path, columns or ColumnsConfig(), limit)
     return str(info.value)
 
@@ -105,7 +105,7 @@ def test_columns_by_other_names_and_an_optional_input() -> None:
     assert row_of({"q": " Why? ", "a": "So."}, columns) == Row("Why?", "So.")
     assert row_of({"q": "Why?", "context": None, "a": "So."}, columns) == Row("Why?", "So.")
     assert row_of({"q": "Why?", "context": " this ", "a": "So."}, columns) == Row("Why?\n\nthis", "So.")
-    with pytest.raises(RefusedInput, match=r"no column a; found q, output"):
+    with pytest.raises(InvalidInput, match=r"no column a; found q, output"):
         row_of({"q": "Why?", "output": "So."}, columns)
 
 
@@ -140,10 +140,10 @@ def test_held_out_rows_come_from_everywhere() -> None:
 def test_too_few_rows_means_that_one_step_cannot_be_filled(count: int, share: float, needed: int) -> None:
     remain = count - len(heldout_indices(range(count), share))
     if remain >= needed:
-        refuse_too_few(count, share, needed)
+        check_row_count(count, share, needed)
     else:
-        with pytest.raises(RefusedInput, match=f"{count} rows, {remain} after"):
-            refuse_too_few(count, share, needed)
+        with pytest.raises(InvalidInput, match=f"{count} rows, {remain} after"):
+            check_row_count(count, share, needed)
 
 
 @given(copies=st.lists(st.integers(1, 6), min_size=2, max_size=60), share=st.floats(0.01, 0.9), seed=st.integers())
@@ -154,17 +154,17 @@ def test_no_row_that_is_held_out_is_trained_on_however_often_it_comes(
     random.Random(seed).shuffle(rows)
     room = max(1, round(len(rows) * share))
     if room < min(copies):
-        with pytest.raises(RefusedInput, match=r"data\.holdout=0\.\d+ or more"):
+        with pytest.raises(InvalidInput, match=r"data\.holdout=0\.\d+ or more"):
             heldout_indices(rows, share)
         return
     held = heldout_indices(rows, share)
-    assert 1 <= len(held) <= room, "refuse_too_few counts on it"
+    assert 1 <= len(held) <= room, "check_row_count counts on it"
     assert not {rows[i] for i in held} & {row for i, row in enumerate(rows) if i not in held}
     assert heldout_indices(rows, share) == held
 
 
 def test_rows_that_are_all_equal_are_refused() -> None:
-    with pytest.raises(RefusedInput, match="all 20 rows are equal"):
+    with pytest.raises(InvalidInput, match="all 20 rows are equal"):
         split_rows([Row("a", "b")] * 20, 0.1)
 
 
@@ -187,7 +187,7 @@ FIELDS = {"instruction": "Why?", "input": "this", "output": "Because."}
 @pytest.mark.parametrize("column", FIELDS)
 @pytest.mark.parametrize("value", [0, 0.0, 5, math.nan, False, True, [], {}, ["a"], {"a": "b"}], ids=repr)
 def test_what_is_no_text_is_refused_whether_python_holds_it_for_empty_or_not(column: str, value: object) -> None:
-    with pytest.raises(RefusedInput, match=f"{column} must be text"):
+    with pytest.raises(InvalidInput, match=f"{column} must be text"):
         row_of(FIELDS | {column: value}, ColumnsConfig())
 
 
@@ -204,10 +204,10 @@ def test_only_absent_null_and_blank_text_are_an_empty_input(value: str | None) -
 @pytest.mark.parametrize("column", FIELDS)
 @pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d"], ids=ascii)
 def test_half_a_character_is_refused_in_what_is_used_and_nowhere_else(column: str, half: str) -> None:
-    with pytest.raises(RefusedInput, match=rf"{column} holds \\ud"):
+    with pytest.raises(InvalidInput, match=rf"{column} holds \\ud"):
         row_of(FIELDS | {column: f"ok {half} done"}, ColumnsConfig())
     assert row_of(FIELDS | {"more": half}, ColumnsConfig()) == row_of(FIELDS, ColumnsConfig())
-    with pytest.raises(RefusedInput) as info:
+    with pytest.raises(InvalidInput) as info:
         row_of({half: 1}, ColumnsConfig())
     assert str(info.value).isascii(), "a terminal gets it"
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import factorial, trial
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.statistics.attribution import Split, split
 from lora_lab.report.statistics.contrasts import contrasts
@@ -222,7 +222,7 @@ def test_a_point_split_from_itself_is_no_difference():
 
 
 def test_a_name_that_is_no_factor_is_refused_with_those_there_are():
-    with pytest.raises(RefusedInput, match=r"optimiser.*optimizer, precision, shape"):
+    with pytest.raises(InvalidInput, match=r"optimiser.*optimizer, precision, shape"):
         split([], FACTORS, THROUGHPUT, {"optimiser": "adamw"}, {"shape": "2x2048"})
 
 

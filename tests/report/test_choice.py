@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted import trial
 from rich.console import Console
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.display import show_choice
@@ -95,7 +95,7 @@ def test_what_is_beyond_the_budget_invalid_or_unfinished_never_wins(
         if ended == "finished" and fits:
             fitting.append((rate, rank))
     if not any(point[2] == "finished" for point in points):
-        with pytest.raises(RefusedInput, match="nothing is measured"):
+        with pytest.raises(InvalidInput, match="nothing is measured"):
             choose(found, Wish(objective=THROUGHPUT, vram_gib=budget))
         return
     choice = choose(found, Wish(objective=THROUGHPUT, vram_gib=budget))
@@ -270,7 +270,7 @@ def test_model_and_card_choose_among_them() -> None:
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, model="smollm2_135m"))) == 8
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, card="h200"))) == 16
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, card="GPU-2"))) == 16
-    with pytest.raises(RefusedInput, match=r"no trial is of --card 4060.*H100"):
+    with pytest.raises(InvalidInput, match=r"no trial is of --card 4060.*H100"):
         choose(found, Wish(objective=THROUGHPUT, card="4060"))
 
 
@@ -290,9 +290,9 @@ def test_trials_on_a_cpu_have_no_vram_to_judge() -> None:
         for rank, rate in ((8, 10.0), (16, 20.0))
     ]
     assert rank_of(choose(found, Wish(objective=THROUGHPUT))) == 16
-    with pytest.raises(RefusedInput, match=r"--vram 8 can't be judged.*no NVIDIA card was used"):
+    with pytest.raises(InvalidInput, match=r"--vram 8 can't be judged.*no NVIDIA card was used"):
         choose(found, Wish(objective=THROUGHPUT, vram_gib=8))
-    with pytest.raises(RefusedInput, match="no trial has energy a token"):
+    with pytest.raises(InvalidInput, match="no trial has energy a token"):
         choose(found, Wish(objective=ENERGY))
 
 
@@ -311,7 +311,7 @@ def test_loss_may_rise_only_so_far() -> None:
 def test_random_weights_have_no_loss_to_hold() -> None:
     found = repeats(8, [1000], model__weights="random")
     for wish in (Wish(objective=THROUGHPUT, max_loss_increase=0.01), Wish(objective=LOSS)):
-        with pytest.raises(RefusedInput, match="held-out loss says nothing of random weights"):
+        with pytest.raises(InvalidInput, match="held-out loss says nothing of random weights"):
             choose(found, wish)
 
 
@@ -389,5 +389,5 @@ def test_what_makes_an_answer_weaker_is_said() -> None:
 
 def test_nothing_measured_names_what_to_run() -> None:
     for found in ([], [trial({}, outcome="failed")]):
-        with pytest.raises(RefusedInput, match=r"nothing is measured.*python -m lora_lab -m"):
+        with pytest.raises(InvalidInput, match=r"nothing is measured.*python -m lora_lab -m"):
             choose(found, Wish(objective=THROUGHPUT))

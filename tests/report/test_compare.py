@@ -10,7 +10,7 @@ import pytest
 from planted import trial
 from rich.console import Console
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.compare.comparison import (
     BETTER,
     CANNOT_TELL,
@@ -133,7 +133,7 @@ def test_a_tolerance_lets_pass_what_it_says() -> None:
     assert exit_code(against(one, other)) == 1
     assert exit_code(against(one, other, tolerance=0.10)) == 0
     assert exit_code(against(grid("one", 1, slower=1.2), other, tolerance=0.10)) == 1
-    with pytest.raises(RefusedInput, match="no share"):
+    with pytest.raises(InvalidInput, match="no share"):
         against(one, other, tolerance=-0.1)
 
 
@@ -310,5 +310,5 @@ def test_invalid_trials_do_not_count() -> None:
 
 
 def test_nothing_on_a_side_is_refused() -> None:
-    with pytest.raises(RefusedInput, match="no trial"):
+    with pytest.raises(InvalidInput, match="no trial"):
         compare(([], []), (lone(1), []))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.statistics.factors import NO_EFFECT, TOKENS, design, tied
 from lora_lab.store import fingerprint
 from lora_lab.store.trials import Sweep
@@ -323,13 +323,13 @@ def test_a_baseline_reaches_into_a_merged_factor():
     ],
 )
 def test_a_baseline_that_is_not_there_is_refused(baseline, said):
-    with pytest.raises(RefusedInput) as refused:
+    with pytest.raises(InvalidInput) as refused:
         design([trial(**point) for point in FACTORIAL], baseline=baseline)
     assert all(text in str(refused.value) for text in said)
 
 
 def test_a_baseline_whose_parts_never_met_is_refused():
-    with pytest.raises(RefusedInput, match=r"optimizer=adamw, precision=bf16: no trial has these together"):
+    with pytest.raises(InvalidInput, match=r"optimizer=adamw, precision=bf16: no trial has these together"):
         design([trial(**point) for point in PAPER], baseline={"optimizer": "adamw", "precision": "bf16"})
 
 

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from planted import trial
 
 from lora_lab.composition.compose import CONF, load, register_schema
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.claims.judge import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Verdict, judge, load_study
 from lora_lab.report.answers.claims.study import SHIPPED, Claim, ContrastClaim, FitsClaim, Study
 from lora_lab.report.measures import THROUGHPUT
@@ -181,7 +181,7 @@ def test_what_is_wrong_in_a_yaml_is_refused_by_file_and_key(
     change(told)
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump(told))
-    with pytest.raises(RefusedInput) as refused:
+    with pytest.raises(InvalidInput) as refused:
         load_study(file)
     assert str(file) in str(refused.value)
     assert f"{key}:" in str(refused.value) or f"{key} has to be" in str(refused.value)
@@ -191,10 +191,10 @@ def test_what_is_wrong_in_a_yaml_is_refused_by_file_and_key(
 def test_a_file_that_is_no_yaml_mapping_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(RefusedInput, match="study"):
+    with pytest.raises(InvalidInput, match="study"):
         load_study(file)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedInput, match="nowhere"):
+    with pytest.raises(InvalidInput, match="nowhere"):
         load_study(tmp_path / "nowhere.yaml")

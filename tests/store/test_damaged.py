@@ -12,17 +12,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from lora_lab import recompute
-from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.events import Ended, Event, PhaseBegan, Step, decode, encode
 from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged
-from lora_lab.store.outbox import Recovered, Store, recover, remember_outside
+from lora_lab.store.outbox import Outbox, Recovered, recover, remember_outside
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Point, Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
-from lora_lab.store.trial_folder import Asked, TrialFolder, _Outline
+from lora_lab.store.trial_folder import Manifest, TrialFolder, _Outline
 from lora_lab.sweep.plan import take_up
-from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.trial.idle_power import keep_for_block, of_block
@@ -42,8 +42,8 @@ SAMPLES = [Sample(t=10.0 + n, average_watts=99.5, used_bytes=2**30, processes=((
 IDLE = Idle(watts=9.0, error_watts=1.0, source="counter", start=1.0, end=6.0, state="at rest", measured_ms=1)
 
 
-def seen() -> Seen:
-    return Seen(idle=replace(IDLE), warnings=["w"], metrics={"m": 1.0})
+def seen() -> HostFacts:
+    return HostFacts(idle=replace(IDLE), warnings=["w"], metrics={"m": 1.0})
 
 
 def killed(path: Path, name: str = "a trial") -> TrialFolder:
@@ -52,7 +52,7 @@ def killed(path: Path, name: str = "a trial") -> TrialFolder:
     series = [Point(key="k", value=1.0, step=1, t_ms=1)]
     tags = {"device": "cpu", "point": "p"}
     record = Record(name=name, params={"seed": "0"}, tags=tags, metrics={"m": 1.0}, series=series)
-    folder.begin(Asked(owner=GONE, t=8.0, tracking=NO_STORE, record=record), TrialConfig(), {}, seen())
+    folder.begin(Manifest(owner=GONE, t=8.0, tracking=NO_STORE, record=record), TrialConfig(), {}, seen())
     folder.keep_idle(IDLE, SAMPLES, seen())
     for event in EVENTS:
         folder.note_event(event)
@@ -64,7 +64,7 @@ def killed(path: Path, name: str = "a trial") -> TrialFolder:
 def finished(path: Path) -> TrialFolder:
     """One that is over, and that no store has."""
     folder = killed(path)
-    asked = folder.asked()
+    asked = folder.manifest()
     assert asked is not None
     folder.finish(asked, End(outcome=Outcome.finished, reason=""), EVENTS, SAMPLES, seen())
     return folder
@@ -103,7 +103,7 @@ def day(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def next_start(day: Path) -> Recovered:
     """All that a start does about earlier ones. The other trial is recorded whatever else there is."""
-    found = recover(Store(NO_STORE))
+    found = recover(Outbox(NO_STORE))
     assert (day / "4" / "delivered.json").is_file()
     other = TrialFolder(day / "4").record()
     assert other is not None
@@ -231,7 +231,7 @@ FILE_HARMS: dict[str, Callable[[Path], None]] = {
 TORN = ("truncated", "empty")
 """What a kill or a full disk leaves of lines too: no more is said of it."""
 
-ON_DISK = {"1/trial.json": Asked, "2/record.json": Record, "2/trial.json": Asked, "3/sweep.json": Plan}
+ON_DISK = {"1/trial.json": Manifest, "2/record.json": Record, "2/trial.json": Manifest, "3/sweep.json": Plan}
 """Without any of these, what is in the folder cannot be recorded."""
 
 
@@ -370,7 +370,7 @@ def test_a_list_of_folders_elsewhere_is_read_as_far_as_it_can_be(day: Path) -> N
 
 def test_a_lock_that_cannot_be_had_is_named(day: Path) -> None:
     (day.parent / ".recovery.lock").mkdir()
-    assert names(recover(Store(NO_STORE)), day.parent / ".recovery.lock")
+    assert names(recover(Outbox(NO_STORE)), day.parent / ".recovery.lock")
 
 
 # --- sweeps
@@ -418,7 +418,7 @@ def test_a_plan_that_cannot_be_read_is_not_gone_on_with(day: Path, harm: str) ->
     assert take_up([TRIAL], Path("new")) is not None
     FILE_HARMS[harm](day / "3" / "sweep.json")
     assert take_up([TRIAL], Path("new")) is None
-    with pytest.raises(RefusedInput, match=r"3/sweep\.json"):
+    with pytest.raises(InvalidInput, match=r"3/sweep\.json"):
         take_up([TRIAL], day / "3")
     [line] = [line for line in next_start(day).lines() if "sweep.json" in line]
     assert "resume=true" in line

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import Lab, store_of
 
-from lora_lab.config import RefusedInput, TrackingConfig, TrackingKind
-from lora_lab.store.folder_checks import refuse_moving, refuse_sweep_folder, refuse_trial_folder, refuse_working_folder
+from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.store.folder_checks import check_chdir, check_sweep_folder, check_trial_folder, check_working_folder
 from lora_lab.store.outbox import MULTIRUN
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
@@ -28,9 +28,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refuse(folder: Path, of_sweep: bool) -> None:
     if of_sweep:
-        refuse_sweep_folder(folder, LOCAL)
+        check_sweep_folder(folder, LOCAL)
     else:
-        refuse_trial_folder(folder, LOCAL, in_sweep=False)
+        check_trial_folder(folder, LOCAL, in_sweep=False)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def refuse(folder: Path, of_sweep: bool) -> None:
 @pytest.mark.parametrize("of_sweep", [False, True])
 def test_a_folder_and_the_store_may_not_lie_within_each_other(here: Path, name: str, of_sweep: bool) -> None:
     (here / "multirun").mkdir()
-    with pytest.raises(RefusedInput, match=r"MLflow store .*hydra\.(run|sweep)\.dir=FOLDER"):
+    with pytest.raises(InvalidInput, match=r"MLflow store .*hydra\.(run|sweep)\.dir=FOLDER"):
         refuse(Path(name), of_sweep)
 
 
@@ -47,20 +47,20 @@ def test_links_are_followed_to_where_they_lead(here: Path) -> None:
     (here / "inside").symlink_to(here / "mlruns", target_is_directory=True)
     (here / "around").symlink_to(here, target_is_directory=True)
     for name in ("inside", "inside/x", "around"):
-        with pytest.raises(RefusedInput, match="MLflow store"):
-            refuse_trial_folder(Path(name), LOCAL, in_sweep=False)
+        with pytest.raises(InvalidInput, match="MLflow store"):
+            check_trial_folder(Path(name), LOCAL, in_sweep=False)
     linked = TrackingConfig(root="elsewhere")
     (here / "elsewhere").symlink_to(here / "mlruns", target_is_directory=True)
-    with pytest.raises(RefusedInput, match="MLflow store"):
-        refuse_trial_folder(Path("mlruns/x"), linked, in_sweep=False)
+    with pytest.raises(InvalidInput, match="MLflow store"):
+        check_trial_folder(Path("mlruns/x"), linked, in_sweep=False)
 
 
 @pytest.mark.parametrize("name", ["mlruns2", "mlruns-x/y", "multirun/2026-01-01/10-00-00", "new", "deep/er/new"])
 def test_a_folder_with_a_name_like_the_stores_is_another(here: Path, name: str) -> None:
-    refuse_trial_folder(Path(name), LOCAL, in_sweep=False)
-    refuse_sweep_folder(Path(name), LOCAL)
+    check_trial_folder(Path(name), LOCAL, in_sweep=False)
+    check_sweep_folder(Path(name), LOCAL)
     (here / name).mkdir(parents=True)
-    refuse_trial_folder(Path(name), LOCAL, in_sweep=False)
+    check_trial_folder(Path(name), LOCAL, in_sweep=False)
 
 
 @pytest.mark.parametrize(
@@ -71,31 +71,31 @@ def test_a_folder_that_holds_anything_else_is_refused(here: Path, name: str, as_
     (here / "mine").mkdir()
     (here / "mine" / name).mkdir() if as_folder else (here / "mine" / name).touch()
     for tracking in (LOCAL, NONE):
-        with pytest.raises(RefusedInput, match="holds"):
-            refuse_trial_folder(Path("mine"), tracking, in_sweep=False)
+        with pytest.raises(InvalidInput, match="holds"):
+            check_trial_folder(Path("mine"), tracking, in_sweep=False)
 
 
 def test_what_a_refused_start_leaves_is_in_nobodys_way(here: Path) -> None:
     (here / "mine").mkdir()
     for name in LEFT_OVER:
         (here / "mine" / name).touch()
-    refuse_trial_folder(Path("mine"), LOCAL, in_sweep=False)
+    check_trial_folder(Path("mine"), LOCAL, in_sweep=False)
 
 
 @pytest.mark.parametrize("what", ["file", "dangling link", "link loop", "link to a file"])
 @pytest.mark.parametrize("of_sweep", [False, True])
 def test_what_is_no_folder_is_refused(here: Path, what: str, of_sweep: bool) -> None:
     put_in_the_way(here / "mine", what)
-    with pytest.raises(RefusedInput, match="mine"):
+    with pytest.raises(InvalidInput, match="mine"):
         refuse(Path("mine"), of_sweep)
 
 
 @pytest.mark.parametrize("what", ["file", "dangling link", "link loop", "link to a file"])
 def test_something_in_the_way_of_multirun_is_named(here: Path, what: str) -> None:
-    refuse_working_folder()
+    check_working_folder()
     put_in_the_way(here / MULTIRUN, what)
-    with pytest.raises(RefusedInput, match="multirun"):
-        refuse_working_folder()
+    with pytest.raises(InvalidInput, match="multirun"):
+        check_working_folder()
 
 
 def put_in_the_way(path: Path, what: str) -> None:
@@ -111,26 +111,26 @@ def put_in_the_way(path: Path, what: str) -> None:
 def test_hydras_variable_in_the_working_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a${c}b").mkdir()
     monkeypatch.chdir(tmp_path / "a${c}b")
-    with pytest.raises(RefusedInput, match="Hydra takes for a variable"):
-        refuse_working_folder()
+    with pytest.raises(InvalidInput, match="Hydra takes for a variable"):
+        check_working_folder()
 
 
 def test_a_name_with_control_characters_is_refused(here: Path) -> None:
-    with pytest.raises(RefusedInput, match="control characters"):
-        refuse_trial_folder(Path("a\nb"), LOCAL, in_sweep=False)
+    with pytest.raises(InvalidInput, match="control characters"):
+        check_trial_folder(Path("a\nb"), LOCAL, in_sweep=False)
 
 
 @pytest.mark.parametrize("name", [PLAN, "trials.csv", "report.html", "0000", "0003-2", "2024-data", "trial.json"])
 def test_a_sweep_takes_no_folder_in_which_its_own_names_are_taken(here: Path, name: str) -> None:
     (here / "mine" / name).mkdir(parents=True)
-    with pytest.raises(RefusedInput, match=r"hydra\.sweep\.dir=FOLDER"):
-        refuse_sweep_folder(Path("mine"), LOCAL)
+    with pytest.raises(InvalidInput, match=r"hydra\.sweep\.dir=FOLDER"):
+        check_sweep_folder(Path("mine"), LOCAL)
 
 
 def test_a_sweeps_folder_may_hold_other_files_of_the_users(here: Path) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").touch()
-    refuse_sweep_folder(Path("mine"), LOCAL)
+    check_sweep_folder(Path("mine"), LOCAL)
 
 
 def sweep_plan(launched: list[str]) -> Plan:
@@ -149,9 +149,9 @@ def test_only_what_a_sweep_launches_is_counted_among_its_trials(here: Path, in_s
     """A trial of other settings would stand under a planned one's."""
     SweepFolder(here / "sw").write(sweep_plan(["0001"]))
     if in_sweep and name == "0001":
-        return refuse_trial_folder(here / "sw" / name, NONE, in_sweep)
-    with pytest.raises(RefusedInput, match=r"sweep's folder.*=FOLDER"):
-        refuse_trial_folder(here / "sw" / name, NONE, in_sweep)
+        return check_trial_folder(here / "sw" / name, NONE, in_sweep)
+    with pytest.raises(InvalidInput, match=r"sweep's folder.*=FOLDER"):
+        check_trial_folder(here / "sw" / name, NONE, in_sweep)
 
 
 def test_a_sweep_that_runs_launches_its_trials_though_its_file_is_behind(
@@ -162,7 +162,7 @@ def test_a_sweep_that_runs_launches_its_trials_though_its_file_is_behind(
     folder.write(plan)
     plan.launched = ["0000"]
     folder.hold(plan)
-    refuse_trial_folder(here / "sw" / "0000", NONE, in_sweep=True)
+    check_trial_folder(here / "sw" / "0000", NONE, in_sweep=True)
 
 
 @pytest.mark.parametrize("name", ["mine/x", "mine/adapter/x", "mine/adapter/deep/er", "link/x"])
@@ -174,22 +174,22 @@ def test_no_folder_lies_in_another_trials(here: Path, name: str, of_sweep: bool)
     (here / "mine" / "trial.json").touch()
     refuse(Path(name), of_sweep)  # a file of the user's that happens to be called so
     (here / "mine" / "events.jsonl").touch()
-    with pytest.raises(RefusedInput, match=r"another trial.*=FOLDER"):
+    with pytest.raises(InvalidInput, match=r"another trial.*=FOLDER"):
         refuse(Path(name), of_sweep)
 
 
 @pytest.mark.parametrize("of_sweep", [False, True])
 def test_hydras_variable_in_a_folders_name_is_refused(here: Path, of_sweep: bool) -> None:
-    with pytest.raises(RefusedInput, match="Hydra takes for a variable"):
+    with pytest.raises(InvalidInput, match="Hydra takes for a variable"):
         refuse(here / "a${c}b", of_sweep)
     refuse(here / "a$c{b}", of_sweep)
 
 
 def test_changing_into_the_trials_folder_is_refused() -> None:
-    refuse_moving(None)
-    refuse_moving(False)
-    with pytest.raises(RefusedInput, match=r"hydra\.job\.chdir"):
-        refuse_moving(True)
+    check_chdir(None)
+    check_chdir(False)
+    with pytest.raises(InvalidInput, match=r"hydra\.job\.chdir"):
+        check_chdir(True)
 
 
 def test_only_what_a_trial_writes_goes_into_the_store(tmp_path: Path) -> None:

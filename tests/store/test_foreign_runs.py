@@ -12,7 +12,7 @@ from planted import deliver, factorial
 from test_stored_runs import a_sweep, a_trial, both_ways, client_of, root, tracker_of
 
 from lora_lab.best import main as best
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.__main__ import main as report
 from lora_lab.report.writing.page.page_file import choose_place
 from lora_lab.store.record import Point
@@ -152,7 +152,7 @@ def test_no_file_but_a_page_of_ours_is_written_over(tmp_path: Path, monkeypatch:
         where, why = choose_place(tags, None)
         assert where == Path("report-2.html")
         assert str(page) in why
-        with pytest.raises(RefusedInput, match="no page of lora_lab's"):
+        with pytest.raises(InvalidInput, match="no page of lora_lab's"):
             choose_place(tags, page)
         if taken == "a folder":
             page.rmdir()

@@ -28,12 +28,12 @@ from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import outbox
 from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
-from lora_lab.store.outbox import Store, absolute, owner_tags
+from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, SweepFolder
-from lora_lab.store.trial_folder import Asked, TrialFolder
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.trial.session import look_after_earlier_runs
 
@@ -50,7 +50,7 @@ def run(folder: Path, *arguments: str) -> Said:
 def next_start(folder: Path, root: str = "mlruns") -> Said:
     """What every start does first, without the trial that takes most of a start's time."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
-        look_after_earlier_runs(Store(absolute(TrackingConfig(root=root))))
+        look_after_earlier_runs(Outbox(absolute(TrackingConfig(root=root))))
     return Said(0, out.getvalue(), "")
 
 
@@ -245,7 +245,7 @@ def test_a_database_deleted_midway_costs_nothing(tmp_path: Path, empty_store: Pa
 
 def test_a_store_that_cannot_be_made_is_a_fault_in_words(tmp_path: Path) -> None:
     (tmp_path / "mlruns").write_text("not a folder")
-    store = Store(TrackingConfig(root=str(tmp_path / "mlruns")))
+    store = Outbox(TrackingConfig(root=str(tmp_path / "mlruns")))
     assert store.open() is None
     assert str(tmp_path / "mlruns") in store.fault
 
@@ -259,7 +259,7 @@ def test_a_trial_is_nested_even_where_the_store_has_lost_its_sweep(tmp_path: Pat
     trial = TrialFolder(sweep.path / "0000")
     trial.path.mkdir()
     record = Record(name="the trial", params={}, parent=parent.id, outcome=Outcome.finished.value)
-    assert Store(tracking).deliver_trial(trial, record) is not None
+    assert Outbox(tracking).deliver_trial(trial, record) is not None
     below = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in store_of(tmp_path)[1]}
     assert below["the trial"] is not None
 
@@ -284,7 +284,7 @@ def test_a_record_on_its_way_is_no_orphan_for_another_start(
     tracking = TrackingConfig(root=str(give_store(tmp_path, empty_store).parent))
     dead = owner_tags(replace(this_process(), pid=DEAD), tmp_path / "its folder")
     record = Record(name="late", params={}, tags={**dead, "outcome": "finished"}, outcome="finished")
-    other = Store(tracking)
+    other = Outbox(tracking)
     with FileLock(tmp_path / "multirun" / ".recovery.lock"):  # as the start has it that delivers for the dead
         open_tracker(tracking).deliver(record, Looked(lambda: outbox.recover(other)))
     [run] = store_of(tmp_path)[1]
@@ -297,10 +297,10 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
     gone = replace(this_process(), pid=DEAD)
     for number in range(4):
         record = Record(name=f"trial {number}", params={}, tags={"device": "none"})
-        asked = Asked(owner=gone, t=0.0, tracking=TrackingConfig(), record=record)
+        asked = Manifest(owner=gone, t=0.0, tracking=TrackingConfig(), record=record)
         folder = TrialFolder(tmp_path / "multirun" / "today" / str(number))
-        folder.begin(asked, TrialConfig(), {}, Seen())
-        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], Seen())
+        folder.begin(asked, TrialConfig(), {}, HostFacts())
+        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], HostFacts())
     opened: list[TrackingConfig] = []
 
     def unreachable(tracking: TrackingConfig) -> Tracker:
@@ -309,7 +309,7 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
 
     monkeypatch.setattr(outbox, "open_tracker", unreachable)
     monkeypatch.chdir(tmp_path)
-    found = outbox.recover(Store(TrackingConfig()))
+    found = outbox.recover(Outbox(TrackingConfig()))
     assert found.waiting == 4
     assert len(opened) == 1
 

@@ -20,13 +20,13 @@ from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.local_store import address_of, database_of
-from lora_lab.store.outbox import Store, absolute, recover
+from lora_lab.store.outbox import Outbox, absolute, recover
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.stored_runs import open_store
 from lora_lab.store.sweep_folder import Plan, SweepFolder
-from lora_lab.store.trial_folder import Asked, TrialFolder
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts
 
 DEAD = 2**22 + 1
 """A pid that no process can have."""
@@ -47,10 +47,10 @@ class Place:
         """One that is over, of a process that is gone, and not delivered."""
         parent = sweep.read().record.id if sweep else None
         record = Record(name=name, params={}, tags={"device": "none"}, parent=parent)
-        asked = Asked(owner=replace(this_process(), pid=DEAD), t=0.0, tracking=self.tracking, record=record)
+        asked = Manifest(owner=replace(this_process(), pid=DEAD), t=0.0, tracking=self.tracking, record=record)
         folder = TrialFolder((sweep.path if sweep else self.folder / "multirun" / "today") / name)
-        folder.begin(asked, TrialConfig(), {}, Seen())
-        folder.finish(asked, End(outcome=Outcome.finished, reason=""), [], [], Seen())
+        folder.begin(asked, TrialConfig(), {}, HostFacts())
+        folder.finish(asked, End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
         return folder
 
     def sweep(self) -> SweepFolder:
@@ -60,9 +60,9 @@ class Place:
         sweep.write(Plan(owner=owner, tracking=self.tracking, record=record, conditions={}, trials=[]))
         return sweep
 
-    def deliver(self, trial: TrialFolder) -> Store:
+    def deliver(self, trial: TrialFolder) -> Outbox:
         """As the end of a trial does it."""
-        store, record = Store(self.tracking), trial.record()
+        store, record = Outbox(self.tracking), trial.record()
         assert record is not None
         store.deliver_trial(trial, record)
         return store
@@ -164,12 +164,12 @@ def test_a_store_that_does_not_fit_costs_no_record_and_says_what_to_do(place: Pl
     said = store.outlook("the record")
     assert [word for word in words if word not in said] == [], said
     assert "the next start delivers" not in said
-    found = recover(Store(place.tracking))
+    found = recover(Outbox(place.tracking))
     assert (found.waiting, found.delivered) == (1, 0)
 
     shutil.rmtree(place.database) if place.database.is_dir() else place.database.unlink()
     place.database.write_bytes(saved)  # as an upgrade, a backup, or another MLflow would leave it
-    assert recover(Store(place.tracking)).delivered == 1
+    assert recover(Outbox(place.tracking)).delivered == 1
     assert place.runs().keys() == {"a trial"}
 
 
@@ -178,7 +178,7 @@ def test_a_store_that_was_moved_away_is_made_again(place: Place, kind: str) -> N
     HARMS[kind][0](place.database)
     place.trial()
     place.database.rename(place.folder / "away")
-    assert recover(Store(place.tracking)).delivered == 1
+    assert recover(Outbox(place.tracking)).delivered == 1
     assert place.runs().keys() == {"a trial"}
 
 
@@ -232,10 +232,10 @@ def test_a_deleted_experiment_is_reported_as_that_and_restoring_it_heals_all(pla
     for words in ("was deleted", f"mlflow experiments restore -x {experiment}", "tracking.experiment="):
         assert words in said
     assert "the next start delivers" not in said
-    found = recover(Store(place.tracking))
+    found = recover(Outbox(place.tracking))
     assert (found.waiting, found.delivered) == (1, 0)
     client.restore_experiment(experiment)
-    assert recover(Store(place.tracking)).delivered == 1
+    assert recover(Outbox(place.tracking)).delivered == 1
     assert place.runs().keys() == {"before", "after"}
 
 
@@ -254,7 +254,7 @@ def test_a_deleted_run_of_a_trial_stays_deleted(place: Place) -> None:
     place.deliver(place.trial())
     client, [run] = store_of(place.folder)
     client.delete_run(run.info.run_id)
-    assert recover(Store(place.tracking)).lines() == []
+    assert recover(Outbox(place.tracking)).lines() == []
     assert place.runs() == {}
 
 
@@ -264,18 +264,18 @@ def test_records_of_a_store_that_is_gone_enter_the_new_one(place: Place) -> None
         place.deliver(place.trial(name, sweep))
     place.deliver(place.trial("alone"))
     place.database.unlink()
-    assert recover(Store(place.tracking)).delivered >= 3
+    assert recover(Outbox(place.tracking)).delivered >= 3
     runs = place.runs()
     assert runs.keys() == {"0000", "0001", "alone", "the sweep"}
     assert runs["0000"].data.tags["mlflow.parentRunId"] == runs["the sweep"].info.run_id
-    assert recover(Store(place.tracking)).lines() == [], "once is enough"
+    assert recover(Outbox(place.tracking)).lines() == [], "once is enough"
 
 
 def test_records_that_another_store_has_stay_there(place: Place, empty_store: Path) -> None:
     (place.folder / "other").mkdir()
     other = Place(place.folder, absolute(TrackingConfig(root="other")))
     other.deliver(other.trial())
-    assert recover(Store(place.tracking)).lines() == []
+    assert recover(Outbox(place.tracking)).lines() == []
     assert place.runs() == {}
 
 
@@ -394,7 +394,7 @@ ANSWERS: dict[str, Callable[[socket.socket], None]] = {
 def test_whatever_answers_at_a_servers_address_costs_seconds_and_no_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked at once, since most of it is waiting."""
+    """Manifest at once, since most of it is waiting."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     faults: dict[str, str] = {}
     began = time.monotonic()
@@ -402,7 +402,7 @@ def test_whatever_answers_at_a_servers_address_costs_seconds_and_no_trial(
         uris = {kind: stack.enter_context(answering(say)) for kind, say in ANSWERS.items()}
 
         def ask(kind: str) -> None:
-            store = Store(TrackingConfig(kind=TrackingKind.server, uri=uris[kind]))
+            store = Outbox(TrackingConfig(kind=TrackingKind.server, uri=uris[kind]))
             store.end_orphans()
             faults[kind] = store.fault
 

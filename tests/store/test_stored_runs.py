@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
 from benchmarks import records_store
-from lora_lab.config import RefusedInput, TrackingConfig
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.store import stored_runs
 from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
 from lora_lab.store.record import RUNNING, Point, Record
@@ -179,7 +179,7 @@ def test_trials_lie_under_their_sweep_by_their_start_in_every_experiment(root: P
         trials, sweeps = store.runs()
         assert [t.run_id for t in trials] + [s.run_id for s in sweeps] == [elsewhere, apart]
     for store in both_ways(root, "nowhere"):
-        with pytest.raises(RefusedInput, match=r"no such experiment.*elsewhere, lora_lab"):
+        with pytest.raises(InvalidInput, match=r"no such experiment.*elsewhere, lora_lab"):
             store.runs()
 
 
@@ -259,7 +259,7 @@ def test_sweeps_and_trials_are_found_by_whatever_tells_them_apart(root: Path, tw
 def test_an_id_that_fits_nothing_is_refused_with_what_there_is(root: Path, two_sweeps: dict[str, str]) -> None:
     right = two_sweeps["sweep 0"]
     wrong = right[:10] + ("0" if right[10] != "0" else "1") + right[11:]
-    with pytest.raises(RefusedInput) as refused:
+    with pytest.raises(InvalidInput) as refused:
         open_store(address(root)).of([wrong])
     text = str(refused.value)
     assert f"begins with '{wrong}'" in text
@@ -276,10 +276,10 @@ def test_a_beginning_of_several_ids_is_refused_with_them(root: Path) -> None:
     store = open_store(address(root))
     [digit, *_] = [d for d in "0123456789abcdef" if sum(run_id.startswith(d) for run_id in made) > 1]
     fitting = [run_id for run_id in made if run_id.startswith(digit)]
-    with pytest.raises(RefusedInput, match=f"beginning of {len(fitting)} ids") as refused:
+    with pytest.raises(InvalidInput, match=f"beginning of {len(fitting)} ids") as refused:
         store.of([digit])
     assert all(run_id[:12] in str(refused.value) for run_id in fitting[:5])
-    with pytest.raises(RefusedInput, match="There is no sweep"):
+    with pytest.raises(InvalidInput, match="There is no sweep"):
         store.of([""])
 
 
@@ -293,12 +293,12 @@ def test_the_last_sweep_is_the_one_that_ran_last(root: Path, two_sweeps: dict[st
     assert last() == ["sweep 100"]
     tracker.deliver(a_trial(300, a_sweep(0, id="1a" * 16)), [])  # taken up again
     assert last() == ["sweep 0"]
-    with pytest.raises(RefusedInput, match="no trial of it that is over"):
+    with pytest.raises(InvalidInput, match="no trial of it that is over"):
         open_store(address(root)).of([open_store(address(root)).runs()[1][-1].run_id])
 
 
 def test_without_a_sweep_it_is_the_newest_trial_and_without_any_a_refusal(root: Path) -> None:
-    with pytest.raises(RefusedInput, match="holds no trial of lora_lab"):
+    with pytest.raises(InvalidInput, match="holds no trial of lora_lab"):
         open_store(address(root)).last_sweep()
     tracker = tracker_of(root)
     for start in (1, 3, 2):
@@ -342,7 +342,7 @@ def test_where_no_store_is_that_is_said_and_none_is_made(
     with contextlib.closing(sqlite3.connect("other.db")) as other:
         other.execute("CREATE TABLE runs (id)")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises((RefusedInput, TrackingFailed), match=words):
+    with pytest.raises((InvalidInput, TrackingFailed), match=words):
         open_store(uri)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -11,8 +11,8 @@ from lora_lab.outcome import End, Outcome
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.sweep_folder import Attempt, Plan, Planned, SweepFolder, outlines
-from lora_lab.store.trial_folder import Asked, TrialFolder
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
 
@@ -49,18 +49,18 @@ def sweep_in(path: Path, *numbers: int) -> SweepFolder:
 def start(folder: SweepFolder, trial: Planned) -> TrialFolder:
     """One more attempt at a trial, as far as it is written before the worker starts."""
     there = TrialFolder(folder.path / folder.next_attempt(trial))
-    there.begin(asked_for(trial), TrialConfig(), {}, Seen())
+    there.begin(asked_for(trial), TrialConfig(), {}, HostFacts())
     return there
 
 
-def asked_for(trial: Planned) -> Asked:
+def asked_for(trial: Planned) -> Manifest:
     record = Record(name=trial.name, params={}, tags={"device": "cpu", "point": trial.point})
-    return Asked(owner=this_process(), t=0.0, tracking=TrackingConfig(), record=record)
+    return Manifest(owner=this_process(), t=0.0, tracking=TrackingConfig(), record=record)
 
 
 def run(folder: SweepFolder, trial: Planned, outcome: Outcome, reason: str = "") -> TrialFolder:
     there = start(folder, trial)
-    seen = Seen(warnings=["w"], metrics={"m": 1.0})
+    seen = HostFacts(warnings=["w"], metrics={"m": 1.0})
     there.finish(asked_for(trial), End(outcome=outcome, reason=reason), [], [], seen)
     return there
 
@@ -231,8 +231,8 @@ def test_trials_alone_and_of_sweeps_are_what_a_forecast_is_made_from(tmp_path: P
     run(folder, planned(0), Outcome.failed)
     start(folder, planned(1))
     alone = TrialFolder(tmp_path / "day" / "alone")
-    alone.begin(asked_for(planned(7)), TrialConfig(), {}, Seen())
-    alone.finish(asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], Seen())
+    alone.begin(asked_for(planned(7)), TrialConfig(), {}, HostFacts())
+    alone.finish(asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
     found = [(outline["point"], outline["outcome"]) for outline in outlines(tmp_path)]
     assert sorted(found) == [("p0", "failed"), ("p0", "finished"), ("p7", "finished")]
     assert outlines(tmp_path / "nowhere") == []

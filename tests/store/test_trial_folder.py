@@ -18,11 +18,11 @@ from lora_lab.events import DataCounted, Ended, Event, Phase, PhaseBegan, Step, 
 from lora_lab.files import read_json, write_json
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import trial_folder
-from lora_lab.store.outbox import Store, recover
+from lora_lab.store.outbox import Outbox, recover
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record
-from lora_lab.store.trial_folder import Asked, TrialFolder
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
@@ -62,8 +62,8 @@ def sample(number: int) -> Sample:
 SAMPLES = [sample(number) for number in range(7)]
 
 
-def asked_for(tracking: TrackingConfig | None = None, owner: Owner | None = None) -> Asked:
-    return Asked(
+def asked_for(tracking: TrackingConfig | None = None, owner: Owner | None = None) -> Manifest:
+    return Manifest(
         owner=owner or this_process(),
         t=8.0,
         tracking=tracking or TrackingConfig(),
@@ -72,10 +72,10 @@ def asked_for(tracking: TrackingConfig | None = None, owner: Owner | None = None
     )
 
 
-def begun(folder: Path, asked: Asked | None = None) -> TrialFolder:
+def begun(folder: Path, asked: Manifest | None = None) -> TrialFolder:
     """A trial that has just been asked for."""
     there = TrialFolder(folder)
-    there.begin(asked or asked_for(), TrialConfig(), {"machine.os": "Linux"}, Seen())
+    there.begin(asked or asked_for(), TrialConfig(), {"machine.os": "Linux"}, HostFacts())
     return there
 
 
@@ -102,7 +102,7 @@ def test_what_was_asked_for_is_there_before_anything_is_said(tmp_path: Path) -> 
     asked = asked_for(TrackingConfig(kind=TrackingKind.server, uri="http://host", experiment="e"))
     begun(tmp_path / "deep" / "trial", asked)
     other = TrialFolder(tmp_path / "deep" / "trial")
-    assert other.asked() == asked
+    assert other.manifest() == asked
     assert (other.record(), other.outline(), other.delivered) == (None, None, False)
     assert read_json(other.path / "environment.json") == {"machine.os": "Linux"}
     assert yaml.safe_load((other.path / "config.yaml").read_text())["batch_size"] == TrialConfig().batch_size
@@ -110,13 +110,13 @@ def test_what_was_asked_for_is_there_before_anything_is_said(tmp_path: Path) -> 
 
 def test_a_folder_in_which_no_trial_began_has_nothing(tmp_path: Path) -> None:
     there = TrialFolder(tmp_path)
-    assert (there.asked(), there.record(), there.outline(), there.delivered) == (None, None, None, False)
+    assert (there.manifest(), there.record(), there.outline(), there.delivered) == (None, None, None, False)
 
 
 def test_a_refused_trial_leaves_nothing_to_record(tmp_path: Path) -> None:
     there = begun(tmp_path)
     there.give_up()
-    assert TrialFolder(tmp_path).asked() is None
+    assert TrialFolder(tmp_path).manifest() is None
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -126,7 +126,7 @@ def test_a_trial_that_is_over_holds_no_file_open(tmp_path: Path, refused: bool) 
     if refused:
         there.give_up()
     else:
-        there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
+        there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
 
 
@@ -142,7 +142,7 @@ def test_a_killed_trial_is_recorded_with_all_that_was_said_before(
         journal.write(encode(step(99))[:torn])  # the kernel took half of a line
 
     after = TrialFolder(path)
-    asked = after.asked()
+    asked = after.manifest()
     assert asked is not None
     record = after.finish_for_dead(asked)
     assert (record.outcome, record.tags["outcome"]) == ("killed", "killed")
@@ -177,7 +177,7 @@ def test_a_trial_that_had_said_its_last_word_ends_as_it_said(
     killed = begun(tmp_path)
     told(killed, [*EVENTS, ended], SAMPLES)
     after = TrialFolder(tmp_path)
-    asked = after.asked()
+    asked = after.manifest()
     assert asked is not None
     record = after.finish_for_dead(asked)
     assert (record.outcome, record.tags.get("reason", "")) == (ended.outcome, ended.reason)
@@ -195,7 +195,7 @@ def test_a_trial_that_was_killed_before_it_said_anything_took_no_days(tmp_path: 
     asked.record.started_ms -= 3 * day
     begun(tmp_path, asked)
     there = TrialFolder(tmp_path)
-    found = there.asked()
+    found = there.manifest()
     assert found is not None
     record = there.finish_for_dead(found)
     assert record.ended_ms is not None
@@ -206,7 +206,7 @@ def test_a_finished_trials_record_is_the_same_in_memory_and_on_disk(tmp_path: Pa
     asked = asked_for()
     there = begun(tmp_path, asked)
     told(there, EVENTS, SAMPLES)
-    seen = Seen(warnings=["the card was shared"], metrics={"time/waiting_seconds": 3.0})
+    seen = HostFacts(warnings=["the card was shared"], metrics={"time/waiting_seconds": 3.0})
     assert there.record() is None
     record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, seen)
     assert repr(TrialFolder(tmp_path).record()) == repr(record)
@@ -225,7 +225,7 @@ def test_a_summary_without_a_record_is_no_end(tmp_path: Path) -> None:
     """Killed between the two files: the record is what counts, and comes last."""
     asked = asked_for()
     there = begun(tmp_path, asked)
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
+    there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     (tmp_path / "record.json").unlink()
     assert (there.outline(), there.record()) == (None, None)
 
@@ -241,7 +241,7 @@ def test_any_text_of_other_programs_can_be_recorded(tmp_path: Path, text: str) -
     end = End(outcome=Outcome.failed, reason=text, traceback=f"Traceback\n{text}")
     events: list[Event] = [*EVENTS, Warned(t=15.0, text=text)]
     told(there, events, [])
-    record, _ = there.finish(asked, end, events, [], Seen(no_sensor="no card", warnings=[text]))
+    record, _ = there.finish(asked, end, events, [], HostFacts(no_sensor="no card", warnings=[text]))
     kept = TrialFolder(tmp_path).record()
     assert repr(kept) == repr(record)
     assert kept is not None
@@ -326,7 +326,7 @@ def test_a_journal_that_found_the_disk_full_is_written_whole_at_the_end(
     with files_of_at_most(size):
         told(there, EVENTS, SAMPLES)
     told(there, [step(STEPS + 1)], [sample(8)])  # there is room again, but the line before is torn
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
+    there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     assert lines_of(path / "events.jsonl") == [encode(event) for event in [*EVENTS, step(STEPS + 1)]]
     assert lines_of(path / "samples.jsonl") == [s.encode() for s in [*SAMPLES, sample(8)]]
 
@@ -336,7 +336,7 @@ def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path)
     there = begun(tmp_path, asked)
     with files_of_at_most(100):
         told(there, EVENTS, SAMPLES)
-        record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, Seen())
+        record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
         there.mark_delivered("r1")
     assert record.outcome == "finished"
     assert len([point for point in record.series if point.key == "step/loss"]) == STEPS
@@ -347,7 +347,7 @@ def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path)
 def test_a_trial_cannot_begin_on_a_full_disk(tmp_path: Path) -> None:
     with files_of_at_most(0), pytest.raises(OSError, match="File too large"):
         begun(tmp_path)
-    assert TrialFolder(tmp_path).asked() is None
+    assert TrialFolder(tmp_path).manifest() is None
 
 
 def test_a_trial_that_was_over_on_a_full_disk_is_not_killed_by_the_next_start(
@@ -359,8 +359,10 @@ def test_a_trial_that_was_over_on_a_full_disk_is_not_killed_by_the_next_start(
     there = begun(tmp_path / "multirun" / "day" / "time", asked)
     with files_of_at_most(1500):
         told(there, EVENTS, SAMPLES)
-        record, _ = there.finish(asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], Seen())
-    store = Store(asked.tracking)
+        record, _ = there.finish(
+            asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], HostFacts()
+        )
+    store = Outbox(asked.tracking)
     with monkeypatch.context() as full:
         full.setattr(trial_folder, "write_json", _refuse)
         run_id = store.deliver_trial(there, record)
@@ -388,7 +390,7 @@ def test_the_store_gets_every_file_but_those_it_has_as_the_run_itself(tmp_path: 
     there = begun(tmp_path, asked)
     (tmp_path / "adapter").mkdir()
     (tmp_path / ".record.json1234").touch()  # left by a kill in the middle of a write
-    there.finish(asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, Seen())
+    there.finish(asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, HostFacts())
     there.mark_delivered("r1")
     assert {path.name for path in there.artifacts()} == {
         "adapter",

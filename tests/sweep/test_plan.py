@@ -14,9 +14,9 @@ from lora_lab.store.outbox import MULTIRUN
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
-from lora_lab.store.trial_folder import Asked, TrialFolder
+from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 
 NOW = {"code": "c1", "version.torch": "2.13", "data": "d1"}
 
@@ -173,14 +173,14 @@ def planned(points: list[GridPoint], repeats: int = 1, day: str = "2026-01-01") 
 def ran(folder: SweepFolder, *trials: Planned, outcome: Outcome = Outcome.finished) -> None:
     for trial in trials:
         there = TrialFolder(folder.path / folder.next_attempt(trial))
-        asked = Asked(
+        asked = Manifest(
             owner=this_process(),
             t=0.0,
             tracking=TrackingConfig(),
             record=Record(name=trial.name, params={}, tags={"device": "cpu"}),
         )
-        there.begin(asked, TrialConfig(), {}, Seen())
-        there.finish(asked, End(outcome=outcome, reason=""), [], [], Seen())
+        there.begin(asked, TrialConfig(), {}, HostFacts())
+        there.finish(asked, End(outcome=outcome, reason=""), [], [], HostFacts())
 
 
 @pytest.mark.usefixtures("here")

@@ -22,7 +22,7 @@ def name(phase: Phase) -> str:
 
 
 def story(asked_t: float, before: float, taken: list[float], phases: list[Phase]) -> list[Event]:
-    """Asked for; `before` seconds later the first phase; each takes its time; then the last word."""
+    """Manifest for; `before` seconds later the first phase; each takes its time; then the last word."""
     begins = list(itertools.accumulate(taken, initial=asked_t + before))
     events: list[Event] = [Ready(t=begins[0], pid=1, prepared=True)]
     events += [PhaseBegan(t=t, phase=phase.value) for phase, t in zip(phases, begins, strict=False)]

@@ -29,7 +29,7 @@ from synthetic import (
 from lora_lab.events import Event
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.host_facts import Idle, Seen, Stated
+from lora_lab.telemetry.host_facts import HostFacts, Idle, Stated
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
@@ -45,12 +45,12 @@ IDLE = Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, s
 
 
 def figures(
-    card: SyntheticCard = CARD, *faults: Fault, seen: Seen | None = None, events: Sequence[Event] = EVENTS
+    card: SyntheticCard = CARD, *faults: Fault, seen: HostFacts | None = None, events: Sequence[Event] = EVENTS
 ) -> Summary:
     samples = card.samples(START + SECONDS + 1)
     for fault in faults:
         samples = fault(samples)
-    return summarise(events, samples, seen or Seen(idle=IDLE), asked_t=0.0)
+    return summarise(events, samples, seen or HostFacts(idle=IDLE), asked_t=0.0)
 
 
 def test_all_figures_of_a_card_at_300_watts() -> None:
@@ -87,7 +87,7 @@ def test_gross_and_net_of_idle_hold_the_truth_within_their_errors(
     assert rest.joules is not None
     assert rest.error_joules is not None
     idle = replace(IDLE, watts=rest.joules / length, error_watts=rest.error_joules / length)
-    metrics = figures(card, seen=Seen(idle=idle)).metrics
+    metrics = figures(card, seen=HostFacts(idle=idle)).metrics
     gross = card.drawn(START, START + SECONDS)
     net = gross - resting.power.joules(SECONDS)
     for name, true in ((GROSS, gross), (NET, net)):
@@ -97,7 +97,7 @@ def test_gross_and_net_of_idle_hold_the_truth_within_their_errors(
 
 
 def test_without_an_idle_draw_there_is_no_net_figure_but_why() -> None:
-    found = figures(seen=Seen(no_idle="measure.idle_seconds=0"))
+    found = figures(seen=HostFacts(no_idle="measure.idle_seconds=0"))
     assert GROSS in found.metrics
     assert "measure.idle_seconds=0" in found.absent[NET]
     assert not [name for name in found.metrics if "idle" in name or "net" in name]
@@ -114,7 +114,7 @@ STATED = Stated(board_power_watts=250.0, price_per_kwh=0.36, co2_grams_per_kwh=3
 
 @pytest.mark.parametrize("fault", UNMEASURED)
 def test_what_was_only_stated_never_stands_in_a_measured_column(fault: Fault) -> None:
-    found = figures(CARD, fault, seen=Seen(idle=IDLE, stated=STATED))
+    found = figures(CARD, fault, seen=HostFacts(idle=IDLE, stated=STATED))
     told = {name for name in found.metrics if name.split("/")[0] in ("energy", "cost", "co2")}
     assert told == {"energy/estimated_joules", "energy/estimated_joules_per_token"}
     assert found.metrics["energy/estimated_joules"] == pytest.approx(250.0 * SECONDS)
@@ -129,7 +129,7 @@ def test_what_was_only_stated_never_stands_in_a_measured_column(fault: Fault) ->
 def test_what_was_stated_changes_no_measured_figure(watts: float, price: float, grams: float) -> None:
     plain = figures().metrics
     given_all = figures(
-        seen=Seen(idle=IDLE, stated=Stated(board_power_watts=watts, price_per_kwh=price, co2_grams_per_kwh=grams))
+        seen=HostFacts(idle=IDLE, stated=Stated(board_power_watts=watts, price_per_kwh=price, co2_grams_per_kwh=grams))
     ).metrics
     assert {name: given_all[name] for name in plain} == plain
     assert given_all.keys() - plain.keys() == {
@@ -152,7 +152,7 @@ def test_cost_and_co2_are_there_or_absent_with_a_reason_only_when_asked_for(
     stated: Stated, asked: set[str], case: str
 ) -> None:
     faults = [without(COUNTER, INSTANT, AVERAGE)] if case == "no power" else []
-    found = figures(CARD, *faults, seen=Seen(stated=stated), events=EVENTS[: -1 if case == "no window" else None])
+    found = figures(CARD, *faults, seen=HostFacts(stated=stated), events=EVENTS[: -1 if case == "no window" else None])
     there = found.metrics if case == "measured" else found.absent
     assert {COST, CO2} & (found.metrics.keys() | found.absent.keys()) == asked
     assert asked <= there.keys()
@@ -181,7 +181,7 @@ def test_a_source_that_is_not_the_counter_is_named_with_its_reason(
 
 def test_a_power_of_zero_watts_is_a_reading() -> None:
     """Cards at rest do say so."""
-    found = figures(replace(CARD, power=Constant(0.0)), without(COUNTER), seen=Seen())
+    found = figures(replace(CARD, power=Constant(0.0)), without(COUNTER), seen=HostFacts())
     assert found.metrics["energy/joules"] == 0.0
     assert found.tags["energy_source"] == "instant_power"
 
@@ -204,9 +204,9 @@ def test_too_short_a_window_has_its_reason_and_no_energy_per_token() -> None:
 
 def test_a_sensor_that_failed_after_the_window_is_not_blamed_for_a_short_one() -> None:
     events = window_of(START, [step(number, 0.3) for number in range(1, 6)])
-    found = figures(CARD, silent(6.0), events=events, seen=Seen(no_sensor="the sensor failed (GPU is lost)"))
+    found = figures(CARD, silent(6.0), events=events, seen=HostFacts(no_sensor="the sensor failed (GPU is lost)"))
     assert "ticks" in found.absent[GROSS]
-    found = figures(CARD, silent(6.0), seen=Seen(no_sensor="the sensor failed (GPU is lost)"))
+    found = figures(CARD, silent(6.0), seen=HostFacts(no_sensor="the sensor failed (GPU is lost)"))
     assert found.absent[GROSS] == "the sensor failed (GPU is lost)"
 
 
@@ -223,7 +223,7 @@ def test_the_cpus_energy_stands_beside_the_cards_and_without_a_card_alone() -> N
 
 
 def test_without_rapl_the_cpus_energy_is_absent_with_the_reason() -> None:
-    found = figures(seen=Seen(no_cpu_sensor="the kernel does not let this user read it"))
+    found = figures(seen=HostFacts(no_cpu_sensor="the kernel does not let this user read it"))
     assert found.absent[CPU] == "the kernel does not let this user read it"
     assert figures().absent[CPU]
     assert figures(events=EVENTS[:-1]).absent[CPU]
@@ -249,7 +249,7 @@ def test_whatever_fails_each_figure_is_finite_or_has_a_reason(
     faults: list[Fault], stated: Stated, idle: Idle | None
 ) -> None:
     card = replace(CARD, power=Square(100, 400, 5.0, 0.5, 0.2))
-    found = figures(card, *faults, seen=Seen(idle=idle, stated=stated))
+    found = figures(card, *faults, seen=HostFacts(idle=idle, stated=stated))
     for name in (GROSS, NET, CPU):
         assert (name in found.metrics) != (name in found.absent)
     assert (found.tags["energy_source"] == "none") == (GROSS in found.absent)

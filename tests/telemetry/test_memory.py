@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora_lab.events import FIRST_STEP, Ended, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory, Ready
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
 
@@ -29,7 +29,7 @@ PHASES = [
     Phase.profile,
     Phase.evaluation_after,
 ]
-SEEN = Seen(used_before_bytes=GIB // 2, card_bytes=24 * GIB, parent_pid=12)
+SEEN = HostFacts(used_before_bytes=GIB // 2, card_bytes=24 * GIB, parent_pid=12)
 OPTIMIZER = OptimizerMemory(t=0.0, total_bytes=GIB, eligible_bytes=GIB, paged_bytes=0, paged_tensors=0, is_paged=False)
 
 
@@ -56,7 +56,7 @@ def reading(t: float, used: float, worker: float | None = None) -> Sample:
     return Sample(t=t, used_bytes=round(used * GIB), processes=processes)
 
 
-def memory(events: Sequence[Event], samples: Sequence[Sample], seen: Seen = SEEN) -> Summary:
+def memory(events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts = SEEN) -> Summary:
     summary = Summary()
     add_memory(summary, events, samples, seen)
     return summary
@@ -138,7 +138,7 @@ def test_used_memory_is_what_was_there_before_and_the_allocators_and_managed_and
     ("seen", "samples"),
     [(replace(SEEN, used_before_bytes=None), [reading(45, 5)]), (SEEN, []), (SEEN, [reading(31, 5)])],
 )
-def test_what_is_left_is_absent_with_a_reason_where_a_part_is_not_known(seen: Seen, samples: list[Sample]) -> None:
+def test_what_is_left_is_absent_with_a_reason_where_a_part_is_not_known(seen: HostFacts, samples: list[Sample]) -> None:
     found = memory(story(TRAINING, OPTIMIZER), samples, seen)
     assert found.absent["vram/other_gib"]
     assert "vram/other_gib" not in found.metrics

@@ -27,7 +27,7 @@ from lora_lab.events import (
     WindowOpened,
 )
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
@@ -45,10 +45,10 @@ HEADLINES = {
 
 WARMUP, STEPS = 3, 10
 NO_CARD = "no NVIDIA card was used"
-LOST = Seen(no_sensor="the sensor failed (GPU is lost)")
-UNSEEN = Seen(no_sensor=NO_CARD)
+LOST = HostFacts(no_sensor="the sensor failed (GPU is lost)")
+UNSEEN = HostFacts(no_sensor=NO_CARD)
 WATTS = 300.0
-SEEN = Seen(
+SEEN = HostFacts(
     idle=Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1),
     used_before_bytes=GIB // 2,
 )
@@ -210,7 +210,7 @@ def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
     events = whole[:stopped]
     samples = card(sampled) if on_gpu else []
     no_sensor = NO_CARD if not on_gpu else "the sensor failed (GPU is lost)" if fault or not samples else ""
-    summary = summarise(events, samples, Seen(no_sensor=no_sensor), ASKED_T)
+    summary = summarise(events, samples, HostFacts(no_sensor=no_sensor), ASKED_T)
     assert_accounted(summary)
 
     complete = all(event in events for event in whole if isinstance(event, Step | WindowClosed))
@@ -240,7 +240,7 @@ def test_a_sensor_that_fails_after_the_training_has_seen_all_of_it() -> None:
 def test_reasons_are_the_true_ones_when_a_trial_on_a_gpu_stops_before_training() -> None:
     events = story(on_gpu=True)[:8]
     for no_sensor in ("", "the sensor failed (GPU is lost)"):
-        summary = summarise(events, card(), Seen(no_sensor=no_sensor), ASKED_T)
+        summary = summarise(events, card(), HostFacts(no_sensor=no_sensor), ASKED_T)
         assert summary.absent["vram/peak_allocated_gib"] == "no training step was reached"
         assert summary.absent["energy/joules_per_token"] == (no_sensor or "the measured window was not completed")
 
@@ -279,7 +279,7 @@ def test_the_training_loss_weighs_tokens_not_steps() -> None:
 
 
 OOM = Ended(t=9.0, outcome="out_of_memory", reason="full", asked_bytes=3 * GIB, peak_host_bytes=5 * GIB)
-ASKED, ALLOCATED, DEVICE = (f"out_of_memory/{name}_gib" for name in ("asked", "peak_allocated", "peak_device"))
+MANIFEST, ALLOCATED, DEVICE = (f"out_of_memory/{name}_gib" for name in ("asked", "peak_allocated", "peak_device"))
 
 
 @given(on_gpu=st.booleans(), stopped=st.integers(0, 60), sampled=st.floats(0, 20), asked=st.booleans())
@@ -292,11 +292,11 @@ def test_out_of_memory_says_what_was_asked_for_and_reached_or_why_not(
     summary = summarise([*said, ended], samples, SEEN if on_gpu else UNSEEN, ASKED_T)
     assert_accounted(summary)
     assert summary.metrics["host/peak_gib"] == 5.0
-    assert summary.metrics.get(ASKED, "absent") == (3.0 if asked else "absent")
+    assert summary.metrics.get(MANIFEST, "absent") == (3.0 if asked else "absent")
     told = [event.peak_allocated_bytes / GIB for event in said if isinstance(event, PhaseMemory)]
     assert summary.metrics.get(ALLOCATED) == max(told, default=None), "of the whole trial: loading counts here"
     assert summary.metrics.get(DEVICE) == max((s.used_bytes / GIB for s in samples if s.used_bytes), default=None)
-    for name in {ASKED, ALLOCATED, DEVICE} - set(summary.metrics):
+    for name in {MANIFEST, ALLOCATED, DEVICE} - set(summary.metrics):
         assert summary.absent[name]
 
 

@@ -11,13 +11,13 @@ from synthetic import step, window_of
 
 from lora_lab.events import Event, PhaseBegan, PhaseMemory, Ready
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.host_facts import Seen
+from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
 WORKER, PARENT = 17, 12
 START, SECONDS = 10.0, 20.0
-SEEN = Seen(parent_pid=PARENT, card_bytes=24 * GIB)
+SEEN = HostFacts(parent_pid=PARENT, card_bytes=24 * GIB)
 POWER_CAP, THERMAL_SOFT, THERMAL_HARD, BRAKE = 0x4, 0x20, 0x40, 0x80
 
 
@@ -48,7 +48,7 @@ def card(change: Callable[[float], dict[str, Any]] = lambda _: {}, **fields: Any
     return [replace(calm, t=t, **change((t - START) / SECONDS)) for t in times]
 
 
-def judged(samples: Sequence[Sample], said: Sequence[Event] | None = None, seen: Seen = SEEN) -> Summary:
+def judged(samples: Sequence[Sample], said: Sequence[Event] | None = None, seen: HostFacts = SEEN) -> Summary:
     return summarise(events() if said is None else said, samples, seen, asked_t=0.0)
 
 
@@ -169,7 +169,7 @@ def test_what_happens_before_and_after_the_window_is_no_fault_of_its_figures() -
 
 
 def test_what_nobody_could_look_at_is_unknown_and_not_valid() -> None:
-    no_card = judged([], seen=Seen(no_sensor="no NVIDIA card was used"))
+    no_card = judged([], seen=HostFacts(no_sensor="no NVIDIA card was used"))
     assert verdict(no_card) == ("unknown", "no NVIDIA card was used")
     assert "no window" in verdict(judged(card(), events()[:-3]))[1]
     blind = judged(card(sm_mhz=None, slowdowns=None))

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import until
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.telemetry import nvml
 from lora_lab.telemetry.nvml import Card, cards
 from lora_lab.trial import device_lock as module
@@ -195,7 +195,7 @@ def stranger() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_foreign_process_is_refused_by_pid_name_and_memory(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     with stranger() as process:
         monkeypatch.setenv("FAKE_NVML_USERS", f"{process.pid}:{3 * GIB // 2},{NOBODY}:")
-        with pytest.raises(RefusedInput) as refusal:
+        with pytest.raises(InvalidInput) as refusal:
             look_at(card, share=False)
     said = str(refusal.value)
     for words in (f"process {process.pid} (sleep, 1.50 GiB)", f"process {NOBODY}", "gpu:0", "share_device=true"):
@@ -334,7 +334,7 @@ def test_a_lock_folder_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: 
         if os.getuid() != 0:
             pytest.skip("only root can give a folder away")
         os.chown(folder, 12345, 12345)
-    with pytest.raises(RefusedInput, match="set TMPDIR"), device_lock(None, False, lambda _: None):
+    with pytest.raises(InvalidInput, match="set TMPDIR"), device_lock(None, False, lambda _: None):
         pass
 
 

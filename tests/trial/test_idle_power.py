@@ -12,7 +12,7 @@ import pytest
 
 from lora_lab.store.process_id import this_process
 from lora_lab.store.trial_folder import TrialFolder
-from lora_lab.telemetry.host_facts import Idle, Seen
+from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import RATE_HZ, Sample, SensorFailed
@@ -196,7 +196,7 @@ def watched_by(sweep: Path, name: str, idle: Idle) -> Path:
     """The folder of a trial that has measured the idle draw."""
     folder = sweep / name
     folder.mkdir()
-    TrialFolder(folder).keep_idle(idle, READINGS, Seen())
+    TrialFolder(folder).keep_idle(idle, READINGS, HostFacts())
     return folder
 
 

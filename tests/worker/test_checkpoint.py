@@ -11,9 +11,9 @@ import torch
 from odd_models import NO_SDPA, edit, make, trial
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_lab.config import Attention, DType, Quantization, RefusedInput, TrialConfig
-from lora_lab.worker.checkpoint import refuse_mostly_unquantised
-from lora_lab.worker.models import load_architecture, load_model, refuse_unfit
+from lora_lab.config import Attention, DType, InvalidInput, Quantization, TrialConfig
+from lora_lab.worker.checkpoint import check_quantized_share
+from lora_lab.worker.models import check_model, load_architecture, load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -37,7 +37,7 @@ def copy(made: Path, tmp_path: Path) -> Any:
 
 
 def look(config: TrialConfig) -> list[str]:
-    return refuse_unfit(config, load_architecture(config.model))
+    return check_model(config, load_architecture(config.model))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -54,7 +54,7 @@ def test_each_tensor_that_is_not_there_is_named(copy: Any, name: str) -> None:
     names = sorted(kept)
     for gone in (names[-1:], names[len(names) // 2 :][:1], names[::2]):
         edit(folder, lambda _, gone=gone: {n: t for n, t in kept.items() if n not in gone})
-        with pytest.raises(RefusedInput, match="lacks") as refusal:
+        with pytest.raises(InvalidInput, match="lacks") as refusal:
             look(trial(name, folder))
         if "expert" not in gone[0]:  # those are stacked to tensors of other names
             assert gone[0].rsplit(".", 2)[-2] in str(refusal.value)
@@ -68,7 +68,7 @@ def test_a_tensor_of_another_shape_is_named(copy: Any, name: str) -> None:
         return {n: torch.cat([t, t]) if "norm" in n or "ln_" in n else t for n, t in tensors.items()}
 
     edit(folder, longer)
-    with pytest.raises(RefusedInput, match=r"another shape: .*(norm|ln_).* is \[\d+\] and the config says \[\d+\]"):
+    with pytest.raises(InvalidInput, match=r"another shape: .*(norm|ln_).* is \[\d+\] and the config says \[\d+\]"):
         look(trial(name, folder))
 
 
@@ -76,7 +76,7 @@ def test_a_vocabulary_of_another_size_is_named(copy: Any) -> None:
     folder = copy("llama")
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 104}))
-    with pytest.raises(RefusedInput, match=r"embed_tokens.weight is \[96, 64\] and the config says \[104, 64\]"):
+    with pytest.raises(InvalidInput, match=r"embed_tokens.weight is \[96, 64\] and the config says \[104, 64\]"):
         look(trial("llama", folder))
 
 
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_whole_one_is_named(tmp_path: Path, kind: str, sharded
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     content = {"pointer": pointer, "torn": file.read_bytes()[:-8], "empty": b"", "text": b"Not Found"}[kind]
     file.write_bytes(content)
-    with pytest.raises(RefusedInput, match=re.escape(file.name)) as refusal:
+    with pytest.raises(InvalidInput, match=re.escape(file.name)) as refusal:
         look(trial("llama", folder))
     assert ("git lfs pull" if kind == "pointer" else "damaged") in str(refusal.value)
 
@@ -104,7 +104,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = make("llama", tmp_path / "llama", max_shard_size="20KB")
     file = sorted(folder.glob("*.safetensors"))[1]
     file.unlink()
-    with pytest.raises(RefusedInput, match=re.escape(file.name)):
+    with pytest.raises(InvalidInput, match=re.escape(file.name)):
         look(trial("llama", folder))
 
 
@@ -115,12 +115,12 @@ def test_a_model_without_an_attention_says_which_it_has(name: str) -> None:
     config.attention = Attention.sdpa
     if AutoModelForCausalLM.from_config(load_architecture(config.model))._supports_sdpa:
         pytest.skip(f"this transformers has sdpa for {name}")
-    with pytest.raises(RefusedInput, match="attention=eager"):
+    with pytest.raises(InvalidInput, match="attention=eager"):
         look(config)
 
 
 def test_what_peft_does_not_adapt_is_refused_with_what_it_does() -> None:
-    with pytest.raises(RefusedInput, match=r"method.target_modules=\[dt_proj,in_proj,x_proj\]"):
+    with pytest.raises(InvalidInput, match=r"method.target_modules=\[dt_proj,in_proj,x_proj\]"):
         look(trial("mamba"))
     assert look(trial("mamba", target_modules=["dt_proj", "in_proj", "x_proj"])) == []
 
@@ -147,7 +147,7 @@ def test_weights_that_are_packed_already_say_what_to_type(copy: Any, stored: dic
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
     config = trial("llama", folder, quantization=Quantization.nf4, double_quantization=True)
-    with pytest.raises(RefusedInput) as refusal:
+    with pytest.raises(InvalidInput) as refusal:
         look(config)
     assert [word for word in words if word not in str(refusal.value)] == []
 
@@ -169,12 +169,12 @@ def test_weights_that_are_packed_just_as_asked_are_trained(tmp_path: Path) -> No
 
 def test_the_share_in_4_bit_is_warned_of_and_refused_at_its_bounds() -> None:
     method = trial("llama", quantization=Quantization.nf4).method
-    assert refuse_mostly_unquantised(method, 0.9) == []
-    assert len(refuse_mostly_unquantised(method, 0.899)) == 1
-    assert len(refuse_mostly_unquantised(method, 0.5)) == 1
-    with pytest.raises(RefusedInput, match=r"method\.mostly_unquantised=true"):
-        refuse_mostly_unquantised(method, 0.499)
+    assert check_quantized_share(method, 0.9) == []
+    assert len(check_quantized_share(method, 0.899)) == 1
+    assert len(check_quantized_share(method, 0.5)) == 1
+    with pytest.raises(InvalidInput, match=r"method\.mostly_unquantised=true"):
+        check_quantized_share(method, 0.499)
     method.mostly_unquantised = True
-    assert len(refuse_mostly_unquantised(method, 0.0)) == 1
+    assert len(check_quantized_share(method, 0.0)) == 1
     method.quantization = Quantization.none
-    assert refuse_mostly_unquantised(method, 0.0) == []
+    assert check_quantized_share(method, 0.0) == []

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from lora_lab.config import DataSource, RefusedInput, TrialConfig
+from lora_lab.config import DataSource, InvalidInput, TrialConfig
 from lora_lab.dataset.rows import SHIPPED, Row
 from lora_lab.worker.conversation import Conversations, Losses, Lost
-from lora_lab.worker.data import IGNORED, load_examples, pad_id, refuse_unknown_ids, tokenize
+from lora_lab.worker.data import IGNORED, check_token_ids, load_examples, pad_id, tokenize
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = [json.loads(line)["output"] for line in SHIPPED.read_text().splitlines()[:80]]
@@ -213,7 +213,7 @@ def test_text_that_does_not_reach_the_model_is_seen(tokenizer: Any, row: Row, lo
     ],
 )
 def test_a_template_that_can_not_lay_out_a_question_and_its_answer_is_refused(text: str) -> None:
-    with pytest.raises(RefusedInput, match="chat template"):
+    with pytest.raises(InvalidInput, match="chat template"):
         Conversations(byte_level(text))
 
 
@@ -252,7 +252,7 @@ def test_most_rows_without_their_text_are_refused_and_a_few_are_counted(tmp_path
     assert made.rows_lost == 4
     assert any("in 4 of 20 rows" in remark for remark in made.remarks)
     rows = [(f"q{i}", f"<think>{i}</think>a{i}" if i < 11 else f"a{i}") for i in range(20)]
-    with pytest.raises(RefusedInput, match="in 11 of 20 rows"):
+    with pytest.raises(InvalidInput, match="in 11 of 20 rows"):
         load_examples(rows_file(tmp_path, rows), tokenizer, 600)
 
 
@@ -272,9 +272,9 @@ def test_a_token_without_an_embedding_is_refused_and_never_pads(tmp_path: Path) 
     config = rows_file(tmp_path, [(f"q{i}", f"a{i}") for i in range(20)])
     examples = load_examples(config, tokenizer, 10_000)
     highest = max(max(example.ids) for example in (*examples.train, *examples.heldout))
-    refuse_unknown_ids(examples, tokenizer, highest + 1)
-    with pytest.raises(RefusedInput, match=f"the tokenizer knows {len(tokenizer)} tokens, the model {highest}"):
-        refuse_unknown_ids(examples, tokenizer, highest)
+    check_token_ids(examples, tokenizer, highest + 1)
+    with pytest.raises(InvalidInput, match=f"the tokenizer knows {len(tokenizer)} tokens, the model {highest}"):
+        check_token_ids(examples, tokenizer, highest)
     assert pad_id(tokenizer, 600) == tokenizer.pad_token_id
     tokenizer.add_special_tokens({"pad_token": "<|late|>"})
     assert pad_id(tokenizer, len(tokenizer) - 1) == tokenizer.eos_token_id

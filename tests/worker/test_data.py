@@ -19,10 +19,10 @@ from lora_lab.config import (
     Batching,
     DataSource,
     DType,
+    InvalidInput,
     ModelSource,
     OptimizerConfig,
     PrecisionConfig,
-    RefusedInput,
     TrialConfig,
     Weights,
 )
@@ -232,7 +232,7 @@ def test_a_row_is_cut_at_its_end_and_says_so(prompt: str, response: str, seq_len
 def test_a_template_that_does_not_continue_its_prompt_is_refused() -> None:
     tokenizer: Any = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} ->{% endif %}"
-    with pytest.raises(RefusedInput, match="chat template"):
+    with pytest.raises(InvalidInput, match="chat template"):
         tokenize(Row("Why?", "Because."), tokenizer, 100)
 
 
@@ -295,7 +295,7 @@ def test_the_digest_tells_data_apart(tmp_path: Path) -> None:
 
 
 def test_no_row_with_a_token_to_train_on_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedInput, match="Raise seq_len"):
+    with pytest.raises(InvalidInput, match="Raise seq_len"):
         load_examples(jsonl(tmp_path, [(200, 5)] * 5), TOKENIZER, 272)
 
 
@@ -313,7 +313,7 @@ def test_a_step_can_be_filled_or_the_data_is_refused(
     config.data.source, config.data.rows = DataSource.random_tokens, rows
     config.batch_size, config.grad_accum_steps = batch_size, accumulate
     if rows - max(1, round(rows / 10)) < batch_size * accumulate:
-        with pytest.raises(RefusedInput, match="batch_size"):
+        with pytest.raises(InvalidInput, match="batch_size"):
             load_examples(config, TOKENIZER, 272)
     else:
         made = load_examples(config, TOKENIZER, 272)

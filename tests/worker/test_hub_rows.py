@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from lora_lab.config import DataConfig, RefusedInput
+from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.rows import Row
 from lora_lab.worker.hub_rows import hub_rows
 
@@ -59,7 +59,7 @@ def test_what_datasets_stumbles_over_is_one_refusal(
     tmp_path: Path, files: dict[str, str | list[dict[str, object]]], words: list[str]
 ) -> None:
     data = data_set(tmp_path, **files)
-    with pytest.raises(RefusedInput) as info:
+    with pytest.raises(InvalidInput) as info:
         hub_rows(data)
     assert [word for word in words if word not in str(info.value)] == [], str(info.value)
     assert f"data.id={data.id}" in str(info.value)
@@ -85,6 +85,6 @@ def test_what_the_hub_says_is_one_refusal(monkeypatch: pytest.MonkeyPatch, said:
         raise DatasetNotFoundError(said)
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(RefusedInput) as info:
+    with pytest.raises(InvalidInput) as info:
         hub_rows(DataConfig(id="me/mine"))
     assert [word for word in words if word not in str(info.value)] == [], str(info.value)

@@ -8,7 +8,7 @@ import torch
 from odd_models import SHAPES, trial
 from torch import nn
 
-from lora_lab.config import Attention, Batching, DType, PrecisionConfig, RefusedInput, TrialConfig
+from lora_lab.config import Attention, Batching, DType, InvalidInput, PrecisionConfig, TrialConfig
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.probe import Seen, judge, look_through
 
@@ -46,7 +46,7 @@ def moved_by_another_document(model: Any) -> float:
 def test_packed_is_refused_just_where_documents_see_each_other(name: str) -> None:
     config = packed(name)
     if name in LEAKING:
-        with pytest.raises(RefusedInput, match=r"data\.batching=longest"):
+        with pytest.raises(InvalidInput, match=r"data\.batching=longest"):
             load(config)
         config.data.batching = Batching.longest
         assert load(config) is not None
@@ -91,7 +91,7 @@ def test_a_small_leak_is_seen(name: str, size: float, refused: bool) -> None:
     assert seen.later == 0.0
     assert size / 10 <= (seen.other_document or 0.0) <= 10 * size
     if refused:
-        with pytest.raises(RefusedInput, match="sees the one before it"):
+        with pytest.raises(InvalidInput, match="sees the one before it"):
             judge(seen, config, name)
     else:
         assert judge(seen, config, name) == []
@@ -101,7 +101,7 @@ def test_a_small_leak_is_seen(name: str, size: float, refused: bool) -> None:
 def test_a_model_that_sees_later_tokens_is_refused(batching: Batching) -> None:
     config = trial("bert")
     config.data.batching = batching
-    with pytest.raises(RefusedInput, match="not causal"):
+    with pytest.raises(InvalidInput, match="not causal"):
         load(config)
 
 
@@ -117,7 +117,7 @@ def test_adapters_are_put_only_where_text_runs() -> None:
     assert names
     assert not [name for name in names if "language_model" not in name]
     assert ["vision_tower" in line and "multi_modal_projector" in line for line in warned] == [True]
-    with pytest.raises(RefusedInput, match="no adapter"):
+    with pytest.raises(InvalidInput, match="no adapter"):
         load(trial("gemma3", target_modules=["fc1"]))
     ids = torch.randint(3, 90, (2, 8))
     model(input_ids=ids, token_type_ids=torch.zeros_like(ids), labels=ids).loss.backward()

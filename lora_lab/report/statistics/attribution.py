@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.blocks import Figure, figures, regime_of, settings_besides
 from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate
@@ -93,7 +93,7 @@ def split(
         start, end: level of factors by name. What only one of them names is the same in both;
             factors that neither names must only be alike.
 
-    Raises: RefusedInput when one of them names what is no factor.
+    Raises: InvalidInput when one of them names what is no factor.
     """
     start, end = {**{name: end[name] for name in end if name not in start}, **start}, {**start, **end}
     named = _named(factors, start)
@@ -128,7 +128,7 @@ def _named(factors: Sequence[Factor], start: Mapping[str, str]) -> list[Factor]:
     known = {factor.name: factor for factor in factors}
     strange = sorted(start.keys() - known.keys())
     if strange:
-        raise RefusedInput(f"{', '.join(strange)}: no such factor. Factors are: {', '.join(known) or 'none'}")
+        raise InvalidInput(f"{', '.join(strange)}: no such factor. Factors are: {', '.join(known) or 'none'}")
     return [factor for factor in factors if factor.name in start]
 
 

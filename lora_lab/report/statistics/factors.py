@@ -10,7 +10,7 @@ import numpy as np
 from scipy import linalg
 from scipy.sparse import csgraph
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.store.trials import Sweep, Trial
 
 SHAPE = ("batch_size", "grad_accum_steps", "seq_len")
@@ -115,14 +115,14 @@ def design(trials: Sequence[Trial], sweeps: Sequence[Sweep] = (), baseline: Mapp
     Args:
         baseline: settings (factors' names or keys; shape=1x512) and the level that comes first.
 
-    Raises: RefusedInput when `baseline` names a setting or level that no trial has."""
+    Raises: InvalidInput when `baseline` names a setting or level that no trial has."""
     measured = [trial for trial in trials if trial.finished and trial.tags.get("validity") != "invalid"]
     sweeps = sorted(sweeps, key=lambda sweep: sweep.started_ms)
     varied = _varied(trials, sweeps)
     blocks = _merged(_blocks(varied), measured)
     factors = [_factor(keys, trials, measured, sweeps) for keys in blocks]
     for setting, level in (baseline or {}).items():
-        _refuse_unknown(setting, level, factors, trials)
+        _check_known(setting, level, factors, trials)
     confounded = [_confounded(keys, varied, trials, measured) for keys in blocks if len(keys) > 1]
     return Design(
         factors=tuple(_from(factor, baseline or {}, trials) for factor in factors),
@@ -360,7 +360,7 @@ def _from(factor: Factor, baseline: Mapping[str, str], trials: Sequence[Trial]) 
     ]
     if not fitting:
         asked = ", ".join(f"{setting}={text}" for setting, text in wanted.items())
-        raise RefusedInput(f"baseline {asked}: no trial has these together. There are: {_listed(factor.levels)}.")
+        raise InvalidInput(f"baseline {asked}: no trial has these together. There are: {_listed(factor.levels)}.")
     return replace(factor, levels=_first(factor.levels, fitting[0])) if wanted else factor
 
 
@@ -374,15 +374,15 @@ def _answers(factor: Factor, trials: Sequence[Trial]) -> dict[str, dict[str, str
     return found
 
 
-def _refuse_unknown(setting: str, level: str, factors: Sequence[Factor], trials: Sequence[Trial]) -> None:
+def _check_known(setting: str, level: str, factors: Sequence[Factor], trials: Sequence[Trial]) -> None:
     asked = f"baseline {setting}={level}"
     known = [answers for factor in factors for answers in _answers(factor, trials).values()] + [_fixed(trials)]
     levels = list(dict.fromkeys(answers[setting] for answers in known if setting in answers))
     if not levels:
         names = list(dict.fromkeys(name for answers in known[:-1] for name in answers))
-        raise RefusedInput(f"{asked}: no such setting varied.{_meant(setting, names)} There are: {_listed(names)}.")
+        raise InvalidInput(f"{asked}: no such setting varied.{_meant(setting, names)} There are: {_listed(names)}.")
     if _value(level) not in {_value(text) for text in levels}:
-        raise RefusedInput(f"{asked}: no trial has it.{_meant(level, levels)} There are: {_listed(levels)}.")
+        raise InvalidInput(f"{asked}: no trial has it.{_meant(level, levels)} There are: {_listed(levels)}.")
 
 
 def _meant(given: str, known: Sequence[str]) -> str:

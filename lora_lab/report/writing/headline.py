@@ -9,7 +9,7 @@ from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, Better,
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.factors import SHAPE
 from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, usual_levels
-from lora_lab.report.writing.numbers import briefly
+from lora_lab.report.writing.numbers import format_short
 from lora_lab.store.trials import Sweep
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _by_regime(those: Sequence[Contrast]) -> str:
     """Mixed regimes say least, and are left to the tables where there are others."""
     clear = [each for each in those if each.regime != "mixed"] or those
     several = len({each.regime for each in clear}) > 1 or clear[0].regime != "not known"
-    return ", ".join(briefly(c.estimate, c.measure) + (f" {c.regime}" if several else "") for c in clear)
+    return ", ".join(format_short(c.estimate, c.measure) + (f" {c.regime}" if several else "") for c in clear)
 
 
 def _on_regimes(found: "GroupFindings") -> str:

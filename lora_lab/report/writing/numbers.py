@@ -33,7 +33,9 @@ def interval(estimate: Estimate, measure: Measure) -> str:
     return f"{low.removesuffix(' %').removesuffix(f' {measure.unit}')} to {high}"
 
 
-def told(estimate: Estimate, measure: Measure, lowest: float | None = None, highest: float | None = None) -> str:
+def format_estimate(
+    estimate: Estimate, measure: Measure, lowest: float | None = None, highest: float | None = None
+) -> str:
     """The change with its interval, or that none was seen and which one would have been.
 
     Args:
@@ -67,7 +69,7 @@ def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> st
     return f"counted by blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
 
 
-def briefly(estimate: Estimate, measure: Measure) -> str:
+def format_short(estimate: Estimate, measure: Measure) -> str:
     """The same in fewer words."""
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
         return f"no difference seen ({change(estimate.detectable, measure, signed=False)} would have been)"

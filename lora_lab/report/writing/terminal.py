@@ -15,7 +15,7 @@ from lora_lab.report.measures import MEASURES, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
-from lora_lab.report.writing.numbers import change, interval_note, told
+from lora_lab.report.writing.numbers import change, format_estimate, interval_note
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -115,7 +115,7 @@ def _contrasts_table(found: GroupFindings) -> Table:
         besides = f" (besides, {'; '.join(each.also_changed)})" if each.also_changed else ""
         note = interval_note(each.interval_over, each.by_blocks, each.measure)
         besides += f" ({note})" if note else ""
-        change_told = told(each.estimate, each.measure, each.lowest, each.highest) + besides
+        change_told = format_estimate(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
             each.measure.title,
             escape(f"{of} / {over}"),
@@ -141,7 +141,7 @@ def _show_model(fitted: Fitted, console: Console) -> None:
     for name in ("averaged over the rest", "change"):
         table.add_column(name, overflow="fold")
     for effect in model.effects:
-        table.add_row(escape(f"{effect.of} / {effect.over}"), escape(told(effect.estimate, model.measure)))
+        table.add_row(escape(f"{effect.of} / {effect.over}"), escape(format_estimate(effect.estimate, model.measure)))
     for each in model.interactions:
         size = change(each.largest, model.measure, signed=False)
         table.add_row(escape(" x ".join(each.factors)), f"together up to {size} off their sum, p = {each.p:.2g}")
@@ -163,10 +163,10 @@ def _show_split(split: Split, found: GroupFindings, console: Console) -> None:
     for part in split.parts:
         if part.estimate is None:
             continue
-        said = told(part.estimate, split.measure)
+        said = format_estimate(part.estimate, split.measure)
         table.add_row(escape(part.factor), escape(part.over), escape(part.of), escape(said))
     if split.total is not None:
-        table.add_row("all together", "", "", escape(told(split.total, split.measure)))
+        table.add_row("all together", "", "", escape(format_estimate(split.total, split.measure)))
     console.print(table)
 
 

@@ -139,11 +139,11 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
         count = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
-    _refuse_another_loss(causal, head)
+    _check_default_loss(causal, head)
     causal.forward = forward
 
 
-def _refuse_another_loss(causal: Any, head: torch.nn.Linear) -> None:
+def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
     """Give the model known logits in place of its head's, too large for a cap to leave them alone, and look what it
     makes of them: its loss must be their cross entropy, and the head must be given the decoder's result as it is."""
     ids = torch.arange(3, 19, device=causal.device).unsqueeze(0)

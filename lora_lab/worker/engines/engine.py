@@ -19,7 +19,7 @@ from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
 from lora_lab.worker.engines.graph_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
-from lora_lab.worker.engines.inspection import engine_of, has_dropout, loss_is_chunked, refuse_unknown_to_liger
+from lora_lab.worker.engines.inspection import check_liger_support, engine_of, has_dropout, loss_is_chunked
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
 from lora_lab.worker.models import working_dtype
@@ -79,7 +79,7 @@ class Engine(TrainerCallback):
         # as accelerate would have it
         self._autocast = functools.partial(torch.autocast, model.device.type, dtype, dtype is not torch.float32)
         if kind is EngineKind.liger:
-            refuse_unknown_to_liger(model)
+            check_liger_support(model)
         elif config.engine.chunked_loss:  # liger brings its own
             use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
         if self._compiles:

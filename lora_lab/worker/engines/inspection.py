@@ -46,7 +46,7 @@ def has_dropout(model: Any) -> bool:
     )
 
 
-def refuse_unknown_to_liger(model: Any) -> None:
+def check_liger_support(model: Any) -> None:
     """Raise Unsupported for an architecture that liger would leave as it is, with no more than a line in its log."""
     kind = model.config.get_text_config().model_type
     known = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN

@@ -9,7 +9,7 @@ import pytest
 from conftest import lab_in
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import PackageConfig, RefusedInput
+from lora_lab.config import InvalidInput, PackageConfig
 from lora_lab.packages import locate
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def model() -> str:
     stated = yaml.safe_load((CONF / "model" / "smollm2_135m.yaml").read_text())
     try:
         locate(PackageConfig(**stated["package"]))
-    except RefusedInput:
+    except InvalidInput:
         return "model=tiny"
     return "model=smollm2_135m"
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.cohort import Subject
 from lora_lab.report.answers.fits import LIMIT, Fit, fits
@@ -101,7 +101,7 @@ def candidates(subject: Subject, wish: Wish) -> tuple[list[Candidate], list[str]
     if without:
         left_out.append(f"{count(without, 'configuration')} without {wish.objective.title}")
     if not found:
-        raise RefusedInput(
+        raise InvalidInput(
             f"no configuration has {wish.objective.title} and finished in each of its trials. {subject.text}: "
             + "; ".join(left_out)
         )

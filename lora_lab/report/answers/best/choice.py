@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.best.candidates import Candidate, Wish, candidates, within
 from lora_lab.report.answers.best.caveats import remarks, sure
 from lora_lab.report.answers.best.cohort import Subject, others, subjects
@@ -41,12 +41,12 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
     Models, data, lengths of the window, cards, versions and code are never mixed: the newest trial says which model,
     data, window and card, and of the places with that the one with most measured trials is taken.
 
-    Raises: RefusedInput when nothing is measured, or what is asked can't be told from it."""
+    Raises: InvalidInput when nothing is measured, or what is asked can't be told from it."""
     found = subjects(trials, wish.model, wish.card)
     subject = found[0]
-    _refuse_unanswerable(subject, wish)
+    _check_answerable(subject, wish)
     found_here, left_out = candidates(subject, wish)
-    _refuse_unknown_memory(subject, found_here, wish)
+    _check_memory_known(subject, found_here, wish)
     fitting, too_large = within(found_here, wish)
     left_out += too_large
     rest = tuple(others(found))
@@ -82,23 +82,23 @@ def _needs(one: Candidate) -> tuple[bool, float]:
     return one.fit is None or one.fit.next_is_bound, one.needs_gib or math.inf
 
 
-def _refuse_unanswerable(subject: Subject, wish: Wish) -> None:
+def _check_answerable(subject: Subject, wish: Wish) -> None:
     measured = subject.measured
     if wish.max_loss_increase is not None and all(LOSS.of(trial) is None for trial in measured):
-        raise RefusedInput(
+        raise InvalidInput(
             f"--max-loss-increase can't be kept here: {LOSS.why_absent(measured[-1])}. {subject.text}: leave the "
             "option out, or run trials with pretrained weights and measure.eval_rows above 0."
         )
     if all(wish.objective.of(trial) is None for trial in measured):
-        raise RefusedInput(
+        raise InvalidInput(
             f"no trial has {wish.objective.title}: {wish.objective.why_absent(measured[-1])}. {subject.text}: choose "
             "another --objective, or other trials with --model, --card or --sweep."
         )
 
 
-def _refuse_unknown_memory(subject: Subject, found: Sequence[Candidate], wish: Wish) -> None:
+def _check_memory_known(subject: Subject, found: Sequence[Candidate], wish: Wish) -> None:
     if wish.vram_gib is not None and all(one.fit is None for one in found):
-        raise RefusedInput(
+        raise InvalidInput(
             f"--vram {wish.vram_gib:g} can't be judged here: no trial has the card's peak "
             f"({VRAM.why_absent(subject.measured[-1])}). {subject.text}: leave --vram out, or choose trials of a card "
             "with --card NAME."
@@ -108,12 +108,12 @@ def _refuse_unknown_memory(subject: Subject, found: Sequence[Candidate], wish: W
 def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
     """Those whose held-out loss is low enough.
 
-    Raises: RefusedInput when none of them has one."""
+    Raises: InvalidInput when none of them has one."""
     if wish.max_loss_increase is None:
         return list(candidates), []
     losses = {one.label: one.figures[LOSS.name].median for one in candidates if LOSS.name in one.figures}
     if not losses:
-        raise RefusedInput(
+        raise InvalidInput(
             "--max-loss-increase can't be kept: none of the configurations that fit has a held-out loss. Run them with "
             "measure.eval_rows above 0."
         )

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.statistics.factors import NO_EFFECT
 from lora_lab.report.writing.labels import count, outcome_text
 from lora_lab.store.trials import Group, Place, Trial, groups
@@ -48,13 +48,13 @@ def subjects(trials: Sequence[Trial], model: str | None = None, card: str | None
     """What measured trials there are, by what may be compared. The first is to be used: that of the newest trial, at
     the place where most was measured of it. The rest by their newest trial.
 
-    Raises: RefusedInput when there is none."""
+    Raises: InvalidInput when there is none."""
     chosen = [trial for trial in trials if _is_model(trial, model) and _is_card(trial, card)]
     if trials and not chosen:
-        raise RefusedInput(_none_such(trials, model, card))
+        raise InvalidInput(_none_such(trials, model, card))
     found = [subject for group in groups(chosen) for subject in _subjects(group)]
     if not found:
-        raise RefusedInput(_nothing_measured(chosen))
+        raise InvalidInput(_nothing_measured(chosen))
     newest = max(found, key=lambda subject: subject.newest_ms)
     alike = [one for one in found if (one.key, one.place.device) == (newest.key, newest.place.device)]
     first = max(alike, key=lambda subject: (len(subject.measured), subject.newest_ms))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from lora_lab.report.answers.claims.study import AssociationClaim
-from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Found, Seen, ids
+from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Evidence, Found, ids
 from lora_lab.report.answers.pareto import points
 from lora_lab.report.measures import ENERGY, THROUGHPUT, Measure
 from lora_lab.report.statistics.estimates import Estimate, estimate
@@ -63,7 +63,7 @@ def look(claim: AssociationClaim, group: Group, name: str, speaks_in: Sequence[s
         if len(inside) < _LEAST_POINTS:
             continue
         slope, text = _slope(claim, inside)
-        seen = Seen(
+        seen = Evidence(
             text=f"{name}, {regime}: {text}",
             place=group.place.label,
             regime=regime,

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 
 from lora_lab.report.answers.claims.cells import Cell, cells_of, factor_of
 from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
-from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Found, Seen, ids, listed
+from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Evidence, Found, ids, listed
 from lora_lab.report.statistics.blocks import regime_of
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.estimates import Estimate
-from lora_lab.report.writing.numbers import change, interval, told
+from lora_lab.report.writing.numbers import change, format_estimate, interval
 from lora_lab.store.trials import Group
 
 
@@ -45,7 +45,7 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
             by_regime.setdefault(contrast.regime, []).append((claimed, contrast, inside))
     if not by_regime:
         text = f"{name}: no two trials of one repeat differ in {claim.factor} alone."
-        seen = Seen(text=text, place=group.place.label, regime=regime_of(sides), trials=ids(sides))
+        seen = Evidence(text=text, place=group.place.label, regime=regime_of(sides), trials=ids(sides))
         return [Found(seen=(seen,), speaks=False, word=None)]
     return [
         Found(
@@ -94,9 +94,9 @@ def decide(claimed: Change, found: Estimate) -> str | None:
 
 def _seen(
     study: Study, claim: ContrastClaim, group: Group, name: str, made: tuple[Change, Contrast, list[Cell]]
-) -> Seen:
+) -> Evidence:
     claimed, contrast, cells = made
-    return Seen(
+    return Evidence(
         text=f"{name}, {contrast.regime}: {_text(study, claim, claimed, contrast, cells)}",
         place=group.place.label,
         regime=contrast.regime,
@@ -108,7 +108,7 @@ def _seen(
 def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contrast, cells: Sequence[Cell]) -> str:
     measure, found = contrast.measure, contrast.estimate
     over = _over(contrast, cells)
-    text = f"{measure.title} with {claim.of} over {claim.over}, {over}: {told(found, measure)}"
+    text = f"{measure.title} with {claim.of} over {claim.over}, {over}: {format_estimate(found, measure)}"
     text += "".join(f"; {each}" for each in _at_ends(claim, claimed, cells))
     size = _size(study, claim, claimed)
     if size is not None and found.detectable is not None and found.detectable >= abs(size):
@@ -135,7 +135,7 @@ def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> li
     if not any(own.values()):
         return ["the settings of neither of its two runs among them"]
     return [
-        f"at run {run}'s settings {listed([told(each, claimed.measure) for each in found])}"
+        f"at run {run}'s settings {listed([format_estimate(each, claimed.measure) for each in found])}"
         if found
         else f"run {run}'s settings not among them"
         for run, found in own.items()

@@ -17,7 +17,7 @@ from lora_lab.report.answers.claims.verdict import (
     CONTRADICTED,
     NOT_TESTABLE,
     SUPPORTED,
-    Seen,
+    Evidence,
     Verdict,
     ids,
     place_names,
@@ -215,7 +215,7 @@ def _varied(claim: FitsClaim, each: _Tried, tried: Sequence[_Tried]) -> dict[str
     return {key: value for key, value in _of(claim, each).items() if any(_of(claim, t)[key] != value for t in tried)}
 
 
-def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> Seen:
+def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> Evidence:
     settings = _settings({**claim.settings, **_varied(claim, same[0], tried)})
     fitting = [each for each in same if each.fits]
     short = [each for each in same if each.fits is False]
@@ -223,7 +223,7 @@ def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> 
     said = [f"fits into {claim.budget_gib:g} GiB ({_took(fitting)})"] if fitting else []
     said += [f"needs more{' at other points' if fitting else ''} ({_took(short)})"] if short else []
     said += [f"{_count(silent)} told nothing (batches not full, or other capacities)"] if silent else []
-    return Seen(
+    return Evidence(
         text=f"{same[0].name}, {settings}: {'; '.join(said)}.",
         place=same[0].place,
         regime="",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.measures import MEASURES, Measure
 
 SHIPPED = Path(__file__).parent / "studies"
@@ -144,13 +144,13 @@ def shipped() -> list[Study]:
 def load_study(path: Path) -> Study:
     """A study from its yaml file.
 
-    Raises: RefusedInput naming what is wrong in the file, and where."""
+    Raises: InvalidInput naming what is wrong in the file, and where."""
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RefusedInput(f"there is no file {path}. Name the yaml with a paper's claims.") from None
+        raise InvalidInput(f"there is no file {path}. Name the yaml with a paper's claims.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RefusedInput(f"{path} cannot be read as yaml: {error}") from error
+        raise InvalidInput(f"{path} cannot be read as yaml: {error}") from error
     top = _Section(told, path, "")
     top.only("id", "title", "address", "card", "settings", "runs", "claims")
     card = top.section("card")
@@ -260,12 +260,12 @@ class _Section:
     def __init__(self, told: Any, path: Path, at: str) -> None:
         self._path, self._at = path, at
         if not isinstance(told, dict):
-            raise RefusedInput(f"{path}: {at or 'the file'} has to be a mapping (key: value); it is {told!r}.")
+            raise InvalidInput(f"{path}: {at or 'the file'} has to be a mapping (key: value); it is {told!r}.")
         self.told: dict[str, Any] = {str(key): value for key, value in told.items()}
 
     def refuse(self, key: str, why: str) -> NoReturn:
         where = f"{self._at}.{key}" if self._at else key
-        raise RefusedInput(f"{self._path}: {where}: {why}.")
+        raise InvalidInput(f"{self._path}: {where}: {why}.")
 
     def only(self, *keys: str) -> None:
         for key in self.told:

@@ -13,7 +13,7 @@ NOT_TESTABLE = "not testable here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Evidence:
     """One thing that the trials at hand show of a claim."""
 
     text: str
@@ -38,7 +38,7 @@ class Verdict:
     why: str
     original: str
     """What is to be said of the original's evidence: which factors changed together, true by definition, ..."""
-    seen: tuple[Seen, ...]
+    seen: tuple[Evidence, ...]
     at: str
     """Where that was seen, in few words: "host-bound only", "batch_size=1"; "" where it was everywhere."""
     settle: str
@@ -49,7 +49,7 @@ class Verdict:
 class Found:
     """What one place's trials of one regime show of a claim."""
 
-    seen: tuple[Seen, ...]
+    seen: tuple[Evidence, ...]
     speaks: bool
     """Whether it may support or contradict."""
     word: str | None

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 from lora_lab.report.answers.compare.difference import WITHIN_RUNS, Pair, difference
 from lora_lab.report.answers.compare.outcomes import OutcomeChange, ended
 from lora_lab.report.measures import MEASURES, Better, Measure
@@ -117,9 +117,9 @@ def compare(one: Found, other: Found, tolerance: float = 0.0) -> Comparison:
         other: the same of the other side.
         tolerance: how much worse is let pass: 0.02 for 2 percent.
 
-    Raises: RefusedInput when a side is empty or the tolerance negative."""
+    Raises: InvalidInput when a side is empty or the tolerance negative."""
     if tolerance < 0 or not math.isfinite(tolerance):
-        raise RefusedInput(f"--tolerance {tolerance:g} is no share of 0 or more, as 2% or 0.02 would be.")
+        raise InvalidInput(f"--tolerance {tolerance:g} is no share of 0 or more, as 2% or 0.02 would be.")
     return _compared(_side(one), _side(other), tolerance)
 
 
@@ -137,7 +137,7 @@ def exit_code(comparison: Comparison) -> int:
 def _side(found: Found) -> Side:
     trials, sweeps = found
     if not trials:
-        raise RefusedInput("there is no trial to compare on one of the two sides; name a sweep or trial that has some.")
+        raise InvalidInput("there is no trial to compare on one of the two sides; name a sweep or trial that has some.")
     if len(trials) == 1:
         return Side(name=f"trial {trials[0].name} ({trials[0].run_id[:_ID]})", trials=tuple(trials))
     names = [f"{sweep.name} ({sweep.run_id[:_ID]})" for sweep in sweeps]

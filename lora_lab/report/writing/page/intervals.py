@@ -13,7 +13,7 @@ from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.writing.labels import count, level_text, regime_text
-from lora_lab.report.writing.numbers import interval_note, told
+from lora_lab.report.writing.numbers import format_estimate, interval_note
 
 _LARGE = math.log(1.5)
 """Factors with a larger log ratio than this get an axis of their own, in ratios."""
@@ -142,7 +142,7 @@ def _forest(by_factor: Mapping[Factor, Sequence[Contrast]], measure: Measure, *,
                 label=f"{level_text(factor, each.of)} over {level_text(factor, each.over)}",
                 notes=_contrast_notes(each),
                 measure=measure,
-                words=told(each.estimate, measure, each.lowest, each.highest),
+                words=format_estimate(each.estimate, measure, each.lowest, each.highest),
             )
             for each in those
         ]
@@ -223,7 +223,7 @@ def _bar(
     return Bar(
         label=label,
         notes=notes,
-        words=told(estimate, measure) if words is None else words,
+        words=format_estimate(estimate, measure) if words is None else words,
         at=axis.at(start + estimate.value),
         low=axis.at(low),
         high=axis.at(high),

@@ -17,7 +17,7 @@ from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
-from lora_lab.report.writing.numbers import change, told
+from lora_lab.report.writing.numbers import change, format_estimate
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
 from lora_lab.report.writing.page.intervals import Bars, forests, waterfall
 from lora_lab.report.writing.page.plots import mark, trade_off
@@ -104,7 +104,7 @@ def write_page(findings: Findings, timelines: Timelines, path: Path) -> None:
 def page(findings: Findings, timelines: Timelines) -> str:
     """The whole page. `timelines` holds what is to be drawn of step times (s) and power (W): Unix time in ms, step and
     value; trials that it lacks are told to have none."""
-    loader = PackageLoader("lora_lab.report.page", "")
+    loader = PackageLoader("lora_lab.report.writing.page", "")
     environment = Environment(
         loader=loader,
         autoescape=True,
@@ -115,7 +115,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
     environment.filters |= {"typeset": typeset, "outcome": outcome_text, "breaks": breaks, "regime": regime_text}
     environment.globals |= {
         "count": count,
-        "told": told,
+        "format_estimate": format_estimate,
         "change": change,
         "level_text": level_text,
         "is_model": lambda model: isinstance(model, FactorialModel),

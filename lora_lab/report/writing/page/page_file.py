@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_lab.config import RefusedInput
+from lora_lab.config import InvalidInput
 
 MARK = ": lora_lab report</title>"
 """Stands in every page's head, also of older versions."""
@@ -27,10 +27,10 @@ def choose_place(tags: Mapping[str, str], out: Path | None) -> tuple[Path, str]:
 
     Returns: the file, and in words why it is not where one would look for it.
 
-    Raises: RefusedInput when the user named a file that is no page."""
+    Raises: InvalidInput when the user named a file that is no page."""
     if out is not None:
         if not _free(out):
-            raise RefusedInput(f"--out {out}: there is a file that is no page of lora_lab's. Name another one.")
+            raise InvalidInput(f"--out {out}: there is a file that is no page of lora_lab's. Name another one.")
         return out, ""
     folder = Path(tags.get("folder", ""))
     own = folder.is_absolute() and not folder.is_symlink() and _holds(folder, tags.get("record_id", ""))
