@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a kill or a full disk comes."""
+"""Write files atomically: a crash or a full disk never leaves a partial file."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all; enums by name, as yaml has them."""
+    """Write a JSON file atomically; enums by name, as in yaml."""
 
     def other(value: object) -> str:
         return value.name if isinstance(value, Enum) else str(value)
@@ -18,7 +18,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all.
+    """Write a text file atomically.
 
     Raises: OSError.
     """
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file that write_json wrote; None when there is none, or it is damaged."""
+    """Return the content of a file that write_json wrote; None when there is none, or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
 
 
 def lfs_pointer(path: Path) -> bool:
-    """Whether a file is only the note that git-lfs leaves where the real one is to come."""
+    """Return whether a file is only a git-lfs pointer to the real one."""
     note = b"version https://git-lfs.github.com/spec/"
     with path.open("rb") as file:
         return file.read(len(note)) == note

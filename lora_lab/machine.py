@@ -1,10 +1,10 @@
-"""This machine, as far as both sides need to know it."""
+"""Name this machine, for both processes."""
 
 import platform
 
 
 def cpu_name() -> str:
-    """As Linux has it."""
+    """Return the CPU's name as Linux reports it."""
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         return next(
             (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()

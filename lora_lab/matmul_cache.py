@@ -1,4 +1,4 @@
-"""A device's measured matrix product rate, kept from one trial to the next: it takes a second to measure."""
+"""Cache a device's measured matrix-product rate between trials, because measuring it takes a second."""
 
 import contextlib
 import hashlib
@@ -15,19 +15,19 @@ from lora_lab.packages import cache_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateKey:
-    """What a rate belongs to; with any of it changed, it is measured anew."""
+    """What a rate depends on; if any of it changes, the rate is measured again."""
 
     device: str
-    """A card's UUID; a CPU's name and how many of them."""
+    """A card's UUID; or a CPU's name and the number of CPUs."""
     cuda: str
-    """CUDA's version that torch was built for; empty for a CPU."""
+    """The CUDA version that torch was built for; empty for a CPU."""
     torch: str
     dtype: str
-    """The precision that was asked for; a stand-in for it gives the rate its own dtype."""
+    """The precision that was asked for; a rate has the dtype of a stand-in."""
 
 
 def load_rate(key: RateKey) -> MatmulRate | None:
-    """The rate stored for `key`, its `t` now; None when there is none, or its file is damaged."""
+    """Return the rate stored for `key`, with `t` set to now; None when there is none, or its file is damaged."""
     stored = read_json(_file(key))
     try:
         if stored["key"] != asdict(key):
@@ -43,7 +43,7 @@ def load_rate(key: RateKey) -> MatmulRate | None:
 
 
 def store_rate(key: RateKey, rate: MatmulRate) -> None:
-    """Keep `rate` for `key`, whole or not at all. A cache that cannot be written is done without."""
+    """Store `rate` for `key` atomically. Write errors are ignored."""
     file = _file(key)
     content = asdict(rate) | {"key": asdict(key)}
     del content["t"]  # of a clock that starts anew with the machine

@@ -1,4 +1,4 @@
-"""How a trial can end, and how an error becomes one of these ends."""
+"""Define how a trial can end, and turn an error into one of these ends."""
 
 import re
 import traceback
@@ -24,11 +24,11 @@ class Outcome(Enum):
     killed = "killed"
     failed = "failed"
     refused = "refused"
-    """The worker found input that cannot be meant, before any weights were loaded."""
+    """The worker found invalid input, before any weights were loaded."""
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 3 measured but not finished; 2 refused input; 1 anything else."""
+        """Return 0 for finished, 3 for measured but not finished, 2 for invalid input, 1 for anything else."""
         if self is Outcome.finished:
             return 0
         if self in (Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported):
@@ -38,15 +38,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """An outcome with what a reader needs to believe it."""
+    """An outcome with its evidence."""
 
     outcome: Outcome
     reason: str
     traceback: str | None = None
     step: int | None = None
-    """The optimizer step at which it began, where that is not simply the one after the last."""
+    """The optimizer step at which it began, where that is not the one after the last."""
     asked_bytes: int | None = None
-    """The allocation that failed, where the allocator said its size."""
+    """The size of the allocation that failed, where the allocator reported it."""
 
 
 class Diverged(RuntimeError):
@@ -62,7 +62,7 @@ class Unsupported(RuntimeError):
 
 
 def end_of(error: BaseException) -> End:
-    """Turn the error that stopped a trial into its end. Needs no torch: types are told by name."""
+    """Turn the error that stopped a trial into its end. Errors are recognised by name, so that torch is not needed."""
     text = without_secrets(str(error)).strip() or type(error).__name__
     if isinstance(error, InvalidInput):
         return End(outcome=Outcome.refused, reason=text)
@@ -78,7 +78,7 @@ def end_of(error: BaseException) -> End:
 
 
 def end_said(said: Ended) -> End:
-    """A worker's last word as an end."""
+    """Turn a worker's last event into an end."""
     return End(
         outcome=Outcome(said.outcome),
         reason=said.reason,
@@ -89,13 +89,13 @@ def end_said(said: Ended) -> End:
 
 
 def out_of_memory(text: str) -> End:
-    """The end that an allocator's complaint means; its advice on environment variables is left out."""
+    """Turn an allocator's error into an end; its advice on environment variables is left out."""
     reason = text.splitlines()[0].partition(" If reserved but unallocated")[0]
     return End(outcome=Outcome.out_of_memory, reason=reason, asked_bytes=_asked_bytes(text))
 
 
 def _asked_bytes(text: str) -> int | None:
-    """What torch, or numpy, says it tried to allocate."""
+    """Return the bytes that torch or numpy tried to allocate."""
     said = re.search(r"(?:tried|unable) to allocate (\d{1,18}(?:\.\d*)?) (bytes|[KMGTPE]iB)", text, re.IGNORECASE)
     if not said:
         return None
@@ -111,7 +111,7 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether an error's text, or the end of a log, tells of memory that could not be had."""
+    """Return whether an error message or the end of a log reports out of memory."""
     said = (
         "out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
@@ -123,7 +123,7 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def combined_exit_code(codes: list[int]) -> int:
-    """One exit code for several trials: 0 when all were measured and at least one finished, 1 when
+    """Return one exit code for several trials: 0 when all were measured and at least one finished, 1 when
     any failed, timed out or was killed, 2 when any was refused, 3 when none finished."""
     for decisive in (EXIT_INTERRUPTED, 1, EXIT_REFUSED):
         if decisive in codes:

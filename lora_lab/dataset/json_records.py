@@ -1,4 +1,4 @@
-"""The records of a JSON file, with the lines they stand in: one object a line, or one list of objects."""
+"""Read a JSON file's records with their line numbers: one object per line, or one list of objects."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from lora_lab.config import InvalidInput
 _Read = TypeVar("_Read")
 
 Numbered = Iterable[tuple[int, object]]
-"""Records with their numbers, from 1; a InvalidInput stands where one can't be read."""
+"""Records with their numbers, from 1; an InvalidInput stands for one that cannot be read."""
 
 
 def read_records(path: Path) -> Numbered:
@@ -51,7 +51,7 @@ def _lines(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    """The elements of one list, by the lines they begin in."""
+    """Return the elements of one list, with the lines they begin in."""
 
     def broken(why: object) -> InvalidInput:
         return InvalidInput(f"data.path={path} is one JSON list, which breaks at line {line}: {why}")
@@ -75,8 +75,8 @@ def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
 
 
 def _check_one_object_per_line(path: Path, text: str) -> None:
-    """Raise InvalidInput, with jq's command, when a file is objects printed over several lines, or has the rows within
-    one object; nothing is said of any other."""
+    """Raise InvalidInput, with jq's command, when objects are printed over several lines, or the rows lie within one
+    object. Accept any other file."""
     values: list[object] = []
     at = _after_space(text, 0)
     while at < len(text):
@@ -124,7 +124,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_only_once)
 
 
 def _value(text: str) -> object:
-    """One JSON value, or why there is none."""
+    """Return one JSON value, or why there is none."""
     return _readable(partial(_DECODER.decode, text))
 
 

@@ -1,4 +1,4 @@
-"""Rows of text: read, checked and split, before any tokenizer or model is loaded."""
+"""Read, check and split rows of text, before any tokenizer or model is loaded."""
 
 import json
 import math
@@ -29,7 +29,7 @@ class Row:
 def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
     """Read rows from a file with one JSON object a line, or with one JSON list of them; blank lines are skipped.
 
-    Raises: InvalidInput naming the lines that are broken or lack a column, or what the file is otherwise.
+    Raises: InvalidInput naming the lines that are broken or lack a column, or what the file is instead.
     """
     check_file_kind(path, columns)
     rows = rows_of(read_records(path), columns, f"data.path={path}", "line", limit)
@@ -61,7 +61,7 @@ def rows_of(records: Numbered, columns: ColumnsConfig, source: str, unit: str, l
 def row_of(fields: object, columns: ColumnsConfig) -> Row:
     """Turn one record into a row: the instruction, then the optional input after a blank line.
 
-    Raises: InvalidInput when it is no object, lacks a column, or a column holds something other than text.
+    Raises: InvalidInput when it is not an object, lacks a column, or a column holds something other than text.
     """
     if not isinstance(fields, dict):
         raise InvalidInput(f"expected a JSON object, found {type(fields).__name__}")
@@ -82,9 +82,9 @@ def row_of(fields: object, columns: ColumnsConfig) -> Row:
 
 
 def _text(fields: dict[Any, Any], column: str) -> str:
-    """A column's text without the space around it.
+    """Return a column's text without the space around it.
 
-    Raises: InvalidInput for anything that is no text, also for 0, false and [], and for half a character."""
+    Raises: InvalidInput for anything that is not text, also for 0, false and [], and for half a character."""
     text = fields[column]
     if not isinstance(text, str):
         raise InvalidInput(f"{column} must be text, and is {_written(text)}")
@@ -98,14 +98,14 @@ def _text(fields: dict[Any, Any], column: str) -> str:
 
 
 def _written(value: object) -> str:
-    """A value of another kind as the file has it; lists and objects by that word alone."""
+    """Return a value of another kind as the file has it; lists and objects only by that word."""
     kinds: dict[type, str] = {list: "a list", dict: "an object"}
     return kinds.get(type(value)) or json.dumps(value, default=lambda other: type(other).__name__)[:40]
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which rows are held out, and how far that keeps apart what is trained on and what is not."""
+    """Which rows are held out, and how well that separates trained from held-out rows."""
 
     held: set[int]
     repeated: int
@@ -125,10 +125,10 @@ def split_rows(rows: Sequence[Row], share: float) -> Split:
 
 
 def heldout_indices(rows: Sequence[Hashable], share: float) -> set[int]:
-    """Which rows are held out: at least one, and all that are equal or none, so that none is trained on as well. The
-    same ones for every seed and batch size, so that held-out losses of different trials can be compared.
+    """Choose the rows to hold out: at least one, and of equal rows all or none, so that none is also trained on. They
+    are the same for every seed and batch size, so that held-out losses of different trials can be compared.
 
-    Raises: InvalidInput when every row comes more often than rows are to be held out."""
+    Raises: InvalidInput when every row is repeated more often than rows are to be held out."""
     room = max(1, round(len(rows) * share))
     copies = Counter(rows)
     fitting = [row for row, count in copies.items() if count <= room]

@@ -1,1 +1,1 @@
-"""From what the worker said and the card showed to figures: pure functions, but for the sensors."""
+"""Figures of a trial from its events and samples: pure functions, except for the modules that read sensors."""

@@ -1,9 +1,9 @@
-"""How far a running energy counter moved between two moments, and how wrong that can be.
+"""Calculate how far a running energy counter moved between two moments, and how wrong that can be.
 
-A card's counter stands still and then jumps, every 100 ms on most; it is read more often than that, or less. Of a
-value first seen by the reading at s, and not yet by the one before it at r, two things are certain: what had been
-drawn by r is no more than the value, and what had been drawn by s is no less. From these alone follow a lowest and
-a highest energy for any window, whatever the power did between the ticks.
+A card's counter stands still and then jumps, every 100 ms on most; it is read more often than that, or less. For a
+value first seen by the reading at s, and not yet by the one before it at r, two things are certain: at most that value
+had been drawn by r, and at least that value by s. A lowest and a highest energy for any window follow from these
+alone, whatever the power did between the ticks.
 """
 
 from bisect import bisect_left, bisect_right
@@ -13,11 +13,11 @@ from itertools import pairwise
 from statistics import median_low
 
 FEWEST_TICKS = 20
-"""A counter that moved less often than this within the window tells too little about it."""
+"""A counter that moved less often than this within the window says too little about it."""
 
 STILL_SECONDS = 1.0
 STILL_TICKS = 5
-"""A counter that keeps its value for longer than both a second and so many of its usual ticks stands still."""
+"""A counter stands still if it keeps its value for longer than a second and than this many of its usual ticks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Measured:
 
 
 class CounterFault(ValueError):
-    """The counter can't be believed."""
+    """The counter cannot be trusted."""
 
 
 class TooFewTicks(ValueError):
@@ -50,7 +50,7 @@ class _Tick:
 
 
 def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -> Measured:
-    """Joules from `start` to `end`, interpolated between the ticks on either side of each.
+    """Return the joules from `start` to `end`, interpolated between the ticks on either side of each.
 
     Args:
         readings: (seconds, joules) in order of time.
@@ -95,7 +95,7 @@ def _check_counter_moves(
 
 
 def _at(t: float, ticks: Sequence[_Tick]) -> tuple[float, float, float]:
-    """(lowest, interpolated, highest) counter value at `t`."""
+    """Return the (lowest, interpolated, highest) counter value at `t`."""
     lowest = ticks[bisect_right(ticks, t, key=lambda tick: tick.seen) - 1].value
     highest = ticks[bisect_left(ticks, t, key=lambda tick: tick.before)].value
     place = bisect_right(ticks, t, key=lambda tick: tick.t)

@@ -1,4 +1,4 @@
-"""Where a trial's time went."""
+"""Account for a trial's time."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from lora_lab.events import FIRST_STEP, Event, Phase
 from lora_lab.telemetry.phases import spans
 
 _WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before, Phase.compilation)
-"""What a trial needs before its first step, whoever runs it, or once a machine; the rest before it is overhead."""
+"""What any trial needs before its first step, or once per machine. The rest of the time before it is overhead."""
 
 
 def durations(events: Sequence[Event], asked_t: float, waiting_seconds: float = 0.0) -> dict[str, float]:
-    """Seconds of each phase that is over, and how long the first step took to come.
+    """Return the seconds of each completed phase, and the time to the first step.
 
     Args:
         asked_t: time.monotonic() seconds when the trial was asked for.
-        waiting_seconds: how long it then waited for the device, and the card was watched at rest: no overhead.
+        waiting_seconds: how long it then waited for the device and measured idle power. That is not overhead.
     """
     phases = spans(events)
     over = {phase: end - t for phase, (t, end) in phases.items() if end < math.inf and phase != FIRST_STEP}

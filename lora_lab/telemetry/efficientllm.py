@@ -1,6 +1,6 @@
-"""The same trial in the words of EfficientLLM (arXiv 2505.13840, section 5.1), so that tables can be laid side by side.
+"""Give a trial's figures the names of EfficientLLM (arXiv 2505.13840, section 5.1), so that tables can be compared.
 
-Only what our own figures hold; docs/measurement.md says where the definitions differ.
+Only what follows from our own figures; docs/measurement.md says where the definitions differ.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _SIXTEEN_BIT_BYTES = 2
 def add_efficientllm(
     summary: Summary, window: Window, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts
 ) -> None:
-    """AMU, PCU, AL, ST, AEC and MCR, each where its parts are known."""
+    """Add AMU, PCU, AL, ST, AEC and MCR, each where its parts are known."""
     metrics = summary.metrics
     used = [s.used_bytes for s in samples if s.used_bytes is not None and window.start <= s.t <= window.end]
     if used and seen.card_bytes:

@@ -1,4 +1,4 @@
-"""Energy of a window from the machine's own sensors. Nothing here is modelled."""
+"""Measure the energy of a window with the machine's own sensors. Nothing here is modelled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
 DISAGREEMENT_REFUSED = 0.10
-"""A counter further than this from the integrated power, beyond what both may be wrong by, is not used."""
+"""A counter is not used if it differs from the integrated power by more than this, beyond the errors of both."""
 
 DISAGREEMENT_TOLD = 0.03
-"""Beyond this the run says so."""
+"""Above this difference the run has a warning."""
 
 AVERAGE_SECONDS = 1.0
 """Over which the driver averages `average_watts`."""
 
 LONGEST_GAP_SECONDS = 1.0
-"""Power that was not read for longer is not integrated."""
+"""Gaps longer than this are not integrated over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Joules the card drew during a window, idle draw included; or None and why."""
+    """Joules that the card drew during a window, idle power included; or None and why."""
 
     joules: float | None = None
     error_joules: float | None = None
-    """How far off `joules` can be because counter and power are known at certain moments only. What the sensor
-    itself is wrong by (2 to 8 %, arXiv 2312.02741) is not in it."""
+    """How far off `joules` can be because counter and power are known only at certain moments. The sensor's own
+    error (2 to 8 %, arXiv 2312.02741) is not included."""
     source: str = "none"
     """counter, instant_power, average_power or none."""
     reason: str = ""
@@ -36,11 +36,12 @@ class Energy:
     power: Measured | None = None
     """The integral of power over the same window."""
     disagreement: float | None = None
-    """Integral of power over the counter's joules, less 1; only where both are there."""
+    """Integral of power divided by the counter's joules, minus 1; only where both exist."""
 
 
 def window_energy(start: float, end: float, samples: Sequence[Sample]) -> Energy:
-    """The counter's difference between two moments; where it can't be believed, the integral of power.
+    """Return the counter's difference between two moments, or the integral of power where the counter cannot be
+    trusted.
 
     Args:
         start: seconds of time.monotonic(), as `end`.
@@ -93,11 +94,11 @@ def _are_apart(counter: Measured, power: Measured) -> bool:
 
 
 def _integral(start: float, end: float, points: Sequence[tuple[float, float]], lag: float, name: str) -> Measured | str:
-    """The integral of power, or why there is none.
+    """Integrate power, or say why that is impossible.
 
     Args:
         points: (seconds, watts) in order of time.
-        lag: seconds over which each of them is a mean; it tells best of half of that ago.
+        lag: seconds over which each of them is a mean; it describes best the moment half of that ago.
     """
     if not points:
         return f"{name} was not read"
@@ -126,7 +127,7 @@ def _integral(start: float, end: float, points: Sequence[tuple[float, float]], l
 
 
 def cpu_energy(window: Window, samples: Sequence[Sample]) -> Measured | str:
-    """Joules of all CPU packages in the window, whoever used them; or why there are none."""
+    """Return the joules of all CPU packages in the window, whoever used them; or why there are none."""
     readings = [(s.t, s.cpu_joules) for s in samples if s.cpu_joules is not None]
     if not readings:
         return "no CPU energy was read"

@@ -1,4 +1,4 @@
-"""A trial's energy: gross, net of idle, of the CPU, and, under names of their own, what the user stated."""
+"""Add a trial's energy: gross, net of idle, of the CPU, and, under separate names, what the user stated."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _JOULES_PER_KWH = 3.6e6
 
 
 def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], seen: HostFacts) -> None:
-    """Every figure below `energy/`, and the tags that say where they come from."""
+    """Add every figure below `energy/`, and the tags that name their sources."""
     summary.tags["energy_source"] = "none"
     if window is None:
         summary.without((_GROSS, _NET), seen.no_sensor or _NO_WINDOW)
@@ -88,7 +88,7 @@ def _tell_source(summary: Summary, energy: Energy) -> None:
 
 
 def _add_stated(summary: Summary, window: Window | None, real: int, seen: HostFacts) -> None:
-    """ArXiv 2509.12229 calculates E/N = P t / N with a constant board power P; cost and CO2 follow from energy."""
+    """Add energy by a stated constant board power P, E/N = P t / N (arXiv 2509.12229), and cost and CO2 from energy."""
     stated = seen.stated
     if stated.board_power_watts is not None:
         estimated = None if window is None else stated.board_power_watts * window.seconds

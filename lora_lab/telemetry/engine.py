@@ -1,4 +1,4 @@
-"""What compiling and recording a training step took, and whether training then ran as it had been made ready."""
+"""Report what compiling and recording a training step took, and whether training then ran as prepared."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ _NO_END = "training did not come to its end"
 
 
 def add_engine(summary: Summary, events: Sequence[Event]) -> None:
-    """Seconds, counts and memory of engine=compile and engine=graph; and that a replayed step had to wait all the same,
-    where the summary has the regime already."""
+    """Add seconds, counts and memory of engine=compile and engine=graph. Warn if a replayed step still had to wait;
+    the summary must have the regime already."""
     compiled = next((event for event in events if isinstance(event, Compiled)), None)
     done = next((event for event in events if isinstance(event, EngineDone)), None)
     if compiled is None:

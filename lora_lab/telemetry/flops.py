@@ -1,12 +1,12 @@
-"""Floating-point operations of a trial: formulas over the model's weights and the tokens that were counted.
+"""Count a trial's floating-point operations by formulas over the model's weights and the counted tokens.
 
-A product with N weights takes 2N operations a token, one multiplication and one addition a weight (Kaplan et al.,
+A product with N weights takes 2N operations per token, one multiplication and one addition per weight (Kaplan et al.,
 arXiv 2001.08361, section 2.1); its backward takes as many for the gradient of its input, and as many again for that
-of its weights, which frozen weights don't have. Attention has two products over a square of tokens in its forward
+of its weights, which frozen weights do not have. Attention has two products over a square of tokens in its forward
 (scores, values) and four in its backward. `benchmarks/flop_check.py` compares all of this with torch's own count.
 
-Left out, as everywhere: norms, activations, softmax, unpacking of 4-bit weights, the optimizer. So is what DoRA does
-beyond LoRA.
+Left out, as is usual: norms, activations, softmax, dequantizing 4-bit weights, the optimizer. So is what DoRA adds to
+LoRA.
 """
 
 import math
@@ -15,7 +15,7 @@ from lora_lab.events import MatmulRate, ModelCounted, Step
 from lora_lab.telemetry.window import Window
 
 FUSED = frozenset({"flash", "flash_cpu", "memory_efficient", "cudnn"})
-"""Attention kernels that keep no square of scores: their backward calculates it again."""
+"""Attention kernels that do not store the scores; their backward calculates them again."""
 UNFUSED = frozenset({"math"})
 
 PASSES = {True: 3.5, False: 3.0}
@@ -46,21 +46,21 @@ def flops(
     attention_kernel: str,
     rate: MatmulRate | None,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures by metric name, and for every one that is missing the reason.
+    """Return figures by metric name, and the reason for every one that is missing.
 
     The model's work (`per_token`, `model_tflop_per_second`, `mfu`) is what the adapters' training needs for the real
     tokens: no padding, no recomputation, each token attending to its own document so far, whatever kernel ran. The
-    device's (`hardware_tflop_per_second`, `hfu`) is what it was made to do. All of `per_token*` is in operations a
+    device's (`hardware_tflop_per_second`, `hfu`) is all that it had to do. All of `per_token*` is in operations per
     real token, over the window's steps; skipped steps did the same work.
 
     Args:
         counted: the model's weights; None when the worker did not count them.
         window: the measured steps; None when there is no window.
         repeated: share of the decoder layers whose forward gradient checkpointing calculates once more in the
-            backward, see `repeated_share`. What a compiler then decides is not known: with engine=compile and graph it
-            may keep some of that, or recompute more of its own accord.
+            backward, see `repeated_share`. A compiler's own choice is not known: with engine=compile and graph it may
+            keep some of that, or recompute more.
         attention_kernel: the read-back fact of that name, as in "flash" or "flash, memory_efficient".
-        rate: what the device reaches at best, in operations a second; None when it was not measured.
+        rate: the device's best rate in operations per second; None when it was not measured.
     """
     metrics: dict[str, float] = {}
     absent: dict[str, str] = {}
@@ -108,7 +108,7 @@ def flops(
 
 
 def repeated_share(checkpointing: str, layers: int | None) -> float:
-    """Share of the decoder layers that are calculated twice, from the read-back fact `gradient_checkpointing`.
+    """Return the share of decoder layers that are calculated twice, from the read-back fact `gradient_checkpointing`.
 
     Args:
         checkpointing: none, full, selective or offloaded; False or True in trials from before there were more than two.
@@ -121,24 +121,24 @@ def repeated_share(checkpointing: str, layers: int | None) -> float:
 
 
 def products(counted: ModelCounted, tokens: int) -> float:
-    """Operations of all products with weights, forward and backward: (4 x frozen + 6 x trained weights) a token.
+    """Return the operations of all products with weights, forward and backward: (4 x frozen + 6 x trained) per token.
 
     A frozen weight needs the forward and its input's gradient, 2 + 2; a trained one its own gradient too, 2 + 2 + 2.
     Full training would take 6 for each. The first layer needs no gradient of its input and is counted as if it did:
-    too much by 2 operations a token for each weight of its products q, k and v.
+    too much by 2 operations per token for each weight of its products q, k and v.
     """
     return float(tokens * (4 * counted.frozen + 6 * counted.trainable))
 
 
 def repeated_products(counted: ModelCounted, tokens: int) -> float:
-    """Operations of products that gradient checkpointing does over again: the forward of the decoder layers,
-    2 x (their frozen + the trained weights) a token. The head lies outside them."""
+    """Return the operations of products that gradient checkpointing repeats: the forward of the decoder layers,
+    2 x (their frozen + the trained weights) per token. The head lies outside them."""
     return float(tokens * 2 * (counted.frozen_in_layers + counted.trainable))
 
 
 def attention_forward(counted: ModelCounted, squares: int) -> float:
-    """Operations of attention's forward over whole squares: 4 x T x T x (query heads x head size), over the layers,
-    for rows of T tokens; two products of 2 x T x T x width each. Causal attention needs half.
+    """Return the operations of attention's forward over whole squares: 4 x T x T x (query heads x head size), over the
+    layers, for rows of T tokens; two products of 2 x T x T x width each. Causal attention needs half.
 
     Args:
         counted: the model's weights.
@@ -148,9 +148,9 @@ def attention_forward(counted: ModelCounted, squares: int) -> float:
 
 
 def _hardware(counted: ModelCounted, step: Step, repeated: float, fused: bool) -> float:
-    """Operations that a step took on the device. A fused kernel leaves out what lies after a token; but where a row
-    is padded or holds several documents, transformers passes a mask (masking_utils.py, _ignore_causal_mask_sdpa),
-    and with one the kernel works through the whole square."""
+    """Return the operations that a step took on the device. A fused kernel leaves out what lies after a token; but
+    where a row is padded or holds several documents, transformers passes a mask (masking_utils.py,
+    _ignore_causal_mask_sdpa), and with one the kernel works through the whole square."""
     whole = not fused or step.attended < step.attended_slots
     forward = attention_forward(counted, step.attended_slots) / (1 if whole else 2)
     done = products(counted, step.slots) + forward * PASSES[fused]

@@ -1,4 +1,4 @@
-"""Which process on the card is the worker, and who else was there."""
+"""Find which process on the card is the worker, and which others were there."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from lora_lab.telemetry.sampler import Sample
 
 
 def worker_pid(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> int | None:
-    """The worker's pid as the driver has it; None when it was never listed.
+    """Return the worker's pid as the driver lists it; None when it was never listed.
 
     In a container the driver lists processes by numbers of the host. The worker is then the one process that
     came onto the card after the sampling had begun.
@@ -24,6 +24,6 @@ def worker_pid(events: Sequence[Event], samples: Sequence[Sample], parent_pid: i
 
 
 def foreign_pids(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> set[int]:
-    """Processes that calculated on the card during the trial and are not its worker."""
+    """Return the processes that computed on the card during the trial and are not its worker."""
     listed = {pid for sample in samples for pid, _ in sample.processes or ()}
     return listed - {worker_pid(events, samples, parent_pid), parent_pid}

@@ -1,29 +1,29 @@
-"""What the parent itself knows and a trial's figures need: kept as seen.json in the trial's folder."""
+"""Facts that the parent observes and a trial's figures need; kept as seen.json in the trial's folder."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """What the card draws while nobody uses it."""
+    """Power that the card draws while nobody uses it."""
 
     watts: float
     error_watts: float
-    """A bound, as that of telemetry/energy.py: the sensor's own gain and offset are not in it."""
+    """A bound, as in telemetry/energy.py; the sensor's own gain and offset are not included."""
     source: str
-    """As of an energy: counter, instant_power or average_power."""
+    """As for an energy: counter, instant_power or average_power."""
     start: float
-    """From when to when it was watched, in time.monotonic() seconds; the readings are in idle.jsonl."""
+    """From when to when it was measured, in time.monotonic() seconds; the readings are in idle.jsonl."""
     end: float
     state: str
-    """In words: the state the card was in."""
+    """The card's state, in words."""
     measured_ms: int
     """When; Unix time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stated:
-    """What the user stated and nobody measured; figures made of it carry names of their own."""
+    """What the user stated and nobody measured. Figures made from it have names of their own."""
 
     board_power_watts: float | None = None
     price_per_kwh: float | None = None
@@ -32,12 +32,12 @@ class Stated:
 
 @dataclass(slots=True, kw_only=True)
 class HostFacts:
-    """What the parent has seen and was told."""
+    """What the parent observed, and what the user stated."""
 
     no_sensor: str = ""
-    """Why there are no readings of a card, or none up to the end; empty when there are."""
+    """Why there are no samples of a card, or none up to the end; empty when there are."""
     no_cpu_sensor: str = ""
-    """Why there are no readings of the CPU's energy."""
+    """Why there are no samples of the CPU's energy."""
     idle: Idle | None = None
     no_idle: str = "it was not measured"
     """Why there is no `idle`."""

@@ -1,4 +1,4 @@
-"""A card's draw at rest from readings of it: a pure function, so that it can be calculated anew."""
+"""Calculate a card's idle power from its samples: a pure function, so that it can be calculated again."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from lora_lab.telemetry.sampler import Sample
 
 
 def idle_draw(start: float, end: float, samples: Sequence[Sample]) -> tuple[float, float, str] | str:
-    """(watts, how far off they can be, source) between two moments, or why there are none.
+    """Return (watts, error bound, source) between two moments, or why there are none.
 
     Args:
         start: seconds of time.monotonic(), as `end`.

@@ -1,4 +1,4 @@
-"""Device memory by phase: what torch's allocator held, what the card and the process showed, and the rest."""
+"""Report device memory by phase: what torch's allocator held, what card and process showed, and the rest."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _PARTS_BY_NAME = {
     for part, phases in _PARTS.items()
 }
 _SPILL_SLACK_BYTES = 256 * 2**20
-"""The allocator's own count and the driver's may differ by this much without anything being spilled."""
+"""The allocator's own count and the driver's may differ by this much although nothing was spilled."""
 
 
 def add_memory(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts) -> None:
-    """Peaks over training, peaks of each phase, the optimizer's state, and what neither accounts for."""
+    """Add peaks over training, peaks of each phase, the optimizer's state, and what remains unaccounted for."""
     told = {event.phase: event for event in events if isinstance(event, PhaseMemory)}
     phases = spans(events)
     pid = worker_pid(events, samples, seen.parent_pid)
@@ -65,7 +65,7 @@ def _add_training(
     seen: HostFacts,
     pid: int | None,
 ) -> None:
-    """Peaks from the first step to the end of the window: what a card must have."""
+    """Add the peaks from the first step to the end of the window: what a card must have."""
     begun = {event.phase for event in events if isinstance(event, PhaseBegan)}
     training = begun & {Phase.warm_up.value, Phase.window.value}
     if seen.card_bytes is None and not told:
@@ -94,7 +94,7 @@ def _add_training(
 
 
 def _training_span(events: Sequence[Event]) -> Span:
-    """When training began and ended, in seconds; loading, profiling and evaluation lie outside."""
+    """Return when training began and ended, in seconds; loading, profiling and evaluation lie outside."""
     begins = {event.phase: event.t for event in events if isinstance(event, PhaseBegan)}
     start = begins.get(Phase.warm_up.value, math.inf)
     after = [t for t in begins.values() if t > begins.get(Phase.window.value, start)]
@@ -136,7 +136,7 @@ def _add_optimizer(
 
 
 def _add_spill(summary: Summary, told: dict[str, PhaseMemory], seen: HostFacts) -> None:
-    """On Windows (WSL2) the driver lends main memory when a card's own is full, and all goes on, many times slower."""
+    """Warn where the driver (WSL2) used main memory because the card was full: training goes on, many times slower."""
     spilled = 0
     for memory in told.values():
         if memory.reserved_bytes is not None and memory.device_used_bytes is not None:

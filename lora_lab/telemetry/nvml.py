@@ -1,4 +1,4 @@
-"""NVIDIA cards as NVML sees them. The only importer of pynvml."""
+"""Read NVIDIA cards through NVML. The only importer of pynvml."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ class Card:
     driver: str
 
     def sample(self, slow: bool = True) -> Sample:
-        """Read the sensors once; without `slow` energy and power alone.
+        """Read the sensors once; without `slow` only energy and power.
 
         Raises: SensorFailed when the card does not answer at all.
         """
@@ -85,17 +85,18 @@ class Card:
         return _offered(lambda: pynvml.nvmlDeviceGetHandleByUUID(self.uuid))
 
     def users(self) -> dict[int, int | None]:
-        """Bytes of device memory by the pid of each process that calculates on the card; None where the driver
-        does not say. Empty where processes can't be seen (WSL2, some containers)."""
+        """Return bytes of device memory by pid for each process that computes on the card; None where the driver
+        does not say. Empty where processes are invisible (WSL2, some containers)."""
         handle = self._handle()
         listed = _offered(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
         return {process.pid: process.usedGpuMemory for process in listed}
 
 
 def cards() -> list[Card]:
-    """Every card of this machine; empty without a driver.
+    """Return every card of this machine; empty without a driver.
 
-    Raises: SensorFailed when there is a driver but its cards can't be read (after an update without a reboot, say).
+    Raises: SensorFailed when there is a driver but its cards cannot be read (for example after an update without a
+    reboot).
     """
     try:
         pynvml.nvmlInit()
@@ -110,7 +111,7 @@ def cards() -> list[Card]:
 
 
 def visible_cards() -> list[Card]:
-    """The cards that CUDA_VISIBLE_DEVICES leaves to this process, in its order."""
+    """Return the cards that CUDA_VISIBLE_DEVICES leaves to this process, in its order."""
     there = cards()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
@@ -134,7 +135,7 @@ def _card(index: int) -> Card:
 
 
 def _fields(handle: Any, asked: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """The fields that the card offers, in our units."""
+    """Return the fields that the card offers, in our units."""
     values = _offered(lambda: pynvml.nvmlDeviceGetFieldValues(handle, [field for field, _ in asked.values()])) or ()
     return {
         name: getattr(value.value, _UNION[value.valueType]) * unit
@@ -148,7 +149,7 @@ def _text(value: Any) -> str:
 
 
 def _offered(read: Callable[[], _Value]) -> _Value | None:
-    """A card without a sensor says so with an error each time."""
+    """Return a value, or None for a sensor that the card does not have; NVML raises an error for those."""
     with contextlib.suppress(pynvml.NVMLError):
         return read()
     return None

@@ -1,4 +1,4 @@
-"""When each phase of a trial began and ended."""
+"""Find when each phase of a trial began and ended."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from lora_lab.events import FIRST_STEP, Ended, Event, Phase, PhaseBegan, PhaseMemory
 
 Span = tuple[float, float]
-"""From and to, in seconds of time.monotonic(); to is infinite while it is not over."""
+"""From and to, in seconds of time.monotonic(); the second is infinite while the phase is not over."""
 
 
 def spans(events: Sequence[Event]) -> dict[str, Span]:
-    """Every phase that began; `first_step` beside the warm-up that holds it."""
+    """Return every phase that began; also `first_step`, which lies within the warm-up."""
     begun = [(event.phase, event.t) for event in events if isinstance(event, PhaseBegan)]
     over = next((event.t for event in events if isinstance(event, Ended)), math.inf)
     ends = [*(t for _, t in begun[1:]), over]

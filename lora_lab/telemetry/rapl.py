@@ -1,4 +1,4 @@
-"""Energy of the CPU packages, where Linux lets this user read it (RAPL, /sys/class/powercap)."""
+"""Read the energy of the CPU packages, where Linux lets this user do so (RAPL, /sys/class/powercap)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ class Rapl:
     def __init__(self, root: Path = POWERCAP) -> None:
         self._counters: list[_Counter] = []
         self.absent = ""
-        """Why nothing can be read; empty when it can."""
+        """Why nothing can be read; empty when something can."""
         # AMD's packages have this name too; package-0 alone has children (cores, memory) that it already holds
         zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
         packages = [zone for zone in zones if _text(zone / "name").startswith("package")]
@@ -24,7 +24,7 @@ class Rapl:
             self.absent = f"the kernel does not let this user read {packages[0]}/energy_uj ({_why(error)})"
 
     def joules(self) -> float | None:
-        """What all packages have drawn since this object was made; None when it can't be read (any more)."""
+        """Return the joules of all packages since this object was made; None when they cannot be read (any more)."""
         if not self._counters:
             return None
         try:

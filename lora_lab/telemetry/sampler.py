@@ -1,4 +1,4 @@
-"""Reads the sensors at a steady rate from a thread of the parent, while the worker trains."""
+"""Read the sensors at a steady rate from a thread of the parent, while the worker trains."""
 
 import json
 import random
@@ -11,23 +11,23 @@ from types import TracebackType
 from lora_lab.reading import parsed, typed
 
 RATE_HZ = 20.0
-"""Of energy and power: twice in each tick of a counter that moves every 100 ms."""
+"""Seconds between samples of energy and power: two per tick of a counter that moves every 100 ms."""
 
 SLOW_EVERY = 5
-"""Memory, processes, temperature, clocks and slowdowns are read with every so many readings: four times a second."""
+"""Memory, processes, temperature, clocks and slowdowns are read with every fifth sample: four times a second."""
 
 BUSY_SHARE = 0.25
-"""At most so much of one CPU core goes into looking; where calls take longer, there are fewer of them."""
+"""The largest share of one CPU core that sampling may take. Where calls take longer, there are fewer."""
 
 JITTER = 0.2
-"""By how much of its length an interval between two readings differs from the usual one, at most."""
+"""The largest deviation of an interval between two samples from the usual one, as a share of it."""
 
 _FAULTS_IN_A_ROW = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One reading. None where the machine does not offer it, or it was not its turn."""
+    """One reading of the sensors. None where the machine lacks a sensor, or it was not its turn."""
 
     t: float
     """time.monotonic() seconds, midway through the reading."""
@@ -35,32 +35,32 @@ class Sample:
     """The card's running counter."""
     instant_watts: float | None = None
     average_watts: float | None = None
-    """The driver's mean over the second before."""
+    """The driver's mean over the previous second."""
     cpu_joules: float | None = None
     """The running counters of all CPU packages together (RAPL)."""
     used_bytes: int | None = None
     """Device memory in use by everybody."""
     processes: tuple[tuple[int, int | None], ...] | None = None
-    """Pid and device memory in bytes of each process that calculates on the card."""
+    """Pid and device memory in bytes of each process that computes on the card."""
     temperature_celsius: float | None = None
     sm_mhz: float | None = None
     memory_mhz: float | None = None
     slowdowns: int | None = None
-    """NVML's bit mask of the reasons for which the clocks are lower now than they could be."""
+    """NVML's bit mask of the reasons why the clocks are lower than they could be."""
     power_cap_seconds: float | None = None
-    """Running counter: clocks held down so as not to exceed the power limit."""
+    """Running counter: clocks held down by the power limit."""
     thermal_seconds: float | None = None
     """Running counter: clocks held down by heat."""
     brake_seconds: float | None = None
     """Running counter: clocks held down by a signal from outside, of a power supply for example."""
 
     def encode(self) -> str:
-        """One line of JSON without what was not read."""
+        """Return one line of JSON, without what was not read."""
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
     @classmethod
     def decode(cls, line: str | bytes) -> "Sample":
-        """Back from `encode`.
+        """Read a sample from the line that `encode` made.
 
         Raises: Damaged."""
         return typed(cls, parsed(line))
@@ -71,7 +71,7 @@ class SensorFailed(RuntimeError):
 
 
 class Sampler:
-    """Collects samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
+    """Collect samples between `with` and its end. Never raises into the trial: a sensor that keeps failing
     ends the sampling, and `fault` says why; it is None again when the sensor has recovered."""
 
     def __init__(
@@ -83,8 +83,8 @@ class Sampler:
         """Get ready.
 
         Args:
-            read: one reading, of the slow sensors too when told True; None where there is nothing to read.
-            keep: told each sample at once, from the sampler's thread.
+            read: takes one sample, of the slow sensors too when its argument is True; None without sensors.
+            keep: called with each sample at once, from the sampler's thread.
         """
         self._read = read
         self._keep = keep
@@ -95,7 +95,7 @@ class Sampler:
         self.samples: list[Sample] = []
         self.fault: str | None = None
         self.cpu_seconds = 0.0
-        """CPU time that the readings have taken."""
+        """CPU time that the samples have taken."""
         self.seconds = 0.0
         """Time over which they were taken."""
 
@@ -112,7 +112,7 @@ class Sampler:
             self._thread.join(timeout=5)
 
     def pause(self, paused: bool) -> None:
-        """Stop reading for a while, or go on: how the cost of looking is measured."""
+        """Stop sampling for a while, or go on. This is how the cost of sampling is measured."""
         self._paused.set() if paused else self._paused.clear()
 
     def _run(self) -> None:

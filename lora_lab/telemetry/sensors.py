@@ -1,4 +1,4 @@
-"""All sensors of a trial as one reading: the card's and the CPU's."""
+"""Read all sensors of a trial, the card's and the CPU's, as one sample."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,14 @@ from lora_lab.telemetry.sampler import Sample
 
 
 def reader(card: Card | None, rapl: Rapl) -> Callable[[bool], Sample] | None:
-    """What a sampler calls; None where there is nothing to read."""
+    """Return the function that a sampler calls; None where there is nothing to read."""
     if card is None and rapl.absent:
         return None
 
     def read(slow: bool) -> Sample:
-        """Raises: SensorFailed when the card does not answer at all."""
+        """Read once.
+
+        Raises: SensorFailed when the card does not answer at all."""
         sample = Sample(t=time.monotonic()) if card is None else card.sample(slow)
         joules = rapl.joules()
         # without a card the time is the CPU's; a card's calls take milliseconds, this one microseconds

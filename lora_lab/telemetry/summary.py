@@ -1,4 +1,4 @@
-"""All summary figures of a trial: a pure function of what the worker said, the sensors showed and the parent saw."""
+"""Calculate all figures of a trial: a pure function of its events, samples and host facts."""
 
 from collections.abc import Sequence
 
@@ -30,11 +30,11 @@ from lora_lab.telemetry.window import Window, find_window, steady
 
 
 def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts, asked_t: float) -> Summary:
-    """Figures of one trial.
+    """Return the figures of one trial.
 
     Args:
-        events: everything the worker said, in order.
-        samples: what the sensors showed meanwhile; empty without any.
+        events: all events of the worker, in order.
+        samples: all samples of the sensors; empty without sensors.
         asked_t: time.monotonic() seconds when the trial was asked for.
     """
     summary = Summary(warnings=[event.text for event in events if isinstance(event, Warned)])
@@ -87,7 +87,7 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
 
 
 def _add_limits(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]) -> None:
-    """What the whole trial, not its training alone, peaked at, and for an out-of-memory what was asked for last."""
+    """Add the peak of the whole trial, not of training alone, and for an out-of-memory error the last request."""
     ended = next((event for event in events if isinstance(event, Ended)), None)
     if ended is not None and ended.peak_host_bytes is not None:
         summary.metrics["host/peak_gib"] = ended.peak_host_bytes / GIB

@@ -1,4 +1,4 @@
-"""Speed: ratios of sums over the window, never means of ratios."""
+"""Calculate speed: ratios of sums over the window, never means of ratios."""
 
 import math
 import statistics
@@ -10,15 +10,14 @@ from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.window import Window
 
 HOST_BOUND, GPU_BOUND = 0.75, 0.9
-"""A GPU that works for less of a step's time than the first waits for the host; for more than the second, it
-does not."""
+"""Below the first share of busy time the GPU waits for the host; above the second it does not."""
 
 _BATCHES = 10
-"""Of consecutive steps, for the interval: neighbouring steps are alike, batches of them much less so."""
+"""Number of batches of consecutive steps for the interval. Neighbouring steps are alike, batches much less so."""
 
 
 def throughput(window: Window) -> dict[str, float]:
-    """Rates over the window by metric name. 'tokens' are real ones: padding is not counted.
+    """Return rates over the window by metric name. Tokens are real ones: padding is not counted.
 
     seconds_per_10k_tokens is the unit of arXiv 2509.12229: 10,000 / (tokens per second).
     """
@@ -50,11 +49,11 @@ def throughput(window: Window) -> dict[str, float]:
 
 
 def rate_error(steps: Sequence[Step]) -> float | None:
-    """Half the 95 % interval of real tokens per second, from how this window's own steps vary.
+    """Return half the 95 % interval of real tokens per second, from the variation of this window's own steps.
 
     Batch means of a ratio estimator (Law, Simulation Modeling and Analysis, 9.5; Cochran, Sampling Techniques, 6):
     consecutive steps in batches, the batches' residuals x - R t around the common rate R, Student's t over them. It
-    knows nothing of how trials differ from each other. None with fewer than 20 steps, or a step without a time.
+    does not cover differences between trials. None with fewer than 20 steps, or a step without a time.
     """
     from scipy.special import stdtrit  # a third of a second to import, needed once at a trial's end
 
@@ -73,7 +72,7 @@ def rate_error(steps: Sequence[Step]) -> float | None:
 
 
 def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
-    """How much of the window the GPU worked, and what that says about who waits for whom.
+    """Add the share of the window in which the GPU worked, and the regime that follows from it.
 
     The profiled steps' busy time for each slot, over the window's time for each slot: the profiler slows the host down,
     never a kernel.
@@ -94,10 +93,10 @@ def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Eve
 
 
 def add_kernel_time(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:
-    """How long a step's kernels and copies take, added up, and how many times that a step of the window takes.
+    """Add the summed time of a step's kernels and copies, and the window's step time as a multiple of it.
 
-    By slots, as the busy share: the window's median step over its mean slots, over the profiled kernels' time for each
-    slot. Kernels that overlap count each for itself, so the busy time can be shorter than their sum.
+    By slots, as for the busy share: the window's median step over its mean slots, over the profiled kernels' time for
+    each slot. Kernels that overlap count each for itself, so the busy time can be shorter than their sum.
     """
     names = ("throughput/kernel_seconds", "throughput/step_to_kernel_ratio")
     profiled, why = _profiled(window, events)
@@ -116,7 +115,7 @@ def add_kernel_time(summary: Summary, window: Window | None, events: Sequence[Ev
 
 
 def _profiled(window: Window | None, events: Sequence[Event]) -> tuple[Profiled | None, str]:
-    """The profile to set against the window; without one, why there is none."""
+    """Return the profile to compare with the window; without one, the reason."""
     if window is None:
         return None, "the measured window was not completed"
     profiled = next((event for event in events if isinstance(event, Profiled)), None)

@@ -1,6 +1,6 @@
-"""Whether a trial's figures may be compared: was the card left alone, cool, and at one speed?
+"""Judge whether a trial's figures may be compared: was the card not shared, cool, and at one clock speed?
 
-Nothing is thrown away for it. A run is marked `invalid` when something outside its configuration changed its figures,
+Nothing is discarded for it. A run is marked `invalid` when something outside its configuration changed its figures,
 `doubtful` when something may have, `unknown` when nobody could look.
 """
 
@@ -16,11 +16,11 @@ from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.window import Window
 
 THROTTLED_SHARE = 0.01
-"""Of the window's time, from which heat or a power brake make it invalid."""
+"""Share of the window's time from which heat or a power brake make it invalid."""
 
 DRIFT_CELSIUS = 10.0
 CLOCK_SPREAD = 0.10
-"""Of the median clock, between the slowest and the fastest reading."""
+"""Largest spread between the slowest and the fastest clock, as a share of the median clock."""
 
 # NVML's bits of Sample.slowdowns, for cards without the counters
 _POWER_CAP, _THERMAL, _BRAKE = 0x4, 0x20 | 0x40, 0x80
@@ -29,7 +29,7 @@ _POWER_CAP, _THERMAL, _BRAKE = 0x4, 0x20 | 0x40, 0x80
 def add_validity(
     summary: Summary, events: Sequence[Event], window: Window | None, samples: Sequence[Sample], seen: HostFacts
 ) -> None:
-    """The figures behind the verdict, and the tags `validity` and `validity_reasons`."""
+    """Add the figures behind the verdict, and the tags `validity` and `validity_reasons`."""
     invalid: list[str] = []
     doubtful: list[str] = []
     _add_neighbours(summary, events, samples, seen, invalid)
@@ -93,7 +93,7 @@ def _add_slowdowns(summary: Summary, slow: Sequence[Sample], invalid: list[str])
 
 
 def _share(slow: Sequence[Sample], counter: Callable[[Sample], float | None], bit: int) -> float | None:
-    """Share of the time between the first and the last reading: by the card's counter of it, or by readings."""
+    """Return the share of the time between the first and last sample: by the card's own counter, or by samples."""
     told = [(sample.t, seconds) for sample in slow if (seconds := counter(sample)) is not None]
     if len(told) >= 2 and all(after[1] >= before[1] for before, after in pairwise(told)):
         (t0, first), (t1, last) = told[0], told[-1]

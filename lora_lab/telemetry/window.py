@@ -1,4 +1,4 @@
-"""The measured part of a trial, cut out of its events."""
+"""Find the measured part of a trial in its events."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_lab.events import Event, Step, WindowClosed, WindowOpened
 
 SLOW_START = 2.0
-"""Steps at a window's start that took more than so many times its median are warm-up still."""
+"""Leading steps slower than this multiple of the median count as warm-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,12 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """Length of the window."""
+        """Return the length of the window."""
         return self.end - self.start
 
     def part(self, first: int, count: int) -> "Window":
-        """`count` steps of it from the one at place `first` (from 0). Its edges are where the device ended a step, by
-        the steps' own times from the opening on: no synchronisation was needed there.
+        """Return `count` of its steps from index `first` on. Its edges are where the device ended a step, by the
+        steps' own times since the opening; no synchronisation was needed there.
 
         Raises: ValueError when a step has no time."""
         before, inside = self.steps[:first], self.steps[first : first + count]
@@ -36,8 +36,8 @@ class Window:
 
 
 def find_window(events: Sequence[Event]) -> Window | None:
-    """The window, or None when it never opened, never closed, or a step's loss never arrived: figures of half a
-    window are not kept, nor those of a whole one with a part of its steps."""
+    """Return the window, or None when it never opened, never closed, or a step's loss never arrived. Figures of an
+    incomplete window are not kept."""
     opened = next((event for event in events if isinstance(event, WindowOpened)), None)
     closed = next((event for event in events if isinstance(event, WindowClosed)), None)
     if opened is None or closed is None or closed.t <= opened.t:
@@ -49,8 +49,8 @@ def find_window(events: Sequence[Event]) -> Window | None:
 
 
 def steady(window: Window) -> Window:
-    """The window without the slow steps it begins with: a compilation, or a warm-up that was too short. A slow step
-    further on is part of what is measured."""
+    """Return the window without its slow first steps: a compilation, or a warm-up that was too short. A slow step
+    later on is part of what is measured."""
     times = [step.seconds for step in window.steps]
     if None in times or len(times) < 4:
         return window
