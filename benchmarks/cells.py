@@ -14,7 +14,8 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from lora_lab.composition.compose import CONF, GROUPS, load, register_schema
+from lora_lab.composition.compose import CONF, load, register_schema
+from lora_lab.composition.keys import GROUPS
 from lora_lab.config import TrialConfig
 from lora_lab.trial.session import Request, run_session
 

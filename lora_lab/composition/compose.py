@@ -1,6 +1,5 @@
 """From yaml and command line to a TrialConfig: the schema's place in Hydra, and refusals in plain words."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.composition.explanations import explain
-from lora_lab.composition.keys import GROUPS as GROUPS
-from lora_lab.composition.keys import group_of, unknown_key
-from lora_lab.composition.keys import known_keys as known_keys
+from lora_lab.composition.keys import help_text, unknown_key
 from lora_lab.composition.validation import faults
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.settings import settings_of
 
 _HERE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
@@ -23,8 +21,9 @@ CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if fold
 
 
 def register_schema() -> None:
-    """Put the schema where conf/config.yaml names it, so that Hydra checks every yaml against it."""
+    """Put the schema where conf/config.yaml names it: Hydra checks every yaml against it, and --help shows it."""
     ConfigStore.instance().store(name="schema", node=TrialConfig)
+    OmegaConf.register_new_resolver("settings", help_text, replace=True)
 
 
 def load(composed: DictConfig) -> TrialConfig:
@@ -56,10 +55,10 @@ def _expand_home(config: TrialConfig) -> None:
 
 
 def _unknown_keys(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of `node` that the dataclass does not have (`+group.typo=1` gets past Hydra)."""
-    fields = {f.name: group_of(f.type) for f in dataclasses.fields(schema)}
+    """Yield dotted keys of `node` that the dataclass does not have (`+group.typo=1` gets past Hydra)."""
+    groups = {each.key: each.group for each in settings_of(schema) if "." not in each.key}
     for key, value in node.items():
-        if key not in fields:
+        if key not in groups:
             yield f"{prefix}{key}"
-        elif fields[key] and isinstance(value, dict):
-            yield from _unknown_keys(value, fields[key], f"{prefix}{key}.")
+        elif groups[key] and isinstance(value, dict):
+            yield from _unknown_keys(value, groups[key], f"{prefix}{key}.")

@@ -1,35 +1,40 @@
-"""The dotted keys that can be set, as the schema has them."""
+"""Name the settings that exist: their dotted keys, the groups, and what is near a wrong key."""
 
 import dataclasses
 import difflib
-from typing import Any, get_args
+import textwrap
 
 from lora_lab.config import TrialConfig
+from lora_lab.settings import settings_of
 
 GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if dataclasses.is_dataclass(f.type))
 """The groups a user chooses from: optimizer, precision, method, ..."""
 
-
-def known_keys(schema: Any = TrialConfig, prefix: str = "") -> list[str]:
-    """Every dotted key a user may set, groups included."""
-    keys: list[str] = []
-    for f in dataclasses.fields(schema):
-        keys.append(f"{prefix}{f.name}")
-        group = group_of(f.type)
-        if group:
-            keys += known_keys(group, f"{prefix}{f.name}.")
-    return keys
+_LEFT, _WIDTH = 28, 120
 
 
-def group_of(hint: Any) -> Any:
-    """The dataclass in a field's type, also in `X | None`; None when there is none."""
-    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
+def known_keys() -> list[str]:
+    """Return every dotted key a user may set, groups included."""
+    return [setting.key for setting in settings_of(TrialConfig)]
 
 
 def unknown_key(key: str) -> str:
-    """Say that a key is no setting, and which one is near."""
+    """Say that a setting does not exist, and which one is near."""
     if key.partition(".")[0] == "hydra":
-        return f"'{key}' is no setting of Hydra. python -m lora_lab --cfg hydra lists them."
+        return f"'{key}' is not a setting of Hydra. python -m lora_lab --cfg hydra lists them."
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "python -m lora_lab --cfg job lists every setting."
-    return f"'{key}' is no setting of lora_lab. {hint}"
+    return f"'{key}' is not a setting of lora_lab. {hint}"
+
+
+def help_text(group: str = "") -> str:
+    """Describe the settings outside the groups, or those of a group: key, meaning and default, for `--help`."""
+    lines: list[str] = []
+    for setting in settings_of(TrialConfig):
+        above, _, name = setting.key.rpartition(".")
+        if above == group and setting.group is None:
+            default = getattr(setting.field.default, "name", setting.field.default)
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            words = textwrap.wrap(f"{setting.help} ({shown})", _WIDTH - _LEFT)
+            lines += [f"    {name:<{_LEFT - 4}}{words[0]}", *(" " * _LEFT + line for line in words[1:])]
+    return "\n".join(lines)

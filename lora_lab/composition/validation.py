@@ -27,9 +27,6 @@ from lora_lab.store.server_address import fault_of_address
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 
-_MOST_LENGTHS = 16
-"""Each row length is compiled by itself, for seconds."""
-
 
 def faults(config: TrialConfig) -> list[str]:
     """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
@@ -53,8 +50,6 @@ def _sharing_faults(config: TrialConfig) -> list[str]:
             f"vram_limit_gib={config.vram_limit_gib:g} is checked against the whole card's reading, which others "
             "change with share_device=true; leave one of them out."
         )
-    if not 0 < config.data.holdout < 1:
-        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, for example data.holdout=0.1.")
     if (
         config.attention is Attention.flash_attention_2
         and config.data.batching is Batching.packed
@@ -84,8 +79,6 @@ def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
 
 def _engine_faults(config: TrialConfig) -> list[str]:
     engine, method, found = config.engine, config.method, []
-    if not 1 <= engine.lengths <= _MOST_LENGTHS:
-        found.append(f"engine.lengths={engine.lengths} must lie between 1 and {_MOST_LENGTHS}, for example 4.")
     if (
         engine.kind is EngineKind.graph
         and config.gradient_checkpointing is not Checkpointing.none
@@ -121,8 +114,6 @@ def _engine_faults(config: TrialConfig) -> list[str]:
 
 def _method_faults(method: MethodConfig) -> list[str]:
     found = []
-    if not 0 <= method.dropout < 1:
-        found.append(f"method.dropout={method.dropout} must be at least 0 and below 1.")
     if not method.target_modules:
         found.append("method.target_modules is empty; use [all-linear] or name modules, for example [q_proj,v_proj].")
     if method.double_quantization and method.quantization is Quantization.none:

@@ -1,4 +1,4 @@
-"""What makes two trials the same: their config, and the environment they ran in."""
+"""Decide what makes two trials the same: their config, and the conditions they ran under."""
 
 import functools
 import hashlib
@@ -8,36 +8,36 @@ from typing import Any
 
 from lora_lab.config import DataSource, ModelSource, TrialConfig, Weights
 from lora_lab.dataset.rows import SHIPPED
+from lora_lab.settings import Effect, settings_of
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.record import plain
 from lora_lab.telemetry.nvml import Card
-
-_NO_EFFECT = ("tracking", "timeout_minutes", "repeats", "resume")
-"""Settings that cannot change what a trial measures."""
-
-_NO_EFFECT_OF_MEASURE = ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")
-"""Those within `measure`: they add figures beside the trial's own."""
 
 _DECISIVE = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "python", "lora_lab")
 
 
 def point_digest(config: TrialConfig) -> str:
-    """Of the resolved config, less what cannot change a result."""
-    decisive = {key: value for key, value in plain(config).items() if key not in _NO_EFFECT}
-    measure = decisive["measure"].items()
-    decisive["measure"] = {key: value for key, value in measure if key not in _NO_EFFECT_OF_MEASURE}
+    """Return the digest of the resolved config, without settings that cannot change a result."""
+    decisive = plain(config)
+    for each in settings_of(TrialConfig):
+        if each.effect is Effect.none:
+            *groups, name = each.key.split(".")
+            node = decisive
+            for group in groups:
+                node = node[group]
+            del node[name]
     return digest(decisive)
 
 
 def conditions(config: TrialConfig, card: Card | None) -> dict[str, str]:
-    """What besides the config decides a trial's result: code, packages, device, and the content of data and model."""
+    """Return what decides a trial's result besides the config: code, packages, device, content of data and model."""
     facts = environment()
     decisive = {f"version.{name}": facts[f"version.{name}"] for name in _DECISIVE}
     return {**decisive, "code": facts["code"], **device_facts(card), **_contents(config)}
 
 
 def digest(content: object) -> str:
-    """sha256 over plain data, the order of keys aside; the first 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of a sha256 over plain data, whatever the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -67,13 +67,13 @@ def _file_digest(path: Path) -> str:
 
 @functools.cache
 def _digest_of(state: tuple[Path, int, int]) -> str:
-    """Once for each path, size and time of change."""
+    """Hash a file once for each path, size and time of change."""
     with state[0].open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of a local model: its small files by content, its weights by size and time (hashing 15 GB takes a minute)."""
+    """Return the digest of a local model: small files by content, weights by size and time (15 GB take a minute)."""
     parts: list[Any] = []
     for path in sorted(folder.glob("*")):
         if path.suffix == ".json":
@@ -84,7 +84,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _hub_commit(kind: str, name: str, revision: str | None) -> str:
-    """The commit that `revision` means in the local cache; before the first download nobody here knows it."""
+    """Return the commit that `revision` means in the local cache, or `revision` before the first download."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 

@@ -1,12 +1,12 @@
 """What comes out of a store was written by anybody: which of its runs can be read as ours, which text can be shown."""
 
-import dataclasses
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from lora_lab.config import TrialConfig
+from lora_lab.settings import settings_of
 
 _LATEST_MS = 2**43
 """A Unix time in the year 2248."""
@@ -15,14 +15,12 @@ TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 """Characters that turn the direction of writing, so that a text looks like another."""
 
 
-def _numbers(schema: Any = TrialConfig, prefix: str = "") -> Iterator[tuple[str, type, bool]]:
-    """Every setting that is a number, by its dotted key, and whether it can be absent."""
-    for field in dataclasses.fields(schema):
-        kinds = get_args(field.type) or (field.type,)
-        if dataclasses.is_dataclass(kinds[0]):
-            yield from _numbers(kinds[0], f"{prefix}{field.name}.")
-        elif kinds[0] in (int, float):
-            yield f"{prefix}{field.name}", kinds[0], type(None) in kinds
+def _numbers() -> Iterator[tuple[str, type, bool]]:
+    """Yield every setting that is a number, by its dotted key, and whether it can be absent."""
+    for each in settings_of(TrialConfig):
+        kinds = get_args(each.field.type) or (each.field.type,)
+        if kinds[0] in (int, float):
+            yield each.key, kinds[0], type(None) in kinds
 
 
 _NUMBERS: dict[str, type] = {**{key: kind for key, kind, _ in _numbers()}, "repeat": int, "trials": int, "points": int}

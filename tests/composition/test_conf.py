@@ -1,5 +1,6 @@
 """Every yaml under conf/, found by looking: it composes, loads, and is what its name and the help say."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -14,8 +15,10 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
-from lora_lab.composition.compose import CONF, GROUPS, known_keys, load, register_schema
+from lora_lab.composition.compose import CONF, load, register_schema
+from lora_lab.composition.keys import GROUPS, help_text
 from lora_lab.config import Checkpointing, InvalidInput, ModelConfig, TrialConfig, Weights
+from lora_lab.settings import settings_of
 from lora_lab.worker.models import load_architecture
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -229,19 +232,27 @@ def test_a_models_shapes_give_its_parameter_count(option: str) -> None:
 
 
 HELP = yaml.safe_load((CONF / "hydra/help/lora_lab.yaml").read_text())["template"]
-DESCRIBED = re.findall(r"^  (\w+) {2,}(.+) \((\S+)\)$", HELP, re.MULTILINE)
 
 
-def test_the_help_describes_every_setting_and_no_other() -> None:
-    assert sorted(key for key, _, _ in DESCRIBED) == sorted({key.split(".")[0] for key in known_keys()} - set(GROUPS))
+def test_every_setting_is_described() -> None:
+    assert [each.key for each in settings_of(TrialConfig) if not each.help and each.group is None] == []
+    assert "${settings:}" in HELP
 
 
-@pytest.mark.parametrize(("key", "said", "default"), DESCRIBED)
-def test_the_help_gives_the_true_default(key: str, said: str, default: str) -> None:
-    true = getattr(composed(), key)
-    assert composed(f"{key}={default}") == composed(), f"the help says {default}, it is {true}"
-    for choice in type(true) if isinstance(true, Enum) else ():
-        assert choice.name in said, f"the help leaves out {key}={choice.name}"
+@pytest.mark.parametrize("group", ["", *GROUPS])
+def test_the_help_gives_each_settings_true_default_and_choices(group: str) -> None:
+    described = dict(re.findall(r"^    (\w+)\s+(.+)$", help_text(group), re.MULTILINE))
+    schema = TrialConfig() if not group else getattr(TrialConfig(), group)
+    for field in dataclasses.fields(schema):
+        true = getattr(schema, field.name)
+        if dataclasses.is_dataclass(true) or field.name == "package":
+            continue
+        words = re.sub(r"\s+", " ", described[field.name])
+        for choice in type(true) if isinstance(true, Enum) and not group else ():
+            assert choice.name in words, f"the help leaves out {field.name}={choice.name}"
+    if not group:
+        for key, default in re.findall(r"^    (\w+) .*?\((\S+)\)$", help_text(), re.MULTILINE):
+            assert composed(f"{key}={default}") == composed(), f"the help says {key}={default}"
 
 
 @pytest.mark.parametrize(

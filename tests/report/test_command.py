@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.composition.compose import CONF, GROUPS, load, register_schema
+from lora_lab.composition.compose import CONF, load, register_schema
+from lora_lab.composition.keys import GROUPS
 from lora_lab.report.answers.best.command import command
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.record import params

@@ -13,7 +13,7 @@ from conftest import Lab, Said, lab_in, record_of, records_in, save_tiny, store_
 from mlflow.tracking import MlflowClient
 from peft import PeftModel
 
-from lora_lab.composition.compose import GROUPS
+from lora_lab.composition.keys import GROUPS
 from lora_lab.config import ModelConfig, ModelSource, Weights
 from lora_lab.worker.models import load_architecture
 

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import linalg
 from scipy.sparse import csgraph
 
-from lora_lab.config import InvalidInput
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.settings import Effect, settings_of
 from lora_lab.store.trials import Sweep, Trial
 
 SHAPE = ("batch_size", "grad_accum_steps", "seq_len")
@@ -18,14 +19,11 @@ SHAPE = ("batch_size", "grad_accum_steps", "seq_len")
 
 TOKENS = "tokens a step"
 
-NO_EFFECT = frozenset(
-    {
-        *("seed", "repeat", "repeats", "resume", "tracking", "timeout_minutes", "share_device", "cooldown_celsius"),
-        *("measure.idle_seconds", "measure.board_power_watts", "measure.price_per_kwh", "measure.co2_grams_per_kwh"),
-        *("device", "capacity"),  # the place says which card ran; capacity is one name for vram_limit_gib
-    }
-)
-"""Settings that can't change what is compared: they are no factors, and trials that differ in them only are repeats."""
+NO_EFFECT = frozenset(each.key for each in settings_of(TrialConfig) if each.effect is not Effect.result) | {
+    "repeat",
+    "capacity",  # one name for vram_limit_gib
+}
+"""Settings that cannot change what is compared. They are not factors; trials that differ only in them are repeats."""
 
 _Keys = tuple[str, ...]
 _ORDER = ("optimizer", "precision", "engine", "method", "model", "data", "measure")
