@@ -1,4 +1,4 @@
-"""What was typed: options may stand anywhere, ~ is the home folder, and the quoting that Hydra's grammar asks for."""
+"""Read what was typed: options anywhere, ~ as the home folder, and the quoting that Hydra's grammar needs."""
 
 import math
 import re
@@ -15,14 +15,15 @@ from hydra.errors import HydraException
 from lora_lab.config import InvalidInput
 
 _SHELLS = "[$`!]"
-"""What a shell replaces also within double quotes."""
+"""Characters that a shell also replaces within double quotes."""
 
 
 def in_order(typed: Sequence[str]) -> list[str]:
-    """Put options with their values before the overrides: argparse takes no override after an option when some stood
-    before it.
+    """Put options with their values before the overrides, because argparse accepts overrides only on one side of an
+    option.
 
-    Raises: InvalidInput for an option that Hydra does not have; SystemExit, as argparse does, for a wrong value of one.
+    Raises: InvalidInput for an option that Hydra does not have; SystemExit, as argparse does, for an option's wrong
+    value.
     """
     parser = get_args_parser()
     found, unknown = parser.parse_known_intermixed_args(list(typed))
@@ -41,11 +42,11 @@ def in_order(typed: Sequence[str]) -> list[str]:
 
 def _no_option(typed: str) -> str:
     setting = f" A setting has no dashes: {typed.lstrip('-')}." if "=" in typed else ""
-    return f"'{typed}' is no option of lora_lab.{setting} --hydra-help lists the options, --help the settings."
+    return f"'{typed}' is not an option of lora_lab.{setting} --hydra-help lists the options, --help the settings."
 
 
 def _at_home(override: str) -> str:
-    """An override whose values may begin with ~/, as a shell would have understood it."""
+    """Expand ~/ at the start of an override's values, as a shell would."""
     key, equals, value = override.partition("=")
     try:
         home = str(Path.home())
@@ -56,7 +57,7 @@ def _at_home(override: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A value in quotes, as Hydra's grammar takes it whatever is in it; in those that suit a shell where both do."""
+    """Quote a value so that Hydra's grammar takes it as text; with quotes that suit a shell where both kinds work."""
     quote = Quote.double if re.search(rf"'|{_SHELLS}", text) and '"' not in text else Quote.single
     return QuotedString(text=text, quote=quote).with_quotes()
 
@@ -65,9 +66,9 @@ def unreadable(override: str) -> str:
     """Say why Hydra's grammar does not take an override, and what to type in a shell to give its value as text."""
     key, equals, value = override.partition("=")
     if not equals:
-        return f"'{override}' has no value. Write key=value without spaces around the =; --help lists the settings."
+        return f"'{override}' has no value. Write key=value without spaces around the =; --help lists them."
     if _fault(f"{key}=x"):
-        return f"'{key}' is no name of a setting. Write key=value, for example batch_size=2; --help lists the settings."
+        return f"'{key}' is not the name of a setting. Write key=value, for example batch_size=2; --help lists them."
     advice = f"  {in_shell(f'{key}={quoted(value)}')}"
     if "," in value and not re.search(r"""[()\[\]{}'"]""", value):
         each = ",".join(quoted(part) for part in value.split(","))
@@ -76,14 +77,15 @@ def unreadable(override: str) -> str:
 
 
 def in_shell(argument: str) -> str:
-    """An argument in quotes for a shell: in double ones, which are easier to read, where a shell leaves it as it is."""
+    """Quote an argument for a shell; with double quotes, which are easier to read, where a shell leaves it
+    unchanged."""
     if re.search(_SHELLS, argument):
         return shlex.quote(argument)
     return '"' + re.sub(r'(["\\])', r"\\\1", argument) + '"'
 
 
 def _fault(override: str) -> str:
-    """What Hydra's grammar stumbles over; empty where it takes the override."""
+    """Return what Hydra's grammar does not accept; empty where it accepts the override."""
     try:
         OverridesParser.create().parse_rule(override, "override")
     except HydraException as error:
@@ -94,22 +96,22 @@ def _fault(override: str) -> str:
             return text.partition(" while evaluating ")[2].replace("\n", ". ")
         token = re.search(r"input '(.*?)' expecting", text)
         if token and token[1] != "<EOF>":
-            return f"{token[1]!r} can't stand where it does"
+            return f"{token[1]!r} cannot stand there"
         return "a bracket, a brace or a quote is not closed"
     return ""
 
 
 MOST_POINTS = 10_000
-"""More take minutes to be looked at before the first of them runs."""
+"""More would take minutes to check before the first of them runs."""
 
 
 def check_point_count(overrides: Sequence[Override], before: int) -> None:
-    """Raise InvalidInput when a sweep over these has no point, or more than MOST_POINTS with the `before` there are."""
+    """Raise InvalidInput when a sweep over these has no point, or more than MOST_POINTS together with `before`."""
     counts: dict[str, int] = {}
     for override in overrides:
         count = _count(override)
         if count == 0:
-            raise InvalidInput(f"{override.input_line} has no value at all. Name some, for example key=1,2.")
+            raise InvalidInput(f"{override.input_line} has no value. Name some, for example key=1,2.")
         counts[override.get_key_element()] = count
     points = before + math.prod(counts.values())
     if points > MOST_POINTS:
@@ -120,19 +122,19 @@ def check_point_count(overrides: Sequence[Override], before: int) -> None:
 
 
 def _count(override: Override) -> int:
-    """How many values an override has; of a range without counting them up."""
+    """Return how many values an override has; a range is not enumerated."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         raise InvalidInput(
-            f"{override.input_line} is all numbers between two. Name those to try, for example "
+            f"{override.input_line} means all numbers between two. Name the ones to try, for example "
             f"{override.get_key_element()}={value.start},{value.end}."
         )
     if not isinstance(value, RangeSweep):
         return sum(1 for _ in override.sweep_iterator()) if override.is_sweep_override() else 1
     edges = [value.start, value.stop, value.step]
     if not all(isinstance(edge, int) or (isinstance(edge, float) and math.isfinite(edge)) for edge in edges):
-        raise InvalidInput(f"{override.input_line} has an end that is no finite number.")
+        raise InvalidInput(f"{override.input_line} has an end that is not a finite number.")
     start, stop, step = map(Fraction, map(str, edges))
     if step == 0:
-        raise InvalidInput(f"{override.input_line} goes on in steps of 0. Give another step.")
+        raise InvalidInput(f"{override.input_line} has steps of 0. Give another step.")
     return max(0, math.ceil((stop - start) / step))

@@ -1,4 +1,4 @@
-"""From yaml and command line to a TrialConfig: the schema's place in Hydra, and refusals in plain words."""
+"""Turn yaml and command line into a TrialConfig, or into messages in plain words."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +17,7 @@ from lora_lab.settings import settings_of
 
 _HERE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
-"""The yaml files: inside an installed wheel, beside the package in a clone."""
+"""The yaml files: inside an installed wheel, next to the package in a clone."""
 
 
 def register_schema() -> None:
@@ -29,7 +29,7 @@ def register_schema() -> None:
 def load(composed: DictConfig) -> TrialConfig:
     """Check a composed config and turn it into typed data.
 
-    Raises: InvalidInput with every fault found, one a line.
+    Raises: InvalidInput with every fault found, one per line.
     """
     unknown = list(_unknown_keys(OmegaConf.to_container(composed, resolve=False), TrialConfig))
     if unknown:
@@ -46,7 +46,7 @@ def load(composed: DictConfig) -> TrialConfig:
 
 
 def _expand_home(config: TrialConfig) -> None:
-    """Understand ~/ at the start of a path from a yaml; on the command line it has been understood already."""
+    """Expand ~/ at the start of a path from a yaml; on the command line it is expanded already."""
     for group, key in ((config.data, "path"), (config.model, "path"), (config.tracking, "root")):
         path = getattr(group, key)
         if path and path.startswith("~/"):

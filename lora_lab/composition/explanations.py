@@ -1,4 +1,4 @@
-"""Why Hydra did not compose what was typed, in plain words."""
+"""Explain in plain words why Hydra did not compose what was typed."""
 
 import json
 import re
@@ -25,10 +25,10 @@ COMPOSITION_ERRORS = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, AttributeError),
     *(AssertionError, LookupError, ArithmeticError, ImportError, RuntimeError, EOFError),
 )
-"""What comes out of Hydra and OmegaConf for an odd command line or yaml; they check little before they use it."""
+"""Errors that Hydra and OmegaConf raise for an odd command line or yaml; they check little before they use it."""
 
 _OPEN = ("optimizer.args", "model.architecture", "hydra.sweeper.params")
-"""Dictionaries that take keys of the user's own."""
+"""Dictionaries that take any keys."""
 
 
 def explain(error: Exception) -> str:
@@ -49,22 +49,22 @@ def explain(error: Exception) -> str:
         key = f"{error.full_key}: " if error.full_key else ""
         return f"{key}{_without_details(text)}."
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename} can't be used ({error.strerror})."
+        return f"{error.filename} cannot be used ({error.strerror})."
     if isinstance(error, (OSError, UnicodeDecodeError, yaml.YAMLError)):
         which = ", ".join(map(str, _broken_yamls())) or "a yaml"
-        return f"{which}: no yaml with keys and values in UTF-8 ({text})."
+        return f"{which}: not a yaml with keys and values in UTF-8 ({text})."
     if "Config group override must be a string" in text:
         return "A group takes the name of one of its options, as in optimizer=adamw; --help lists them."
     if isinstance(error, ValueError):
         return text
     what = f"{type(error).__name__}: {text}".partition("\n")[0]
-    return f"Hydra can't compose this ({what}). With HYDRA_FULL_ERROR=1 before the command it says where."
+    return f"Hydra cannot compose this ({what}). Put HYDRA_FULL_ERROR=1 before the command to see where."
 
 
 def _of_composition(refusal: str) -> str:
-    """Hydra's words, with its advice to append unknown keys replaced.
+    """Replace Hydra's advice to append unknown keys.
 
-    `+key=value` would only be refused one step later, so the nearest existing key is named instead.
+    `+key=value` would only fail one step later, so name the nearest existing key instead.
     """
     unknown = re.search(r"Could not override '([^']*)'", refusal)
     within = re.search(r"\nKey '(.+)' (?:not in '|is not in struct)", refusal)
@@ -82,7 +82,7 @@ def _of_composition(refusal: str) -> str:
         return _several(sweep[1])
     unasked = re.search(r"unexpected keyword argument '(\w+)'.*\n *full_key: (\S+)", refusal)
     if unasked:
-        return f"'{unasked[2]}.{unasked[1]}' is no setting of this {unasked[2].rpartition('.')[2]}; leave it out."
+        return f"'{unasked[2]}.{unasked[1]}' is not a setting of this {unasked[2].rpartition('.')[2]}; leave it out."
     mistyped = re.search(r"Error merging override (.+)\n(.+)\n +full_key: (\S+)", refusal)
     if mistyped:
         return f"{mistyped[1]}: {mistyped[2].rstrip('.')}.{_default(mistyped[3])}"
@@ -93,7 +93,8 @@ def _of_composition(refusal: str) -> str:
 
 
 def _several(override: str) -> str:
-    """Several values where one is needed: a sweep without -m, a list without brackets, or a text with commas."""
+    """Explain several values where one is needed: a sweep without -m, a list without brackets, or a text with
+    commas."""
     key, _, value = override.partition("=")
     said = f"{override} gives several values. Add -m for a sweep over them"
     if "(" in value:
@@ -102,13 +103,13 @@ def _several(override: str) -> str:
 
 
 def _without_details(text: str) -> str:
-    """An error's text without OmegaConf's notes on types, and without the name of what was raised on the way."""
+    """Return an error's text without OmegaConf's notes on types and the names of intermediate errors."""
     text = _DETAILS.sub("", text).strip().rstrip(".")
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip('"')
 
 
 def _default(key: str) -> str:
-    """What the schema has for a dotted key, as it is written on the command line; nothing for a key of Hydra's."""
+    """Return the schema's default for a dotted key, as it is written on the command line; nothing for Hydra's keys."""
     if key.partition(".")[0] == "hydra":
         return ""
     value = OmegaConf.select(OmegaConf.structured(TrialConfig), key)
@@ -119,13 +120,13 @@ def _default(key: str) -> str:
 
 
 def _config_dir() -> Path | None:
-    """The folder that --config-dir names."""
+    """Return the folder that --config-dir names."""
     named = get_args_parser().parse_known_args(sys.argv[1:])[0].config_dir
     return Path(named) if named else None
 
 
 def _broken_yamls() -> Iterator[Path]:
-    """The yamls below --config-dir that can't be read as one, for errors that name no file."""
+    """Yield the yamls below --config-dir that cannot be read, for errors that name no file."""
     folder = _config_dir()
     for file in sorted(folder.rglob("*.yaml")) if folder else []:
         try:
@@ -138,7 +139,7 @@ def _broken_yamls() -> Iterator[Path]:
 
 
 def _place(config_path: str, key: str) -> str:
-    """The yaml of a user and the line where it sets a key; the option's name where that is not to be found."""
+    """Return a user's yaml and the line where it sets a key; the option's name where that cannot be found."""
     folder = _config_dir()
     file = folder / f"{config_path}.yaml" if folder else None
     if file is None or not file.is_file():

@@ -1,4 +1,4 @@
-"""Hydra's complaints about a command line, put in plain words."""
+"""Turn Hydra's errors about a command line into plain words."""
 
 import io
 import os
@@ -12,11 +12,11 @@ from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.secrets import without_secrets
 
 _RAISE = "HYDRA_FULL_ERROR"
-"""With it Hydra raises its errors, and does not print them."""
+"""With it Hydra raises its errors instead of printing them."""
 
 
 class Composing:
-    """While Hydra composes, whatever it raises is about the command line or a yaml: a refusal, exit code 2.
+    """While Hydra composes, whatever it raises is about the command line or a yaml: invalid input, exit code 2.
 
     A user who sets HYDRA_FULL_ERROR=1 gets the traceback."""
 
@@ -32,7 +32,7 @@ class Composing:
         self._redirect.__enter__()
 
     def over(self) -> None:
-        """Composition went well: from here on errors are errors. Does nothing the second time."""
+        """End composition: from here on errors are errors. Does nothing the second time."""
         if self._composing:
             self._end()
             sys.stderr.write(self._said.getvalue())
@@ -66,4 +66,4 @@ class Composing:
 
 
 COMPOSING = Composing()
-"""Of this process."""
+"""This process's own."""

@@ -1,4 +1,4 @@
-"""What cannot work on any machine, told from the config alone."""
+"""Find what cannot work on any machine, from the config alone."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 
 
 def faults(config: TrialConfig) -> list[str]:
-    """Everything in `config` that cannot work on any machine, one sentence each; empty if sound."""
+    """Return everything in `config` that cannot work on any machine, one sentence each; empty if valid."""
     return [
         *number_faults(config),
         *_sharing_faults(config),
@@ -56,7 +56,7 @@ def _sharing_faults(config: TrialConfig) -> list[str]:
         and config.batch_size > 1
     ):
         found.append(
-            f"attention=flash_attention_2 tells packed documents apart only at batch_size=1, not {config.batch_size}; "
+            f"attention=flash_attention_2 keeps packed documents apart only at batch_size=1, not {config.batch_size}; "
             "use batch_size=1 with grad_accum_steps, or attention=sdpa."
         )
     return found
@@ -71,7 +71,7 @@ def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
     if not optimizer.optim and not optimizer.target:
         return ["neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."]
     if optimizer.target and "." not in optimizer.target:
-        return [f"optimizer.target={optimizer.target} is no import path; write for example torch.optim.SGD."]
+        return [f"optimizer.target={optimizer.target} is not an import path; write for example torch.optim.SGD."]
     if optimizer.optim and optimizer.args:
         return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
     return []
@@ -87,17 +87,17 @@ def _engine_faults(config: TrialConfig) -> list[str]:
         found.append(
             f"engine=graph with gradient_checkpointing={config.gradient_checkpointing.name} and "
             f"method.dropout={method.dropout:g}: checkpointing has to draw dropout's random numbers twice, and a CUDA "
-            "graph can't keep their state. Use method.dropout=0, gradient_checkpointing=none or engine=compile."
+            "graph cannot keep their state. Use method.dropout=0, gradient_checkpointing=none or engine=compile."
         )
     if engine.kind in (EngineKind.compile, EngineKind.graph) and method.use_dora:
         found.append(
-            f"engine={engine.kind.name} with method.use_dora=true: torch can't compile what PEFT does for DoRA's "
+            f"engine={engine.kind.name} with method.use_dora=true: torch cannot compile what PEFT does for DoRA's "
             "norms. Use engine=eager, or another method."
         )
     if engine.kind in (EngineKind.compile, EngineKind.graph) and config.attention is Attention.flash_attention_2:
         found.append(
             f"engine={engine.kind.name} with attention=flash_attention_2: transformers looks at the padding for it, "
-            "which can't be compiled. Use attention=sdpa, which is as fast without a mask."
+            "which cannot be compiled. Use attention=sdpa, which is as fast without a mask."
         )
     if engine.kind is EngineKind.liger and config.isolation is Isolation.inline:
         found.append(
@@ -175,7 +175,7 @@ def _place_faults(config: TrialConfig) -> list[str]:
 
 
 def _secret_faults(config: TrialConfig) -> list[str]:
-    """Every setting is written down, also one that comes from the environment (${oc.env:NAME})."""
+    """Find settings that hold a secret. Every setting is recorded, also one from the environment (${oc.env:NAME})."""
     return [
         f"{key} holds a password or token (or the value of an environment variable that is named like one), and every "
         "setting is written into the record. Leave it out of the command; set HF_TOKEN in the environment for the hub, "
@@ -186,7 +186,7 @@ def _secret_faults(config: TrialConfig) -> list[str]:
 
 
 def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Dotted keys and values of all settings that are text."""
+    """Yield dotted keys and values of all settings that are text."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from _texts(value, f"{key}.{name}" if key else str(name))
