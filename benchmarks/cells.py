@@ -29,7 +29,9 @@ def _compose(overrides: Sequence[str]) -> tuple[TrialConfig, dict[str, str]]:
     register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        composed = hydra.compose(
+            "config", command=f"python -m lora_lab {' '.join(overrides)}", return_hydra_config=True
+        )
     choices = {group: str(composed.hydra.runtime.choices[group]) for group in GROUPS}
     with open_dict(composed):
         del composed["hydra"]
@@ -40,7 +42,9 @@ def run_cell(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """One trial; returns its record as written to record.json."""
     config, choices = _compose(overrides)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run of the same benchmark
-    run_session(Request(config=config, choices=choices, overrides=list(overrides), folder=folder))
+    run_session(
+        Request(config=config, choices=choices, command=f"python -m lora_lab {' '.join(overrides)}", folder=folder)
+    )
     record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     # where it lay and who ran it on that machine tells nobody anything
     record["tags"] = {k: v for k, v in record["tags"].items() if k != "folder" and not k.startswith("process.")}

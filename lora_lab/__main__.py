@@ -3,6 +3,7 @@
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ def job(composed: "DictConfig") -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lora_lab.composition.command import shortest_command
     from lora_lab.composition.compose import load
     from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.composition.keys import GROUPS
@@ -64,10 +66,13 @@ def job(composed: "DictConfig") -> int:
         config = load(composed)
         if not in_sweep and (config.repeats > 1 or config.resume):
             raise InvalidInput("repeats and resume are for sweeps; add -m, or choose one with sweep=NAME.")
+        choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
+        sources = hydra_config.runtime.config_sources
+        own = next((os.path.relpath(each.path) for each in sources if each.provider == "command-line"), None)
         request = Request(
             config=config,
-            choices={group: str(hydra_config.runtime.choices[group]) for group in GROUPS},
-            overrides=list(hydra_config.overrides.task),
+            choices=choices,
+            command=shortest_command(config, choices, own),
             folder=folder,
             in_sweep=in_sweep,
         )

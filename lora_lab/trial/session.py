@@ -52,7 +52,8 @@ class Request:
     config: TrialConfig
     choices: dict[str, str]
     """The chosen option of each group."""
-    overrides: list[str]
+    command: str
+    """The shortest command line for this configuration."""
     folder: Path
     """Gets every file of the trial; inside a sweep's folder for a trial of a sweep."""
     in_sweep: bool = False
@@ -171,8 +172,7 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     owner = this_process()
     facts = environment() | device_facts(card) | owner_tags(owner, request.folder)
     facts["point"] = point_digest(config)
-    overrides = " ".join(without_secrets(override) for override in request.overrides)
-    facts["command"] = f"python -m lora_lab {overrides}".strip()
+    facts["command"] = without_secrets(request.command)
     record = Record(name=run_name(config, request.choices), params=params(config, request.choices), tags=facts)
     if planned is not None:
         record.name, record.parent = planned.name, sweep.read().record.id

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
-from lora_lab.report.answers.best.command import command
 from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import MEASURES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
+from lora_lab.store.trials import Trial
 
 _RUNNERS_UP = 5
 _VERDICTS = {True: "told apart", False: "cannot be told from the best", None: "not known"}
@@ -52,8 +52,16 @@ def _show_command(candidate: Candidate, console: Console) -> None:
     """On one line however narrow the terminal: so it can be copied."""
     newest = candidate.trials[-1]
     console.print("\nTo run it:")
-    text = command(newest.params, newest.tags.get("command", ""))
+    text = _command(newest)
     console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def _command(trial: Trial) -> str:
+    """Return the command recorded for a trial. Older versions recorded a preset's, which would run its whole sweep."""
+    recorded = trial.tags.get("command", "no command was recorded")
+    if " sweep=" not in recorded:
+        return recorded
+    return f"{recorded}   (runs the whole sweep; an older version did not record this point's own command)"
 
 
 def _table(choice: Choice, objective: Measure) -> Table:
@@ -112,7 +120,7 @@ def _show_nothing_fits(choice: Choice, console: Console) -> None:
     if least.ran_out:
         _say(console, f"It ran out of memory within {budget}.")
         return
-    text = command({**least.trials[-1].params, "vram_limit_gib": f"{wish.vram_gib:g}"})
+    text = f"{_command(least.trials[-1])} vram_limit_gib={wish.vram_gib:g}"
     _say(console, "On a large card torch keeps more than it needs. Whether it can do with less is seen by")
     console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
 

@@ -3,18 +3,20 @@
 import functools
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from lora_lab.composition.command import shortest_command
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.composition.keys import GROUPS
-from lora_lab.report.answers.best.command import command
+from lora_lab.config import OptimizerConfig, TrialConfig
 from lora_lab.store.fingerprint import point_digest
-from lora_lab.store.record import params
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,22 +27,21 @@ def hydra() -> Iterator[None]:
 
 
 @functools.cache
-def composed(*words: str) -> tuple[str, dict[str, str]]:
-    """The digest of the config whatever its seed, and what a record would hold of it. Kept: a command that is word for
-    word what was asked for is the same config."""
+def composed(*words: str) -> tuple[str, str]:
+    """The digest of the config whatever its seed, and its command. Kept: a command that is word for word what was asked
+    for is the same config."""
     found = compose("config", overrides=list(words), return_hydra_config=True)
     HydraConfig.instance().set_config(found)
     choices = {group: str(found.hydra.runtime.choices[group]) for group in GROUPS}
     del found._content["hydra"]  # type: ignore[union-attr]  # as hydra.main does before it calls the job
     config = load(found)
-    recorded = params(config, choices)
+    written = shortest_command(config, choices)
     config.seed = 0
-    return point_digest(config), recorded
+    return point_digest(config), written
 
 
 def assert_comes_back(words: list[str]) -> str:
-    digest, recorded = composed(*words)
-    written = command(recorded)
+    digest, written = composed(*words)
     again, _ = composed(*shlex.split(written)[3:])
     assert again == digest, written
     return written
@@ -109,15 +110,17 @@ def test_dictionaries_and_odd_text_come_back(words: list[str]) -> None:
 
 def test_a_preset_is_not_started_again() -> None:
     """The command line of a trial of a sweep names its preset, which would run the sweep."""
-    _, recorded = composed("sweep=paper_factorial", "optimizer=adamw", "batch_size=2", "repeats=3", "data.rows=128")
-    written = command(recorded)
+    _, written = composed("sweep=paper_factorial", "optimizer=adamw", "batch_size=2", "repeats=3", "data.rows=128")
     assert "sweep" not in written
     assert "repeats" not in written
     assert "method.raise_to_fp32=true" in written
 
 
-def test_an_option_that_is_not_here_leaves_the_recorded_line() -> None:
-    _, recorded = composed()
-    assert command(recorded | {"optimizer": "mine"}, "python -m lora_lab optimizer=mine") == (
-        "python -m lora_lab optimizer=mine"
-    )
+def test_an_option_of_the_users_own_comes_back_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("optim: null\ntarget: torch.optim.SGD\nargs: {momentum: 0.9}\n")
+    config = TrialConfig(optimizer=OptimizerConfig(target="torch.optim.SGD", args={"momentum": 0.9}))
+    default = OmegaConf.select(compose("config", return_hydra_config=True), "hydra.runtime.choices")
+    written = shortest_command(config, {**default, "optimizer": "mine"}, str(tmp_path))
+    assert f"--config-dir={tmp_path} optimizer=mine " in written
+    assert "optimizer.target" not in written

@@ -1,0 +1,105 @@
+"""Write the shortest command line that composes to a trial's configuration."""
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from lora_lab.composition.arguments import quoted
+from lora_lab.composition.compose import CONF
+from lora_lab.composition.keys import GROUPS
+from lora_lab.config import TrialConfig
+from lora_lab.settings import Effect, settings_of
+from lora_lab.store.record import plain
+
+_FREE = ("model.architecture", "model.package", "optimizer.args")
+"""Dictionaries whose keys a group's option decides."""
+
+_WORDS = re.compile("null|true|false|nan|inf", re.IGNORECASE)
+"""Texts that Hydra reads as something else."""
+
+_LEFT_OUT = {"seed", *(each.key for each in settings_of(TrialConfig) if each.effect is Effect.none)}
+
+
+def shortest_command(config: TrialConfig, choices: Mapping[str, str], config_dir: str | None = None) -> str:
+    """Return the shortest command line for this configuration: one trial, whatever sweep or seed it came from.
+
+    Args:
+        choices: the chosen option of each group.
+        config_dir: a folder with the user's own options, as --config-dir names it.
+    """
+    default, _ = _composed((), config_dir)
+    chosen = tuple(f"{g}={choices[g]}" for g in GROUPS if g not in _LEFT_OUT and choices[g] != default[g])
+    _, there = _composed(chosen, config_dir)
+    wanted = dict(_leaves(plain(config), ""))
+    words = [*([f"--config-dir={config_dir}"] if config_dir else []), *chosen, *_overrides(wanted, dict(there))]
+    return " ".join(["python -m lora_lab", *map(shlex.quote, words)])
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(words: tuple[str, ...], config_dir: str | None) -> tuple[dict[str, str], tuple[tuple[str, Any], ...]]:
+    """Return the options and the settings that these words compose to."""
+    places = create_config_search_path(str(CONF))
+    if config_dir:
+        places.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor="schema")
+    composed = ConfigLoaderImpl(places).load_configuration("config", list(words), RunMode.RUN)
+    settings = OmegaConf.to_container(composed, enum_to_str=True)
+    assert isinstance(settings, dict)
+    choices = {group: str(option) for group, option in settings.pop("hydra")["runtime"]["choices"].items()}
+    return choices, tuple(_leaves(settings, ""))
+
+
+def _overrides(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what turns the settings that are `there` into those `wanted`."""
+    for key, value in wanted.items():
+        if not {key, key.partition(".")[0]} & _LEFT_OUT and not key.startswith(_FREE) and value != there.get(key):
+            yield f"{key}={_written(value)}"
+    for free in _FREE:
+        yield from _dictionary(free, _below(wanted, free), _below(there, free))
+
+
+def _dictionary(name: str, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    """Do the same for a dictionary of any keys, given by its leaves."""
+    if wanted.get(name, {}) is None:
+        yield from [] if there.get(name, {}) is None else [f"{name}=null"]
+        return
+    keys = {key: value for key, value in wanted.items() if key != name}  # itself where it is empty
+    yield from (f"~{key}" for key in there if key not in wanted and key != name)
+    for key, value in keys.items():
+        if key not in there or value != there[key]:
+            yield f"{'' if key in there else '+'}{key}={_written(value)}"
+
+
+def _below(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key == name or key.startswith(f"{name}.")}
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else name)
+    else:
+        yield key, node
+
+
+def _written(value: Any) -> str:
+    """Write a value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_written(inner) for inner in value) + "]"
+    text = str(value)
+    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@+-]*", text) or _WORDS.fullmatch(text)):
+        return quoted(text)
+    return text
