@@ -20,7 +20,8 @@ from rich.console import Console
 
 from benchmarks.records_store import unpack
 from lora_lab import __version__
-from lora_lab.report.answers.claims.study import Study, shipped
+from lora_lab.report.answers.claims.study import Study
+from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
 from lora_lab.report.statistics.contrasts import Contrast

@@ -18,7 +18,7 @@ from lora_lab import __version__
 from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.report.answers.claims.study import load_study, shipped
+from lora_lab.report.answers.claims.study_file import load_study, shipped
 from lora_lab.report.answers.compare.comparison import compare, exit_code
 from lora_lab.report.answers.compare.display import show as show_comparison
 from lora_lab.report.arguments import settings, share

@@ -27,7 +27,8 @@ from lora_lab.report.answers.claims.judge import (
     load_study,
     needed,
 )
-from lora_lab.report.answers.claims.study import SHIPPED, Change, ContrastClaim, Study
+from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
+from lora_lab.report.answers.claims.study_file import SHIPPED
 from lora_lab.report.measures import ENERGY, THROUGHPUT
 from lora_lab.report.statistics.attribution import split
 from lora_lab.report.statistics.estimates import Estimate

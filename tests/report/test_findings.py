@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 from rich.console import Console
 
-from lora_lab.report.answers.claims.study import shipped
+from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
 from lora_lab.report.writing.page.page import page

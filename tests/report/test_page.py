@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.answers.claims.study import SHIPPED, load_study
+from lora_lab.report.answers.claims.study_file import SHIPPED, load_study
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.writing.page.heat_map import colour
 from lora_lab.report.writing.page.page import Timelines, page, typeset, write_page

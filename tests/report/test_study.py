@@ -15,7 +15,8 @@ from planted import trial
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.config import InvalidInput
 from lora_lab.report.answers.claims.judge import CONTRADICTED, NOT_TESTABLE, SUPPORTED, Verdict, judge, load_study
-from lora_lab.report.answers.claims.study import SHIPPED, Claim, ContrastClaim, FitsClaim, Study
+from lora_lab.report.answers.claims.study import Claim, ContrastClaim, FitsClaim, Study
+from lora_lab.report.answers.claims.study_file import SHIPPED
 from lora_lab.report.measures import THROUGHPUT
 from lora_lab.report.statistics.factors import tied
 from lora_lab.store.trials import Trial, groups

@@ -19,16 +19,8 @@ from lora_lab.report.answers.claims import association, contrast
 from lora_lab.report.answers.claims.contrast import decide
 from lora_lab.report.answers.claims.memory import judge_fits
 from lora_lab.report.answers.claims.required_effect import Needed, needed
-from lora_lab.report.answers.claims.study import (
-    ANY_CARD,
-    AssociationClaim,
-    Claim,
-    ContrastClaim,
-    FitsClaim,
-    Study,
-    load_study,
-    shipped,
-)
+from lora_lab.report.answers.claims.study import ANY_CARD, AssociationClaim, Claim, ContrastClaim, FitsClaim, Study
+from lora_lab.report.answers.claims.study_file import load_study, shipped
 from lora_lab.report.answers.claims.verdict import (
     CONFOUNDED,
     CONTRADICTED,
