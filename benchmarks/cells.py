@@ -29,9 +29,7 @@ def _compose(overrides: Sequence[str]) -> tuple[TrialConfig, dict[str, str]]:
     register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose(
-            "config", command=f"python -m lora_lab {' '.join(overrides)}", return_hydra_config=True
-        )
+        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
     choices = {group: str(composed.hydra.runtime.choices[group]) for group in GROUPS}
     with open_dict(composed):
         del composed["hydra"]

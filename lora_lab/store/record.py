@@ -12,6 +12,7 @@ from lora_lab.config import EngineKind, TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.outcome import End, Outcome
 from lora_lab.secrets import without_secrets
+from lora_lab.store.naming import OPTIONS, point_name
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.sampler import Sample
 
@@ -51,12 +52,13 @@ class Record:
 
 
 def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
-    """What tells this run from its neighbours in a list. The engine that everything ran with before there was a choice
-    goes unsaid: names stay short, and older runs have the name that they would get today."""
-    groups = ["model", "method", "optimizer", "precision"]
+    """Return the name of a trial that is alone. The engine that everything ran with before there was a choice is left
+    out: names stay short."""
+    groups = [group for group in OPTIONS if group not in ("data", "engine")]
     if choices["engine"] != EngineKind.eager.name:
         groups.append("engine")
-    return " ".join([*(choices[group] for group in groups), f"{config.batch_size}x{config.seq_len}"])
+    shape = {"batch_size": str(config.batch_size), "seq_len": str(config.seq_len)}
+    return point_name({group: choices[group] for group in groups} | shape)
 
 
 def plain(config: TrialConfig) -> dict[str, Any]:

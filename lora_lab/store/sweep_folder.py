@@ -15,6 +15,7 @@ from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import write_json
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, whole
+from lora_lab.store.naming import point_name, trial_name
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.trial_folder import DELIVERED, TrialFolder
@@ -49,13 +50,13 @@ class Planned:
 
     @property
     def label(self) -> str:
-        """The point, for people."""
-        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or "the defaults"
+        """Return the name of its point."""
+        return point_name(self.settings) or "the only point"
 
     @property
     def name(self) -> str:
-        """The trial, for people."""
-        return f"{self.label} #{self.repeat}" if self.repeat else self.label
+        """Return the name of the trial."""
+        return trial_name(self.label, self.repeat)
 
 
 @dataclass(slots=True, kw_only=True)

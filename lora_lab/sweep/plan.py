@@ -56,15 +56,13 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
 
 
 def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
-    """For each point the settings in which it differs from others; for a single point all that were asked for."""
+    """Return for each point the settings in which it differs from others; for a single point all that were asked for.
+    A point that was not given a key that others have says "default" there, so that no two have the same name."""
     asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
-    values: dict[str, set[str]] = {}
-    for settings in asked:
-        for key, value in settings.items():
-            values.setdefault(key, set()).add(value)
-    same = {key for key, seen in values.items() if len(seen) == 1 and all(key in settings for settings in asked)}
-    fixed = same if len(points) > 1 else set()
-    return [{key: value for key, value in settings.items() if key not in fixed} for settings in asked]
+    keys = dict.fromkeys(key for settings in asked for key in settings)
+    filled = [{key: settings.get(key, "default") for key in keys} for settings in asked]
+    differing = [key for key in keys if len(points) == 1 or len({settings[key] for settings in filled}) > 1]
+    return [{key: settings[key] for key in differing} for settings in filled]
 
 
 def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:

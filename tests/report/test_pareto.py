@@ -48,7 +48,7 @@ def test_regimes_that_disagree_are_mixed():
     def regime(*told):
         trials = [trial({THROUGHPUT.key: 1.0}, regime=each) for each in told]
         (only,) = points(trials, trials, ())
-        assert only.label == "the defaults"
+        assert only.label == "the only point"
         return only.regime
 
     assert regime("host-bound", "host-bound") == "host-bound"
@@ -60,7 +60,7 @@ def test_regimes_that_disagree_are_mixed():
 def test_loss_of_random_weights_is_no_figure():
     trials = [trial({LOSS.key: 2.0}, model__weights=weights) for weights in ("random", "pretrained")]
     told = {found.label: found.figures for found in points(trials, trials, design(trials).factors)}
-    assert told == {"random": {}, "pretrained": {"loss": (2.0, 2.0, 2.0)}}
+    assert told == {"weights=random": {}, "weights=pretrained": {"loss": (2.0, 2.0, 2.0)}}
 
 
 def test_figures_that_are_no_numbers_are_in_no_median():

@@ -101,7 +101,7 @@ def test_neighbours_in_a_sweep_have_different_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "name"), [("eager", "tiny qlora adamw fp16 2x512"), ("graph", "tiny qlora adamw fp16 graph 2x512")]
+    ("engine", "name"), [("eager", "adamw fp16 2x512 qlora tiny"), ("graph", "adamw fp16 graph 2x512 qlora tiny")]
 )
 def test_a_name_says_the_engine_where_it_is_not_the_plain_one(engine: str, name: str) -> None:
     assert run_name(TrialConfig(batch_size=2, seq_len=512), CHOICES | {"engine": engine}) == name

@@ -134,9 +134,9 @@ def test_what_is_said_last_of_a_key_is_what_the_label_says() -> None:
 
 def test_a_single_point_is_labelled_by_all_that_was_asked_for() -> None:
     [trial] = plan_trials(grid(1), 1, 0)
-    assert trial.label == "batch_size=1 seq_len=64"
+    assert trial.label == "1x64"
     [trial] = plan_trials([point(TrialConfig())], 1, 0)
-    assert trial.label == "the defaults"
+    assert trial.label == "the only point"
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=12))

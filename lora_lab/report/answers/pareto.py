@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora_lab.report.measures import MEASURES, Better, Measure
 from lora_lab.report.statistics.factors import Factor
+from lora_lab.store.naming import in_order, word
 from lora_lab.store.trials import Trial
 
 _NOT_KNOWN = "not known"
@@ -28,8 +29,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The point, for people."""
-        return " ".join(self.levels.values()) or "the defaults"
+        """Return the point's name."""
+        return " ".join(word(name, self.levels[name]) for name in in_order(self.levels)) or "the only point"
 
 
 def points(trials: Sequence[Trial], measured: Sequence[Trial], factors: Sequence[Factor]) -> list[Point]:

@@ -5,10 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
 from lora_lab.report.statistics.factors import NO_EFFECT
+from lora_lab.store.naming import OPTIONS, point_name
 from lora_lab.store.trials import Trial
-
-GROUPS = ("optimizer", "precision", "engine", "method", "model", "data")
-"""Groups whose options have names that say something."""
 
 _SHAPE = ("batch_size", "seq_len")
 
@@ -49,9 +47,9 @@ def labels(points: Sequence[Settings]) -> list[str]:
         (key, value)
         for key in words
         for value, times in Counter(point.get(key, ABSENT) for point in told).items()
-        if key not in (*GROUPS, *_SHAPE) and 2 * times > len(points)
+        if key not in (*OPTIONS, *_SHAPE) and 2 * times > len(points)
     }
-    return [" ".join(_words(point, words, usual) or _words(point, words, set())) or "the only one" for point in told]
+    return [_name(point, words, usual) or _name(point, words, set()) or "the only point" for point in told]
 
 
 def _differing(points: Sequence[Mapping[str, str]]) -> list[str]:
@@ -68,10 +66,8 @@ def _differing(points: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in varied if not explained(key)]
 
 
-def _words(point: Mapping[str, str], keys: Sequence[str], usual: Set[tuple[str, str]]) -> list[str]:
-    """Options by their name, batch and sequence as a shape, the rest with its key."""
-    words = [point.get(group, ABSENT) for group in GROUPS if group in keys]
-    if set(_SHAPE) & set(keys):
-        words.append("x".join(point.get(key, ABSENT) for key in _SHAPE))
-    others = ((key, point.get(key, ABSENT)) for key in keys if key not in (*GROUPS, *_SHAPE))
-    return words + [f"{key.rpartition('.')[2]}={value}" for key, value in others if (key, value) not in usual]
+def _name(point: Mapping[str, str], keys: Sequence[str], usual: Set[tuple[str, str]]) -> str:
+    """Name a point by these keys without its usual settings; batch size and row length always together."""
+    shape = _SHAPE if set(_SHAPE) & set(keys) else ()
+    told = {key: point.get(key, ABSENT) for key in dict.fromkeys((*keys, *shape))}
+    return point_name({key: value for key, value in told.items() if (key, value) not in usual})

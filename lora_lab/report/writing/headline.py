@@ -140,7 +140,8 @@ def _on_claims(found: "GroupFindings", verdicts: "Sequence[tuple[Study, Sequence
 
 def _name(point: Point, found: "GroupFindings") -> str:
     usual = usual_levels(found.points, found.design.factors)
-    return levels_text(point.levels, found.design.factors, usual) or "the one configuration"
+    factors = found.design.factors
+    return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"
 
 
 def _best(among: Sequence[Point], measure: Measure) -> Point:

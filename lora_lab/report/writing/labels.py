@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.statistics.factors import SHAPE, Factor
+from lora_lab.store.naming import OPTIONS, in_order, word
 
 
 def level_text(factor: Factor, level: str) -> str:
@@ -14,14 +15,7 @@ def level_text(factor: Factor, level: str) -> str:
     # within a level, shape is one word of several settings
     keys = list(dict.fromkeys("shape" if key in SHAPE else key for key in factor.keys))
     told = zip(keys, level.split(" + "), strict=False)
-    return " ".join(
-        value if key == "shape" or _a_word(key, value) else f"{key.rpartition('.')[2]}={value}" for key, value in told
-    )
-
-
-def _a_word(key: str, value: str) -> bool:
-    """Whether a value says by itself what it is: the chosen option of a group does, a number or a switch doesn't."""
-    return "." not in key and value not in ("None", "True", "False") and not value[:1].isdigit()
+    return " ".join(word(key, value) for key, value in told)
 
 
 def usual_levels(points: Sequence[Point], factors: Sequence[Factor]) -> dict[str, str]:
@@ -40,10 +34,16 @@ def levels_text(
     """Levels in one line, without the usual ones and without the factor named `without`."""
     told = [
         level_text(factor, levels[factor.name])
-        for factor in factors
+        for factor in sorted(factors, key=_place)
         if factor.name != without and factor.name in levels and levels[factor.name] != usual.get(factor.name)
     ]
     return " ".join(told)
+
+
+def _place(factor: Factor) -> int:
+    """Return a factor's place in a name."""
+    order = in_order([*OPTIONS, "shape", "other"])
+    return order.index(factor.name if factor.name in order else "other")
 
 
 def regime_text(regime: str) -> str:

@@ -94,7 +94,8 @@ def _points_table(found: GroupFindings) -> Table:
 def name_of(levels: Mapping[str, str], found: GroupFindings) -> str:
     """A point, without what most points have."""
     usual = usual_levels(found.points, found.design.factors)
-    return levels_text(levels, found.design.factors, usual) or "the usual settings"
+    factors = found.design.factors
+    return levels_text(levels, factors, usual) or levels_text(levels, factors, {}) or "the only point"
 
 
 def _figure(point: Point, measure: Measure) -> str:

@@ -195,7 +195,7 @@ def _how_sure(found: GroupFindings) -> str:
 
 
 def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:
-    return levels_text(levels, factors, usual) or ("usual settings" if factors else "the one point")
+    return levels_text(levels, factors, usual) or levels_text(levels, factors, {}) or "the only point"
 
 
 def _regimes_text(regimes: Mapping[str, str]) -> str:
