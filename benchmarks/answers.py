@@ -18,7 +18,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.records_store import unpack
 from lora_lab import __version__
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.study_file import shipped
@@ -29,6 +28,7 @@ from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.numbers import format_short
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.terminal import show
+from lora_lab.store.records_file import unpack
 from lora_lab.store.stored_runs import open_store
 
 RESULTS = Path(__file__).parent / "results/h100"

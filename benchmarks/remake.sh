@@ -33,7 +33,7 @@ python3 -m lora_lab sweep=engines repeats=1 $random measure.warmup_steps=4 measu
 # shellcheck disable=SC2086
 python3 -m lora_lab sweep=paper_factorial engine=eager,graph seq_len=512,2048 repeats=1 $random measure.warmup_steps=4 \
   measure.steps=16 hydra.sweep.dir=multirun/engines/factorial
-python3 -m benchmarks.records_store pack multirun/engines/ladder multirun/engines/factorial "$1/engines.jsonl.gz"
+python3 -m lora_lab.records pack multirun/engines/ladder multirun/engines/factorial "$1/engines.jsonl.gz"
 # what the report in docs/answers is about: the factorial, the same GPU-bound, and the paper's longest rows within 8 GiB
 sweep() {
   python3 -m lora_lab sweep=paper_factorial model.weights=random data=random_tokens data.rows=128 measure.warmup_steps=3 \
@@ -43,5 +43,5 @@ sweep all repeats=3
 sweep gpu_bound repeats=6 batch_size=4,8 seq_len=2048
 sweep fits repeats=3 capacity=8gib batch_size=1,2 seq_len=2048 optimizer=paged_adamw precision=fp16 \
   method.raise_to_fp32=false,true
-python3 -m benchmarks.records_store pack multirun/factorial/all multirun/factorial/gpu_bound multirun/factorial/fits \
+python3 -m lora_lab.records pack multirun/factorial/all multirun/factorial/gpu_bound multirun/factorial/fits \
   "$1/factorial.jsonl.gz"

@@ -6,7 +6,6 @@ import math
 import shutil
 import sqlite3
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
-from benchmarks import records_store
 from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.store import stored_runs
 from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
 from lora_lab.store.record import RUNNING, Point, Record
+from lora_lab.store.records_file import read
 from lora_lab.store.run_checks import TURNING
 from lora_lab.store.stored_runs import KNOWN_SCHEMAS, StoredRuns, open_store
 
@@ -153,8 +152,8 @@ def test_a_trial_of_today_comes_back_as_it_is(root: Path, level: str) -> None:
 
 
 def test_the_factorial_that_is_shipped_speaks_todays_words(root: Path) -> None:
-    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
-    first = [record for record in records_store.read(file) if record.parent][:3]
+    file = Path(__file__).parents[2] / "benchmarks/results/h100/factorial.jsonl.gz"
+    first = [record for record in read(file) if record.parent][:3]
     for record in first:
         record.parent = None
         tracker_of(root).deliver(record, [])
@@ -421,54 +420,3 @@ def test_a_report_is_kept_with_a_run_and_replaced_by_the_next(root: Path, tmp_pa
         store.keep("0" * 32, page)
     with pytest.raises(TrackingFailed):
         store.keep(run_id, tmp_path / "missing.html")
-
-
-# --- records in a file -------------------------------------------------------------------------------------------
-
-
-def test_packed_records_make_the_same_trials_again_and_name_no_place(tmp_path: Path, root: Path) -> None:
-    folder = tmp_path / "multirun" / "grid"
-    tags = {"outcome": "finished", "folder": str(folder), "process.host": "somewhere", "process.pid": "17"}
-    above = a_sweep(tags=tags)
-    points = [Point(key="step/loss", value=2 / (n + 3), step=n, t_ms=MS + 250 * n) for n in range(40)]
-    gpu = a_trial(1, above, tags={**tags, "device.uuid": "GPU-1"}, series=points)
-    cpu = a_trial(2, above, tags=tags, outcome="killed", metrics={"a": 1 / 3, "b": math.inf})
-    for name, content in (
-        ("sweep", {"record": asdict(above)}),
-        ("0000/record", asdict(gpu)),
-        ("0001/record", asdict(cpu)),
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    outs = [tmp_path / name for name in ("one.gz", "other.gz")]
-    for out in outs:
-        assert records_store.main(["pack", str(folder), str(out)]) == 0
-    assert outs[0].read_bytes() == outs[1].read_bytes()
-    assert str(tmp_path) not in "".join(map(repr, records_store.read(outs[0])))
-    assert records_store.main(["unpack", str(outs[0]), str(root)]) == 0
-    store = open_store(address(root))
-    trials, [sweep] = store.runs()
-    assert [(t.name, t.sweep, t.metrics) for t in trials] == [(r.name, sweep.run_id, r.metrics) for r in (gpu, cpu)]
-    assert [t.place.unit for t in trials] == ["GPU-1", "somewhere"]
-    assert "process.pid" not in trials[1].tags
-    read = store.series(trials[0].run_id)["step/loss"]
-    assert [(t, step) for t, step, _ in read] == [(p.t_ms, p.step) for p in points]
-    assert [value for _, _, value in read] == pytest.approx([p.value for p in points], rel=1e-5)
-
-
-def test_the_factorial_that_is_shipped_is_whole() -> None:
-    file = Path(records_store.__file__).parent / "results" / "h100" / "factorial.jsonl.gz"
-    seen: set[str | None] = {None}
-    for record in records_store.read(file):
-        assert record.parent in seen, "a sweep comes before its trials, and no trial is without its sweep"
-        assert record.is_sweep == (record.parent is None)
-        assert record.outcome != RUNNING
-        assert not {"folder", "process.host"} & record.tags.keys()
-        seen.add(record.id)
-    assert len(seen) == 1 + 5 + 121
-
-
-def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert records_store.main(["pack", str(tmp_path), str(tmp_path / "out.gz")]) == 2
-    assert "holds no sweep" in capsys.readouterr().err
-    assert not (tmp_path / "out.gz").exists()
