@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{pack(asked.folders, asked.out)} records in {asked.out}")
         else:
             print(f"{unpack(asked.file, asked.root)} records in {asked.root}")
+            address = address_of(asked.root / "mlflow.db")
             print(f"to report on them: python -m lora_lab.report --store {address}")
     except (InvalidInput, TrackingFailed, OSError, ValueError) as fault:
         print(fault, file=sys.stderr)
