@@ -26,7 +26,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from benchmarks.cells import compose_cell, provenance, write_report
+from benchmarks.compose import compose
+from benchmarks.reports import provenance, write_report
 from lora_lab.config import Checkpointing, TrialConfig
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
@@ -91,7 +92,7 @@ def compare(name: str, overrides: list[str], device: torch.device) -> list[dict[
     rows: list[dict[str, Any]] = []
     plain: dict[str, int] = {}
     for checkpointing in (Checkpointing.none, Checkpointing.full, Checkpointing.selective):
-        config = compose_cell([*overrides, f"gradient_checkpointing={checkpointing.name}"])
+        config = compose([*overrides, f"gradient_checkpointing={checkpointing.name}"])
         seen, made = one_step(config, device)
         gc.collect()
         plain = plain or seen
@@ -136,9 +137,7 @@ def main() -> int:
     for batch_size, seq_len in SHAPES:
         name = f"{' '.join(asked) or 'smollm2_135m'} {batch_size}x{seq_len}"
         rows += compare(name, [*overrides, f"batch_size={batch_size}", f"seq_len={seq_len}"], device)
-    origin = provenance(
-        {"tags": environment() | device_facts(card)}, " ".join(["python -m benchmarks.flop_check OUT", *asked])
-    )
+    origin = provenance(environment() | device_facts(card), " ".join(["python -m benchmarks.flop_check OUT", *asked]))
     worst = max(abs(row["differs"][part]) for row in rows for part in PARTS)
     verdict = f"Largest difference of any part: {worst:.2%}; allowed are {LIMIT:.0%}."
     title = "Operations of a step: the formula, and torch's FlopCounterMode"

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from benchmarks.cells import compose_cell, provenance, write_report
-from benchmarks.one_factor import last_wins
+from benchmarks.compose import compose
+from benchmarks.reports import provenance, write_report
 from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event, WindowClosed, WindowOpened
 from lora_lab.store.environment import device_facts, environment
@@ -248,14 +248,14 @@ def main() -> None:
     rows = []
     for shape, overrides in SHAPES.items():
         steps = max(20, round(seconds / _GUESSED_STEP_SECONDS))
-        config = compose_cell(last_wins([*COMMON, *overrides, f"measure.steps={steps}", *more]))
+        config = compose([*COMMON, *overrides, f"measure.steps={steps}", *more])
         rows.append({"shape": shape} | measured(config, Path("multirun/looking").resolve() / shape))
         text = report(out, command, rows, environment() | device_facts(card))
     print(text)
 
 
 def report(out: Path, command: str, rows: list[dict[str, Any]], tags: dict[str, str]) -> str:
-    origin = provenance({"tags": tags}, command)
+    origin = provenance(tags, command)
     head = ["shape", "window s", "readings", "a reading takes", "a second"]
     head += ["cost of readings, 95 %", "sham", "cost by blocks, 95 %"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -15,9 +15,8 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from benchmarks.cells import provenance
+from benchmarks.reports import markdown, provenance, write_report
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.trial.devices import choose_card
@@ -83,25 +82,19 @@ def main() -> None:
             folder = Path("multirun/overhead").resolve() / f"{module}-{turn}"
             run(module, folder, overrides)
             sides[side].append(overheads(folder))
-    lines = [
-        "| | overhead s, median (range) | before the first step | after the last | first trial |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for side, rounds in sides.items():
         later = [trial for ran in rounds for trial in ran[1:]]
-        cells = [side]
+        row = [side]
         for key in ("overhead", "before", "after"):
             values = [trial[key] for trial in later]
-            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        cells.append(", ".join(f"{ran[0]['overhead']:.2f}" for ran in rounds))
-        lines.append("| " + " | ".join(cells) + " |")
-    facts: dict[str, Any] = {"tags": environment() | device_facts(choose_card("auto"))}
+            row.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        rows.append([*row, ", ".join(f"{ran[0]['overhead']:.2f}" for ran in rounds)])
+    head = ["", "overhead s, median (range)", "before the first step", "after the last", "first trial"]
+    text = markdown(head, rows)
+    facts = environment() | device_facts(choose_card("auto"))
     origin = provenance(facts, " ".join(["python -m benchmarks.overhead OUT", *overrides]))
-    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
-    text = "\n".join(lines)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "overhead.md").write_text(f"# Overhead of a trial in a sweep\n\n{head}\n\n{text}\n", encoding="utf-8")
-    (out / "overhead.json").write_text(json.dumps({"origin": origin, "seconds": sides}, indent=1) + "\n")
+    write_report(out, "overhead", "Overhead of a trial in a sweep", origin, text, {"seconds": sides})
     print(text)
 
 

@@ -19,9 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import hydra
-
-from lora_lab.composition.compose import CONF, load, register_schema
+from benchmarks.compose import compose
 from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event, Ran, Step, WindowOpened
 from lora_lab.trial import worker_process
@@ -29,12 +27,6 @@ from lora_lab.trial.devices import choose_card, worker_environment
 
 OVERRIDES = ["optimizer=paged_adamw", "precision=fp16", "method=qlora", "tracking=none"]
 REPEATS = 2
-
-
-def compose(overrides: list[str]) -> TrialConfig:
-    register_schema()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(hydra.compose("config", overrides=[*OVERRIDES, *overrides]))
 
 
 def observe(config: TrialConfig, profiled: bool) -> dict[str, Any]:
@@ -99,11 +91,11 @@ def fresh(overrides: list[str], environment: dict[str, str], profiled: bool) -> 
 
 def main() -> None:
     if sys.argv[1] == "--fresh":
-        print(json.dumps(observe(compose(sys.argv[3:]), sys.argv[2] == "1")))
+        print(json.dumps(observe(compose([*OVERRIDES, *sys.argv[3:]]), sys.argv[2] == "1")))
         return
     out, overrides = Path(sys.argv[1]), sys.argv[2:]
     environment = worker_environment(choose_card("auto"))
-    config = compose(overrides)
+    config = compose([*OVERRIDES, *overrides])
     a, b = prepared(config, environment, True), fresh(overrides, environment, True)
     times: dict[str, list[float]] = {"prepared": [], "fresh": []}
     for _ in range(REPEATS):

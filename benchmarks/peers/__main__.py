@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import provenance, write_report
 from benchmarks.peers.controller import Race, Settings, make_material
 from benchmarks.peers.plan import CELLS, NEEDS, Cell
 from benchmarks.peers.table import table
+from benchmarks.reports import provenance, write_report
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.trial.devices import choose_card, worker_environment
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     asked = _parse(arguments)
     card = choose_card(asked.device)
     shown = worker_environment(card)
-    origin = provenance({"tags": environment() | device_facts(card)}, _command(arguments, asked))
+    origin = provenance(environment() | device_facts(card), _command(arguments, asked))
     settings = Settings(
         contenders=asked.contenders,
         method=asked.method,

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 import transformers
 
-from benchmarks.cells import compose_cell
+from benchmarks.compose import compose
 from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_NORM, OFFLOADED, RANK, SEED, Setup
 from benchmarks.peers.stacks import Built, Job
 from lora_lab.events import Event
@@ -26,7 +26,7 @@ def build(setup: Setup, device: str) -> Built:
 
     lora_lab's telemetry is left out: what is timed is the engine, as for the others.
     """
-    config = compose_cell(overrides(setup))
+    config = compose(overrides(setup))
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     transformers.set_seed(SEED)
     model = load_model(config, load_architecture(config.model), where)

@@ -1,0 +1,44 @@
+"""What benchmarks read of a sweep's folder, and the files that they write."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_lab.store.record import Record
+from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.store.trial_folder import TrialFolder
+
+
+def finished_trials(sweep: Path) -> Iterator[tuple[TrialFolder, Record]]:
+    """Yield the trials of a sweep that finished, in the order in which its points were asked for."""
+    planned = {trial.number: (trial.asked_place, trial.repeat) for trial in SweepFolder(sweep).read().trials}
+    folders = sorted(sweep.glob("[0-9]*"), key=lambda folder: planned[int(folder.name.partition("-")[0])])
+    for folder in map(TrialFolder, folders):
+        record = folder.record()
+        if record is not None and record.outcome == "finished":
+            yield folder, record
+
+
+def provenance(tags: Mapping[str, str], command: str) -> dict[str, str]:
+    """Return where figures come from: command, commit, card, versions.
+
+    LORA_LAB_COMMIT names the commit on a machine that has the files but not the history."""
+    keep = {key: value for key, value in tags.items() if key.startswith(("version.", "device", "machine."))}
+    return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
+
+
+def write_report(out: Path, name: str, title: str, origin: dict[str, str], text: str, content: dict[str, Any]) -> None:
+    """Write NAME.md for people: title, origin, text; and NAME.json: origin and content."""
+    head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(f"# {title}\n\n{head}\n\n{text}\n", encoding="utf-8")
+    whole = json.dumps({"origin": origin, **content}, indent=1)
+    (out / f"{name}.json").write_text(whole + "\n", encoding="utf-8")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
