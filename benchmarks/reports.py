@@ -40,5 +40,4 @@ def write_report(out: Path, name: str, title: str, origin: dict[str, str], text:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
-    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
