@@ -3,29 +3,17 @@
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from lora_lab.events import Step
 from lora_lab.outcome import Diverged
 from lora_lab.worker.data import TokenCounts
 
 _NEAR = 5
 """How many steps make a level: single batches of few rows vary too much to be compared."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One finished optimizer step. `seconds` is None for the first."""
-
-    t: float
-    step: int
-    seconds: float | None
-    loss: float
-    counts: TokenCounts
-    skipped: bool
-    waited_seconds: float
 
 
 @dataclass(slots=True)
@@ -78,26 +66,26 @@ class LossRelay:
         done = self._record()
         self._pending.append(_Pending(time.monotonic(), step, loss_here, scale_here, counts, waited_seconds, done))
 
-    def arrived(self) -> list[StepRecord]:
+    def arrived(self) -> list[Step]:
         """The steps whose loss is here by now, in order; never waits."""
-        records = []
+        steps = []
         while self._pending and (self._pending[0].done is None or self._pending[0].done.query()):
             pending = self._pending.pop(0)
             scale = float(pending.scale)
             skipped, self._scale = scale < self._scale, scale
             seconds, self._last = self._seconds(pending), (pending.t, pending.done)
-            records.append(
-                StepRecord(
+            steps.append(
+                Step(
                     t=pending.t,
                     step=pending.step,
                     seconds=seconds,
                     loss=float(pending.loss),
-                    counts=pending.counts,
                     skipped=skipped,
                     waited_seconds=pending.waited_seconds,
+                    **asdict(pending.counts),
                 )
             )
-        return records
+        return steps
 
     def _seconds(self, pending: _Pending) -> float | None:
         if self._last is None:

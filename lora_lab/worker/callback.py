@@ -8,65 +8,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned, WindowClosed, WindowOpened
+from lora_lab.events import FIRST_STEP, Phase, Warned, WindowClosed, WindowOpened
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.data import TokenCounts
-from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.profiling import StepProfiler
-from lora_lab.worker.vram_limit import Capacity
-
-Emit = Callable[[Event], None]
-
-_TRAINING = (Phase.warm_up, Phase.window, Phase.profile)
-
-
-class PhaseClock:
-    """Announces phases, and what torch's allocator peaked at in the one that is over."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._retries = 0
-        self.present = Phase.start
-        self.capacity: Capacity | None = None
-        """Brought up to date whenever a phase begins."""
-        self.step: StaticStep | None = None
-        """Where steps are replayed from CUDA graphs: torch's allocator does not see what comes and goes in them."""
-
-    def enter(self, phase: Phase) -> None:
-        """`phase` begins now."""
-        self.leave()
-        self.present = phase
-        if self.capacity is not None:
-            self.capacity.apply()
-        self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
-
-    def leave(self, part: str | None = None) -> None:
-        """The present phase is over, or a `part` of it; what follows is told apart."""
-        if not torch.cuda.is_initialized():
-            return
-        retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
-        free, total = torch.cuda.mem_get_info()
-        self._emit(
-            PhaseMemory(
-                t=time.monotonic(),
-                phase=part or self.present.value,
-                peak_allocated_bytes=max(torch.cuda.max_memory_allocated(), self._unseen_peak_bytes()),
-                peak_reserved_bytes=torch.cuda.max_memory_reserved(),
-                reserved_bytes=torch.cuda.memory_reserved(),
-                device_used_bytes=total - free,
-                retries=retries - self._retries,
-            )
-        )
-        self._retries = retries
-        torch.cuda.reset_peak_memory_stats()
-
-    def _unseen_peak_bytes(self) -> int:
-        if self.step is None:
-            return 0
-        if self.present is Phase.compilation:
-            return self.step.recording_peak_bytes
-        return self.step.replay_peak_bytes if self.present in _TRAINING else 0
 
 
 class TelemetryCallback(TrainerCallback):
@@ -198,21 +145,6 @@ class TelemetryCallback(TrainerCallback):
             torch.cuda.synchronize(self._device)
 
     def _send_arrived(self) -> None:
-        for record in self._relay.arrived():
-            self._emit(
-                Step(
-                    t=record.t,
-                    step=record.step,
-                    seconds=record.seconds,
-                    loss=record.loss,
-                    rows=record.counts.rows,
-                    slots=record.counts.slots,
-                    real=record.counts.real,
-                    trained=record.counts.trained,
-                    skipped=record.skipped,
-                    attended=record.counts.attended,
-                    attended_slots=record.counts.attended_slots,
-                    waited_seconds=record.waited_seconds,
-                )
-            )
-            self._watch.see(record.step, record.loss)
+        for step in self._relay.arrived():
+            self._emit(step)
+            self._watch.see(step.step, step.loss)

@@ -12,7 +12,6 @@ from lora_lab.config import Attention, Batching, Checkpointing, EngineKind, Tria
 from lora_lab.events import Compiled, EngineDone, Phase, Warned
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels, kernels_of
-from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
@@ -23,6 +22,7 @@ from lora_lab.worker.engines.inspection import check_liger_support, engine_of, h
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
 from lora_lab.worker.models import working_dtype
+from lora_lab.worker.phases import Emit, PhaseClock
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Engine(TrainerCallback):
         self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
         self._step.on_unrecorded = self._tell_unrecorded
         use_static_step(model, self._step)
-        self._clock.step = self._step
+        self._clock.replayed = self._step
         self.callbacks.append(QuickAnswers())
 
     def attach(self, trainer: Any) -> None:

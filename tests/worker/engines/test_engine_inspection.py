@@ -13,12 +13,12 @@ from transformers import Trainer
 from lora_lab.config import Checkpointing, EngineKind, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.callback import PhaseClock
 from lora_lab.worker.engines import graph_step
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.engine import Engine
 from lora_lab.worker.engines.graph_step import StaticStep
 from lora_lab.worker.engines.inspection import engine_of, has_dropout, loss_is_chunked
+from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.training import checkpointing_arguments
 
 pytestmark = [
