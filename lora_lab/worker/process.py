@@ -37,16 +37,16 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
 
 
 def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None:
-    """Look at many trials in this process, on the CPU, and send what each would be refused for.
+    """Look at many trials in this process, on the CPU.
 
     Args:
-        connection: takes one refusal a trial, empty where it would not be refused.
+        connection: takes one Look a trial.
     """
     _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
     from lora_lab.worker.check import check_trials
 
-    for found in check_trials(configs):
-        connection.send(found)
+    for look in check_trials(configs):
+        connection.send(look)
     connection.close()
 
 

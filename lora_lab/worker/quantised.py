@@ -1,7 +1,7 @@
 """Which weights of a live model are held in 4 bit, and what must not happen to them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,19 +12,23 @@ def is_quantised(module: Any) -> bool:
     return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
 
 
-def quantised_share(model: Any) -> float:
+def quantised_share(model: Any, trained: Iterable[Any] = ()) -> float:
     """Calculate the share of the frozen weights in matrices that is held in 4 bit. Embeddings and the head are left
-    out: they stay in 16 bit by design. So do norms and biases, which are no matrices. 1.0 where there is no matrix."""
+    out: they stay in 16 bit by design. So do norms and biases, which are no matrices. 1.0 where there is no matrix.
+
+    Args:
+        trained: parameters that a method has added.
+    """
     kept = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     head = model.get_output_embeddings()
-    apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]}
+    apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]} | {id(p) for p in trained}
     stacked = {id(parts.original): parts[0].quant_state for parts in _parametrised(model)}
     packed = whole = 0
-    for name, parameter in model.named_parameters():
+    for _, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None) or stacked.get(id(parameter))
         count = math.prod(state.shape) if state is not None else parameter.numel()
         shape = state.shape if state is not None else parameter.shape
-        if id(parameter) in apart or len(shape) < 2 or "lora_" in name:
+        if id(parameter) in apart or len(shape) < 2:
             continue
         whole += count
         packed += count if state is not None else 0

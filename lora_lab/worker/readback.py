@@ -12,6 +12,8 @@ from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
+from lora_lab.worker.trainables import trainable_of
+from lora_lab.worker.trainables.trainable import trained_parameters
 from lora_lab.worker.training import optimizer_class
 
 PAGED_FROM = 100_000
@@ -27,11 +29,10 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     defaults = optimizer.defaults
     state = _state_tensors(optimizer)
-    # not parameters(): while training runs, an engine answers that with the adapters alone
-    weights = [p for _, p in model.named_parameters()]
-    adapters = [p for p in weights if p.requires_grad]
+    trained = trained_parameters(model)
+    frozen = [p for _, p in model.named_parameters() if not p.requires_grad]
     quantised = [m for m in model.modules() if is_quantised(m) and hasattr(m, "compute_dtype")]
-    device = adapters[0].device
+    device = trained[0].device
     scaler = trainer.accelerator.scaler
     attention, masks = attention_of(model)
     facts = {
@@ -42,11 +43,11 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
         "optimizer_state_dtypes": _counted(state),
         "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
-        "adapter_dtypes": _counted(adapters),
-        "weight_dtypes": _counted([p for p in weights if not p.requires_grad]),
-        "trainable_parameters": str(sum(p.numel() for p in adapters)),
+        "adapter_dtypes": _counted(trained),
+        "weight_dtypes": _counted(frozen),
+        "trainable_parameters": str(sum(p.numel() for p in trained)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
-        **({"quantized_share": f"{quantised_share(model):.4f}"} if quantised else {}),
+        **({"quantized_share": f"{quantised_share(model, trained):.4f}"} if quantised else {}),
         "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
         "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
         "attention": attention,
@@ -150,10 +151,11 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
 
 def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch.device) -> list[str]:
     found = []
-    adapters = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
-    if adapters != {"float32"}:
-        found.append(f"adapter_dtypes: asked for float32, got {facts['adapter_dtypes']}")
-    plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8"}
+    trained = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
+    asked = _short(trainable_of(config).dtype)
+    if trained != {asked}:
+        found.append(f"adapter_dtypes: asked for {asked}, got {facts['adapter_dtypes']}")
+    plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8", "none"}
     working = _short(working_dtype(config.precision.dtype, device))
     allowed = {"float32"} if config.method.raise_to_fp32 else {working}
     if config.method.quantization is not Quantization.none:

@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_lab.worker.trainables.trainable import base_of
+
 WITHOUT_MASK = "_without_mask"
 WITH_MASK = "_with_mask"
 """End the names of attention implementations that are never, or always, given one."""
@@ -22,14 +24,14 @@ def leave_out_masks(model: Any) -> None:
     never attended to, and what is padded has no label. transformers makes no mask for an attention function that has
     no mask function of its own (masking_utils.py)."""
     AttentionInterface.register(f"sdpa{WITHOUT_MASK}", sdpa_attention_forward)
-    model.get_base_model().set_attn_implementation(f"sdpa{WITHOUT_MASK}")
+    base_of(model).set_attn_implementation(f"sdpa{WITHOUT_MASK}")
 
 
 def always_mask(model: Any) -> None:
     """Give torch's attention a mask in every batch: for packed rows, and layers with a window."""
     AttentionInterface.register(f"sdpa{WITH_MASK}", sdpa_attention_forward)
     AttentionMaskInterface.register(f"sdpa{WITH_MASK}", _whole_mask)
-    model.get_base_model().set_attn_implementation(f"sdpa{WITH_MASK}")
+    base_of(model).set_attn_implementation(f"sdpa{WITH_MASK}")
 
 
 @functools.wraps(sdpa_mask)

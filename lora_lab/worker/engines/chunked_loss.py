@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.trainables.trainable import base_of
 
 CHUNK_ELEMENTS = 2**26
 """Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""
@@ -120,7 +121,7 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
     Raises: Unsupported when its head is not one frozen matrix, or its loss is another than that of such a head
     (softcapped or scaled logits, say): a few tokens tell.
     """
-    causal = model.get_base_model()
+    causal = base_of(model)
     whole, decoder, head = causal.forward, causal.get_decoder(), causal.get_output_embeddings()
     plain = isinstance(head, torch.nn.Linear) and head.bias is None and head.weight.is_floating_point()
     if not plain or head.weight.requires_grad:

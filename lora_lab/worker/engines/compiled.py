@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_lab.config import Checkpointing
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
+from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
@@ -33,12 +34,12 @@ def compile_layers(model: Any) -> None:
     """
     layers = decoder_layers(model)
     if not layers:
-        name = type(model.get_base_model()).__name__
+        name = type(base_of(model)).__name__
         raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     # without it the first layer's input needs no gradient, which would be one more compilation
-    model.get_base_model().enable_input_require_grads()
+    base_of(model).enable_input_require_grads()
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
 

@@ -23,6 +23,7 @@ from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.phases import Emit, PhaseClock
+from lora_lab.worker.trainables.trainable import base_of, trained_parameters
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Engine(TrainerCallback):
             self._step.record(batch, self._watch)
             return
         batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        parameters = trained_parameters(self._model)
         once = torch.ones((), device=self._model.device)
         run = functools.partial(forward_and_backward, self._forward, self._autocast, batch, parameters, once)
         run()
@@ -211,6 +212,6 @@ def _settle_masks(config: TrialConfig, model: Any) -> None:
     (leave_out_masks if never else always_mask)(model)
     if attention_of(model)[1] == AS_NEEDED:
         raise Unsupported(
-            f"{type(model.get_base_model()).__name__} can't change its attention, so its masks depend on each batch. "
+            f"{type(base_of(model)).__name__} can't change its attention, so its masks depend on each batch. "
             "Use engine=eager."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lab.worker.engines.compute_copies import WorkingCopies
+from lora_lab.worker.trainables.trainable import trained_parameters
 
 _WATCHED = 3
 """Optimizer steps, and replays of a shape, before which memory is looked at. What else is in use grows no more after
@@ -69,7 +70,7 @@ class StaticStep:
             graphs: without, a step is calculated anew each time: on a CPU, where tests have it.
         """
         self.forward = model.forward
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = trained_parameters(model)
         self.device = self.parameters[0].device
         self.unrecorded = 0
         """Micro-batches in training whose shape had not been recorded."""

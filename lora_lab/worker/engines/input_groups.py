@@ -7,6 +7,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from lora_lab.worker.trainables.trainable import base_of
+
 Named = list[tuple[str, ...]]
 """A module's groups, each by its layers' names."""
 Given = tuple[int, int] | None
@@ -75,7 +77,7 @@ def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any,
             module.training = isinstance(module, Linear4bit)
         autocast = torch.autocast(device.type, dtype, dtype is not torch.float32)
         with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
-            model.get_base_model()(input_ids=ids)
+            base_of(model)(input_ids=ids)
     except (TypeError, ValueError):
         return []
     finally:

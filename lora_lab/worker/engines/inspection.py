@@ -9,6 +9,7 @@ from lora_lab.config import EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
 from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.trainables.trainable import base_of
 
 
 def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
@@ -26,7 +27,7 @@ def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
 
 def loss_is_chunked(model: Any) -> bool:
     """Whether the causal language model has another forward than its class: ours, or liger's."""
-    causal = model.get_base_model()
+    causal = base_of(model)
     forward = causal.__dict__.get("forward")
     return getattr(forward, "__module__", "").startswith(("lora_lab.worker.engines.chunked_loss", "liger_kernel."))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_lab.worker.trainables.trainable import trained_parameters
+
 
 class QuickAnswers(TrainerCallback):
     """Puts them in place when training begins, when the optimizer has its parameters, and takes them back."""
@@ -18,7 +20,7 @@ class QuickAnswers(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Training begins."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = trained_parameters(model)
         counts: dict[Any, int] = {}
         count, train = model.num_parameters, model.train
 
