@@ -53,8 +53,8 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
     spread = torch.logsumexp(logits, dim=1, keepdim=True)
     loss = torch.where(trained, spread - logits.gather(1, target), 0.0).sum()
     words = torch.arange(weight.shape[0], device=labels.device)
-    slope = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
-    return loss, torch.mm((slope * headroom).to(hidden.dtype), weight)
+    grad_logits = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
+    return loss, torch.mm((grad_logits * headroom).to(hidden.dtype), weight)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,23 +64,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compiled = chunk is not chunk_loss and ctx.needs_input_grad[0]
         size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0)
         total = torch.zeros((), device=hidden.device)
-        slope = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             if not ctx.needs_input_grad[0]:
                 logits = torch.mm(hidden[rows], weight.t()).float()
                 total += torch.nn.functional.cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="sum")
                 continue
-            loss, slope[rows] = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
+            loss, grad_hidden[rows] = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
             total += loss
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(grad_hidden)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
+        (grad_hidden,) = ctx.saved_tensors
         # in fp32: a share of a step would be off by up to 0.4 % in bf16, and every gradient with it
-        return (slope.float() * (grads[0] / ctx.headroom)).to(slope.dtype), None, None, None
+        return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
@@ -148,13 +148,13 @@ def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
     """Give the model known logits in place of its head's, too large for a cap to leave them alone, and look what it
     makes of them: its loss must be their cross entropy, and the head must be given the decoder's result as it is."""
     ids = torch.arange(3, 19, device=causal.device).unsqueeze(0)
-    given: list[Tensor] = []
+    head_inputs: list[Tensor] = []
 
     def known(output: Tensor) -> Tensor:
         return (50 * torch.sin(torch.arange(output.numel(), device=output.device))).view_as(output).to(output.dtype)
 
     def answer(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        given.append(inputs[0])
+        head_inputs.append(inputs[0])
         return known(output)
 
     was_training = causal.training
@@ -169,7 +169,7 @@ def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
         hook.remove()
         causal.train(was_training)
     plain = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-    if not torch.equal(given[0], hidden) or not torch.isclose(own.float(), plain, rtol=1e-4):
+    if not torch.equal(head_inputs[0], hidden) or not torch.isclose(own.float(), plain, rtol=1e-4):
         raise Unsupported(
             f"engine.chunked_loss is the cross entropy of the head's products, and {type(causal).__name__} does more "
             f"with them: from the same logits it makes {float(own):.4f} nats a token in place of {float(plain):.4f}. "

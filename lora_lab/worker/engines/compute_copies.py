@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class WorkingCopies(dict[Tensor, Tensor]):
+class ComputeCopies(dict[Tensor, Tensor]):
     """For each adapter's matrix its copy: autocast would convert each in each step by itself. Whoever trains takes
     gradients over the copies, and brings them up to date."""
 

@@ -41,7 +41,7 @@ _INTEGERS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
 """By the bytes of a number: integers of its size, and of two."""
 
 
-def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.dtype) -> None:
+def dequantize(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.dtype) -> None:
     """Write the weights: for every block its scale times what the values stand for. Two at a time, as one integer, so
     that a kernel looks up what is the same for both once, and once each of their bytes: that is what it waits for.
 
@@ -64,10 +64,10 @@ def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.
     pairs.copy_((second << bits) | (first & (2**bits - 1)))
 
 
-_compiled_unpack = torch.compile(unpack, dynamic=False)
+_compiled_dequantize = torch.compile(dequantize, dynamic=False)
 
 
-def unpacked(
+def dequantized(
     packed: list[list[Tensor]],
     blocks: list[int],
     inputs: int,
@@ -94,7 +94,7 @@ def unpacked(
     with torch.no_grad(), plain, limits:
         for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
             pairs = place.view(_INTEGERS[dtype.itemsize][1])
-            _compiled_unpack([tensor.detach() for tensor in layer], blocks, pairs, dtype)
+            _compiled_dequantize([tensor.detach() for tensor in layer], blocks, pairs, dtype)
         if beside is not None:
             whole[:, inputs:] = beside
         if below is not None:
@@ -105,13 +105,13 @@ def unpacked(
 @torch.library.custom_op("lora_lab::linear_4bit", mutates_args=())
 def linear_4bit(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tensor:  # noqa: ARG001  # its shape is told by it
     """X (..., inputs) times the transposed weight (outputs, inputs)."""
-    return torch.nn.functional.linear(x, unpacked([packed], blocks, x.shape[-1], x.dtype))
+    return torch.nn.functional.linear(x, dequantized([packed], blocks, x.shape[-1], x.dtype))
 
 
-@torch.library.custom_op("lora_lab::linear_4bit_slope", mutates_args=())
-def linear_4bit_slope(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
+@torch.library.custom_op("lora_lab::linear_4bit_backward", mutates_args=())
+def linear_4bit_backward(grad_output: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
     """The gradient over x, from that over the result: slope (..., outputs) times the weight."""
-    return torch.matmul(slope, unpacked([packed], blocks, inputs, slope.dtype))
+    return torch.matmul(grad_output, dequantized([packed], blocks, inputs, grad_output.dtype))
 
 
 @linear_4bit.register_fake
@@ -119,9 +119,9 @@ def _(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tenso
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-@linear_4bit_slope.register_fake
-def _(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:  # noqa: ARG001
-    return slope.new_empty(*slope.shape[:-1], inputs)
+@linear_4bit_backward.register_fake
+def _(grad_output: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:  # noqa: ARG001
+    return grad_output.new_empty(*grad_output.shape[:-1], inputs)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # torch passes it by name
@@ -130,15 +130,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
     ctx.save_for_backward(*packed)
 
 
-def _backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     packed = list(ctx.saved_tensors)
-    return linear_4bit_slope(slope, packed, ctx.blocks, ctx.inputs), [None] * len(packed), None, None
+    return linear_4bit_backward(grad_output, packed, ctx.blocks, ctx.inputs), [None] * len(packed), None, None
 
 
 linear_4bit.register_autograd(_backward, setup_context=_keep)
 
 
-class UnpackingLinear4bit(Linear4bit):
+class DequantizingLinear4bit(Linear4bit):
     """bitsandbytes' layer, that unpacks its weight so where it is compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class UnpackingLinear4bit(Linear4bit):
         return cast(Tensor, product.to(x.dtype))
 
 
-def unpack_in_one_kernel(model: Any) -> None:
+def use_fused_dequantization(model: Any) -> None:
     """Let the model's 4-bit layers be such layers; their weights and everything else stays."""
     for module in model.modules():
         if has_whole_blocks(module):
-            module.__class__ = UnpackingLinear4bit
+            module.__class__ = DequantizingLinear4bit

@@ -17,10 +17,10 @@ from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, atte
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
-from lora_lab.worker.engines.graph_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
+from lora_lab.worker.engines.graph_step import Batch, GraphStep, forward_and_backward, tensors, use_graph_step
 from lora_lab.worker.engines.inspection import check_liger_support, engine_of, has_dropout, loss_is_chunked
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
-from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
+from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.trainables.trainable import base_of, trained_parameters
@@ -72,7 +72,7 @@ class Engine(TrainerCallback):
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
         self._counts_labels = True
         self._told: set[tuple[int, ...]] = set()
-        self._step: StaticStep | None = None
+        self._step: GraphStep | None = None
         self._compiled = 0
         self.callbacks: list[TrainerCallback] = [self]
         """For Trainer, to stand before others."""
@@ -101,18 +101,18 @@ class Engine(TrainerCallback):
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
         # not above: they bring bitsandbytes, which the server that workers are forked from must not import
-        from lora_lab.worker.engines.dequantize import unpack_in_one_kernel
-        from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
+        from lora_lab.worker.engines.dequantize import use_fused_dequantization
+        from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
 
         # for graph alone: their launches cost more than they save where the host is waited for
-        unpack_in_one_kernel(model)
-        copies = use_adapted_products(model, working_dtype(config.precision.dtype, model.device))
+        use_fused_dequantization(model)
+        copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
-        self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
+        self._step = GraphStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
         self._step.on_unrecorded = self._tell_unrecorded
-        use_static_step(model, self._step)
+        use_graph_step(model, self._step)
         self._clock.replayed = self._step
-        self.callbacks.append(QuickAnswers())
+        self.callbacks.append(TrainerShortcuts())
 
     def attach(self, trainer: Any) -> None:
         """Take what a trainer has made for this model."""

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.worker.engines.dequantize import unpacked
-from lora_lab.worker.engines.lora_grad import reads_once, thin_products
+from lora_lab.worker.engines.dequantize import dequantized
+from lora_lab.worker.engines.lora_grad import lora_gradients, reads_once
 
 _FILLED = 2**23
 """Elements of a product's result from which it fills a large card by itself: two tiles of 128 x 256 for each of an
 H100's 132 multiprocessors. Half of that was 0.2 ms of 17.4 slower at 512 rows, and about the same at 16384."""
 
 
-@torch.library.custom_op("lora_lab::adapted_linear", mutates_args=())
-def adapted_linear(
+@torch.library.custom_op("lora_lab::lora_linear", mutates_args=())
+def lora_linear(
     x: Tensor, a: Tensor, b: Tensor, scaling: float, weights: list[Tensor], blocks: list[int], parts: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """The results of layers with their adapters', and what the backward needs again.
@@ -45,26 +45,26 @@ def adapted_linear(
     """
     outputs, inputs = _outputs(parts), a.shape[1]
     rows = x.reshape(-1, inputs)
-    narrow = _scaled(rows, a.t(), scaling)
+    lora_hidden = _scaled(rows, a.t(), scaling)
     widths = outputs if is_apart(len(rows), outputs) else [sum(outputs)]
     results = []
     if widens(len(rows), inputs, sum(outputs), len(a)):
-        given = torch.cat([rows, narrow], 1)
+        widened = torch.cat([rows, lora_hidden], 1)
         matrix = _matrix(weights, blocks, inputs, x.dtype, beside=b)
-        results = [given @ part.t() for part in matrix.split(widths)]
+        results = [widened @ part.t() for part in matrix.split(widths)]
     else:
         matrix = _matrix(weights, blocks, inputs, x.dtype)
         for part, adapter in zip(matrix.split(widths), b.split(widths), strict=True):
-            results.append((narrow @ adapter.t()).addmm_(rows, part.t()))
+            results.append((lora_hidden @ adapter.t()).addmm_(rows, part.t()))
     # not `view`: of many results that are views, none may be changed in place
-    return [torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[1]]) for result in results], narrow
+    return [torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[1]]) for result in results], lora_hidden
 
 
-@torch.library.custom_op("lora_lab::adapted_linear_slope", mutates_args=())
-def adapted_linear_slope(
-    slopes: list[Tensor],
+@torch.library.custom_op("lora_lab::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    grad_outputs: list[Tensor],
     x: Tensor,
-    narrow: Tensor,
+    lora_hidden: Tensor,
     a: Tensor,
     b: Tensor,
     scaling: float,
@@ -84,32 +84,33 @@ def adapted_linear_slope(
     """
     inputs = a.shape[1]
     rows = x.reshape(-1, inputs)
-    slopes = [slope.reshape(-1, slope.shape[-1]) for slope in slopes]
-    widths = [slope.shape[1] for slope in slopes]
-    if len(slopes) == len(outputs):
-        own = zip(slopes, _diagonal(b, outputs, ranks), narrow.split(ranks, 1), strict=True)
-        found = [_thin(*each, scaling) for each in own]
-        backs, over_b = [back for back, _ in found], [over for _, over in found]
-        back = backs[0] if len(backs) == 1 else torch.cat(backs, 1)
+    grad_outputs = [grad_output.reshape(-1, grad_output.shape[-1]) for grad_output in grad_outputs]
+    widths = [grad_output.shape[1] for grad_output in grad_outputs]
+    if len(grad_outputs) == len(outputs):
+        own = zip(grad_outputs, _diagonal(b, outputs, ranks), lora_hidden.split(ranks, 1), strict=True)
+        found = [_lora_gradients(*each, scaling) for each in own]
+        grad_hiddens, grad_b = [grad_hidden for grad_hidden, _ in found], [grad for _, grad in found]
+        grad_hidden = grad_hiddens[0] if len(grad_hiddens) == 1 else torch.cat(grad_hiddens, 1)
     else:
-        parts = zip(slopes[0].split(outputs, 1), narrow.split(ranks, 1), strict=True)
-        back, over_b = _scaled(slopes[0], b, scaling), [slope.t() @ part for slope, part in parts]
+        parts = zip(grad_outputs[0].split(outputs, 1), lora_hidden.split(ranks, 1), strict=True)
+        grad_hidden = _scaled(grad_outputs[0], b, scaling)
+        grad_b = [grad_output.t() @ part for grad_output, part in parts]
     if widens(len(rows), sum(outputs), inputs, len(a)):
-        over_x = torch.cat([*slopes, back], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
+        grad_x = torch.cat([*grad_outputs, grad_hidden], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
     else:
-        over_x = back @ a
+        grad_x = grad_hidden @ a
         matrix = _matrix(weights, blocks, inputs, x.dtype)
-        for slope, part in zip(slopes, matrix.split(widths), strict=True):
-            over_x.addmm_(slope, part)
-    return over_x.view_as(x), back.t() @ rows, over_b
+        for grad_output, part in zip(grad_outputs, matrix.split(widths), strict=True):
+            grad_x.addmm_(grad_output, part)
+    return grad_x.view_as(x), grad_hidden.t() @ rows, grad_b
 
 
-def _thin(slope: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _lora_gradients(grad_output: Tensor, b: Tensor, lora_hidden: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """What of one layer's gradient (rows, outputs) goes on to its A, (rows, rank), and that over its B."""
-    once = reads_once(len(slope), slope.shape[1], b.shape[1], slope.dtype, slope.device)
-    if once and slope.is_contiguous():
-        return thin_products(slope, b.contiguous(), narrow.contiguous(), scaling)
-    return _scaled(slope, b, scaling), slope.t() @ narrow
+    once = reads_once(len(grad_output), grad_output.shape[1], b.shape[1], grad_output.dtype, grad_output.device)
+    if once and grad_output.is_contiguous():
+        return lora_gradients(grad_output, b.contiguous(), lora_hidden.contiguous(), scaling)
+    return _scaled(grad_output, b, scaling), grad_output.t() @ lora_hidden
 
 
 def _diagonal(b: Tensor, outputs: list[int], ranks: list[int]) -> list[Tensor]:
@@ -117,18 +118,18 @@ def _diagonal(b: Tensor, outputs: list[int], ranks: list[int]) -> list[Tensor]:
     return [rows.split(ranks, 1)[number] for number, rows in enumerate(b.split(outputs))]
 
 
-def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
+def widens(rows: int, inputs: int, outputs: int, rank: int) -> bool:
     """Whether it costs less to copy what goes into a product, and the weight, than to go over the result once more.
 
     A weight that is unpacked for the product is not copied, but to leave room in each of its rows costs about as much:
     on an H100 10 microseconds in place of 8, averaged over all weights of a model, and a launch for what goes there.
 
     Args:
-        given, wanted: columns of what goes in, and of the result.
+        inputs, outputs: columns of what goes in, and of the result.
         rank: columns that would be added; where rows then no longer begin at multiples of 16 bytes, the fastest kernels
             can't be had for the whole product, and of an odd number `unpacked` can't leave room for them.
     """
-    return rank % 8 == 0 and rows * wanted > rows * given + given * wanted
+    return rank % 8 == 0 and rows * outputs > rows * inputs + inputs * outputs
 
 
 def is_apart(rows: int, outputs: list[int]) -> bool:
@@ -161,13 +162,13 @@ def _matrix(
     if blocks:
         each = 3 * len(blocks)  # tensors of one layer, see `packed_weight`
         packed = [weights[first : first + each] for first in range(0, len(weights), each)]
-        return unpacked(packed, blocks, inputs, dtype, beside, below)
+        return dequantized(packed, blocks, inputs, dtype, beside, below)
     if beside is not None:
         return torch.cat([weights[0], beside], 1)
     return weights[0] if below is None else torch.cat([weights[0], below], 0)
 
 
-@adapted_linear.register_fake
+@lora_linear.register_fake
 def _(
     x: Tensor,
     a: Tensor,
@@ -182,11 +183,11 @@ def _(
     return [x.new_empty(*x.shape[:-1], width) for width in widths], x.new_empty(rows, a.shape[0])
 
 
-@adapted_linear_slope.register_fake
+@lora_linear_backward.register_fake
 def _(
-    slopes: list[Tensor],  # noqa: ARG001
+    grad_outputs: list[Tensor],  # noqa: ARG001
     x: Tensor,
-    narrow: Tensor,  # noqa: ARG001
+    lora_hidden: Tensor,  # noqa: ARG001
     a: Tensor,
     b: Tensor,
     scaling: float,  # noqa: ARG001
@@ -195,8 +196,8 @@ def _(
     outputs: list[int],
     ranks: list[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    over_b = [b.new_empty(wide, rank) for wide, rank in zip(outputs, ranks, strict=True)]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), over_b
+    grad_b = [b.new_empty(wide, rank) for wide, rank in zip(outputs, ranks, strict=True)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), grad_b
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
@@ -206,14 +207,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, slopes: list[Tensor], _: Tensor) -> tuple[Any, ...]:
-    x, narrow, a, b, *weights = ctx.saved_tensors
-    over_x, over_a, over_b = adapted_linear_slope(
-        slopes, x, narrow, a, b, ctx.scaling, weights, ctx.blocks, ctx.outputs, ctx.ranks
+def _backward(ctx: Any, grad_outputs: list[Tensor], _: Tensor) -> tuple[Any, ...]:
+    x, lora_hidden, a, b, *weights = ctx.saved_tensors
+    grad_x, grad_a, grad_b = lora_linear_backward(
+        grad_outputs, x, lora_hidden, a, b, ctx.scaling, weights, ctx.blocks, ctx.outputs, ctx.ranks
     )
-    over_parts = [part for pair in zip(over_a.split(ctx.ranks), over_b, strict=True) for part in pair]
+    grad_parts = [part for pair in zip(grad_a.split(ctx.ranks), grad_b, strict=True) for part in pair]
     # torch wants the structure of what was given, and takes an empty list for one of tensors
-    return over_x, None, None, None, [None] * len(weights), None if ctx.blocks else [], over_parts
+    return grad_x, None, None, None, [None] * len(weights), None if ctx.blocks else [], grad_parts
 
 
-adapted_linear.register_autograd(_backward, setup_context=_keep)
+lora_linear.register_autograd(_backward, setup_context=_keep)

@@ -8,10 +8,10 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lora_lab.worker.engines.compute_copies import WorkingCopies
+from lora_lab.worker.engines.compute_copies import ComputeCopies
 from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
-from lora_lab.worker.engines.fused_lora import adapted_linear
-from lora_lab.worker.engines.input_groups import given_the_same
+from lora_lab.worker.engines.fused_lora import lora_linear
+from lora_lab.worker.engines.input_groups import group_by_input
 from lora_lab.worker.engines.stacked_weights import weights_of
 
 _MOST_RANKS = 128
@@ -19,7 +19,7 @@ _MOST_RANKS = 128
 measured)."""
 
 
-class _Adapted:
+class _FusedLora:
     """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever.
 
     The first layer of a group calculates for all of it and hands each other its result, together with the x it is of.
@@ -27,8 +27,8 @@ class _Adapted:
     that changes x in place between two of them is found out before, if it does so in evaluation too.
     """
 
-    working_a: Tensor
-    working_b: Tensor
+    compute_a: Tensor
+    compute_b: Tensor
     """The adapter in the format of the product."""
     others: list[Any]
     """The rest of the group, of its first layer; empty in the others."""
@@ -54,23 +54,23 @@ class _Adapted:
         return first
 
 
-class AdaptedLinear(_Adapted, PeftLinear):
+class FusedLoraLinear(_FusedLora, PeftLinear):
     """PEFT's, over a plain layer."""
 
 
-class AdaptedLinear4bit(_Adapted, PeftLinear4bit):
+class FusedLoraLinear4bit(_FusedLora, PeftLinear4bit):
     """PEFT's, over one in 4 bits."""
 
 
 def _results(layers: list[Any], x: Tensor) -> list[Tensor]:
     """(..., inputs) to (..., outputs) of each layer, the first of which has the others' stacked."""
     first = layers[0]
-    parts = [part for layer in layers for part in (layer.working_a, layer.working_b)]
-    given = x.to(first.working_a.dtype)
+    parts = [part for layer in layers for part in (layer.compute_a, layer.compute_b)]
+    compute_x = x.to(first.compute_a.dtype)
     a, b, scaling = first.stacked_a, first.stacked_b, _scaling(first)
-    results = adapted_linear(given, a, b, scaling, first.weights, first.blocks, parts)[0]
+    results = lora_linear(compute_x, a, b, scaling, first.weights, first.blocks, parts)[0]
     if len(results) < len(layers):
-        results = _split(results[0], [layer.working_b.shape[0] for layer in layers])
+        results = _split(results[0], [layer.compute_b.shape[0] for layer in layers])
     return [_finished(layer, result, x) for layer, result in zip(layers, results, strict=True)]
 
 
@@ -94,7 +94,7 @@ def _split(together: Tensor, outputs: list[int]) -> list[Tensor]:
     return [part if number == widest else part.contiguous() for number, part in enumerate(parts)]
 
 
-def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
+def use_fused_lora(model: Any, dtype: torch.dtype) -> ComputeCopies:
     """Let adapted layers calculate so in training, over copies of their adapters in `dtype`.
 
     Layers with dropout before the adapter, or another adapter than a plain one, stay as they are.
@@ -103,13 +103,13 @@ def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
     """
     groups = [
         part
-        for group in given_the_same(model, [m for m in model.modules() if _is_plain(m, dtype)], dtype)
+        for group in group_by_input(model, [m for m in model.modules() if _is_plain(m, dtype)], dtype)
         for part in _as_one(group)
     ]
     alike: defaultdict[Any, list[list[Any]]] = defaultdict(list)
     for group in groups:
         alike[tuple((_pair(layer)[0].shape, _pair(layer)[1].shape) for layer in group)].append(group)
-    copies = WorkingCopies()
+    copies = ComputeCopies()
     for like in alike.values():
         stacks = copies.add([[_pair(layer) for layer in group] for group in like], dtype)
         for group, (a, b) in zip(like, stacks, strict=True):
@@ -120,15 +120,15 @@ def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
     return copies
 
 
-def _adapt(group: list[Any], a: Tensor, b: Tensor, copies: WorkingCopies) -> None:
+def _adapt(group: list[Any], a: Tensor, b: Tensor, copies: ComputeCopies) -> None:
     """Let layers be ours. Each gets what it needs by itself, and the first what all need."""
     together = weights_of(group)
     for layer in group:
-        layer.working_a, layer.working_b = (copies[part] for part in _pair(layer))
-        layer.stacked_a, layer.stacked_b = layer.working_a.data, layer.working_b.data
+        layer.compute_a, layer.compute_b = (copies[part] for part in _pair(layer))
+        layer.stacked_a, layer.stacked_b = layer.compute_a.data, layer.compute_b.data
         layer.weights, layer.blocks = weights_of([layer])
         layer.others, layer.handed = [], None
-        layer.__class__ = AdaptedLinear4bit if type(layer) is PeftLinear4bit else AdaptedLinear
+        layer.__class__ = FusedLoraLinear4bit if type(layer) is PeftLinear4bit else FusedLoraLinear
     first, *others = group
     first.others, first.stacked_a, first.stacked_b, (first.weights, first.blocks) = others, a, b, together
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from lora_lab.worker.engines.compute_copies import WorkingCopies
+from lora_lab.worker.engines.compute_copies import ComputeCopies
 from lora_lab.worker.trainables.trainable import trained_parameters
 
 _WATCHED = 3
@@ -50,7 +50,7 @@ def forward_and_backward(
     return loss.detach(), gradients
 
 
-class StaticStep:
+class GraphStep:
     """Loss and its gradients into fixed buffers, recorded as a CUDA graph once for a batch's shape."""
 
     def __init__(
@@ -58,7 +58,7 @@ class StaticStep:
         model: Any,
         autocast: Callable[[], Any],
         graphs: bool = True,
-        copies: WorkingCopies | None = None,
+        copies: ComputeCopies | None = None,
     ) -> None:
         """Takes the model's present forward.
 
@@ -84,7 +84,7 @@ class StaticStep:
         self.recording_peak_bytes = 0
         """Most memory in use while steps were recorded."""
         self.replays = 0
-        self._copies = WorkingCopies() if copies is None else copies
+        self._copies = ComputeCopies() if copies is None else copies
         self._used = [self._copies.get(p, p) for p in self.parameters]
         self._autocast = autocast
         self._graphs = graphs
@@ -194,7 +194,7 @@ class _HandOver(torch.autograd.Function):
     """One node in place of one for each parameter: autograd's own would take as long as the rest of Trainer's step."""
 
     @staticmethod
-    def forward(ctx: Any, step: StaticStep, batch: Batch, _anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, step: GraphStep, batch: Batch, _anchor: Tensor) -> Tensor:
         ctx.step = step
         return step.run(batch)
 
@@ -205,7 +205,7 @@ class _HandOver(torch.autograd.Function):
         return None, None, None
 
 
-def use_static_step(model: Any, step: StaticStep) -> None:
+def use_graph_step(model: Any, step: GraphStep) -> None:
     """Let `model` train by `step`; everything else it is asked goes to its forward as it was."""
 
     def forward(model: Any, **inputs: Any) -> Any:

@@ -11,11 +11,11 @@ from lora_lab.worker.trainables.trainable import base_of
 
 Named = list[tuple[str, ...]]
 """A module's groups, each by its layers' names."""
-Given = tuple[int, int] | None
+TensorId = tuple[int, int] | None
 """Which tensor, and how often it had been changed in place."""
 
 
-def given_the_same(model: Any, layers: list[Any], dtype: torch.dtype) -> list[list[Any]]:
+def group_by_input(model: Any, layers: list[Any], dtype: torch.dtype) -> list[list[Any]]:
     """Layers of one module that one after the other are given the same tensor, as groups in the order of their calls;
     every other layer is a group by itself.
 
@@ -31,18 +31,18 @@ def given_the_same(model: Any, layers: list[Any], dtype: torch.dtype) -> list[li
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     calls = _calls(model, layers, dtype)
     often = Counter(id(layer) for layer, _ in calls)
-    last: dict[int, tuple[Given, list[Any]]] = {}
+    last: dict[int, tuple[TensorId, list[Any]]] = {}
     groups: list[list[Any]] = []
-    for layer, given in calls:
+    for layer, tensor in calls:
         parent = id(parents[id(layer)][0])
         before, group = last.get(parent, (None, []))
         if often[id(layer)] > 1:  # what one call hands over, another would have to take
             last.pop(parent, None)
-        elif given is not None and before == given:
+        elif tensor is not None and before == tensor:
             group.append(layer)
         else:
             groups.append([layer])
-            last[parent] = given, groups[-1]
+            last[parent] = tensor, groups[-1]
     found = _where_all_are_alike(groups, parents)
     grouped = {id(layer) for group in found for layer in group}
     return found + [[layer] for layer in layers if id(layer) not in grouped]
@@ -58,9 +58,9 @@ def _where_all_are_alike(groups: list[list[Any]], parents: dict[int, tuple[Any, 
     return [group for group in groups if type(parents[id(group[0])][0]) in alike]
 
 
-def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, Given]]:
+def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, TensorId]]:
     """Each call of a layer, in order, and what it was given; none of a model that can't be run on two tokens alone."""
-    calls: list[tuple[Any, Given]] = []
+    calls: list[tuple[Any, TensorId]] = []
     kept: list[Tensor] = []  # until the end, so that none takes another's place
 
     def note(layer: Any, args: tuple[Any, ...]) -> None:

@@ -8,11 +8,11 @@ import torch
 from lora_lab.config import EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
-from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.engines.graph_step import GraphStep
 from lora_lab.worker.trainables.trainable import base_of
 
 
-def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
+def engine_of(model: Any, step: GraphStep | None) -> EngineKind:
     """The engine that the model runs by: replayed, compiled, with liger's kernels, or none of these."""
     if step is not None and step.replays:
         return EngineKind.graph

@@ -50,7 +50,7 @@ def reads_once(rows: int, columns: int, rank: int, dtype: torch.dtype, device: t
     return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def lora_gradients(grad_output: Tensor, b: Tensor, lora_hidden: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Scaling times the product of slopes and b, and that of slopes transposed and narrow.
 
     Its first call of a kind compiles, and so must not be in a CUDA graph's capture; later ones may.
@@ -64,24 +64,28 @@ def thin_products(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> 
     """
     from lora_lab.worker.engines import lora_grad_triton  # Triton comes with torch for CUDA alone
 
-    (rows, columns), rank = slopes.shape, b.shape[1]
+    (rows, columns), rank = grad_output.shape, b.shape[1]
     padded = max(16, 1 << (rank - 1).bit_length())
     wide = tile_columns(padded)
     blocks = -(-columns // wide)
-    span = _TILE_ROWS * _tiles_of_part(-(-rows // _TILE_ROWS), blocks, _processors(slopes.device))
+    span = _TILE_ROWS * _tiles_of_part(-(-rows // _TILE_ROWS), blocks, _processors(grad_output.device))
     parts = -(-rows // span)
-    backs = slopes.new_empty(blocks, rows, rank, dtype=torch.float32)
-    overs = slopes.new_empty(parts, columns, rank, dtype=torch.float32)
-    back, over = slopes.new_empty(rows, rank), slopes.new_empty(columns, rank)
+    partial_hidden = grad_output.new_empty(blocks, rows, rank, dtype=torch.float32)
+    partial_b = grad_output.new_empty(parts, columns, rank, dtype=torch.float32)
+    grad_hidden, grad_b = grad_output.new_empty(rows, rank), grad_output.new_empty(columns, rank)
     shape = {"rank": rank, "padded": padded, "tall": _TILE_ROWS, "wide": wide}
     lora_grad_triton.products[blocks, parts](
-        *(slopes, b, narrow, backs, overs, rows, columns, span), **shape, num_warps=_WARPS, num_stages=_STAGES
+        *(grad_output, b, lora_hidden, partial_hidden, partial_b, rows, columns, span),
+        **shape,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
     size = 512
-    lora_grad_triton.sums[-(-max(back.numel(), over.numel()) // size), 2](
-        *(back, backs, back.numel(), blocks, over, overs, over.numel(), parts, scaling), size=size
+    lora_grad_triton.sums[-(-max(grad_hidden.numel(), grad_b.numel()) // size), 2](
+        *(grad_hidden, partial_hidden, grad_hidden.numel(), blocks, grad_b, partial_b, grad_b.numel(), parts, scaling),
+        size=size,
     )
-    return back, over
+    return grad_hidden, grad_b
 
 
 def _processors(device: torch.device) -> int:

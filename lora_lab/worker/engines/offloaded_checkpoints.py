@@ -50,18 +50,18 @@ class HostShelf:
         """Host memory in use, as far as it is asked for: torch rounds what stays in place up to powers of two."""
         return sum(room.numel() for room in self._rooms)
 
-    def put(self, number: int, given: Tensor) -> _Input:
+    def put(self, number: int, layer_input: Tensor) -> _Input:
         """Have the input of layer `number` copied, while what comes next is calculated. It goes from the card when the
         next one is put here."""
-        self._make_room(number, given)
+        self._make_room(number, layer_input)
         if self._pinned and torch.cuda.is_current_stream_capturing():
             self._recorded.append(self._rooms[number])
         here = self._of_device.current_stream()
         self._aside.wait_stream(here)
         copied = self._of_device.Event()
-        put = _Input(given.shape, given.dtype, copied, on_card=given.detach())
+        put = _Input(layer_input.shape, layer_input.dtype, copied, on_card=layer_input.detach())
         with self._of_device.stream(self._aside):
-            self._room(number, put).copy_(given.detach(), non_blocking=True)
+            self._room(number, put).copy_(layer_input.detach(), non_blocking=True)
             copied.record(self._aside)
         self._inputs[number] = put
         before = self._inputs[number - 1] if number else None
@@ -109,8 +109,8 @@ class HostShelf:
         size = put.shape.numel() * put.dtype.itemsize
         return self._rooms[number][:size].view(put.dtype).view(put.shape)
 
-    def _make_room(self, number: int, given: Tensor) -> None:
-        size = given.numel() * given.element_size()
+    def _make_room(self, number: int, layer_input: Tensor) -> None:
+        size = layer_input.numel() * layer_input.element_size()
         if self._rooms[number].numel() >= size:
             return
         try:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_lab.worker.trainables.trainable import trained_parameters
 
 
-class QuickAnswers(TrainerCallback):
+class TrainerShortcuts(TrainerCallback):
     """Puts them in place when training begins, when the optimizer has its parameters, and takes them back."""
 
     _NAMES = ("num_parameters", "train", "zero_grad", "parameters")
