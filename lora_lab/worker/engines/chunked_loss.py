@@ -1,9 +1,9 @@
-"""Cross entropy over a few rows of logits at a time, so that the logits never exist whole.
+"""Calculate cross entropy over a few rows of logits at a time, so that the logits never exist whole.
 
 For a large vocabulary the logits are the largest tensor of a step: 4,096 tokens of Qwen2.5's 151,936 words take 2.5 GB
 in fp32, several times over. Here a chunk's logits live only until its loss and its gradient are known, in the forward,
-so that the backward needs no second product. torch 2.13 has the like (torch.nn.functional.linear_cross_entropy); 2.11
-has not, and torch.compile stops there. Liger's asks for a number on the host, which a CUDA graph can't record.
+so that the backward needs no second product. torch 2.13 has torch.nn.functional.linear_cross_entropy for this; 2.11
+does not, and torch.compile breaks the graph there. Liger's reads a number on the host, which a CUDA graph can't record.
 """
 
 from collections.abc import Callable
@@ -19,33 +19,33 @@ from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.trainables.trainable import base_of
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""
+"""Logits that may always exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
 
 _WIDER = 8
-"""Compiled, as many as this times the hidden state, about what the tensors of one layer's MLP take anyway: for many
-rows, larger products are nearer to what the card can do. Operation by operation a logit takes eight times as much."""
+"""Compiled, this many times the elements of the hidden state, about what the tensors of one layer's MLP take anyway:
+for many rows, larger products come closer to the card's peak. In eager mode a logit takes eight times the memory."""
 
 _PARTS = 4
-"""But no more than this part of all logits."""
+"""But no more than all logits divided by this."""
 
 _ALIGNED = 64
 
 _HEADROOM = 1024.0
-"""In fp16, gradients of single logits lie below what it holds; they are this much larger until the backward."""
+"""In fp16 the gradients of single logits underflow; they are scaled by this until the backward."""
 
 Chunk = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, Tensor]:
-    """A chunk's summed loss and its gradient.
+    """Calculate a chunk's summed loss and its gradient.
 
     Args:
         hidden: (rows, hidden size).
         weight: the head's, (vocabulary, hidden size), in the same format.
         labels: (rows,), IGNORED where nothing is predicted.
-        headroom: what the gradient is multiplied with.
+        headroom: factor on the gradient.
 
-    Returns: the loss in fp32, a scalar; its gradient over `hidden`, in that format, times `headroom`.
+    Returns: the loss in fp32, a scalar; the gradient of `hidden`, in its format, times `headroom`.
     """
     logits = torch.mm(hidden, weight.t()).float()
     trained = (labels != IGNORED).unsqueeze(1)
@@ -79,15 +79,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        # in fp32: a share of a step would be off by up to 0.4 % in bf16, and every gradient with it
+        # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
         return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
-    """Rows of a chunk: as few chunks as may be, of one size but perhaps the last, which suits kernels where it can.
+    """Return the rows of a chunk: as few chunks as allowed, all of one size but the last, aligned where possible.
 
     Args:
-        hidden_size: 0 where no more than CHUNK_ELEMENTS may exist.
+        hidden_size: 0 where no more than CHUNK_ELEMENTS logits may exist.
     """
     most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden_size, vocabulary // _PARTS)) // vocabulary)
     chunks = -(-rows // most)
@@ -97,7 +97,7 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss) -> Tensor:
-    """Summed loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
+    """Sum the loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
 
     Args:
         hidden: (rows, hidden size).
@@ -106,7 +106,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
         chunk: `chunk_loss`, or that compiled.
     """
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # what a linear layer would calculate in
+    if torch.is_autocast_enabled(kind):  # the format that a linear layer would use
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(kind, enabled=False):
@@ -115,11 +115,11 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
 
 
 def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
-    """Let the causal language model under a PeftModel calculate its loss in chunks whenever it is given labels; its
-    output then has no logits. The model's class is not touched.
+    """Make the causal language model calculate its loss in chunks whenever it gets labels. Its output then has no
+    logits. The model's class is not touched.
 
-    Raises: Unsupported when its head is not one frozen matrix, or its loss is another than that of such a head
-    (softcapped or scaled logits, say): a few tokens tell.
+    Raises: Unsupported when its head is not one frozen matrix, or when its loss is not the cross entropy of that head's
+    logits (softcapped or scaled logits, say), found on a few tokens.
     """
     causal = base_of(model)
     whole, decoder, head = causal.forward, causal.get_decoder(), causal.get_output_embeddings()
@@ -145,8 +145,10 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
 
 
 def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
-    """Give the model known logits in place of its head's, too large for a cap to leave them alone, and look what it
-    makes of them: its loss must be their cross entropy, and the head must be given the decoder's result as it is."""
+    """Replace the head's logits by known ones, large enough for a cap to change them. The model's loss must be their
+    cross entropy, and the head's input must be the decoder's output.
+
+    Raises: Unsupported."""
     ids = torch.arange(3, 19, device=causal.device).unsqueeze(0)
     head_inputs: list[Tensor] = []
 
@@ -164,7 +166,7 @@ def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             own = causal(input_ids=ids, labels=ids).loss
             hidden = causal.get_decoder()(input_ids=ids).last_hidden_state
-            logits = head(hidden).float()  # the hook answers here too
+            logits = head(hidden).float()  # the hook replaces them here too
     finally:
         hook.remove()
         causal.train(was_training)

@@ -1,4 +1,4 @@
-"""Decoder layers by torch.compile, one compilation for all of them."""
+"""Compile decoder layers by torch.compile, one compilation for all of them."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
-unpacking, one for each shape of a weight."""
+dequantization, one for each shape of a weight."""
 
 
 def compilations() -> int:
-    """How many graphs torch has compiled in this process so far."""
+    """Return how many graphs torch has compiled in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers that transformers repeats, in order."""
+    """List the layers that transformers repeats, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer for the shapes that come; a graph break or too many shapes is an error, never a slow
-    path in silence.
+    """Compile each decoder layer for the shapes that come. A graph break or too many shapes is an error, never a silent
+    slow path.
 
     Raises: Unsupported when the model has no layers of the kind that transformers repeats.
     """
@@ -45,13 +45,13 @@ def compile_layers(model: Any) -> None:
 
 
 def is_compiled(layer: Any) -> bool:
-    """Whether torch is to compile what the layer does."""
+    """Return True for a layer whose call torch compiles."""
     call = layer._compiled_call_impl
     return call.is_compiled if isinstance(call, OffloadedCall) else call is not None
 
 
 def checkpointing_of(model: Any) -> Checkpointing:
-    """Which layers recompute their forward, read from the live ones."""
+    """Read from the live layers which of them recompute their forward."""
     layers = decoder_layers(model)
     if layers and all(isinstance(layer._compiled_call_impl, OffloadedCall) for layer in layers):
         return Checkpointing.offloaded

@@ -1,4 +1,4 @@
-"""A trial's engine: what is done to the model before Trainer gets it, and when training begins."""
+"""Run a trial's engine: change the model before Trainer gets it, and compile or record steps when training begins."""
 
 import functools
 import time
@@ -27,9 +27,9 @@ from lora_lab.worker.trainables.trainable import base_of, trained_parameters
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
-    """What the engine adds to TrainingArguments."""
+    """Return what the engine adds to TrainingArguments."""
     if config.engine.kind is EngineKind.graph:
-        # a copy that waits would wait for the whole step before it
+        # a blocking copy would wait for the whole step before it
         return {"accelerator_config": {"non_blocking": True}}
     if config.engine.kind is not EngineKind.liger:
         return {}
@@ -41,7 +41,7 @@ def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
 
 
 class Engine(TrainerCallback):
-    """Prepares the model at once, and a step of each shape when training begins, before anything is measured."""
+    """Prepares the model when it is made, and a step of each shape when training begins, before any measurement."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class Engine(TrainerCallback):
         emit: Emit,
         clock: PhaseClock,
     ) -> None:
-        """Changes `model`, never its class.
+        """Change `model`, never its class.
 
         Args:
-            model: a PeftModel where it will be trained.
+            model: on the device that it will be trained on.
             batches: one of every shape that training can bring, longest rows first; see `shapes`.
-            attention: is told which kernels run in the steps that are prepared.
+            attention: gets the kernels that run in the steps that are prepared.
 
-        Raises: Unsupported when this model can't be run so, or torch is told to compile nothing.
+        Raises: Unsupported when the engine can't run this model.
         """
         kind = config.engine.kind
         self._emit = emit
@@ -67,7 +67,7 @@ class Engine(TrainerCallback):
         self._attention = attention
         self._model = model
         self._forward = model.forward
-        """Before accelerate wraps it; without the telemetry's hooks."""
+        """The model's own, before accelerate wraps it; without the telemetry's hooks."""
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
         self._counts_labels = True
@@ -75,9 +75,9 @@ class Engine(TrainerCallback):
         self._step: GraphStep | None = None
         self._compiled = 0
         self.callbacks: list[TrainerCallback] = [self]
-        """For Trainer, to stand before others."""
+        """For Trainer, before all other callbacks."""
         dtype = working_dtype(config.precision.dtype, model.device)
-        # as accelerate would have it
+        # as accelerate does
         self._autocast = functools.partial(torch.autocast, model.device.type, dtype, dtype is not torch.float32)
         if kind is EngineKind.liger:
             check_liger_support(model)
@@ -100,7 +100,7 @@ class Engine(TrainerCallback):
                 " of its own, whose random numbers checkpointing has to draw twice, and a CUDA graph can't keep their "
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
-        # not above: they bring bitsandbytes, which the server that workers are forked from must not import
+        # not at the top: they import bitsandbytes, which the server that workers are forked from must not
         from lora_lab.worker.engines.dequantize import use_fused_dequantization
         from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
 
@@ -115,19 +115,19 @@ class Engine(TrainerCallback):
         self.callbacks.append(TrainerShortcuts())
 
     def attach(self, trainer: Any) -> None:
-        """Take what a trainer has made for this model."""
+        """Take from the trainer what it has made for this model."""
         self._counts_labels = trainer.model_accepts_loss_kwargs
         if self._step is not None:
             self._step.use_scaler(trainer.accelerator.scaler)
 
     def release(self) -> None:
-        """Give back the memory of what was recorded; the next training records it anew."""
+        """Free the memory of what was recorded; the next training records it again."""
         if self._step is not None:
             self._step.forget()
 
     @property
     def replay_peak_bytes(self) -> int:
-        """Most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
+        """The most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
         return 0 if self._step is None else self._step.replay_peak_bytes
 
     def on_train_begin(
@@ -141,7 +141,7 @@ class Engine(TrainerCallback):
         with compiling():
             began = time.monotonic()
             for batch in self._batches:
-                # Trainer adds the number of labels of the whole step, for models that take it
+                # Trainer passes the number of labels of the whole step to models that take it
                 count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
                 self._make_ready({**batch, **count})
             if self._model.device.type == "cuda":
@@ -172,7 +172,7 @@ class Engine(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say how it went."""
+        """Report replays and late compilations."""
         if not self._compiles:
             return
         later = compilations() - self._compiled
@@ -183,7 +183,7 @@ class Engine(TrainerCallback):
         self._emit(EngineDone(t=time.monotonic(), replays=replays, unrecorded=unrecorded, compilations=later))
 
     def ran(self) -> dict[str, str]:
-        """What really runs, read from the live model: facts by name, as in readback."""
+        """Read from the live model what really runs: facts by name, as in readback."""
         return {"engine": engine_of(self._model, self._step).value, "chunked_loss": str(loss_is_chunked(self._model))}
 
     def _watch(self, run: Callable[[], object]) -> None:
@@ -197,7 +197,7 @@ class Engine(TrainerCallback):
 
 
 def shapes(config: TrialConfig, examples: list[Example], collator: Collator) -> list[Batch]:
-    """A batch of every shape that training can bring, longest rows first; what is in them does not matter."""
+    """Make a batch of every shape that training can bring, longest rows first; the content does not matter."""
     if config.engine.kind not in (EngineKind.compile, EngineKind.graph):
         return []
     by_width = {collator.width_of([example]): example for example in examples}

@@ -1,4 +1,4 @@
-"""The kernels of `thin_products`. Imported only where they run: Triton comes with torch for CUDA alone."""
+"""Provide the kernels of `lora_gradients`. Import only where they run: Triton comes with torch for CUDA alone."""
 
 import triton
 import triton.language as tl
@@ -19,14 +19,14 @@ def products(
     tall: tl.constexpr,
     wide: tl.constexpr,
 ) -> None:
-    """Of a block of `wide` columns and a part of `span` rows: what it adds to both products, unrounded.
+    """Calculate what a block of `wide` columns and a part of `span` rows adds to both products, unrounded.
 
-    It goes down the rows by tiles of `tall`. Each is copied to shared memory while those before are multiplied, and
-    both products take it from there, one of them transposed.
+    The program goes down the rows by tiles of `tall`. Each is copied to shared memory while those before are
+    multiplied, and both products take it from there, one of them transposed.
 
     Args:
-        backs: (blocks of columns, rows, rank).
-        overs: (parts of rows, columns, rank).
+        partial_hidden: (blocks of columns, rows, rank).
+        partial_b: (parts of rows, columns, rank).
         padded: the rank as Triton wants a product's side, a power of two from 16.
     """
     block = tl.program_id(0).to(tl.int64)
@@ -75,7 +75,7 @@ def sums(
     scaling: tl.tensor,
     size: tl.constexpr,
 ) -> None:
-    """Both products from what `products` found, added up in the order of blocks and parts, and rounded."""
+    """Add up the partial sums of `products` in the order of blocks and parts, and round."""
     if tl.program_id(1) == 0:
         _sum(grad_hidden, partial_hidden, hidden_size, blocks, scaling, size)
     else:
@@ -88,7 +88,7 @@ def _sum(
 ) -> None:
     at = tl.program_id(0) * size + tl.arange(0, size)
     total = tl.full([size], 0.0, tl.float32)
-    for _ in tl.range(0, count, loop_unroll_factor=8):  # so many readings wait for memory together
+    for _ in tl.range(0, count, loop_unroll_factor=8):  # that many loads wait for memory together
         total += tl.load(addends + at, mask=at < length, other=0.0)
         addends += length
     tl.store(whole + at, (total * factor).to(whole.dtype.element_ty), mask=at < length)
