@@ -1,4 +1,4 @@
-"""What a trial reports from inside Trainer: steps, the window's edges, losses."""
+"""Report from inside Trainer: steps, the window's edges, losses."""
 
 import time
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from lora_lab.worker.profiling import StepProfiler
 class TelemetryCallback(TrainerCallback):
     """Watches one training from inside.
 
-    Trainer tells its callbacks neither loss nor inputs, so hooks on the model see them: the first takes the
-    token counts out of the batch, the second adds up the loss on the device. The device is synchronised at
-    the two edges of the window and nowhere between.
+    Trainer passes its callbacks neither loss nor inputs, so two hooks on the model read them: the first takes the
+    token counts out of the batch, the second adds up the loss on the device. The device is synchronised at the two
+    edges of the window and nowhere between.
     """
 
     def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
@@ -42,9 +42,9 @@ class TelemetryCallback(TrainerCallback):
         self._loss_is_a_share = False
         self.attention = AttentionKernels()
         self.scaler: Any = None
-        """The GradScaler, where there is one."""
+        """Trainer's GradScaler, or None."""
         self.on_stepped: Callable[[], None] = lambda: None
-        """Called once, outside the window, after steps: before it opens, or at the end where there is no warm-up."""
+        """Called once, outside the window, after a step: before the window opens, or at the end without a warm-up."""
 
     def watch(self, model: torch.nn.Module) -> None:
         """Hook onto the model that Trainer will call."""
@@ -69,7 +69,7 @@ class TelemetryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Training begins: warm-up, or the window at once without one."""
+        """Enter the warm-up, or open the window at once without one."""
         if self.scaler is not None:
             self._relay = LossRelay(self._device, self._last_step, first_scale=self.scaler.get_scale())
         self._clock.enter(Phase.warm_up)
@@ -80,19 +80,19 @@ class TelemetryCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step's batches are there: since the step before, Trainer has done nothing but get them."""
+        """Note how long Trainer waited for the step's batches: since the step before it did nothing else."""
         self._waited_seconds = time.monotonic() - self._stepped_t
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps that are only profiled must not change what the held-out loss is taken of."""
+        """Set the learning rate to 0 in steps that are only profiled: the held-out loss is measured after them."""
         if state.global_step >= self._last_step:
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """An optimizer step has been queued: send off its loss, and see to the window's edges."""
+        """Push the loss of the queued step, and open or close the window."""
         if state.global_step > self._last_step:
             self._profile()
             return
@@ -120,7 +120,7 @@ class TelemetryCallback(TrainerCallback):
         self._stepped_t = time.monotonic()
 
     def _profile(self) -> None:
-        """One more step under the profiler has been queued."""
+        """Count one more step under the profiler."""
         profiled = self._profiler.stepped(self._counts.slots)
         self._counts = TokenCounts()
         if profiled is not None:

@@ -1,4 +1,4 @@
-"""The model of a trial: tokenizer, frozen weights, and what the method trains."""
+"""Load the model of a trial: tokenizer, frozen weights, and what the method trains."""
 
 import contextlib
 import logging
@@ -39,7 +39,7 @@ from lora_lab.worker.trainables import trainable_of
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's own tokenizer, or the byte-level one for random weights. Padding is on the right."""
+    """Load the model's own tokenizer, or make the byte-level one for random weights. Padding is on the right."""
     if model.weights is Weights.random:
         return tiny_tokenizer()
     tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
@@ -65,7 +65,7 @@ _NEED_LAYERS = {
 
 
 def load_architecture(model: ModelConfig) -> Any:
-    """The transformers config: stated shapes for random weights, else the one beside the weights."""
+    """Read the transformers config: stated shapes for random weights, else the file next to the weights."""
     if model.weights is Weights.random:
         fields = dict(model.architecture or {})
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -73,11 +73,11 @@ def load_architecture(model: ModelConfig) -> Any:
 
 
 def check_model(config: TrialConfig, architecture: Any) -> list[str]:
-    """Look at the model's shapes and files; loads no weights.
+    """Check the model's shapes and files; load no weights.
 
     Returns: what the user should know.
 
-    Raises: InvalidInput for what can't be trained as it is asked for."""
+    Raises: InvalidInput for a model that can't be trained as asked."""
     shapes = architecture.get_text_config()
     longest = getattr(shapes, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
@@ -132,14 +132,14 @@ def load_model(
 def _frozen(
     config: TrialConfig, architecture: Any, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
 ) -> Any:
-    """The model as it was trained, or with random weights, quantised tensor by tensor while it is loaded."""
+    """Load the model with its own or with random weights, quantised tensor by tensor while it is loaded."""
     asked: dict[str, Any] = {
         "config": architecture,
         "dtype": dtype,
         "attn_implementation": config.attention.value,
         "device_map": {"": device},
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are refused by name below
+        "ignore_mismatched_sizes": True,  # check_weights_complete raises for them, by name
     }
     if getattr(architecture, "quantization_config", None) is None:  # else the files say how
         asked["quantization_config"] = _quantization(config.method, dtype)
@@ -147,13 +147,13 @@ def _frozen(
         if config.model.weights is Weights.random:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-            # one tensor after the other: in threads they would draw their numbers in another order each time
+            # one tensor after the other: threads would draw the random numbers in another order each time
             with _environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
                 state = random_state(skeleton, device)
                 model, info = type(skeleton).from_pretrained(None, state_dict=state, **asked)
         else:
             fetch_weights(config.model)
-            if config.model.source is ModelSource.hub:  # the others were looked at before
+            if config.model.source is ModelSource.hub:  # check_model saw the files of the others
                 check_files(config.model, architecture, make_skeleton(config, architecture))
             asked["trust_remote_code"] = config.model.trust_remote_code
             model, info = from_pretrained(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
@@ -176,8 +176,8 @@ def _environment_variable(name: str, value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _conversion_errors() -> Iterator[None]:
-    """Transformers catches every error that comes while a weight is converted (to 4 bit, say), logs it in a report, and
-    raises one that only points there. Running out of memory must be known for what it is."""
+    """Raise an out-of-memory error as such. transformers catches every error in a weight's conversion (to 4 bit, say),
+    logs it in a report, and raises an error that only points to the report."""
     reports: list[str] = []
 
     class Keeper(logging.Handler):
@@ -199,10 +199,10 @@ def _conversion_errors() -> Iterator[None]:
 
 
 def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
-    """The format that weights are held and products calculated in.
+    """Return the format of weights and products.
 
-    The asked one, but for fp16 on a CPU, where fp32 stands in: there is no autocast and no GradScaler for it
-    there, and without a CPU that multiplies fp16 one product of the default model's head takes 24 s.
+    It is the one asked for, but fp16 on a CPU, where fp32 stands in: accelerate has neither autocast nor a GradScaler
+    for it there, and on a CPU without fp16 arithmetic one product of the default model's head takes 24 s.
     """
     if precision is DType.fp16 and device.type == "cpu":
         return torch.float32
@@ -213,7 +213,7 @@ def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
 def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if method.quantization is Quantization.none:
         return None
-    # compute dtype always said: bitsandbytes' default is fp32, and 16-bit inputs do not switch it
+    # always state the compute dtype: bitsandbytes' default is fp32, and 16-bit inputs do not change it
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method.quantization.value,

@@ -1,4 +1,4 @@
-"""The phases of a trial as they are announced, with the memory that each one took."""
+"""Announce the phases of a trial, and the memory that each one took."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory
 from lora_lab.worker.vram_limit import Capacity
 
 Emit = Callable[[Event], None]
-"""Takes an event on its way to the parent."""
+"""Sends an event to the parent."""
 
 _TRAINING = (Phase.warm_up, Phase.window, Phase.profile)
 
@@ -23,19 +23,19 @@ class Replayed(Protocol):
 
 
 class PhaseClock:
-    """Announces phases, and what torch's allocator peaked at in the one that is over."""
+    """Announces phases, and the peak of torch's allocator in the one that ended."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._retries = 0
         self.present = Phase.start
         self.capacity: Capacity | None = None
-        """Brought up to date whenever a phase begins."""
+        """Applied whenever a phase begins."""
         self.replayed: Replayed | None = None
-        """Where steps are replayed from CUDA graphs: torch's allocator does not see what comes and goes in them."""
+        """The step of an engine that replays CUDA graphs."""
 
     def enter(self, phase: Phase) -> None:
-        """`phase` begins now."""
+        """End the present phase and begin `phase`."""
         self.leave()
         self.present = phase
         if self.capacity is not None:
@@ -43,7 +43,7 @@ class PhaseClock:
         self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
 
     def leave(self, part: str | None = None) -> None:
-        """The present phase is over, or a `part` of it; what follows is told apart."""
+        """End the present phase, or a `part` of it: report its memory and reset the peaks."""
         if not torch.cuda.is_initialized():
             return
         retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))

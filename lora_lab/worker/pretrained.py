@@ -1,4 +1,4 @@
-"""Read a model's files: from the hub, from a folder, or out of a package, whose weights are converted first."""
+"""Read a model's files from the hub, from a folder, or from a package, whose weights are converted first."""
 
 import hashlib
 import os
@@ -18,12 +18,14 @@ from lora_lab.packages import converted_folder, locate
 
 
 def model_name(model: ModelConfig) -> str:
-    """Return what messages call the model."""
+    """Return the model's name in messages."""
     return model.id or model.path or "random weights"
 
 
 def from_pretrained(kind: Any, model: ModelConfig, **asked: Any) -> Any:
-    """kind.from_pretrained for a hub id, a folder or a package, with refusals in plain words."""
+    """Call kind.from_pretrained for a hub id, a folder or a package.
+
+    Raises: InvalidInput, which says what to do."""
     if model.source is ModelSource.package:
         assert model.package is not None
         return kind.from_pretrained(convert(model.package), **asked)
@@ -64,7 +66,7 @@ def _why_not_had(model: ModelConfig, error: Exception) -> str:
 
 
 def convert(package: PackageConfig) -> Path:
-    """The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
+    """Return the package's weights as a folder of safetensors; convert them on first use (15 s on 2 cores).
 
     Raises: InvalidInput when the package is missing or its file is not the pinned one.
     """
@@ -98,6 +100,6 @@ def convert(package: PackageConfig) -> Path:
 
 
 def _plain_weights() -> dict[str, Any]:
-    """Newer transformers keep a GGUF's weights packed unless told; older ones always unpack them."""
+    """Return the arguments for plain weights: newer transformers keep a GGUF's weights packed by default."""
     gguf = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": gguf(dequantize=True)} if gguf else {}

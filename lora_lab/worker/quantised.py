@@ -1,4 +1,4 @@
-"""Which weights of a live model are held in 4 bit, and what must not happen to them."""
+"""Find the weights of a live model that are held in 4 bit, and protect them in evaluation."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether a layer is one of bitsandbytes', or of a kind made from these."""
+    """Return True for a layer of bitsandbytes, or of a class made from one."""
     return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
 
 
@@ -36,7 +36,7 @@ def quantised_share(model: Any, trained: Iterable[Any] = ()) -> float:
 
 
 def _parametrised(model: Any) -> Iterator[Any]:
-    """What bitsandbytes' replace_parameter_4bit has put in the place of parameters."""
+    """Yield the parametrizations that bitsandbytes' replace_parameter_4bit has made."""
     for module in model.modules():
         for parts in getattr(module, "parametrizations", {}).values():
             if hasattr(parts[0], "quant_state"):
@@ -44,9 +44,9 @@ def _parametrised(model: Any) -> Iterator[Any]:
 
 
 def evaluation_mode(model: Any) -> None:
-    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
-    evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
-    that would run through an operation without a gradient, and wrongly."""
+    """Call model.eval(), but leave bitsandbytes' 4-bit layers in training mode. On a CPU with AVX512-BF16 they repack
+    their weights for inference in evaluation, for good. Training after that runs through an operation without a
+    gradient, and wrongly. They use the mode for nothing else."""
     model.eval()
     for module in model.modules():
         if is_quantised(module):

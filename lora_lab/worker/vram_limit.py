@@ -1,4 +1,4 @@
-"""A large card made to refuse what a smaller one would."""
+"""Make a large card refuse what a smaller one would."""
 
 import torch
 
