@@ -109,8 +109,8 @@ class TelemetryCallback(TrainerCallback):
             self._clock.leave(FIRST_STEP)
         if state.global_step == self._read_back_step:
             self.on_stepped()
-        if self._clock.capacity is not None and state.global_step < self._warmup_steps:
-            self._clock.capacity.apply()
+        if self._clock.vram_limit is not None and state.global_step < self._warmup_steps:
+            self._clock.vram_limit.apply()
         if state.global_step == self._warmup_steps:
             self._open_window()
         self._send_arrived()

@@ -190,10 +190,10 @@ def _conversion_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         lines = (line for report in reports for line in report.splitlines())
-        told = next((line.strip() for line in lines if says_out_of_memory(line)), None)
-        if told is None:
+        message = next((line.strip() for line in lines if says_out_of_memory(line)), None)
+        if message is None:
             raise
-        raise RuntimeError(told) from error
+        raise RuntimeError(message) from error
     finally:
         logger.removeHandler(keeper)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory
-from lora_lab.worker.vram_limit import Capacity
+from lora_lab.worker.vram_limit import VramLimit
 
 Emit = Callable[[Event], None]
 """Sends an event to the parent."""
@@ -29,7 +29,7 @@ class PhaseClock:
         self._emit = emit
         self._retries = 0
         self.present = Phase.start
-        self.capacity: Capacity | None = None
+        self.vram_limit: VramLimit | None = None
         """Applied whenever a phase begins."""
         self.replayed: Replayed | None = None
         """The step of an engine that replays CUDA graphs."""
@@ -38,8 +38,8 @@ class PhaseClock:
         """End the present phase and begin `phase`."""
         self.leave()
         self.present = phase
-        if self.capacity is not None:
-            self.capacity.apply()
+        if self.vram_limit is not None:
+            self.vram_limit.apply()
         self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
 
     def leave(self, part: str | None = None) -> None:

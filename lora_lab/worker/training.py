@@ -109,6 +109,6 @@ def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise InvalidInput(
-            f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is."
+            f"optimizer.target={target} is not a torch.optim.Optimizer class; for example torch.optim.SGD is."
         )
     return found

@@ -3,7 +3,7 @@
 import torch
 
 
-class Capacity:
+class VramLimit:
     """Caps torch's allocator so that the whole process stays within `limit_gib` of device memory.
 
     What torch does not allocate itself (the CUDA context, libraries' kernels, bitsandbytes' managed pages) grows

@@ -72,7 +72,7 @@ def dequantized(
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
-    beside: Tensor | None = None,
+    right: Tensor | None = None,
     below: Tensor | None = None,
 ) -> Tensor:
     """Dequantize layers' weights (outputs, inputs) into one stacked matrix, by one kernel each, and copy what belongs
@@ -80,11 +80,11 @@ def dequantized(
 
     Args:
         packed, blocks: as from `packed_weight`, of each layer.
-        beside: further columns, (outputs, an even number).
+        right: further columns, (outputs, an even number).
         below: further rows, (any, inputs).
     """
     outputs = [2 * layer[0].numel() // inputs for layer in packed]
-    columns = 0 if beside is None else beside.shape[1]
+    columns = 0 if right is None else right.shape[1]
     rows = 0 if below is None else below.shape[0]
     whole = packed[0][0].new_empty(sum(outputs) + rows, inputs + columns, dtype=dtype)
     # the same settings in forward and backward: each state of autograd and autocast would be one more compilation
@@ -95,8 +95,8 @@ def dequantized(
         for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
             pairs = place.view(_INTEGERS[dtype.itemsize][1])
             _compiled_dequantize([tensor.detach() for tensor in layer], blocks, pairs, dtype)
-        if beside is not None:
-            whole[:, inputs:] = beside
+        if right is not None:
+            whole[:, inputs:] = right
         if below is not None:
             whole[sum(outputs) :] = below
     return whole

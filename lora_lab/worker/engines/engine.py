@@ -71,7 +71,7 @@ class Engine(TrainerCallback):
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
         self._counts_labels = True
-        self._told: set[tuple[int, ...]] = set()
+        self._warned: set[tuple[int, ...]] = set()
         self._step: GraphStep | None = None
         self._compiled = 0
         self.callbacks: list[TrainerCallback] = [self]
@@ -109,7 +109,7 @@ class Engine(TrainerCallback):
         copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
         self._step = GraphStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
-        self._step.on_unrecorded = self._tell_unrecorded
+        self._step.on_unrecorded = self._warn_unrecorded
         use_graph_step(model, self._step)
         self._clock.replayed = self._step
         self.callbacks.append(TrainerShortcuts())
@@ -189,9 +189,9 @@ class Engine(TrainerCallback):
     def _watch(self, run: Callable[[], object]) -> None:
         self._attention.seen = kernels_of(run) | (self._attention.seen or frozenset())
 
-    def _tell_unrecorded(self, shape: tuple[int, ...]) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _warn_unrecorded(self, shape: tuple[int, ...]) -> None:
+        if shape not in self._warned:
+            self._warned.add(shape)
             text = f"a batch of {' x '.join(map(str, shape))} was not recorded: it runs operation by operation, slowly"
             self._emit(Warned(t=time.monotonic(), text=text))
 

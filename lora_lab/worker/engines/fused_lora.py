@@ -49,7 +49,7 @@ def lora_linear(
     results = []
     if widens(len(rows), inputs, sum(outputs), len(a)):
         widened = torch.cat([rows, lora_hidden], 1)
-        matrix = _matrix(weights, blocks, inputs, x.dtype, beside=b)
+        matrix = _matrix(weights, blocks, inputs, x.dtype, right=b)
         results = [widened @ part.t() for part in matrix.split(widths)]
     else:
         matrix = _matrix(weights, blocks, inputs, x.dtype)
@@ -156,15 +156,15 @@ def _matrix(
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
-    beside: Tensor | None = None,
+    right: Tensor | None = None,
     below: Tensor | None = None,
 ) -> Tensor:
     if blocks:
         each = 3 * len(blocks)  # tensors of one layer, see `packed_weight`
         packed = [weights[first : first + each] for first in range(0, len(weights), each)]
-        return dequantized(packed, blocks, inputs, dtype, beside, below)
-    if beside is not None:
-        return torch.cat([weights[0], beside], 1)
+        return dequantized(packed, blocks, inputs, dtype, right, below)
+    if right is not None:
+        return torch.cat([weights[0], right], 1)
     return weights[0] if below is None else torch.cat([weights[0], below], 0)
 
 

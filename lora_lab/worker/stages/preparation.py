@@ -13,13 +13,13 @@ from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.stages.stage import Stage, TrialContext
 from lora_lab.worker.training import check_optimizer
-from lora_lab.worker.vram_limit import Capacity
+from lora_lab.worker.vram_limit import VramLimit
 
 
 def _prepare(trial: TrialContext) -> None:
     config, device = trial.config, _device()
     trial.device = device
-    trial.clock.capacity = Capacity(config.vram_limit_gib, device)
+    trial.clock.vram_limit = VramLimit(config.vram_limit_gib, device)
     _check_machine(config, device)
     if not config.share_device:  # other processes would take part of the rate
         _report_matmul_rate(trial)

@@ -1,4 +1,4 @@
-"""LoRA in all its variants: PEFT's adapters beside frozen weights, which may be in 4 bit."""
+"""Train LoRA in all its variants: PEFT's adapters on frozen weights, which may be in 4 bit."""
 
 import re
 from collections.abc import Sequence
