@@ -93,9 +93,10 @@ def look(pipe: Connection) -> None:
 def train(config: TrialConfig, folder: Path) -> tuple[list[tuple[float, int]], tuple[float, float]]:
     """One trial in this process: (moment, which mark) in order, and when the window was open."""
     from lora_lab.worker import trial
+    from lora_lab.worker.stages import model_loading
 
     marks: list[tuple[float, int]] = []
-    load = trial.load_model
+    load = model_loading.load_model
 
     def load_with_marks(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -120,11 +121,11 @@ def train(config: TrialConfig, folder: Path) -> tuple[list[tuple[float, int]], t
             raise SystemExit(f"{event.outcome}: {event.reason}\n{event.traceback}")
 
     folder.mkdir(parents=True, exist_ok=True)
-    trial.load_model = load_with_marks
+    model_loading.load_model = load_with_marks
     try:
         trial.run_trial(config, folder, emit)
     finally:
-        trial.load_model = load
+        model_loading.load_model = load
     return marks, (edges[0], edges[1])
 
 

@@ -368,12 +368,12 @@ def _check_points(folder: SweepFolder, points: list[GridPoint]) -> None:
     if not chosen:
         return
     with progress("looking at rows and models of the points", len(chosen)) as seen:
-        found, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
+        looks, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
     if untold:
         print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
     faults: dict[str, list[str]] = {}
-    for point, fault in zip(chosen, found, strict=True):
-        if fault:
+    for point, look in zip(chosen, looks, strict=True):
+        for fault in look.faults:
             faults.setdefault(fault, []).append(" ".join(point.overrides))
     _raise_faults(faults, len(points))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lora_lab.config import Isolation, TrialConfig
 from lora_lab.events import Ended, Event, Ready, decode, encode
+from lora_lab.look import Look
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
 from lora_lab.secrets import clean
 from lora_lab.trial import forkserver
@@ -76,16 +77,16 @@ def run_worker(
 
 def check_trials(
     configs: list[TrialConfig], log: Path, seen: Callable[[int], None], seconds: float = LOOK_SECONDS
-) -> tuple[list[str], str]:
-    """What each trial would be refused for, found in a worker.
+) -> tuple[list[Look], str]:
+    """Look at trials before they run, in a worker.
 
     Args:
         log: gets what the worker prints.
         seen: called with the number of trials looked at.
         seconds: how long one look may take.
 
-    Returns: for each trial what it would be refused for; empty where it would not be, or where the worker could not
-        tell (then the trial itself will). And empty, or why the worker could not tell of all.
+    Returns: a look at each trial, empty where the worker did not get to it (then the trial itself will tell). And
+        empty, or why the worker did not get to all.
 
     Raises: KeyboardInterrupt.
     """
@@ -93,25 +94,25 @@ def check_trials(
 
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = forkserver.context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
-    found: list[str] = []
+    looks: list[Look] = []
     why = ""
     try:
         with _ctrl_c() as interrupt:
             with sender:
                 why = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
-            while not why and len(found) < len(configs):
+            while not why and len(looks) < len(configs):
                 if not _says_something(receiver, interrupt, seconds):
                     why = f"the check of the points did not answer within {seconds:g} s"
                     break
-                found.append(receiver.recv())
-                seen(len(found))
+                looks.append(receiver.recv())
+                seen(len(looks))
     except (EOFError, OSError):
         why = f"the check of the points ended early; see {log}"
     finally:
         _stop(worker, 0.0)
         receiver.close()
         clean(log)
-    return found + [""] * (len(configs) - len(found)), why
+    return looks + [Look()] * (len(configs) - len(looks)), why
 
 
 def _hear(

@@ -5,6 +5,7 @@ import signal
 from multiprocessing.connection import Connection
 
 from lora_lab.events import Ended, Event, PhaseBegan, Ready, encode
+from lora_lab.look import Look
 from lora_lab.trial.variables import is_launchers
 
 
@@ -30,5 +31,5 @@ def says_launchers(connection: Connection, *_: object) -> None:
 
 
 def looks_once(connection: Connection, *_: object) -> None:
-    connection.send("the first is refused")
+    connection.send(Look(faults=("the first is refused",)))
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -186,8 +186,8 @@ def test_a_check_that_hangs_is_given_up_and_what_it_had_found_is_kept(
 ) -> None:
     monkeypatch.setattr(process, "check", workers.looks_once)
     seen: list[int] = []
-    found, why = check_trials([TrialConfig()] * 3, tmp_path / "check.log", seen.append, seconds=SECONDS)
-    assert found == ["the first is refused", "", ""]
+    looks, why = check_trials([TrialConfig()] * 3, tmp_path / "check.log", seen.append, seconds=SECONDS)
+    assert [look.faults for look in looks] == [("the first is refused",), (), ()]
     assert "did not answer within 1 s" in why
     assert seen == [1]
     assert not multiprocessing.active_children()
