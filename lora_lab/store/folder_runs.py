@@ -126,7 +126,7 @@ class FolderRuns:
             params=record.params,
             metrics=record.metrics,
             # where the folder is now: it may have been moved
-            tags=record.tags | {"record_id": record.id, "folder": str(folder.path.resolve())},
+            tags=record.tags | {"record_id": record.id, "folder": str(folder.path)},
         )
 
 
@@ -144,7 +144,7 @@ def _read(path: Path, found: Recovered) -> Iterator[_Folder]:
 
 def _folder(path: Path, record: Record) -> _Folder:
     note = read_json(path / DELIVERED) if (path / DELIVERED).is_file() else None
-    return _Folder(path=path, record=record, note=note if isinstance(note, dict) else {})
+    return _Folder(path=path.resolve(), record=record, note=note if isinstance(note, dict) else {})
 
 
 def _tracking(folder: _Folder) -> TrackingConfig:
