@@ -3,6 +3,7 @@
 A folder holds its whole record, so no store is asked: MLflow alone takes 2 s to be imported, and 7 s for 1,000 runs.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lora_lab.files import read_json
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.local_store import address_of
+from lora_lab.store.local_store import address_of, local_address
 from lora_lab.store.outbox import MULTIRUN, Recovered, known_folders
 from lora_lab.store.record import Record
 from lora_lab.store.run_checks import printable
@@ -71,10 +72,16 @@ class FolderRuns:
         """How many trials were read."""
         return sum(not folder.record.is_sweep for folder in self._folders.values())
 
-    @property
-    def addresses(self) -> list[str]:
-        """The stores that took them, as far as their folders say."""
-        return sorted({folder.delivered_to for folder in self._folders.values() if folder.delivered_to})
+    def note(self) -> str:
+        """Say that the folders were read and no store, and how to read a store instead."""
+        stores = {folder.delivered_to for folder in self._folders.values() if folder.delivered_to}
+        with contextlib.suppress(InvalidInput):
+            stores.add(local_address())
+        line = f"Trials read from their folders, as they were recorded: {self.trials}."
+        if not stores:
+            return line
+        how = " or ".join(f"--store {without_secrets(address)}" for address in sorted(stores))
+        return f"{line} What was deleted or edited in MLflow since, and runs whose folders are not here: {how}"
 
     def runs(self) -> Iterable[Run]:
         """Return every trial and sweep."""
@@ -156,13 +163,3 @@ def _tracking(folder: _Folder) -> TrackingConfig:
     except Damaged:
         asked = None
     return TrackingConfig() if asked is None else asked.tracking
-
-
-def line_about_store(runs: FolderRuns, local: str | None) -> str:
-    """Say that the folders were read and no store, and how to read a store instead."""
-    stores = dict.fromkeys([*([local] if local else []), *runs.addresses])
-    how = " or ".join(f"--store {without_secrets(address)}" for address in stores) or "no store has any"
-    return (
-        f"{runs.trials} trials read from their folders, as they were recorded. What was deleted or edited in MLflow "
-        f"since, and runs whose folders are not here: {how}"
-    )

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from lora_lab.config import InvalidInput
 from lora_lab.store.errors import TrackingFailed, store_errors
-from lora_lab.store.folder_runs import FolderRuns, line_about_store
-from lora_lab.store.local_store import address_of, check_unlocked, database_of, has_content
+from lora_lab.store.folder_runs import FolderRuns
+from lora_lab.store.local_store import check_unlocked, database_of, local_address
 from lora_lab.store.mlflow_runs import MlflowRuns
 from lora_lab.store.mlflow_store import connect, look
 from lora_lab.store.run_checks import is_reading
@@ -43,7 +43,7 @@ class StoredRuns:
         self._source = source
 
     def runs(self) -> Found:
-        """All there is.
+        """Return all there is.
 
         Raises: InvalidInput when there is none; TrackingFailed."""
         trials, sweeps = self._trials_and_sweeps
@@ -52,23 +52,23 @@ class StoredRuns:
         return list(trials), list(sweeps)
 
     def of(self, names: Sequence[str]) -> Found:
-        """The trials of these sweeps, and these trials, with the sweeps that they belong to.
+        """Return the trials of these sweeps, and these trials, with the sweeps that they belong to.
 
         Args:
             names: ids of runs in the store, or record ids (tag record_id), or the beginnings of such.
 
         Raises: InvalidInput when a name fits no run or several, or a sweep has no trial; TrackingFailed."""
         trials, sweeps = self.runs()
-        chosen = {self._one(name) for name in names}
+        chosen = {self.id_of(name) for name in names}
         below = [trial for trial in trials if trial.run_id in chosen or trial.sweep in chosen]
         for sweep in sweeps:
             if sweep.run_id in chosen and all(trial.sweep != sweep.run_id for trial in below):
-                raise InvalidInput(f"{_line(sweep)}: the store has no trial of it that is over.\n{self._newest()}")
+                raise InvalidInput(f"{_line(sweep)}: there is no trial of it that is over.\n{self._newest()}")
         above = {trial.sweep for trial in below}
         return below, [sweep for sweep in sweeps if sweep.run_id in above]
 
     def last_sweep(self) -> Found:
-        """The sweep whose newest trial began last; without any sweep, the newest trial.
+        """Return the sweep whose newest trial began last; without any sweep, the newest trial.
 
         Raises: InvalidInput when there is no trial; TrackingFailed."""
         trials, sweeps = self.runs()
@@ -77,7 +77,7 @@ class StoredRuns:
         return self.of([newest or trials[-1].run_id])
 
     def series(self, run_id: str, keys: Sequence[str] = SERIES) -> dict[str, Readings]:
-        """Series of a trial by their key; those that it has not are left out.
+        """Read series of a trial, by their key; those that it does not have are left out.
 
         Raises: TrackingFailed."""
         read = self._source.series(run_id, keys)
@@ -123,8 +123,10 @@ class StoredRuns:
         both: list[Trial | Sweep] = [*sweeps, *trials]
         return {run.run_id: run for run in both}
 
-    def _one(self, name: str) -> str:
-        """The id of the run that a name means."""
+    def id_of(self, name: str) -> str:
+        """Return the id of the run that a name means: its id in the store, its record's, or the beginning of either.
+
+        Raises: InvalidInput when that fits no run or several; TrackingFailed."""
         known = self._known
         ids = {run_id: run.tags["record_id"] for run_id, run in known.items()}
         found = [run_id for run_id, record_id in ids.items() if name in (run_id, record_id)]
@@ -163,25 +165,15 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
     read."""
     if uri is not None:
         return StoredRuns(MlflowRuns(uri, experiment))
-    local, folders = _local_store(), FolderRuns(experiment)
+    folders = FolderRuns(experiment)
     if folders.trials:
-        print(line_about_store(folders, local), file=sys.stderr)
+        print(folders.note(), file=sys.stderr)
         return StoredRuns(folders)
-    if local is None:
-        raise InvalidInput(
-            f"there is no trial folder in {folders.place} and there is no store at {_LOCAL.resolve()}. Stand where the "
-            "runs were made, or name their store with --store URI."
-        )
+    try:
+        local = local_address()
+    except InvalidInput as missing:
+        raise InvalidInput(f"there is no trial in {folders.place}, and {missing}") from None
     return StoredRuns(MlflowRuns(local, experiment))
-
-
-_LOCAL = Path("mlruns/mlflow.db")
-
-
-def _local_store() -> str | None:
-    """Return the address of the local store; None where there is none."""
-    database = _LOCAL.resolve()
-    return address_of(database) if database.is_file() and has_content(database) else None
 
 
 def _line(run: Trial | Sweep) -> str:

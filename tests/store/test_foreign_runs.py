@@ -185,7 +185,17 @@ def test_markup_in_a_stores_texts_is_shown_as_it_is(
     assert text in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("change", ["timestamp = -4", "value = 1.7e308"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "timestamp = 'soon'",
+        "timestamp = -4",
+        "step = 'first'",
+        "value = 'fast'",
+        "value = x'00ff'",
+        "value = 1.7e308",
+    ],
+)
 def test_an_odd_point_of_a_series_is_left_out(root: Path, change: str) -> None:
     points = [Point(key="step/loss", value=1.0 + n, step=n, t_ms=1_700_000_000_000 + n) for n in range(4)]
     run_id = tracker_of(root).deliver(a_trial(series=points), [])
