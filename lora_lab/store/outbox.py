@@ -265,7 +265,7 @@ def _recover(found: Recovered, store: Outbox) -> None:
     def store_of(tracking: TrackingConfig) -> Outbox:
         return stores.setdefault(repr(tracking), Outbox(tracking))
 
-    folders = _folders(found)
+    folders = known_folders(found)
     for path in folders:  # first, so that the trials have something to be nested under
         with found.setting_aside(path):
             if SweepFolder(path).exists:
@@ -280,8 +280,8 @@ def _recover(found: Recovered, store: Outbox) -> None:
                     _recover_trial(trial, store_of, found)
 
 
-def _folders(found: Recovered) -> list[Path]:
-    """Where trials and sweeps were put, as far as is known here."""
+def known_folders(found: Recovered) -> list[Path]:
+    """List the folders of trials and sweeps that are known here: those below multirun/, and those in outside.txt."""
     outside: dict[Path, None] = {}
     with found.setting_aside(MULTIRUN / _OUTSIDE):
         for number, line in enumerate((text_of(MULTIRUN / _OUTSIDE) or "").split("\n"), 1):

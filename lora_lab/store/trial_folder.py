@@ -236,11 +236,11 @@ class TrialFolder:
             raise Damaged(self.path / MANIFEST, "", f"is missing, though {RECORD} is there")
         return asked
 
-    def record(self) -> Record | None:
-        """The whole record; None while the trial is not over.
+    def record(self, series: bool = True) -> Record | None:
+        """Return the record, with its series or without; None while the trial is not over.
 
         Raises: Damaged."""
-        record = whole(Record, self.path / RECORD)
+        record = whole(Record, self.path / RECORD, without="" if series else "series")
         if record is not None and (record.outcome == RUNNING or record.outcome not in Outcome.__members__):
             raise Damaged(self.path / RECORD, "outcome", "is none that a trial ends with")
         return record
