@@ -6,6 +6,7 @@ imports alone: it runs the same module as `__main__`, in its own folder, with it
 ends.
 """
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -22,9 +23,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-_READ_LATE = {"COLUMNS", "PYTEST_CURRENT_TEST", "XDG_CACHE_HOME"}
-"""Variables that no module reads while it is imported."""
+from unsynced_stores import leave_stores_unsynced
+
+_READ_LATE = ("COLUMNS", "PYTEST_", "XDG_CACHE_HOME")
+"""How variables begin that no module reads while it is imported."""
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -91,7 +95,7 @@ class CommandServer:
 
 
 def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in _READ_LATE}
+    return {name: value for name, value in environment.items() if not name.startswith(_READ_LATE)}
 
 
 def _read_all(descriptors: Sequence[int], seconds: float) -> list[bytes]:
@@ -114,7 +118,8 @@ def _read_all(descriptors: Sequence[int], seconds: float) -> list[bytes]:
 
 
 def _import_everything() -> None:
-    """Import what the product's own server of workers does, and what its commands do, once they are asked."""
+    """Import what the product's own server of workers does, and what its commands do once they are asked; look at this
+    machine and this code."""
     import alembic.command  # noqa: F401  # MLflow does when it looks at a store
     import hydra._internal.core_plugins.basic_launcher
     import hydra._internal.core_plugins.basic_sweeper
@@ -123,10 +128,13 @@ def _import_everything() -> None:
 
     import lora_lab.sweeps
     import lora_lab.worker.preload  # noqa: F401
+    from lora_lab.environment import environment
 
     for command in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
         importlib.import_module(command)
         del sys.modules[command]  # it is to be run
+    environment()
+    leave_stores_unsynced()
     gc.collect()
     gc.freeze()
 
@@ -224,7 +232,21 @@ def _main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])  # type: ignore[arg-type]
     sys.argv[1:] = request["arguments"]  # type: ignore[assignment]
-    runpy.run_module(str(request["module"]), run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(str(request["module"]), run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        _leave(end.code or 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End as an interpreter does, but for its last look at every object, which would copy the server's memory."""
+    threading._shutdown()  # type: ignore[attr-defined]  # multiprocessing ends its forks by these two as well
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

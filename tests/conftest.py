@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from command_server import CommandServer
 from hypothesis import settings
+from unsynced_stores import leave_stores_unsynced
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -53,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def pytest_collection_finish() -> None:
+    if "sqlalchemy" in sys.modules:  # a file was collected that uses stores in this process
+        leave_stores_unsynced()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -269,6 +275,7 @@ class Server:
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._home}/server.db"]
         command += ["--artifacts-destination", str(self._home / "artifacts")]
         quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five processes that import MLflow, for jobs of GenAI's
         with (self._home / "log").open("a") as log:
             self._process = subprocess.Popen(
                 command, cwd=self._home, env=quiet, stdout=log, stderr=log, start_new_session=True

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,16 +43,7 @@ SABOTAGE = {"0.002": ["kill", "after step 3"], "0.003": ["huge tensor", "after s
 
 
 def recompute(where: Path, *arguments: str) -> Said:
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_lab.recompute", *arguments],
-        cwd=where,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Said(done.returncode, done.stdout, done.stderr)
+    return lab_in(where, "lora_lab.recompute")(*arguments)
 
 
 Again = Callable[..., Said]
