@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 # a shared machine stalls now and then; no example is wrong for being slow
-settings.register_profile("lora_lab", deadline=None)
-settings.load_profile("lora_lab")
+settings.register_profile("push", deadline=None, max_examples=50)
+settings.register_profile("nightly", deadline=None, max_examples=1000)
+settings.load_profile("push")
 
 SECONDS = 300
 
@@ -42,8 +43,8 @@ KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="at how many instants test_kills.py kills a sweep")
-    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations (five minutes)")
+    parser.addoption("--kills", type=int, default=1, help="at how many instants test_kills.py kills a sweep")
+    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations")
 
 
 def pytest_configure(config: pytest.Config) -> None:
