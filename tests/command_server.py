@@ -27,8 +27,8 @@ from typing import NoReturn
 
 from unsynced_stores import leave_stores_unsynced
 
-_READ_LATE = ("COLUMNS", "PYTEST_", "XDG_CACHE_HOME")
-"""How variables begin that no module reads while it is imported."""
+_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME"}
+"""Variables that no module reads while it is imported."""
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -43,9 +43,9 @@ class CommandServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether a command in this environment may be forked: libraries read some variables while being imported."""
-        return _read_early(environment) == _read_early(self.environment)
+    def serves(self, variables: Mapping[str, str]) -> bool:
+        """Whether a command with these variables of its own may be forked: libraries read some while being imported."""
+        return all(name in _READ_LATE or self.environment.get(name) == value for name, value in variables.items())
 
     def run(
         self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
@@ -92,10 +92,6 @@ class CommandServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-
-
-def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(_READ_LATE)}
 
 
 def _read_all(descriptors: Sequence[int], seconds: float) -> list[bytes]:

@@ -115,12 +115,12 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
 
     Args:
         real: in an interpreter of its own, where the test is about the start, the processes or the imports. So is a
-            command with variables of its own; any other is forked with its imports done.
+            command with variables of its own, as libraries read some of them while being imported.
     """
 
     def run(*arguments: str, cwd: Path = folder, **environment: str) -> Said:
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-        if not real and SERVER.serves(variables):
+        if not real and SERVER.serves(environment):
             return Said(*SERVER.run(module, arguments, cwd, variables, SECONDS))
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],

@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import SERVER, Lab, Said, lab_in
+from conftest import SERVER, Said, lab_in
 
 ASKS = """
 import multiprocessing, os, signal, sys, threading
@@ -64,6 +64,7 @@ def test_each_command_says_the_same(command: str, tmp_path: Path) -> None:
     assert real.code == 0
 
 
-def test_a_variable_that_libraries_read_early_takes_an_interpreter(lab: Lab, tmp_path: Path) -> None:
-    assert SERVER.serves({**SERVER.environment, "COLUMNS": "40"})
-    assert not SERVER.serves({**SERVER.environment, "HF_HOME": str(tmp_path)})
+def test_a_variable_that_libraries_read_early_takes_an_interpreter() -> None:
+    assert SERVER.serves({"COLUMNS": "40", "HF_HUB_OFFLINE": "1"})
+    assert not SERVER.serves({"HF_HOME": "elsewhere"})
+    assert not SERVER.serves({"HF_HUB_OFFLINE": "0"})
