@@ -38,6 +38,25 @@ SECONDS = 300
 
 SERVER = CommandServer()
 
+LONG = (
+    "test_trial.py",
+    "test_delivery.py",
+    "test_sweep.py",
+    "test_kills.py",
+    "test_faults.py",
+    "test_engine_compile.py",
+    "test_engine_compile_cache.py",
+    "test_engine_adapted_groups.py",
+    "test_engine_static_step.py",
+    "test_store_faults.py",
+    "test_sweep_faults.py",
+    "test_refused_input.py",
+    "test_recompute.py",
+    "test_engine_offloaded_checkpoints.py",
+    "test_peers.py",
+)
+"""Files that take longest. They begin first, so that no worker is left with one when the others have ended."""
+
 KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 """What the rounds of test_kills.py hit."""
 
@@ -51,10 +70,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
     config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a core wait for each other longer than they calculate
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch first
     if hasattr(config, "workerinput"):  # one of several of pytest-xdist's
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
