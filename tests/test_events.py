@@ -56,7 +56,6 @@ def test_a_loss_keeps_its_every_bit(loss: float) -> None:
     assert repr(back.loss) == repr(loss)
 
 
-@settings(max_examples=60)
 @given(event=st.sampled_from(KINDS).flatmap(anything), cut=st.floats(0, 1, exclude_max=True))
 def test_a_torn_line_is_never_taken_for_an_event(event: Event, cut: float) -> None:
     line = encode(event)

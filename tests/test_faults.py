@@ -77,9 +77,9 @@ def test_a_killed_parent_takes_its_worker_along(long_trial: subprocess.Popen[str
 
 
 def test_a_trial_that_takes_too_long_is_ended_and_recorded(tmp_path: Path) -> None:
-    said = lab_in(tmp_path)(*LONG, "timeout_minutes=0.3", "measure.steps=1000000")
+    said = lab_in(tmp_path)(*LONG, "timeout_minutes=0.15", "measure.steps=1000000")
     assert said.code == 1, said.text
     client, [run] = store_of(tmp_path)
     assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("timed_out", "window")
-    assert "timeout_minutes=0.3" in run.data.tags["reason"]
+    assert "timeout_minutes=0.15" in run.data.tags["reason"]
     assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3

@@ -72,7 +72,6 @@ PARSER = OverridesParser.create()
 SIGNS = st.text(alphabet="ab\u00fc'\"\\ $#()[]{}=,~!`.%/:&;<>|*?\n", min_size=1)
 
 
-@settings(max_examples=500)
 @given(st.one_of(SIGNS, st.text(st.characters(exclude_characters="\0"), min_size=1)))
 def test_any_text_is_taken_as_it_is_or_with_the_quoting_that_is_advised(text: str) -> None:
     advice = in_shell(f"data.path={quoted(text)}")

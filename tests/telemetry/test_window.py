@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import CONSTANT, ROUNDING, SyntheticCard, squares, step, synthetic_cards
 
@@ -38,7 +38,6 @@ def test_parts_end_to_end_are_the_whole_window(
 STEP_SECONDS, STEPS = 0.25, 240
 
 
-@settings(max_examples=60)
 @given(card=synthetic_cards(CONSTANT | squares(0.01, 0.24)), cuts=st.sets(st.integers(20, 220), max_size=5))
 def test_the_energies_of_parts_add_up_to_the_windows(card: SyntheticCard, cuts: set[int]) -> None:
     whole = Window(2.0, 2.0 + STEPS * STEP_SECONDS, steps_of([STEP_SECONDS] * STEPS))
@@ -51,7 +50,6 @@ def test_the_energies_of_parts_add_up_to_the_windows(card: SyntheticCard, cuts: 
         assert sum(energy.joules or 0.0 for energy in found) == pytest.approx(total, rel=1e-9)
 
 
-@settings(max_examples=60)
 @given(card=synthetic_cards(CONSTANT | squares(0.01, 0.24)), first=st.integers(0, STEPS - 20))
 def test_five_seconds_of_a_long_steady_run_cost_as_much_a_token_as_all_of_it_within_the_errors(
     card: SyntheticCard, first: int

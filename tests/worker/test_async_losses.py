@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.events import Step
@@ -113,7 +113,6 @@ def test_the_threshold_is_the_one_that_was_set() -> None:
 COUNTS = TokenCounts(2, 64, 50, 20)
 
 
-@settings(max_examples=60)
 @given(losses=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), data=st.data())
 def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float], data: st.DataObject) -> None:
     relay = LossRelay(torch.device("cpu"), len(losses))

@@ -61,7 +61,7 @@ def assert_same_as_pefts(model: Any, x: Tensor, kind: type) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9 if x.dtype is torch.float64 else 1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 70),
     inputs=st.integers(1, 40),

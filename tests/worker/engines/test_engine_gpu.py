@@ -41,7 +41,7 @@ def trial(folder: Path, name: str, *changes: str) -> dict[str, Any]:
     """The record of a finished trial, with its events under `events`."""
     home = folder / name
     home.mkdir()
-    said = lab_in(home)(model(), *SHORT, *changes)
+    said = lab_in(home, real=True)(model(), *SHORT, *changes)
     assert said.code == 0, said.text
     [place] = home.glob("multirun/*/*/record.json")
     record: dict[str, Any] = json.loads(place.read_text())
