@@ -21,7 +21,7 @@ from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
 from lora_lab.store.environment import environment
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.mlflow_store import fetch_run
+from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.record import Record, complete
 from lora_lab.store.trial_folder import IDLE, MANIFEST, SEEN, SENSELESS, TrialFolder
 from lora_lab.telemetry.figures import TAGS

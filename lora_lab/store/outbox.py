@@ -12,10 +12,11 @@ from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
-from lora_lab.store.mlflow_store import Tracker, Which, open_tracker
+from lora_lab.store.mlflow_store import open_tracker
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.store.tracker import Tracker, Which
 from lora_lab.store.trial_folder import SENSELESS, TrialFolder
 
 MULTIRUN = Path("multirun")

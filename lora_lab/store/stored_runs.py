@@ -22,21 +22,16 @@ from lora_lab.config import InvalidInput
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed, store_errors
 from lora_lab.store.local_store import LOCKED_SECONDS, address_of, check_unlocked, database_of
-from lora_lab.store.mlflow_store import check_store_exists, connect, look
+from lora_lab.store.mlflow_client import check_store_exists, connect, look
+from lora_lab.store.mlflow_names import SERIES as NAMES
+from lora_lab.store.mlflow_names import read_back
 from lora_lab.store.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.store.record import RUNNING
 from lora_lab.store.run_checks import fault_of, is_reading, printable
+from lora_lab.store.saved_view import run_page
 from lora_lab.store.trials import Sweep, Trial
 
-SERIES = (
-    "step/loss",
-    "step/seconds",
-    "step/tokens_per_second",
-    "card/power_watts",
-    "card/used_gib",
-    "card/celsius",
-    "card/sm_mhz",
-)
+SERIES = tuple(NAMES)
 """Metrics that have a value for each step or reading. A store shows the last one among a run's figures, where it
 says nothing of the trial."""
 
@@ -129,8 +124,10 @@ class StoredRuns:
         """Series of a trial by their key; those that it has not are left out.
 
         Raises: TrackingFailed."""
-        read = self._source.series(run_id, keys)
-        found = {key: [reading for reading in readings if is_reading(reading)] for key, readings in read.items()}
+        names = {NAMES.get(key, key): key for key in keys}
+        found: dict[str, Readings] = {}
+        for name, readings in self._source.series(run_id, [*names, *keys]).items():
+            found.setdefault(names.get(name, name), []).extend(filter(is_reading, readings))
         return {key: sorted(found[key], key=lambda reading: reading[:2]) for key in keys if found.get(key)}
 
     def keep(self, run_id: str, file: Path) -> None:
@@ -153,8 +150,8 @@ class StoredRuns:
 
         Raises: TrackingFailed."""
         experiment = self._by_id[run_id].experiment
-        page = "/".join(filter(None, [f"#/experiments/{experiment}/runs/{run_id}/artifacts", file]))
-        return [line.replace("{page}", f"{page}?workflowType=machine_learning") for line in look(self._uri)]
+        page = run_page(experiment, run_id, "/".join(filter(None, ["artifacts", file])))
+        return [line.replace("{page}", page) for line in look(self._uri)]
 
     @property
     def _place(self) -> str:
@@ -171,6 +168,7 @@ class StoredRuns:
             raise InvalidInput(f"{self._place}: there is no such experiment. There are: {names}.")
         read = []
         for run in self._source.runs(chosen):
+            run.params, run.tags, run.metrics = read_back(run.params, run.tags, run.metrics)
             fault = fault_of(run.started_ms, run.params, run.metrics, run.tags)
             if fault:
                 print(printable(f"run {run.run_id} is left out: {fault}"), file=sys.stderr)

@@ -28,7 +28,7 @@ from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.local_store import check_writable
 from lora_lab.store.outbox import Outbox, absolute, owner_tags, recover, remember_outside
 from lora_lab.store.process_id import this_process
-from lora_lab.store.record import Record, params, run_name
+from lora_lab.store.record import Record, chosen, params, run_name
 from lora_lab.store.sweep_folder import Planned, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
@@ -173,7 +173,12 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     facts["point"] = point_digest(config)
     overrides = " ".join(without_secrets(override) for override in request.overrides)
     facts["command"] = f"python -m lora_lab {overrides}".strip()
-    record = Record(name=run_name(config, request.choices), params=params(config, request.choices), tags=facts)
+    record = Record(
+        name=run_name(config, request.choices),
+        params=params(config, request.choices),
+        chosen=chosen(config, request.choices, request.overrides),
+        tags=facts,
+    )
     if planned is not None:
         record.name, record.parent = planned.name, sweep.read().record.id
         record.params["repeat"] = str(planned.repeat)

@@ -1,0 +1,113 @@
+"""A connection to a store of MLflow's that is there, and what is read from it by a run's id."""
+
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_lab.secrets import without_secrets
+from lora_lab.store import saved_view
+from lora_lab.store.errors import TrackingFailed, store_errors
+from lora_lab.store.local_store import check_database, database_of, has_content
+from lora_lab.store.mlflow_names import read_back
+from lora_lab.store.tracking_server import check_reachable
+
+
+def look(uri: str) -> list[str]:
+    """Lines that tell how to open a store's UI; {page} in them stands for the page."""
+    if uri.startswith(("http://", "https://")):
+        return [f"see {without_secrets(uri).rstrip('/')}/{{page}}"]
+    return [
+        f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(uri))}",
+        "then see http://127.0.0.1:5000/{page}",
+    ]
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient of a store that is there.
+
+    Raises: TrackingFailed when there is none, or it is not reached."""
+    set_up_mlflow()
+    check_store_exists(uri)
+    from mlflow.tracking import MlflowClient
+
+    database = database_of(uri)
+    with store_errors():
+        if database is not None:
+            check_database(database)
+        elif uri.startswith(_DATABASES):
+            _check_database_answers(uri)
+        return MlflowClient(tracking_uri=uri)
+
+
+def keep_view(client: Any, experiment: str) -> bool:
+    """Give an experiment the saved view of its trials where it has none.
+
+    Returns: whether it has one; a server may let nobody write an experiment's tags."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if saved_view.TAG not in client.get_experiment(experiment).tags:
+            client.set_experiment_tag(experiment, saved_view.TAG, saved_view.value())
+    except MlflowException:
+        return False
+    return True
+
+
+_DATABASES = ("postgresql", "mysql", "mssql")
+
+
+def _check_database_answers(uri: str) -> None:
+    """MLflow itself would try for minutes."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri)
+    except ValueError as error:  # a port that is no number
+        raise TrackingFailed(f"{uri} is no address of a database") from error
+    engine.connect().close()
+    engine.dispose()
+
+
+def set_up_mlflow() -> None:
+    """Quiet, and soon done with a server that is away; before MLflow is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is raised, and said here in a sentence
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and tags of a run; those of its `files` that are there are put into the folder `to`.
+
+    Raises: TrackingFailed when the store or the run can't be had.
+    """
+    client = connect(uri)
+    with store_errors():
+        run = client.get_run(run_id)
+        there = {file.path for file in client.list_artifacts(run_id)}
+        for name in there & set(files):
+            client.download_artifacts(run_id, name, str(to))
+    _, tags, metrics = read_back(run.data.params, run.data.tags, run.data.metrics)
+    return metrics, tags
+
+
+def check_store_exists(uri: str) -> None:
+    """MLflow itself would make a store where there is none, and call a server that is away for minutes.
+
+    Raises: TrackingFailed."""
+    kind, _, place = uri.partition("://")
+    if not place:
+        raise TrackingFailed(
+            f"{uri} is no store's address, as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000 would be."
+        )
+    if kind in ("http", "https"):
+        check_reachable(uri)
+    database = database_of(uri)
+    if database is not None and not has_content(database):
+        raise TrackingFailed(f"there is no store at {uri}.")
