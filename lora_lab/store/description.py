@@ -6,9 +6,9 @@ NOTE = "mlflow.note.content"
 """The tag that MLflow shows as a run's description."""
 
 _FIGURES = (
-    ("throughput", "throughput/tokens_per_second", "{:,.0f} tokens/s"),
-    ("card's memory, peak", "vram/peak_device_gib", "{:.2f} GiB"),
-    ("energy", "energy/joules_per_token", "{:.4f} J/token"),
+    ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
+    ("card's peak, GiB", "vram/peak_device_gib", "{:.2f}"),
+    ("J/token", "energy/joules_per_token", "{:.4f}"),
     ("held-out loss", "loss/eval", "{:.4f}"),
 )
 _BEFORE = "loss/eval_before"
@@ -25,38 +25,38 @@ def _of_sweep(record: Record) -> list[str]:
     axes = {key.removeprefix("axis."): text for key, text in record.params.items() if key.startswith("axis.")}
     counts = " x ".join(f"{record.params[key]} {key}" for key in ("points", "repeats") if key in record.params)
     lines = [f"**{record.params.get('trials', '?')} trials planned** ({counts})", ""]
-    lines += _table(("varied", "values"), [(key, text.replace(",", ", ")) for key, text in axes.items()])
+    lines += [f"- {_plain(key)}: {_plain(text.replace(',', ', '))}" for key, text in axes.items()]
     return [*lines, "", "`lora-lab report` says what they show; its page is then among this run's artifacts."]
 
 
 def _of_trial(record: Record) -> list[str]:
+    """MLflow folds away what is below the first lines: the figures come first, in one row."""
     reason = record.tags.get("reason")
     ended = "running" if record.outcome == RUNNING else record.outcome.replace("_", " ")
-    lines = [f"**{ended}**" + (f": {_cell(reason)}" if reason else ""), ""]
-    rows = [(name, _figure(record, key, form)) for name, key, form in _FIGURES]
-    lines += _table(("figure", "value"), rows)
+    lines = [f"**{ended}**" + (f": {_plain(reason)}" if reason else ""), ""]
+    rows = [[name for name, _, _ in _FIGURES], ["---"] * len(_FIGURES)]
+    rows.append([_figure(record, key, form) for _, key, form in _FIGURES])
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    absent = [(name, record.tags.get(f"absent.{key}")) for name, key, _ in _FIGURES if key not in record.metrics]
+    lines += ["", *(f"- {name} absent: {_plain(why)}" for name, why in absent if why)]
     for tag, name in (("stand_ins", "Stand-ins"), ("warnings", "Warnings")):
         text = record.tags.get(tag, "none")
         if text != "none":
-            lines += ["", f"**{name}**", "", *(f"- {_cell(one)}" for one in text.split("; "))]
+            lines += ["", f"**{name}**", "", *(f"- {_plain(one)}" for one in text.split("; "))]
     return lines
 
 
 def _figure(record: Record, key: str, form: str) -> str:
     if key not in record.metrics:
-        return f"absent: {record.tags.get(f'absent.{key}', 'not recorded')}"
+        return "absent"
     text = form.format(record.metrics[key])
     if key == "loss/eval" and _BEFORE in record.metrics:
         text += f" ({record.metrics[_BEFORE]:.4f} before training)"
-    if key.startswith("loss/") and record.params.get("model.weights") == "random":
-        text += ", of random weights: says nothing about quality"
+    if key == "loss/eval" and record.params.get("model.weights") == "random":
+        text += ", random weights"
     return text
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    return [f"| {left} | {_cell(right)} |" for left, right in [head, ("---", "---"), *rows]] if rows else []
-
-
-def _cell(text: str) -> str:
+def _plain(text: str) -> str:
     """Return a text that markdown takes as one line of plain text."""
     return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")

@@ -88,13 +88,11 @@ _ALWAYS_SHOWN = ("batch_size", "seq_len", "learning_rate", "repeat")
 def chosen(config: TrialConfig, choices: dict[str, str], overrides: Sequence[str]) -> list[str]:
     """Return the params that somebody chose: each group's option, what the command line sets, and what differs from the
     default outside of the groups. All others follow from the options."""
-    named = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides} - choices.keys()
     default, asked = plain(TrialConfig()), plain(config)
-    named += [key for key, value in asked.items() if not isinstance(value, dict) and value != default[key]]
-    leaves = [
-        key for key in params(config, {}) if any(key == name or key.startswith(f"{name}.") for name in named if name)
-    ]
-    return sorted({*choices, *_ALWAYS_SHOWN, *(key for key in leaves if key not in choices)})
+    named |= {key for key, value in asked.items() if not isinstance(value, dict) and value != default[key]}
+    leaves = (key for key in params(config, {}) if any(key == name or key.startswith(f"{name}.") for name in named))
+    return sorted({*choices, *_ALWAYS_SHOWN, *leaves})
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -8,31 +8,32 @@ TAG = f"mlflow.sharedViewState.{KEY}"
 """MLflow's page finds it by viewStateShareKey=lora_lab, and lists it under "Saved views"."""
 
 _NAME = "lora_lab: trials"
-_COLUMNS = (
-    "tags.`outcome`",
-    "params.`model`",
-    "params.`optimizer`",
-    "params.`precision`",
-    "params.`engine`",
-    "params.`batch_size`",
-    "params.`seq_len`",
-    "metrics.`throughput/tokens_per_second`",
-    "metrics.`vram/peak_device_gib`",
-    "metrics.`energy/joules_per_token`",
-    "metrics.`loss/eval`",
-    "attributes.`Duration`",
-)
+_SPEED = "throughput/tokens_per_second"
+_COLUMNS = {
+    "tags.`outcome`": 100,
+    f"metrics.`{_SPEED}`": 200,
+    "metrics.`vram/peak_device_gib`": 160,
+    "metrics.`energy/joules_per_token`": 175,
+    "metrics.`loss/eval`": 100,
+    "params.`optimizer`": 110,
+    "params.`precision`": 80,
+    "params.`batch_size`": 80,
+    "params.`seq_len`": 80,
+    "params.`engine`": 80,
+    "params.`model`": 120,
+}
+"""In their order, with their widths in pixels."""
 
 
 def value() -> str:
     """Return the tag's text, as MLflow 3.17 writes and reads it."""
     state = {
-        # trials alone: sweeps have no such param. MLflow then shows all in one list and nests none
-        "searchFilter": "params.batch_size != ''",
-        "orderByKey": "attributes.start_time",
+        "searchFilter": "params.batch_size != ''",  # trials alone: a sweep has no such param
+        "orderByKey": f"metrics.`{_SPEED}`",  # by time MLflow would fold trials into their sweep
         "orderByAsc": False,
         "selectedColumns": list(_COLUMNS),
         "columnOrder": list(_COLUMNS),
+        "columnWidths": _COLUMNS,
     }
     now = round(time.time() * 1e3)
     return json.dumps({"name": _NAME, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})

@@ -13,10 +13,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.store.description import NOTE
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
 from lora_lab.store.mlflow_names import SERIES, read_back
 from lora_lab.store.mlflow_store import MlflowTracker, open_tracker
 from lora_lab.store.record import RUNNING, Point, Record
+from lora_lab.store.saved_view import KEY, TAG
 from lora_lab.store.tracker import InMemoryTracker, Tracker
 
 MS = 1_700_000_000_000
@@ -421,3 +423,24 @@ def test_a_store_that_was_deleted_under_the_tracker_is_told(tmp_path: Path) -> N
 def test_the_local_store_is_the_default_and_none_is_memory(tmp_path: Path) -> None:
     assert isinstance(open_tracker(TrackingConfig(kind=TrackingKind.none)), InMemoryTracker)
     assert isinstance(open_tracker(TrackingConfig(root=str(tmp_path))), MlflowTracker)
+
+
+def test_the_saved_view_is_made_once_and_never_overwritten(mlflow: Mlflow) -> None:
+    tracker = mlflow.tracker()
+    run_id = tracker.deliver(record(), [])
+    lines = "\n".join(tracker.where(run_id))
+    assert f"viewStateShareKey={KEY}" in lines
+    assert f"/runs/{run_id}?" in lines
+    [run] = mlflow.runs()
+    mlflow.client.set_experiment_tag(run.info.experiment_id, TAG, "mine")
+    tracker.where(run_id)
+    assert mlflow.client.get_experiment(run.info.experiment_id).tags[TAG] == "mine"
+
+
+def test_a_sweeps_description_that_somebody_wrote_stays(mlflow: Mlflow) -> None:
+    above = record(RUNNING, is_sweep=True)
+    run_id = mlflow.tracker().deliver(above, [])
+    assert NOTE in mlflow.runs()[0].data.tags
+    mlflow.client.set_tag(run_id, NOTE, "mine")
+    mlflow.tracker().deliver(replace(above, outcome="finished"), [])
+    assert mlflow.runs()[0].data.tags[NOTE] == "mine"
