@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import settings
-from mlflow.entities import Run
+from mlflow.entities import Metric, Param, Run, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
 from lora_lab.composition.compose import CONF
 from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
+from lora_lab.store.mlflow_names import read_back
 from lora_lab.store.mlflow_store import open_tracker
 from lora_lab.trial.devices import folder_with_a_space, missing_to_compile
 from lora_lab.worker.models import load_architecture
@@ -120,12 +121,23 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def store_of(folder: Path) -> tuple[MlflowClient, list[Run]]:
-    """The MLflow store made in `folder`, and its runs."""
+    """The MLflow store made in `folder`, and its runs by the names that their records have."""
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("lora_lab")
     if experiment is None:
         return client, []
-    return client, list(client.search_runs([experiment.experiment_id]))
+    return client, [as_recorded(run) for run in client.search_runs([experiment.experiment_id])]
+
+
+def as_recorded(run: Run) -> Run:
+    """A run by the names that its record has."""
+    params, tags, metrics = read_back(run.data.params, run.data.tags, run.data.metrics)
+    data = RunData(
+        [Metric(key, value, 0, 0) for key, value in metrics.items()],
+        [Param(key, text) for key, text in params.items()],
+        [RunTag(key, text) for key, text in tags.items()],
+    )
+    return Run(run.info, data)
 
 
 @pytest.fixture(scope="session")

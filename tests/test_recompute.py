@@ -441,7 +441,7 @@ def test_a_loss_that_is_no_number_recomputes_as_such(
     assert run_id is not None
     database = tmp_path / "mlruns" / "mlflow.db"
     kept = MlflowClient(tracking_uri=f"sqlite:///{database}").get_run(run_id).data.metrics
-    assert {name for name, value in kept.items() if not abs(value) < 1e300} == {"loss/train", "loss/eval", "step/loss"}
+    assert {name for name, value in kept.items() if not abs(value) < 1e300} == {"loss/train", "loss/eval", "Steps/loss"}
     for where in ([str(there.path)], [run_id, "--store", f"sqlite:///{database}"]):
         assert again(*where).code == 0, where
 

@@ -42,6 +42,19 @@ def connect(uri: str) -> Any:
         return MlflowClient(tracking_uri=uri)
 
 
+def tables(uri: str) -> dict[str, str]:
+    """Return the page, within the UI, with the trials of each experiment that has any, by its name.
+
+    Raises: TrackingFailed when the store is not reached."""
+    client = connect(uri)
+    with store_errors():
+        return {
+            one.name: saved_view.runs_page(one.experiment_id, with_view=keep_view(client, one.experiment_id))
+            for one in client.search_experiments()
+            if client.search_runs([one.experiment_id], "tags.record_id != ''", max_results=1)
+        }
+
+
 def keep_view(client: Any, experiment: str) -> bool:
     """Give an experiment the saved view of its trials where it has none.
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from lora_lab.config import InvalidInput
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed, store_errors
-from lora_lab.store.local_store import LOCKED_SECONDS, address_of, check_unlocked, database_of
+from lora_lab.store.local_store import LOCKED_SECONDS, check_unlocked, database_of, local_address
 from lora_lab.store.mlflow_client import check_store_exists, connect, look
 from lora_lab.store.mlflow_names import SERIES as NAMES
 from lora_lab.store.mlflow_names import read_back
@@ -224,7 +224,7 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
 
     Raises: InvalidInput when there is no local store; TrackingFailed when the store can't be had."""
     if uri is None:
-        uri = address_of(_local())
+        uri = local_address()
     database = database_of(uri)
     if database is not None:
         check_store_exists(uri)
@@ -233,15 +233,6 @@ def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
         if tables.schema in KNOWN_SCHEMAS:
             return StoredRuns(uri, tables, experiment)
     return StoredRuns(uri, _Client(uri), experiment)
-
-
-def _local() -> Path:
-    database = Path("mlruns/mlflow.db").resolve()
-    if not database.is_file() or database.stat().st_size == 0:
-        raise InvalidInput(
-            f"there is no store at {database}. Stand where the runs were made, or name their store with --store URI."
-        )
-    return database
 
 
 def _trial(run: _Run) -> Trial:

@@ -26,6 +26,7 @@ from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.local_store import check_writable
+from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags, recover, remember_outside
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record, chosen, params, run_name
@@ -190,6 +191,7 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     seen = _seen_so_far(config.measure, card, rapl)
     if planned is None:
         remember_outside(request.folder)
+        point_latest(request.folder)
     try:
         folder.begin(asked, config, facts, seen)
     except OSError as error:
