@@ -103,7 +103,7 @@ class StoredRuns:
 
         Raises: InvalidInput when a name fits no run or several, or a sweep has no trial; TrackingFailed."""
         trials, sweeps = self.runs()
-        chosen = {self._one(name) for name in names}
+        chosen = {self.id_of(name) for name in names}
         below = [trial for trial in trials if trial.run_id in chosen or trial.sweep in chosen]
         for sweep in sweeps:
             if sweep.run_id in chosen and all(trial.sweep != sweep.run_id for trial in below):
@@ -185,8 +185,10 @@ class StoredRuns:
         ids = {run.run_id for run in sweeps}
         return [_trial(run) for run in runs if run.run_id not in ids], [_sweep(run) for run in sweeps]
 
-    def _one(self, name: str) -> str:
-        """The id of the run that a name means."""
+    def id_of(self, name: str) -> str:
+        """Return the id of the run that a name means: a run's id in the store, a record's id, or the beginning of one.
+
+        Raises: InvalidInput when it fits no run or several; TrackingFailed."""
         ids = {run.run_id: run.tags["record_id"] for run in self._by_id.values()}
         found = [run_id for run_id, record_id in ids.items() if name in (run_id, record_id)]
         found = found or [run_id for run_id in ids if name and run_id.startswith(name)]
