@@ -1,7 +1,7 @@
 """Any figure of a run, calculated anew from what the run stored: python -m lora_lab.recompute RUN
 
-RUN is a run's id in the store or its beginning, or the folder of a trial under multirun/. Every figure is compared to its last digit.
-Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
+RUN is a run's id in the store or its beginning, or the folder of a trial under multirun/. Every figure is compared to
+its last digit. Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
 """
 
 import argparse

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uri = asked.store or local_address()
         pages = tables(uri)
         is_server = uri.startswith(("http://", "https://"))
-        port = asked.port or (0 if is_server else free_port())
+        port = asked.port or (0 if is_server else free_port(_PORT))
     except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])
 
 
-def free_port(first: int = _PORT) -> int:
+def free_port(first: int) -> int:
     """Return the first port from `first` on that nobody listens at.
 
     Raises: InvalidInput."""
