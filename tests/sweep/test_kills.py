@@ -157,9 +157,9 @@ def phase(folder: Path) -> str:
         if any(folder.glob("multirun/*/*/.sweep.lock")):
             return "checking the points"
         return "making the store" if any(folder.glob("mlruns/tmp*")) else "start-up"
-    if not any(folder.glob("multirun/*/*/delivered.json")):
+    if not any(folder.glob("multirun/2*/*/delivered.json")):
         return "plan"
-    attempts = [path for path in folder.glob("multirun/*/*/*") if path.is_dir()]
+    attempts = [path for path in folder.glob("multirun/2*/*/*") if path.is_dir()]
     for attempt in attempts:
         if not (attempt / "trial.json").exists():
             return "beginning a trial"
