@@ -170,9 +170,9 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
             raise InvalidInput(f"{run} holds no record of a trial that is over.")
         return folder, Recorded(run, _with_series(record), record.tags)
     try:
-        store = store or local_address()
+        store = local_address() if store is None else store
     except InvalidInput as missing:
-        raise InvalidInput(f"{run} is not a folder, and {missing}") from None
+        raise InvalidInput(f"{run} is no folder, and {missing}") from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
     metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
