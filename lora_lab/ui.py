@@ -11,7 +11,7 @@ from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.local_store import local_address
-from lora_lab.store.mlflow_client import tables
+from lora_lab.store.mlflow_client import is_server, tables, ui_address
 
 _HOST = "127.0.0.1"
 _PORT = 5000
@@ -27,15 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         uri = asked.store or local_address()
         pages = tables(uri)
-        is_server = uri.startswith(("http://", "https://"))
-        port = asked.port or (0 if is_server else free_port(_PORT))
+        port = asked.port or free_port(_PORT)
     except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
-    address = uri.rstrip("/") if is_server else f"http://{_HOST}:{port}"
     for experiment, page in pages.items():
-        print(f"trials of {experiment}: {address}/{page}", flush=True)
-    if is_server:
+        print(f"trials of {experiment}: {ui_address(uri, port)}/{page}", flush=True)
+    if is_server(uri):
         return 0
     server = ["ui", "--backend-store-uri", uri, "--host", _HOST, "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])

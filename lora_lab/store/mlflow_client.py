@@ -15,14 +15,22 @@ from lora_lab.store.mlflow_names import read_back
 from lora_lab.store.tracking_server import check_reachable
 
 
-def look(uri: str) -> list[str]:
-    """Lines that tell how to open a store's UI; {page} in them stands for the page."""
-    if uri.startswith(("http://", "https://")):
-        return [f"see {without_secrets(uri).rstrip('/')}/{{page}}"]
-    return [
-        f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(uri))}",
-        "then see http://127.0.0.1:5000/{page}",
-    ]
+def ui_address(uri: str, port: int = 5000) -> str:
+    """Return the address of a store's UI: the server's own, or the one that `mlflow ui` opens on this machine."""
+    return without_secrets(uri).rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+
+
+def is_server(uri: str) -> bool:
+    """Whether a store is a tracking server, which has a UI already."""
+    return uri.startswith(("http://", "https://"))
+
+
+def look(uri: str, page: str) -> list[str]:
+    """Return lines that tell how to open a page of a store's UI."""
+    seen = f"see {ui_address(uri)}/{page}"
+    if is_server(uri):
+        return [seen]
+    return [f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(uri))}", f"then {seen}"]
 
 
 def connect(uri: str) -> Any:

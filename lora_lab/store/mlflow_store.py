@@ -20,7 +20,7 @@ from lora_lab.store.local_store import (
     create_store,
     has_content,
 )
-from lora_lab.store.mlflow_client import keep_view, look, set_up_mlflow
+from lora_lab.store.mlflow_client import keep_view, look, set_up_mlflow, ui_address
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.saved_view import run_page, runs_page
 from lora_lab.store.tracker import InMemoryTracker, Tracker, Which
@@ -32,14 +32,13 @@ _METRICS_A_CALL = 1000
 class MlflowTracker:
     """Records into an MLflow store or server."""
 
-    def __init__(self, uri: str, experiment: str, database: Path | None, look: list[str]) -> None:
+    def __init__(self, uri: str, experiment: str, database: Path | None) -> None:
         """Connect to a store; an experiment is made when the first run is.
 
         Args:
             uri: MLflow tracking URI.
             experiment: its name.
             database: the local store's file, with its artifacts beside it; None for a server.
-            look: lines that tell how to open the UI; {page} becomes the runs' page.
 
         Raises: TrackingFailed."""
         from mlflow.tracking import MlflowClient
@@ -53,7 +52,6 @@ class MlflowTracker:
         self._experiment = experiment
         self._database = database
         self._inode = None if database is None else database.stat().st_ino
-        self._look = look
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Find or create the run; params, tags, metrics, series, files; at last the run's status."""
@@ -153,9 +151,11 @@ class MlflowTracker:
         with store_errors():
             experiment = self._experiment_id()
             table = runs_page(experiment, with_view=keep_view(self._client, experiment))
-        lines = (line.replace("{page}", run_page(experiment, run_id)) for line in self._look)
-        all_trials = self._look[-1].split()[-1].replace("{page}", table)
-        return [f"run {run_id} of experiment {self._experiment}", *lines, f"all trials: {all_trials}"]
+        return [
+            f"run {run_id} of experiment {self._experiment}",
+            *look(self._uri, run_page(experiment, run_id)),
+            f"all trials: {ui_address(self._uri)}/{table}",
+        ]
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -208,7 +208,7 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
     if tracking.kind is TrackingKind.server:
         uri = str(tracking.uri)
         check_reachable(uri)
-        return MlflowTracker(uri, tracking.experiment, None, look(uri))
+        return MlflowTracker(uri, tracking.experiment, None)
     root = check_writable(tracking)
     database = root / "mlflow.db"
     uri = address_of(database)
@@ -216,7 +216,7 @@ def open_tracker(tracking: TrackingConfig) -> Tracker:
         create_store(database)
         check_database(database)
         check_unlocked(database)
-    return MlflowTracker(uri, tracking.experiment, database, look(uri))
+    return MlflowTracker(uri, tracking.experiment, database)
 
 
 def _tags(record: Record) -> dict[str, str]:

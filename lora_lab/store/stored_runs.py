@@ -151,7 +151,7 @@ class StoredRuns:
         Raises: TrackingFailed."""
         experiment = self._by_id[run_id].experiment
         page = run_page(experiment, run_id, "/".join(filter(None, ["artifacts", file])))
-        return [line.replace("{page}", page) for line in look(self._uri)]
+        return look(self._uri, page)
 
     @property
     def _place(self) -> str:
