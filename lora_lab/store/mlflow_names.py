@@ -81,16 +81,18 @@ def read_back(
     """Return a run's params, tags and metrics by the names in a record, whichever version wrote it."""
     names = {name: beginning for beginning, name in _SHARED.items()}
     settings: dict[str, Any] = {}
-    found: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for key, text in tags.items():
         members = _members(text) if key in names or key == _SETTINGS else None
         if members is None:
-            found[key] = text
+            plain[key] = text
         elif key == _SETTINGS:
             settings = members
         else:
-            found |= {f"{names[key]}{member}": value for member, value in members.items()}
-    return settings | dict(params), found, {_OURS.get(key, key): value for key, value in metrics.items()}
+            shared |= {f"{names[key]}{member}": value for member, value in members.items()}
+    # a sweep that an older version began and this one took up has both: the shared ones are newer
+    return settings | dict(params), plain | shared, {_OURS.get(key, key): value for key, value in metrics.items()}
 
 
 def _shared_settings(record: Record) -> dict[str, str]:

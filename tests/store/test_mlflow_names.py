@@ -57,6 +57,12 @@ def test_a_run_of_before_is_read_as_it_is() -> None:
     assert mlflow_names.params(plain) == plain.params
 
 
+def test_of_a_sweep_that_an_older_version_began_the_newer_process_counts() -> None:
+    newer = mlflow_names.tags(record(tags={"process.pid": "2"}))
+    for tags in ({"process.pid": "1"} | newer, newer | {"process.pid": "1"}):
+        assert mlflow_names.read_back({}, tags, {})[1]["process.pid"] == "2"
+
+
 def test_the_figures_that_people_look_for_come_first() -> None:
     assert list(mlflow_names.metrics(record())) == ["throughput/tokens_per_second", "loss/eval", "data/rows_read"]
 
