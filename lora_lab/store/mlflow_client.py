@@ -34,9 +34,9 @@ def look(uri: str, page: str) -> list[str]:
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient of a store that is there.
+    """Return an MlflowClient for an existing store.
 
-    Raises: TrackingFailed when there is none, or it is not reached."""
+    Raises: TrackingFailed when there is none, or it cannot be reached."""
     set_up_mlflow()
     check_store_exists(uri)
     from mlflow.tracking import MlflowClient
@@ -81,19 +81,19 @@ _DATABASES = ("postgresql", "mysql", "mssql")
 
 
 def _check_database_answers(uri: str) -> None:
-    """MLflow itself would try for minutes."""
+    """Raise an error at once when a database does not answer; MLflow itself would try for minutes."""
     import sqlalchemy
 
     try:
         engine = sqlalchemy.create_engine(uri)
-    except ValueError as error:  # a port that is no number
-        raise TrackingFailed(f"{uri} is no address of a database") from error
+    except ValueError as error:  # a port that is not a number
+        raise TrackingFailed(f"{uri} is not a database's address") from error
     engine.connect().close()
     engine.dispose()
 
 
 def set_up_mlflow() -> None:
-    """Quiet, and soon done with a server that is away; before MLflow is imported."""
+    """Make MLflow quiet, and quick to give up on a server that is away; call it before MLflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -104,9 +104,9 @@ def set_up_mlflow() -> None:
 
 
 def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and tags of a run; those of its `files` that are there are put into the folder `to`.
+    """Return metrics and tags of a run, and put those of its `files` that exist into the folder `to`.
 
-    Raises: TrackingFailed when the store or the run can't be had.
+    Raises: TrackingFailed when the store or the run is missing or cannot be reached.
     """
     client = connect(uri)
     with store_errors():
@@ -119,9 +119,7 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
 
 
 def check_store_exists(uri: str) -> None:
-    """MLflow itself would make a store where there is none, and call a server that is away for minutes.
-
-    Raises: TrackingFailed."""
+    """Raise TrackingFailed where there is no store: MLflow itself would make one, or call an absent server for minutes."""
     kind, _, place = uri.partition("://")
     if not place:
         raise TrackingFailed(

@@ -86,7 +86,7 @@ class MlflowTracker:
         return run_id
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
-        """Runs in the state RUNNING whose process is gone become KILLED."""
+        """Mark runs in the state RUNNING as KILLED when their process is gone."""
         with store_errors():
             running = self._client.search_runs([self._experiment_id()], "attributes.status = 'RUNNING'")
             orphans = [run.info.run_id for run in running if gone(_tags_of(run))]
@@ -97,7 +97,7 @@ class MlflowTracker:
         return len(orphans)
 
     def _check_present(self) -> None:
-        """A local database that was deleted or replaced would still take records, through a file that is no more."""
+        """Raise TrackingFailed when a local database was deleted or replaced: the old file would still take records."""
         if self._database is None:
             return
         if not has_content(self._database) or self._database.stat().st_ino != self._inode:
@@ -105,7 +105,7 @@ class MlflowTracker:
         check_unlocked(self._database)
 
     def which(self) -> Which:
-        """The address, and when the store's first experiment was made: with the store itself."""
+        """Return the address, and when the store's first experiment was made: with the store itself."""
         return self._which
 
     @cached_property
@@ -121,8 +121,8 @@ class MlflowTracker:
                 return Which(self._uri, None)
 
     def _find(self, record_id: str) -> Any:
-        """The run of a record; None when there is none. A run that somebody deleted is restored: of a sweep's there
-        are trials that lie under it, and others come."""
+        """Return the run of a record; None when there is none. A run that somebody deleted is restored: a sweep's has
+        trials below it, and more will come."""
         from mlflow.entities import ViewType
 
         asked = {"filter_string": f"tags.record_id = '{record_id}'", "max_results": 1}
@@ -147,7 +147,7 @@ class MlflowTracker:
         return str(run.info.run_id)
 
     def where(self, run_id: str) -> list[str]:
-        """The run, the UI's command, and two of its pages: the run, and the table of all trials."""
+        """Return the run, the UI's command, and two of its pages: the run, and the table of all trials."""
         with store_errors():
             experiment = self._experiment_id()
             table = runs_page(experiment, with_view=keep_view(self._client, experiment))
@@ -181,7 +181,7 @@ class MlflowTracker:
 
 
 _ORPHAN = "orphan"
-"""Tag of a run that was ended without its record; should that turn up, the run is gone on with."""
+"""Tag of a run that was ended without its record; if that turns up later, it goes into this run."""
 
 
 def _tags_of(run: Any) -> dict[str, str]:
@@ -197,7 +197,7 @@ _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
 
 
 def open_tracker(tracking: TrackingConfig) -> Tracker:
-    """The tracker the config asks for; makes the local store if there is none.
+    """Return the tracker that the config asks for; make the local store if there is none.
 
     Raises: InvalidInput when the local folder can't be written; TrackingFailed when a server is not reached, or
     the store is locked, damaged, of another version of MLflow or can't be made.
@@ -230,5 +230,5 @@ def _params(record: Record) -> list[Any]:
 
 
 def _text(text: str) -> str:
-    """Without what no database takes: halves of characters, as a file name that is no UTF-8 leaves them."""
+    """Return a text without what no database takes: halves of characters, from a file name that is not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

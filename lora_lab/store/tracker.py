@@ -10,11 +10,11 @@ from lora_lab.store.record import RUNNING, Record
 
 @dataclass(frozen=True, slots=True)
 class Which:
-    """Tells a store from another one that stood at the same address before."""
+    """A store, distinct from another one that was at the same address before."""
 
     address: str
     made_ms: int | None
-    """Unix time; None where the store does not say."""
+    """Unix time; None where the store does not know."""
 
 
 class Tracker(Protocol):
@@ -32,18 +32,18 @@ class Tracker(Protocol):
         Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed."""
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
-        """Mark as killed what is still said to run though its process is gone, as `gone` tells from a run's
-        tags. Returns how many.
+        """Mark as killed what the store has as running though its process is gone; `gone` decides that from a run's
+        tags. Return how many there were.
 
         Raises: TrackingFailed."""
 
     def which(self) -> Which:
-        """Which store this is.
+        """Return which store this is.
 
         Raises: TrackingFailed."""
 
     def where(self, run_id: str) -> list[str]:
-        """Lines that tell a person where the run is and how to look at it."""
+        """Return lines that say where the run is and how to look at it."""
 
 
 class InMemoryTracker:
@@ -60,13 +60,13 @@ class InMemoryTracker:
         return record.id
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
-        """Nothing here outlives its process."""
+        """Return 0: nothing here outlives its process."""
         return 0
 
     def which(self) -> Which:
-        """None that outlives its process."""
+        """Return a store that is no other's: this one ends with its process."""
         return Which("", None)
 
     def where(self, run_id: str) -> list[str]:
-        """Not in any store."""
+        """Return a line that says so: the record is in no store."""
         return ["recorded in no store (tracking=none)"]
