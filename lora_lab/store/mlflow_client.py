@@ -119,7 +119,7 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
 
 
 def check_store_exists(uri: str) -> None:
-    """Raise TrackingFailed where there is no store: MLflow itself would make one, or call an absent server for minutes."""
+    """Raise TrackingFailed where there is no store: MLflow itself would make one, or call a dead server for minutes."""
     kind, _, place = uri.partition("://")
     if not place:
         raise TrackingFailed(
