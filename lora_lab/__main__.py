@@ -1,4 +1,5 @@
-"""`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
+"""`lora-lab` and `python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended; or
+one of the commands in commands.py.
 
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
@@ -16,8 +17,14 @@ def main() -> None:
     """The command line. Always leaves through SystemExit; README.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
+    from lora_lab.commands import COMMANDS, RUN, call
     from lora_lab.output import never_end_for_output
 
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in COMMANDS:
+        raise SystemExit(call(first, sys.argv[2:]))
+    if first == RUN:
+        del sys.argv[1]
     never_end_for_output()
     import hydra
 

@@ -185,14 +185,29 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def store_of(folder: Path) -> "tuple[MlflowClient, list[Run]]":
-    """The MLflow store made in `folder`, and its runs."""
+    """The MLflow store made in `folder`, and its runs by the names that their records have."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("lora_lab")
     if experiment is None:
         return client, []
-    return client, list(client.search_runs([experiment.experiment_id]))
+    return client, [as_recorded(run) for run in client.search_runs([experiment.experiment_id])]
+
+
+def as_recorded(run: "Run") -> "Run":
+    """A run by the names that its record has."""
+    from mlflow.entities import Metric, Param, Run, RunData, RunTag
+
+    from lora_lab.store.mlflow_names import read_back
+
+    params, tags, metrics = read_back(run.data.params, run.data.tags, run.data.metrics)
+    data = RunData(
+        [Metric(key, value, 0, 0) for key, value in metrics.items()],
+        [Param(key, text) for key, text in params.items()],
+        [RunTag(key, text) for key, text in tags.items()],
+    )
+    return Run(run.info, data)
 
 
 @pytest.fixture(scope="session")

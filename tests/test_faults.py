@@ -53,7 +53,7 @@ def test_a_killed_worker_is_a_recorded_outcome(long_trial: subprocess.Popen[str]
     client, [run] = store_of(tmp_path)
     assert run.info.status == "KILLED"
     assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("killed", "window")
-    assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3, "what was measured until then is kept"
+    assert len(client.get_metric_history(run.info.run_id, "Steps/loss")) > 3, "what was measured until then is kept"
 
 
 def test_ctrl_c_ends_the_worker_records_and_exits_130(long_trial: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -82,4 +82,4 @@ def test_a_trial_that_takes_too_long_is_ended_and_recorded(tmp_path: Path) -> No
     client, [run] = store_of(tmp_path)
     assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("timed_out", "window")
     assert "timeout_minutes=0.15" in run.data.tags["reason"]
-    assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3
+    assert len(client.get_metric_history(run.info.run_id, "Steps/loss")) > 3

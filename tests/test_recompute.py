@@ -308,6 +308,12 @@ def test_a_run_that_is_not_in_the_store_or_is_no_trial_is_refused(again: Again, 
     assert_refused(again(foreign, "--store", made.store), foreign, "no trial of lora_lab")
 
 
+def test_the_beginning_of_an_id_will_do(again: Again, made: Made) -> None:
+    whole = made.runs["finished"].info.run_id
+    assert again(whole[:12], "--store", made.store) == again(whole, "--store", made.store)
+    assert_refused(again("zzz", "--store", made.store), "begins with 'zzz'")
+
+
 def test_a_sweep_that_runs_still_is_no_trial_either(again: Again, made: Made) -> None:
     client = MlflowClient(tracking_uri=made.store)
     tags = {name: text for name, text in made.above.data.tags.items() if name != "outcome"}
@@ -430,7 +436,7 @@ def test_a_loss_that_is_no_number_recomputes_as_such(
     assert run_id is not None
     database = tmp_path / "mlruns" / "mlflow.db"
     kept = MlflowClient(tracking_uri=f"sqlite:///{database}").get_run(run_id).data.metrics
-    assert {name for name, value in kept.items() if not abs(value) < 1e300} == {"loss/train", "loss/eval", "step/loss"}
+    assert {name for name, value in kept.items() if not abs(value) < 1e300} == {"loss/train", "loss/eval", "Steps/loss"}
     for where in ([str(there.path)], [run_id, "--store", f"sqlite:///{database}"]):
         assert again(*where).code == 0, where
 

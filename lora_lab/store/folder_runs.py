@@ -15,7 +15,8 @@ from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.local_store import address_of, local_address
-from lora_lab.store.outbox import MULTIRUN, Recovered, known_folders
+from lora_lab.store.multirun import MULTIRUN
+from lora_lab.store.outbox import Recovered, known_folders
 from lora_lab.store.record import Record
 from lora_lab.store.run_checks import printable
 from lora_lab.store.runs import Readings, Run

@@ -8,7 +8,9 @@ from typing import Any
 from lora_lab.config import InvalidInput
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import store_errors
-from lora_lab.store.mlflow_store import connect
+from lora_lab.store.mlflow_client import connect
+from lora_lab.store.mlflow_names import SERIES as NAMES
+from lora_lab.store.mlflow_names import read_back
 from lora_lab.store.run_checks import printable
 from lora_lab.store.runs import Readings, Run
 
@@ -44,9 +46,13 @@ class MlflowRuns:
 
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
         """Read those of a run's series that it has."""
-        with store_errors():
-            history = {key: self._client.get_metric_history(run_id, key) for key in keys}
-        return {key: [(p.timestamp, p.step, _number(p.value)) for p in points] for key, points in history.items()}
+        found: dict[str, Readings] = {key: [] for key in keys}
+        for key in keys:
+            for name in dict.fromkeys((NAMES.get(key, key), key)):  # older versions wrote it under its own key
+                with store_errors():
+                    points = self._client.get_metric_history(run_id, name)
+                found[key] += [(point.timestamp, point.step, _number(point.value)) for point in points]
+        return found
 
     def store_of(self, run_id: str) -> str:
         """Return this store's address."""
@@ -71,15 +77,15 @@ def _pages(search: Any, **asked: Any) -> Iterator[Any]:
 
 
 def _run(run: Any) -> Run:
-    tags = run.data.tags
+    params, tags, metrics = read_back(run.data.params, run.data.tags, run.data.metrics)
     return Run(
         run_id=run.info.run_id,
         above=tags.get(_PARENT),
         name=run.info.run_name or "",
         started_ms=run.info.start_time,
-        params=dict(run.data.params),
-        metrics={key: _number(value) for key, value in run.data.metrics.items()},
-        tags={key: text for key, text in tags.items() if not key.startswith("mlflow.")},
+        params=params,
+        metrics={key: _number(value) for key, value in metrics.items()},
+        tags={key: text for key, text in tags.items() if not str(key).startswith("mlflow.")},
     )
 
 

@@ -12,14 +12,13 @@ from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
-from lora_lab.store.mlflow_store import Tracker, Which, open_tracker
+from lora_lab.store.mlflow_store import open_tracker
+from lora_lab.store.multirun import MULTIRUN, folders
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.store.tracker import Tracker, Which
 from lora_lab.store.trial_folder import SENSELESS, TrialFolder
-
-MULTIRUN = Path("multirun")
-"""Where conf/config.yaml puts the folders of trials and sweeps."""
 
 _OUTSIDE = "outside.txt"
 """In it: a line for each folder that was put somewhere else."""
@@ -265,12 +264,12 @@ def _recover(found: Recovered, store: Outbox) -> None:
     def store_of(tracking: TrackingConfig) -> Outbox:
         return stores.setdefault(repr(tracking), Outbox(tracking))
 
-    folders = known_folders(found)
-    for path in folders:  # first, so that the trials have something to be nested under
+    left = known_folders(found)
+    for path in left:  # first, so that the trials have something to be nested under
         with found.setting_aside(path):
             if SweepFolder(path).exists:
                 _recover_sweep(SweepFolder(path), store_of, found)
-    for path in folders:
+    for path in left:
         trials = [path]
         with found.setting_aside(path):
             trials += path.glob("[0-9]*")
@@ -290,7 +289,7 @@ def known_folders(found: Recovered) -> list[Path]:
             else:  # one that names a folder that was taken away since is as it should be
                 what = f"line {number} is the name of no folder: {line[:200]!r}"
                 found.damaged[f"{MULTIRUN / _OUTSIDE}: {what}"] = None
-    return [*MULTIRUN.glob("*/*"), *outside]
+    return [*folders(), *outside]
 
 
 def _is_folder(name: str) -> bool:

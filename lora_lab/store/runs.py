@@ -6,20 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lora_lab.store.mlflow_names import SERIES as NAMES
 from lora_lab.store.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.store.record import RUNNING
 from lora_lab.store.run_checks import fault_of, printable
 from lora_lab.store.trials import Sweep, Trial
 
-SERIES = (
-    "step/loss",
-    "step/seconds",
-    "step/tokens_per_second",
-    "card/power_watts",
-    "card/used_gib",
-    "card/celsius",
-    "card/sm_mhz",
-)
+SERIES = tuple(NAMES)
 """Metrics that have a value for each step or reading. A store shows the last one among a run's figures, where it
 says nothing of the trial."""
 

@@ -19,10 +19,11 @@ from lora_lab.config import InvalidInput
 from lora_lab.store.errors import TrackingFailed, store_errors
 from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.local_store import check_unlocked, database_of, local_address
+from lora_lab.store.mlflow_client import connect, look
 from lora_lab.store.mlflow_runs import MlflowRuns
-from lora_lab.store.mlflow_store import connect, look
 from lora_lab.store.run_checks import is_reading
 from lora_lab.store.runs import SERIES, Found, Readings, Source, trials_and_sweeps
+from lora_lab.store.saved_view import run_page
 from lora_lab.store.trials import Sweep, Trial
 
 STORE_HELP = (
@@ -110,8 +111,7 @@ class StoredRuns:
         client = connect(uri)
         with store_errors():
             experiment = client.get_run(run_id).info.experiment_id
-        page = "/".join(filter(None, [f"#/experiments/{experiment}/runs/{run_id}/artifacts", file]))
-        return [line.replace("{page}", f"{page}?workflowType=machine_learning") for line in look(uri)]
+        return look(uri, run_page(experiment, run_id, "/".join(filter(None, ["artifacts", file]))))
 
     @cached_property
     def _trials_and_sweeps(self) -> Found:

@@ -15,6 +15,7 @@ from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import write_json
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, whole
+from lora_lab.store.multirun import folders
 from lora_lab.store.naming import point_name, trial_name
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record
@@ -267,9 +268,9 @@ def _outline(trial: TrialFolder) -> dict[str, Any] | None:
 def outlines(root: Path) -> list[dict[str, Any]]:
     """What the newest trials below `root` were and how long they took, for a forecast. One that cannot be read is
     left out."""
-    folders = sorted(root.glob("*/*"), reverse=True)[:200]
+    newest = sorted(folders(root), reverse=True)[:200]
     found = []
-    for folder in folders:
+    for folder in newest:
         for trial in (folder, *folder.glob("[0-9]*")):
             outline = _outline(TrialFolder(trial))
             if outline is not None:

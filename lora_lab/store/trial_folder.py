@@ -18,9 +18,10 @@ from lora_lab.files import write_json, write_text
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.reading import Damaged, lines, whole
 from lora_lab.secrets import clean
-from lora_lab.store.mlflow_store import Which
+from lora_lab.store.adapter_card import write_card
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record, complete, plain
+from lora_lab.store.tracker import Which
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.sampler import Sample
@@ -214,6 +215,7 @@ class TrialFolder:
                 journal.complete()
             if end.traceback:
                 write_text(self.path / "traceback.txt", end.traceback)
+            write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
             write_json(self.path / "summary.json", _outline(record) | asdict(summary))
             write_json(self.path / RECORD, asdict(record))

@@ -35,7 +35,8 @@ from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import conditions, point_digest
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
-from lora_lab.store.outbox import MULTIRUN, Outbox, absolute, owner_tags, remember_outside
+from lora_lab.store.multirun import MULTIRUN, point_latest
+from lora_lab.store.outbox import Outbox, absolute, owner_tags, remember_outside
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
@@ -252,6 +253,7 @@ class Grid(Sweeper):
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox) -> int:
         """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
+        point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
         plan.launched = [folder.next_attempt(trial) for trial in pending]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.local_store import check_writable
+from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags, recover, remember_outside
 from lora_lab.store.process_id import this_process
-from lora_lab.store.record import Record, params, run_name
+from lora_lab.store.record import Record, chosen, params, run_name
 from lora_lab.store.sweep_folder import Planned, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
@@ -173,7 +175,12 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     facts = environment() | device_facts(card) | owner_tags(owner, request.folder)
     facts["point"] = point_digest(config)
     facts["command"] = without_secrets(request.command)
-    record = Record(name=run_name(config, request.choices), params=params(config, request.choices), tags=facts)
+    record = Record(
+        name=run_name(config, request.choices),
+        params=params(config, request.choices),
+        chosen=chosen(config, request.choices, shlex.split(request.command)[3:]),
+        tags=facts,
+    )
     if planned is not None:
         record.name, record.parent = planned.name, sweep.read().record.id
         record.params["repeat"] = str(planned.repeat)
@@ -185,6 +192,7 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
     seen = _seen_so_far(config.measure, card, rapl)
     if planned is None:
         remember_outside(request.folder)
+        point_latest(request.folder)
     try:
         folder.begin(asked, config, facts, seen)
     except OSError as error:

@@ -7,7 +7,7 @@ from conftest import Lab, store_of
 
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder, check_trial_folder, check_working_folder
-from lora_lab.store.outbox import MULTIRUN
+from lora_lab.store.multirun import MULTIRUN
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import PLAN, Plan, Planned, SweepFolder

@@ -200,7 +200,7 @@ def test_an_odd_point_of_a_series_is_left_out(root: Path, change: str) -> None:
     points = [Point(key="step/loss", value=1.0 + n, step=n, t_ms=1_700_000_000_000 + n) for n in range(4)]
     run_id = tracker_of(root).deliver(a_trial(series=points), [])
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as store, store:
-        harmed = store.execute(f"UPDATE metrics SET {change} WHERE step = 2 AND key = 'step/loss'").rowcount
+        harmed = store.execute(f"UPDATE metrics SET {change} WHERE step = 2 AND key = 'Steps/loss'").rowcount
     assert harmed == 1
     series = open_store(address(root)).series(run_id)
     assert [value for _, _, value in series["step/loss"]] == [1.0, 2.0, 4.0]

@@ -116,7 +116,7 @@ def refuse_half_a_sweep(client: MlflowClient, runs: list[Run], trials: int = 3) 
 
 def refuse_half_a_run(client: MlflowClient, run: Run) -> None:
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
-    assert [loss.step for loss in client.get_metric_history(run.info.run_id, "step/loss")] == [1, 2]
+    assert [loss.step for loss in client.get_metric_history(run.info.run_id, "Steps/loss")] == [1, 2]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "config.yaml", "events.jsonl", "summary.json", "trial.json"} <= names
 
@@ -203,7 +203,7 @@ def refuse_a_lost_figure(folder: Path) -> None:
     client, runs = store_of(folder)
     [one] = [run for run in runs if run.data.params["measure.steps"] == "200"]
     assert (one.info.status, one.data.tags["outcome"], one.data.tags["phase"]) == ("FINISHED", "finished", "done")
-    assert len(client.get_metric_history(one.info.run_id, "step/loss")) == 201
+    assert len(client.get_metric_history(one.info.run_id, "Steps/loss")) == 201
     assert one.data.metrics["throughput/tokens_per_second"] > 0
 
 
@@ -504,9 +504,13 @@ def test_a_trial_whose_parent_was_killed_in_its_window_is_recorded_as_killed_wit
     folder = left.folder / "multirun" / "2026-01-01" / "killed"
     said = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line.endswith("}")]
     losses = [event["loss"] for event in said if event["event"] == "Step"]
-    kept = sorted(client.get_metric_history(run.info.run_id, "step/loss"), key=lambda point: point.step)
+    kept = sorted(client.get_metric_history(run.info.run_id, "Steps/loss"), key=lambda point: point.step)
     assert [point.value for point in kept] == losses
-    assert [p.value for p in client.get_metric_history(run.info.run_id, "card/power_watts")] == [70.0, 71.0, 72.0]
+    assert [p.value for p in client.get_metric_history(run.info.run_id, "system/gpu_0_power_usage_watts")] == [
+        70.0,
+        71.0,
+        72.0,
+    ]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "environment.json", "events.jsonl", "samples.jsonl", "summary.json", "trial.json"} <= names
 
@@ -527,4 +531,4 @@ def test_a_torn_last_line_leaves_the_lines_before_it(left: Left) -> None:
     run = left.of("torn")
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     client, _ = store_of(left.folder)
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "step/loss")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "Steps/loss")] == [1, 2]

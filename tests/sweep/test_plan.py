@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.fingerprint import point_digest
-from lora_lab.store.outbox import MULTIRUN
+from lora_lab.store.multirun import MULTIRUN
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder

@@ -63,7 +63,7 @@ def test_mlflow_holds_params_metrics_series_tags(trial: tuple[Path, Said]) -> No
     assert (tags["outcome"], tags["device"].split()[0], tags["ran.optimizer_bits"]) == ("finished", "cpu", "8")
     assert tags["version.torch"].startswith("2.")
     assert tags["commit"]
-    history = client.get_metric_history(run.info.run_id, "step/loss")
+    history = client.get_metric_history(run.info.run_id, "Steps/loss")
     assert sorted(point.step for point in history) == [1, 2, 3, 4]
 
 
