@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 compiles = pytest.mark.skipif(
-    folder_with_a_space() is not None or bool(missing_to_compile(None)),
+    folder_with_a_space() is not None or bool(missing_to_compile(on_card=False)),
     reason="torch can't compile for a CPU without g++ and Python.h, or where there is a space in its folder",
 )
 """For tests that compile in earnest."""
