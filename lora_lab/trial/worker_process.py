@@ -131,7 +131,8 @@ class WorkerGroup:
         while left:
             silent = next((worker for worker in left.values() if not worker.spoke), None)
             first_word = began + forkserver.ANSWER_SECONDS if silent else math.inf
-            ready = _ready([*left], interrupt, min(due, first_word) - time.monotonic())
+            seconds = min(due, first_word) - time.monotonic()
+            ready = _ready([*left], interrupt, seconds) if seconds > 0 else []  # also where events come without a pause
             if not ready and end is not None:
                 break  # the lead has ended, and the others took too long to leave
             if not ready and silent and first_word < due:
@@ -231,7 +232,7 @@ def _ready(receivers: list[Connection], interrupt: Connection, seconds: float) -
 
     Raises: KeyboardInterrupt when Ctrl-C was pressed.
     """
-    ready = wait([*receivers, interrupt], None if seconds == math.inf else max(seconds, 0.0))
+    ready = wait([*receivers, interrupt], None if seconds == math.inf else seconds)
     if interrupt in ready:
         raise KeyboardInterrupt
     return [receiver for receiver in receivers if receiver in ready]

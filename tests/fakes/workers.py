@@ -42,6 +42,11 @@ def second_fails(connection: Connection, _: object, environment: dict[str, str],
     signal.pause()
 
 
+def never_pauses(connection: Connection, *_: object) -> None:
+    while True:
+        _say(connection, PhaseBegan(t=0.0, phase="start"))
+
+
 def silent(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -162,6 +162,14 @@ def test_a_worker_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pyt
     assert run_next(tmp_path, monkeypatch)
 
 
+def test_a_worker_that_speaks_without_a_pause_has_a_time_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "main", workers.never_pauses)
+    end = run_workers(TrialConfig(timeout_minutes=SECONDS / 60), {}, tmp_path, lambda _: None)
+    assert end.outcome is Outcome.timed_out
+
+
 def test_two_workers_speak_in_one_stream_each_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "main", workers.of_two)
     heard: list[Event] = []
