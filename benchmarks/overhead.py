@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.cells import provenance
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
 from lora_lab.store.environment import device_facts, environment
-from lora_lab.trial.devices import choose_card
+from lora_lab.trial.devices import choose_placement
 
 TRIALS = 5
 COMMON = [
@@ -95,7 +95,7 @@ def main() -> None:
             cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         cells.append(", ".join(f"{ran[0]['overhead']:.2f}" for ran in rounds))
         lines.append("| " + " | ".join(cells) + " |")
-    facts: dict[str, Any] = {"tags": environment() | device_facts(choose_card("auto"))}
+    facts: dict[str, Any] = {"tags": environment() | device_facts(choose_placement("auto"))}
     origin = provenance(facts, " ".join(["python -m benchmarks.overhead OUT", *overrides]))
     head = "\n".join(f"- {key}: {value}" for key, value in origin.items())
     text = "\n".join(lines)

@@ -61,13 +61,16 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.composition.keys import GROUPS
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
+    from lora_lab.reading import parsed, typed
     from lora_lab.store.folder_checks import check_chdir, leave_empty
+    from lora_lab.store.sweep_folder import Membership
     from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
+    handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers hand nothing over
     try:
         check_chdir(hydra_config.job.chdir)
         config = load(composed)
@@ -82,6 +85,7 @@ def job(composed: "DictConfig") -> int:
             command=shortest_command(config, choices, own),
             folder=folder,
             in_sweep=in_sweep,
+            member=typed(Membership, parsed(handed)) if handed else None,
         )
         code = run_session(request).exit_code
     except InvalidInput as refusal:

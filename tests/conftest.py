@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _cannot_compile() -> bool:
     from lora_lab.trial.devices import folder_with_a_space, missing_to_compile
 
-    return folder_with_a_space() is not None or bool(missing_to_compile(None))
+    return folder_with_a_space() is not None or bool(missing_to_compile(on_card=False))
 
 
 compiles = pytest.mark.skipif(

@@ -20,9 +20,11 @@ from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, Step, WindowClosed, WindowOpened
 from lora_lab.outcome import End, Outcome
 from lora_lab.recompute import main
-from lora_lab.store.outbox import Outbox, recover
+from lora_lab.store.finishing import finish
+from lora_lab.store.outbox import Outbox
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record
+from lora_lab.store.recovery import recover
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.idle_draw import idle_draw
@@ -431,7 +433,7 @@ def test_a_loss_that_is_no_number_recomputes_as_such(
     said = Ended(t=21.0, outcome="diverged", reason="r", step=1)
     there.note_event(said)
     end = End(outcome=Outcome.diverged, reason="r", step=1)
-    record, _ = there.finish(asked, end, [*events, said], [], HostFacts(no_sensor="no card"))
+    record, _ = finish(there, asked, end, [*events, said], [], HostFacts(no_sensor="no card"))
     run_id = Outbox(asked.tracking).deliver_trial(there, record)
     assert run_id is not None
     database = tmp_path / "mlruns" / "mlflow.db"
@@ -456,7 +458,7 @@ def test_net_energy_follows_from_the_readings_at_rest(again: Again, tmp_path: Pa
     there.keep_idle(idle, at_rest, seen)
     for sample in working:
         there.note_sample(sample)
-    record, _ = there.finish(asked, End(outcome=Outcome.finished, reason=""), events, working, seen)
+    record, _ = finish(there, asked, End(outcome=Outcome.finished, reason=""), events, working, seen)
     assert record.metrics["energy/net_joules"] == pytest.approx((100.0 - 60.0) * STEPS)
     assert again(there.path).code == 0
 

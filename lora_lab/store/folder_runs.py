@@ -11,13 +11,13 @@ from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.files import read_json
+from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.local_store import address_of, local_address
-from lora_lab.store.multirun import MULTIRUN
-from lora_lab.store.outbox import Recovered, known_folders
 from lora_lab.store.record import Record
+from lora_lab.store.recovery import Recovered, known_folders
 from lora_lab.store.run_checks import printable
 from lora_lab.store.runs import Readings, Run
 from lora_lab.store.sweep_folder import SweepFolder

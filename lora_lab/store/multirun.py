@@ -4,8 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-MULTIRUN = Path("multirun")
-"""Where conf/config.yaml puts the folders of trials and sweeps."""
+from lora_lab.paths import MULTIRUN
 
 LATEST = "latest"
 

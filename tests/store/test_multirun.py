@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.store.multirun import LATEST, MULTIRUN, folders, point_latest
+from lora_lab.paths import MULTIRUN
+from lora_lab.store.multirun import LATEST, folders, point_latest
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from mlflow.tracking import MlflowClient
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import outbox
+from lora_lab.store.finishing import finish
 from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
@@ -300,7 +301,7 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
         asked = Manifest(owner=gone, t=0.0, tracking=TrackingConfig(), record=record)
         folder = TrialFolder(tmp_path / "multirun" / "today" / str(number))
         folder.begin(asked, TrialConfig(), {}, HostFacts())
-        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], HostFacts())
+        finish(folder, asked, End(outcome=Outcome.killed, reason=""), [], [], HostFacts())
     opened: list[TrackingConfig] = []
 
     def unreachable(tracking: TrackingConfig) -> Tracker:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import CONSTANT, ROUNDING, SyntheticCard, squares, step, synthetic_cards
 
-from lora_lab.events import Step
+from lora_lab.events import Step, WindowClosed, WindowOpened
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.throughput import throughput
-from lora_lab.telemetry.window import Window, steady
+from lora_lab.telemetry.window import Window, find_window, steady
 
 LENGTHS = st.lists(st.floats(0.05, 2.0), min_size=1, max_size=30)
 
@@ -87,3 +87,17 @@ def test_slow_steps_at_the_start_are_left_out_with_their_time_and_no_others(
     assert kept.end == window.end
     later = Window(5.0, 5.0 + sum(slow) + sum(usual), steps_of([*usual, *slow]))
     assert steady(later) == later, "a slow step further on is part of what is measured"
+
+
+def test_a_trials_windows_are_found_by_their_names() -> None:
+    def edges(name: str, start: float, after: int, last: int) -> tuple[WindowOpened, WindowClosed]:
+        opened = WindowOpened(t=start, after_step=after, name=name)
+        return opened, WindowClosed(t=start + 9.0, after_step=last, name=name)
+
+    events = [*edges("inference", 0.0, 0, 2), *edges("train", 10.0, 2, 5), *steps_of([1.0] * 5)]
+    train, other = find_window(events), find_window(events, "inference")
+    assert train is not None
+    assert other is not None
+    assert ([each.step for each in train.steps], train.start) == ([3, 4, 5], 10.0)
+    assert ([each.step for each in other.steps], other.start) == ([1, 2], 0.0)
+    assert find_window(events, "another") is None
