@@ -30,7 +30,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Said]:
 def test_it_finishes_and_tells_the_user_what_came_out(trial: tuple[Path, Said]) -> None:
     folder, said = trial
     assert said.code == 0, said.text
-    for words in ("finished", "tokens/s", "s per 10k tokens", "held-out loss before", "held-out loss after"):
+    for words in ("finished", "tokens/s", "time per 10k tokens", "held-out loss before", "held-out loss"):
         assert words in said.out
     assert "energy" in said.out
     assert "absent: no NVIDIA card was used" in said.out
