@@ -11,19 +11,9 @@ ARGS ?=
 run: $(VENV)/installed
 	$(BIN)/python -m lora_lab $(ARGS)
 
-# Two runs side by side, since tests that start trials mostly wait for them. Trials queue for a device by a lock in
-# TMPDIR, and the two must not wait for each other.
-# 5 is pytest's code for nothing to run, as ARGS="-k name" can leave one of the two.
-ASIDE := tests/report tests/telemetry tests/worker tests/test_peers.py tests/test_cross.py tests/test_refused_input.py tests/composition \
-	tests/store tests/dataset tests/test_faults.py tests/test_recompute.py tests/test_secrets.py
+# A worker takes a whole file, whose tests share what they set up; conftest.py puts the long files first.
 test: $(VENV)/installed-dev
-	@tmp=$$(mktemp -d); \
-	TMPDIR="$$tmp" $(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider $(ASIDE) $(ARGS) > $(VENV)/aside.log 2>&1 & \
-	aside=$$!; \
-	$(BIN)/python -m pytest -m "not gpu" $(ASIDE:%=--ignore=%) $(ARGS); rest=$$?; \
-	wait $$aside; aside=$$?; \
-	rm -rf "$$tmp"; cat $(VENV)/aside.log; \
-	for code in $$rest $$aside; do [ $$code -eq 0 ] || [ $$code -eq 5 ] || exit 1; done
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

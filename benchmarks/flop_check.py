@@ -31,7 +31,7 @@ from benchmarks.reports import provenance, write_report
 from lora_lab.config import Checkpointing, TrialConfig
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
-from lora_lab.trial.devices import choose_card
+from lora_lab.trial.devices import choose_placement
 from lora_lab.worker.data import TokenCounts, load_examples, train_collator
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
 from lora_lab.worker.training import make_trainer
@@ -130,14 +130,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     out, asked = Path(sys.argv[1]), sys.argv[2:]
-    card = choose_card("auto")
-    device = torch.device("cpu" if card is None else "cuda")
-    overrides = [*OVERRIDES, f"attention={'eager' if card is None else 'sdpa'}", *asked]
+    placement = choose_placement("auto")
+    device = torch.device("cuda" if placement.cards else "cpu")
+    overrides = [*OVERRIDES, f"attention={'sdpa' if placement.cards else 'eager'}", *asked]
     rows = []
     for batch_size, seq_len in SHAPES:
         name = f"{' '.join(asked) or 'smollm2_135m'} {batch_size}x{seq_len}"
         rows += compare(name, [*overrides, f"batch_size={batch_size}", f"seq_len={seq_len}"], device)
-    origin = provenance(environment() | device_facts(card), " ".join(["python -m benchmarks.flop_check OUT", *asked]))
+    origin = provenance(
+        environment() | device_facts(placement), " ".join(["python -m benchmarks.flop_check OUT", *asked])
+    )
     worst = max(abs(row["differs"][part]) for row in rows for part in PARTS)
     verdict = f"Largest difference of any part: {worst:.2%}; allowed are {LIMIT:.0%}."
     title = "Operations of a step: the formula, and torch's FlopCounterMode"

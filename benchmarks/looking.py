@@ -40,7 +40,7 @@ from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import RATE_HZ, Sample, Sampler
 from lora_lab.telemetry.sensors import reader
-from lora_lab.trial.devices import choose_card, worker_environment
+from lora_lab.trial.devices import choose_placement, worker_environment
 
 BLOCK_SECONDS = 2.0
 PATTERN = (True, False, False, True)
@@ -68,17 +68,16 @@ Spans = list[tuple[float, float]]
 
 def look(pipe: Connection) -> None:
     """The other process: read as a session does, in blocks, until told to stop; then send what was done when."""
-    card = choose_card("auto")
-    inner = reader(card, Rapl())
+    inner = reader(choose_placement("auto").cards, Rapl())
     readings: Spans = []
     blocks: list[tuple[float, float, bool]] = []
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         start = time.monotonic()
         # without a card, for a rehearsal: as long as a reading of one
-        sample = inner(slow) if inner else (time.sleep(0.004), Sample(t=start))[1]
+        samples = inner(slow) if inner else (time.sleep(0.004), [Sample(t=start)])[1]
         readings.append((start, time.monotonic()))
-        return sample
+        return samples
 
     with Sampler(read) as sampler:
         while not pipe.poll():
@@ -93,9 +92,10 @@ def look(pipe: Connection) -> None:
 def train(config: TrialConfig, folder: Path) -> tuple[list[tuple[float, int]], tuple[float, float]]:
     """One trial in this process: (moment, which mark) in order, and when the window was open."""
     from lora_lab.worker import trial
+    from lora_lab.worker.stages import model_loading
 
     marks: list[tuple[float, int]] = []
-    load = trial.load_model
+    load = model_loading.load_model
 
     def load_with_marks(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -120,11 +120,11 @@ def train(config: TrialConfig, folder: Path) -> tuple[list[tuple[float, int]], t
             raise SystemExit(f"{event.outcome}: {event.reason}\n{event.traceback}")
 
     folder.mkdir(parents=True, exist_ok=True)
-    trial.load_model = load_with_marks
+    model_loading.load_model = load_with_marks
     try:
         trial.run_trial(config, folder, emit)
     finally:
-        trial.load_model = load
+        model_loading.load_model = load
     return marks, (edges[0], edges[1])
 
 
@@ -243,14 +243,14 @@ def main() -> None:
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 200.0
     more = sys.argv[3:]
     command = " ".join(["python -m benchmarks.looking OUT", f"{seconds:g}", *more])
-    card = choose_card("auto")
-    os.environ.update(worker_environment(card))  # as a worker has it, before torch is imported
+    placement = choose_placement("auto")
+    os.environ.update(worker_environment(placement))  # as a worker has it, before torch is imported
     rows = []
     for shape, overrides in SHAPES.items():
         steps = max(20, round(seconds / _GUESSED_STEP_SECONDS))
         config = compose([*COMMON, *overrides, f"measure.steps={steps}", *more])
         rows.append({"shape": shape} | measured(config, Path("multirun/looking").resolve() / shape))
-        text = report(out, command, rows, environment() | device_facts(card))
+        text = report(out, command, rows, environment() | device_facts(placement))
     print(text)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.reports import markdown, provenance, write_report
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
 from lora_lab.store.environment import device_facts, environment
-from lora_lab.trial.devices import choose_card
+from lora_lab.trial.devices import choose_placement
 
 TRIALS = 5
 COMMON = [
@@ -92,7 +92,7 @@ def main() -> None:
         rows.append([*row, ", ".join(f"{ran[0]['overhead']:.2f}" for ran in rounds)])
     head = ["", "overhead s, median (range)", "before the first step", "after the last", "first trial"]
     text = markdown(head, rows)
-    facts = environment() | device_facts(choose_card("auto"))
+    facts = environment() | device_facts(choose_placement("auto"))
     origin = provenance(facts, " ".join(["python -m benchmarks.overhead OUT", *overrides]))
     write_report(out, "overhead", "Overhead of a trial in a sweep", origin, text, {"seconds": sides})
     print(text)

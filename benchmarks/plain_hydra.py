@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.events import Event, encode
-from lora_lab.trial.devices import choose_card, worker_environment
+from lora_lab.trial.devices import choose_placement, worker_environment
 
 
 def job(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     (folder / "asked.json").write_text(json.dumps({"t": time.monotonic()}), encoding="utf-8")
-    environment = {**os.environ, **worker_environment(choose_card(load(composed).device))}
+    environment = {**os.environ, **worker_environment(choose_placement(load(composed).device))}
     overrides = list(HydraConfig.get().overrides.task)
     subprocess.run(
         [sys.executable, "-m", "benchmarks.plain_hydra", "--trial", str(folder), *overrides],

@@ -23,7 +23,7 @@ from benchmarks.compose import compose
 from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event, Ran, Step, WindowOpened
 from lora_lab.trial import worker_process
-from lora_lab.trial.devices import choose_card, worker_environment
+from lora_lab.trial.devices import choose_placement, worker_environment
 
 OVERRIDES = ["optimizer=paged_adamw", "precision=fp16", "method=qlora", "tracking=none"]
 REPEATS = 2
@@ -94,7 +94,7 @@ def main() -> None:
         print(json.dumps(observe(compose([*OVERRIDES, *sys.argv[3:]]), sys.argv[2] == "1")))
         return
     out, overrides = Path(sys.argv[1]), sys.argv[2:]
-    environment = worker_environment(choose_card("auto"))
+    environment = worker_environment(choose_placement("auto"))
     config = compose([*OVERRIDES, *overrides])
     a, b = prepared(config, environment, True), fresh(overrides, environment, True)
     times: dict[str, list[float]] = {"prepared": [], "fresh": []}

@@ -1,4 +1,5 @@
-"""`python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended.
+"""`lora-lab` and `python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended; or
+one of the commands in commands.py.
 
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
@@ -16,8 +17,14 @@ def main() -> None:
     """The command line. Always leaves through SystemExit; README.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
+    from lora_lab.commands import COMMANDS, RUN, call
     from lora_lab.output import never_end_for_output
 
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in COMMANDS:
+        raise SystemExit(call(first, sys.argv[2:]))
+    if first == RUN:
+        del sys.argv[1]
     never_end_for_output()
     import hydra
 
@@ -54,13 +61,16 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.composition.keys import GROUPS
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
+    from lora_lab.reading import parsed, typed
     from lora_lab.store.folder_checks import check_chdir, leave_empty
+    from lora_lab.store.sweep_folder import Membership
     from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
+    handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers hand nothing over
     try:
         check_chdir(hydra_config.job.chdir)
         config = load(composed)
@@ -75,6 +85,7 @@ def job(composed: "DictConfig") -> int:
             command=shortest_command(config, choices, own),
             folder=folder,
             in_sweep=in_sweep,
+            member=typed(Membership, parsed(handed)) if handed else None,
         )
         code = run_session(request).exit_code
     except InvalidInput as refusal:

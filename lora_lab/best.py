@@ -21,7 +21,7 @@ from lora_lab.report.answers.best.display import show_choice
 from lora_lab.report.arguments import share
 from lora_lab.report.measures import MEASURES
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.stored_runs import open_store
+from lora_lab.store.stored_runs import STORE_HELP, open_store
 
 EXIT_NOTHING_FITS = 1
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweep", metavar="ID", nargs="+", action="extend", help="only these sweeps, or trials (ids in the store)"
     )
-    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     return parser
 
 

@@ -43,6 +43,8 @@ class Ready:
     t: float
     pid: int
     prepared: bool
+    rank: int = 0
+    """Which worker of the trial, from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class PhaseMemory:
     """In use on the card by everybody at the phase's end, as the driver tells the worker."""
     retries: int = 0
     """How often the allocator had to give back all it kept and ask again."""
+    rank: int = 0
+    """Which worker of the trial, from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +244,8 @@ class Step:
     """Sum of the squares of the rows' lengths in slots."""
     waited_seconds: float = 0.0
     """Host time between the step before and this one: its batch was read, laid out and sent to the device."""
+    adapter: str = ""
+    """Which adapter was trained; empty where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +254,8 @@ class WindowOpened:
 
     t: float
     after_step: int
+    name: str = "train"
+    """What is measured in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +264,7 @@ class WindowClosed:
 
     t: float
     after_step: int
+    name: str = "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +273,8 @@ class Warned:
 
     t: float
     text: str
+    rank: int = 0
+    """Which worker of the trial, from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +289,8 @@ class Ended:
     asked_bytes: int | None = None
     peak_host_bytes: int | None = None
     """The largest resident size of the worker's process."""
+    rank: int = 0
+    """Which worker of the trial, from 0."""
 
 
 Event = (

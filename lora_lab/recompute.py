@@ -1,7 +1,7 @@
 """Any figure of a run, calculated anew from what the run stored: python -m lora_lab.recompute RUN
 
-RUN is a run's id in the store, or the folder of a trial under multirun/. Every figure is compared to its last digit.
-Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
+RUN is a run's id in the store or its beginning, or the folder of a trial under multirun/. Every figure is compared to
+its last digit. Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
 """
 
 import argparse
@@ -21,14 +21,19 @@ from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
 from lora_lab.store.environment import environment
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.mlflow_store import fetch_run
+from lora_lab.store.local_store import local_address
+from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.record import Record, complete
+from lora_lab.store.stored_runs import open_store
 from lora_lab.store.trial_folder import IDLE, MANIFEST, SEEN, SENSELESS, TrialFolder
 from lora_lab.telemetry.figures import TAGS
 from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
+
+_WHOLE_ID = 32
+"""Characters of a run's id."""
 
 NEEDED = (MANIFEST, SEEN, "events.jsonl", "samples.jsonl")
 """What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""
@@ -135,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     never_end_for_output()
     parser = argparse.ArgumentParser(prog="python -m lora_lab.recompute", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="a run's id in the store, or a trial's folder under multirun/")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's id in the store or its beginning, or a trial's folder under multirun/"
+    )
     parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
     asked = parser.parse_args(arguments)
     try:
@@ -162,14 +169,12 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
         if record is None:
             raise InvalidInput(f"{run} holds no record of a trial that is over.")
         return folder, Recorded(run, _with_series(record), record.tags)
-    if store is None:
-        database = Path("mlruns/mlflow.db").resolve()
-        if not database.is_file():
-            raise InvalidInput(
-                f"{run} is no folder, and there is no store at {database}. Stand where the run was made, or name its "
-                "store with --store URI."
-            )
-        store = f"sqlite:///{database}"
+    try:
+        store = local_address() if store is None else store
+    except InvalidInput as missing:
+        raise InvalidInput(f"{run} is no folder, and {missing}") from None
+    if len(run) < _WHOLE_ID:
+        run = open_store(store).id_of(run)
     metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
         raise InvalidInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")

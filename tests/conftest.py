@@ -1,4 +1,7 @@
-"""The real command line in a process of its own, as a user has it."""
+"""The command line as a user has it, and what tests look at afterwards.
+
+What is heavy is imported where it is used: a file of pure tests starts within a second.
+"""
 
 import contextlib
 import json
@@ -8,44 +11,86 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
+from command_server import CommandServer
 from hypothesis import settings
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
+from unsynced_stores import leave_stores_unsynced
 
-from lora_lab.composition.compose import CONF
-from lora_lab.config import ModelConfig, ModelSource, TrackingConfig, Weights
-from lora_lab.store.mlflow_store import open_tracker
-from lora_lab.trial.devices import folder_with_a_space, missing_to_compile
-from lora_lab.worker.models import load_architecture
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 # a shared machine stalls now and then; no example is wrong for being slow
-settings.register_profile("lora_lab", deadline=None)
-settings.load_profile("lora_lab")
+settings.register_profile("push", deadline=None, max_examples=50)
+settings.register_profile("nightly", deadline=None, max_examples=1000)
+settings.load_profile("push")
 
 SECONDS = 300
+
+SERVER = CommandServer()
+
+LONG = (
+    "test_trial.py",
+    "test_outbox.py",
+    "test_sweep.py",
+    "test_kills.py",
+    "test_faults.py",
+    "test_engine_compile.py",
+    "test_engine_compile_cache.py",
+    "test_engine_fused_lora_groups.py",
+    "test_engine_graph_step.py",
+    "test_store_errors.py",
+    "test_sweep_faults.py",
+    "test_refused_input.py",
+    "test_recompute.py",
+    "test_engine_offloaded_checkpoints.py",
+    "test_peers.py",
+)
+"""Files that take longest. They begin first, so that no worker is left with one when the others have ended."""
 
 KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 """What the rounds of test_kills.py hit."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="at how many instants test_kills.py kills a sweep")
-    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations (five minutes)")
+    parser.addoption("--kills", type=int, default=1, help="at how many instants test_kills.py kills a sweep")
+    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
     config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a core wait for each other longer than they calculate
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch first
+    if hasattr(config, "workerinput"):  # one of several of pytest-xdist's
+        # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
+        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
+    SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    if "sqlalchemy" in sys.modules:  # a file was collected that uses stores in this process
+        leave_stores_unsynced()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    SERVER.stop()
+    if hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -61,8 +106,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
 
 
+def _cannot_compile() -> bool:
+    from lora_lab.trial.devices import folder_with_a_space, missing_to_compile
+
+    return folder_with_a_space() is not None or bool(missing_to_compile(on_card=False))
+
+
 compiles = pytest.mark.skipif(
-    folder_with_a_space() is not None or bool(missing_to_compile(None)),
+    _cannot_compile(),
     reason="torch can't compile for a CPU without g++ and Python.h, or where there is a space in its folder",
 )
 """For tests that compile in earnest."""
@@ -84,14 +135,22 @@ class Said:
 Lab = Callable[..., Said]
 
 
-def lab_in(folder: Path) -> Lab:
-    """`lab("model=tiny", ...)` runs `python -m lora_lab model=tiny ...` in `folder`, without any hub."""
+def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
+    """`lab("model=tiny", ...)` runs `python -m lora_lab model=tiny ...` in `folder`, without any hub.
+
+    Args:
+        real: in an interpreter of its own, where the test is about the start, the processes or the imports. So is a
+            command with variables of its own, as libraries read some of them while being imported.
+    """
 
     def run(*arguments: str, cwd: Path = folder, **environment: str) -> Said:
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+        if not real and SERVER.serves(environment):
+            return Said(*SERVER.run(module, arguments, cwd, variables, SECONDS))
         done = subprocess.run(
-            [sys.executable, "-m", "lora_lab", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=cwd,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment},
+            env=variables,
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -108,6 +167,12 @@ def lab(tmp_path: Path) -> Lab:
     return lab_in(tmp_path)
 
 
+@pytest.fixture
+def real_lab(tmp_path: Path) -> Lab:
+    """The same, each command in an interpreter of its own."""
+    return lab_in(tmp_path, real=True)
+
+
 def records_in(folder: Path) -> list[dict[str, Any]]:
     """What each trial run in `folder` left on disk."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("multirun/**/record.json"))]
@@ -119,18 +184,38 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-def store_of(folder: Path) -> tuple[MlflowClient, list[Run]]:
-    """The MLflow store made in `folder`, and its runs."""
+def store_of(folder: Path) -> "tuple[MlflowClient, list[Run]]":
+    """The MLflow store made in `folder`, and its runs by the names that their records have."""
+    from mlflow.tracking import MlflowClient
+
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("lora_lab")
     if experiment is None:
         return client, []
-    return client, list(client.search_runs([experiment.experiment_id]))
+    return client, [as_recorded(run) for run in client.search_runs([experiment.experiment_id])]
+
+
+def as_recorded(run: "Run") -> "Run":
+    """A run by the names that its record has."""
+    from mlflow.entities import Metric, Param, Run, RunData, RunTag
+
+    from lora_lab.store.mlflow_names import read_back
+
+    params, tags, metrics = read_back(run.data.params, run.data.tags, run.data.metrics)
+    data = RunData(
+        [Metric(key, value, 0, 0) for key, value in metrics.items()],
+        [Param(key, text) for key, text in params.items()],
+        [RunTag(key, text) for key, text in tags.items()],
+    )
+    return Run(run.info, data)
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with its tables and nothing in them: making one takes a third of a start."""
+    from lora_lab.config import TrackingConfig
+    from lora_lab.store.mlflow_store import open_tracker
+
     root = tmp_path_factory.mktemp("store")
     open_tracker(TrackingConfig(root=str(root)))
     return root / "mlflow.db"
@@ -201,8 +286,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def save_tiny(folder: Path) -> None:
     """A small model with random weights and its tokenizer, as save_pretrained leaves them."""
+    import yaml
     from transformers import AutoModelForCausalLM
 
+    from lora_lab.composition.compose import CONF
+    from lora_lab.config import ModelConfig, ModelSource, Weights
+    from lora_lab.worker.models import load_architecture
     from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
     shapes = yaml.safe_load((CONF / "model" / "tiny.yaml").read_text())["architecture"]
@@ -227,6 +316,7 @@ class Server:
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._home}/server.db"]
         command += ["--artifacts-destination", str(self._home / "artifacts")]
         quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five processes that import MLflow, for jobs of GenAI's
         with (self._home / "log").open("a") as log:
             self._process = subprocess.Popen(
                 command, cwd=self._home, env=quiet, stdout=log, stderr=log, start_new_session=True

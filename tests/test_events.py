@@ -48,6 +48,20 @@ def test_an_event_comes_back_as_it_went(kind: Callable[..., Event], data: st.Dat
     assert repr(decode(line.encode("ascii"))) == repr(event)
 
 
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ('{"event": "Ready", "t": 1.0, "pid": 2, "prepared": true}', "rank", 0),
+        ('{"event": "Warned", "t": 1.0, "text": "x"}', "rank", 0),
+        ('{"event": "Ended", "t": 1.0, "outcome": "finished", "reason": ""}', "rank", 0),
+        ('{"event": "WindowOpened", "t": 1.0, "after_step": 2}', "name", "train"),
+        ('{"event": "WindowClosed", "t": 1.0, "after_step": 2}', "name", "train"),
+    ],
+)
+def test_older_lines_are_of_one_worker_and_one_window(line: str, field: str, value: object) -> None:
+    assert getattr(decode(line), field) == value
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf"), 5e-324, 0.1 + 0.2])
 def test_a_loss_keeps_its_every_bit(loss: float) -> None:
     step = Step(t=1.0, step=1, seconds=None, loss=loss, rows=1, slots=8, real=7, trained=3, skipped=False)
@@ -56,7 +70,6 @@ def test_a_loss_keeps_its_every_bit(loss: float) -> None:
     assert repr(back.loss) == repr(loss)
 
 
-@settings(max_examples=60)
 @given(event=st.sampled_from(KINDS).flatmap(anything), cut=st.floats(0, 1, exclude_max=True))
 def test_a_torn_line_is_never_taken_for_an_event(event: Event, cut: float) -> None:
     line = encode(event)

@@ -53,7 +53,7 @@ def test_a_killed_worker_is_a_recorded_outcome(long_trial: subprocess.Popen[str]
     client, [run] = store_of(tmp_path)
     assert run.info.status == "KILLED"
     assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("killed", "window")
-    assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3, "what was measured until then is kept"
+    assert len(client.get_metric_history(run.info.run_id, "Steps/loss")) > 3, "what was measured until then is kept"
 
 
 def test_ctrl_c_ends_the_worker_records_and_exits_130(long_trial: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_a_killed_parent_takes_its_worker_along(long_trial: subprocess.Popen[str
 
 
 def test_a_trial_that_takes_too_long_is_ended_and_recorded(tmp_path: Path) -> None:
-    said = lab_in(tmp_path)(*LONG, "timeout_minutes=0.3", "measure.steps=1000000")
+    said = lab_in(tmp_path)(*LONG, "timeout_minutes=0.15", "measure.steps=1000000")
     assert said.code == 1, said.text
     client, [run] = store_of(tmp_path)
     assert (run.data.tags["outcome"], run.data.tags["phase"]) == ("timed_out", "window")
-    assert "timeout_minutes=0.3" in run.data.tags["reason"]
-    assert len(client.get_metric_history(run.info.run_id, "step/loss")) > 3
+    assert "timeout_minutes=0.15" in run.data.tags["reason"]
+    assert len(client.get_metric_history(run.info.run_id, "Steps/loss")) > 3

@@ -9,7 +9,7 @@ import pytest
 
 from lora_lab.events import MatmulRate
 from lora_lab.matmul_cache import RateKey, load_rate, store_rate
-from lora_lab.packages import cache_folder
+from lora_lab.paths import cache_folder
 
 KEY = RateKey(device="GPU-1", cuda="580.1", torch="2.13.0", dtype="bf16")
 RATE = MatmulRate(t=-1.0, dtype="bfloat16", size=8192, flops_per_second=7.94e14)

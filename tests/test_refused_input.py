@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from lora_lab.config import EngineConfig, EngineKind, InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
+from lora_lab.placement import Placement
 from lora_lab.telemetry import nvml
-from lora_lab.trial.devices import check_capable, choose_card, worker_environment
+from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 
 FAKES = Path(__file__).parent / "fakes"
 UUIDS = [f"GPU-{index:08x}-0000-0000-0000-000000000000" for index in range(2)]
@@ -71,15 +72,15 @@ def test_an_unknown_option_lists_the_options(lab: Lab, tmp_path: Path) -> None:
     )
 
 
-def test_an_unknown_option_is_refused_at_once_and_without_torch(lab: Lab) -> None:
+def test_an_unknown_option_is_refused_at_once_and_without_torch(real_lab: Lab) -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        assert lab("optimizer=typo").code == 2
+        assert real_lab("optimizer=typo").code == 2
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 4
 
-    imported = lab("optimizer=typo", PYTHONPROFILEIMPORTTIME="1").err
+    imported = real_lab("optimizer=typo", PYTHONPROFILEIMPORTTIME="1").err
     modules = {line.rsplit("|", 1)[1].strip() for line in imported.splitlines() if line.startswith("import time:")}
     assert "hydra" in modules
     assert not modules & {"torch", "transformers", "mlflow"}
@@ -471,18 +472,24 @@ def test_a_card_is_chosen_by_number_and_uuid(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    card = choose_card(device)
-    assert card is not None
+    placement = choose_placement(device)
+    [card] = placement.cards
     assert (card.index, card.uuid) == (index, UUIDS[index])
-    assert worker_environment(card)["CUDA_VISIBLE_DEVICES"] == UUIDS[index]
+    assert worker_environment(placement)["CUDA_VISIBLE_DEVICES"] == UUIDS[index]
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_a_worker_is_shown_every_card_of_its_trial() -> None:
+    both = Placement(cards=choose_placement("gpu:1").cards + choose_placement("gpu:0").cards)
+    assert worker_environment(both)["CUDA_VISIBLE_DEVICES"] == f"{UUIDS[1]},{UUIDS[0]}"
 
 
 @pytest.mark.usefixtures("two_cards")
 def test_no_card_is_left_where_all_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert choose_card("auto") is None
+    assert choose_placement("auto").cards == ()
     with pytest.raises(InvalidInput, match="no NVIDIA card within CUDA_VISIBLE_DEVICES=''"):
-        choose_card("gpu:0")
+        choose_placement("gpu:0")
 
 
 @pytest.fixture
@@ -506,17 +513,17 @@ def give_compiler(folder: Path, name: str) -> None:
 def test_a_card_needs_a_c_compiler_and_pythons_headers_to_compile_for(
     bare: Path, engine: EngineKind, compiler: str
 ) -> None:
-    config, card = TrialConfig(engine=EngineConfig(kind=engine)), choose_card("auto")
+    config, placement = TrialConfig(engine=EngineConfig(kind=engine)), choose_placement("auto")
     with pytest.raises(
         Unsupported, match=r"no C compiler \(gcc or clang; CC=\.\.\. .* and no Python.h in .*apt install"
     ):
-        check_capable(config, card)
+        check_capable(config, placement)
     give_compiler(bare, compiler)
     with pytest.raises(Unsupported, match=r"there is no Python.h in"):
-        check_capable(config, card)
+        check_capable(config, placement)
     (bare / "include").mkdir()
     (bare / "include" / "Python.h").touch()
-    check_capable(config, card)
+    check_capable(config, placement)
 
 
 def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,15 +533,15 @@ def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatc
     (bare / "include" / "Python.h").touch()
     give_compiler(bare, "gcc")
     with pytest.raises(Unsupported, match=r"no C\+\+ compiler \(g\+\+; CXX="):
-        check_capable(config, None)
+        check_capable(config, Placement())
     give_compiler(bare, "clang++")
     monkeypatch.setenv("CXX", "clang++")
-    check_capable(config, None)
+    check_capable(config, Placement())
 
 
 @pytest.mark.usefixtures("bare")
 def test_only_what_compiles_needs_a_compiler() -> None:
-    check_capable(TrialConfig(), None)
+    check_capable(TrialConfig(), Placement())
 
 
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
@@ -543,12 +550,12 @@ def test_compiled_code_is_kept_where_a_reboot_leaves_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(name, raising=False)
-    assert Path(worker_environment(None)[name]).parent == tmp_path / "lora_lab"
+    assert Path(worker_environment(Placement())[name]).parent == tmp_path / "lora_lab"
     monkeypatch.setenv(name, "mine")
-    assert worker_environment(None)[name] == "mine"
+    assert worker_environment(Placement())[name] == "mine"
 
 
 @pytest.mark.usefixtures("two_cards")
 def test_the_cpu_needs_no_card() -> None:
-    assert choose_card("cpu") is None
-    assert worker_environment(None)["CUDA_VISIBLE_DEVICES"] == ""
+    assert choose_placement("cpu").cards == ()
+    assert worker_environment(Placement())["CUDA_VISIBLE_DEVICES"] == ""

@@ -21,7 +21,7 @@ from benchmarks.peers.plan import CELLS, NEEDS, Cell
 from benchmarks.peers.table import table
 from benchmarks.reports import provenance, write_report
 from lora_lab.store.environment import device_facts, environment
-from lora_lab.trial.devices import choose_card, worker_environment
+from lora_lab.trial.devices import choose_placement, worker_environment
 
 
 def main(arguments: list[str]) -> None:
@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> None:
         print(write(path.parent, stored["origin"], {k: v for k, v in stored.items() if k != "origin"}))
         return
     asked = _parse(arguments)
-    card = choose_card(asked.device)
-    shown = worker_environment(card)
-    origin = provenance(environment() | device_facts(card), _command(arguments, asked))
+    placement = choose_placement(asked.device)
+    shown = worker_environment(placement)
+    origin = provenance(environment() | device_facts(placement), _command(arguments, asked))
     settings = Settings(
         contenders=asked.contenders,
         method=asked.method,

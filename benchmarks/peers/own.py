@@ -11,10 +11,10 @@ from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_
 from benchmarks.peers.stacks import Built, Job
 from lora_lab.events import Event
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.callback import PhaseClock
 from lora_lab.worker.data import Example, train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.training import make_trainer
 
 _PAD = 0

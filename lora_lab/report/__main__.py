@@ -28,7 +28,7 @@ from lora_lab.report.writing.page.page_file import choose_place
 from lora_lab.report.writing.terminal import show
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.stored_runs import StoredRuns, open_store
+from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
 from lora_lab.store.trials import Sweep, Trial
 
 _WIDE = 160
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
     )
-    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     parser.add_argument("--experiment", metavar="NAME", help="only runs of this MLflow experiment")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page; by default report.html in its sweep's folder"

@@ -1,85 +1,71 @@
-"""What trials are compared by: a figure, its unit, and which way is better."""
+"""Name the figures that trials are compared by."""
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 
 from lora_lab.store.trials import Trial
-
-
-class Better(Enum):
-    """Which way is better."""
-
-    higher = "higher"
-    lower = "lower"
+from lora_lab.telemetry.metrics import METRICS, Metric
+from lora_lab.telemetry.metrics import Better as Better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """One figure of a trial. Ratios are compared (on the log scale), but for loss, where it is differences."""
+    """A metric that trials are compared by: by ratios (on the log scale), or for loss by differences."""
 
     name: str
     """As on the command line: --objective energy."""
-    key: str
-    """Its metric."""
-    title: str
-    unit: str
+    metric: Metric
     better: Better
-    form: str
-    """How a value is written."""
     ratios: bool = True
 
+    @property
+    def key(self) -> str:
+        """Return its metric's key."""
+        return self.metric.key
+
+    @property
+    def title(self) -> str:
+        """Return its title."""
+        return self.metric.title
+
+    @property
+    def unit(self) -> str:
+        """Return its unit."""
+        return self.metric.unit
+
+    @property
+    def form(self) -> str:
+        """Return how a value is written."""
+        return self.metric.form
+
     def of(self, trial: Trial) -> float | None:
-        """The trial's figure; None where it is absent, or where it would mean nothing."""
+        """Return the trial's figure; None where it is absent, or would mean nothing."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return None
         value = trial.metrics.get(self.key)
         return None if value is None or not math.isfinite(value) or (self.ratios and value <= 0) else value
 
     def why_absent(self, trial: Trial) -> str:
-        """Why a trial has no such figure."""
+        """Return why a trial has no such figure."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
-            return "held-out loss says nothing of random weights"
+            return "held-out loss says nothing about random weights"
         if self.key in trial.metrics:
-            return f"recorded as {trial.metrics[self.key]:g}, which can't be compared"
+            return f"recorded as {trial.metrics[self.key]:g}, which cannot be compared"
         return trial.tags.get(f"absent.{self.key}", "not recorded")
 
     def write(self, value: float) -> str:
-        """A value with its unit."""
-        return f"{self.form.format(value)} {self.unit}"
+        """Return a value with its unit."""
+        return self.metric.write(value)
 
 
-THROUGHPUT = Measure(
-    name="throughput",
-    key="throughput/tokens_per_second",
-    title="throughput",
-    unit="tokens/s",
-    better=Better.higher,
-    form="{:,.0f}",
-)
-ENERGY = Measure(
-    name="energy",
-    key="energy/joules_per_token",
-    title="energy a token",
-    unit="J/token",
-    better=Better.lower,
-    form="{:.4f}",
-)
-VRAM = Measure(
-    name="vram",
-    key="vram/peak_device_gib",
-    title="VRAM, card's peak",
-    unit="GiB",
-    better=Better.lower,
-    form="{:.2f}",
-)
-LOSS = Measure(
-    name="loss",
-    key="loss/eval",
-    title="held-out loss",
-    unit="nats a token",
-    better=Better.lower,
-    form="{:.4f}",
-    ratios=False,
-)
+def _measure(name: str, key: str, ratios: bool = True) -> Measure:
+    found = METRICS[key]
+    assert found.better is not None, "what trials are compared by has a better side"
+    return Measure(name=name, metric=found, better=found.better, ratios=ratios)
+
+
+THROUGHPUT = _measure("throughput", "throughput/tokens_per_second")
+ENERGY = _measure("energy", "energy/joules_per_token")
+VRAM = _measure("vram", "vram/peak_device_gib")
+LOSS = _measure("loss", "loss/eval", ratios=False)
 MEASURES = (THROUGHPUT, ENERGY, VRAM, LOSS)

@@ -11,8 +11,8 @@ import psutil
 
 from lora_lab import __version__
 from lora_lab.machine import cpu_name
+from lora_lab.placement import Placement
 from lora_lab.store.code_digest import PACKAGE, code_digest, deciding_files, telemetry_digest
-from lora_lab.telemetry.nvml import Card
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "mlflow-skinny")
 
@@ -22,15 +22,17 @@ def environment() -> dict[str, str]:
     return dict(_facts())
 
 
-def device_facts(card: Card | None) -> dict[str, str]:
-    """The device that calculates: a card, or this machine's CPU."""
-    if card is None:
+def device_facts(placement: Placement) -> dict[str, str]:
+    """Describe the device that calculates: one or more cards, or this machine's CPU. The memory is that of a card; of
+    several the smallest."""
+    cards = placement.cards
+    if not cards:
         return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
     return {
-        "device": card.name,
-        "device.uuid": card.uuid,
-        "device.driver": card.driver,
-        "device.memory_gib": f"{card.total_bytes / 2**30:.1f}",
+        "device": placement.name,
+        "device.uuid": ",".join(card.uuid for card in cards),
+        "device.driver": cards[0].driver,
+        "device.memory_gib": f"{min(card.total_bytes for card in cards) / 2**30:.1f}",
     }
 
 

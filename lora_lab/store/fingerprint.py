@@ -8,10 +8,10 @@ from typing import Any
 
 from lora_lab.config import DataSource, ModelSource, TrialConfig, Weights
 from lora_lab.dataset.rows import SHIPPED
+from lora_lab.placement import Placement
 from lora_lab.settings import Effect, settings_of
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.record import plain
-from lora_lab.telemetry.nvml import Card
 
 _DECISIVE = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "python", "lora_lab")
 
@@ -29,11 +29,11 @@ def point_digest(config: TrialConfig) -> str:
     return digest(decisive)
 
 
-def conditions(config: TrialConfig, card: Card | None) -> dict[str, str]:
+def conditions(config: TrialConfig, placement: Placement) -> dict[str, str]:
     """Return what decides a trial's result besides the config: code, packages, device, content of data and model."""
     facts = environment()
     decisive = {f"version.{name}": facts[f"version.{name}"] for name in _DECISIVE}
-    return {**decisive, "code": facts["code"], **device_facts(card), **_contents(config)}
+    return {**decisive, "code": facts["code"], **device_facts(placement), **_contents(config)}
 
 
 def digest(content: object) -> str:

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.paths import MULTIRUN
 from lora_lab.store.sweep_folder import PLAN, SweepFolder
 from lora_lab.store.trial_folder import LEFT_OVER, MANIFEST, RECORD
 
-_MULTIRUN = Path("multirun")
 _ANOTHER = (
     "Give another folder with {setting}=FOLDER, or leave it out: then every {what} gets a new one below multirun/."
 )
@@ -21,10 +21,10 @@ def check_working_folder() -> None:
         raise InvalidInput(
             f"the folder you stand in, {here}, has ${{ in its name, which Hydra takes for a variable. Rename it."
         )
-    if os.path.lexists(_MULTIRUN) and not _MULTIRUN.is_dir():
+    if os.path.lexists(MULTIRUN) and not MULTIRUN.is_dir():
         raise InvalidInput(
             f"{here}/multirun is in the way: trials leave their files in a folder of that name, and it is "
-            f"{_kind(_MULTIRUN)}. Move it away, or stand in another folder."
+            f"{_kind(MULTIRUN)}. Move it away, or stand in another folder."
         )
 
 
@@ -37,17 +37,17 @@ def check_chdir(chdir: object) -> None:
         )
 
 
-def check_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool) -> None:
+def check_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool, planned: bool = False) -> None:
     """Raise InvalidInput for a folder that can't be this trial's alone.
 
     Args:
-        in_sweep: Hydra runs it as a part of a sweep. Its folder alone does not say so: any trial can be given one.
+        in_sweep: Hydra runs it as a part of a sweep.
+        planned: that sweep is one of ours, and gave it this folder.
     """
     setting, what = ("hydra.sweep.dir", "sweep") if in_sweep else ("hydra.run.dir", "trial")
     another = _ANOTHER.format(setting=setting, what=what)
     _check_location(folder, tracking, setting, another)
-    sweep = SweepFolder(folder.parent)
-    if sweep.exists and not (in_sweep and sweep.launches(folder)):
+    if SweepFolder(folder.parent).exists and not planned:
         raise InvalidInput(
             f"{setting}: {folder} lies in a sweep's folder: the trial would be counted among its own. {another}"
         )

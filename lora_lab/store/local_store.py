@@ -27,6 +27,18 @@ def address_of(database: Path) -> str:
     return f"sqlite:///{name}" if quoted == name else f"sqlite+pysqlite:///{quoted}"
 
 
+def local_address() -> str:
+    """Return the tracking URI of the store where the user stands.
+
+    Raises: InvalidInput when there is none."""
+    database = Path("mlruns/mlflow.db").resolve()
+    if not database.is_file() or not has_content(database):
+        raise InvalidInput(
+            f"there is no store at {database}. Stand where the runs were made, or name their store with --store URI."
+        )
+    return address_of(database)
+
+
 def database_of(uri: str) -> Path | None:
     """The file of a store in SQLite; None for any other."""
     kind, _, place = uri.partition("://")

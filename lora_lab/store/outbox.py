@@ -1,28 +1,19 @@
 """Records on their way from a trial's folder to the store: at once, or by a later start when that was not possible."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
-from lora_lab.outcome import Outcome
-from lora_lab.reading import Damaged, text_of
+from lora_lab.config import InvalidInput, TrackingConfig
+from lora_lab.reading import Damaged
+from lora_lab.store import heartbeat
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
-from lora_lab.store.mlflow_store import Tracker, Which, open_tracker
+from lora_lab.store.mlflow_store import open_tracker
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import SweepFolder
-from lora_lab.store.trial_folder import SENSELESS, TrialFolder
-
-MULTIRUN = Path("multirun")
-"""Where conf/config.yaml puts the folders of trials and sweeps."""
-
-_OUTSIDE = "outside.txt"
-"""In it: a line for each folder that was put somewhere else."""
+from lora_lab.store.tracker import Tracker, Which
+from lora_lab.store.trial_folder import TrialFolder
 
 
 def owner_tags(owner: Owner, folder: Path) -> dict[str, str]:
@@ -132,7 +123,8 @@ class Outbox:
 
         def gone(tags: dict[str, str]) -> bool:
             owner = _owner_in(tags)
-            return owner is not None and owner.gone
+            folder = Path(tags.get("folder") or os.devnull)  # nothing lies in that one
+            return owner is not None and heartbeat.gone(owner, folder)
 
         tracker = self.open()
         try:
@@ -181,150 +173,3 @@ class Outbox:
             self._failed(fault)
             self._tracker = None  # to be opened anew: a server may be back, a database unlocked
             return None
-
-
-@dataclass(slots=True)
-class Recovered:
-    """What a start found left over from earlier ones."""
-
-    killed: int = 0
-    """Trials and sweeps whose process was gone before they were over."""
-    delivered: int = 0
-    waiting: int = 0
-    """Records that no store has taken yet."""
-    faults: set[str] = field(default_factory=set)
-    damaged: dict[str, None] = field(default_factory=dict)
-    """What could not be read, and is left as it is."""
-
-    def count(self, run_id: str | None, store: Outbox) -> None:
-        """Take in whether the store took a record."""
-        if run_id is None:
-            self.waiting += 1
-            self.faults.add(store.fault)
-        else:
-            self.delivered += 1
-
-    @contextlib.contextmanager
-    def setting_aside(self, path: Path) -> Iterator[None]:
-        """Go on after this with everything else, whatever is wrong with what is in `path`."""
-        try:
-            yield
-        except Damaged as damaged:
-            self.damaged[str(damaged)] = None
-        except (OSError, *SENSELESS) as error:
-            self.damaged[f"{path}: {type(error).__name__}: {error}"] = None
-
-    def lines(self) -> list[str]:
-        """What a person should know of it."""
-        said = [f"set aside, cannot be read: {damaged}" for damaged in self.damaged]
-        if self.damaged:
-            said.append("put right, or move away, what is set aside; until then each start names it")
-        if self.killed:
-            said.append(f"left over from killed processes, now recorded as killed: {self.killed}")
-        if self.delivered:
-            said.append(f"records of earlier starts delivered to the store: {self.delivered}")
-        if self.waiting:
-            why = "; ".join(sorted(self.faults))
-            said.append(f"records of earlier starts that still wait for their store: {self.waiting} ({why})")
-        return said
-
-
-def remember_outside(folder: Path) -> None:
-    """Let later starts find a trial's or a sweep's folder that is not where they look."""
-    with contextlib.suppress(ValueError):
-        if len(folder.absolute().relative_to(MULTIRUN.absolute()).parts) == 2:
-            return
-    with contextlib.suppress(OSError):
-        MULTIRUN.mkdir(exist_ok=True)
-        with (MULTIRUN / _OUTSIDE).open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{folder.absolute()}\n")
-
-
-def recover(store: Outbox) -> Recovered:
-    """Bring in order what killed processes and stores that were out of reach have left: make the records of trials
-    that were cut off, deliver every record that no store has, and end what `store` says is running and is not."""
-    found = Recovered()
-    if not MULTIRUN.is_dir():
-        found.killed += store.end_orphans()
-        return found
-    try:
-        with FileLock(MULTIRUN / ".recovery.lock", timeout=0):
-            _recover(found, store)
-            if not store.out_of_reach:
-                found.killed += store.end_orphans()
-    except Timeout:
-        return found  # another start is at it
-    except OSError as error:
-        found.damaged[f"{error.filename or MULTIRUN}: {error.strerror}; nothing in {MULTIRUN} is looked after"] = None
-    return found
-
-
-def _recover(found: Recovered, store: Outbox) -> None:
-    stores = {repr(store.tracking): store}
-
-    def store_of(tracking: TrackingConfig) -> Outbox:
-        return stores.setdefault(repr(tracking), Outbox(tracking))
-
-    folders = _folders(found)
-    for path in folders:  # first, so that the trials have something to be nested under
-        with found.setting_aside(path):
-            if SweepFolder(path).exists:
-                _recover_sweep(SweepFolder(path), store_of, found)
-    for path in folders:
-        trials = [path]
-        with found.setting_aside(path):
-            trials += path.glob("[0-9]*")
-        for trial in map(TrialFolder, trials):
-            with found.setting_aside(trial.path):
-                if not store.has(trial):
-                    _recover_trial(trial, store_of, found)
-
-
-def _folders(found: Recovered) -> list[Path]:
-    """Where trials and sweeps were put, as far as is known here."""
-    outside: dict[Path, None] = {}
-    with found.setting_aside(MULTIRUN / _OUTSIDE):
-        for number, line in enumerate((text_of(MULTIRUN / _OUTSIDE) or "").split("\n"), 1):
-            if line.isprintable() or _is_folder(line):
-                outside |= {Path(line): None} if line else {}
-            else:  # one that names a folder that was taken away since is as it should be
-                what = f"line {number} is the name of no folder: {line[:200]!r}"
-                found.damaged[f"{MULTIRUN / _OUTSIDE}: {what}"] = None
-    return [*MULTIRUN.glob("*/*"), *outside]
-
-
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except OSError:
-        return False
-
-
-def _recover_sweep(folder: SweepFolder, store_of: Callable[[TrackingConfig], Outbox], found: Recovered) -> None:
-    with found.setting_aside(folder.path):  # the record is delivered once more
-        folder.check_delivery_note()
-    plan = folder.read()
-    if not plan.owner.gone:
-        return
-    found.killed += folder.end_for_dead()
-    if plan.tracking.kind is TrackingKind.none or folder.delivered_as_it_is:
-        return
-    store = store_of(plan.tracking)
-    found.count(None if store.out_of_reach else store.deliver_sweep(folder), store)
-
-
-def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Outbox], found: Recovered) -> None:
-    asked = folder.manifest()
-    if asked is None or not asked.owner.gone:
-        return
-    with found.setting_aside(folder.path):  # the record is delivered once more, which changes nothing
-        folder.check_delivery_note()
-    record = folder.record()
-    if record is None:
-        record = folder.finish_for_dead(asked)
-        found.killed += record.outcome == Outcome.killed.value
-    if asked.tracking.kind is TrackingKind.none:
-        folder.mark_delivered("")
-        return
-    store = store_of(asked.tracking)
-    found.count(None if store.out_of_reach else store.deliver_trial(folder, record), store)

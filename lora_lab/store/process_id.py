@@ -18,9 +18,14 @@ class Owner:
     """Clock ticks between boot and the process's start (field 22 of /proc/PID/stat)."""
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.host == platform.node()
+
+    @property
     def gone(self) -> bool:
         """Whether the process has ended. Of another machine's processes nothing is known: not gone."""
-        if self.host != platform.node():
+        if not self.is_here:
             return False
         return self.boot_id != _boot_id() or _started(self.pid) != self.started
 

@@ -42,6 +42,8 @@ class Record:
     """A sweep's record changes when the sweep is taken up again; a trial's is final."""
     name: str
     params: dict[str, str]
+    chosen: list[str] = field(default_factory=list)
+    """The params that somebody chose: MLflow shows these. Empty: all of them."""
     outcome: str = RUNNING
     started_ms: int = field(default_factory=lambda: round(time.time() * 1e3))
     """Unix time."""
@@ -80,6 +82,19 @@ def plain(config: TrialConfig) -> dict[str, Any]:
 def params(config: TrialConfig, choices: dict[str, str]) -> dict[str, str]:
     """The chosen option of each group under its plain name, and every leaf under its dotted key."""
     return dict(choices) | dict(_leaves(plain(config), ""))
+
+
+_ALWAYS_SHOWN = ("batch_size", "seq_len", "learning_rate", "repeat")
+
+
+def chosen(config: TrialConfig, choices: dict[str, str], overrides: Sequence[str]) -> list[str]:
+    """Return the params that somebody chose: each group's option, what the command line sets, and what differs from the
+    default outside of the groups. All others follow from the options."""
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides} - choices.keys()
+    default, asked = plain(TrialConfig()), plain(config)
+    named |= {key for key, value in asked.items() if not isinstance(value, dict) and value != default[key]}
+    leaves = (key for key in params(config, {}) if any(key == name or key.startswith(f"{name}.") for name in named))
+    return sorted({*choices, *_ALWAYS_SHOWN, *leaves})
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:

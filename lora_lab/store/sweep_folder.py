@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_lab.config import InvalidInput, TrackingConfig
+from lora_lab.config import TrackingConfig
 from lora_lab.files import write_json
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged, whole
+from lora_lab.store.multirun import folders
 from lora_lab.store.naming import point_name, trial_name
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record
@@ -59,6 +60,21 @@ class Planned:
         return trial_name(self.label, self.repeat)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """What a sweep hands to each trial that it starts, on whatever machine."""
+
+    name: str
+    """The trial, for people."""
+    parent: str
+    """The id of the sweep's record."""
+    number: int
+    repeat: int
+    point: str
+    fingerprint: str
+    """As those of `Planned`."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Plan:
     """All trials of a sweep, and the record above them."""
@@ -71,6 +87,17 @@ class Plan:
     trials: list[Planned]
     launched: list[str] = field(default_factory=list)
     """Names of the folders of the trials that the present, or latest, start runs."""
+
+    def membership(self, trial: Planned) -> Membership:
+        """Return what one of the trials gets to know of its place."""
+        return Membership(
+            name=trial.name,
+            parent=self.record.id,
+            number=trial.number,
+            repeat=trial.repeat,
+            point=trial.point,
+            fingerprint=trial.fingerprint,
+        )
 
     def planned(self, name: str) -> Planned | None:
         """Which trial is run in the folder `name`."""
@@ -147,24 +174,6 @@ class SweepFolder:
             self.hold(plan)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / PLAN, asdict(plan))
-
-    def planned(self, folder: Path) -> Planned | None:
-        """Which trial is run in `folder`.
-
-        Raises: InvalidInput when the plan cannot be read."""
-        try:
-            return self.read().planned(folder.name) if self.exists else None
-        except Damaged as damaged:
-            raise InvalidInput(f"{damaged}.") from None
-
-    def launches(self, folder: Path) -> bool:
-        """Whether the sweep's present, or latest, start runs a trial in `folder`.
-
-        Raises: InvalidInput when the plan cannot be read."""
-        held = self._held.get(self.path.absolute())  # a full disk may have kept the latest start out of the file
-        if held is not None:
-            return folder.name in held.launched
-        return self.planned(folder) is not None and folder.name in self.read().launched
 
     def next_attempt(self, trial: Planned) -> str:
         """Name of a folder for one more attempt; what earlier ones left stays."""
@@ -267,9 +276,9 @@ def _outline(trial: TrialFolder) -> dict[str, Any] | None:
 def outlines(root: Path) -> list[dict[str, Any]]:
     """What the newest trials below `root` were and how long they took, for a forecast. One that cannot be read is
     left out."""
-    folders = sorted(root.glob("*/*"), reverse=True)[:200]
+    newest = sorted(folders(root), reverse=True)[:200]
     found = []
-    for folder in folders:
+    for folder in newest:
         for trial in (folder, *folder.glob("[0-9]*")):
             outline = _outline(TrialFolder(trial))
             if outline is not None:

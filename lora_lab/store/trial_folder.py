@@ -13,18 +13,18 @@ from typing import Any
 import yaml
 
 from lora_lab.config import TrackingConfig, TrialConfig
-from lora_lab.events import Ended, Event, decode, encode
+from lora_lab.events import Event, decode, encode
 from lora_lab.files import write_json, write_text
-from lora_lab.outcome import End, Outcome, end_said
+from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged, lines, whole
 from lora_lab.secrets import clean
-from lora_lab.store.mlflow_store import Which
+from lora_lab.store.adapter_card import write_card
 from lora_lab.store.process_id import Owner
-from lora_lab.store.record import RUNNING, Record, complete, plain
+from lora_lab.store.record import RUNNING, Record, plain
+from lora_lab.store.tracker import Which
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.sampler import Sample
-from lora_lab.telemetry.summary import summarise
 
 MANIFEST = "trial.json"
 SEEN = "seen.json"
@@ -33,7 +33,7 @@ RECORD = "record.json"
 DELIVERED = "delivered.json"
 SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
 """What figures raise that are made of numbers of the right type which cannot be."""
-_NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
+NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
 LEFT_OVER = ("events.jsonl", "worker.log")
 """What a trial whose input was refused leaves: how far it came."""
 
@@ -187,26 +187,11 @@ class TrialFolder:
             if name not in LEFT_OVER and name != "adapter":
                 (self.path / name).unlink(missing_ok=True)
 
-    def finish(
-        self,
-        asked: Manifest,
-        end: End,
-        events: list[Event],
-        samples: list[Sample],
-        seen: HostFacts,
-        over_ms: int | None = None,
-    ) -> tuple[Record, Summary]:
-        """Summarise, complete the record, and put both on disk; `record.json` comes last.
-
-        Args:
-            over_ms: when it was over (Unix time), where no event tells; by default now.
+    def write_end(self, record: Record, summary: Summary, end: End, seen: HostFacts) -> None:
+        """Put a trial that is over on disk; `record.json` comes last.
 
         A disk that is full leaves the record in memory, with a warning: the store can still take it.
         """
-        record = asked.record
-        summary = summarise(events, samples, seen, asked.t)
-        record.ended_ms = over_ms or round(time.time() * 1e3)
-        complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
         journals = self._close()
         try:
             clean(self.path / "worker.log")
@@ -214,12 +199,12 @@ class TrialFolder:
                 journal.complete()
             if end.traceback:
                 write_text(self.path / "traceback.txt", end.traceback)
+            write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
             write_json(self.path / "summary.json", _outline(record) | asdict(summary))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
-        return record, summary
 
     def _close(self) -> list[_Journal]:
         journals = [journal for journal in (self._events, self._samples) if journal is not None]
@@ -236,11 +221,11 @@ class TrialFolder:
             raise Damaged(self.path / MANIFEST, "", f"is missing, though {RECORD} is there")
         return asked
 
-    def record(self) -> Record | None:
-        """The whole record; None while the trial is not over.
+    def record(self, series: bool = True) -> Record | None:
+        """Return the record, with its series or without; None while the trial is not over.
 
         Raises: Damaged."""
-        record = whole(Record, self.path / RECORD)
+        record = whole(Record, self.path / RECORD, without="" if series else "series")
         if record is not None and (record.outcome == RUNNING or record.outcome not in Outcome.__members__):
             raise Damaged(self.path / RECORD, "outcome", "is none that a trial ends with")
         return record
@@ -256,47 +241,17 @@ class TrialFolder:
             raise Damaged(self.path / "summary.json", "", f"is missing, though {RECORD} is there")
         return asdict(outline) | {"outcome": outline.outcome.value}
 
-    def finish_for_dead(self, asked: Manifest) -> Record:
-        """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of
-        that is left out, with a warning in the record.
-
-        Raises: Damaged where that makes no sense."""
-        try:
-            events, samples, seen, damaged = self.read_inputs()
-        except Damaged as fault:
-            if (self.path / SEEN).is_dir():  # it could not be written again
-                raise
-            seen = HostFacts(no_sensor=_NOT_SEEN)
-            events, samples, damaged = self._lines()
-            damaged.append(fault)
-        seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
-        try:
-            return self._finish_for_dead(asked, events, samples, seen)
-        except SENSELESS as error:
-            raise Damaged(
-                self.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})"
-            ) from error
-
-    def _finish_for_dead(self, asked: Manifest, events: list[Event], samples: list[Sample], seen: HostFacts) -> Record:
-        said = next((event for event in events if isinstance(event, Ended)), None)
-        if said is not None:
-            end = end_said(said)
-        else:
-            why = "the process that ran lora_lab was gone: killed, or the machine stopped"
-            end = End(outcome=Outcome.killed, reason=why)
-        # one that had said nothing yet is over as it began: nobody knows better
-        return self.finish(asked, end, events, samples, seen, asked.record.started_ms)[0]
-
     def read_inputs(self) -> tuple[list[Event], list[Sample], HostFacts, list[Damaged]]:
         """Everything that the figures are made of, as it stands here, and what is wrong with a line of it: those
         after it are not read.
 
         Raises: Damaged."""
         seen = whole(HostFacts, self.path / SEEN)
-        events, samples, damaged = self._lines()
-        return events, samples, seen or HostFacts(no_sensor=_NOT_SEEN), damaged
+        events, samples, damaged = self.read_lines()
+        return events, samples, seen or HostFacts(no_sensor=NOT_SEEN), damaged
 
-    def _lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
+    def read_lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
+        """Read the events and samples, and what is wrong with a line of them: those after it are not read."""
         events, fault = lines(self.path / "events.jsonl", decode)
         samples, other = lines(self.path / "samples.jsonl", Sample.decode)
         return events, samples, [one for one in (fault, other) if one is not None]

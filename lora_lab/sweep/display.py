@@ -67,21 +67,21 @@ def show_forecast(
 
 def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
     """Every trial with its figures, then every trial that did not finish with its reason."""
-    shown = [figure for figure in FIGURES if any(a is not None and figure[1] in a.metrics for a in attempts)]
+    shown = [each for each in FIGURES if any(a is not None and each.key in a.metrics for a in attempts)]
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     repeated = any(trial.repeat for trial in trials)
     table = Table()
     for key in (*keys, *(["repeat"] if repeated else [])):
         table.add_column(key.rpartition(".")[2], overflow="fold")
     table.add_column("outcome", no_wrap=True)
-    for name, _, _ in shown:
-        table.add_column(name, justify="right")
+    for each in shown:
+        table.add_column(each.column, justify="right")
     for trial, attempt in _in_order(trials, attempts):
         outcome = attempt.outcome if attempt else "not run"
         metrics = attempt.metrics if attempt else {}
         cells = [escape(trial.settings.get(key, "")) for key in keys] + ([str(trial.repeat)] if repeated else [])
         cells.append(f"[{colour(outcome)}]{outcome}[/]")
-        cells += [form.format(metrics[key]) if key in metrics else "" for _, key, form in shown]
+        cells += [each.form.format(metrics[each.key]) if each.key in metrics else "" for each in shown]
         table.add_row(*cells)
     console = Console(file=sys.stdout)
     if not console.is_terminal:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.store.fingerprint import digest
-from lora_lab.store.outbox import MULTIRUN
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
 
 

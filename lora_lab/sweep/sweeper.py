@@ -3,47 +3,46 @@
 Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `sweep`.
 """
 
-import shlex
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from lora_lab.composition.arguments import MOST_POINTS, check_point_count
-from lora_lab.composition.compose import load
-from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
+from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
-from lora_lab.config import InvalidInput, Isolation, TrialConfig
+from lora_lab.config import InvalidInput, Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
+from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
-from lora_lab.store.fingerprint import conditions, point_digest
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
-from lora_lab.store.outbox import MULTIRUN, Outbox, absolute, owner_tags, remember_outside
+from lora_lab.store.heartbeat import Heartbeat
+from lora_lab.store.multirun import point_latest
+from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
-from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
+from lora_lab.store.recovery import remember_outside
+from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder, outlines
 from lora_lab.sweep.display import progress, show_forecast, show_table, write_table
-from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up, without_twins
+from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
+from lora_lab.sweep.points import combinations, compose_points, conditions_here, raise_faults
 from lora_lab.trial import worker_process
-from lora_lab.trial.devices import choose_card
-from lora_lab.trial.session import check_folder_name, check_inputs, look_after_earlier_runs
+from lora_lab.trial.devices import choose_placement
+from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
 
 
 @dataclass
@@ -57,6 +56,8 @@ class GridConf:
     """Points that are no grid: a line of overrides for each. Together with params, each point gets that grid."""
     assumptions: list[str] | None = None
     """What a preset had to assume; shown before the sweep and kept in its record."""
+    trial: str = ""
+    """Set by the sweep for each trial, not by people: the trial's Membership as JSON."""
 
 
 _CHECK_LOG = "check.log"
@@ -72,6 +73,7 @@ class Grid(Sweeper):
         params: dict[str, str] | None = None,
         points: list[str] | None = None,
         assumptions: list[str] | None = None,
+        trial: str = "",
     ) -> None:
         self._params = dict(params or {})
         self._lines = list(points or [""])
@@ -88,9 +90,9 @@ class Grid(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run every point; leaves through SystemExit with the sweep's exit code."""
         try:
-            combinations = self._combinations(arguments)
+            found = combinations(self._context.config_loader, self._params, self._lines, arguments)
             COMPOSING.over()
-            code = self._run(combinations, arguments)
+            code = self._run(found, arguments)
         except InvalidInput as refusal:
             COMPOSING.over()
             print(f"Refused, no trial was started:\n{refusal}", file=sys.stderr)
@@ -98,28 +100,8 @@ class Grid(Sweeper):
         sys.stdout.flush()
         raise SystemExit(code)
 
-    def _combinations(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of each point. What the command line says beats the preset's point, which beats its grid."""
-        parser = OverridesParser.create(config_loader=self._context.config_loader)
-        params = [f"{key}={values}" for key, values in self._params.items()]
-        found: list[list[str]] = []
-        try:
-            for override in parser.parse_overrides(list(arguments)):
-                if override.key_or_group == "sweep" and override.is_sweep_override():
-                    raise InvalidInput(f"{override.input_line} names several sweeps; run them one after the other.")
-            for line in self._lines:
-                overrides = parser.parse_overrides([*params, *_words(line), *arguments])
-                check_point_count(overrides, len(found))
-                [combinations] = BasicSweeper.split_arguments(overrides, None)
-                found += combinations
-        except HydraException as error:
-            raise InvalidInput(explain(error)) from error
-        if not found:
-            raise InvalidInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
-        return found
-
-    def _run(self, combinations: list[list[str]], arguments: Sequence[str]) -> int:
-        points = self._points(combinations)
+    def _run(self, overrides: list[list[str]], arguments: Sequence[str]) -> int:
+        points = compose_points(self._context.config_loader, self._config, overrides)
         first = points[0].config
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
@@ -145,37 +127,6 @@ class Grid(Sweeper):
             code = self._launch(folder, pending, store) if pending else 0
             return self._finish(folder, trials, store, code)
 
-    def _points(self, combinations: list[list[str]]) -> list[GridPoint]:
-        """Compose every point.
-
-        Raises: InvalidInput with every fault of every point."""
-        points: list[GridPoint] = []
-        faults: dict[str, list[str]] = {}
-        for overrides in _with_progress(combinations, "composing the points"):
-            try:
-                config = self._compose(overrides)
-                check_inputs(config)
-                now = _conditions(config)
-            except InvalidInput as refusal:
-                for fault in refusal.faults:
-                    faults.setdefault(fault, []).append(" ".join(overrides))
-                continue
-            if not points:
-                _check_trial_count(len(combinations) * config.repeats)
-            digest = point_digest(config)
-            points.append(GridPoint(overrides=overrides, config=config, digest=digest, conditions=now))
-        _raise_faults(faults, len(combinations))
-        return without_twins(points)
-
-    def _compose(self, overrides: list[str]) -> TrialConfig:
-        try:
-            composed = self._context.config_loader.load_sweep_config(self._config, overrides)
-        except COMPOSITION_ERRORS as error:
-            raise InvalidInput(explain(error)) from error
-        with open_dict(composed):
-            del composed["hydra"]
-        return load(composed)
-
     def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
         """The sweep to go on with, and its trials; None, said aloud, when there is none."""
         trials = plan_trials(points, points[0].config.repeats, points[0].config.seed)
@@ -198,7 +149,7 @@ class Grid(Sweeper):
             )
         _check_points(folder, points)
         # only now: the check may have fetched a hub model's description, and with it its commit
-        points[:] = [replace(point, conditions=_conditions(point.config)) for point in points]
+        points[:] = [replace(point, conditions=conditions_here(point.config)) for point in points]
         return plan_trials(points, points[0].config.repeats, points[0].config.seed)
 
     def _write_plan(
@@ -243,7 +194,7 @@ class Grid(Sweeper):
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
-        tags = environment() | device_facts(choose_card(points[0].config.device)) | facts | {"command": words}
+        tags = environment() | device_facts(choose_placement(points[0].config.device)) | facts | {"command": words}
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
@@ -252,6 +203,7 @@ class Grid(Sweeper):
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox) -> int:
         """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
+        point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
         plan.launched = [folder.next_attempt(trial) for trial in pending]
@@ -259,9 +211,8 @@ class Grid(Sweeper):
         with suppress(OSError):
             folder.write(plan)
         store.deliver_sweep(folder)
-        place = f"hydra.sweep.dir={_quoted(str(folder.path))}"
         jobs = [
-            [*trial.overrides, place, f"hydra.sweep.subdir={_quoted(name)}"]
+            [*trial.overrides, *_place(folder.path, name, plan.membership(trial))]
             for trial, name in zip(pending, plan.launched, strict=True)
         ]
         with open_dict(self._config):
@@ -304,11 +255,14 @@ class Grid(Sweeper):
         return code
 
 
-def _words(line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise InvalidInput(f"hydra.sweeper.points: {line} can't be split into overrides ({error}).") from error
+def _place(sweep: Path, name: str, member: Membership) -> list[str]:
+    """Return the overrides that tell a trial its folder and its place in the sweep, in whatever process it runs."""
+    handed = json.dumps(asdict(member)).replace("$", "\\u0024")  # in which OmegaConf would look for variables
+    return [
+        f"hydra.sweep.dir={quoted(str(sweep))}",
+        f"hydra.sweep.subdir={quoted(name)}",
+        f"hydra.sweeper.trial={quoted(handed)}",
+    ]
 
 
 @contextmanager
@@ -328,7 +282,8 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
             f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
         ) from None
     try:
-        yield
+        with Heartbeat(folder.path):
+            yield
     finally:
         if not folder.exists:
             for name in (".sweep.lock", _CHECK_LOG):
@@ -336,18 +291,6 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
             with suppress(OSError):  # it may be a folder of the user's, with files in it
                 folder.path.rmdir()
         lock.release()
-
-
-def _conditions(config: TrialConfig) -> dict[str, str]:
-    return conditions(config, choose_card(config.device))
-
-
-def _check_trial_count(count: int) -> None:
-    if count > MOST_POINTS:
-        raise InvalidInput(
-            f"the sweep would have {count:,} trials; {MOST_POINTS:,} is the most. Sweep fewer values, use "
-            "fewer repeats, or run it in parts."
-        )
 
 
 def _warn_of_other_figures(folder: SweepFolder) -> None:
@@ -368,34 +311,11 @@ def _check_points(folder: SweepFolder, points: list[GridPoint]) -> None:
     if not chosen:
         return
     with progress("looking at rows and models of the points", len(chosen)) as seen:
-        found, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
+        looks, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
     if untold:
         print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
     faults: dict[str, list[str]] = {}
-    for point, fault in zip(chosen, found, strict=True):
-        if fault:
+    for point, look in zip(chosen, looks, strict=True):
+        for fault in look.faults:
             faults.setdefault(fault, []).append(" ".join(point.overrides))
-    _raise_faults(faults, len(points))
-
-
-def _raise_faults(faults: dict[str, list[str]], count: int) -> None:
-    if not faults:
-        return
-    lines = []
-    for fault, where in faults.items():
-        which = "every point" if len(where) == count else f"{len(where)} of {count} points, the first: {where[0]}"
-        lines.append(f"{fault}\n  ({which})" if count > 1 else fault)
-    raise InvalidInput(*lines)
-
-
-def _with_progress(items: list[list[str]], what: str) -> Iterator[list[str]]:
-    with progress(what, len(items)) as seen:
-        for done, item in enumerate(items, 1):
-            yield item
-            seen(done)
-
-
-def _quoted(text: str) -> str:
-    """A value as Hydra's grammar takes it whatever is in it."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    raise_faults(faults, len(points))

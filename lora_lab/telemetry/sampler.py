@@ -4,7 +4,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
@@ -31,6 +31,8 @@ class Sample:
 
     t: float
     """time.monotonic() seconds, midway through the reading."""
+    card: int = 0
+    """Which card of the trial's, from 0."""
     energy_joules: float | None = None
     """The card's running counter."""
     instant_watts: float | None = None
@@ -55,8 +57,11 @@ class Sample:
     """Running counter: clocks held down by a signal from outside, of a power supply for example."""
 
     def encode(self) -> str:
-        """Return one line of JSON, without what was not read."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+        """Return one line of JSON without what was not read; the first card's number goes without saying."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.card == 0:
+            del said["card"]
+        return json.dumps(said)
 
     @classmethod
     def decode(cls, line: str | bytes) -> "Sample":
@@ -76,14 +81,14 @@ class Sampler:
 
     def __init__(
         self,
-        read: Callable[[bool], Sample] | None,
+        read: Callable[[bool], Sequence[Sample]] | None,
         keep: Callable[[Sample], None] = lambda _: None,
         rate_hz: float = RATE_HZ,
     ) -> None:
         """Get ready.
 
         Args:
-            read: takes one sample, of the slow sensors too when its argument is True; None without sensors.
+            read: takes one sample per card, of the slow sensors too when its argument is True; None without sensors.
             keep: called with each sample at once, from the sampler's thread.
         """
         self._read = read
@@ -124,11 +129,12 @@ class Sampler:
             if not self._paused.is_set():
                 cpu = time.thread_time()
                 try:
-                    sample = self._read(readings % SLOW_EVERY == 0)
+                    samples = self._read(readings % SLOW_EVERY == 0)
                     if self._stop.is_set():
                         return  # a driver can hang for longer than anybody waits; the trial's files are closed by now
-                    self.samples.append(sample)
-                    self._keep(sample)
+                    self.samples += samples
+                    for sample in samples:
+                        self._keep(sample)
                     faults = 0
                     self.fault = None
                 except SensorFailed as error:

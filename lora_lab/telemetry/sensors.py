@@ -1,7 +1,7 @@
-"""Read all sensors of a trial, the card's and the CPU's, as one sample."""
+"""Read all sensors of a trial: one sample per card, with the CPU's energy in the first."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lora_lab.telemetry.nvml import Card
@@ -9,18 +9,23 @@ from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import Sample
 
 
-def reader(card: Card | None, rapl: Rapl) -> Callable[[bool], Sample] | None:
-    """Return the function that a sampler calls; None where there is nothing to read."""
-    if card is None and rapl.absent:
+def reader(cards: Sequence[Card], rapl: Rapl) -> Callable[[bool], list[Sample]] | None:
+    """Return what a sampler calls: it reads one sample a card. None where there is nothing to read."""
+    if not cards and rapl.absent:
         return None
 
-    def read(slow: bool) -> Sample:
-        """Read once.
-
-        Raises: SensorFailed when the card does not answer at all."""
-        sample = Sample(t=time.monotonic()) if card is None else card.sample(slow)
+    def read(slow: bool) -> list[Sample]:
+        """Read every sensor once. Raises: SensorFailed when a card does not answer at all."""
+        samples = read_cards(cards, slow) or [Sample(t=time.monotonic())]
         joules = rapl.joules()
-        # without a card the time is the CPU's; a card's calls take milliseconds, this one microseconds
-        return sample if joules is None else replace(sample, cpu_joules=joules)
+        # with a card the time is the card's, whose calls take milliseconds; this one takes microseconds
+        return samples if joules is None else [replace(samples[0], cpu_joules=joules), *samples[1:]]
 
     return read
+
+
+def read_cards(cards: Sequence[Card], slow: bool) -> list[Sample]:
+    """Read one sample of each card.
+
+    Raises: SensorFailed when a card does not answer at all."""
+    return [replace(card.sample(slow), card=place) for place, card in enumerate(cards)]

@@ -35,11 +35,11 @@ class Window:
         return Window(start, self.end if whole else start + _seconds(inside), inside)
 
 
-def find_window(events: Sequence[Event]) -> Window | None:
-    """Return the window, or None when it never opened, never closed, or a step's loss never arrived. Figures of an
-    incomplete window are not kept."""
-    opened = next((event for event in events if isinstance(event, WindowOpened)), None)
-    closed = next((event for event in events if isinstance(event, WindowClosed)), None)
+def find_window(events: Sequence[Event], name: str = "train") -> Window | None:
+    """Return the window of this name, or None when it never opened, never closed, or a step's loss never arrived:
+    figures of half a window are not kept, nor those of a whole one with a part of its steps."""
+    opened = next((event for event in events if isinstance(event, WindowOpened) and event.name == name), None)
+    closed = next((event for event in events if isinstance(event, WindowClosed) and event.name == name), None)
     if opened is None or closed is None or closed.t <= opened.t:
         return None
     steps = (event for event in events if isinstance(event, Step))

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from lora_lab.config import InvalidInput
 from lora_lab.files import write_text
+from lora_lab.placement import Placement
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, SensorFailed
@@ -33,17 +34,20 @@ _SAY_AGAIN_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """A card as a trial found it."""
+    """The cards as a trial found them."""
 
-    used_bytes: int | None = None
-    """Device memory in use; None without a sensor."""
+    used_bytes: tuple[int | None, ...] = ()
+    """Device memory in use on each card; None without a sensor."""
     shared_with: str = ""
-    """Who else calculated on the card, where that was allowed; empty when nobody did."""
+    """Who else calculated on a card, where that was allowed; empty when nobody did."""
 
 
 @contextlib.contextmanager
-def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) -> Iterator[None]:
+def device_lock(placement: Placement, share: bool, waiting: Callable[[str], None]) -> Iterator[None]:
     """Hold the device; wait for another trial of ours that has it. A killed process holds nothing.
+
+    The locks of several cards are taken in the order of the cards' ids, whatever the placement's own: so two trials
+    never wait for each other.
 
     Args:
         share: do not lock.
@@ -54,9 +58,17 @@ def device_lock(card: Card | None, share: bool, waiting: Callable[[str], None]) 
         return
     # one place for all of a user's processes, whatever folder they were started in
     folder = _lock_folder(Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}")
-    name = re.sub(r"[^A-Za-z0-9-]", "_", card.uuid) if card else "cpu"
-    lock, holder = FileLock(folder / f"{name}.lock"), folder / f"{name}.holder"
-    _acquire(lock, lambda: waiting(f"waiting for {card.name if card else 'the CPU'}, on which {_holder(holder)}"))
+    devices = sorted((card.uuid, card.name) for card in placement.cards) or [("cpu", placement.name)]
+    with contextlib.ExitStack() as held:
+        for uuid, name in devices:
+            held.enter_context(_one_lock(folder / re.sub(r"[^A-Za-z0-9-]", "_", uuid), name, waiting))
+        yield
+
+
+@contextlib.contextmanager
+def _one_lock(path: Path, device: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    lock, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
+    _acquire(lock, lambda: waiting(f"waiting for {device}, on which {_holder(holder)}"))
     try:
         write_text(holder, f"{os.getpid()}")  # by a rename, which follows no link
         yield
@@ -108,13 +120,20 @@ def _holder(holder: Path) -> str:
     return f"process {pid} runs a trial{how}"
 
 
-def look_at(card: Card | None, share: bool) -> Before:
-    """The card before a trial.
+def look_at(placement: Placement, share: bool) -> Before:
+    """Look at the cards before a trial.
 
-    Raises: InvalidInput when somebody else calculates on it, unless `share`.
+    Raises: InvalidInput when somebody else calculates on one, unless `share`.
     """
-    if card is None:
-        return Before()
+    others = (_others_on(card, share) for card in placement.cards)
+    shared_with = ", ".join(with_whom for with_whom in others if with_whom)
+    samples = [_sample(card) for card in placement.cards]
+    return Before(
+        used_bytes=tuple(sample.used_bytes if sample else None for sample in samples), shared_with=shared_with
+    )
+
+
+def _others_on(card: Card, share: bool) -> str:
     users = {pid: used for pid, used in card.users().items() if pid != os.getpid()}  # isolation=inline
     with_whom = ", ".join(_user(pid, used) for pid, used in users.items())
     if users and not share:
@@ -123,30 +142,34 @@ def look_at(card: Card | None, share: bool) -> Before:
             "the trial's own. Wait for it, end it, choose another card with device=gpu:N, or measure all the same "
             "with share_device=true; the record will say so."
         )
-    sample = _sample(card)
-    return Before(
-        used_bytes=sample.used_bytes if sample else None,
-        shared_with=with_whom,
-    )
+    return with_whom
 
 
-def temperature(card: Card | None) -> float | None:
-    """Degrees Celsius of the card now; None without a reading."""
-    sample = _sample(card) if card else None
-    return sample.temperature_celsius if sample else None
+def temperature(placement: Placement) -> float | None:
+    """Return the degrees Celsius of the warmest card now; None without a reading."""
+    samples = [_sample(card) for card in placement.cards]
+    readings = [sample.temperature_celsius for sample in samples if sample]
+    return max((celsius for celsius in readings if celsius is not None), default=None)
 
 
-def see_freed(card: Card | None, before: Before, share: bool) -> tuple[int | None, str]:
-    """Wait until the card's memory is what it was before the trial; with `share` others change it too, so that
+def see_freed(placement: Placement, before: Before, share: bool) -> tuple[tuple[int | None, ...], str]:
+    """Wait until each card's memory is what it was before the trial. With `share` others change it too, so that
     nothing is waited for.
 
-    Returns: bytes in use now, None without a reading; empty, or who holds how much after all.
+    Returns: bytes in use now on each card, None without a reading; empty, or who holds how much after all.
     """
-    if card is None or before.used_bytes is None or share:
+    if share:
+        return (), ""
+    found = [_freed(card, used) for card, used in zip(placement.cards, before.used_bytes, strict=True)]
+    return tuple(used for used, _ in found), "; ".join(held for _, held in found if held)
+
+
+def _freed(card: Card, before_bytes: int | None) -> tuple[int | None, str]:
+    if before_bytes is None:
         return None, ""
     end = time.monotonic() + _FREED_SECONDS
     while (sample := _sample(card)) and sample.used_bytes is not None:
-        held = sample.used_bytes - before.used_bytes
+        held = sample.used_bytes - before_bytes
         if held <= _SLACK_BYTES:
             return sample.used_bytes, ""
         if time.monotonic() > end:
@@ -157,13 +180,18 @@ def see_freed(card: Card | None, before: Before, share: bool) -> tuple[int | Non
     return None, ""
 
 
-def cool_down(card: Card | None, to_celsius: float | None, waiting: Callable[[str], None]) -> str:
-    """Wait until the card is no warmer than `to_celsius`.
+def cool_down(placement: Placement, to_celsius: float | None, waiting: Callable[[str], None]) -> str:
+    """Wait until no card is warmer than `to_celsius`.
 
     Returns: empty, or why the trial starts warmer.
     """
-    if card is None or to_celsius is None:
+    if to_celsius is None:
         return ""
+    found = (_cooled(card, to_celsius, waiting) for card in placement.cards)
+    return "; ".join(why for why in found if why)
+
+
+def _cooled(card: Card, to_celsius: float, waiting: Callable[[str], None]) -> str:
     end = time.monotonic() + _COOL_DOWN_SECONDS
     told = False
     while (sample := _sample(card)) and sample.temperature_celsius is not None:

@@ -1,4 +1,4 @@
-"""Which card a trial runs on, and whether that card can do what is asked."""
+"""Which cards a trial runs on, and whether those can do what is asked."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_lab.config import Checkpointing, DType, EngineKind, InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
+from lora_lab.placement import Placement
 from lora_lab.telemetry.nvml import Card, visible_cards
 from lora_lab.telemetry.sampler import SensorFailed
 from lora_lab.trial.variables import of_worker
@@ -17,13 +18,16 @@ _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
 """CUDA's compute capability from which a card calculates in that format."""
 
 
-def choose_card(device: str) -> Card | None:
-    """The card that `device` names; None for the CPU.
+def choose_placement(device: str) -> Placement:
+    """Return one worker on the card that `device` names, or on the CPU.
 
     Raises: InvalidInput when it names a card that is not there.
     """
-    if device == "cpu":
-        return None
+    card = None if device == "cpu" else _choose_card(device)
+    return Placement(cards=(card,) if card else ())
+
+
+def _choose_card(device: str) -> Card | None:
     try:
         there = visible_cards()
     except SensorFailed as error:
@@ -51,28 +55,39 @@ def choose_card(device: str) -> Card | None:
     )
 
 
-def worker_environment(card: Card | None) -> dict[str, str]:
-    """What shows a worker its one card, and hides the others."""
-    return of_worker(card.uuid if card else "")
+def worker_environment(placement: Placement) -> dict[str, str]:
+    """Return the variables that show a worker the cards of its trial, and hide the others."""
+    return of_worker(",".join(card.uuid for card in placement.cards))
 
 
-def check_capable(config: TrialConfig, card: Card | None) -> None:
-    """Raise Unsupported when the card does not calculate in the trial's precision, or has not the memory that it
-    is to be limited to, or the machine lacks what the trial's engine needs."""
-    _check_engine(config.engine.kind, card)
-    if card is None and config.gradient_checkpointing is Checkpointing.offloaded:
+def check_capable(config: TrialConfig, placement: Placement) -> None:
+    """Raise Unsupported when a card does not calculate in the trial's precision, or has less memory than it is to be
+    limited to, or the machine lacks what the trial's engine needs."""
+    _check_engine(config.engine.kind, bool(placement.cards))
+    if not placement.cards:
+        _check_cpu(config)
+    for card in placement.cards:
+        _check_card(config, card)
+
+
+def _check_cpu(config: TrialConfig) -> None:
+    if config.gradient_checkpointing is Checkpointing.offloaded:
         raise Unsupported(
             "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the "
             "CPU. Use gradient_checkpointing=full."
         )
     limit = config.vram_limit_gib
-    if limit is not None and card is None:
+    if limit is not None:
         raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")
-    if limit is not None and card is not None and limit * 2**30 > card.total_bytes:
+
+
+def _check_card(config: TrialConfig, card: Card) -> None:
+    limit = config.vram_limit_gib
+    if limit is not None and limit * 2**30 > card.total_bytes:
         has = card.total_bytes / 2**30
         raise Unsupported(f"vram_limit_gib={limit:g} is more than {card.name} has ({has:.1f} GiB).")
     needed = _NEEDS_CAPABILITY.get(config.precision.dtype)
-    if card is None or needed is None or card.compute_capability >= needed:
+    if needed is None or card.compute_capability >= needed:
         return
     have = ".".join(map(str, card.compute_capability))
     other = "precision=fp16 or precision=fp32" if config.precision.dtype is DType.bf16 else "precision=fp32"
@@ -82,8 +97,8 @@ def check_capable(config: TrialConfig, card: Card | None) -> None:
     )
 
 
-def _check_engine(kind: EngineKind, card: Card | None) -> None:
-    if card is None and kind in (EngineKind.liger, EngineKind.graph):
+def _check_engine(kind: EngineKind, on_card: bool) -> None:
+    if not on_card and kind in (EngineKind.liger, EngineKind.graph):
         needs = "liger-kernel's kernels are Triton's" if kind is EngineKind.liger else "CUDA graphs are NVIDIA's"
         raise Unsupported(
             f"engine={kind.name} needs an NVIDIA GPU ({needs}), and this trial runs on the CPU. "
@@ -95,14 +110,14 @@ def _check_engine(kind: EngineKind, card: Card | None) -> None:
             "  pip install 'liger-kernel>=0.8'\nor use engine=eager."
         )
     if kind in (EngineKind.compile, EngineKind.graph):
-        missing = missing_to_compile(card)
+        missing = missing_to_compile(on_card)
         if missing:
             raise Unsupported(
                 f"engine={kind.name} compiles code on this machine, and there is no {' and no '.join(missing)}. "
                 "Install what is missing (on Debian and Ubuntu: apt install build-essential python3-dev), or use "
                 "engine=eager."
             )
-        spaced = None if card else folder_with_a_space()
+        spaced = None if on_card else folder_with_a_space()
         if spaced:
             raise Unsupported(
                 f"engine={kind.name} on the CPU: torch hands the compiler its own folder and its cache unquoted, and "
@@ -114,13 +129,13 @@ def _check_engine(kind: EngineKind, card: Card | None) -> None:
 def folder_with_a_space() -> str | None:
     """One of those that torch names to g++, where there is such."""
     torch = importlib.util.find_spec("torch")
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or worker_environment(None)["TORCHINDUCTOR_CACHE_DIR"]
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or of_worker("")["TORCHINDUCTOR_CACHE_DIR"]
     return next((place for place in (torch and torch.origin, cache) if place and " " in place), None)
 
 
-def missing_to_compile(card: Card | None) -> list[str]:
+def missing_to_compile(on_card: bool) -> list[str]:
     """What torch.compile lacks here, for people: Triton builds its launchers in C, and kernels for a CPU are C++."""
-    variable, language, known = ("CC", "C", ("gcc", "clang")) if card else ("CXX", "C++", ("g++",))
+    variable, language, known = ("CC", "C", ("gcc", "clang")) if on_card else ("CXX", "C++", ("g++",))
     named = os.environ.get(variable)
     missing = []
     if named and not shutil.which(named):

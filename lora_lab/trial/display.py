@@ -16,6 +16,7 @@ from lora_lab.events import Event, Phase
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.metrics import Metric, metric
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
 from lora_lab.trial.standing import clock, standing
 
@@ -157,22 +158,20 @@ class Display:
 _WHERE_COMPILED = "engine/compile_seconds"
 """Shown where something was; most trials compile nothing."""
 
-_SHOWN = (
-    ("throughput", "throughput/tokens_per_second", "{:,.0f}", "tokens/s"),
-    ("", "throughput/seconds_per_10k_tokens", "{:,.2f}", "s per 10k tokens"),
-    ("step time, median", "throughput/step_seconds_p50", "{:.3f}", "s"),
-    ("compilation", _WHERE_COMPILED, "{:.1f}", "s"),
-    ("GPU at work", "throughput/gpu_busy_share", "{:.0%}", "of the time"),
-    ("of its matrix rate", "flops/mfu", "{:.1%}", "(MFU)"),
-    ("VRAM, torch's peak", "vram/peak_allocated_gib", "{:.2f}", "GiB"),
-    ("VRAM, card's peak", "vram/peak_device_gib", "{:.2f}", "GiB"),
-    ("energy", "energy/joules_per_token", "{:.4f}", "J/token"),
-    ("", "energy/net_joules_per_token", "{:.4f}", "J/token net of idle"),
-    ("held-out loss before", "loss/eval_before", "{:.4f}", ""),
-    ("held-out loss after", "loss/eval", "{:.4f}", ""),
+_SHOWN = tuple(
+    metric(key)
+    for key in (
+        *("throughput/tokens_per_second", "throughput/seconds_per_10k_tokens", "throughput/step_seconds_p50"),
+        *(_WHERE_COMPILED, "throughput/gpu_busy_share", "flops/mfu"),
+        *("vram/peak_allocated_gib", "vram/peak_device_gib"),
+        *("energy/joules_per_token", "energy/net_joules_per_token", "loss/eval_before", "loss/eval"),
+    )
 )
 _ON_A_CARD = ("throughput/gpu_busy_share", "flops/mfu")
 """Shown where there is one; on a CPU nobody misses them."""
+
+_UNMISSED = (_WHERE_COMPILED, "throughput/seconds_per_10k_tokens", "energy/net_joules_per_token")
+"""Their absence has the reason of the line before, or none worth a line."""
 
 
 def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[str]) -> None:
@@ -185,13 +184,13 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
     if end.reason:
         table.add_row("why", escape(end.reason))
     with_card = "vram/peak_device_gib" in summary.metrics
-    for label, name, form, unit in _SHOWN:
-        if name in _ON_A_CARD and not with_card:
+    for each in _SHOWN:
+        if each.key in _ON_A_CARD and not with_card:
             continue
-        if name in summary.metrics:
-            table.add_row(label, f"{_with_error(summary, name, form)} {unit}{_remark(summary, name)}")
-        elif label and name in summary.absent and name != _WHERE_COMPILED:
-            table.add_row(label, f"[dim]absent: {escape(summary.absent[name])}[/dim]")
+        if each.key in summary.metrics:
+            table.add_row(each.title, f"{_with_error(summary, each)} {each.unit}{_remark(summary, each.key)}")
+        elif each.key in summary.absent and each.key not in _UNMISSED:
+            table.add_row(each.title, f"[dim]absent: {escape(summary.absent[each.key])}[/dim]")
     if summary.tags.get("validity") in ("invalid", "doubtful"):
         table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
     for stand_in in stand_ins:
@@ -203,9 +202,10 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
         console.print(f"  {place}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _with_error(summary: Summary, name: str, form: str) -> str:
-    error = summary.metrics.get(f"{name}_error")
-    return form.format(summary.metrics[name]) + ("" if error is None else f" ± {form.format(error)}")
+def _with_error(summary: Summary, shown: Metric) -> str:
+    error = summary.metrics.get(f"{shown.key}_error")
+    text = shown.form.format(summary.metrics[shown.key])
+    return text if error is None else f"{text} ± {shown.form.format(error)}"
 
 
 def _remark(summary: Summary, name: str) -> str:

@@ -1,20 +1,22 @@
-"""What a card draws while nobody uses it, measured before the trials it is taken off from."""
+"""What a trial's cards draw while nobody uses them, measured before the trials it is subtracted from."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 from lora_lab.files import write_json
+from lora_lab.placement import Placement
 from lora_lab.reading import Damaged, whole
 from lora_lab.store.process_id import Owner
 from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.telemetry.energy import AVERAGE_SECONDS
 from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
-from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, Sampler
+from lora_lab.telemetry.sensors import read_cards
 
 LONGEST_SECONDS = 30.0
 """A card that has just worked gets so long to come to rest."""
@@ -32,15 +34,15 @@ Watched = tuple[Idle, list[Sample]]
 """A draw, and the readings that it is made of."""
 
 
-def measure_idle(card: Card, seconds: float, waiting: Callable[[str], None]) -> Watched | str:
-    """Watch the card for `seconds`, again until it has come to rest.
+def measure_idle(placement: Placement, seconds: float, waiting: Callable[[str], None]) -> Watched | str:
+    """Watch the cards for `seconds`, again until they have come to rest.
 
-    The state is that without any process on it, so without a CUDA context: with one a card draws more.
+    The state is that without any process on a card, so without a CUDA context: with one a card draws more.
 
-    Returns: its draw and the readings, or why it can't be told.
+    Returns: their draw and the readings, or why it is not known.
     """
-    waiting(f"measuring what {card.name} draws at rest ({seconds:g} s)")
-    with Sampler(card.sample) as sampler:
+    waiting(f"measuring what {placement.name} draws at rest ({seconds:g} s)")
+    with Sampler(functools.partial(read_cards, placement.cards)) as sampler:
         begin = time.monotonic()
         time.sleep(_EDGE_SECONDS)
         while True:
@@ -86,21 +88,21 @@ def _state(samples: list[Sample]) -> list[str]:
     return [f"{last.temperature_celsius:.0f} degrees C", *clock]
 
 
-def of_block(sweep: Path, card: Card, block: int, owner: Owner) -> Watched | None:
+def of_block(sweep: Path, placement: Placement, block: int, owner: Owner) -> Watched | None:
     """What an earlier trial of the same block of a sweep measured, in the same start of it; None when it is to be
     measured now."""
-    name = _measured_by(sweep).get(_key(card, block, owner))
+    name = _measured_by(sweep).get(_key(placement, block, owner))
     with contextlib.suppress(Damaged):
         return None if name is None else TrialFolder(sweep / name).idle()
     return None
 
 
-def keep_for_block(trial: Path, card: Card, block: int, owner: Owner) -> None:
+def keep_for_block(trial: Path, placement: Placement, block: int, owner: Owner) -> None:
     """Let the other trials of the block have what `trial` has in its folder.
 
     Raises: OSError."""
     file = trial.parent / _FILE
-    write_json(file, _measured_by(trial.parent) | {_key(card, block, owner): trial.name})
+    write_json(file, _measured_by(trial.parent) | {_key(placement, block, owner): trial.name})
 
 
 def _measured_by(sweep: Path) -> dict[str, str]:
@@ -110,5 +112,6 @@ def _measured_by(sweep: Path) -> dict[str, str]:
     return {}
 
 
-def _key(card: Card, block: int, owner: Owner) -> str:
-    return f"{card.uuid}, block {block}, process {owner.pid} of {owner.started}"
+def _key(placement: Placement, block: int, owner: Owner) -> str:
+    cards = ",".join(card.uuid for card in placement.cards)
+    return f"{cards}, block {block}, process {owner.pid} of {owner.started}"

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,25 +22,29 @@ from lora_lab.dataset.rows import SHIPPED, check_row_count, read_jsonl
 from lora_lab.events import Event, Ran
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
+from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
+from lora_lab.store.finishing import finish
 from lora_lab.store.folder_checks import check_trial_folder
+from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.local_store import check_writable
-from lora_lab.store.outbox import Outbox, absolute, owner_tags, recover, remember_outside
+from lora_lab.store.multirun import point_latest
+from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
-from lora_lab.store.record import Record, params, run_name
-from lora_lab.store.sweep_folder import Planned, SweepFolder
+from lora_lab.store.record import Record, chosen, params, run_name
+from lora_lab.store.recovery import recover, remember_outside
+from lora_lab.store.sweep_folder import Membership, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.host_facts import HostFacts, Stated
-from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
-from lora_lab.trial.devices import check_capable, choose_card, worker_environment
+from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 from lora_lab.trial.display import Display, show_result
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
 from lora_lab.trial.standing import show_line
@@ -57,7 +62,9 @@ class Request:
     folder: Path
     """Gets every file of the trial; inside a sweep's folder for a trial of a sweep."""
     in_sweep: bool = False
-    """Hydra runs it as a part of a sweep."""
+    """Hydra runs it as a part of a sweep, be it one of another sweeper's, which plans nothing."""
+    member: Membership | None = None
+    """Its place in a sweep of ours; None for a trial alone."""
 
 
 @dataclass(slots=True)
@@ -65,14 +72,14 @@ class TrialState:
     """What is known of a trial so far; every event is on disk before anything is done with it."""
 
     request: Request
-    card: Card | None
+    placement: Placement
     asked: Manifest
     folder: TrialFolder
     sampler: Sampler
     display: Display
     seen: HostFacts
-    planned: Planned | None
-    """Its place in a sweep; None for a trial alone."""
+    sweep: SweepFolder | None
+    """Whose standing is shown; None for a trial alone."""
     events: list[Event] = field(default_factory=list)
     before: Before = field(default_factory=Before)
 
@@ -99,15 +106,19 @@ def run_session(request: Request) -> Outcome:
     config = request.config
     check_inputs(config)
     check_folder_name(request.folder)
-    check_trial_folder(request.folder, config.tracking, request.in_sweep)
-    in_sweep = SweepFolder(request.folder.parent).exists  # with another sweeper of Hydra's there is no plan
-    card = choose_card(config.device)
+    check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
+    placement = choose_placement(config.device)
     if config.isolation is Isolation.process:
         worker_process.prepare()  # imports torch in the background while MLflow is imported here
     store = Outbox(absolute(config.tracking))
-    if not in_sweep:
+    if request.member is None:
         look_after_earlier_runs(store)
-    state = _begin(request, card, asked_t)
+    with Heartbeat(request.folder):
+        return _run(_begin(request, placement, asked_t), store)
+
+
+def _run(state: TrialState, store: Outbox) -> Outcome:
+    """Measure what has begun, and record it."""
     interrupted: KeyboardInterrupt | None = None
     try:
         end = _measure(state)
@@ -115,7 +126,7 @@ def run_session(request: Request) -> Outcome:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
     if end.outcome is Outcome.refused:
-        if not in_sweep:
+        if state.request.member is None:
             state.folder.give_up()
             raise InvalidInput(end.reason)
         end = End(outcome=Outcome.failed, reason=f"refused: {end.reason}")
@@ -164,27 +175,31 @@ def look_after_earlier_runs(store: Outbox) -> None:
         print(f"warning: {store.outlook('the records')}", flush=True)
 
 
-def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
+def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState:
     """Write what was asked and where it runs."""
-    config = request.config
-    sweep = SweepFolder(request.folder.parent)
-    planned = sweep.planned(request.folder)
+    config, member = request.config, request.member
     owner = this_process()
-    facts = environment() | device_facts(card) | owner_tags(owner, request.folder)
+    facts = environment() | device_facts(placement) | owner_tags(owner, request.folder)
     facts["point"] = point_digest(config)
     facts["command"] = without_secrets(request.command)
-    record = Record(name=run_name(config, request.choices), params=params(config, request.choices), tags=facts)
-    if planned is not None:
-        record.name, record.parent = planned.name, sweep.read().record.id
-        record.params["repeat"] = str(planned.repeat)
-        facts |= {"point": planned.point, "fingerprint": planned.fingerprint, "trial": str(planned.number)}
+    record = Record(
+        name=run_name(config, request.choices),
+        params=params(config, request.choices),
+        chosen=chosen(config, request.choices, shlex.split(request.command)[3:]),
+        tags=facts,
+    )
+    if member is not None:
+        record.name, record.parent = member.name, member.parent
+        record.params["repeat"] = str(member.repeat)
+        facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
     asked = Manifest(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
     folder, rapl = TrialFolder(request.folder), Rapl()
-    seen = _seen_so_far(config.measure, card, rapl)
-    if planned is None:
+    seen = _seen_so_far(config.measure, placement, rapl)
+    if member is None:
         remember_outside(request.folder)
+        point_latest(request.folder)
     try:
         folder.begin(asked, config, facts, seen)
     except OSError as error:
@@ -192,18 +207,19 @@ def _begin(request: Request, card: Card | None, asked_t: float) -> TrialState:
             f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
             "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
         ) from error
-    sampler = Sampler(reader(card, rapl), folder.note_sample)
+    sampler = Sampler(reader(placement.cards, rapl), folder.note_sample)
     steps = config.measure.warmup_steps + config.measure.steps
-    display = Display(record.name, steps, sampler, sweep if planned else None)
-    return TrialState(request, card, asked, folder, sampler, display, seen, planned)
+    sweep = SweepFolder(request.folder.parent) if member else None
+    display = Display(record.name, steps, sampler, sweep)
+    return TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
 
 
-def _seen_so_far(measure: MeasureConfig, card: Card | None, rapl: Rapl) -> HostFacts:
+def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> HostFacts:
     """What can be known before anything is looked at."""
     return HostFacts(
-        no_sensor="" if card else "no NVIDIA card was used",
+        no_sensor="" if placement.cards else "no NVIDIA card was used",
         no_cpu_sensor=rapl.absent,
-        card_bytes=card.total_bytes if card else None,
+        card_bytes=min((card.total_bytes for card in placement.cards), default=None),
         parent_pid=os.getpid(),
         stated=Stated(
             board_power_watts=measure.board_power_watts,
@@ -217,11 +233,13 @@ def _measure(state: TrialState) -> End:
     """Wait for the device, run the worker to its end, see the device free again.
 
     Raises: KeyboardInterrupt."""
-    config, card = state.request.config, state.card
+    config, placement = state.request.config, state.placement
     try:
-        check_capable(config, card)
+        check_capable(config, placement)
         with state.display, _device(state), state.sampler:
-            end = worker_process.run_worker(config, worker_environment(card), state.folder.path, state.on_event)
+            end = worker_process.run_workers(
+                config, worker_environment(placement), state.folder.path, state.on_event, placement.world_size
+            )
     except (Unsupported, InvalidInput, OSError) as error:
         return end_of(error)
     return _within_capacity(state, end)
@@ -230,60 +248,69 @@ def _measure(state: TrialState) -> End:
 @contextlib.contextmanager
 def _device(state: TrialState) -> Iterator[None]:
     """The device for this trial alone: locked, looked at, cooled down; and seen free again afterwards."""
-    config, card = state.request.config, state.card
+    config, placement = state.request.config, state.placement
     asked_t = time.monotonic()
-    with device_lock(card, config.share_device, state.display.note):
-        state.before = look_at(card, config.share_device)
+    with device_lock(placement, config.share_device, state.display.note):
+        state.before = look_at(placement, config.share_device)
         if state.before.shared_with:
             state.warn(f"the card was shared with {state.before.shared_with}")
-        warm = cool_down(card, config.cooldown_celsius, state.display.note)
+        warm = cool_down(placement, config.cooldown_celsius, state.display.note)
         if warm:
             state.warn(warm)
         _take_idle(state)
-        state.seen.used_before_bytes = state.before.used_bytes
-        celsius = temperature(card)
+        used_before = state.seen.used_before_bytes = _together(state.before.used_bytes)
+        celsius = temperature(placement)
         state.seen.metrics["time/waiting_seconds"] = time.monotonic() - asked_t
         state.folder.note_seen(state.seen)
         yield
-        used_bytes, held = see_freed(card, state.before, config.share_device)
+        used_bytes, held = see_freed(placement, state.before, config.share_device)
         if held:
             state.warn(held)
+        used_after = _together(used_bytes)
         readings = {
             "card/start_celsius": celsius,
-            "card/used_before_gib": None if state.before.used_bytes is None else state.before.used_bytes / GIB,
-            "card/used_after_gib": None if used_bytes is None else used_bytes / GIB,
+            "card/used_before_gib": None if used_before is None else used_before / GIB,
+            "card/used_after_gib": None if used_after is None else used_after / GIB,
         }
         state.seen.metrics |= {name: value for name, value in readings.items() if value is not None}
 
 
+def _together(used: Sequence[int | None]) -> int | None:
+    """Return the bytes in use on all cards; None where one has no reading, or without cards."""
+    known = [each for each in used if each is not None]
+    return sum(known) if known and len(known) == len(used) else None
+
+
 def _take_idle(state: TrialState) -> None:
-    """What the card draws at rest: measured now, or by an earlier trial of the same block of this sweep."""
-    config, card, seen, planned = state.request.config, state.card, state.seen, state.planned
+    """What the cards draw at rest: measured now, or by an earlier trial of the same block of this sweep."""
+    config, member, placement, seen = state.request.config, state.request.member, state.placement, state.seen
     seconds = config.measure.idle_seconds
-    if card is None or not seconds or config.share_device:
-        seen.no_idle = "share_device=true" if card and seconds else seen.no_sensor or "measure.idle_seconds=0"
+    if not placement.cards or not seconds or config.share_device:
+        seen.no_idle = (
+            "share_device=true" if placement.cards and seconds else seen.no_sensor or "measure.idle_seconds=0"
+        )
         return
     folder, owner = state.folder, this_process()
-    earlier = of_block(folder.path.parent, card, planned.repeat, owner) if planned else None
-    found = earlier or measure_idle(card, seconds, state.display.note)
+    earlier = of_block(folder.path.parent, placement, member.repeat, owner) if member else None
+    found = earlier or measure_idle(placement, seconds, state.display.note)
     if isinstance(found, str):
         seen.no_idle = found
         return
     with contextlib.suppress(OSError):  # on a full disk the next trial measures it again
         folder.keep_idle(*found, seen)
-        if planned and not earlier:
-            keep_for_block(folder.path, card, planned.repeat, owner)
+        if member and not earlier:
+            keep_for_block(folder.path, placement, member.repeat, owner)
 
 
 def _within_capacity(state: TrialState, end: End) -> End:
     """With vram_limit_gib: was the card's own reading within the limit? The allocator's cap can't hold what others
     allocate (the context, libraries, managed memory)."""
     limit, before = state.request.config.vram_limit_gib, state.before.used_bytes
-    if limit is None or before is None:
+    if limit is None or not before or None in before:
         return end
     state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these are")
-    used = [sample.used_bytes - before for sample in state.sampler.samples if sample.used_bytes is not None]
-    peak_gib = max(used, default=0) / GIB
+    rises = (sample.used_bytes - (before[sample.card] or 0) for sample in state.sampler.samples if sample.used_bytes)
+    peak_gib = max(rises, default=0) / GIB
     if end.outcome is not Outcome.finished or peak_gib <= limit:
         return end
     return End(
@@ -301,12 +328,12 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = len(sampler.samples) / sampler.seconds
-    record, summary = state.folder.finish(state.asked, end, state.events, sampler.samples, seen)
+    record, summary = finish(state.folder, state.asked, end, state.events, sampler.samples, seen)
     run_id = store.deliver_trial(state.folder, record)
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
-    if record.parent is not None:
-        show_line(SweepFolder(state.folder.path.parent), record, end, summary)
+    if state.sweep is not None:
+        show_line(state.sweep, record, end, summary)
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     stand_ins = [stand_in for event in state.events if isinstance(event, Ran) for stand_in in event.stand_ins]

@@ -12,14 +12,16 @@ from lora_lab.outcome import End, Outcome
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Planned, SweepFolder
 from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.metrics import metric
 
-FIGURES = (
-    ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
-    ("VRAM GiB", "vram/peak_allocated_gib", "{:.2f}"),
-    ("card GiB", "vram/peak_device_gib", "{:.2f}"),
-    ("J/token", "energy/joules_per_token", "{:.4f}"),
-    ("held-out loss", "loss/eval", "{:.4f}"),
+FIGURES = tuple(
+    metric(key)
+    for key in (
+        *("throughput/tokens_per_second", "vram/peak_allocated_gib", "vram/peak_device_gib"),
+        *("energy/joules_per_token", "loss/eval"),
+    )
 )
+"""Shown of each trial of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tup
 def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -> None:
     """One finished trial in one line, with the sweep's standing."""
     now = standing(folder)
-    figures = [form.format(summary.metrics[key]) + f" {name}" for name, key, form in FIGURES if key in summary.metrics]
+    there = [each for each in FIGURES if each.key in summary.metrics]
+    figures = [f"{each.form.format(summary.metrics[each.key])} {each.column}" for each in there]
     left = "" if now.seconds_left is None or now.done == now.total else f"{clock(now.seconds_left)} left"
     why = end.reason if end.outcome is not Outcome.finished else ""
     parts = [f"[{now.done}/{now.total}] {end.outcome.value}: {record.name}", *figures, why, left]

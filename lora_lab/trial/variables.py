@@ -8,7 +8,7 @@ nobody asked for.
 import os
 import re
 
-from lora_lab.packages import cache_folder
+from lora_lab.paths import cache_folder
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONUTF8": "1"}
 """Hiding the cards from the server is not enough: a plain `torch.cuda.is_available()` at some import would ask the

@@ -1,4 +1,4 @@
-"""The worker process: start it, hear its events, survive its death."""
+"""The worker processes: start them, hear their events, survive their death."""
 
 import contextlib
 import math
@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from lora_lab.config import Isolation, TrialConfig
-from lora_lab.events import Ended, Event, Ready, decode, encode
+from lora_lab.events import Ended, Event, PhaseMemory, Ready, Warned, decode, encode
+from lora_lab.look import Look
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
 from lora_lab.secrets import clean
 from lora_lab.trial import forkserver
@@ -27,65 +29,169 @@ _LEAVING_SECONDS = 30.0
 LOOK_SECONDS = 600.0
 """What the check has for one look at a point's rows and model: it may have to download and tokenise them."""
 
+_RANKED = (Ready, PhaseMemory, Warned, Ended)
+"""Events of which each worker of a group sends its own."""
+
 prepare = forkserver.prepare
 
 
-def run_worker(
-    config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
+def run_workers(
+    config: TrialConfig,
+    environment: dict[str, str],
+    folder: Path,
+    on_event: Callable[[Event], None],
+    world_size: int = 1,
 ) -> End:
-    """Run one trial in a worker of its own, or in this process with isolation=inline.
+    """Run one trial in workers of its own, or in this process with isolation=inline.
 
     Args:
-        environment: what the worker's environment has beyond this process's (which GPU it sees).
-        folder: where the worker leaves its log and its adapter.
-        on_event: called with each event in order, while the worker runs.
+        environment: what the workers' environment has beyond this process's (which cards they see).
+        folder: where the lead worker leaves its log and its adapter.
+        on_event: called with each event in order, while the workers run.
+        world_size: how many workers.
 
-    Returns: how the trial ended, also when the worker could not say so itself.
+    Returns: how the trial ended, also when a worker could not say so itself.
 
-    Raises: KeyboardInterrupt after the worker has been ended.
+    Raises: KeyboardInterrupt after the workers have been ended.
     """
     if config.isolation is Isolation.inline:
         return _run_inline(config, environment, folder, on_event)
-    from lora_lab.worker import process
+    return WorkerGroup(config, environment, folder, world_size).run(on_event)
 
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    arguments = (sender, config, environment, folder)
-    worker = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
-    limit = math.inf if config.timeout_minutes is None else config.timeout_minutes * 60
-    begun = False
 
-    def hear(event: Event) -> None:
-        nonlocal begun
-        begun = begun or not isinstance(event, Ready)
-        on_event(event)
+class _Worker:
+    """One process of a group, not started yet."""
 
-    try:
-        with _ctrl_c() as interrupt:
-            with sender:
-                missing = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
-            if missing:
-                return End(outcome=Outcome.failed, reason=missing)
-            end = _hear(receiver, interrupt, limit, hear)
-        if end is None or end.outcome is not Outcome.timed_out:
-            worker.join(_LEAVING_SECONDS)  # it has said its last word, or is gone already
-    finally:
-        _stop(worker, _GRACE_SECONDS)
-        receiver.close()
-    return end or _end_of_silence(worker.exitcode, folder / "worker.log", begun)
+    def __init__(self, rank: int, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
+        from lora_lab.worker import process
+
+        self.rank = rank
+        self.log = folder / "worker.log"
+        self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
+        arguments = (self.sender, config, environment, folder)
+        self.process = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
+        self.spoke = False
+        self.begun = False
+        """Whether it has begun with the trial, torch imported."""
+
+    def hear(self) -> Event | None:
+        """Return the next event, with this worker's rank where it has one; None when the worker is gone."""
+        try:
+            event = decode(self.receiver.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        self.spoke = True
+        self.begun = self.begun or not isinstance(event, Ready)
+        return replace(event, rank=self.rank) if isinstance(event, _RANKED) and self.rank else event
+
+
+class WorkerGroup:
+    """The workers of one trial: they start together, speak in one stream of events, and end together.
+
+    The lead (rank 0) speaks for the trial. Of the other workers only events that have a rank are passed on. A worker
+    that fails or dies ends the group, and the others are ended too.
+    """
+
+    def __init__(self, config: TrialConfig, environment: dict[str, str], folder: Path, world_size: int = 1) -> None:
+        self._minutes = config.timeout_minutes
+        self._workers = []
+        for rank in range(world_size):
+            own = folder / f"rank{rank}" if rank else folder  # its log
+            own.mkdir(exist_ok=True)
+            self._workers.append(_Worker(rank, config, environment | _rank_variables(rank, world_size), own))
+
+    def run(self, on_event: Callable[[Event], None]) -> End:
+        """Start the workers and return how the trial ended; none is left running.
+
+        Raises: KeyboardInterrupt."""
+        try:
+            with _ctrl_c() as interrupt:
+                for worker in self._workers:
+                    with worker.sender:
+                        missing = forkserver.start(worker.process, interrupt, forkserver.ANSWER_SECONDS)
+                    if missing:
+                        return End(outcome=Outcome.failed, reason=missing)
+                last, end = self._hear(interrupt, on_event)
+            if end is None or end.outcome is not Outcome.timed_out:
+                last.process.join(_LEAVING_SECONDS)  # it has said its last word, or is gone already
+        finally:
+            self._stop()
+        return self._named(last, end or _end_of_silence(last.process.exitcode, last.log, last.begun))
+
+    def _hear(self, interrupt: Connection, on_event: Callable[[Event], None]) -> tuple[_Worker, End | None]:
+        """Pass on events until the trial's end is known.
+
+        Returns: the worker that decided it, and its last word; None when it left without one.
+
+        Raises: KeyboardInterrupt when Ctrl-C was pressed.
+        """
+        lead, end = self._workers[0], None
+        began = time.monotonic()
+        due = math.inf if self._minutes is None else began + self._minutes * 60
+        left = {worker.receiver: worker for worker in self._workers}
+        while left:
+            silent = next((worker for worker in left.values() if not worker.spoke), None)
+            first_word = began + forkserver.ANSWER_SECONDS if silent else math.inf
+            seconds = min(due, first_word) - time.monotonic()
+            ready = _ready([*left], interrupt, seconds) if seconds > 0 else []  # also where events come without a pause
+            if not ready and end is not None:
+                break  # the lead has ended, and the others took too long to leave
+            if not ready and silent and first_word < due:
+                why = f"the worker did not begin within {forkserver.ANSWER_SECONDS:g} s"
+                return silent, End(outcome=Outcome.failed, reason=why)
+            if not ready:
+                return lead, End(outcome=Outcome.timed_out, reason=f"not done within timeout_minutes={self._minutes:g}")
+            for worker in [left[receiver] for receiver in ready]:
+                event = worker.hear()
+                if event is None:
+                    return worker, None
+                if worker is lead or isinstance(event, _RANKED):
+                    on_event(event)
+                if not isinstance(event, Ended):
+                    continue
+                said = end_said(event)
+                if said.outcome is not Outcome.finished:
+                    return worker, said
+                del left[worker.receiver]
+                if worker is lead:
+                    end, due = said, min(due, time.monotonic() + _LEAVING_SECONDS)
+        return lead, end
+
+    def _named(self, worker: _Worker, end: End) -> End:
+        """Say whose end it is, where the group has several workers."""
+        if len(self._workers) == 1 or end.outcome is Outcome.finished or end.outcome is Outcome.timed_out:
+            return end
+        return replace(end, reason=f"rank {worker.rank}: {end.reason}")
+
+    def _stop(self) -> None:
+        for worker in self._workers:
+            if worker.process.is_alive():
+                worker.process.terminate()  # all of them first: the grace is not one after the other
+        for worker in self._workers:
+            _stop(worker.process, _GRACE_SECONDS)
+            worker.receiver.close()
+            worker.sender.close()
+
+
+def _rank_variables(rank: int, world_size: int) -> dict[str, str]:
+    """Return what torch.distributed reads about a worker; nothing for a worker alone."""
+    if world_size == 1:
+        return {}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
 
 
 def check_trials(
     configs: list[TrialConfig], log: Path, seen: Callable[[int], None], seconds: float = LOOK_SECONDS
-) -> tuple[list[str], str]:
-    """What each trial would be refused for, found in a worker.
+) -> tuple[list[Look], str]:
+    """Look at trials before they run, in a worker.
 
     Args:
         log: gets what the worker prints.
         seen: called with the number of trials looked at.
         seconds: how long one look may take.
 
-    Returns: for each trial what it would be refused for; empty where it would not be, or where the worker could not
-        tell (then the trial itself will). And empty, or why the worker could not tell of all.
+    Returns: a look at each trial, empty where the worker did not get to it (then the trial itself will tell). And
+        empty, or why the worker did not get to all.
 
     Raises: KeyboardInterrupt.
     """
@@ -93,50 +199,25 @@ def check_trials(
 
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = forkserver.context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
-    found: list[str] = []
+    looks: list[Look] = []
     why = ""
     try:
         with _ctrl_c() as interrupt:
             with sender:
                 why = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
-            while not why and len(found) < len(configs):
+            while not why and len(looks) < len(configs):
                 if not _says_something(receiver, interrupt, seconds):
                     why = f"the check of the points did not answer within {seconds:g} s"
                     break
-                found.append(receiver.recv())
-                seen(len(found))
+                looks.append(receiver.recv())
+                seen(len(looks))
     except (EOFError, OSError):
         why = f"the check of the points ended early; see {log}"
     finally:
         _stop(worker, 0.0)
         receiver.close()
         clean(log)
-    return found + [""] * (len(configs) - len(found)), why
-
-
-def _hear(
-    receiver: Connection, interrupt: Connection, limit_seconds: float, on_event: Callable[[Event], None]
-) -> End | None:
-    """Pass on events until the worker's last word; None when it left without one.
-
-    Raises: KeyboardInterrupt when Ctrl-C was pressed.
-    """
-    due = time.monotonic() + limit_seconds
-    silence = forkserver.ANSWER_SECONDS  # until its first word
-    while True:
-        left = due - time.monotonic()
-        if left <= 0 or not _says_something(receiver, interrupt, min(left, silence)):
-            if time.monotonic() < due:
-                return End(outcome=Outcome.failed, reason=f"the worker did not begin within {silence:g} s")
-            return End(outcome=Outcome.timed_out, reason=f"not done within timeout_minutes={limit_seconds / 60:g}")
-        silence = math.inf
-        try:
-            event = decode(receiver.recv_bytes())
-        except (EOFError, OSError):
-            return None
-        on_event(event)
-        if isinstance(event, Ended):
-            return end_said(event)
+    return looks + [Look()] * (len(configs) - len(looks)), why
 
 
 def _says_something(receiver: Connection, interrupt: Connection, seconds: float) -> bool:
@@ -144,10 +225,18 @@ def _says_something(receiver: Connection, interrupt: Connection, seconds: float)
 
     Raises: KeyboardInterrupt when Ctrl-C was pressed.
     """
-    ready = wait([receiver, interrupt], None if seconds == math.inf else seconds)
+    return bool(_ready([receiver], interrupt, seconds))
+
+
+def _ready(receivers: list[Connection], interrupt: Connection, seconds: float) -> list[Connection]:
+    """Wait for `seconds` and return those that have something to hear, a worker's end included.
+
+    Raises: KeyboardInterrupt when Ctrl-C was pressed.
+    """
+    ready = wait([*receivers, interrupt], None if seconds == math.inf else seconds)
     if interrupt in ready:
         raise KeyboardInterrupt
-    return bool(ready)
+    return [receiver for receiver in receivers if receiver in ready]
 
 
 @contextlib.contextmanager

@@ -1,31 +1,19 @@
-"""Losses on their way from the device to the parent, without a synchronisation, and watched for divergence."""
+"""Bring losses from the device to the host without a synchronisation, and watch them for divergence."""
 
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from lora_lab.events import Step
 from lora_lab.outcome import Diverged
 from lora_lab.worker.data import TokenCounts
 
 _NEAR = 5
-"""How many steps make a level: single batches of few rows vary too much to be compared."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One finished optimizer step. `seconds` is None for the first."""
-
-    t: float
-    step: int
-    seconds: float | None
-    loss: float
-    counts: TokenCounts
-    skipped: bool
-    waited_seconds: float
+"""Steps whose median is a level: single batches of few rows vary too much to be compared."""
 
 
 @dataclass(slots=True)
@@ -40,10 +28,10 @@ class _Pending:
 
 
 class LossRelay:
-    """Takes each step's loss as a device tensor and gives it back as a number once it has arrived.
+    """Takes each step's loss as a device tensor and returns the step once the loss has arrived as a number.
 
-    On CUDA it is copied into pinned memory behind the step's kernels, with an event that tells when: the
-    host never waits, and two such events give the device's own time for a step.
+    On CUDA the loss is copied into pinned memory behind the step's kernels, followed by an event. The host never
+    waits, and two such events give the device's own time for a step.
     """
 
     def __init__(self, device: torch.device, steps: int, first_scale: float = 1.0) -> None:
@@ -55,7 +43,7 @@ class LossRelay:
         self._last: tuple[float, torch.cuda.Event | None] | None = None
 
     def restart_clock(self) -> None:
-        """The next step's time counts from here, when all steps before have arrived and the device is idle."""
+        """Start the next step's time now. All steps before must have arrived, and the device must be idle."""
         self._last = (time.monotonic(), self._record())
 
     def _record(self) -> torch.cuda.Event | None:
@@ -68,9 +56,14 @@ class LossRelay:
     def push(
         self, step: int, loss: Tensor, counts: TokenCounts, scale: Tensor | None = None, waited_seconds: float = 0.0
     ) -> None:
-        """Step number `step` (from 1) has been queued; `loss` is its scalar on the device, `scale` the
-        GradScaler's after the step. A scale that fell is the one sign of a step that overflowed and changed
-        nothing which all optimizers give: fused ones skip inside their kernel."""
+        """Take the loss of a step that has been queued.
+
+        Args:
+            step: counts from 1.
+            loss: a scalar on the device.
+            scale: the GradScaler's after the step. A scale that fell is the only sign of an overflowed and skipped step
+                that all optimizers give: fused ones skip inside their kernel.
+        """
         loss_here, scale_here = self._losses[step - 1], self._scales[step - 1]
         loss_here.copy_(loss, non_blocking=self._cuda)
         if scale is not None:
@@ -78,26 +71,26 @@ class LossRelay:
         done = self._record()
         self._pending.append(_Pending(time.monotonic(), step, loss_here, scale_here, counts, waited_seconds, done))
 
-    def arrived(self) -> list[StepRecord]:
-        """The steps whose loss is here by now, in order; never waits."""
-        records = []
+    def arrived(self) -> list[Step]:
+        """Return the steps whose loss has arrived, in order, without waiting."""
+        steps = []
         while self._pending and (self._pending[0].done is None or self._pending[0].done.query()):
             pending = self._pending.pop(0)
             scale = float(pending.scale)
             skipped, self._scale = scale < self._scale, scale
             seconds, self._last = self._seconds(pending), (pending.t, pending.done)
-            records.append(
-                StepRecord(
+            steps.append(
+                Step(
                     t=pending.t,
                     step=pending.step,
                     seconds=seconds,
                     loss=float(pending.loss),
-                    counts=pending.counts,
                     skipped=skipped,
                     waited_seconds=pending.waited_seconds,
+                    **asdict(pending.counts),
                 )
             )
-        return records
+        return steps
 
     def _seconds(self, pending: _Pending) -> float | None:
         if self._last is None:
@@ -109,15 +102,17 @@ class LossRelay:
 
 
 class DivergenceWatch:
-    """Says when a training loss has gone wrong: not finite, or its recent level (median of five steps)
-    more than `spike` nats a token above the level it began at."""
+    """Detects a training loss that diverged: it is not finite, or its recent level (median of five steps) is more than
+    `spike` nats a token above its first level."""
 
     def __init__(self, spike: float) -> None:
         self._spike = spike
         self._losses: list[float] = []
 
     def see(self, step: int, loss: float) -> None:
-        """Raises: Diverged, naming the step."""
+        """Add a step's loss.
+
+        Raises: Diverged, naming the step."""
         if not math.isfinite(loss):
             raise Diverged(f"the training loss was {loss} at step {step}", step)
         self._losses.append(loss)

@@ -1,4 +1,4 @@
-"""Which attention kernel really runs: seen in the operations of one training forward."""
+"""Find the attention kernel that really runs, in the operations of one training forward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,21 +29,21 @@ class _Recorder(TorchDispatchMode):
 
 
 class AttentionKernels:
-    """Watches the first forward it is shown and nothing after it, so the window is not touched."""
+    """Watches the first training forward and none after it, so that the window is not disturbed."""
 
     def __init__(self) -> None:
         self._recorder: _Recorder | None = None
         self.seen: frozenset[str] | None = None
-        """Kernel names: flash, memory_efficient, cudnn, math (softmax and products apart); None before."""
+        """Kernel names: flash, memory_efficient, cudnn, math (separate softmax and products). None before a forward."""
 
     def watch_one(self) -> None:
-        """A forward begins."""
+        """Begin to watch, if no forward has been watched."""
         if self.seen is None and torch.is_grad_enabled():
             self._recorder = _Recorder()
             self._recorder.__enter__()
 
     def over(self) -> None:
-        """The forward is over."""
+        """End the watch."""
         if self._recorder is None:
             return
         self._recorder.__exit__(None, None, None)
@@ -54,8 +54,8 @@ class AttentionKernels:
 
 
 def kernels_of(run: Callable[[], object]) -> frozenset[str]:
-    """The attention kernels that `run` calls, by the same names. torch's profiler sees them in compiled code too,
-    which a recorder of operations would make torch leave uncompiled."""
+    """Return the attention kernels that `run` calls, by the same names. torch's profiler sees them in compiled code
+    too; a dispatch mode would keep torch from compiling."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         run()
     names = {event.name.removeprefix("aten::") for event in profiled.events() or ()}

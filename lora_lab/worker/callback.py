@@ -1,4 +1,4 @@
-"""What a trial reports from inside Trainer: steps, the window's edges, losses."""
+"""Report from inside Trainer: steps, the window's edges, losses."""
 
 import time
 from collections.abc import Callable
@@ -8,73 +8,20 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import FIRST_STEP, Event, Phase, PhaseBegan, PhaseMemory, Step, Warned, WindowClosed, WindowOpened
+from lora_lab.events import FIRST_STEP, Phase, Warned, WindowClosed, WindowOpened
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.data import TokenCounts
-from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.profiling import StepProfiler
-from lora_lab.worker.vram_limit import Capacity
-
-Emit = Callable[[Event], None]
-
-_TRAINING = (Phase.warm_up, Phase.window, Phase.profile)
-
-
-class PhaseClock:
-    """Announces phases, and what torch's allocator peaked at in the one that is over."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._retries = 0
-        self.present = Phase.start
-        self.capacity: Capacity | None = None
-        """Brought up to date whenever a phase begins."""
-        self.step: StaticStep | None = None
-        """Where steps are replayed from CUDA graphs: torch's allocator does not see what comes and goes in them."""
-
-    def enter(self, phase: Phase) -> None:
-        """`phase` begins now."""
-        self.leave()
-        self.present = phase
-        if self.capacity is not None:
-            self.capacity.apply()
-        self._emit(PhaseBegan(t=time.monotonic(), phase=phase.value))
-
-    def leave(self, part: str | None = None) -> None:
-        """The present phase is over, or a `part` of it; what follows is told apart."""
-        if not torch.cuda.is_initialized():
-            return
-        retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
-        free, total = torch.cuda.mem_get_info()
-        self._emit(
-            PhaseMemory(
-                t=time.monotonic(),
-                phase=part or self.present.value,
-                peak_allocated_bytes=max(torch.cuda.max_memory_allocated(), self._unseen_peak_bytes()),
-                peak_reserved_bytes=torch.cuda.max_memory_reserved(),
-                reserved_bytes=torch.cuda.memory_reserved(),
-                device_used_bytes=total - free,
-                retries=retries - self._retries,
-            )
-        )
-        self._retries = retries
-        torch.cuda.reset_peak_memory_stats()
-
-    def _unseen_peak_bytes(self) -> int:
-        if self.step is None:
-            return 0
-        if self.present is Phase.compilation:
-            return self.step.recording_peak_bytes
-        return self.step.replay_peak_bytes if self.present in _TRAINING else 0
 
 
 class TelemetryCallback(TrainerCallback):
     """Watches one training from inside.
 
-    Trainer tells its callbacks neither loss nor inputs, so hooks on the model see them: the first takes the
-    token counts out of the batch, the second adds up the loss on the device. The device is synchronised at
-    the two edges of the window and nowhere between.
+    Trainer passes its callbacks neither loss nor inputs, so two hooks on the model read them: the first takes the
+    token counts out of the batch, the second adds up the loss on the device. The device is synchronised at the two
+    edges of the window and nowhere between.
     """
 
     def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
@@ -95,9 +42,9 @@ class TelemetryCallback(TrainerCallback):
         self._loss_is_a_share = False
         self.attention = AttentionKernels()
         self.scaler: Any = None
-        """The GradScaler, where there is one."""
+        """Trainer's GradScaler, or None."""
         self.on_stepped: Callable[[], None] = lambda: None
-        """Called once, outside the window, after steps: before it opens, or at the end where there is no warm-up."""
+        """Called once, outside the window, after a step: before the window opens, or at the end without a warm-up."""
 
     def watch(self, model: torch.nn.Module) -> None:
         """Hook onto the model that Trainer will call."""
@@ -122,7 +69,7 @@ class TelemetryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Training begins: warm-up, or the window at once without one."""
+        """Enter the warm-up, or open the window at once without one."""
         if self.scaler is not None:
             self._relay = LossRelay(self._device, self._last_step, first_scale=self.scaler.get_scale())
         self._clock.enter(Phase.warm_up)
@@ -133,19 +80,19 @@ class TelemetryCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step's batches are there: since the step before, Trainer has done nothing but get them."""
+        """Note how long Trainer waited for the step's batches: since the step before it did nothing else."""
         self._waited_seconds = time.monotonic() - self._stepped_t
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps that are only profiled must not change what the held-out loss is taken of."""
+        """Set the learning rate to 0 in steps that are only profiled: the held-out loss is measured after them."""
         if state.global_step >= self._last_step:
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """An optimizer step has been queued: send off its loss, and see to the window's edges."""
+        """Push the loss of the queued step, and open or close the window."""
         if state.global_step > self._last_step:
             self._profile()
             return
@@ -162,8 +109,8 @@ class TelemetryCallback(TrainerCallback):
             self._clock.leave(FIRST_STEP)
         if state.global_step == self._read_back_step:
             self.on_stepped()
-        if self._clock.capacity is not None and state.global_step < self._warmup_steps:
-            self._clock.capacity.apply()
+        if self._clock.vram_limit is not None and state.global_step < self._warmup_steps:
+            self._clock.vram_limit.apply()
         if state.global_step == self._warmup_steps:
             self._open_window()
         self._send_arrived()
@@ -173,7 +120,7 @@ class TelemetryCallback(TrainerCallback):
         self._stepped_t = time.monotonic()
 
     def _profile(self) -> None:
-        """One more step under the profiler has been queued."""
+        """Count one more step under the profiler."""
         profiled = self._profiler.stepped(self._counts.slots)
         self._counts = TokenCounts()
         if profiled is not None:
@@ -198,21 +145,6 @@ class TelemetryCallback(TrainerCallback):
             torch.cuda.synchronize(self._device)
 
     def _send_arrived(self) -> None:
-        for record in self._relay.arrived():
-            self._emit(
-                Step(
-                    t=record.t,
-                    step=record.step,
-                    seconds=record.seconds,
-                    loss=record.loss,
-                    rows=record.counts.rows,
-                    slots=record.counts.slots,
-                    real=record.counts.real,
-                    trained=record.counts.trained,
-                    skipped=record.skipped,
-                    attended=record.counts.attended,
-                    attended_slots=record.counts.attended_slots,
-                    waited_seconds=record.waited_seconds,
-                )
-            )
-            self._watch.see(record.step, record.loss)
+        for step in self._relay.arrived():
+            self._emit(step)
+            self._watch.see(step.step, step.loss)

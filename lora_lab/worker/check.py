@@ -1,37 +1,64 @@
-"""What is wrong with a trial that only the tokenizer, the model's shapes and the rows can tell."""
+"""What the tokenizer, the model's shapes and the rows tell of a trial before any weight is loaded.
+
+A trial begins with the same functions, so that a sweep's look at its points and a trial alone find the same.
+"""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lora_lab.config import DataSource, InvalidInput, TrialConfig
+from lora_lab.look import Look
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.data import check_token_ids, load_examples
+from lora_lab.worker.data import Examples, check_token_ids, load_examples, pad_id
 from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
 from lora_lab.worker.training import check_optimizer
 
 
-def check_trials(configs: list[TrialConfig]) -> Iterator[str]:
+def checked_architecture(config: TrialConfig) -> tuple[Any, list[str]]:
+    """Read the transformers config and check the model's shapes and files.
+
+    Returns: the config, and what the user should know.
+
+    Raises: InvalidInput."""
+    architecture = load_architecture(config.model)
+    return architecture, check_model(config, architecture)
+
+
+def checked_examples(config: TrialConfig, architecture: Any) -> tuple[Examples, int]:
+    """Turn the rows into tokens that the model has.
+
+    Returns: the examples, and the token that rows are padded with.
+
+    Raises: InvalidInput."""
+    tokenizer, vocab_size = load_tokenizer(config.model), architecture.get_text_config().vocab_size
+    examples = load_examples(config, tokenizer, vocab_size)
+    check_token_ids(examples, tokenizer, vocab_size)
+    return examples, pad_id(tokenizer, vocab_size)
+
+
+def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
     """Look at many trials before the first of them starts; nothing is loaded onto a device.
 
-    Yields: for each config what a trial would be refused for; empty where it would not be.
+    Yields: what is known of each config.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, ...]] = {}
 
-    def once(look: Callable[[TrialConfig], None], config: TrialConfig) -> str:
-        key = f"{look.__name__} {config}"
+    def once(check: Callable[[TrialConfig], object], config: TrialConfig) -> tuple[str, ...]:
+        key = f"{check.__name__} {config}"
         if key not in seen:
-            seen[key] = _fault(look, config)
+            seen[key] = _faults(check, config)
         return seen[key]
 
     for config in configs:
-        yield (
-            once(_look_at_optimizer, TrialConfig(optimizer=config.optimizer))
-            or once(_look_at_model, _what_the_model_needs(config))
-            or once(_look_at_data, _what_data_needs(config))
+        yield Look(
+            faults=once(_check_optimizer, TrialConfig(optimizer=config.optimizer))
+            or once(checked_architecture, _what_the_model_needs(config))
+            or once(_check_data, _what_data_needs(config))
         )
 
 
 def _what_the_model_needs(config: TrialConfig) -> TrialConfig:
-    """The config without what no check of the model reads, so that a grid's points share most checks."""
+    """Return the config without what no check of the model reads, so that a grid's points share most checks."""
     return TrialConfig(
         model=config.model,
         method=config.method,
@@ -43,7 +70,7 @@ def _what_the_model_needs(config: TrialConfig) -> TrialConfig:
 
 
 def _what_data_needs(config: TrialConfig) -> TrialConfig:
-    """The config without what no check of the data reads."""
+    """Return the config without what no check of the data reads."""
     return TrialConfig(
         model=config.model,
         data=config.data,
@@ -54,24 +81,19 @@ def _what_data_needs(config: TrialConfig) -> TrialConfig:
     )
 
 
-def _look_at_optimizer(config: TrialConfig) -> None:
+def _check_optimizer(config: TrialConfig) -> None:
     check_optimizer(config.optimizer)
 
 
-def _look_at_model(config: TrialConfig) -> None:
-    check_model(config, load_architecture(config.model))
+def _check_data(config: TrialConfig) -> None:
+    checked_examples(config, load_architecture(config.model))
 
 
-def _look_at_data(config: TrialConfig) -> None:
-    tokenizer, vocab_size = load_tokenizer(config.model), load_architecture(config.model).get_text_config().vocab_size
-    check_token_ids(load_examples(config, tokenizer, vocab_size), tokenizer, vocab_size)
-
-
-def _fault(look: Callable[[TrialConfig], None], config: TrialConfig) -> str:
+def _faults(check: Callable[[TrialConfig], object], config: TrialConfig) -> tuple[str, ...]:
     try:
-        look(config)
+        check(config)
     except InvalidInput as refusal:
-        return str(refusal)
+        return refusal.faults
     except (Unsupported, OSError, RuntimeError):
-        return ""  # this machine's state, not the user's words: the trial itself will tell
-    return ""
+        return ()  # this machine's state, not the user's words: the trial itself will tell
+    return ()

@@ -1,4 +1,4 @@
-"""What is wrong with a model's files or shapes, found before any weight is loaded."""
+"""Check a model's files and shapes before any weight is loaded."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ def make_skeleton(config: TrialConfig, architecture: Any) -> Any:
 
 
 def fetch_weights(model: ModelConfig) -> None:
-    """Download the safetensors files of a model on the hub, so that they can be looked at before they are loaded. Where
+    """Download the safetensors files of a model on the hub, so that they can be checked before they are loaded. Where
     that is not possible, loading says why."""
     if model.source is not ModelSource.hub:
         return
@@ -107,7 +107,7 @@ def check_files(model: ModelConfig, architecture: Any, skeleton: Any) -> list[st
 
 
 def check_weights_complete(info: dict[str, Any]) -> list[str]:
-    """Judge what transformers says of a loading. Raises and returns as `check_files`."""
+    """Judge what transformers reports of a loading. Raise and return as `check_files`."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise InvalidInput(
@@ -150,7 +150,7 @@ def check_not_quantised(config: TrialConfig, architecture: Any) -> None:
 
 
 def _as_stored(fields: dict[str, Any]) -> dict[str, str]:
-    """The settings under which 4-bit weights were stored, as the command line has them."""
+    """Return the settings under which 4-bit weights were stored, as on the command line."""
     compute = str(fields.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     return {
         "method.quantization": str(fields.get("bnb_4bit_quant_type", "fp4")),
@@ -185,7 +185,7 @@ def check_quantized_share(method: MethodConfig, share: float) -> list[str]:
 
 
 def _in_folder(model: ModelConfig, name: str) -> Path | None:
-    """A file of the model, where it is on this machine."""
+    """Find a file of the model on this machine; None where it is not here."""
     if model.source is ModelSource.hub:
         found = try_to_load_from_cache(str(model.id), name, revision=model.revision)
         return Path(found) if isinstance(found, str) else None
@@ -194,7 +194,7 @@ def _in_folder(model: ModelConfig, name: str) -> Path | None:
 
 
 def _shapes_in(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file by name, on the meta device; reads the header alone."""
+    """Return the tensors of a safetensors file by name, on the meta device; read the header alone."""
     _check_not_pointer(file)
     try:
         with safe_open(file, "pt") as opened:

@@ -1,4 +1,4 @@
-"""A row as the model's chat template lays it out: which tokens the model reads, and which of them are trained.
+"""Lay out a row by the model's chat template: the tokens that the model reads, and which of them are trained.
 
 The whole conversation is tokenised once and cut where the answer begins. Each row is then checked: its question and its
 answer must be whole in the tokens, and exactly one end of turn must be trained, as the last token.
@@ -20,13 +20,13 @@ from lora_lab.config import InvalidInput
 from lora_lab.dataset.rows import Row
 
 _CLOCK = datetime.datetime(2024, 7, 26, 12)
-"""What templates get for today, so that the same rows are the same tokens on every day: Llama 3's own stand-in."""
+"""The date that templates get as today, so that rows have the same tokens every day: Llama 3's own default."""
 
 _QUESTION, _ANSWER = "lora lab asks", "lora lab answers"
-"""Texts by which a template is tried before any row."""
+"""Texts to try a template with, before any row."""
 
 _RENDERING = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
-"""What a template can raise: its own refusal, and whatever goes wrong in the expressions it consists of."""
+"""What a template can raise: its own exception, and errors in its expressions."""
 
 
 class Lost(Enum):
@@ -45,7 +45,7 @@ class Turn:
     prompt: int
     lost: frozenset[Lost] = frozenset()
     apart: bool = False
-    """A token spans the end of the prompt, so that prompt and answer were tokenised apart."""
+    """A token spans the end of the prompt, so prompt and answer were tokenised separately."""
     unopened: bool = False
     """The generation prompt ends in text that this row is trained without."""
 
@@ -63,7 +63,7 @@ class Losses:
     examples: dict[Lost, str] = field(default_factory=dict)
 
     def count(self, row: Row, turn: Turn, tokenizer: Any) -> None:
-        """Take one row in."""
+        """Count one row."""
         self.rows += 1
         self.lost += bool(turn.lost)
         self.apart += turn.apart
@@ -79,7 +79,7 @@ class Losses:
                 )
 
     def sentences(self) -> list[str]:
-        """What the user should know of each kind of fault."""
+        """Return what the user should know of each kind of fault."""
         return [
             f"in {self.kinds[kind]} of {self.rows} rows {kind.value}. For example, {self.examples[kind]}"
             for kind in Lost
@@ -109,7 +109,7 @@ class Conversations:
 
     @property
     def end_of_turn(self) -> str:
-        """The token that ends an answer, or the text where it is no single token; empty when nothing does."""
+        """Return the token that ends an answer, or the text where it is not a single token; empty when nothing does."""
         if self._ends is not None:
             return str(self._tokenizer.convert_ids_to_tokens(self._ends))
         if self._tail.strip():
@@ -118,7 +118,7 @@ class Conversations:
 
     @property
     def end_is_ours(self) -> bool:
-        """The template ends no turn, and the tokenizer's end of text is added to each answer."""
+        """Return True where the template ends no turn, so the tokenizer's end of text is added to each answer."""
         return self._ends is None and not self._tail.strip() and self._eos is not None
 
     def turn(self, row: Row) -> Turn:
@@ -166,7 +166,7 @@ class Conversations:
         )
 
     def _laid_out(self, row: Row) -> tuple[str, int, str, bool]:
-        """The text of the conversation, where in it the trained part starts, the answer that this part must hold, and
+        """Return the text of the conversation, where its trained part starts, the answer that this part must hold, and
         whether the generation prompt ends in text that the conversation does not have."""
         try:
             prompt, whole = self._render(row, True), self._render(row, False)
@@ -207,7 +207,7 @@ class Conversations:
         return ids
 
     def _tokens(self, whole: str, start: int, end: int) -> tuple[list[int], int, int, bool]:
-        """All ids of `whole`, how many come before `start` and before `end`, and whether a token spans `start`."""
+        """Tokenise `whole`: its ids, how many come before `start` and before `end`, and if a token spans `start`."""
         if getattr(self._tokenizer, "is_fast", False):
             made = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
             spans = made["offset_mapping"]
@@ -235,7 +235,7 @@ class Conversations:
 
 @contextlib.contextmanager
 def _clock_held_still() -> Iterator[None]:
-    """Templates ask for the date through transformers' strftime_now, which looks at its module's clock."""
+    """Fix the date for templates. They ask transformers' strftime_now, which reads its module's clock."""
     real = chat_template_utils.datetime
 
     class Still(datetime.datetime):
@@ -251,12 +251,12 @@ def _clock_held_still() -> Iterator[None]:
 
 
 def _spaceless(text: str) -> str:
-    """A text without the spaces that templates trim and add."""
+    """Remove the spaces that templates trim and add."""
     return "".join(text.split())
 
 
 def _bare(text: str) -> str:
-    """A text without what tokenizers change on purpose: spaces, case, and the several ways to write one character."""
+    """Remove what tokenizers change on purpose: spaces, case, and the several ways to write one character."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(
         c for c in folded if not c.isspace() and c != "\u2581" and unicodedata.category(c) not in ("Cc", "Cf")
@@ -264,5 +264,5 @@ def _bare(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A text as a message quotes it."""
+    """Quote a text for a message."""
     return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}")

@@ -1,4 +1,4 @@
-"""Rows of text to batches of token ids, with every token counted."""
+"""Turn rows of text into batches of token ids, with every token counted."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ IGNORED = -100
 """The label that torch's cross entropy leaves out."""
 
 _ALIGNED = 64
-"""Widths to choose from are multiples of so many tokens, which suits kernels."""
+"""Row widths are multiples of this many tokens, which suits kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,18 @@ class Example:
 
     @property
     def trained(self) -> int:
-        """Labels that are predicted: the first position never is."""
+        """Count the labels that are predicted: the first position never is."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
     def document_lengths(self) -> list[int]:
-        """Tokens of each document in it."""
+        """Return the tokens of each document in the row."""
         return [end - start for start, end in pairwise([*self.starts, len(self.ids)])]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """What one micro-batch holds; it travels inside the batch, so that it can't be matched wrongly."""
+    """Counts of one micro-batch. They travel inside the batch, so that they can't belong to another step."""
 
     rows: int = 0
     slots: int = 0
@@ -74,7 +74,7 @@ class Examples:
     rows_lost: int = 0
     """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
     rows_apart: int = 0
-    """Rows whose prompt and answer had to be tokenised apart."""
+    """Rows whose prompt and answer had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does, and for random tokens."""
     remarks: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """sha256 over every example's ids and labels, in order."""
+        """Return the sha256 over every example's ids and labels, in order."""
         sha = hashlib.sha256()
         for example in [*self.train, *self.heldout]:
             sha.update(repr((example.ids, example.labels)).encode())
@@ -140,7 +140,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
 
 
 def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
-    """The rows, and how many of a hub's data set had an empty answer (alpaca has some)."""
+    """Return the rows, and how many of a hub's data set had an empty answer (alpaca has some)."""
     if data.source is DataSource.shipped:
         return read_jsonl(SHIPPED, data.columns, data.rows), 0
     if data.source is DataSource.jsonl:
@@ -209,7 +209,7 @@ def _remarks(conversations: Conversations, losses: Losses) -> list[str]:
 
 
 def pad_id(tokenizer: Any, vocab_size: int) -> int:
-    """An id to fill rows up with. Padding is masked, so any id with an embedding does."""
+    """Return an id to pad rows with. Padding is masked, so any id with an embedding will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None and token < vocab_size), 0)
 
@@ -252,12 +252,12 @@ def _joined(documents: Sequence[Example]) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Examples to one micro-batch of shape (rows, width), padded on the right.
+    """Makes one micro-batch of shape (rows, width) out of examples, padded on the right.
 
     `widths` are the widths to choose from, ascending; without any, a batch is as wide as its longest row.
 
-    A packed batch carries position_ids that begin anew with every
-    document and no attention mask: transformers then builds a mask in which documents don't see each other.
+    A packed batch has position_ids that start again with every document, and no attention mask: transformers then
+    builds a mask in which documents don't see each other.
     """
 
     pad_id: int
@@ -265,12 +265,12 @@ class Collator:
     packed: bool = False
 
     def width_of(self, examples: Sequence[Example]) -> int:
-        """How wide a batch of these is."""
+        """Return the width of a batch of these."""
         longest = max(len(example.ids) for example in examples)
         return next((width for width in self.widths if width >= longest), longest)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | TokenCounts]:
-        """The batch for the model, with its TokenCounts under `counts`."""
+        """Make the batch for the model, with its TokenCounts under `counts`."""
         width = self.width_of(examples)
         ids = torch.full((len(examples), width), self.pad_id)
         labels = torch.full((len(examples), width), IGNORED)
@@ -297,19 +297,19 @@ class Collator:
 
 
 def _positions(example: Example, width: int) -> list[int]:
-    """Positions counted from the start of each document; the padding is one more document."""
+    """Count positions from the start of each document; the padding is one more document."""
     edges = [*example.starts, len(example.ids), width]
     return [i for start, end in pairwise(edges) for i in range(end - start)]
 
 
 def train_collator(config: TrialConfig, pad_id: int) -> Collator:
-    """The collator for `data.batching` and the engine."""
+    """Return the collator for `data.batching` and the engine."""
     packed = config.data.batching is Batching.packed
     return Collator(pad_id=pad_id, widths=row_widths(config), packed=packed)
 
 
 def row_widths(config: TrialConfig) -> tuple[int, ...]:
-    """The widths in tokens that batches are padded to, ascending; empty where a batch is as wide as its longest row."""
+    """Return the widths in tokens that batches are padded to, ascending; none to pad to the longest row."""
     if config.data.batching is not Batching.longest:
         return (config.seq_len,)
     if config.engine.kind not in (EngineKind.compile, EngineKind.graph):

@@ -1,4 +1,4 @@
-"""Held-out loss, outside the measured window."""
+"""Calculate the held-out loss, outside the measured window."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def heldout_loss(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> tuple[float, int]:
-    """Mean loss in nats over every trained token of `examples`, and the number of those tokens.
+    """Return the mean loss in nats over every trained token of `examples`, and the number of those tokens.
 
-    Weighted by tokens, so that the batch size does not change the figure (Trainer's own evaluation
-    averages batch means). Rows are padded to the longest, also when training packs them.
+    The mean is weighted by tokens, so that the batch size does not change it (Trainer's own evaluation averages batch
+    means). Rows are padded to the longest, also when training packs them.
     """
     collator = Collator(pad_id=pad_id)
     dtype = working_dtype(precision, device)
@@ -31,7 +31,7 @@ def heldout_loss(
     tokens = 0
     was_training = model.training
     evaluation_mode(model)
-    # rows of any length: what an engine has compiled for its own lengths is left aside
+    # rows have any length: what an engine has compiled for its own lengths is not used
     with (
         torch.compiler.set_stance("force_eager"),
         torch.no_grad(),

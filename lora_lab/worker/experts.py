@@ -22,15 +22,15 @@ def expert_weights(model: Any) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def adapted_experts(model: Any, method: MethodConfig) -> list[str]:
-    """Name the stacked weights that get an adapter: all of them where every linear layer gets one, since that is what
-    they are."""
+    """Name the stacked weights that get an adapter: all of them where every linear layer gets one, since they are
+    linear layers."""
     if method.target_modules != ["all-linear"] or method.quantization is not Quantization.none:
         return []
     return sorted({f"{name.rsplit('.', 1)[-1]}.{own}" for name, _, own in expert_weights(model)})
 
 
 def quantise_experts(model: Any, method: MethodConfig) -> list[str]:
-    """Put stacked weights into 4 bit. A layer unpacks its own while it runs.
+    """Put stacked weights into 4 bit. A layer dequantizes its own while it runs.
 
     Returns: what the user should know of it."""
     if method.quantization is Quantization.none:

@@ -1,4 +1,4 @@
-"""Rows of a data set on the Hugging Face hub."""
+"""Read the rows of a data set on the Hugging Face hub."""
 
 import re
 from typing import Any
@@ -26,8 +26,8 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
         loaded = datasets.load_dataset(data.id, revision=data.revision, split=split)
         names = loaded.column_names
         if not {columns.instruction, columns.output} <= set(names):
-            row_of(dict.fromkeys(names), columns)  # refuses it, with the columns there are
-        # the others, pictures perhaps, need not be decoded
+            row_of(dict.fromkeys(names), columns)  # raises, naming the columns that exist
+        # other columns, pictures perhaps, need not be decoded
         texts = loaded.select_columns(sorted({columns.instruction, columns.input, columns.output} & set(names)))
         return [(number, dict(fields)) for number, fields in enumerate(texts, start=1)]
     except InvalidInput as refusal:
@@ -37,7 +37,7 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _refusal(name: str, error: Exception) -> str:
-    """What to do about an error of the package datasets, which tells most of them by their text alone."""
+    """Say what to do about an error of the package datasets, most of which differ by their text alone."""
     text = str(error.__cause__ or error)
     listed = re.search(r"\[(.*?)\]", text)
     found = f" (it has {listed[1]})" if listed else ""

@@ -1,4 +1,4 @@
-"""How fast the device multiplies matrices at best: what a trial's own speed is compared with."""
+"""Measure the device's best rate of matrix products, the reference for a trial's own speed."""
 
 import math
 import time
@@ -16,13 +16,13 @@ SMALLEST, LARGEST = 256, 8192
 """Sides of the squares that are tried. The smallest takes a fiftieth of a second where nothing larger is bearable:
 fp16 on a CPU that does not calculate in it."""
 LONG_ENOUGH_SECONDS = 0.004
-"""A product that takes so long keeps every unit of the device busy, and the next size would take eight times that."""
+"""A product that takes this long keeps every unit of the device busy; the next size takes eight times as long."""
 BATCH_SECONDS = 0.03
 TOTAL_SECONDS = 0.9
 
 
 def rate_key(device: torch.device, dtype: torch.dtype) -> RateKey:
-    """What this device's rate is remembered by."""
+    """Return the key under which this device's rate is cached."""
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -32,11 +32,11 @@ def rate_key(device: torch.device, dtype: torch.dtype) -> RateKey:
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> MatmulRate:
-    """The device's own best rate for products of two square matrices, in about a second.
+    """Measure the device's best rate for products of two square matrices, in about a second.
 
-    2 x size^3 operations, over the time of a product in the fastest of all batches. A batch is as many products as
-    take 30 ms, so that its clock does not matter; everything else that disturbs (clocks not up yet, another process,
-    the first product's set-up) only ever slows, so that the fastest batch, not the median one, is the device's own.
+    The rate is 2 x size^3 operations over the time of a product in the fastest of all batches. A batch is as many
+    products as take 30 ms, so that the timer's resolution does not matter. Every other disturbance (clocks not up yet,
+    another process, the first product's set-up) only slows, so the fastest batch is the device's own rate.
 
     torch's settings stay as they are (TF32, threads), and so does its random state. Nothing is left allocated.
     """
@@ -51,7 +51,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> MatmulRate:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
-    """(side of the squares, operations a second)."""
+    """Return the side of the squares, and operations a second."""
     operands, seconds = _grown(device, dtype)
     size = len(operands[0])
     count = max(1, round(BATCH_SECONDS / seconds))
@@ -63,7 +63,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
 
 
 def _grown(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """The largest matrices worth multiplying, and the seconds that one product of them takes."""
+    """Grow the matrices as far as it pays; return them, and the seconds of one product."""
     size = SMALLEST
     operands = _operands(size, device, dtype)
     while True:
@@ -81,14 +81,14 @@ def _grown(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, Tens
 
 
 def _operands(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Two random squares and room for their product: zeros would draw less power, and so run faster."""
+    """Make two random squares and room for their product. Zeros would draw less power, and so run faster."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     return left, right, torch.empty_like(left)
 
 
 def _timed(operands: tuple[Tensor, Tensor, Tensor], count: int) -> float:
-    """Seconds of one product, over `count` of them: the device's own time on a GPU."""
+    """Return the seconds of one product, averaged over `count`; on a GPU by its own clock."""
     left, right, product = operands
     if left.device.type != "cuda":
         start = time.perf_counter()

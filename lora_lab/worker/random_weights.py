@@ -1,4 +1,4 @@
-"""Random weights that are made one tensor at a time, when transformers asks for it, as it would read a file.
+"""Make random weights one tensor at a time, when transformers asks for one, as it would read a file.
 
 The model's own rule fills them. It is applied as transformers does, from the inside out: to the module that has the
 weight, then to each module around it.
@@ -44,5 +44,5 @@ class RandomTensor:
 
 
 def random_state(skeleton: Any, device: torch.device) -> dict[str, RandomTensor]:
-    """Every weight of a model on the meta device, to be made on `device`; buffers are left to transformers."""
+    """Return every weight of a model on the meta device, to be made on `device`. transformers makes the buffers."""
     return {name: RandomTensor(skeleton, name, device) for name, _ in skeleton.named_parameters()}

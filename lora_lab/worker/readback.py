@@ -1,4 +1,4 @@
-"""What actually ran, read from the live objects, and how it differs from what was asked."""
+"""Read from the live objects what actually ran, and compare it with what was asked."""
 
 import time
 from collections import Counter
@@ -12,26 +12,27 @@ from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
+from lora_lab.worker.trainables import trainable_of
+from lora_lab.worker.trainables.trainable import trained_parameters
 from lora_lab.worker.training import optimizer_class
 
 PAGED_FROM = 100_000
-"""Elements of a parameter from which bitsandbytes pages its state."""
+"""bitsandbytes pages the state of parameters with at least this many elements."""
 
 _AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""accelerate's word for each."""
+"""accelerate's name for each."""
 
 
 def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
-    """Facts of a trainer that has taken a step, as plain text by dotted name."""
+    """Return facts of a trainer that has taken a step, as plain text by name."""
     model = trainer.model
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     defaults = optimizer.defaults
     state = _state_tensors(optimizer)
-    # not parameters(): while training runs, an engine answers that with the adapters alone
-    weights = [p for _, p in model.named_parameters()]
-    adapters = [p for p in weights if p.requires_grad]
+    trained = trained_parameters(model)
+    frozen = [p for _, p in model.named_parameters() if not p.requires_grad]
     quantised = [m for m in model.modules() if is_quantised(m) and hasattr(m, "compute_dtype")]
-    device = adapters[0].device
+    device = trained[0].device
     scaler = trainer.accelerator.scaler
     attention, masks = attention_of(model)
     facts = {
@@ -42,11 +43,11 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
         "optimizer_state_dtypes": _counted(state),
         "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
-        "adapter_dtypes": _counted(adapters),
-        "weight_dtypes": _counted([p for p in weights if not p.requires_grad]),
-        "trainable_parameters": str(sum(p.numel() for p in adapters)),
+        "adapter_dtypes": _counted(trained),
+        "weight_dtypes": _counted(frozen),
+        "trainable_parameters": str(sum(p.numel() for p in trained)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
-        **({"quantized_share": f"{quantised_share(model):.4f}"} if quantised else {}),
+        **({"quantized_share": f"{quantised_share(model, trained):.4f}"} if quantised else {}),
         "double_quantization": str(any(m.weight.quant_state.nested for m in quantised)),
         "quantized_compute_dtype": ", ".join(sorted({_short(m.compute_dtype) for m in quantised})) or "none",
         "attention": attention,
@@ -60,10 +61,10 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
 
 
 def optimizer_memory(trainer: Any) -> OptimizerMemory:
-    """The state of the optimizer that takes the steps, by where its bytes lie.
+    """Measure the optimizer's state in bytes, by where it is held.
 
     bitsandbytes pages the state of parameters with at least 100,000 elements (Optimizer2State.get_state_buffer);
-    such tensors are managed memory, which torch's allocator does not count and says to be on the CPU.
+    such tensors are managed memory. torch's allocator does not count them, and reports them as on the CPU.
     """
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     eligible = [t for p, state in optimizer.state.items() if p.numel() >= PAGED_FROM for t in state.values()]
@@ -81,7 +82,7 @@ def optimizer_memory(trainer: Any) -> OptimizerMemory:
 
 
 def _state_tensors(optimizer: Any) -> list[Any]:
-    """Tensors of the optimizer's state, each once: bitsandbytes' quantisation maps are shared by all parameters."""
+    """List the tensors of the optimizer's state, each once: all parameters share bitsandbytes' quantisation maps."""
     every = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
     return list({id(tensor): tensor for tensor in every}.values())
 
@@ -91,7 +92,7 @@ def _paged(tensors: list[Any]) -> int:
 
 
 def _counted(tensors: list[Any]) -> str:
-    """Dtypes by number of stored elements, most first: 'uint8 53084160, bfloat16 28312320'."""
+    """Count stored elements by dtype, most first: 'uint8 53084160, bfloat16 28312320'."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[_short(tensor.dtype)] += tensor.numel()
@@ -107,8 +108,8 @@ def _short(dtype: Any) -> str:
 
 
 def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
-    """The facts that the config asks for on this device, by the same names. Optimizer names say what they mean:
-    'paged', '8bit' and 'fused' stand in transformers' own names."""
+    """Return the facts that the config asks for on this device, by the same names. transformers' optimizer names say
+    'paged', '8bit' and 'fused'."""
     dtype = working_dtype(config.precision.dtype, device)
     quantised = config.method.quantization is not Quantization.none
     asked = {
@@ -135,7 +136,7 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
 
 
 def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) -> tuple[list[str], list[str]]:
-    """(differences, stand-ins). A stand-in is one of the two things a CPU is allowed to do instead."""
+    """Return differences and stand-ins. A stand-in is one of the two replacements that a CPU is allowed."""
     asked = expected(config, device)
     differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
     differences += _dtype_differences(facts, config, device)
@@ -150,10 +151,11 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
 
 def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch.device) -> list[str]:
     found = []
-    adapters = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
-    if adapters != {"float32"}:
-        found.append(f"adapter_dtypes: asked for float32, got {facts['adapter_dtypes']}")
-    plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8"}
+    trained = {item.split()[0] for item in facts["adapter_dtypes"].split(", ")}
+    asked = _short(trainable_of(config).dtype)
+    if trained != {asked}:
+        found.append(f"adapter_dtypes: asked for {asked}, got {facts['adapter_dtypes']}")
+    plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8", "none"}
     working = _short(working_dtype(config.precision.dtype, device))
     allowed = {"float32"} if config.method.raise_to_fp32 else {working}
     if config.method.quantization is not Quantization.none:

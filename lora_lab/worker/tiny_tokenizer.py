@@ -1,4 +1,4 @@
-"""A byte-level tokenizer with a chat template, made here: any text runs through it with no download."""
+"""Make a byte-level tokenizer with a chat template, for any text and with no download."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,7 @@ _CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens for the bytes and three special ones: 259 in all."""
+    """Make a tokenizer with 256 tokens for the bytes and three special ones: 259 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

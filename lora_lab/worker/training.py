@@ -1,4 +1,4 @@
-"""transformers' Trainer for one trial: constructor arguments only, nothing patched."""
+"""Make transformers' Trainer for one trial, by constructor arguments only; nothing is patched."""
 
 import importlib
 from typing import Any
@@ -21,7 +21,7 @@ def make_trainer(
     folder: str,
     device: torch.device,
 ) -> Trainer:
-    """A Trainer that takes warm-up, measured and profiled steps and neither logs, saves nor evaluates by itself."""
+    """Make a Trainer that takes warm-up, measured and profiled steps and does not log, save or evaluate by itself."""
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=folder,
@@ -47,7 +47,7 @@ def make_trainer(
         disable_tqdm=True,
         save_strategy="no",
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it hides a diverged loss, and synchronises to look
+        logging_nan_inf_filter=False,  # it hides a diverged loss, and synchronises
         **trainer_arguments(config),
     )
     return Trainer(
@@ -61,12 +61,12 @@ def make_trainer(
 
 
 def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
-    """What TrainingArguments.gradient_checkpointing_kwargs takes; None where Trainer does no checkpointing."""
+    """Return TrainingArguments.gradient_checkpointing_kwargs; None where Trainer does no checkpointing."""
     if not config.gradient_checkpointing.by_trainer:
         return None
     return {
         "use_reentrant": False,
-        # so that dropout draws the same twice; a CUDA graph can't keep random state, and has no dropout there
+        # so that dropout repeats its random numbers; a CUDA graph can't keep random state, and has no dropout
         "preserve_rng_state": config.engine.kind is not EngineKind.graph,
         "every_n_layers": 2 if config.gradient_checkpointing is Checkpointing.selective else 1,
     }
@@ -98,7 +98,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
     """Import an optimizer by its path.
 
-    Raises: InvalidInput when there is none there, or it is no torch.optim.Optimizer.
+    Raises: InvalidInput when the import fails, or it is not a torch.optim.Optimizer.
     """
     module, _, name = target.rpartition(".")
     try:
@@ -109,6 +109,6 @@ def optimizer_class(target: str) -> type[torch.optim.Optimizer]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise InvalidInput(
-            f"optimizer.target={target} is no torch.optim.Optimizer class; for example torch.optim.SGD is."
+            f"optimizer.target={target} is not a torch.optim.Optimizer class; for example torch.optim.SGD is."
         )
     return found

@@ -1,9 +1,9 @@
-"""A large card made to refuse what a smaller one would."""
+"""Make a large card refuse what a smaller one would."""
 
 import torch
 
 
-class Capacity:
+class VramLimit:
     """Caps torch's allocator so that the whole process stays within `limit_gib` of device memory.
 
     What torch does not allocate itself (the CUDA context, libraries' kernels, bitsandbytes' managed pages) grows

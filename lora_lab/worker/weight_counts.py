@@ -1,4 +1,4 @@
-"""The live model's weights, counted: what each token is multiplied with, and the bytes that are held."""
+"""Count the live model's weights: those that each token is multiplied with, and the bytes held."""
 
 import math
 import time
@@ -13,11 +13,11 @@ from lora_lab.events import ModelCounted
 
 
 class Uncountable(Exception):
-    """The model multiplies in a way that is not known here, so that its FLOPs cannot be told."""
+    """The model multiplies in a way that is not known here, so its FLOPs are unknown."""
 
 
 def count_model(model: Any) -> ModelCounted:
-    """Count a PeftModel's weights, frozen and trained, before or after training steps.
+    """Count a model's weights, frozen and trained, before or after training steps.
 
     A product is counted for each linear layer once, a head that shares the embedding's weights too; the embedding's
     look-up is none. A 4-bit layer counts by its inputs and outputs, however its weights are packed. What DoRA does
@@ -53,12 +53,12 @@ def count_model(model: Any) -> ModelCounted:
 
 
 def _linears(module: Any) -> Iterator[Any]:
-    """Linear layers, each once; bitsandbytes' are torch's too."""
+    """Yield linear layers, each once; bitsandbytes' are subclasses of torch's."""
     return (m for m in module.modules() if isinstance(m, torch.nn.Linear | Conv1D))
 
 
 def _repeated(layer: Any) -> list[Any]:
-    """The linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
+    """List the linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
     as soon as it has the last tensor that the backward needs, and a frozen product at the very end needs nothing
     (torch.utils.checkpoint, early_stop). Modules stand in the order in which they run."""
     linears = list(_linears(layer))
@@ -75,27 +75,27 @@ def _check_known_layers(model: Any, linears: list[Any]) -> None:
 
 
 def _weights(linear: Any) -> int:
-    """Inputs times outputs; a packed weight's own shape does not tell."""
+    """Return inputs times outputs; a packed weight has another shape."""
     if isinstance(linear, torch.nn.Linear):
         return linear.in_features * linear.out_features
     return int(linear.weight.numel())
 
 
 def _elements(parameter: Any) -> int:
-    """Number of weights in a parameter, unpacked."""
+    """Return the number of weights in a parameter, unpacked."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())
 
 
 def _bytes(parameters: list[Any]) -> int:
-    """Memory of the parameters and of their quantisation, each piece once."""
+    """Return the memory of the parameters and of their quantisation, each storage once."""
     tensors = [tensor for parameter in parameters for tensor in (parameter, *_scales(parameter))]
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
 
 
 def _scales(parameter: Any) -> Iterator[torch.Tensor]:
-    """What a 4-bit weight needs to be unpacked: scales, their own scales when double quantised, and code books."""
+    """Yield what dequantizing a 4-bit weight needs: scales, their own scales when double quantised, and code books."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (part for part in (state.absmax, state.code, state.offset) if torch.is_tensor(part))

@@ -20,6 +20,7 @@ from lora_lab.composition.arguments import MOST_POINTS, in_order, in_shell, quot
 from lora_lab.composition.keys import known_keys
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.outcome import Outcome
+from lora_lab.sweep.points import compose_points
 from lora_lab.sweep.sweeper import Grid
 from lora_lab.trial.session import Request
 
@@ -47,13 +48,14 @@ def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
         return Outcome.finished
 
     def points(grid: Grid, combinations: list[list[str]], arguments: list[str]) -> int:
-        configs.extend(point.config for point in grid._points(combinations))
+        found = compose_points(grid._context.config_loader, grid._config, combinations)
+        configs.extend(point.config for point in found)
         return 0
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_lab.trial.session.run_session", begin)
     monkeypatch.setattr("lora_lab.sweep.sweeper.Grid._run", points)
-    monkeypatch.setattr("lora_lab.sweep.sweeper.check_inputs", lambda _: None)
+    monkeypatch.setattr("lora_lab.sweep.points.check_inputs", lambda _: None)
 
     def run(*arguments: str) -> Typed:
         configs.clear()
@@ -72,7 +74,6 @@ PARSER = OverridesParser.create()
 SIGNS = st.text(alphabet="ab\u00fc'\"\\ $#()[]{}=,~!`.%/:&;<>|*?\n", min_size=1)
 
 
-@settings(max_examples=500)
 @given(st.one_of(SIGNS, st.text(st.characters(exclude_characters="\0"), min_size=1)))
 def test_any_text_is_taken_as_it_is_or_with_the_quoting_that_is_advised(text: str) -> None:
     advice = in_shell(f"data.path={quoted(text)}")

@@ -2,9 +2,11 @@
 
 import os
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from lora_lab.events import Ended, Event, PhaseBegan, Ready, encode
+from lora_lab.events import Ended, Event, PhaseBegan, Ready, Warned, encode
+from lora_lab.look import Look
 from lora_lab.trial.variables import is_launchers
 
 
@@ -15,6 +17,35 @@ def _say(connection: Connection, *events: Event) -> None:
 
 def ended(reason: str = "") -> Ended:
     return Ended(t=0.0, outcome="finished", reason=reason, traceback=None, step=None, asked_bytes=None)
+
+
+def of_two(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+    """Each says its rank, and something that the lead alone may say."""
+    rank = environment["RANK"]
+    warned, began = Warned(t=0.0, text=f"{rank} of {environment['WORLD_SIZE']}"), PhaseBegan(t=0.0, phase=f"of {rank}")
+    _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), warned, began, ended())
+
+
+def second_dies(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+    """The lead works on; the other is killed once the lead is there."""
+    _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), PhaseBegan(t=0.0, phase="start"))
+    if environment["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def second_fails(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+    """The lead works on; the other says why it cannot."""
+    _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True))
+    if environment["RANK"] == "1":
+        _say(connection, replace(ended("its memory is full"), outcome="out_of_memory"))
+        return
+    signal.pause()
+
+
+def never_pauses(connection: Connection, *_: object) -> None:
+    while True:
+        _say(connection, PhaseBegan(t=0.0, phase="start"))
 
 
 def silent(*_: object) -> None:
@@ -30,5 +61,5 @@ def says_launchers(connection: Connection, *_: object) -> None:
 
 
 def looks_once(connection: Connection, *_: object) -> None:
-    connection.send("the first is refused")
+    connection.send(Look(faults=("the first is refused",)))
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -117,13 +117,13 @@ def pack(model: Any, dtype: torch.dtype, nested: bool = True) -> None:
 
 def stepped(model: Any, dtype: torch.dtype) -> Any:
     """A model that trains by its adapted products, in a step that is not recorded."""
-    from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
-    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
+    from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 
-    copies = use_adapted_products(model, dtype)
+    copies = use_fused_lora(model, dtype)
     autocast = functools.partial(torch.autocast, "cpu", dtype, dtype is not torch.float32, cache_enabled=False)
-    step = StaticStep(model, autocast, graphs=False, copies=copies)
-    use_static_step(model, step)
+    step = GraphStep(model, autocast, graphs=False, copies=copies)
+    use_graph_step(model, step)
     return step
 
 

@@ -200,7 +200,7 @@ def test_one_factor_alone_makes_the_whole():
 
 
 @given(st.integers(0, 10_000), st.sets(st.integers(0, 15), max_size=12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_with_one_factor_the_total_is_the_paired_contrast_and_a_trial_without_its_like_has_no_say(seed, lost):
     words = [f"optimizer={level} repeat={repeat}" for level in OPTIMIZER.levels for repeat in range(8)]
     grid = {"optimizer": OPTIMIZER.levels}
@@ -254,7 +254,7 @@ def cubes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(cubes(), st.sets(st.sampled_from(["optimizer", "precision", "shape", "method"]), min_size=1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parts_add_up_to_the_total_and_the_way_back_is_the_way_there_turned(cube, changed):
     trials = factorial(**cube)
     start, end = {**START, "method": "qlora"}, {**END, "method": "lora"}
@@ -274,7 +274,7 @@ def test_parts_add_up_to_the_total_and_the_way_back_is_the_way_there_turned(cube
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_parts_are_the_mean_step_over_all_orders(seed):
     trials = factorial(GRID, {**EFFECTS, **TOGETHER}, noise=0.3, random=seed)
     found = split(trials, FACTORS, THROUGHPUT, START, END)

@@ -99,7 +99,7 @@ def memory_trial(gib: float | None, **told: Any) -> Trial:
 # Who may speak
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     effect=st.floats(-1, 1),
     precision=st.floats(-1, 1),
@@ -167,7 +167,7 @@ def test_two_cards_of_the_same_name_that_disagree_decide_nothing() -> None:
 # What decides: an effect
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(effect=st.floats(-0.5, 0.5))
 def test_an_owner_of_the_card_gets_the_verdict_that_the_effect_deserves(effect: float) -> None:
     found = verdict("paged_adamw", grid(effect, device=CARD))
@@ -477,7 +477,7 @@ def planted_split(shape_effect: float, regime: str, noise: float = 0.01) -> Any:
     return lambda measure: split(trials, design(trials).factors, measure, *ends)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(shape_effect=st.floats(-1, 3))
 def test_what_the_optimizer_would_have_had_to_do_is_what_the_shape_leaves(shape_effect: float) -> None:
     study = paper()

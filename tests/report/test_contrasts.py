@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted import factorial, trial
 
@@ -362,7 +362,6 @@ def close(one: Contrast, other: Contrast) -> bool:
 
 
 @given(sweeps())
-@settings(max_examples=50, deadline=None)
 def test_swapping_the_sides_turns_the_sign(sweep):
     trials = factorial(GRID, **sweep)
     turned = Factor(name="optimizer", keys=("optimizer",), levels=("paged_adamw", "adamw"))
@@ -378,7 +377,6 @@ def test_swapping_the_sides_turns_the_sign(sweep):
 
 
 @given(sweeps(), st.floats(1e-6, 1e6), st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
 def test_neither_the_unit_nor_the_order_of_trials_matters(sweep, scale, order: random.Random):
     trials = factorial(GRID, **sweep)
     before = contrasts(trials, FACTORS, THROUGHPUT)

@@ -86,7 +86,6 @@ def test_without_variation_nothing_is_tied(points):
     assert tied(points) == []
 
 
-@settings(max_examples=150, deadline=None)
 @given(some_points())
 def test_the_groups_are_the_finest_whose_ranks_add_up(points):
     """Against the definition, tried on every way to part the settings."""
@@ -112,7 +111,6 @@ def test_the_groups_are_the_finest_whose_ranks_add_up(points):
         assert estimable == all(name not in group for group in tied(points))
 
 
-@settings(max_examples=100, deadline=None)
 @given(some_points(), st.randoms(use_true_random=False))
 def test_names_order_and_repeats_change_nothing(points, chance):
     swapped = {f"level{at}": f"level{to}" for at, to in enumerate(chance.sample(range(3), 3))}
@@ -122,7 +120,6 @@ def test_names_order_and_repeats_change_nothing(points, chance):
     assert parted(shuffled) == parted(points)
 
 
-@settings(max_examples=100, deadline=None)
 @given(some_points(), st.data())
 def test_a_setting_with_pairs_all_else_equal_is_never_called_confounded(points, data):
     name = data.draw(st.sampled_from(sorted(points[0])))
@@ -137,7 +134,6 @@ def test_a_setting_with_pairs_all_else_equal_is_never_called_confounded(points, 
 # design
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     some_points(most=3),
     st.lists(st.sampled_from([("1", "512"), ("2", "512"), ("1", "1024"), ("4", "256")]), min_size=8),
@@ -334,7 +330,7 @@ def test_a_baseline_whose_parts_never_met_is_refused():
         design([trial(**point) for point in PAPER], baseline={"optimizer": "adamw", "precision": "bf16"})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(6)))
 def test_the_order_of_trials_changes_nothing(order):
     trials = [trial(optimizer=o, batch_size=b) for o in ("adamw", "adamw_8bit") for b in "124"]

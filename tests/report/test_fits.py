@@ -1,7 +1,7 @@
 """The largest shape that fits a budget, and what the next one needed."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted import trial
 
@@ -174,7 +174,6 @@ def planted_needs(draw):
     return needs, trials
 
 
-@settings(max_examples=100, deadline=None)
 @given(planted_needs(), st.sampled_from([6, 8, 10, 12, 16, 24]), st.randoms(use_true_random=False))
 def test_verdicts_agree_with_what_was_planted(planted, budget, chance):
     needs, trials = planted

@@ -211,7 +211,7 @@ def test_a_hundred_trials_stay_within_what_a_phone_loads() -> None:
     assert len(page(_find(trials), _lines(trials)).encode()) < 1_500_000
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_no_page_shows_a_figure_that_is_none(data: st.DataObject) -> None:
     """Whatever half of a sweep is there: figures are figures, or there is a reason."""

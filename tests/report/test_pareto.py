@@ -1,6 +1,6 @@
 """Points as medians over their trials, and which of them nothing beats."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted import trial
 
@@ -81,7 +81,6 @@ def test_points_without_one_of_the_figures_are_left_out():
 some = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
 @given(some, st.randoms(use_true_random=False))
 def test_nothing_on_the_front_is_beaten_and_everything_off_it_is(figures, chance):
     candidates = [point(float(speed), float(joules), f"{at:02}") for at, (speed, joules) in enumerate(figures)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lora_lab.config import TrialConfig
+from lora_lab.placement import Placement
 from lora_lab.store import code_digest, environment, fingerprint
 from lora_lab.store.code_digest import deciding_files, telemetry_digest
 from lora_lab.sweep import sweeper
@@ -101,12 +102,12 @@ def test_uncommitted_are_only_changes_in_what_decides_a_figure(monkeypatch: pyte
 def test_other_figures_of_the_same_measurement_are_no_other_trial_and_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, facts = fingerprint.conditions(TrialConfig(), None), environment.environment()
+    before, facts = fingerprint.conditions(TrialConfig(), Placement()), environment.environment()
     then: Any = SimpleNamespace(read=lambda: SimpleNamespace(record=SimpleNamespace(tags=facts)))
     sweeper._warn_of_other_figures(then)
     assert capsys.readouterr().err == ""
     for module in (fingerprint, sweeper):
         monkeypatch.setattr(module, "environment", lambda: {**facts, "code.telemetry": "newer"})
-    assert fingerprint.conditions(TrialConfig(), None) == before
+    assert fingerprint.conditions(TrialConfig(), Placement()) == before
     sweeper._warn_of_other_figures(then)
     assert "-> newer" in capsys.readouterr().err

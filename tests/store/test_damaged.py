@@ -15,10 +15,13 @@ from lora_lab import recompute
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.events import Ended, Event, PhaseBegan, Step, decode, encode
 from lora_lab.outcome import End, Outcome
+from lora_lab.placement import Placement
 from lora_lab.reading import Damaged
-from lora_lab.store.outbox import Outbox, Recovered, recover, remember_outside
+from lora_lab.store.finishing import finish
+from lora_lab.store.outbox import Outbox
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Point, Record
+from lora_lab.store.recovery import Recovered, recover, remember_outside
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder, outlines
 from lora_lab.store.trial_folder import Manifest, TrialFolder, _Outline
 from lora_lab.sweep.plan import take_up
@@ -66,7 +69,7 @@ def finished(path: Path) -> TrialFolder:
     folder = killed(path)
     asked = folder.manifest()
     assert asked is not None
-    folder.finish(asked, End(outcome=Outcome.finished, reason=""), EVENTS, SAMPLES, seen())
+    finish(folder, asked, End(outcome=Outcome.finished, reason=""), EVENTS, SAMPLES, seen())
     return folder
 
 
@@ -434,7 +437,7 @@ def test_the_plan_of_a_sweep_that_runs_is_not_lost_with_its_file(
     folder.hold(plan)
     file.unlink() if harm == "deleted" else FILE_HARMS[harm](file)
     assert folder.exists
-    assert folder.planned(day / "3" / "0000") == TRIAL
+    assert folder.read().planned("0000") == TRIAL
     assert folder.read() == plan
     if harm != "a folder":
         folder.end(Outcome.finished, [])
@@ -446,11 +449,12 @@ def test_the_plan_of_a_sweep_that_runs_is_not_lost_with_its_file(
 @pytest.mark.parametrize("name", ["idle.json", "0000/seen.json", "0000/idle.jsonl"])
 def test_a_block_whose_draw_at_rest_cannot_be_read_is_measured_again(day: Path, name: str, harm: str) -> None:
     card = Card(index=0, uuid="u", name="c", total_bytes=1, compute_capability=(9, 0), driver="d")
-    keep_for_block(day / "3" / "0000", card, 0, this_process())
-    watched = of_block(day / "3", card, 0, this_process())
+    placement = Placement(cards=(card,))
+    keep_for_block(day / "3" / "0000", placement, 0, this_process())
+    watched = of_block(day / "3", placement, 0, this_process())
     assert watched == (IDLE, SAMPLES)
     FILE_HARMS[harm](day / "3" / name)
-    watched = of_block(day / "3", card, 0, this_process())
+    watched = of_block(day / "3", placement, 0, this_process())
     torn = name.endswith(".jsonl") and harm in TORN
     assert watched is None or (torn and len(watched[1]) < len(SAMPLES))
 

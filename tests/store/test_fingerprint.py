@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.config import DataSource, ModelSource, PackageConfig, TrialConfig, Weights
+from lora_lab.placement import Placement
 from lora_lab.store import fingerprint
 from lora_lab.store.fingerprint import conditions, digest, point_digest
 from lora_lab.telemetry.nvml import Card
 
+CPU = Placement()
 CARD = Card(index=0, uuid="GPU-1", name="Card", total_bytes=8 * 2**30, compute_capability=(8, 6), driver="570")
 
 
@@ -123,29 +125,29 @@ def config_of(source: DataSource, **data: Any) -> TrialConfig:
 
 def test_conditions_name_code_versions_and_device() -> None:
     config = config_of(DataSource.random_tokens)
-    on_cpu, on_card = conditions(config, None), conditions(config, CARD)
+    on_cpu, on_card = conditions(config, CPU), conditions(config, Placement(cards=(CARD,)))
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "python", "lora_lab"):
         assert on_cpu[f"version.{name}"]
     assert len(on_cpu["code"]) == 16
     assert on_cpu["device"].startswith("cpu")
     assert (on_card["device"], on_card["device.uuid"], on_card["device.driver"]) == ("Card", "GPU-1", "570")
-    assert on_cpu == conditions(config, None)
+    assert on_cpu == conditions(config, CPU)
 
 
 @pytest.mark.parametrize("key", ["code", "version.torch", "version.python", "version.bitsandbytes"])
 def test_other_code_or_another_version_are_other_conditions(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     config = config_of(DataSource.random_tokens)
-    before, facts = conditions(config, None), fingerprint.environment()
+    before, facts = conditions(config, CPU), fingerprint.environment()
     monkeypatch.setattr(fingerprint, "environment", lambda: {**facts, key: "other"})
-    assert conditions(config, None) == {**before, key: "other"}
+    assert conditions(config, CPU) == {**before, key: "other"}
 
 
 def test_what_cannot_change_a_result_is_no_condition(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(DataSource.random_tokens)
-    before, facts = conditions(config, None), fingerprint.environment()
+    before, facts = conditions(config, CPU), fingerprint.environment()
     others = {"commit": "other", "dirty": "true", "machine.memory_gib": "1", "version.mlflow": "0"}
     monkeypatch.setattr(fingerprint, "environment", lambda: facts | others)
-    assert conditions(config, None) == before
+    assert conditions(config, CPU) == before
 
 
 ROW = '{"instruction": "a", "output": "b"}\n'
@@ -155,23 +157,23 @@ def test_conditions_change_with_the_rows_and_not_with_where_they_lie(tmp_path: P
     path, moved = tmp_path / "rows.jsonl", tmp_path / "elsewhere.jsonl"
     path.write_text(ROW)
     config = config_of(DataSource.jsonl, path=str(path))
-    before = conditions(config, None)
+    before = conditions(config, CPU)
     moved.write_text(ROW)
-    assert conditions(config_of(DataSource.jsonl, path=str(moved)), None) == before
+    assert conditions(config_of(DataSource.jsonl, path=str(moved)), CPU) == before
     path.write_text(ROW.replace("b", "c"))  # as long as it was
-    changed = conditions(config, None)
+    changed = conditions(config, CPU)
     assert {key for key in before if before[key] != changed[key]} == {"data"}
     path.write_text(ROW)
-    assert conditions(config, None) == before, "the same rows again are the same rows"
+    assert conditions(config, CPU) == before, "the same rows again are the same rows"
     path.unlink()
-    assert conditions(config, None)["data"] == "missing"
+    assert conditions(config, CPU)["data"] == "missing"
 
 
 def test_the_shipped_rows_are_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = conditions(config_of(DataSource.shipped), None)
+    before = conditions(config_of(DataSource.shipped), CPU)
     (tmp_path / "rows.jsonl").write_text(ROW)
     monkeypatch.setattr(fingerprint, "SHIPPED", tmp_path / "rows.jsonl")
-    assert conditions(config_of(DataSource.shipped), None)["data"] != before["data"]
+    assert conditions(config_of(DataSource.shipped), CPU)["data"] != before["data"]
 
 
 def local_model(folder: Path) -> TrialConfig:
@@ -186,17 +188,17 @@ def test_conditions_change_with_a_local_models_files(tmp_path: Path, changed: st
         (tmp_path / name).write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"0" * 64)
     config = local_model(tmp_path)
-    before = conditions(config, None)
-    assert conditions(config, None) == before
+    before = conditions(config, CPU)
+    assert conditions(config, CPU) == before
     (tmp_path / changed).write_bytes(b"1" * 64)
-    now = conditions(config, None)
+    now = conditions(config, CPU)
     assert {key for key in before if before[key] != now[key]} == {"model"}
 
 
 def test_shapes_with_random_weights_need_no_folder(tmp_path: Path) -> None:
     config = local_model(tmp_path)
     config.model.weights = Weights.random
-    assert "model" not in conditions(config, None)
+    assert "model" not in conditions(config, CPU)
 
 
 @pytest.mark.parametrize(("kind", "key"), [("models", "model"), ("datasets", "data")])
@@ -210,14 +212,14 @@ def test_conditions_change_with_the_commit_that_a_hub_name_means_here(
         config = config_of(DataSource.hub, id="me/it")
     else:
         config.model.source, config.model.weights, config.model.id = ModelSource.hub, Weights.pretrained, "me/it"
-    assert conditions(config, None)[key] == "main", "never fetched: nobody here knows the commit"
+    assert conditions(config, CPU)[key] == "main", "never fetched: nobody here knows the commit"
     refs = tmp_path / f"{kind}--me--it" / "refs"
     refs.mkdir(parents=True)
     for commit in ("a" * 40, "b" * 40):
         (refs / "main").write_text(commit)
-        assert conditions(config, None)[key] == commit
+        assert conditions(config, CPU)[key] == commit
     node = config.data if key == "data" else config.model
     node.revision = "v1"
-    assert conditions(config, None)[key] == "v1"
+    assert conditions(config, CPU)[key] == "v1"
     (refs / "v1").write_text("c" * 40)
-    assert conditions(config, None)[key] == "c" * 40
+    assert conditions(config, CPU)[key] == "c" * 40

@@ -6,8 +6,8 @@ import pytest
 from conftest import Lab, store_of
 
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.paths import MULTIRUN
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder, check_trial_folder, check_working_folder
-from lora_lab.store.outbox import MULTIRUN
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import PLAN, Plan, Planned, SweepFolder
@@ -133,36 +133,23 @@ def test_a_sweeps_folder_may_hold_other_files_of_the_users(here: Path) -> None:
     check_sweep_folder(Path("mine"), LOCAL)
 
 
-def sweep_plan(launched: list[str]) -> Plan:
+def sweep_plan() -> Plan:
     """Of two trials."""
     trials = [
         Planned(number=n, settings={}, asked_place=n, repeat=0, overrides=[], point="p", fingerprint="f")
         for n in (0, 1)
     ]
     record = Record(name="a sweep", params={}, tags={}, is_sweep=True)
-    return Plan(owner=this_process(), tracking=NONE, record=record, conditions={}, trials=trials, launched=launched)
+    return Plan(owner=this_process(), tracking=NONE, record=record, conditions={}, trials=trials)
 
 
 @pytest.mark.parametrize("in_sweep", [False, True])
-@pytest.mark.parametrize("name", ["0000", "0001", "0000-2", "0007", "extra"])
-def test_only_what_a_sweep_launches_is_counted_among_its_trials(here: Path, in_sweep: bool, name: str) -> None:
-    """A trial of other settings would stand under a planned one's."""
-    SweepFolder(here / "sw").write(sweep_plan(["0001"]))
-    if in_sweep and name == "0001":
-        return check_trial_folder(here / "sw" / name, NONE, in_sweep)
+def test_only_what_a_sweep_launches_is_counted_among_its_trials(here: Path, in_sweep: bool) -> None:
+    """A trial of other settings would stand under a planned one's. A sweep says of each trial that it launches it."""
+    SweepFolder(here / "sw").write(sweep_plan())
     with pytest.raises(InvalidInput, match=r"sweep's folder.*=FOLDER"):
-        check_trial_folder(here / "sw" / name, NONE, in_sweep)
-
-
-def test_a_sweep_that_runs_launches_its_trials_though_its_file_is_behind(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SweepFolder, "_held", {})
-    folder, plan = SweepFolder(here / "sw"), sweep_plan([])
-    folder.write(plan)
-    plan.launched = ["0000"]
-    folder.hold(plan)
-    check_trial_folder(here / "sw" / "0000", NONE, in_sweep=True)
+        check_trial_folder(here / "sw" / "0001", NONE, in_sweep)
+    check_trial_folder(here / "sw" / "0001", NONE, in_sweep=True, planned=True)
 
 
 @pytest.mark.parametrize("name", ["mine/x", "mine/adapter/x", "mine/adapter/deep/er", "link/x"])

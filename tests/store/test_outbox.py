@@ -27,6 +27,7 @@ from mlflow.tracking import MlflowClient
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import outbox
+from lora_lab.store.finishing import finish
 from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
@@ -116,7 +117,7 @@ def refuse_half_a_sweep(client: MlflowClient, runs: list[Run], trials: int = 3) 
 
 def refuse_half_a_run(client: MlflowClient, run: Run) -> None:
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
-    assert [loss.step for loss in client.get_metric_history(run.info.run_id, "step/loss")] == [1, 2]
+    assert [loss.step for loss in client.get_metric_history(run.info.run_id, "Steps/loss")] == [1, 2]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "config.yaml", "events.jsonl", "summary.json", "trial.json"} <= names
 
@@ -203,7 +204,7 @@ def refuse_a_lost_figure(folder: Path) -> None:
     client, runs = store_of(folder)
     [one] = [run for run in runs if run.data.params["measure.steps"] == "200"]
     assert (one.info.status, one.data.tags["outcome"], one.data.tags["phase"]) == ("FINISHED", "finished", "done")
-    assert len(client.get_metric_history(one.info.run_id, "step/loss")) == 201
+    assert len(client.get_metric_history(one.info.run_id, "Steps/loss")) == 201
     assert one.data.metrics["throughput/tokens_per_second"] > 0
 
 
@@ -300,7 +301,7 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
         asked = Manifest(owner=gone, t=0.0, tracking=TrackingConfig(), record=record)
         folder = TrialFolder(tmp_path / "multirun" / "today" / str(number))
         folder.begin(asked, TrialConfig(), {}, HostFacts())
-        folder.finish(asked, End(outcome=Outcome.killed, reason=""), [], [], HostFacts())
+        finish(folder, asked, End(outcome=Outcome.killed, reason=""), [], [], HostFacts())
     opened: list[TrackingConfig] = []
 
     def unreachable(tracking: TrackingConfig) -> Tracker:
@@ -504,9 +505,13 @@ def test_a_trial_whose_parent_was_killed_in_its_window_is_recorded_as_killed_wit
     folder = left.folder / "multirun" / "2026-01-01" / "killed"
     said = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line.endswith("}")]
     losses = [event["loss"] for event in said if event["event"] == "Step"]
-    kept = sorted(client.get_metric_history(run.info.run_id, "step/loss"), key=lambda point: point.step)
+    kept = sorted(client.get_metric_history(run.info.run_id, "Steps/loss"), key=lambda point: point.step)
     assert [point.value for point in kept] == losses
-    assert [p.value for p in client.get_metric_history(run.info.run_id, "card/power_watts")] == [70.0, 71.0, 72.0]
+    assert [p.value for p in client.get_metric_history(run.info.run_id, "system/gpu_0_power_usage_watts")] == [
+        70.0,
+        71.0,
+        72.0,
+    ]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "environment.json", "events.jsonl", "samples.jsonl", "summary.json", "trial.json"} <= names
 
@@ -527,4 +532,4 @@ def test_a_torn_last_line_leaves_the_lines_before_it(left: Left) -> None:
     run = left.of("torn")
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     client, _ = store_of(left.folder)
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "step/loss")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "Steps/loss")] == [1, 2]

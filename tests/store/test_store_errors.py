@@ -19,10 +19,12 @@ from mlflow.tracking import MlflowClient
 from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.finishing import finish
 from lora_lab.store.local_store import address_of, database_of
-from lora_lab.store.outbox import Outbox, absolute, recover
+from lora_lab.store.outbox import Outbox, absolute
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
+from lora_lab.store.recovery import recover
 from lora_lab.store.stored_runs import open_store
 from lora_lab.store.sweep_folder import Plan, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
@@ -50,7 +52,7 @@ class Place:
         asked = Manifest(owner=replace(this_process(), pid=DEAD), t=0.0, tracking=self.tracking, record=record)
         folder = TrialFolder((sweep.path if sweep else self.folder / "multirun" / "today") / name)
         folder.begin(asked, TrialConfig(), {}, HostFacts())
-        folder.finish(asked, End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
+        finish(folder, asked, End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
         return folder
 
     def sweep(self) -> SweepFolder:

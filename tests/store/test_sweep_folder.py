@@ -8,6 +8,7 @@ import pytest
 
 from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
 from lora_lab.outcome import End, Outcome
+from lora_lab.store.finishing import finish
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.sweep_folder import Attempt, Plan, Planned, SweepFolder, outlines
@@ -61,7 +62,7 @@ def asked_for(trial: Planned) -> Manifest:
 def run(folder: SweepFolder, trial: Planned, outcome: Outcome, reason: str = "") -> TrialFolder:
     there = start(folder, trial)
     seen = HostFacts(warnings=["w"], metrics={"m": 1.0})
-    there.finish(asked_for(trial), End(outcome=outcome, reason=reason), [], [], seen)
+    finish(there, asked_for(trial), End(outcome=outcome, reason=reason), [], [], seen)
     return there
 
 
@@ -79,15 +80,11 @@ def test_a_plan_comes_back_as_it_went(tmp_path: Path) -> None:
 def test_the_folder_of_an_attempt_tells_its_trial(tmp_path: Path) -> None:
     folder = sweep_in(tmp_path, 0, 1, 12345)
     for name, number in (("0000", 0), ("0001", 1), ("0001-2", 1), ("0001-13", 1), ("12345", 12345)):
-        found = folder.planned(tmp_path / name)
+        found = folder.read().planned(name)
         assert found is not None
         assert found.number == number
     for name in ("0002", "1", "00010", "trials.csv", "0001x"):
-        assert folder.planned(tmp_path / name) is None
-
-
-def test_a_trial_alone_belongs_to_no_plan(tmp_path: Path) -> None:
-    assert SweepFolder(tmp_path).planned(tmp_path / "0000") is None
+        assert folder.read().planned(name) is None
 
 
 def test_every_attempt_has_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -232,7 +229,7 @@ def test_trials_alone_and_of_sweeps_are_what_a_forecast_is_made_from(tmp_path: P
     start(folder, planned(1))
     alone = TrialFolder(tmp_path / "day" / "alone")
     alone.begin(asked_for(planned(7)), TrialConfig(), {}, HostFacts())
-    alone.finish(asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
+    finish(alone, asked_for(planned(7)), End(outcome=Outcome.finished, reason=""), [], [], HostFacts())
     found = [(outline["point"], outline["outcome"]) for outline in outlines(tmp_path)]
     assert sorted(found) == [("p0", "failed"), ("p0", "finished"), ("p7", "finished")]
     assert outlines(tmp_path / "nowhere") == []

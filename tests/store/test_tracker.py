@@ -13,15 +13,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrackingKind
-from lora_lab.store.mlflow_store import (
-    InMemoryTracker,
-    MlflowTracker,
-    SweepUnknown,
-    Tracker,
-    TrackingFailed,
-    open_tracker,
-)
+from lora_lab.store.description import NOTE
+from lora_lab.store.errors import SweepUnknown, TrackingFailed
+from lora_lab.store.mlflow_names import SERIES, read_back
+from lora_lab.store.mlflow_store import MlflowTracker, open_tracker
 from lora_lab.store.record import RUNNING, Point, Record
+from lora_lab.store.saved_view import KEY, TAG
+from lora_lab.store.tracker import InMemoryTracker, Tracker
 
 MS = 1_700_000_000_000
 
@@ -96,14 +94,15 @@ class Mlflow:
 
     def _kept(self, run: Run) -> Kept:
         history = {key: self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        params, tags, history = read_back(run.data.params, run.data.tags, history)
         points = {key: [(p.step, p.value, p.timestamp) for p in found] for key, found in history.items()}
         series = {key: sorted(found) for key, found in points.items() if key.startswith("step/")}
         single = {key: found for key, found in points.items() if not key.startswith("step/")}
         assert {key: len(found) for key, found in single.items()} == dict.fromkeys(single, 1), "a figure has one value"
-        tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.") and k != "record_id"}
+        tags = {k: v for k, v in tags.items() if not k.startswith("mlflow.") and k != "record_id"}
         return Kept(
             run.info.run_name,
-            run.data.params,
+            params,
             tags,
             {key: found[0][1] for key, found in single.items()},
             series,
@@ -138,6 +137,7 @@ def record(outcome: str = "finished", steps: int = 4, **changes: Any) -> Record:
     asked: dict[str, Any] = {
         "name": "tiny qlora",
         "params": {"optimizer": "adamw", "optimizer.args": "{}", "model.path": "None", "data.path": ""},
+        "chosen": ["optimizer"],
         "outcome": outcome,
         "started_ms": MS,
         "ended_ms": None if outcome == RUNNING else MS + 60_000,
@@ -258,7 +258,7 @@ def test_a_loss_that_is_no_number_does_not_double_the_others(mlflow: Mlflow, los
     wanted.metrics["loss/train"] = loss
     for _ in range(3):
         run_id = mlflow.tracker().deliver(wanted, [])
-    history = mlflow.client.get_metric_history(run_id, "step/loss")
+    history = mlflow.client.get_metric_history(run_id, SERIES["step/loss"])
     assert sorted(point.step for point in history) == [1, 2, 3, 4, 5]
     [last] = [point.value for point in history if point.step == 5]
     assert math.isnan(last) if math.isnan(loss) else math.copysign(1.7e308, loss) / last < 1
@@ -423,3 +423,24 @@ def test_a_store_that_was_deleted_under_the_tracker_is_told(tmp_path: Path) -> N
 def test_the_local_store_is_the_default_and_none_is_memory(tmp_path: Path) -> None:
     assert isinstance(open_tracker(TrackingConfig(kind=TrackingKind.none)), InMemoryTracker)
     assert isinstance(open_tracker(TrackingConfig(root=str(tmp_path))), MlflowTracker)
+
+
+def test_the_saved_view_is_made_once_and_never_overwritten(mlflow: Mlflow) -> None:
+    tracker = mlflow.tracker()
+    run_id = tracker.deliver(record(), [])
+    lines = "\n".join(tracker.where(run_id))
+    assert f"viewStateShareKey={KEY}" in lines
+    assert f"/runs/{run_id}?" in lines
+    [run] = mlflow.runs()
+    mlflow.client.set_experiment_tag(run.info.experiment_id, TAG, "mine")
+    tracker.where(run_id)
+    assert mlflow.client.get_experiment(run.info.experiment_id).tags[TAG] == "mine"
+
+
+def test_a_sweeps_description_that_somebody_wrote_stays(mlflow: Mlflow) -> None:
+    above = record(RUNNING, is_sweep=True)
+    run_id = mlflow.tracker().deliver(above, [])
+    assert NOTE in mlflow.runs()[0].data.tags
+    mlflow.client.set_tag(run_id, NOTE, "mine")
+    mlflow.tracker().deliver(replace(above, outcome="finished"), [])
+    assert mlflow.runs()[0].data.tags[NOTE] == "mine"

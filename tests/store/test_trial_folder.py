@@ -18,9 +18,11 @@ from lora_lab.events import DataCounted, Ended, Event, Phase, PhaseBegan, Step, 
 from lora_lab.files import read_json, write_json
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import trial_folder
-from lora_lab.store.outbox import Outbox, recover
+from lora_lab.store.finishing import finish, finish_for_dead
+from lora_lab.store.outbox import Outbox
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record
+from lora_lab.store.recovery import recover
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
@@ -126,7 +128,7 @@ def test_a_trial_that_is_over_holds_no_file_open(tmp_path: Path, refused: bool) 
     if refused:
         there.give_up()
     else:
-        there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
+        finish(there, asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
 
 
@@ -144,7 +146,7 @@ def test_a_killed_trial_is_recorded_with_all_that_was_said_before(
     after = TrialFolder(path)
     asked = after.manifest()
     assert asked is not None
-    record = after.finish_for_dead(asked)
+    record = finish_for_dead(after, asked)
     assert (record.outcome, record.tags["outcome"]) == ("killed", "killed")
     assert "gone" in record.tags["reason"]
     assert record.id == asked.record.id, "delivered before or not, it is the same run"
@@ -179,7 +181,7 @@ def test_a_trial_that_had_said_its_last_word_ends_as_it_said(
     after = TrialFolder(tmp_path)
     asked = after.manifest()
     assert asked is not None
-    record = after.finish_for_dead(asked)
+    record = finish_for_dead(after, asked)
     assert (record.outcome, record.tags.get("reason", "")) == (ended.outcome, ended.reason)
     assert record.tags.get("step") == step_tag
     assert record.ended_ms == 1_000_000_020_000
@@ -197,7 +199,7 @@ def test_a_trial_that_was_killed_before_it_said_anything_took_no_days(tmp_path: 
     there = TrialFolder(tmp_path)
     found = there.manifest()
     assert found is not None
-    record = there.finish_for_dead(found)
+    record = finish_for_dead(there, found)
     assert record.ended_ms is not None
     assert record.ended_ms - record.started_ms < day
 
@@ -208,7 +210,7 @@ def test_a_finished_trials_record_is_the_same_in_memory_and_on_disk(tmp_path: Pa
     told(there, EVENTS, SAMPLES)
     seen = HostFacts(warnings=["the card was shared"], metrics={"time/waiting_seconds": 3.0})
     assert there.record() is None
-    record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, seen)
+    record, summary = finish(there, asked, FINISHED, EVENTS, SAMPLES, seen)
     assert repr(TrialFolder(tmp_path).record()) == repr(record)
     assert "the card was shared" in summary.warnings
     assert "the card was shared" in record.tags["warnings"]
@@ -225,7 +227,7 @@ def test_a_summary_without_a_record_is_no_end(tmp_path: Path) -> None:
     """Killed between the two files: the record is what counts, and comes last."""
     asked = asked_for()
     there = begun(tmp_path, asked)
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
+    finish(there, asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     (tmp_path / "record.json").unlink()
     assert (there.outline(), there.record()) == (None, None)
 
@@ -241,7 +243,7 @@ def test_any_text_of_other_programs_can_be_recorded(tmp_path: Path, text: str) -
     end = End(outcome=Outcome.failed, reason=text, traceback=f"Traceback\n{text}")
     events: list[Event] = [*EVENTS, Warned(t=15.0, text=text)]
     told(there, events, [])
-    record, _ = there.finish(asked, end, events, [], HostFacts(no_sensor="no card", warnings=[text]))
+    record, _ = finish(there, asked, end, events, [], HostFacts(no_sensor="no card", warnings=[text]))
     kept = TrialFolder(tmp_path).record()
     assert repr(kept) == repr(record)
     assert kept is not None
@@ -326,7 +328,7 @@ def test_a_journal_that_found_the_disk_full_is_written_whole_at_the_end(
     with files_of_at_most(size):
         told(there, EVENTS, SAMPLES)
     told(there, [step(STEPS + 1)], [sample(8)])  # there is room again, but the line before is torn
-    there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
+    finish(there, asked, FINISHED, EVENTS, SAMPLES, HostFacts())
     assert lines_of(path / "events.jsonl") == [encode(event) for event in [*EVENTS, step(STEPS + 1)]]
     assert lines_of(path / "samples.jsonl") == [s.encode() for s in [*SAMPLES, sample(8)]]
 
@@ -336,7 +338,7 @@ def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path)
     there = begun(tmp_path, asked)
     with files_of_at_most(100):
         told(there, EVENTS, SAMPLES)
-        record, summary = there.finish(asked, FINISHED, EVENTS, SAMPLES, HostFacts())
+        record, summary = finish(there, asked, FINISHED, EVENTS, SAMPLES, HostFacts())
         there.mark_delivered("r1")
     assert record.outcome == "finished"
     assert len([point for point in record.series if point.key == "step/loss"]) == STEPS
@@ -359,9 +361,8 @@ def test_a_trial_that_was_over_on_a_full_disk_is_not_killed_by_the_next_start(
     there = begun(tmp_path / "multirun" / "day" / "time", asked)
     with files_of_at_most(1500):
         told(there, EVENTS, SAMPLES)
-        record, _ = there.finish(
-            asked, FINISHED, [*EVENTS, Ended(t=20.0, outcome="finished", reason="")], [], HostFacts()
-        )
+        said = [*EVENTS, Ended(t=20.0, outcome="finished", reason="")]
+        record, _ = finish(there, asked, FINISHED, said, [], HostFacts())
     store = Outbox(asked.tracking)
     with monkeypatch.context() as full:
         full.setattr(trial_folder, "write_json", _refuse)
@@ -390,7 +391,7 @@ def test_the_store_gets_every_file_but_those_it_has_as_the_run_itself(tmp_path: 
     there = begun(tmp_path, asked)
     (tmp_path / "adapter").mkdir()
     (tmp_path / ".record.json1234").touch()  # left by a kill in the middle of a write
-    there.finish(asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, HostFacts())
+    finish(there, asked, End(outcome=Outcome.failed, reason="x", traceback="t"), EVENTS, SAMPLES, HostFacts())
     there.mark_delivered("r1")
     assert {path.name for path in there.artifacts()} == {
         "adapter",

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
+from lora_lab.paths import MULTIRUN
 from lora_lab.store.fingerprint import point_digest
-from lora_lab.store.outbox import MULTIRUN
+from lora_lab.store.finishing import finish
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
@@ -180,7 +181,7 @@ def ran(folder: SweepFolder, *trials: Planned, outcome: Outcome = Outcome.finish
             record=Record(name=trial.name, params={}, tags={"device": "cpu"}),
         )
         there.begin(asked, TrialConfig(), {}, HostFacts())
-        there.finish(asked, End(outcome=outcome, reason=""), [], [], HostFacts())
+        finish(there, asked, End(outcome=outcome, reason=""), [], [], HostFacts())
 
 
 @pytest.mark.usefixtures("here")

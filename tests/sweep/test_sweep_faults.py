@@ -215,7 +215,7 @@ def test_what_failed_by_an_exception_left_its_traceback(harmed: Look) -> None:
 def test_what_was_measured_before_the_end_is_kept(harmed: Look) -> None:
     client, _ = store_of(harmed.folder)
     steps = {
-        case.name: len(client.get_metric_history(harmed.run_of(case).info.run_id, "step/loss"))
+        case.name: len(client.get_metric_history(harmed.run_of(case).info.run_id, "Steps/loss"))
         for case in CASES
         if case.where.startswith("after step")
     }

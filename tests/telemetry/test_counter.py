@@ -1,7 +1,7 @@
 """A running counter between two moments, against cards whose energy is known exactly."""
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from synthetic import (
     CONSTANT,
@@ -40,7 +40,6 @@ def sure_ticks(card: SyntheticCard, seconds: float) -> float:
     return (seconds - sum(gap for _, gap in card.gaps)) / apart - 2
 
 
-@settings(max_examples=600)
 @given(card=synthetic_cards(ANY, gaps=2.0), start=st.floats(0.5, 3), seconds=st.floats(0.5, 8))
 def test_whatever_the_power_does_the_true_energy_lies_within_the_error(
     card: SyntheticCard, start: float, seconds: float
@@ -56,7 +55,6 @@ def test_whatever_the_power_does_the_true_energy_lies_within_the_error(
     assert abs(found.joules - card.drawn(start, start + seconds)) <= found.error_joules + ROUNDING
 
 
-@settings(max_examples=100)
 @given(card=synthetic_cards(ANY), start=st.floats(0.5, 3), seconds=st.floats(5, 8))
 def test_the_error_is_no_more_than_a_few_ticks_and_readings_of_energy(
     card: SyntheticCard, start: float, seconds: float
@@ -66,7 +64,6 @@ def test_the_error_is_no_more_than_a_few_ticks_and_readings_of_energy(
     assert measured(card, start, start + seconds).error_joules <= 4 * longest * card.power.highest + ROUNDING
 
 
-@settings(max_examples=100)
 @given(card=synthetic_cards(ANY), start=st.floats(0.5, 2), seconds=st.tuples(st.floats(5, 6), st.floats(5, 6)))
 def test_two_windows_end_to_end_draw_what_both_draw_as_one(
     card: SyntheticCard, start: float, seconds: tuple[float, float]
@@ -81,7 +78,6 @@ STEADY = synthetic_cards(CONSTANT | squares(0.004, 0.5))
 START, END = 2.0, 9.0
 
 
-@settings(max_examples=100)
 @given(card=STEADY, at=st.floats(START, END - 0.5), fault=st.sampled_from([reset, wrapped]))
 def test_a_counter_that_begins_again_within_the_window_is_refused(
     card: SyntheticCard, at: float, fault: type[Fault]
@@ -91,7 +87,6 @@ def test_a_counter_that_begins_again_within_the_window_is_refused(
         measured(card, START, END, fault(at))
 
 
-@settings(max_examples=100)
 @given(card=STEADY, at=st.one_of(st.floats(0, 1), st.floats(9.8, 10.4)), fault=st.sampled_from([reset, wrapped]))
 def test_what_a_counter_does_well_outside_the_window_is_of_no_concern(
     card: SyntheticCard, at: float, fault: type[Fault]
@@ -101,7 +96,6 @@ def test_what_a_counter_does_well_outside_the_window_is_of_no_concern(
     assert measured(card, START, END, frozen(at, 0.9, catches_up=False)).joules == pytest.approx(sound.joules, abs=0.01)
 
 
-@settings(max_examples=100)
 @given(card=STEADY, at=st.floats(START + 0.1, END - 1.8), seconds=st.floats(1.6, 20), catches_up=st.booleans())
 def test_a_counter_that_stands_still_within_the_window_is_refused(
     card: SyntheticCard, at: float, seconds: float, catches_up: bool
@@ -111,7 +105,6 @@ def test_a_counter_that_stands_still_within_the_window_is_refused(
         measured(card, START, END, frozen(at, seconds, catches_up))
 
 
-@settings(max_examples=100)
 @given(card=STEADY, at=st.floats(1, 10), seconds=st.floats(0, 2))
 def test_a_counter_that_stands_still_for_a_moment_and_catches_up_costs_no_accuracy(
     card: SyntheticCard, at: float, seconds: float
@@ -138,7 +131,6 @@ def test_a_counter_that_is_no_longer_there_at_the_windows_end_is_refused_not_cal
         measured(SyntheticCard(power=Constant(300.0)), START, END, without("energy_joules", since=since))
 
 
-@settings(max_examples=100)
 @given(card=synthetic_cards(ANY), ticks=st.floats(0.1, FEWEST_TICKS - 2))
 def test_fewer_than_twenty_ticks_are_too_few(card: SyntheticCard, ticks: float) -> None:
     with pytest.raises(TooFewTicks, match=f"fewer than {FEWEST_TICKS}"):

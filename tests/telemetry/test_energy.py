@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from synthetic import (
     AVERAGE,
@@ -59,7 +59,6 @@ def refused(energy: Energy) -> str:
     return energy.reason
 
 
-@settings(max_examples=300)
 @given(card=synthetic_cards(ANY), start=STARTS, seconds=SECONDS)
 def test_a_sound_counter_is_used_and_the_true_energy_lies_within_its_error(
     card: SyntheticCard, start: float, seconds: float
@@ -73,7 +72,6 @@ def test_a_sound_counter_is_used_and_the_true_energy_lies_within_its_error(
     assert energy.disagreement == energy.power.joules / (energy.joules or 0) - 1
 
 
-@settings(max_examples=300)
 @given(card=synthetic_cards(READ_OFTEN_ENOUGH, gaps=0.1), start=STARTS, seconds=SECONDS)
 def test_without_a_counter_instant_power_that_changes_slower_than_it_is_read_is_integrated_within_its_error(
     card: SyntheticCard, start: float, seconds: float
@@ -85,7 +83,6 @@ def test_without_a_counter_instant_power_that_changes_slower_than_it_is_read_is_
     assert low <= card.drawn(start, start + seconds) <= high
 
 
-@settings(max_examples=200)
 @given(start=STARTS, late=st.floats(-0.2, 0.2), levels=st.tuples(st.floats(20, 700), st.floats(20, 700)))
 def test_without_a_counter_power_that_changes_once_at_the_windows_edge_is_integrated_within_its_error(
     start: float, late: float, levels: tuple[float, float]
@@ -98,7 +95,6 @@ def test_without_a_counter_power_that_changes_once_at_the_windows_edge_is_integr
         assert least <= card.drawn(start, start + 5.0) <= most
 
 
-@settings(max_examples=300)
 @given(card=synthetic_cards(SLOWER_THAN_THE_MEAN, gaps=0.1), start=STARTS, seconds=SECONDS)
 def test_average_power_that_changes_slower_than_its_second_is_integrated_within_its_error(
     card: SyntheticCard, start: float, seconds: float
@@ -113,7 +109,6 @@ def test_average_power_that_changes_slower_than_its_second_is_integrated_within_
     assert low <= card.drawn(start, start + seconds) <= high
 
 
-@settings(max_examples=300)
 @given(start=STARTS, late=st.tuples(st.floats(-0.6, 0.6), st.floats(-0.6, 0.6)), high_within=st.booleans())
 def test_average_power_that_changes_at_both_edges_is_integrated_within_its_error(
     start: float, late: tuple[float, float], high_within: bool
@@ -126,7 +121,6 @@ def test_average_power_that_changes_at_both_edges_is_integrated_within_its_error
     assert least <= card.drawn(start, start + 5.0) <= most
 
 
-@settings(max_examples=200)
 @given(card=synthetic_cards(squares(0.01, 0.9)), start=STARTS, seconds=SECONDS)
 def test_of_fast_waves_average_power_is_off_by_a_quarter_second_of_the_wave_at_most(
     card: SyntheticCard, start: float, seconds: float
@@ -139,7 +133,6 @@ def test_of_fast_waves_average_power_is_off_by_a_quarter_second_of_the_wave_at_m
     assert low - at_the_edges <= card.drawn(start, start + seconds) <= high + at_the_edges
 
 
-@settings(max_examples=100)
 @given(power=CONSTANT | RAMP, start=STARTS, seconds=SECONDS, missing=st.sampled_from([(COUNTER,), (COUNTER, INSTANT)]))
 def test_power_that_is_constant_or_rises_steadily_is_integrated_exactly(
     power: Constant | Ramp, start: float, seconds: float, missing: tuple[str, ...]
@@ -155,7 +148,6 @@ def test_idle_draw_counts() -> None:
     assert seen(SyntheticCard(power=Constant(126.0)), 1.0, 10.0).joules == pytest.approx(1260, rel=0.01)
 
 
-@settings(max_examples=150)
 @given(watts=st.floats(60, 700), gain=st.floats(0.5, 2.0), offset=st.floats(-20, 20), start=STARTS)
 def test_a_counter_that_disagrees_with_power_by_more_than_a_tenth_is_not_used_and_the_run_says_so(
     watts: float, gain: float, offset: float, start: float
@@ -199,7 +191,6 @@ FAULTS = st.one_of(
 )
 
 
-@settings(max_examples=600)
 @given(card=synthetic_cards(SLOWER_THAN_THE_MEAN), faults=st.lists(FAULTS, min_size=1, max_size=3))
 def test_every_fault_ends_in_a_reason_or_in_a_source_that_is_named_and_holds(
     card: SyntheticCard, faults: list[Fault]
@@ -223,7 +214,6 @@ def test_every_fault_ends_in_a_reason_or_in_a_source_that_is_named_and_holds(
         assert low <= true <= high
 
 
-@settings(max_examples=200)
 @given(card=synthetic_cards(SLOWER_THAN_THE_MEAN), since=st.floats(0, END), power=st.sampled_from([INSTANT, AVERAGE]))
 def test_when_the_best_sources_fall_silent_on_the_way_the_next_one_that_saw_it_all_is_used(
     card: SyntheticCard, since: float, power: str
@@ -263,7 +253,6 @@ def test_each_fault_of_the_counter_is_named_and_the_next_source_is_used(
     assert energy.joules is None or source == "counter" or energy.joules == pytest.approx(2100.0)
 
 
-@settings(max_examples=150)
 @given(card=synthetic_cards(ANY), ticks=st.floats(0.1, 18), start=STARTS)
 def test_a_window_of_few_ticks_has_no_energy_and_power_is_no_way_out(
     card: SyntheticCard, ticks: float, start: float
@@ -306,7 +295,6 @@ def test_a_card_that_was_never_read_or_offers_no_sensor_has_no_energy() -> None:
     assert "power" in refused(seen(card, 1.0, 5.0, without(COUNTER, INSTANT, AVERAGE)))
 
 
-@settings(max_examples=100)
 @given(card=synthetic_cards(ANY), start=STARTS, seconds=SECONDS)
 def test_the_cpus_energy_is_its_counters_alone(card: SyntheticCard, start: float, seconds: float) -> None:
     samples = [replace(s, cpu_joules=s.energy_joules, energy_joules=None) for s in card.samples(start + seconds + 1)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import (
     AVERAGE,
@@ -73,7 +73,6 @@ def test_all_figures_of_a_card_at_300_watts() -> None:
     assert (found.tags["idle_state"], found.tags["idle_source"]) == ("at rest", "counter")
 
 
-@settings(max_examples=200)
 @given(
     card=synthetic_cards(squares(0.004, 20)),
     resting=st.builds(SyntheticCard, power=st.builds(Constant, st.floats(5, 130)), tick=st.floats(0.01, 0.2)),
@@ -124,7 +123,6 @@ def test_what_was_only_stated_never_stands_in_a_measured_column(fault: Fault) ->
     assert "efficientllm/aec_watts" not in found.metrics
 
 
-@settings(max_examples=50)
 @given(watts=st.floats(1, 1000), price=st.floats(0.01, 2), grams=st.floats(1, 900))
 def test_what_was_stated_changes_no_measured_figure(watts: float, price: float, grams: float) -> None:
     plain = figures().metrics
@@ -241,7 +239,6 @@ FAULTS = st.one_of(
 )
 
 
-@settings(max_examples=200)
 @given(
     faults=st.lists(FAULTS, max_size=3), stated=st.sampled_from([Stated(), STATED]), idle=st.sampled_from([None, IDLE])
 )

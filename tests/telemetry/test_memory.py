@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.events import FIRST_STEP, Ended, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory, Ready
@@ -68,7 +68,6 @@ SPANS = {phase.value: (10.0 * number, 10.0 * number + 10) for number, phase in e
 USED = st.floats(0.5, 24)
 
 
-@settings(max_examples=150)
 @given(
     peaks=st.dictionaries(st.sampled_from([*SPANS]), st.tuples(USED, USED)),
     samples=st.lists(st.builds(reading, st.floats(0, 70), USED, st.none() | USED), max_size=40),

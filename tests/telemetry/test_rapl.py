@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.telemetry.rapl import Rapl
@@ -39,7 +39,6 @@ class Tree:
         self.counter(package).write_text(f"{(now + microjoules) % RANGE}\n")
 
 
-@settings(max_examples=60)
 @given(
     begin=st.lists(st.integers(0, RANGE - 1), min_size=1, max_size=2),
     drawn=st.lists(st.tuples(st.integers(0, 1), st.integers(0, RANGE - 1)), max_size=10),

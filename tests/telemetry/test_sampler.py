@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count, pairwise
 
 import pytest
@@ -15,8 +16,8 @@ RATE = 2000.0
 PATIENCE = 10.0
 
 
-def reading(slow: bool = True) -> Sample:
-    return Sample(t=time.monotonic(), instant_watts=1.0)
+def reading(slow: bool = True) -> list[Sample]:
+    return [Sample(t=time.monotonic(), instant_watts=1.0)]
 
 
 def wait_until(there: Callable[[], bool]) -> None:
@@ -39,7 +40,7 @@ def _no_thread_is_left() -> Iterator[None]:
 def test_a_dead_sensor_ends_the_sampling_with_its_reason() -> None:
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         next(asked)
         raise SensorFailed("GPU is lost")
 
@@ -53,7 +54,7 @@ def test_a_dead_sensor_ends_the_sampling_with_its_reason() -> None:
 def test_a_sensor_that_dies_in_a_trial_keeps_what_it_gave() -> None:
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         if next(asked) >= 5:
             raise SensorFailed("fell off the bus")
         return reading()
@@ -67,7 +68,7 @@ def test_a_sensor_that_dies_in_a_trial_keeps_what_it_gave() -> None:
 def test_a_trial_shorter_than_the_samplers_patience_still_learns_of_a_dead_sensor() -> None:
     asked = threading.Event()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         asked.set()
         raise SensorFailed("no answer")
 
@@ -82,7 +83,7 @@ def test_a_sensor_that_fails_now_and_then_is_read_on(fails: list[bool]) -> None:
     """However often it fails in all: only failures in a row, without one answer, end the sampling."""
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         if fails[next(asked) % len(fails)]:
             raise SensorFailed("busy")
         return reading()
@@ -96,7 +97,7 @@ def test_a_sensor_that_has_recovered_has_no_fault() -> None:
     """`fault` is what the figures that need samples give as their reason: there is none while samples come."""
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         if next(asked) == 3:
             raise SensorFailed("busy")
         return reading()
@@ -128,7 +129,7 @@ def test_readings_come_at_the_asked_rate_and_in_order() -> None:
 def test_energy_and_power_are_read_twenty_times_a_second_and_the_slower_sensors_with_every_fifth() -> None:
     asked: list[bool] = []
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         asked.append(slow)
         return reading()
 
@@ -149,7 +150,7 @@ def work(cpu_seconds: float) -> None:
 def test_however_much_a_reading_costs_looking_takes_a_quarter_of_a_core_at_most(cost: float) -> None:
     """Then there are fewer of them."""
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         work(cost)
         return reading()
 
@@ -169,7 +170,7 @@ def test_a_cheap_reading_costs_next_to_nothing_and_keeps_its_rate() -> None:
 def test_while_it_pauses_nothing_is_read_and_then_it_goes_on() -> None:
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         next(asked)
         return reading()
 
@@ -190,7 +191,7 @@ def test_a_slow_reading_is_not_made_up_for_by_a_burst() -> None:
     """A burst would take the processor from the trial, and a hung driver makes for a long one."""
     asked = count()
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         if next(asked) == 2:
             time.sleep(0.3)
         return reading()
@@ -209,11 +210,23 @@ def test_every_reading_is_told_at_once_and_in_order() -> None:
     assert kept == sampler.samples
 
 
+def test_each_card_has_a_sample_in_every_reading() -> None:
+    kept: list[Sample] = []
+
+    def read(slow: bool) -> list[Sample]:
+        return [*reading(), replace(*reading(), card=1)]
+
+    with Sampler(read, kept.append, rate_hz=RATE) as sampler:
+        wait_until(lambda: len(kept) >= 20)
+    assert [sample.card for sample in kept] == [0, 1] * (len(kept) // 2)
+    assert [Sample.decode(sample.encode()) for sample in kept] == sampler.samples
+
+
 def test_what_a_failing_sensor_gave_before_is_kept_once() -> None:
     asked = count()
     kept: list[Sample] = []
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         if next(asked) % 3 == 1:
             raise SensorFailed("busy")
         return reading()
@@ -228,7 +241,7 @@ def test_a_reading_that_hangs_past_the_end_is_not_kept() -> None:
     hangs, go_on = threading.Event(), threading.Event()
     kept: list[Sample] = []
 
-    def read(slow: bool) -> Sample:
+    def read(slow: bool) -> list[Sample]:
         hangs.set()
         go_on.wait()
         return reading()

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.events import (
@@ -201,7 +201,6 @@ def test_on_a_cpu_what_only_a_card_knows_is_absent() -> None:
     assert {name: summary.absent[name] for name in reasons} == reasons
 
 
-@settings(max_examples=150)
 @given(on_gpu=st.booleans(), stopped=st.integers(0, 60), sampled=st.floats(0, 20), fault=st.booleans())
 def test_wherever_a_trial_stops_its_figures_are_whole_or_absent(
     on_gpu: bool, stopped: int, sampled: float, fault: bool

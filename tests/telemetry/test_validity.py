@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import step, window_of
 
@@ -127,7 +127,6 @@ def test_the_worse_of_two_verdicts_is_told_with_both_reasons() -> None:
     assert "allocator" in verdict(found)[1]
 
 
-@settings(max_examples=100)
 @given(share=st.floats(0, 1), name=st.sampled_from(["thermal", "brake", "power_cap"]), begin=st.floats(0, 1e6))
 def test_the_share_of_throttled_time_is_what_the_cards_counter_grew_by(share: float, name: str, begin: float) -> None:
     """Readings see a part of it only: those between two of them are not missed by a counter."""

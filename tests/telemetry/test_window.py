@@ -3,14 +3,14 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import CONSTANT, ROUNDING, SyntheticCard, squares, step, synthetic_cards
 
-from lora_lab.events import Step
+from lora_lab.events import Step, WindowClosed, WindowOpened
 from lora_lab.telemetry.energy import window_energy
 from lora_lab.telemetry.throughput import throughput
-from lora_lab.telemetry.window import Window, steady
+from lora_lab.telemetry.window import Window, find_window, steady
 
 LENGTHS = st.lists(st.floats(0.05, 2.0), min_size=1, max_size=30)
 
@@ -38,7 +38,6 @@ def test_parts_end_to_end_are_the_whole_window(
 STEP_SECONDS, STEPS = 0.25, 240
 
 
-@settings(max_examples=60)
 @given(card=synthetic_cards(CONSTANT | squares(0.01, 0.24)), cuts=st.sets(st.integers(20, 220), max_size=5))
 def test_the_energies_of_parts_add_up_to_the_windows(card: SyntheticCard, cuts: set[int]) -> None:
     whole = Window(2.0, 2.0 + STEPS * STEP_SECONDS, steps_of([STEP_SECONDS] * STEPS))
@@ -51,7 +50,6 @@ def test_the_energies_of_parts_add_up_to_the_windows(card: SyntheticCard, cuts: 
         assert sum(energy.joules or 0.0 for energy in found) == pytest.approx(total, rel=1e-9)
 
 
-@settings(max_examples=60)
 @given(card=synthetic_cards(CONSTANT | squares(0.01, 0.24)), first=st.integers(0, STEPS - 20))
 def test_five_seconds_of_a_long_steady_run_cost_as_much_a_token_as_all_of_it_within_the_errors(
     card: SyntheticCard, first: int
@@ -89,3 +87,17 @@ def test_slow_steps_at_the_start_are_left_out_with_their_time_and_no_others(
     assert kept.end == window.end
     later = Window(5.0, 5.0 + sum(slow) + sum(usual), steps_of([*usual, *slow]))
     assert steady(later) == later, "a slow step further on is part of what is measured"
+
+
+def test_a_trials_windows_are_found_by_their_names() -> None:
+    def edges(name: str, start: float, after: int, last: int) -> tuple[WindowOpened, WindowClosed]:
+        opened = WindowOpened(t=start, after_step=after, name=name)
+        return opened, WindowClosed(t=start + 9.0, after_step=last, name=name)
+
+    events = [*edges("inference", 0.0, 0, 2), *edges("train", 10.0, 2, 5), *steps_of([1.0] * 5)]
+    train, other = find_window(events), find_window(events, "inference")
+    assert train is not None
+    assert other is not None
+    assert ([each.step for each in train.steps], train.start) == ([3, 4, 5], 10.0)
+    assert ([each.step for each in other.steps], other.start) == ([1, 2], 0.0)
+    assert find_window(events, "another") is None

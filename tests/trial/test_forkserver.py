@@ -21,10 +21,10 @@ from conftest import Lab, record_of
 from fakes import workers
 
 from lora_lab.config import Isolation, TrialConfig
-from lora_lab.events import Ready
-from lora_lab.outcome import Outcome
+from lora_lab.events import Ended, Event, PhaseBegan, Ready, Warned
+from lora_lab.outcome import End, Outcome
 from lora_lab.trial import forkserver, worker_process
-from lora_lab.trial.worker_process import check_trials, run_worker
+from lora_lab.trial.worker_process import check_trials, run_workers
 from lora_lab.worker import process
 
 pytestmark = pytest.mark.timeout(120)  # what hangs here hangs for ever
@@ -156,16 +156,55 @@ def test_what_a_worker_without_a_last_word_died_of(code: int, begun: bool, tmp_p
 
 def test_a_worker_that_never_speaks_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "main", workers.silent)
-    end = run_worker(TrialConfig(), {}, tmp_path, lambda _: None)
+    end = run_workers(TrialConfig(), {}, tmp_path, lambda _: None)
     assert end.outcome is Outcome.failed
     assert "did not begin" in end.reason
+    assert run_next(tmp_path, monkeypatch)
+
+
+def test_a_worker_that_speaks_without_a_pause_has_a_time_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "main", workers.never_pauses)
+    end = run_workers(TrialConfig(timeout_minutes=SECONDS / 60), {}, tmp_path, lambda _: None)
+    assert end.outcome is Outcome.timed_out
+
+
+def test_two_workers_speak_in_one_stream_each_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "main", workers.of_two)
+    heard: list[Event] = []
+    end = run_workers(TrialConfig(), {}, tmp_path, heard.append, world_size=2)
+    assert end == End(outcome=Outcome.finished, reason="")
+    assert {(event.rank, event.text) for event in heard if isinstance(event, Warned)} == {(0, "0 of 2"), (1, "1 of 2")}
+    assert sorted(event.rank for event in heard if isinstance(event, Ready | Ended)) == [0, 0, 1, 1]
+    assert [event.phase for event in heard if isinstance(event, PhaseBegan)] == ["of 0"], "the lead speaks"
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("main", "outcome", "reason"),
+    [
+        (workers.second_dies, Outcome.killed, "rank 1: the worker was ended by SIGKILL"),
+        (workers.second_fails, Outcome.out_of_memory, "rank 1: its memory is full"),
+    ],
+)
+def test_one_of_two_workers_ends_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Any, outcome: Outcome, reason: str
+) -> None:
+    monkeypatch.setattr(process, "main", main)
+    heard: list[Event] = []
+    end = run_workers(TrialConfig(), {}, tmp_path, heard.append, world_size=2)
+    assert end.outcome is outcome
+    assert end.reason.startswith(reason)
+    assert not any(psutil.pid_exists(event.pid) for event in heard if isinstance(event, Ready))
+    assert not multiprocessing.active_children()
     assert run_next(tmp_path, monkeypatch)
 
 
 def run_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the next trial runs."""
     monkeypatch.setattr(process, "main", workers.speaks)
-    return run_worker(TrialConfig(), {}, folder, lambda _: None).outcome is Outcome.finished
+    return run_workers(TrialConfig(), {}, folder, lambda _: None).outcome is Outcome.finished
 
 
 def test_a_server_that_hangs_while_a_trial_runs_costs_neither_this_one_nor_the_next(
@@ -177,7 +216,7 @@ def test_a_server_that_hangs_while_a_trial_runs_costs_neither_this_one_nor_the_n
         if isinstance(event, Ready):
             os.kill(server_pid(), signal.SIGSTOP)
 
-    assert run_worker(TrialConfig(), {}, tmp_path, stop_the_server).outcome is Outcome.finished
+    assert run_workers(TrialConfig(), {}, tmp_path, stop_the_server).outcome is Outcome.finished
     assert run_next(tmp_path, monkeypatch)
 
 
@@ -186,8 +225,8 @@ def test_a_check_that_hangs_is_given_up_and_what_it_had_found_is_kept(
 ) -> None:
     monkeypatch.setattr(process, "check", workers.looks_once)
     seen: list[int] = []
-    found, why = check_trials([TrialConfig()] * 3, tmp_path / "check.log", seen.append, seconds=SECONDS)
-    assert found == ["the first is refused", "", ""]
+    looks, why = check_trials([TrialConfig()] * 3, tmp_path / "check.log", seen.append, seconds=SECONDS)
+    assert [look.faults for look in looks] == [("the first is refused",), (), ()]
     assert "did not answer within 1 s" in why
     assert seen == [1]
     assert not multiprocessing.active_children()
@@ -272,7 +311,7 @@ def test_nothing_that_a_launcher_left_behind_reaches_a_trial_in_this_process(
     stub.run_trial = run_trial
     monkeypatch.setitem(sys.modules, "lora_lab.worker.trial", stub)
     config = TrialConfig(isolation=Isolation.inline)
-    assert run_worker(config, {"TOKENIZERS_PARALLELISM": "no"}, tmp_path, lambda _: None).outcome is Outcome.finished
+    assert run_workers(config, {"TOKENIZERS_PARALLELISM": "no"}, tmp_path, lambda _: None).outcome is Outcome.finished
     assert not seen[0].keys() & set(LEFT_BEHIND)
     assert seen[0]["TOKENIZERS_PARALLELISM"] == "no"
 
@@ -285,4 +324,4 @@ def test_a_worker_of_a_server_that_had_to_be_replaced_sees_none_of_it_either(
     forkserver.prepare()
     with contextlib.suppress(ProcessLookupError):
         os.kill(server_pid(), signal.SIGKILL)
-    assert run_worker(TrialConfig(), {}, tmp_path, lambda _: None).reason == ""
+    assert run_workers(TrialConfig(), {}, tmp_path, lambda _: None).reason == ""

@@ -32,7 +32,7 @@ def test_a_poisoned_context_a_kill_a_hang_and_no_memory_end_one_trial_each(tmp_p
         "share_device=true",
     )
     rates = ",".join(["0.0001", *HARM, "0.0006"])
-    said = lab_in(tmp_path)(
+    said = lab_in(tmp_path, real=True)(
         "-m",
         *short,
         f"learning_rate={rates}",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lora_lab.placement import Placement
 from lora_lab.store.process_id import this_process
 from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts, Idle
@@ -23,6 +24,7 @@ TICK = 0.1
 CARD = Card(
     index=0, uuid="GPU-1", name="Fake Card 0", total_bytes=2**33, compute_capability=(8, 6), driver="fake-driver"
 )
+ON_CARD = Placement(cards=(CARD,))
 
 
 @dataclass
@@ -73,7 +75,7 @@ class RestingCard:
 class OnTime:
     """A sampler whose readings come when they are due, whatever the machine does meanwhile."""
 
-    def __init__(self, read: Callable[[bool], Sample], clock: Clock) -> None:
+    def __init__(self, read: Callable[[bool], list[Sample]], clock: Clock) -> None:
         self._read, self._clock, self._begin = read, clock, clock.now
         self._samples: list[Sample] = []
         self.fault: str | None = None
@@ -90,7 +92,7 @@ class OnTime:
         while (t := self._begin + (len(self._samples) + 0.5) / RATE_HZ) < now and self.fault is None:
             self._clock.now = t
             try:
-                self._samples.append(self._read(len(self._samples) % 5 == 0))
+                self._samples += self._read(len(self._samples) % 5 == 0)
             except SensorFailed as error:
                 self.fault = str(error)
         self._clock.now = now
@@ -106,7 +108,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def measured(card: RestingCard, seconds: float = 5.0) -> Idle | str:
-    told = measure_idle(card, seconds, lambda _: None)  # type: ignore[arg-type]
+    told = measure_idle(Placement(cards=(card,)), seconds, lambda _: None)  # type: ignore[arg-type]
     if isinstance(told, str):
         return told
     watched, samples = told
@@ -152,6 +154,14 @@ def test_a_card_at_rest_is_watched_once_and_its_draw_lies_within_the_error(
     )
     assert clock.now - begin <= seconds + 3
     assert told.measured_ms == pytest.approx(clock.time() * 1e3)
+
+
+def test_the_draw_of_two_cards_is_that_of_both_together(clock: Clock) -> None:
+    both = Placement(cards=(RestingCard(at(62.5), clock), RestingCard(at(40.0), clock)))  # type: ignore[arg-type]
+    told = measure_idle(both, 5.0, lambda _: None)
+    assert not isinstance(told, str)
+    assert abs(told[0].watts - 102.5) <= told[0].error_watts + 1e-3
+    assert {sample.card for sample in told[1]} == {0, 1}
 
 
 @pytest.mark.parametrize("cooling", [0.5, 2.0])
@@ -202,27 +212,27 @@ def watched_by(sweep: Path, name: str, idle: Idle) -> Path:
 
 def test_the_other_trials_of_a_block_get_what_its_first_one_measured(tmp_path: Path) -> None:
     owner = this_process()
-    assert of_block(tmp_path, CARD, 0, owner) is None
-    keep_for_block(watched_by(tmp_path, "0000", IDLE), CARD, 0, owner)
-    keep_for_block(watched_by(tmp_path, "0003", replace(IDLE, watts=70.0)), CARD, 1, owner)
-    assert of_block(tmp_path, CARD, 0, owner) == (IDLE, READINGS)
-    assert of_block(tmp_path, CARD, 1, owner) == (replace(IDLE, watts=70.0), READINGS)
+    assert of_block(tmp_path, ON_CARD, 0, owner) is None
+    keep_for_block(watched_by(tmp_path, "0000", IDLE), ON_CARD, 0, owner)
+    keep_for_block(watched_by(tmp_path, "0003", replace(IDLE, watts=70.0)), ON_CARD, 1, owner)
+    assert of_block(tmp_path, ON_CARD, 0, owner) == (IDLE, READINGS)
+    assert of_block(tmp_path, ON_CARD, 1, owner) == (replace(IDLE, watts=70.0), READINGS)
 
 
 def test_another_block_card_or_start_of_the_sweep_measures_its_own(tmp_path: Path) -> None:
     """Hours may lie between, and a card is not as warm at night."""
     owner = this_process()
-    keep_for_block(watched_by(tmp_path, "0000", IDLE), CARD, 0, owner)
-    assert of_block(tmp_path, CARD, 1, owner) is None
-    assert of_block(tmp_path, replace(CARD, uuid="GPU-2"), 0, owner) is None
-    assert of_block(tmp_path, CARD, 0, replace(owner, started=owner.started + 1)) is None
+    keep_for_block(watched_by(tmp_path, "0000", IDLE), ON_CARD, 0, owner)
+    assert of_block(tmp_path, ON_CARD, 1, owner) is None
+    assert of_block(tmp_path, Placement(cards=(replace(CARD, uuid="GPU-2"),)), 0, owner) is None
+    assert of_block(tmp_path, ON_CARD, 0, replace(owner, started=owner.started + 1)) is None
 
 
 def test_what_was_lost_is_measured_anew(tmp_path: Path) -> None:
     owner = this_process()
     trial = watched_by(tmp_path, "0000", IDLE)
-    keep_for_block(trial, CARD, 0, owner)
-    (trial / "idle_power.jsonl").unlink()
-    assert of_block(tmp_path, CARD, 0, owner) is None
-    (tmp_path / "idle_power.json").write_text("{")
-    assert of_block(tmp_path, CARD, 0, owner) is None
+    keep_for_block(trial, ON_CARD, 0, owner)
+    (trial / "idle.jsonl").unlink()
+    assert of_block(tmp_path, ON_CARD, 0, owner) is None
+    (tmp_path / "idle.json").write_text("{")
+    assert of_block(tmp_path, ON_CARD, 0, owner) is None

@@ -29,9 +29,10 @@ from lora_lab.config import (
     Weights,
 )
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, Profiled, Step, WindowClosed, WindowOpened
-from lora_lab.worker.callback import PhaseClock, TelemetryCallback
+from lora_lab.worker.callback import TelemetryCallback
 from lora_lab.worker.data import Collator, Example, pack, train_collator
 from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.profiling import StepProfiler, covered
 from lora_lab.worker.training import make_trainer
 from lora_lab.worker.trial import run_trial

@@ -77,7 +77,6 @@ def collated(config: TrialConfig, examples: list[Example]) -> tuple[dict[str, Te
 
 
 @pytest.mark.parametrize("batching", Batching)
-@settings(max_examples=60)
 @given(examples=EXAMPLES)
 def test_counts_are_what_the_batch_holds(batching: Batching, examples: list[Example]) -> None:
     if batching is Batching.packed:
@@ -106,7 +105,6 @@ def test_the_width_is_what_batching_says(examples: list[Example]) -> None:
         assert "position_ids" not in batch
 
 
-@settings(max_examples=150)
 @given(examples=EXAMPLES)
 def test_packing_loses_no_token_and_makes_none(examples: list[Example]) -> None:
     rows = pack(examples, SEQ_LEN)
@@ -186,7 +184,6 @@ def test_documents_in_a_packed_row_never_see_each_other(attention: Attention, ro
 TEXT = st.text(min_size=1, max_size=40).map(str.strip).filter(bool)
 
 
-@settings(max_examples=300)
 @given(text=st.text(max_size=60))
 def test_any_text_runs_through_the_tiny_tokenizer_unchanged(text: str) -> None:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
@@ -203,7 +200,6 @@ def test_the_tiny_tokenizers_special_tokens_are_one_token_each_and_fit_the_tiny_
     assert TOKENIZER.pad_token_id != TOKENIZER.eos_token_id, "the end of a turn must not be taken for padding"
 
 
-@settings(max_examples=150)
 @given(prompt=TEXT, response=TEXT)
 def test_exactly_the_response_and_its_end_are_trained(prompt: str, response: str) -> None:
     made = tokenize(Row(prompt, response), TOKENIZER, seq_len=10_000)
@@ -217,7 +213,6 @@ def test_exactly_the_response_and_its_end_are_trained(prompt: str, response: str
     assert TOKENIZER.decode(made.ids) == asked + response + END, "the prompt is what the model is asked with"
 
 
-@settings(max_examples=150)
 @given(prompt=TEXT, response=TEXT, seq_len=st.integers(1, 150))
 def test_a_row_is_cut_at_its_end_and_says_so(prompt: str, response: str, seq_len: int) -> None:
     whole = tokenize(Row(prompt, response), TOKENIZER, seq_len=10_000)

@@ -13,6 +13,7 @@ from lora_lab.config import Quantization
 from lora_lab.worker.experts import expert_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import quantised_share
+from lora_lab.worker.trainables.trainable import trained_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -48,7 +49,7 @@ def step(model: Any) -> list[str]:
 def test_under_qlora_nearly_all_weights_are_in_4_bit(name: str) -> None:
     warned: list[str] = []
     model = load(name, warned, quantization=Quantization.nf4, double_quantization=True)
-    assert 0.9 < quantised_share(model) <= 1.0
+    assert 0.9 < quantised_share(model, trained_parameters(model)) <= 1.0
     assert ["get no adapter" in line for line in warned] == [True]
     assert step(model) == []
     first = float(model(input_ids=IDS, labels=IDS).loss.detach())

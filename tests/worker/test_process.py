@@ -12,6 +12,7 @@ from lora_lab.config import OptimizerConfig, TrialConfig
 from lora_lab.events import Ended, Event
 from lora_lab.worker import trial
 from lora_lab.worker.process import forget_hidden_gpus
+from lora_lab.worker.stages.stage import Stage
 
 
 def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,8 @@ def test_a_context_that_breaks_at_the_very_end_is_no_finished_trial(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(trial, "_train", lambda *_: break_the_card(monkeypatch))
+    breaks = Stage(None, lambda _: break_the_card(monkeypatch))
+    monkeypatch.setattr(trial, "STAGES", (trial.STAGES[0], breaks))
     said: list[Event] = []
     trial.run_trial(
         TrialConfig(optimizer=OptimizerConfig(optim="adamw_torch_fused"), share_device=True), tmp_path, said.append

@@ -1,7 +1,7 @@
-"""Attention masks that depend on a batch's shape and not on what is in it.
+"""Make attention masks depend on a batch's shape and not on its content.
 
-transformers looks at the padding, which waits for the device, and then gives attention a mask or none: two kernels, and
-two compilations. While a CUDA graph is recorded it can't look, and always makes one.
+transformers looks at the padding, which waits for the device, and then passes attention a mask or none: two kernels,
+and two compilations. While a CUDA graph is recorded it can't look, and always makes one.
 """
 
 import functools
@@ -11,35 +11,37 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_lab.worker.trainables.trainable import base_of
+
 WITHOUT_MASK = "_without_mask"
 WITH_MASK = "_with_mask"
-"""End the names of attention implementations that are never, or always, given one."""
+"""Suffixes of attention implementations that never, or always, get a mask."""
 AS_NEEDED = "as needed"
 
 
 def leave_out_masks(model: Any) -> None:
-    """Let torch's attention run as causal and nothing more. For rows that are padded on the right: what comes later is
-    never attended to, and what is padded has no label. transformers makes no mask for an attention function that has
-    no mask function of its own (masking_utils.py)."""
+    """Run torch's attention as causal, without a mask. This is right for rows that are padded on the right: a token
+    never attends to later ones, and padding has no label. transformers makes no mask for an attention function without
+    a mask function of its own (masking_utils.py)."""
     AttentionInterface.register(f"sdpa{WITHOUT_MASK}", sdpa_attention_forward)
-    model.get_base_model().set_attn_implementation(f"sdpa{WITHOUT_MASK}")
+    base_of(model).set_attn_implementation(f"sdpa{WITHOUT_MASK}")
 
 
 def always_mask(model: Any) -> None:
-    """Give torch's attention a mask in every batch: for packed rows, and layers with a window."""
+    """Pass torch's attention a mask in every batch: for packed rows, and layers with a window."""
     AttentionInterface.register(f"sdpa{WITH_MASK}", sdpa_attention_forward)
     AttentionMaskInterface.register(f"sdpa{WITH_MASK}", _whole_mask)
-    model.get_base_model().set_attn_implementation(f"sdpa{WITH_MASK}")
+    base_of(model).set_attn_implementation(f"sdpa{WITH_MASK}")
 
 
 @functools.wraps(sdpa_mask)
 def _whole_mask(*args: Any, **kwargs: Any) -> Any:
     mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-    return mask.contiguous()  # one that is the same for all rows is a view, which compiled code tells apart
+    return mask.contiguous()  # a mask that is the same for all rows is a view, which compiled code distinguishes
 
 
 def attention_of(model: Any) -> tuple[str, str]:
-    """The attention implementation as transformers calls it, and which masks it is given: never, always, as needed."""
+    """Return the attention implementation by transformers' name, and when it gets a mask: never, always, as needed."""
     name = str(model.config._attn_implementation)
     for ending, masks in ((WITHOUT_MASK, "never"), (WITH_MASK, "always")):
         if name.endswith(ending):
@@ -48,7 +50,7 @@ def attention_of(model: Any) -> tuple[str, str]:
 
 
 def needs_no_mask(architecture: Any, seq_len: int) -> bool:
-    """Whether no layer of the model looks at less than all that came before."""
+    """Return True where every layer of the model attends to all earlier tokens."""
     window = getattr(architecture, "sliding_window", None)
     kinds = set(getattr(architecture, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:

@@ -1,9 +1,9 @@
-"""Cross entropy over a few rows of logits at a time, so that the logits never exist whole.
+"""Calculate cross entropy over a few rows of logits at a time, so that the logits never exist whole.
 
 For a large vocabulary the logits are the largest tensor of a step: 4,096 tokens of Qwen2.5's 151,936 words take 2.5 GB
 in fp32, several times over. Here a chunk's logits live only until its loss and its gradient are known, in the forward,
-so that the backward needs no second product. torch 2.13 has the like (torch.nn.functional.linear_cross_entropy); 2.11
-has not, and torch.compile stops there. Liger's asks for a number on the host, which a CUDA graph can't record.
+so that the backward needs no second product. torch 2.13 has torch.nn.functional.linear_cross_entropy for this; 2.11
+does not, and torch.compile breaks the graph there. Liger's reads a number on the host, which a CUDA graph can't record.
 """
 
 from collections.abc import Callable
@@ -16,35 +16,36 @@ from transformers.modeling_outputs import CausalLMOutput
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.trainables.trainable import base_of
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that may exist at a time in any case: 0.125 GiB in a 16-bit format, and their gradient as much again."""
+"""Logits that may always exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
 
 _WIDER = 8
-"""Compiled, as many as this times the hidden state, about what the tensors of one layer's MLP take anyway: for many
-rows, larger products are nearer to what the card can do. Operation by operation a logit takes eight times as much."""
+"""Compiled, this many times the elements of the hidden state, about what the tensors of one layer's MLP take anyway:
+for many rows, larger products come closer to the card's peak. In eager mode a logit takes eight times the memory."""
 
 _PARTS = 4
-"""But no more than this part of all logits."""
+"""But no more than all logits divided by this."""
 
 _ALIGNED = 64
 
 _HEADROOM = 1024.0
-"""In fp16, gradients of single logits lie below what it holds; they are this much larger until the backward."""
+"""In fp16 the gradients of single logits underflow; they are scaled by this until the backward."""
 
 Chunk = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, Tensor]:
-    """A chunk's summed loss and its gradient.
+    """Calculate a chunk's summed loss and its gradient.
 
     Args:
         hidden: (rows, hidden size).
         weight: the head's, (vocabulary, hidden size), in the same format.
         labels: (rows,), IGNORED where nothing is predicted.
-        headroom: what the gradient is multiplied with.
+        headroom: factor on the gradient.
 
-    Returns: the loss in fp32, a scalar; its gradient over `hidden`, in that format, times `headroom`.
+    Returns: the loss in fp32, a scalar; the gradient of `hidden`, in its format, times `headroom`.
     """
     logits = torch.mm(hidden, weight.t()).float()
     trained = (labels != IGNORED).unsqueeze(1)
@@ -52,8 +53,8 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
     spread = torch.logsumexp(logits, dim=1, keepdim=True)
     loss = torch.where(trained, spread - logits.gather(1, target), 0.0).sum()
     words = torch.arange(weight.shape[0], device=labels.device)
-    slope = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
-    return loss, torch.mm((slope * headroom).to(hidden.dtype), weight)
+    grad_logits = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
+    return loss, torch.mm((grad_logits * headroom).to(hidden.dtype), weight)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -63,30 +64,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compiled = chunk is not chunk_loss and ctx.needs_input_grad[0]
         size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0)
         total = torch.zeros((), device=hidden.device)
-        slope = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             if not ctx.needs_input_grad[0]:
                 logits = torch.mm(hidden[rows], weight.t()).float()
                 total += torch.nn.functional.cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="sum")
                 continue
-            loss, slope[rows] = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
+            loss, grad_hidden[rows] = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
             total += loss
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(grad_hidden)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        # in fp32: a share of a step would be off by up to 0.4 % in bf16, and every gradient with it
-        return (slope.float() * (grads[0] / ctx.headroom)).to(slope.dtype), None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
+        return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
-    """Rows of a chunk: as few chunks as may be, of one size but perhaps the last, which suits kernels where it can.
+    """Return the rows of a chunk: as few chunks as allowed, all of one size but the last, aligned where possible.
 
     Args:
-        hidden_size: 0 where no more than CHUNK_ELEMENTS may exist.
+        hidden_size: 0 where no more than CHUNK_ELEMENTS logits may exist.
     """
     most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden_size, vocabulary // _PARTS)) // vocabulary)
     chunks = -(-rows // most)
@@ -96,7 +97,7 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss) -> Tensor:
-    """Summed loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
+    """Sum the loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
 
     Args:
         hidden: (rows, hidden size).
@@ -105,7 +106,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
         chunk: `chunk_loss`, or that compiled.
     """
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # what a linear layer would calculate in
+    if torch.is_autocast_enabled(kind):  # the format that a linear layer would use
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(kind, enabled=False):
@@ -114,13 +115,13 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
 
 
 def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
-    """Let the causal language model under a PeftModel calculate its loss in chunks whenever it is given labels; its
-    output then has no logits. The model's class is not touched.
+    """Make the causal language model calculate its loss in chunks whenever it gets labels. Its output then has no
+    logits. The model's class is not touched.
 
-    Raises: Unsupported when its head is not one frozen matrix, or its loss is another than that of such a head
-    (softcapped or scaled logits, say): a few tokens tell.
+    Raises: Unsupported when its head is not one frozen matrix, or when its loss is not the cross entropy of that head's
+    logits (softcapped or scaled logits, say), found on a few tokens.
     """
-    causal = model.get_base_model()
+    causal = base_of(model)
     whole, decoder, head = causal.forward, causal.get_decoder(), causal.get_output_embeddings()
     plain = isinstance(head, torch.nn.Linear) and head.bias is None and head.weight.is_floating_point()
     if not plain or head.weight.requires_grad:
@@ -144,16 +145,18 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
 
 
 def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
-    """Give the model known logits in place of its head's, too large for a cap to leave them alone, and look what it
-    makes of them: its loss must be their cross entropy, and the head must be given the decoder's result as it is."""
+    """Replace the head's logits by known ones, large enough for a cap to change them. The model's loss must be their
+    cross entropy, and the head's input must be the decoder's output.
+
+    Raises: Unsupported."""
     ids = torch.arange(3, 19, device=causal.device).unsqueeze(0)
-    given: list[Tensor] = []
+    head_inputs: list[Tensor] = []
 
     def known(output: Tensor) -> Tensor:
         return (50 * torch.sin(torch.arange(output.numel(), device=output.device))).view_as(output).to(output.dtype)
 
     def answer(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        given.append(inputs[0])
+        head_inputs.append(inputs[0])
         return known(output)
 
     was_training = causal.training
@@ -163,14 +166,14 @@ def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             own = causal(input_ids=ids, labels=ids).loss
             hidden = causal.get_decoder()(input_ids=ids).last_hidden_state
-            logits = head(hidden).float()  # the hook answers here too
+            logits = head(hidden).float()  # the hook replaces them here too
     finally:
         hook.remove()
         causal.train(was_training)
     plain = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-    if not torch.equal(given[0], hidden) or not torch.isclose(own.float(), plain, rtol=1e-4):
+    if not torch.equal(head_inputs[0], hidden) or not torch.isclose(own.float(), plain, rtol=1e-4):
         raise Unsupported(
             f"engine.chunked_loss is the cross entropy of the head's products, and {type(causal).__name__} does more "
-            f"with them: from the same logits it makes {float(own):.4f} nats a token in place of {float(plain):.4f}. "
+            f"with them: from the same logits it makes {float(own):.4f} nats a token instead of {float(plain):.4f}. "
             "Use engine.chunked_loss=false."
         )

@@ -1,8 +1,8 @@
-"""Compiled code that a killed worker leaves half written, out of the way before another would load it.
+"""Remove compiled code that a killed worker left half written, before another worker loads it.
 
-torch has g++ write a library where it will stay, and loads whatever lies there: one that a SIGKILL cut off fails every
-later trial that needs it. So a worker leaves a marker, and locks it, while it compiles. One that lies there
-unlocked says since when nothing in the caches is to be trusted.
+torch has g++ write a library to its final path, and loads whatever is there: a file that a SIGKILL cut off fails every
+later trial that needs it. So a worker leaves a marker, and locks it, while it compiles. An unlocked marker says since
+when the files in the caches are not to be trusted.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 _FOLDER = "lora_lab_compiling"
 _PATIENCE_SECONDS = 120.0
 _SLACK_SECONDS = 1.0
-"""File times are that coarse on some disks."""
+"""The resolution of file times on some disks."""
 _DIGEST = re.compile("[A-Za-z2-7]{40}")
-"""How torch and Triton begin the name of each file, or of the folder it lies in."""
+"""The start of the name of each file of torch and Triton, or of its folder."""
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """For a worker to compile in: what was left half written is removed before. A cache that can't be read or written
-    is used as it is."""
+    """Wrap a compilation: remove half-written files first, and leave a marker meanwhile. A cache that can't be read or
+    written is used as it is."""
     marker = lock = None
     with contextlib.suppress(OSError):
         marker, lock = _begin(Path(cache_dir()))
@@ -47,7 +47,9 @@ def compiling() -> Iterator[None]:
 
 
 def _begin(cache: Path) -> tuple[Path, int]:
-    """Clean, and leave a marker: its path, and what holds its lock."""
+    """Clean the caches and leave a marker.
+
+    Returns: its path, and the descriptor that holds its lock."""
     folder = cache / _FOLDER
     folder.mkdir(exist_ok=True)
     end = time.monotonic() + _PATIENCE_SECONDS
@@ -70,13 +72,13 @@ def _begin(cache: Path) -> tuple[Path, int]:
 
 
 def _clean(folder: Path) -> bool:
-    """Whether nothing half written is left. A live worker may be about to load what it has just written, so nothing is
-    removed while there is one: to wait for it takes a minute, to take its files costs a trial."""
+    """Remove half-written files, and return True where none is left. Nothing is removed while another worker compiles:
+    it may be about to load what it has just written. Waiting takes a minute; removing its files costs a trial."""
     left = {}
     live = False
     for marker in folder.glob("*.marker"):
         with contextlib.suppress(FileNotFoundError), open(marker, "r+b") as file:
-            # the kernel takes a lock back when its process ends, in whichever container that was
+            # the kernel releases a lock when its process ends, in whichever container that was
             if _locked(file.fileno()):
                 left[marker] = marker.stat().st_mtime
             else:
@@ -95,7 +97,7 @@ def _remove_since(since: float, cache: Path) -> None:
     for parent, _, names in os.walk(cache):
         for name in names:
             file = Path(parent, name)
-            # other things may lie in a folder that the user has named, and other programs hold locks
+            # a folder that the user has named may hold other files, and other programs hold locks
             if (_DIGEST.match(name) or _DIGEST.match(file.parent.name)) and file.suffix != ".lock":
                 with contextlib.suppress(OSError):
                     if file.lstat().st_mtime >= since:
@@ -103,7 +105,7 @@ def _remove_since(since: float, cache: Path) -> None:
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether the lock could be had; it is held until the file is closed."""
+    """Try to take the lock, and return True on success. It is held until the file is closed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Decoder layers by torch.compile, one compilation for all of them."""
+"""Compile decoder layers by torch.compile, one compilation for all of them."""
 
 from typing import Any
 
@@ -9,48 +9,49 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_lab.config import Checkpointing
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
+from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
-unpacking, one for each shape of a weight."""
+dequantization, one for each shape of a weight."""
 
 
 def compilations() -> int:
-    """How many graphs torch has compiled in this process so far."""
+    """Return how many graphs torch has compiled in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers that transformers repeats, in order."""
+    """List the layers that transformers repeats, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer for the shapes that come; a graph break or too many shapes is an error, never a slow
-    path in silence.
+    """Compile each decoder layer for the shapes that come. A graph break or too many shapes is an error, never a silent
+    slow path.
 
     Raises: Unsupported when the model has no layers of the kind that transformers repeats.
     """
     layers = decoder_layers(model)
     if not layers:
-        name = type(model.get_base_model()).__name__
+        name = type(base_of(model)).__name__
         raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     # without it the first layer's input needs no gradient, which would be one more compilation
-    model.get_base_model().enable_input_require_grads()
+    base_of(model).enable_input_require_grads()
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
 
 
 def is_compiled(layer: Any) -> bool:
-    """Whether torch is to compile what the layer does."""
+    """Return True for a layer whose call torch compiles."""
     call = layer._compiled_call_impl
     return call.is_compiled if isinstance(call, OffloadedCall) else call is not None
 
 
 def checkpointing_of(model: Any) -> Checkpointing:
-    """Which layers recompute their forward, read from the live ones."""
+    """Read from the live layers which of them recompute their forward."""
     layers = decoder_layers(model)
     if layers and all(isinstance(layer._compiled_call_impl, OffloadedCall) for layer in layers):
         return Checkpointing.offloaded

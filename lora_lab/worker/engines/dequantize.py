@@ -1,9 +1,9 @@
-"""4-bit weights unpacked in one kernel, in place of bitsandbytes' three.
+"""Dequantize 4-bit weights in one kernel, where bitsandbytes takes three.
 
-bitsandbytes unpacks a weight whose scales are quantised too in three launches (the scales, their offset, the weights),
-in the forward and again in the backward. Written in torch's own operations, torch.compile makes one kernel of it. The
-products are operations of their own to the layer's compilation: it would else keep the unpacked weight for the
-backward, 16 bits a weight of the whole model.
+bitsandbytes dequantizes a weight whose scales are quantised too in three launches (the scales, their offset, the
+weights), in the forward and again in the backward. Written in torch's own operations, torch.compile makes one kernel of
+it. The products are custom operations: compiled with the layer, the dequantized weight would be kept for the backward,
+16 bits a weight of the whole model.
 """
 
 from typing import Any, cast
@@ -16,7 +16,7 @@ from lora_lab.worker.engines.compiled import MOST_COMPILATIONS
 
 
 def has_whole_blocks(layer: Any) -> bool:
-    """Whether it is a 4-bit layer of which no byte lies across rows, and whose last block is no shorter."""
+    """Return True for a 4-bit layer in which no byte spans two rows and the last block is a whole one."""
     if not isinstance(layer, Linear4bit):
         return False
     outputs, inputs = layer.weight.quant_state.shape
@@ -24,11 +24,11 @@ def has_whole_blocks(layer: Any) -> bool:
 
 
 def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
-    """A layer's weight as `unpacked` takes it.
+    """Return a layer's weight as `dequantized` takes it.
 
-    Returns: bytes of two weights each, the first in the upper half; what each of the 16 values stands for; a scale for
-    each block. Where scales are bytes too: what each of their 256 values stands for, a scale for each block of them,
-    what they lie around. And the sizes of a block of weights and of a block of scales.
+    Returns: bytes of two weights each, the first in the upper half; the code book of 16 values; a scale for each block.
+    If the scales are quantised too: their code book of 256 values, a scale for each block of them, and their offset.
+    And the sizes of a block of weights and of a block of scales.
     """
     state = layer.weight.quant_state
     tensors = [layer.weight, state.code, state.absmax]
@@ -38,16 +38,16 @@ def packed_weight(layer: Linear4bit) -> tuple[list[Tensor], list[int]]:
 
 
 _INTEGERS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
-"""By the bytes of a number: integers of its size, and of two."""
+"""By the bytes of a number: the integers of that size, and of twice that size."""
 
 
-def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.dtype) -> None:
-    """Write the weights: for every block its scale times what the values stand for. Two at a time, as one integer, so
-    that a kernel looks up what is the same for both once, and once each of their bytes: that is what it waits for.
+def dequantize(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.dtype) -> None:
+    """Write the weights: for every block its scale times the code book's values. Two neighbours are written as one
+    integer, so that the kernel loads their byte, and the scale of both, once. Loads are what it waits for.
 
     Args:
-        packed, blocks: as from `packed_weight`; or of many layers, what their scales lie around told for each block.
-        pairs: the matrix (outputs, inputs / 2), two neighbours in a row in each number.
+        packed, blocks: as from `packed_weight`; or of stacked layers, with an offset for each block of scales.
+        pairs: the matrix to write, (outputs, inputs / 2), two neighbours of a row in each number.
         dtype: of a weight in it.
     """
     weights, code, scales, *nested = packed
@@ -64,39 +64,39 @@ def unpack(packed: list[Tensor], blocks: list[int], pairs: Tensor, dtype: torch.
     pairs.copy_((second << bits) | (first & (2**bits - 1)))
 
 
-_compiled_unpack = torch.compile(unpack, dynamic=False)
+_compiled_dequantize = torch.compile(dequantize, dynamic=False)
 
 
-def unpacked(
+def dequantized(
     packed: list[list[Tensor]],
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
-    beside: Tensor | None = None,
+    right: Tensor | None = None,
     below: Tensor | None = None,
 ) -> Tensor:
-    """Layers' weights (outputs, inputs), one below the other, by one kernel each, and by one more what is to stand
-    beside or below them.
+    """Dequantize layers' weights (outputs, inputs) into one stacked matrix, by one kernel each, and copy what belongs
+    to the right of them or below them.
 
     Args:
         packed, blocks: as from `packed_weight`, of each layer.
-        beside: further columns, (outputs, an even number).
+        right: further columns, (outputs, an even number).
         below: further rows, (any, inputs).
     """
     outputs = [2 * layer[0].numel() // inputs for layer in packed]
-    columns = 0 if beside is None else beside.shape[1]
+    columns = 0 if right is None else right.shape[1]
     rows = 0 if below is None else below.shape[0]
     whole = packed[0][0].new_empty(sum(outputs) + rows, inputs + columns, dtype=dtype)
-    # whatever forward and backward have autograd and autocast set to: each setting would be one more compilation
+    # the same settings in forward and backward: each state of autograd and autocast would be one more compilation
     plain = torch.autocast(whole.device.type, enabled=False, cache_enabled=False)
     # again, since torch 2.13 keeps such settings by thread, and the backward runs in one of its own
     limits = torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), plain, limits:
         for layer, place in zip(packed, whole[: sum(outputs), :inputs].split(outputs), strict=True):
             pairs = place.view(_INTEGERS[dtype.itemsize][1])
-            _compiled_unpack([tensor.detach() for tensor in layer], blocks, pairs, dtype)
-        if beside is not None:
-            whole[:, inputs:] = beside
+            _compiled_dequantize([tensor.detach() for tensor in layer], blocks, pairs, dtype)
+        if right is not None:
+            whole[:, inputs:] = right
         if below is not None:
             whole[sum(outputs) :] = below
     return whole
@@ -104,14 +104,14 @@ def unpacked(
 
 @torch.library.custom_op("lora_lab::linear_4bit", mutates_args=())
 def linear_4bit(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tensor:  # noqa: ARG001  # its shape is told by it
-    """X (..., inputs) times the transposed weight (outputs, inputs)."""
-    return torch.nn.functional.linear(x, unpacked([packed], blocks, x.shape[-1], x.dtype))
+    """Multiply x (..., inputs) with the transposed weight (outputs, inputs)."""
+    return torch.nn.functional.linear(x, dequantized([packed], blocks, x.shape[-1], x.dtype))
 
 
-@torch.library.custom_op("lora_lab::linear_4bit_slope", mutates_args=())
-def linear_4bit_slope(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
-    """The gradient over x, from that over the result: slope (..., outputs) times the weight."""
-    return torch.matmul(slope, unpacked([packed], blocks, inputs, slope.dtype))
+@torch.library.custom_op("lora_lab::linear_4bit_backward", mutates_args=())
+def linear_4bit_backward(grad_output: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:
+    """Calculate the gradient of x: grad_output (..., outputs) times the weight."""
+    return torch.matmul(grad_output, dequantized([packed], blocks, inputs, grad_output.dtype))
 
 
 @linear_4bit.register_fake
@@ -119,9 +119,9 @@ def _(x: Tensor, packed: list[Tensor], blocks: list[int], outputs: int) -> Tenso
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-@linear_4bit_slope.register_fake
-def _(slope: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:  # noqa: ARG001
-    return slope.new_empty(*slope.shape[:-1], inputs)
+@linear_4bit_backward.register_fake
+def _(grad_output: Tensor, packed: list[Tensor], blocks: list[int], inputs: int) -> Tensor:  # noqa: ARG001
+    return grad_output.new_empty(*grad_output.shape[:-1], inputs)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # torch passes it by name
@@ -130,19 +130,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
     ctx.save_for_backward(*packed)
 
 
-def _backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     packed = list(ctx.saved_tensors)
-    return linear_4bit_slope(slope, packed, ctx.blocks, ctx.inputs), [None] * len(packed), None, None
+    return linear_4bit_backward(grad_output, packed, ctx.blocks, ctx.inputs), [None] * len(packed), None, None
 
 
 linear_4bit.register_autograd(_backward, setup_context=_keep)
 
 
-class UnpackingLinear4bit(Linear4bit):
-    """bitsandbytes' layer, that unpacks its weight so where it is compiled."""
+class DequantizingLinear4bit(Linear4bit):
+    """bitsandbytes' layer; compiled, it dequantizes its weight in one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Map (..., inputs) to (..., outputs)."""
         if not torch.compiler.is_compiling():
             return cast(Tensor, super().forward(x))
         product = linear_4bit(x.to(self.compute_dtype), *packed_weight(self), self.out_features)
@@ -151,8 +151,8 @@ class UnpackingLinear4bit(Linear4bit):
         return cast(Tensor, product.to(x.dtype))
 
 
-def unpack_in_one_kernel(model: Any) -> None:
-    """Let the model's 4-bit layers be such layers; their weights and everything else stays."""
+def use_fused_dequantization(model: Any) -> None:
+    """Switch the model's 4-bit layers to one kernel; their weights and everything else stay."""
     for module in model.modules():
         if has_whole_blocks(module):
-            module.__class__ = UnpackingLinear4bit
+            module.__class__ = DequantizingLinear4bit

@@ -1,4 +1,4 @@
-"""A trial's engine: what is done to the model before Trainer gets it, and when training begins."""
+"""Run a trial's engine: change the model before Trainer gets it, and compile or record steps when training begins."""
 
 import functools
 import time
@@ -12,23 +12,24 @@ from lora_lab.config import Attention, Batching, Checkpointing, EngineKind, Tria
 from lora_lab.events import Compiled, EngineDone, Phase, Warned
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels, kernels_of
-from lora_lab.worker.callback import Emit, PhaseClock
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
-from lora_lab.worker.engines.graph_step import Batch, StaticStep, forward_and_backward, tensors, use_static_step
+from lora_lab.worker.engines.graph_step import Batch, GraphStep, forward_and_backward, tensors, use_graph_step
 from lora_lab.worker.engines.inspection import check_liger_support, engine_of, has_dropout, loss_is_chunked
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
-from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
+from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
 from lora_lab.worker.models import working_dtype
+from lora_lab.worker.phases import Emit, PhaseClock
+from lora_lab.worker.trainables.trainable import base_of, trained_parameters
 
 
 def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
-    """What the engine adds to TrainingArguments."""
+    """Return what the engine adds to TrainingArguments."""
     if config.engine.kind is EngineKind.graph:
-        # a copy that waits would wait for the whole step before it
+        # a blocking copy would wait for the whole step before it
         return {"accelerator_config": {"non_blocking": True}}
     if config.engine.kind is not EngineKind.liger:
         return {}
@@ -40,7 +41,7 @@ def trainer_arguments(config: TrialConfig) -> dict[str, Any]:
 
 
 class Engine(TrainerCallback):
-    """Prepares the model at once, and a step of each shape when training begins, before anything is measured."""
+    """Prepares the model when it is made, and a step of each shape when training begins, before any measurement."""
 
     def __init__(
         self,
@@ -51,14 +52,14 @@ class Engine(TrainerCallback):
         emit: Emit,
         clock: PhaseClock,
     ) -> None:
-        """Changes `model`, never its class.
+        """Change `model`, never its class.
 
         Args:
-            model: a PeftModel where it will be trained.
+            model: on the device that it will be trained on.
             batches: one of every shape that training can bring, longest rows first; see `shapes`.
-            attention: is told which kernels run in the steps that are prepared.
+            attention: gets the kernels that run in the steps that are prepared.
 
-        Raises: Unsupported when this model can't be run so, or torch is told to compile nothing.
+        Raises: Unsupported when the engine can't run this model.
         """
         kind = config.engine.kind
         self._emit = emit
@@ -66,17 +67,17 @@ class Engine(TrainerCallback):
         self._attention = attention
         self._model = model
         self._forward = model.forward
-        """Before accelerate wraps it; without the telemetry's hooks."""
+        """The model's own, before accelerate wraps it; without the telemetry's hooks."""
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
         self._counts_labels = True
-        self._told: set[tuple[int, ...]] = set()
-        self._step: StaticStep | None = None
+        self._warned: set[tuple[int, ...]] = set()
+        self._step: GraphStep | None = None
         self._compiled = 0
         self.callbacks: list[TrainerCallback] = [self]
-        """For Trainer, to stand before others."""
+        """For Trainer, before all other callbacks."""
         dtype = working_dtype(config.precision.dtype, model.device)
-        # as accelerate would have it
+        # as accelerate does
         self._autocast = functools.partial(torch.autocast, model.device.type, dtype, dtype is not torch.float32)
         if kind is EngineKind.liger:
             check_liger_support(model)
@@ -99,34 +100,34 @@ class Engine(TrainerCallback):
                 " of its own, whose random numbers checkpointing has to draw twice, and a CUDA graph can't keep their "
                 "state. Use gradient_checkpointing=none or engine=compile."
             )
-        # not above: they bring bitsandbytes, which the server that workers are forked from must not import
-        from lora_lab.worker.engines.dequantize import unpack_in_one_kernel
-        from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
+        # not at the top: they import bitsandbytes, which the server that workers are forked from must not
+        from lora_lab.worker.engines.dequantize import use_fused_dequantization
+        from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
 
         # for graph alone: their launches cost more than they save where the host is waited for
-        unpack_in_one_kernel(model)
-        copies = use_adapted_products(model, working_dtype(config.precision.dtype, model.device))
+        use_fused_dequantization(model)
+        copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
-        self._step = StaticStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
-        self._step.on_unrecorded = self._tell_unrecorded
-        use_static_step(model, self._step)
-        self._clock.step = self._step
-        self.callbacks.append(QuickAnswers())
+        self._step = GraphStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
+        self._step.on_unrecorded = self._warn_unrecorded
+        use_graph_step(model, self._step)
+        self._clock.replayed = self._step
+        self.callbacks.append(TrainerShortcuts())
 
     def attach(self, trainer: Any) -> None:
-        """Take what a trainer has made for this model."""
+        """Take from the trainer what it has made for this model."""
         self._counts_labels = trainer.model_accepts_loss_kwargs
         if self._step is not None:
             self._step.use_scaler(trainer.accelerator.scaler)
 
     def release(self) -> None:
-        """Give back the memory of what was recorded; the next training records it anew."""
+        """Free the memory of what was recorded; the next training records it again."""
         if self._step is not None:
             self._step.forget()
 
     @property
     def replay_peak_bytes(self) -> int:
-        """Most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
+        """The most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
         return 0 if self._step is None else self._step.replay_peak_bytes
 
     def on_train_begin(
@@ -140,7 +141,7 @@ class Engine(TrainerCallback):
         with compiling():
             began = time.monotonic()
             for batch in self._batches:
-                # Trainer adds the number of labels of the whole step, for models that take it
+                # Trainer passes the number of labels of the whole step to models that take it
                 count = {"num_items_in_batch": (batch["labels"] != IGNORED).sum()} if self._counts_labels else {}
                 self._make_ready({**batch, **count})
             if self._model.device.type == "cuda":
@@ -162,7 +163,7 @@ class Engine(TrainerCallback):
             self._step.record(batch, self._watch)
             return
         batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        parameters = trained_parameters(self._model)
         once = torch.ones((), device=self._model.device)
         run = functools.partial(forward_and_backward, self._forward, self._autocast, batch, parameters, once)
         run()
@@ -171,7 +172,7 @@ class Engine(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say how it went."""
+        """Report replays and late compilations."""
         if not self._compiles:
             return
         later = compilations() - self._compiled
@@ -182,21 +183,21 @@ class Engine(TrainerCallback):
         self._emit(EngineDone(t=time.monotonic(), replays=replays, unrecorded=unrecorded, compilations=later))
 
     def ran(self) -> dict[str, str]:
-        """What really runs, read from the live model: facts by name, as in readback."""
+        """Read from the live model what really runs: facts by name, as in readback."""
         return {"engine": engine_of(self._model, self._step).value, "chunked_loss": str(loss_is_chunked(self._model))}
 
     def _watch(self, run: Callable[[], object]) -> None:
         self._attention.seen = kernels_of(run) | (self._attention.seen or frozenset())
 
-    def _tell_unrecorded(self, shape: tuple[int, ...]) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _warn_unrecorded(self, shape: tuple[int, ...]) -> None:
+        if shape not in self._warned:
+            self._warned.add(shape)
             text = f"a batch of {' x '.join(map(str, shape))} was not recorded: it runs operation by operation, slowly"
             self._emit(Warned(t=time.monotonic(), text=text))
 
 
 def shapes(config: TrialConfig, examples: list[Example], collator: Collator) -> list[Batch]:
-    """A batch of every shape that training can bring, longest rows first; what is in them does not matter."""
+    """Make a batch of every shape that training can bring, longest rows first; the content does not matter."""
     if config.engine.kind not in (EngineKind.compile, EngineKind.graph):
         return []
     by_width = {collator.width_of([example]): example for example in examples}
@@ -211,6 +212,6 @@ def _settle_masks(config: TrialConfig, model: Any) -> None:
     (leave_out_masks if never else always_mask)(model)
     if attention_of(model)[1] == AS_NEEDED:
         raise Unsupported(
-            f"{type(model.get_base_model()).__name__} can't change its attention, so its masks depend on each batch. "
+            f"{type(base_of(model)).__name__} can't change its attention, so its masks depend on each batch. "
             "Use engine=eager."
         )

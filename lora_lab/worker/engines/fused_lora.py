@@ -1,18 +1,17 @@
-"""Layers and their adapters as few large products, in place of one for each factor and a sum.
+"""Calculate a linear layer and its LoRA adapter in one or two large matrix products.
 
-PEFT calculates x W' + s (x A') B' (a dash: transposed) operation by operation. The product with B is as wide as the
-layer's result, and is written and read once more for the sum, in the forward and in the backward. Two ways avoid
+PEFT calculates x W' + s (x A') B' (a dash means transposed) operation by operation. The product with B is as wide as
+the layer's output, and is written and read once more for the sum, in the forward and in the backward. Two ways avoid
 that, and round once or twice where PEFT rounds three times:
 
-- wide: [x, s x A'] times [W, B]', where the result is wider than x and rows are many: x is copied, and the weight
-  is copied or unpacked with B's columns beside it.
-- onto: s x A' times B' first, onto which the large product adds while it is written.
+- wide: [x, s x A'] times [W, B]', where the output is wider than x and there are many rows: x is copied, and the
+  weight is copied or dequantized with B's columns next to it.
+- onto: s x A' times B' first, and the large product is accumulated onto it.
 
-The gradient over x is of the same form, with W and A in the places of W' and B'. Those over A and B are PEFT's own.
+The gradient of x has the same form, with W and A for W' and B'. The gradients of A and B are calculated as PEFT does.
 
-Layers that are given the same x are one layer to both: W and A are theirs one below the other, and B has theirs as
-blocks on its diagonal, zeros elsewhere. With few columns these zeros cost next to nothing: a product so thin takes
-about as long as it takes to read its other side.
+Layers with the same input are one layer to both ways: their W and A are stacked, and B is block-diagonal with theirs.
+The zeros cost next to nothing: a product with few columns takes about as long as reading its other side.
 """
 
 from typing import Any
@@ -20,51 +19,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.worker.engines.dequantize import unpacked
-from lora_lab.worker.engines.lora_grad import reads_once, thin_products
+from lora_lab.worker.engines.dequantize import dequantized
+from lora_lab.worker.engines.lora_grad import lora_gradients, reads_once
 
 _FILLED = 2**23
-"""Elements of a product's result from which it fills a large card by itself: two tiles of 128 x 256 for each of an
-H100's 132 multiprocessors. Half of that was 0.2 ms of 17.4 slower at 512 rows, and about the same at 16384."""
+"""A product with this many output elements fills a large card by itself: two tiles of 128 x 256 for each of an H100's
+132 multiprocessors. Half of that was 0.2 ms of 17.4 slower at 512 rows, and about the same at 16384."""
 
 
-@torch.library.custom_op("lora_lab::adapted_linear", mutates_args=())
-def adapted_linear(
+@torch.library.custom_op("lora_lab::lora_linear", mutates_args=())
+def lora_linear(
     x: Tensor, a: Tensor, b: Tensor, scaling: float, weights: list[Tensor], blocks: list[int], parts: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """The results of layers with their adapters', and what the backward needs again.
+    """Calculate the outputs of layers with their adapters, and what the backward needs again.
 
     Args:
         x: (..., inputs), in the format of `a` (ranks, inputs) and `b` (outputs, ranks), over all layers.
         weights, blocks: as from `packed_weight`, of all layers at once or of one after the other; one matrix
-            (outputs, inputs) and no blocks where they are not packed.
-        parts: each layer's own A (rank, inputs) and B (outputs, rank), over which there are gradients.
+            (outputs, inputs) and no blocks for weights that are not in 4 bit.
+        parts: each layer's own A (rank, inputs) and B (outputs, rank), which get the gradients.
 
     Returns: (..., outputs) for each layer, or all of them side by side in one, see `is_apart`; scaling x A',
         (rows, ranks).
     """
     outputs, inputs = _outputs(parts), a.shape[1]
     rows = x.reshape(-1, inputs)
-    narrow = _scaled(rows, a.t(), scaling)
+    lora_hidden = _scaled(rows, a.t(), scaling)
     widths = outputs if is_apart(len(rows), outputs) else [sum(outputs)]
     results = []
     if widens(len(rows), inputs, sum(outputs), len(a)):
-        given = torch.cat([rows, narrow], 1)
-        matrix = _matrix(weights, blocks, inputs, x.dtype, beside=b)
-        results = [given @ part.t() for part in matrix.split(widths)]
+        widened = torch.cat([rows, lora_hidden], 1)
+        matrix = _matrix(weights, blocks, inputs, x.dtype, right=b)
+        results = [widened @ part.t() for part in matrix.split(widths)]
     else:
         matrix = _matrix(weights, blocks, inputs, x.dtype)
         for part, adapter in zip(matrix.split(widths), b.split(widths), strict=True):
-            results.append((narrow @ adapter.t()).addmm_(rows, part.t()))
-    # not `view`: of many results that are views, none may be changed in place
-    return [torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[1]]) for result in results], narrow
+            results.append((lora_hidden @ adapter.t()).addmm_(rows, part.t()))
+    # not `view`: autograd forbids in-place changes of an output that is one of several views
+    return [torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[1]]) for result in results], lora_hidden
 
 
-@torch.library.custom_op("lora_lab::adapted_linear_slope", mutates_args=())
-def adapted_linear_slope(
-    slopes: list[Tensor],
+@torch.library.custom_op("lora_lab::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    grad_outputs: list[Tensor],
     x: Tensor,
-    narrow: Tensor,
+    lora_hidden: Tensor,
     a: Tensor,
     b: Tensor,
     scaling: float,
@@ -73,70 +72,72 @@ def adapted_linear_slope(
     outputs: list[int],
     ranks: list[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The gradients over x, `a` whole, and each layer's own B, from those over the results.
+    """Calculate the gradients of x, of `a` whole, and of each layer's own B.
 
-    Slopes that come apart are not joined: that is to copy them, and they are the largest there is. Onto the
-    gradient over x, which is narrower, each adds its share.
+    Separate output gradients are not joined. They are the largest tensors here, and joining copies them. Each adds its
+    share to the gradient of x, which is narrower.
 
     Args:
-        slopes: (..., outputs), one or many, as the results were.
+        grad_outputs: (..., outputs), one tensor or one for each layer, as the outputs were.
+        lora_hidden: scaling x A', from the forward.
         outputs, ranks: of each layer.
     """
     inputs = a.shape[1]
     rows = x.reshape(-1, inputs)
-    slopes = [slope.reshape(-1, slope.shape[-1]) for slope in slopes]
-    widths = [slope.shape[1] for slope in slopes]
-    if len(slopes) == len(outputs):
-        own = zip(slopes, _diagonal(b, outputs, ranks), narrow.split(ranks, 1), strict=True)
-        found = [_thin(*each, scaling) for each in own]
-        backs, over_b = [back for back, _ in found], [over for _, over in found]
-        back = backs[0] if len(backs) == 1 else torch.cat(backs, 1)
+    grad_outputs = [grad_output.reshape(-1, grad_output.shape[-1]) for grad_output in grad_outputs]
+    widths = [grad_output.shape[1] for grad_output in grad_outputs]
+    if len(grad_outputs) == len(outputs):
+        own = zip(grad_outputs, _diagonal(b, outputs, ranks), lora_hidden.split(ranks, 1), strict=True)
+        found = [_lora_gradients(*each, scaling) for each in own]
+        grad_hiddens, grad_b = [grad_hidden for grad_hidden, _ in found], [grad for _, grad in found]
+        grad_hidden = grad_hiddens[0] if len(grad_hiddens) == 1 else torch.cat(grad_hiddens, 1)
     else:
-        parts = zip(slopes[0].split(outputs, 1), narrow.split(ranks, 1), strict=True)
-        back, over_b = _scaled(slopes[0], b, scaling), [slope.t() @ part for slope, part in parts]
+        parts = zip(grad_outputs[0].split(outputs, 1), lora_hidden.split(ranks, 1), strict=True)
+        grad_hidden = _scaled(grad_outputs[0], b, scaling)
+        grad_b = [grad_output.t() @ part for grad_output, part in parts]
     if widens(len(rows), sum(outputs), inputs, len(a)):
-        over_x = torch.cat([*slopes, back], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
+        grad_x = torch.cat([*grad_outputs, grad_hidden], 1) @ _matrix(weights, blocks, inputs, x.dtype, below=a)
     else:
-        over_x = back @ a
+        grad_x = grad_hidden @ a
         matrix = _matrix(weights, blocks, inputs, x.dtype)
-        for slope, part in zip(slopes, matrix.split(widths), strict=True):
-            over_x.addmm_(slope, part)
-    return over_x.view_as(x), back.t() @ rows, over_b
+        for grad_output, part in zip(grad_outputs, matrix.split(widths), strict=True):
+            grad_x.addmm_(grad_output, part)
+    return grad_x.view_as(x), grad_hidden.t() @ rows, grad_b
 
 
-def _thin(slope: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """What of one layer's gradient (rows, outputs) goes on to its A, (rows, rank), and that over its B."""
-    once = reads_once(len(slope), slope.shape[1], b.shape[1], slope.dtype, slope.device)
-    if once and slope.is_contiguous():
-        return thin_products(slope, b.contiguous(), narrow.contiguous(), scaling)
-    return _scaled(slope, b, scaling), slope.t() @ narrow
+def _lora_gradients(grad_output: Tensor, b: Tensor, lora_hidden: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Calculate one layer's gradient of x A', (rows, rank), and that of its B."""
+    once = reads_once(len(grad_output), grad_output.shape[1], b.shape[1], grad_output.dtype, grad_output.device)
+    if once and grad_output.is_contiguous():
+        return lora_gradients(grad_output, b.contiguous(), lora_hidden.contiguous(), scaling)
+    return _scaled(grad_output, b, scaling), grad_output.t() @ lora_hidden
 
 
 def _diagonal(b: Tensor, outputs: list[int], ranks: list[int]) -> list[Tensor]:
-    """Each layer's own B (outputs, rank), out of blocks on a diagonal."""
+    """Split a block-diagonal matrix into each layer's own B (outputs, rank)."""
     return [rows.split(ranks, 1)[number] for number, rows in enumerate(b.split(outputs))]
 
 
-def widens(rows: int, given: int, wanted: int, rank: int) -> bool:
-    """Whether it costs less to copy what goes into a product, and the weight, than to go over the result once more.
+def widens(rows: int, inputs: int, outputs: int, rank: int) -> bool:
+    """Return True where copying the input and the weight costs less than a second pass over the output.
 
-    A weight that is unpacked for the product is not copied, but to leave room in each of its rows costs about as much:
-    on an H100 10 microseconds in place of 8, averaged over all weights of a model, and a launch for what goes there.
+    A 4-bit weight is not copied. But leaving room in each row while it is dequantized costs about as much: on an H100
+    10 microseconds instead of 8, averaged over all weights of a model, and a launch to fill the room.
 
     Args:
-        given, wanted: columns of what goes in, and of the result.
-        rank: columns that would be added; where rows then no longer begin at multiples of 16 bytes, the fastest kernels
-            can't be had for the whole product, and of an odd number `unpacked` can't leave room for them.
+        inputs, outputs: columns of the product's input and output.
+        rank: columns to add. If rows then no longer start at multiples of 16 bytes, the fastest kernels do not take the
+            product; and `dequantized` can't leave room for an odd number.
     """
-    return rank % 8 == 0 and rows * wanted > rows * given + given * wanted
+    return rank % 8 == 0 and rows * outputs > rows * inputs + inputs * outputs
 
 
 def is_apart(rows: int, outputs: list[int]) -> bool:
-    """Whether layers' results are tensors of their own, each by a product of its own, in place of one for all.
+    """Return True where each layer gets a product and an output tensor of its own, instead of one for all.
 
-    One product saves launches, and fills a card that the narrowest would leave half empty. But who keeps a part of its
-    result for the backward keeps all of it (v of q, k and v), and slopes have to be joined for the way back, which
-    goes over them once more. That weighs more, the more rows there are.
+    One product saves launches, and fills a card that the narrowest layer would leave half empty. But keeping a part of
+    its output for the backward keeps all of it (v of q, k and v), and the backward has to join the output gradients,
+    one more pass over them. That weighs more, the more rows there are.
     """
     return len(outputs) > 1 and rows * min(outputs) >= _FILLED
 
@@ -146,7 +147,7 @@ def _outputs(parts: list[Tensor]) -> list[int]:
 
 
 def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
-    """A product, multiplied before it is rounded."""
+    """Return factor times the product, scaled before it is rounded."""
     return torch.addmm(one.new_empty(one.shape[0], other.shape[1]), one, other, beta=0, alpha=factor)
 
 
@@ -155,19 +156,19 @@ def _matrix(
     blocks: list[int],
     inputs: int,
     dtype: torch.dtype,
-    beside: Tensor | None = None,
+    right: Tensor | None = None,
     below: Tensor | None = None,
 ) -> Tensor:
     if blocks:
         each = 3 * len(blocks)  # tensors of one layer, see `packed_weight`
         packed = [weights[first : first + each] for first in range(0, len(weights), each)]
-        return unpacked(packed, blocks, inputs, dtype, beside, below)
-    if beside is not None:
-        return torch.cat([weights[0], beside], 1)
+        return dequantized(packed, blocks, inputs, dtype, right, below)
+    if right is not None:
+        return torch.cat([weights[0], right], 1)
     return weights[0] if below is None else torch.cat([weights[0], below], 0)
 
 
-@adapted_linear.register_fake
+@lora_linear.register_fake
 def _(
     x: Tensor,
     a: Tensor,
@@ -182,11 +183,11 @@ def _(
     return [x.new_empty(*x.shape[:-1], width) for width in widths], x.new_empty(rows, a.shape[0])
 
 
-@adapted_linear_slope.register_fake
+@lora_linear_backward.register_fake
 def _(
-    slopes: list[Tensor],  # noqa: ARG001
+    grad_outputs: list[Tensor],  # noqa: ARG001
     x: Tensor,
-    narrow: Tensor,  # noqa: ARG001
+    lora_hidden: Tensor,  # noqa: ARG001
     a: Tensor,
     b: Tensor,
     scaling: float,  # noqa: ARG001
@@ -195,8 +196,8 @@ def _(
     outputs: list[int],
     ranks: list[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    over_b = [b.new_empty(wide, rank) for wide, rank in zip(outputs, ranks, strict=True)]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), over_b
+    grad_b = [b.new_empty(wide, rank) for wide, rank in zip(outputs, ranks, strict=True)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), grad_b
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
@@ -206,14 +207,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, slopes: list[Tensor], _: Tensor) -> tuple[Any, ...]:
-    x, narrow, a, b, *weights = ctx.saved_tensors
-    over_x, over_a, over_b = adapted_linear_slope(
-        slopes, x, narrow, a, b, ctx.scaling, weights, ctx.blocks, ctx.outputs, ctx.ranks
+def _backward(ctx: Any, grad_outputs: list[Tensor], _: Tensor) -> tuple[Any, ...]:
+    x, lora_hidden, a, b, *weights = ctx.saved_tensors
+    grad_x, grad_a, grad_b = lora_linear_backward(
+        grad_outputs, x, lora_hidden, a, b, ctx.scaling, weights, ctx.blocks, ctx.outputs, ctx.ranks
     )
-    over_parts = [part for pair in zip(over_a.split(ctx.ranks), over_b, strict=True) for part in pair]
-    # torch wants the structure of what was given, and takes an empty list for one of tensors
-    return over_x, None, None, None, [None] * len(weights), None if ctx.blocks else [], over_parts
+    grad_parts = [part for pair in zip(grad_a.split(ctx.ranks), grad_b, strict=True) for part in pair]
+    # torch wants the structure of the inputs, and takes an empty list for a list of tensors
+    return grad_x, None, None, None, [None] * len(weights), None if ctx.blocks else [], grad_parts
 
 
-adapted_linear.register_autograd(_backward, setup_context=_keep)
+lora_linear.register_autograd(_backward, setup_context=_keep)

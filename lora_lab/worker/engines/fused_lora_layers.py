@@ -1,4 +1,4 @@
-"""PEFT's layers, that train by `adapted_linear`: those that are given the same tensor by one call of it."""
+"""Train PEFT's LoRA layers by `lora_linear`. Layers with the same input (q, k, v) share one call."""
 
 from collections import defaultdict
 from typing import Any, cast
@@ -8,41 +8,42 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lora_lab.worker.engines.compute_copies import WorkingCopies
+from lora_lab.worker.engines.compute_copies import ComputeCopies
 from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
-from lora_lab.worker.engines.fused_lora import adapted_linear
-from lora_lab.worker.engines.input_groups import given_the_same
+from lora_lab.worker.engines.fused_lora import lora_linear
+from lora_lab.worker.engines.input_groups import group_by_input
 from lora_lab.worker.engines.stacked_weights import weights_of
 
 _MOST_RANKS = 128
-"""Of the layers in a group: a product with that many columns takes about as long as one with fewer (reckoned; 48 were
-measured)."""
+"""Of the layers in a group together: a product with that many columns takes about as long as one with fewer (estimated;
+48 were measured)."""
 
 
-class _Adapted:
-    """What both of PEFT's layers do in training by `adapted_linear`; all else they do as ever.
+class _FusedLora:
+    """Calls `lora_linear` in training; everything else stays PEFT's.
 
-    The first layer of a group calculates for all of it and hands each other its result, together with the x it is of.
-    Who is given another x calculates by itself. What was handed over is taken at once, so that nothing stays. A model
-    that changes x in place between two of them is found out before, if it does so in evaluation too.
+    The first layer of a group calculates for all layers of it and hands each of the others its output, together with
+    the x it belongs to. A layer that gets another x calculates for itself. An output that was handed over is taken and
+    dropped at the next call. `group_by_input` keeps layers apart where the model changes x in place between them, if it
+    does so in evaluation too.
     """
 
-    working_a: Tensor
-    working_b: Tensor
-    """The adapter in the format of the product."""
+    compute_a: Tensor
+    compute_b: Tensor
+    """The adapter in the compute dtype."""
     others: list[Any]
-    """The rest of the group, of its first layer; empty in the others."""
+    """In the first layer of a group the rest of it; empty in the others."""
     stacked_a: Tensor
     stacked_b: Tensor
-    """The adapters of the layer and the others."""
+    """The adapters of this layer and `others`."""
     weights: list[Tensor]
     blocks: list[int]
     """Their weights, as from `weights_of`."""
     handed: tuple[Tensor, Tensor] | None
-    """x and the result, from the call of the first layer to that of this one."""
+    """x and this layer's output, from the call of the group's first layer to its own."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Map (..., inputs) to (..., outputs)."""
         handed, self.handed = self.handed, None
         if not (self.training and torch.is_grad_enabled()) or self.merged or self.disable_adapters:
             return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
@@ -54,23 +55,23 @@ class _Adapted:
         return first
 
 
-class AdaptedLinear(_Adapted, PeftLinear):
-    """PEFT's, over a plain layer."""
+class FusedLoraLinear(_FusedLora, PeftLinear):
+    """PEFT's LoRA around a plain linear layer."""
 
 
-class AdaptedLinear4bit(_Adapted, PeftLinear4bit):
-    """PEFT's, over one in 4 bits."""
+class FusedLoraLinear4bit(_FusedLora, PeftLinear4bit):
+    """PEFT's LoRA around a 4-bit linear layer."""
 
 
 def _results(layers: list[Any], x: Tensor) -> list[Tensor]:
-    """(..., inputs) to (..., outputs) of each layer, the first of which has the others' stacked."""
+    """Map (..., inputs) to (..., outputs) of each layer; the first holds the stacked adapters of all."""
     first = layers[0]
-    parts = [part for layer in layers for part in (layer.working_a, layer.working_b)]
-    given = x.to(first.working_a.dtype)
+    parts = [part for layer in layers for part in (layer.compute_a, layer.compute_b)]
+    compute_x = x.to(first.compute_a.dtype)
     a, b, scaling = first.stacked_a, first.stacked_b, _scaling(first)
-    results = adapted_linear(given, a, b, scaling, first.weights, first.blocks, parts)[0]
+    results = lora_linear(compute_x, a, b, scaling, first.weights, first.blocks, parts)[0]
     if len(results) < len(layers):
-        results = _split(results[0], [layer.working_b.shape[0] for layer in layers])
+        results = _split(results[0], [layer.compute_b.shape[0] for layer in layers])
     return [_finished(layer, result, x) for layer, result in zip(layers, results, strict=True)]
 
 
@@ -78,14 +79,14 @@ def _finished(layer: Any, result: Tensor, x: Tensor) -> Tensor:
     base = layer.base_layer
     if base.bias is not None:
         result = result + base.bias.to(result.dtype)
-    return result.to(x.dtype) if layer.blocks else result  # as bitsandbytes and torch have it
+    return result.to(x.dtype) if layer.blocks else result  # as bitsandbytes and torch do
 
 
 def _split(together: Tensor, outputs: list[int]) -> list[Tensor]:
-    """Results that lie side by side, each for itself. All but the widest are copied: where one of them is kept for the
-    backward (v of q, k and v), it would keep all. Not so two of one width (gate and up), which are kept anyway.
+    """Split outputs that lie side by side. All but the widest are copied: one that is kept for the backward (v of q, k
+    and v) would keep all. Two of one width (gate and up) are kept anyway, and are not copied.
 
-    Not by `split`, whose parts may not be changed in place. Who is not copied has gaps between its rows.
+    `split` is not used: its parts may not be changed in place. Parts that are not copied have gaps between their rows.
     """
     parts = torch.unsafe_split_with_sizes(together, outputs, -1)
     if len(outputs) == 2 and outputs[0] == outputs[1]:
@@ -94,47 +95,47 @@ def _split(together: Tensor, outputs: list[int]) -> list[Tensor]:
     return [part if number == widest else part.contiguous() for number, part in enumerate(parts)]
 
 
-def use_adapted_products(model: Any, dtype: torch.dtype) -> WorkingCopies:
-    """Let adapted layers calculate so in training, over copies of their adapters in `dtype`.
+def use_fused_lora(model: Any, dtype: torch.dtype) -> ComputeCopies:
+    """Switch the model's LoRA layers to the fused product in training, on copies of their adapters in `dtype`.
 
-    Layers with dropout before the adapter, or another adapter than a plain one, stay as they are.
+    Layers with dropout before the adapter, or with a variant of LoRA, stay as they are.
 
-    Returns: for each adapter's matrix its copy.
+    Returns: the copy of each adapter matrix.
     """
     groups = [
         part
-        for group in given_the_same(model, [m for m in model.modules() if _is_plain(m, dtype)], dtype)
+        for group in group_by_input(model, [m for m in model.modules() if _is_plain(m, dtype)], dtype)
         for part in _as_one(group)
     ]
     alike: defaultdict[Any, list[list[Any]]] = defaultdict(list)
     for group in groups:
         alike[tuple((_pair(layer)[0].shape, _pair(layer)[1].shape) for layer in group)].append(group)
-    copies = WorkingCopies()
+    copies = ComputeCopies()
     for like in alike.values():
         stacks = copies.add([[_pair(layer) for layer in group] for group in like], dtype)
         for group, (a, b) in zip(like, stacks, strict=True):
             _adapt(group, a, b, copies)
-    # results are handed over: in compiled code nothing is left of that which checkpointing would do twice
+    # outputs are handed over as an attribute: compiled code keeps nothing of that for checkpointing to repeat
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     torch.cuda.empty_cache()  # where weights lay before, in pieces too small for those that lie together
     return copies
 
 
-def _adapt(group: list[Any], a: Tensor, b: Tensor, copies: WorkingCopies) -> None:
-    """Let layers be ours. Each gets what it needs by itself, and the first what all need."""
+def _adapt(group: list[Any], a: Tensor, b: Tensor, copies: ComputeCopies) -> None:
+    """Change the class of the layers. Each gets what it needs by itself, and the first what all of them need."""
     together = weights_of(group)
     for layer in group:
-        layer.working_a, layer.working_b = (copies[part] for part in _pair(layer))
-        layer.stacked_a, layer.stacked_b = layer.working_a.data, layer.working_b.data
+        layer.compute_a, layer.compute_b = (copies[part] for part in _pair(layer))
+        layer.stacked_a, layer.stacked_b = layer.compute_a.data, layer.compute_b.data
         layer.weights, layer.blocks = weights_of([layer])
         layer.others, layer.handed = [], None
-        layer.__class__ = AdaptedLinear4bit if type(layer) is PeftLinear4bit else AdaptedLinear
+        layer.__class__ = FusedLoraLinear4bit if type(layer) is PeftLinear4bit else FusedLoraLinear
     first, *others = group
     first.others, first.stacked_a, first.stacked_b, (first.weights, first.blocks) = others, a, b, together
 
 
 def _as_one(group: list[Any]) -> list[list[Any]]:
-    """The layers together if one call can be of all of them, else each by itself."""
+    """Keep the layers together where one call can serve all of them, else separate them."""
     kinds = {
         (
             type(layer),
@@ -149,7 +150,7 @@ def _as_one(group: list[Any]) -> list[list[Any]]:
 
 
 def _pair(layer: Any) -> tuple[Tensor, Tensor]:
-    """The one adapter's A (rank, inputs) and B (outputs, rank)."""
+    """Return the one adapter's A (rank, inputs) and B (outputs, rank)."""
     [adapter] = layer.active_adapters
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
@@ -160,7 +161,7 @@ def _scaling(layer: Any) -> float:
 
 
 def _is_plain(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a layer is PEFT's sum of a frozen product and one adapter's, and no more."""
+    """Return True for a layer that is the sum of a frozen product and one plain adapter's, and nothing more."""
     if type(module) not in (PeftLinear, PeftLinear4bit) or module.merged or len(module.active_adapters) != 1:
         return False
     [adapter] = module.active_adapters

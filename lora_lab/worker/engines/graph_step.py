@@ -1,8 +1,8 @@
-"""Forward and backward of one micro-batch over fixed memory, so that a CUDA graph can replay them.
+"""Run forward and backward of one micro-batch over fixed memory, so that a CUDA graph can replay them.
 
 Trainer calls the model and later `backward()` on the loss. Here the forward already does both, by one replay, and
-the loss it returns hands the gradients on when Trainer asks for them. Optimizer, GradScaler, clipping and schedule stay
-Trainer's own and see what they always see.
+the loss it returns hands the gradients on when Trainer calls `backward()`. Optimizer, GradScaler, clipping and schedule
+stay Trainer's own and see what they always see.
 """
 
 import functools
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from lora_lab.worker.engines.compute_copies import WorkingCopies
+from lora_lab.worker.engines.compute_copies import ComputeCopies
+from lora_lab.worker.trainables.trainable import trained_parameters
 
 _WATCHED = 3
-"""Optimizer steps, and replays of a shape, before which memory is looked at. What else is in use grows no more after
-these: the optimizer has its state."""
+"""The first optimizer steps, and replays of a shape, in which memory is measured. After these the rest of the memory in
+use grows no more: the optimizer has its state."""
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Callable[[], Tensor]], object]
@@ -36,11 +37,11 @@ class _Recorded:
 def forward_and_backward(
     forward: Callable[..., Any], autocast: Callable[[], Any], batch: Batch, parameters: list[Tensor], scale: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A micro-batch's loss, and the gradients of `scale` times that over `parameters`.
+    """Calculate a micro-batch's loss, and the gradients of `scale` times the loss for `parameters`.
 
     Args:
         forward: the model's.
-        autocast: makes the context in which it runs.
+        autocast: makes the context in which the forward runs.
     """
     with torch.enable_grad():
         with autocast():
@@ -49,41 +50,41 @@ def forward_and_backward(
     return loss.detach(), gradients
 
 
-class StaticStep:
-    """Loss and its gradients into fixed buffers, recorded as a CUDA graph once for a batch's shape."""
+class GraphStep:
+    """Calculates a loss and its gradients into fixed buffers, recorded as a CUDA graph once for each batch shape."""
 
     def __init__(
         self,
         model: Any,
         autocast: Callable[[], Any],
         graphs: bool = True,
-        copies: WorkingCopies | None = None,
+        copies: ComputeCopies | None = None,
     ) -> None:
-        """Takes the model's present forward.
+        """Take the model's present forward.
 
         Args:
-            model: what Trainer will call; its parameters that are trained stay where they are.
+            model: what Trainer will call; its trained parameters stay where they are.
             autocast: makes the context in which the forward runs; it must keep no cache of weights, which
                 would go stale.
-            copies: what the forward uses in place of some of the parameters, in another format.
-            graphs: without, a step is calculated anew each time: on a CPU, where tests have it.
+            copies: what the forward uses instead of some of the parameters, in another format.
+            graphs: False calculates each step operation by operation: on a CPU, for tests.
         """
         self.forward = model.forward
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = trained_parameters(model)
         self.device = self.parameters[0].device
         self.unrecorded = 0
-        """Micro-batches in training whose shape had not been recorded."""
+        """Micro-batches in training of a shape that was not recorded."""
         self.on_unrecorded: Callable[[tuple[int, ...]], object] = tuple
         """Called with such a batch's shape, before it is calculated operation by operation."""
         self.working_bytes = 0
-        """What a replay needs beyond what torch's allocator says to be in use: the memory that comes and goes
-        within a graph."""
+        """What a replay needs beyond what torch's allocator counts: the memory that is allocated and freed within a
+        graph."""
         self.replay_peak_bytes = 0
-        """Most memory in use during a replay, as seen in the first steps and the first replays of each shape."""
+        """The most memory in use during a replay, measured in the first steps and the first replays of each shape."""
         self.recording_peak_bytes = 0
-        """Most memory in use while steps were recorded."""
+        """The most memory in use while steps were recorded."""
         self.replays = 0
-        self._copies = WorkingCopies() if copies is None else copies
+        self._copies = ComputeCopies() if copies is None else copies
         self._used = [self._copies.get(p, p) for p in self.parameters]
         self._autocast = autocast
         self._graphs = graphs
@@ -98,22 +99,22 @@ class StaticStep:
         self._pool: Any = None
 
     def use_scaler(self, scaler: Any) -> None:
-        """Calculate gradients of the loss times this GradScaler's scale, of which small ones stay within fp16.
+        """Scale the loss by this GradScaler's scale, so that small gradients do not underflow in fp16.
 
         Args:
-            scaler: Trainer's; None where there is none.
+            scaler: Trainer's, or None.
         """
         self._scaler = scaler
         if scaler is not None:  # it has no tensor yet, before it is first used
             self._scale.fill_(scaler.get_scale())
 
     def record(self, batch: Batch, watch: Watch = lambda run: run()) -> None:
-        """Make ready for batches of this shape; what is in it does not matter. Largest shapes first: they share
-        their memory.
+        """Record a step for batches of this shape; the content does not matter. Record the largest shapes first: the
+        graphs share their memory.
 
         Args:
             batch: as the model will be called, on any device.
-            watch: makes a run of the step that is not recorded, once libraries have chosen their kernels.
+            watch: gets the step and runs it once more, unrecorded, after libraries have chosen their kernels.
         """
         fixed = {name: tensor.to(self.device, copy=True) for name, tensor in batch.items()}
         run = functools.partial(self.calculate, fixed)
@@ -142,22 +143,22 @@ class StaticStep:
         self._recorded[_shape(fixed)] = _Recorded(fixed, loss, graph)
 
     def forget(self) -> None:
-        """Drop every recording, and with them their memory."""
+        """Drop every recording and its memory."""
         self._recorded.clear()
         self._pool = None
         self.working_bytes = self.replay_peak_bytes = 0
 
     def calculate(self, batch: Batch) -> Tensor:
-        """Forward and backward, operation by operation: the loss, and the gradients into their buffers."""
+        """Run forward and backward operation by operation: return the loss, write the gradients to their buffers."""
         self._copies.refresh()
         loss, gradients = forward_and_backward(self.forward, self._autocast, batch, self._used, self._scale)
         torch._foreach_copy_(self._gradients, gradients)
         return loss
 
     def run(self, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, a scalar; its gradients lie in this step's buffers until the next."""
+        """Return the loss of a micro-batch, a scalar. Its gradients stay in the buffers until the next."""
         if self._scaler is not None and self._scaler._scale is not None:
-            # an overflow shows only in gradients of the scale that the GradScaler now has
+            # the GradScaler sees an overflow only in gradients of its present scale
             self._scale.copy_(self._scaler._scale)
         recorded = self._recorded.get(_shape(batch))
         if recorded is None:
@@ -177,8 +178,8 @@ class StaticStep:
         return recorded.loss.clone()
 
     def hand_over(self, grad: Tensor) -> None:
-        """Give the parameters the gradients of the last `run`, for a loss that was multiplied with `grad` since; to
-        those that have gradients already, they are added. All of them lie in one buffer, so that this is one kernel."""
+        """Add the gradients of the last `run` to those of the parameters, for a loss that was multiplied with `grad`
+        since. All of them are in one buffer, so that this is one kernel."""
         factor = grad / self._scale
         if self.parameters[0].grad is None:
             self._steps += 1
@@ -190,10 +191,10 @@ class StaticStep:
 
 
 class _HandOver(torch.autograd.Function):
-    """One node in place of one for each parameter: autograd's own would take as long as the rest of Trainer's step."""
+    """One autograd node for all parameters: one each would take as long as the rest of Trainer's step."""
 
     @staticmethod
-    def forward(ctx: Any, step: StaticStep, batch: Batch, _anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, step: GraphStep, batch: Batch, _anchor: Tensor) -> Tensor:
         ctx.step = step
         return step.run(batch)
 
@@ -204,8 +205,8 @@ class _HandOver(torch.autograd.Function):
         return None, None, None
 
 
-def use_static_step(model: Any, step: StaticStep) -> None:
-    """Let `model` train by `step`; everything else it is asked goes to its forward as it was."""
+def use_graph_step(model: Any, step: GraphStep) -> None:
+    """Let `model` train by `step`. Every other call goes to the forward as it was."""
 
     def forward(model: Any, **inputs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled() and inputs.get("labels") is not None):
@@ -217,9 +218,9 @@ def use_static_step(model: Any, step: StaticStep) -> None:
 
 
 def tensors(inputs: Mapping[str, Any]) -> Batch:
-    """The entries that are tensors. Switches such as return_dict are left out; a number would be lost in silence.
+    """Keep the entries that are tensors. Switches such as return_dict are left out.
 
-    Raises: TypeError for a number.
+    Raises: TypeError for a number, which would be lost without a word.
     """
     numbers = [name for name, value in inputs.items() if isinstance(value, int | float) and not isinstance(value, bool)]
     if numbers:

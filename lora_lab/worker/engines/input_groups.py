@@ -1,4 +1,4 @@
-"""Which layers are given the very same tensor: seen while two tokens run through the model."""
+"""Find the layers that get the very same input tensor, by running two tokens through the model."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -7,47 +7,49 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from lora_lab.worker.trainables.trainable import base_of
+
 Named = list[tuple[str, ...]]
-"""A module's groups, each by its layers' names."""
-Given = tuple[int, int] | None
-"""Which tensor, and how often it had been changed in place."""
+"""A group, by its layers' names."""
+TensorId = tuple[int, int] | None
+"""A tensor's id, and how often it had been changed in place."""
 
 
-def given_the_same(model: Any, layers: list[Any], dtype: torch.dtype) -> list[list[Any]]:
-    """Layers of one module that one after the other are given the same tensor, as groups in the order of their calls;
-    every other layer is a group by itself.
+def group_by_input(model: Any, layers: list[Any], dtype: torch.dtype) -> list[list[Any]]:
+    """Group the layers of one module that get the same tensor one after the other, in the order of their calls. Every
+    other layer is a group by itself.
 
-    Where modules of one class come out differently they have no groups: they would be compiled one by one.
+    Modules of one class must have the same groups, or they get none: each would need its own compilation.
 
     Args:
-        model: a PeftModel; it runs once, on two tokens.
-        layers: those to look at.
-        dtype: what it calculates in.
+        model: runs once, on two tokens.
+        layers: the layers to group.
+        dtype: the compute dtype.
     """
     if len(layers) < 2:
         return [[layer] for layer in layers]
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     calls = _calls(model, layers, dtype)
     often = Counter(id(layer) for layer, _ in calls)
-    last: dict[int, tuple[Given, list[Any]]] = {}
+    last: dict[int, tuple[TensorId, list[Any]]] = {}
     groups: list[list[Any]] = []
-    for layer, given in calls:
+    for layer, tensor in calls:
         parent = id(parents[id(layer)][0])
         before, group = last.get(parent, (None, []))
-        if often[id(layer)] > 1:  # what one call hands over, another would have to take
+        if often[id(layer)] > 1:  # an output that one call hands over, another call would take
             last.pop(parent, None)
-        elif given is not None and before == given:
+        elif tensor is not None and before == tensor:
             group.append(layer)
         else:
             groups.append([layer])
-            last[parent] = given, groups[-1]
+            last[parent] = tensor, groups[-1]
     found = _where_all_are_alike(groups, parents)
     grouped = {id(layer) for group in found for layer in group}
     return found + [[layer] for layer in layers if id(layer) not in grouped]
 
 
 def _where_all_are_alike(groups: list[list[Any]], parents: dict[int, tuple[Any, str]]) -> list[list[Any]]:
-    """The groups of modules whose class has the same ones everywhere."""
+    """Keep the groups of modules whose class has the same ones everywhere."""
     of: defaultdict[type, defaultdict[int, Named]] = defaultdict(lambda: defaultdict(list))
     for group in groups:
         parent = parents[id(group[0])][0]
@@ -56,10 +58,10 @@ def _where_all_are_alike(groups: list[list[Any]], parents: dict[int, tuple[Any, 
     return [group for group in groups if type(parents[id(group[0])][0]) in alike]
 
 
-def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, Given]]:
-    """Each call of a layer, in order, and what it was given; none of a model that can't be run on two tokens alone."""
-    calls: list[tuple[Any, Given]] = []
-    kept: list[Tensor] = []  # until the end, so that none takes another's place
+def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any, TensorId]]:
+    """List layer calls in order with their inputs. Empty if the model cannot run on two tokens alone."""
+    calls: list[tuple[Any, TensorId]] = []
+    kept: list[Tensor] = []  # until the end, so that no id is used twice
 
     def note(layer: Any, args: tuple[Any, ...]) -> None:
         kept.extend(args[:1])
@@ -71,11 +73,11 @@ def _calls(model: Any, layers: list[Any], dtype: torch.dtype) -> list[tuple[Any,
     ids = torch.ones((1, 2), dtype=torch.long, device=device)
     try:
         for module, _ in modes:
-            # bitsandbytes lays weights out anew when it evaluates on a CPU
+            # bitsandbytes repacks weights when it evaluates on a CPU
             module.training = isinstance(module, Linear4bit)
         autocast = torch.autocast(device.type, dtype, dtype is not torch.float32)
         with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
-            model.get_base_model()(input_ids=ids)
+            base_of(model)(input_ids=ids)
     except (TypeError, ValueError):
         return []
     finally:

@@ -1,4 +1,4 @@
-"""What a live model says of itself: which engine runs it, and what an engine can't do with it."""
+"""Read from a live model which engine runs it, and check what an engine can't do with it."""
 
 import importlib
 from typing import Any
@@ -8,15 +8,16 @@ import torch
 from lora_lab.config import EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
-from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.engines.graph_step import GraphStep
+from lora_lab.worker.trainables.trainable import base_of
 
 
-def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
-    """The engine that the model runs by: replayed, compiled, with liger's kernels, or none of these."""
+def engine_of(model: Any, step: GraphStep | None) -> EngineKind:
+    """Return the engine that runs the model: replayed, compiled, with liger's kernels, or none of these."""
     if step is not None and step.replays:
         return EngineKind.graph
     layers = decoder_layers(model)
-    # switched off from outside (TORCHDYNAMO_DISABLE), torch leaves what is marked as compiled as it was
+    # with TORCHDYNAMO_DISABLE set, torch marks layers as compiled and compiles nothing
     if layers and all(map(is_compiled, layers)) and compilations():
         return EngineKind.compile
     if any(_of_liger(module) for module in model.modules()):
@@ -25,8 +26,8 @@ def engine_of(model: Any, step: StaticStep | None) -> EngineKind:
 
 
 def loss_is_chunked(model: Any) -> bool:
-    """Whether the causal language model has another forward than its class: ours, or liger's."""
-    causal = model.get_base_model()
+    """Return True where the causal language model's forward is ours or liger's, and not its class's."""
+    causal = base_of(model)
     forward = causal.__dict__.get("forward")
     return getattr(forward, "__module__", "").startswith(("lora_lab.worker.engines.chunked_loss", "liger_kernel."))
 
@@ -37,9 +38,9 @@ def _of_liger(module: Any) -> bool:
 
 
 def has_dropout(model: Any) -> bool:
-    """Whether anything of the frozen model or the adapters is dropped at random in training."""
+    """Return True where the frozen model or the adapters have dropout in training."""
     modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    # attention's is a number that is given to the kernel
+    # attention's dropout is a number that the kernel gets
     stated = vars(model.config.get_text_config()).items()
     return modules or any(
         name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0 for name, value in stated
@@ -47,7 +48,7 @@ def has_dropout(model: Any) -> bool:
 
 
 def check_liger_support(model: Any) -> None:
-    """Raise Unsupported for an architecture that liger would leave as it is, with no more than a line in its log."""
+    """Raise Unsupported for an architecture that liger leaves unchanged, with no more than a line in its log."""
     kind = model.config.get_text_config().model_type
     known = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     if kind not in known:

@@ -1,10 +1,10 @@
-"""Gradient checkpointing that keeps nothing on the card between a layer's forward and its backward.
+"""Offload what gradient checkpointing keeps to host memory, between a layer's forward and its backward.
 
 Checkpointing keeps each layer's input, from which the layer is calculated once more. Over all layers these are 1.4 GB
-for 16,384 tokens of Qwen2.5-1.5B. Here each goes to host memory while its layer is calculated, and comes back while the
-layer after it has its backward. The last layer's stays: its backward comes first.
+for 16,384 tokens of Qwen2.5-1.5B. Here each input goes to host memory while its layer is calculated, and comes back
+during the backward of the next layer. The last layer's input stays: its backward comes first.
 
-torch has the like (torch.autograd.graph.save_on_cpu), but that waits for each copy, which a CUDA graph can't record.
+torch.autograd.graph.save_on_cpu offloads too, but waits for each copy, which a CUDA graph can't record.
 """
 
 from collections.abc import Callable
@@ -20,63 +20,63 @@ from lora_lab.outcome import Unsupported, says_out_of_memory
 
 @dataclass(slots=True)
 class _Input:
-    """A layer's, wherever it is."""
+    """A layer's input, on the card or in host memory."""
 
     shape: torch.Size
     dtype: torch.dtype
     copied: Any
-    """Event: it is in host memory."""
+    """Event: the copy in host memory is complete."""
     on_card: Tensor | None
     arrived: Any = None
-    """Event: it is on the card again; None while it need not be waited for."""
+    """Event: it is on the card again; None if there is nothing to wait for."""
 
 
 class HostShelf:
-    """The layers' inputs in host memory, and the stream that copies them. Made for one forward and its backward at a
-    time; both may be recorded as a CUDA graph, if the like ran before."""
+    """Holds the layers' inputs in host memory, and the stream that copies them: for one forward and its backward at a
+    time. Both may be recorded as a CUDA graph, if a step of that shape ran before."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self._of_device = torch.get_device_module(device)
         self._pinned = device.type == "cuda"
         self._aside = self._of_device.Stream()
         self._rooms = [torch.empty(0, dtype=torch.uint8) for _ in range(layers)]
-        """As large as the largest input so far."""
+        """Pinned buffers, each as large as its layer's largest input so far."""
         self._inputs: list[_Input | None] = [None] * layers
         self._recorded: list[Tensor] = []
-        """Rooms that a CUDA graph may copy to whenever it is replayed."""
+        """Buffers that a CUDA graph copies to when it is replayed."""
 
     @property
     def host_bytes(self) -> int:
-        """Host memory in use, as far as it is asked for: torch rounds what stays in place up to powers of two."""
+        """Host memory as asked for: torch rounds pinned memory up to powers of two."""
         return sum(room.numel() for room in self._rooms)
 
-    def put(self, number: int, given: Tensor) -> _Input:
-        """Have the input of layer `number` copied, while what comes next is calculated. It goes from the card when the
-        next one is put here."""
-        self._make_room(number, given)
+    def put(self, number: int, layer_input: Tensor) -> _Input:
+        """Start an asynchronous copy of a layer's input to host memory. Its GPU copy is freed when the next layer's
+        input arrives."""
+        self._make_room(number, layer_input)
         if self._pinned and torch.cuda.is_current_stream_capturing():
             self._recorded.append(self._rooms[number])
         here = self._of_device.current_stream()
         self._aside.wait_stream(here)
         copied = self._of_device.Event()
-        put = _Input(given.shape, given.dtype, copied, on_card=given.detach())
+        put = _Input(layer_input.shape, layer_input.dtype, copied, on_card=layer_input.detach())
         with self._of_device.stream(self._aside):
-            self._room(number, put).copy_(given.detach(), non_blocking=True)
+            self._room(number, put).copy_(layer_input.detach(), non_blocking=True)
             copied.record(self._aside)
         self._inputs[number] = put
         before = self._inputs[number - 1] if number else None
-        if before is not None:  # the copy ran beside a whole layer: this waits for nothing
+        if before is not None:  # the copy had a whole layer's time: no wait
             here.wait_event(before.copied)
             before.on_card = None
         return put
 
     def take(self, number: int, put: _Input) -> Tensor:
-        """The input of layer `number` on the card, for the backward; that of the layer before is then on its way.
+        """Return a layer's input on the card, for the backward, and start the copy of the layer before.
 
         Args:
             put: what `put` returned for it.
 
-        Raises: RuntimeError where another forward has come since.
+        Raises: RuntimeError after another forward.
         """
         if self._inputs[number] is not put:
             raise RuntimeError(
@@ -97,7 +97,7 @@ class HostShelf:
         return found
 
     def _bring(self, number: int, put: _Input) -> None:
-        # of this stream's memory: what lay there before is done with when the copy begins
+        # allocated on this stream: earlier users of the memory are done when the copy begins
         put.on_card = torch.empty(put.shape, dtype=put.dtype, device=self._of_device.current_device())
         self._aside.wait_stream(self._of_device.current_stream())
         put.arrived = self._of_device.Event()
@@ -109,8 +109,8 @@ class HostShelf:
         size = put.shape.numel() * put.dtype.itemsize
         return self._rooms[number][:size].view(put.dtype).view(put.shape)
 
-    def _make_room(self, number: int, given: Tensor) -> None:
-        size = given.numel() * given.element_size()
+    def _make_room(self, number: int, layer_input: Tensor) -> None:
+        size = layer_input.numel() * layer_input.element_size()
         if self._rooms[number].numel() >= size:
             return
         try:
@@ -118,7 +118,7 @@ class HostShelf:
         except RuntimeError as error:
             if not says_out_of_memory(str(error)):
                 raise
-            # not as torch has it, which says that the card is full
+            # torch's message says that the card is full
             wanted = size * len(self._rooms) / 2**30
             raise Unsupported(
                 f"gradient_checkpointing=offloaded needs at least {wanted:.2f} GiB of host memory that stays in place, "
@@ -128,10 +128,10 @@ class HostShelf:
 
 
 class OffloadedCall:
-    """What a decoder layer's call becomes: the same, checkpointed, its input kept on the shelf."""
+    """Calls a decoder layer checkpointed, with its input on the shelf."""
 
     def __init__(self, layer: Any, number: int, shelf: HostShelf | None, keeps_random_state: bool) -> None:
-        """Takes the layer's present call.
+        """Take the layer's present call.
 
         Args:
             layer: a decoder layer.
@@ -147,11 +147,11 @@ class OffloadedCall:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the layer itself is."""
+        """True where the layer itself is compiled."""
         return bool(self._call != self._layer._call_impl)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own."""
+        """Call the layer."""
         if not (self._layer.training and torch.is_grad_enabled()):
             return self._call(*args, **kwargs)
         shelf, number = self._shelf, self._number
@@ -171,7 +171,7 @@ class OffloadedCall:
         def unpack(packed: Any) -> Tensor:
             return shelf.take(number, packed) if isinstance(packed, _Input) else packed
 
-        # within, checkpoint has hooks of its own: these see what it keeps, and nothing of the layer
+        # checkpoint has hooks of its own inside: these see what it keeps, and nothing of the layer
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return self._checkpointed(*args, **kwargs)
 
@@ -181,28 +181,28 @@ class OffloadedCall:
 
 
 def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_state: bool) -> None:
-    """Let decoder layers checkpoint so in training. Not by Trainer's own switch: where transformers checkpoints
-    within what is compiled, nothing could be put between.
+    """Make decoder layers checkpoint with offloaded inputs in training. Trainer's own switch does not serve:
+    transformers then checkpoints within the compiled code, where no hook reaches.
 
     Args:
-        layers: in the order in which they are calculated; compiled, if they are to be.
-        keeps_random_state: so that dropout drops the same twice.
+        layers: in the order in which they run; already compiled, if at all.
+        keeps_random_state: True repeats dropout's random numbers in the recomputation.
 
-    Raises: Unsupported where there are none.
+    Raises: Unsupported where there are no layers.
     """
     if not layers:
         raise Unsupported(
             "gradient_checkpointing=offloaded: this model has no layers of the kind that transformers repeats. "
             "Use gradient_checkpointing=none."
         )
-    # the layers before it have no backward: nothing would wait for the copy of an input on its way back to one of them,
-    # and a CUDA graph can't be recorded while a copy is under way
+    # the layers before the first trained one have no backward: nothing would wait for the copy of an input back to one
+    # of them, and a CUDA graph can't end while a copy is under way
     first = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers) - 1)
     last = len(layers) - 1
     shelf = HostShelf(last - first, device)
     for number, layer in enumerate(layers):
         kept = shelf if first <= number < last else None
-        # torch calls this in place of the class's own, with the hooks that a module may have within it
+        # torch calls this instead of the class's own call, hooks included
         layer._compiled_call_impl = OffloadedCall(layer, number - first, kept, keeps_random_state)
 
 

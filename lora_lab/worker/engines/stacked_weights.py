@@ -1,4 +1,4 @@
-"""Frozen weights of layers that are calculated as one, one below the other in memory, so that one kernel reads them."""
+"""Stack the frozen weights of layers that are calculated as one, so that one kernel reads them."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
 
 
 def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
-    """The weights of `layers` (outputs, inputs) as `adapted_linear` takes them. Each becomes a part of what is made of
-    all, so that nothing is there twice. Who gives a layer another weight afterwards has to call this again.
+    """Return the weights of `layers` (outputs, inputs) as `lora_linear` takes them. Each layer's weight becomes a view
+    of the stack, so that nothing is held twice. Call it again after a layer got another weight.
 
     Args:
-        layers: PEFT's, over layers that are alike in all but how many outputs they have.
+        layers: PEFT's, around linear layers that differ in their number of outputs alone.
     """
     bases = [layer.base_layer for layer in layers]
     if has_whole_blocks(bases[0]):
@@ -27,7 +27,7 @@ def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
 
 
 def _packed(bases: list[Any]) -> tuple[list[Tensor], list[int]]:
-    """Together, or one after the other where a block of scales would lie across two layers."""
+    """Stack 4-bit weights, or list them one after the other where a block of scales would span two layers."""
     each = [packed_weight(base)[0] for base in bases]
     blocks = packed_weight(bases[0])[1]
     # the scales' own blocks, where there are any
@@ -46,7 +46,7 @@ def _packed(bases: list[Any]) -> tuple[list[Tensor], list[int]]:
     second, of_second = _stacked([state.state2.absmax for state in states])
     for state, part in zip(states, of_second, strict=True):
         state.state2.absmax = part
-    # one for each layer: as many times as it has blocks
+    # a layer has one offset: repeat it for each of its blocks
     offsets = torch.cat([state.offset.expand(part.numel()) for state, part in zip(states, of_second, strict=True)])
     return [weights, each[0][1], scales, each[0][3], second, offsets], blocks
 

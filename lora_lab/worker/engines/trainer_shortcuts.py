@@ -1,24 +1,26 @@
-"""Answers that Trainer asks the model for in every step, given without walking through all of its modules.
+"""Cache what Trainer asks the model in every step, so that it does not walk through all modules.
 
-At Qwen2.5-1.5B's tree (2,333 modules) Trainer's own work is most of a short step. All of these hold for as long as
-training runs, on this one model and not on its class.
+With Qwen2.5-1.5B's 2,333 modules Trainer's own work is most of a short step. The shortcuts hold while training runs, on
+this one model and not on its class.
 """
 
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_lab.worker.trainables.trainable import trained_parameters
 
-class QuickAnswers(TrainerCallback):
-    """Puts them in place when training begins, when the optimizer has its parameters, and takes them back."""
+
+class TrainerShortcuts(TrainerCallback):
+    """Installs the shortcuts when training begins, when the optimizer has its parameters; removes them at the end."""
 
     _NAMES = ("num_parameters", "train", "zero_grad", "parameters")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Training begins."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        """Install the shortcuts."""
+        trained = trained_parameters(model)
         counts: dict[Any, int] = {}
         count, train = model.num_parameters, model.train
 
@@ -44,6 +46,6 @@ class QuickAnswers(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Training is over."""
+        """Remove the shortcuts."""
         for name in self._NAMES:
             model.__dict__.pop(name, None)

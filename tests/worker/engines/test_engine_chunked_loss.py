@@ -89,7 +89,6 @@ CASES = given(
 )
 
 
-@settings(max_examples=80)
 @CASES
 def test_in_fp32_loss_and_gradient_are_torchs(
     rows: int, size: int, words: int, ignored: float, elements: int, seed: int
@@ -102,7 +101,6 @@ def test_in_fp32_loss_and_gradient_are_torchs(
     torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=2e-5)
 
 
-@settings(max_examples=60)
 @CASES
 def test_in_bf16_they_are_as_near_the_truth_as_torchs_own(
     rows: int, size: int, words: int, ignored: float, elements: int, seed: int

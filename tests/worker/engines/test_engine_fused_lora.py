@@ -16,9 +16,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from lora_lab.worker.engines import dequantize
 from lora_lab.worker.engines.attention_masks import leave_out_masks
 from lora_lab.worker.engines.compiled import compilations, compile_layers
-from lora_lab.worker.engines.dequantize import unpack_in_one_kernel
+from lora_lab.worker.engines.dequantize import use_fused_dequantization
 from lora_lab.worker.engines.fused_lora import widens
-from lora_lab.worker.engines.fused_lora_layers import AdaptedLinear, AdaptedLinear4bit, use_adapted_products
+from lora_lab.worker.engines.fused_lora_layers import FusedLoraLinear, FusedLoraLinear4bit, use_fused_lora
 
 
 class Lone(torch.nn.Module):
@@ -54,14 +54,14 @@ def slopes(model: Any, x: Tensor, used: dict[Tensor, Tensor]) -> list[Tensor]:
 
 def assert_same_as_pefts(model: Any, x: Tensor, kind: type) -> None:
     expected = slopes(model, x, {})
-    copies = use_adapted_products(model, x.dtype)
+    copies = use_fused_lora(model, x.dtype)
     assert [type(m) for m in model.modules() if isinstance(m, kind)] == [kind]
     assert len(copies) == 2
     for one, other in zip(slopes(model, x, copies), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9 if x.dtype is torch.float64 else 1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 70),
     inputs=st.integers(1, 40),
@@ -75,7 +75,7 @@ def test_a_plain_layer(rows: int, inputs: int, outputs: int, rank: int, bias: bo
     model = lone(layer, rank, lora_alpha=alpha, use_rslora=bias)
     for parameter in adapters(model).values():
         parameter.data = parameter.data.double()
-    assert_same_as_pefts(model, torch.randn(rows, inputs, dtype=torch.float64), AdaptedLinear)
+    assert_same_as_pefts(model, torch.randn(rows, inputs, dtype=torch.float64), FusedLoraLinear)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -88,14 +88,14 @@ def test_a_packed_layer(inputs: int, outputs: int, rows: int, nested: bool) -> N
     with torch.compiler.set_stance("force_eager"):
         model = lone(torch.nn.Linear(inputs, outputs), 8, lora_alpha=24)
         pack(model, torch.float32, nested)
-        assert_same_as_pefts(model, torch.randn(2, rows, inputs), AdaptedLinear4bit)
+        assert_same_as_pefts(model, torch.randn(2, rows, inputs), FusedLoraLinear4bit)
 
 
 def test_a_packed_layer_with_bytes_across_rows_stays_pefts() -> None:
     model = lone(torch.nn.Linear(65, 64), 8)
     pack(model, torch.float32)
     kind = type(model.base_model.model.layer)
-    assert use_adapted_products(model, torch.float32) == {}
+    assert use_fused_lora(model, torch.float32) == {}
     assert type(model.base_model.model.layer) is kind
 
 
@@ -116,7 +116,7 @@ def test_unpacked_weights_are_bitsandbytes_own_bits(dtype: torch.dtype, nested: 
     expected = dequantize_4bit(base.weight.data, state).to(dtype)
     for columns in (0, 8):
         beside = torch.full((64, columns), 7, dtype=dtype) if columns else None
-        matrix = dequantize.unpacked(
+        matrix = dequantize.dequantized(
             [dequantize.packed_weight(base)[0]], dequantize.packed_weight(base)[1], 128, dtype, beside
         )
         assert matrix.dtype is dtype
@@ -135,7 +135,7 @@ def test_which_way_is_cheaper() -> None:
 
 def test_merged_or_switched_off_it_is_pefts() -> None:
     model = lone(torch.nn.Linear(8, 12), 2)
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     x = torch.randn(3, 8)
     summed = model(x).detach()
     with model.disable_adapter():
@@ -151,17 +151,17 @@ def test_merged_or_switched_off_it_is_pefts() -> None:
 )
 def test_what_is_more_than_a_sum_stays_pefts(asked: dict[str, Any]) -> None:
     model = lone(torch.nn.Linear(8, 12), 2, **asked)
-    assert use_adapted_products(model, torch.float32) == {}
+    assert use_fused_lora(model, torch.float32) == {}
 
 
 def test_a_weight_in_another_format_stays_pefts() -> None:
     """Autocast converts it each time; the product here would not."""
-    assert use_adapted_products(lone(torch.nn.Linear(8, 12), 2), torch.bfloat16) == {}
+    assert use_fused_lora(lone(torch.nn.Linear(8, 12), 2), torch.bfloat16) == {}
 
 
 def test_evaluation_uses_what_was_learned_and_not_its_copy() -> None:
     model = lone(torch.nn.Linear(8, 12), 2)
-    copies = use_adapted_products(model, torch.float32)
+    copies = use_fused_lora(model, torch.float32)
     with torch.no_grad():
         for copy in copies.values():
             copy.zero_()
@@ -219,7 +219,7 @@ def test_gradients_in_bf16_are_as_near_to_fp32_as_pefts(packed: bool) -> None:
             module.base_layer.weight.data = whole_weight(eager.get_submodule(name).base_layer)
     leave_out_masks(few)
     if packed:
-        unpack_in_one_kernel(few)
+        use_fused_dequantization(few)
     step = stepped(few, torch.bfloat16)
     compile_layers(few)
     before = compilations()
@@ -249,8 +249,8 @@ def whole_weight(base: Any) -> Tensor:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    unpacked: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
-    return unpacked.to(torch.bfloat16).float()
+    dequantized: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return dequantized.to(torch.bfloat16).float()
 
 
 @compiles
@@ -264,7 +264,7 @@ def test_too_many_shapes_are_an_error_in_the_backwards_thread_too(monkeypatch: p
             model = lone(torch.nn.Linear(64, 64 * columns), 8)
             pack(model, torch.float32, nested=False)
             packed, blocks = dequantize.packed_weight(model.base_model.model.layer.base_layer)
-            dequantize.unpacked([packed], blocks, 64, torch.float32)
+            dequantize.dequantized([packed], blocks, 64, torch.float32)
         return "nothing was said"
 
     with ThreadPoolExecutor(1) as other, pytest.raises(FailOnRecompileLimitHit):

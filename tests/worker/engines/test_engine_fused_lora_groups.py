@@ -24,7 +24,7 @@ from lora_lab.worker.engines import fused_lora
 from lora_lab.worker.engines.attention_masks import leave_out_masks
 from lora_lab.worker.engines.compiled import compilations, compile_layers
 from lora_lab.worker.engines.fused_lora import is_apart
-from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
+from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
 SHAPES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
@@ -40,13 +40,13 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def thin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
         monkeypatch.setattr(fused_lora, "reads_once", lambda *_: True)
-        monkeypatch.setattr(fused_lora, "thin_products", both)
+        monkeypatch.setattr(fused_lora, "lora_gradients", both)
 
 
-def both(slopes: Tensor, b: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def both(slopes: Tensor, b: Tensor, lora_hidden: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """What the kernel finds."""
-    assert all(given.is_contiguous() for given in (slopes, b, narrow))
-    return scaling * slopes @ b, slopes.t() @ narrow
+    assert all(given.is_contiguous() for given in (slopes, b, lora_hidden))
+    return scaling * slopes @ b, slopes.t() @ lora_hidden
 
 
 @pytest.mark.usefixtures("ways", "thin")
@@ -154,7 +154,7 @@ def test_with_checkpointing_gradients_are_the_same(compiled: bool) -> None:
 @pytest.mark.usefixtures("ways")
 def test_no_activation_outlives_its_step() -> None:
     model = adapted(**SHAPES)
-    copies = use_adapted_products(model, torch.float32)
+    copies = use_fused_lora(model, torch.float32)
     seen: list[weakref.ref[Tensor]] = []
 
     def note(_: Any, inputs: tuple[Tensor, ...], result: Tensor) -> None:
@@ -179,7 +179,7 @@ def test_no_more_is_kept_for_the_backward_than_by_single_layers(monkeypatch: pyt
     for filled in (1, 2**40):
         monkeypatch.setattr(fused_lora, "_FILLED", filled)
         model = adapted(**shapes)
-        use_adapted_products(model, torch.float32)
+        use_fused_lora(model, torch.float32)
         storages: dict[int, int] = {}
 
         def note(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
@@ -195,9 +195,9 @@ def test_no_more_is_kept_for_the_backward_than_by_single_layers(monkeypatch: pyt
 
 def test_working_copies_are_blocks_of_the_present_adapters() -> None:
     model = adapted(**SHAPES)
-    copies = use_adapted_products(model, torch.bfloat16)
+    copies = use_fused_lora(model, torch.bfloat16)
     assert len(copies) == 0, "weights in another format"
-    copies = use_adapted_products(model, torch.float32)
+    copies = use_fused_lora(model, torch.float32)
     with torch.no_grad():
         for parameter in adapters(model).values():
             parameter.add_(1)

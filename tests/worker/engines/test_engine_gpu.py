@@ -41,7 +41,7 @@ def trial(folder: Path, name: str, *changes: str) -> dict[str, Any]:
     """The record of a finished trial, with its events under `events`."""
     home = folder / name
     home.mkdir()
-    said = lab_in(home)(model(), *SHORT, *changes)
+    said = lab_in(home, real=True)(model(), *SHORT, *changes)
     assert said.code == 0, said.text
     [place] = home.glob("multirun/*/*/record.json")
     record: dict[str, Any] = json.loads(place.read_text())
@@ -109,13 +109,13 @@ def test_a_replayed_overflow_is_skipped_and_the_scale_falls() -> None:
     from engine_models import adapted, adapters, padded
 
     from lora_lab.worker.engines.chunked_loss import use_chunked_loss
-    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 
     made = adapted().to("cuda")
     use_chunked_loss(made)
     autocast = functools.partial(torch.autocast, "cuda", torch.float16, cache_enabled=False)
-    step = StaticStep(made, autocast, graphs=True)
-    use_static_step(made, step)
+    step = GraphStep(made, autocast, graphs=True)
+    use_graph_step(made, step)
     batch = {name: tensor.cuda() for name, tensor in padded([64, 50], 64).items()}
     step.record(batch)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60, growth_interval=10**6)
@@ -148,11 +148,11 @@ def test_each_replay_drops_others(tmp_path: Path) -> None:
     import torch
     from engine_models import adapted, padded
 
-    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 
     made = adapted(lora={"lora_dropout": 0.5}).to("cuda")
-    step = StaticStep(made, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
-    use_static_step(made, step)
+    step = GraphStep(made, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
+    use_graph_step(made, step)
     batch = {name: tensor.cuda() for name, tensor in padded([64, 50], 64).items()}
     step.record(batch)
     assert len({float(made(**batch).loss.detach()) for _ in range(8)}) == 8
@@ -169,12 +169,12 @@ def test_replayed_gradients_are_those_of_the_recorded_operations() -> None:
     from engine_models import adapted, loss_and_gradients, padded
 
     from lora_lab.worker.engines.attention_masks import leave_out_masks
-    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 
     graphed, plain = adapted().to("cuda"), adapted().to("cuda")
     leave_out_masks(graphed)
-    step = StaticStep(graphed, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
-    use_static_step(graphed, step)
+    step = GraphStep(graphed, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
+    use_graph_step(graphed, step)
     for width in (128, 96, 64):
         step.record({name: tensor.cuda() for name, tensor in padded([width, width], width).items()})
     for seed, width in enumerate((64, 128, 96, 128, 64, 96)):
@@ -195,15 +195,15 @@ def test_replays_with_checkpoints_in_host_memory_have_the_same_gradients() -> No
 
     from lora_lab.worker.engines.attention_masks import leave_out_masks
     from lora_lab.worker.engines.compiled import decoder_layers
-    from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
+    from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
     from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 
     replayed, stepped, plain = (adapted(num_hidden_layers=4, hidden_size=256).to("cuda") for _ in range(3))
     for model in (replayed, stepped):
         leave_out_masks(model)
         offload_checkpoints(decoder_layers(model), torch.device("cuda"), keeps_random_state=model is stepped)
-    step = StaticStep(replayed, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
-    use_static_step(replayed, step)
+    step = GraphStep(replayed, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
+    use_graph_step(replayed, step)
     for width in (512, 256, 64):
         step.record({name: tensor.cuda() for name, tensor in padded([width] * 8, width).items()})
     for seed, width in enumerate((64, 512, 256, 512, 64, 256)):

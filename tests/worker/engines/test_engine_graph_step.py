@@ -15,24 +15,24 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
-from lora_lab.worker.engines.graph_step import StaticStep, use_static_step
-from lora_lab.worker.engines.trainer_shortcuts import QuickAnswers
+from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
+from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 WIDTHS = (32, 48, 64)
 
 
-def plain_step(model: Any, dtype: torch.dtype = torch.float32) -> StaticStep:
+def plain_step(model: Any, dtype: torch.dtype = torch.float32) -> GraphStep:
     autocast = functools.partial(
         torch.autocast, "cpu", torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=False
     )
-    return StaticStep(model, autocast, graphs=False)
+    return GraphStep(model, autocast, graphs=False)
 
 
-def stepped(model: Any, dtype: torch.dtype = torch.float32) -> StaticStep:
+def stepped(model: Any, dtype: torch.dtype = torch.float32) -> GraphStep:
     step = plain_step(model, dtype)
-    use_static_step(model, step)
+    use_graph_step(model, step)
     return step
 
 
@@ -67,7 +67,7 @@ class Ran:
     weights: Tensor
     history: list[dict[str, float]]
     order: Order
-    step: StaticStep | None
+    step: GraphStep | None
     trainer: Trainer
     model: Any
 
@@ -133,7 +133,7 @@ def run(
 
     own: list[TrainerCallback] = [Record()] if static else []
     if static and quick:
-        own.append(QuickAnswers())
+        own.append(TrainerShortcuts())
     data: Any = rows()
     trainer = Trainer(
         model=made,
@@ -462,7 +462,7 @@ class Answers(TrainerCallback):  # type: ignore[misc]
 
 def test_quick_answers_are_the_right_ones_and_gone_in_the_end(tmp_path: Path) -> None:
     seen = []
-    for callbacks in ([], [QuickAnswers()]):
+    for callbacks in ([], [TrainerShortcuts()]):
         model = adapted()
         before = set(model.__dict__)
         kind = dict(vars(type(model)))
@@ -485,7 +485,7 @@ def test_quick_answers_are_the_right_ones_and_gone_in_the_end(tmp_path: Path) ->
 
 def test_quick_zero_grad_takes_every_gradient_away() -> None:
     model = adapted()
-    quick = QuickAnswers()
+    quick = TrainerShortcuts()
     arguments: Any = None
     quick.on_train_begin(arguments, arguments, arguments, model=model)
     model(**padded([32, 20], 32)).loss.backward()

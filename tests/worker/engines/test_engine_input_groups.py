@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_lab.worker.engines import fused_lora
-from lora_lab.worker.engines.fused_lora_layers import use_adapted_products
+from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
 
 
 @pytest.fixture(params=[1, 2**40], ids=["apart", "together"])
@@ -75,7 +75,7 @@ def gradients_of(model: Any, used: dict[Tensor, Tensor]) -> dict[str, Tensor]:
 
 def same_as_pefts(model: Any, change: Any = id) -> bool:
     """Whether gradients are, where `change` is made once groups were found."""
-    copies = use_adapted_products(model, torch.float32)
+    copies = use_fused_lora(model, torch.float32)
     found = groups(model)
     change(model)
     gradients = gradients_of(model, copies)
@@ -126,7 +126,7 @@ def test_what_a_later_run_does_otherwise(name: str) -> None:
 
 def test_layers_of_which_none_are_given_the_same() -> None:
     model = adapted("phi3")
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     assert groups(model) == []
 
 
@@ -135,7 +135,7 @@ def test_the_probe_leaves_modes_and_hooks_as_they_were() -> None:
     model.get_base_model().model.layers[1].eval()
     before = [(module.training, len(module._forward_pre_hooks)) for module in model.modules()]
     state = torch.get_rng_state()
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     assert [(module.training, len(module._forward_pre_hooks)) for module in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -144,7 +144,7 @@ def test_a_tensor_changed_in_place_is_another() -> None:
     model = small(False, False)
     for part in model.get_base_model().parts:
         part.changed = True
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     assert groups(model) == [["two", "one"]] * 2
 
 
@@ -152,13 +152,13 @@ def test_a_model_that_two_tokens_are_not_enough_for_has_no_groups() -> None:
     model = small(False, False)
     whole = model.get_base_model().forward
     model.get_base_model().forward = lambda input_ids, images: whole(input_ids + images)
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     assert groups(model) == []
 
 
 def test_nothing_stays_handed_over_after_an_error() -> None:
     model = small(False, False)
-    use_adapted_products(model, torch.float32)
+    use_fused_lora(model, torch.float32)
     three = model.get_base_model().parts[1].three
     calls = three.forward
     three.forward = lambda x: x / "0"

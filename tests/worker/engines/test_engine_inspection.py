@@ -13,12 +13,12 @@ from transformers import Trainer
 from lora_lab.config import Checkpointing, EngineKind, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.callback import PhaseClock
 from lora_lab.worker.engines import graph_step
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.engine import Engine
-from lora_lab.worker.engines.graph_step import StaticStep
+from lora_lab.worker.engines.graph_step import GraphStep
 from lora_lab.worker.engines.inspection import engine_of, has_dropout, loss_is_chunked
+from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.training import checkpointing_arguments
 
 pytestmark = [
@@ -37,7 +37,7 @@ def test_a_plain_model_is_eager_with_whole_logits() -> None:
 
 def test_a_recorded_step_that_was_never_replayed_is_no_graph() -> None:
     model = adapted()
-    step = StaticStep(model, lambda: torch.autocast("cpu", enabled=False), graphs=False)
+    step = GraphStep(model, lambda: torch.autocast("cpu", enabled=False), graphs=False)
     assert engine_of(model, step) is EngineKind.eager
     step.replays = 1
     assert engine_of(model, step) is EngineKind.graph
@@ -87,8 +87,8 @@ def test_checkpointing_draws_a_models_own_dropout_the_same_twice() -> None:
 def test_memory_is_seen_when_the_optimizer_has_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """With accumulation, many replays come before the first optimizer step."""
     model = adapted()
-    step = StaticStep(model, lambda: torch.autocast("cpu", enabled=False), graphs=False)
-    graph_step.use_static_step(model, step)
+    step = GraphStep(model, lambda: torch.autocast("cpu", enabled=False), graphs=False)
+    graph_step.use_graph_step(model, step)
     batch = padded([8, 8], 8)
     step.record(batch)
     [recorded] = step._recorded.values()

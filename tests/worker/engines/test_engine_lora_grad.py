@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.worker.engines import lora_grad as module
-from lora_lab.worker.engines.lora_grad import reads_once, thin_products, tile_columns
+from lora_lab.worker.engines.lora_grad import lora_gradients, reads_once, tile_columns
 
 ON_CARD = torch.cuda.is_available()
 
@@ -33,11 +33,11 @@ def device_for(dtype: torch.dtype) -> str:
     return "cpu"
 
 
-def given(rows: int, columns: int, rank: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def made(rows: int, columns: int, rank: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     chance = torch.Generator(device).manual_seed(rows + columns + rank)
     shapes = ((rows, columns), (columns, rank), (rows, rank))
-    slopes, b, narrow = (torch.randn(*shape, generator=chance, device=device).to(dtype) for shape in shapes)
-    return slopes, b, narrow
+    grad_output, b, lora_hidden = (torch.randn(*shape, generator=chance, device=device).to(dtype) for shape in shapes)
+    return grad_output, b, lora_hidden
 
 
 def check(found: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
@@ -55,65 +55,67 @@ def check(found: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
     [(100, 64, 8), (300, 1100, 16), (129, 528, 24), (192, 512, 48), (1, 1, 1), (65, 257, 64)],
 )
 def test_both_products_are_rounded_once(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
-    slopes, b, narrow = given(rows, columns, rank, dtype, device_for(dtype))
-    back, over = thin_products(slopes, b, narrow, 0.3)
-    check(back, slopes, b, 0.3)
-    check(over, slopes.t(), narrow, 1.0)
+    grad_output, b, lora_hidden = made(rows, columns, rank, dtype, device_for(dtype))
+    grad_hidden, grad_b = lora_gradients(grad_output, b, lora_hidden, 0.3)
+    check(grad_hidden, grad_output, b, 0.3)
+    check(grad_b, grad_output.t(), lora_hidden, 1.0)
 
 
 @triton
 def test_programs_with_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_processors", lambda _: 3)
-    slopes, b, narrow = given(700, 300, 16, torch.float16, device_for(torch.float16))
-    back, over = thin_products(slopes, b, narrow, 2.0)
-    check(back, slopes, b, 2.0)
-    check(over, slopes.t(), narrow, 1.0)
+    grad_output, b, lora_hidden = made(700, 300, 16, torch.float16, device_for(torch.float16))
+    grad_hidden, grad_b = lora_gradients(grad_output, b, lora_hidden, 2.0)
+    check(grad_hidden, grad_output, b, 2.0)
+    check(grad_b, grad_output.t(), lora_hidden, 1.0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(16384, 8960, 16), (8191, 8968, 24), (4096, 20000, 64)])
 def test_a_card_finds_the_same_bits_each_time(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
-    slopes, b, narrow = given(rows, columns, rank, dtype, "cuda")
-    first = thin_products(slopes, b, narrow, 0.5)
-    check(first[0], slopes, b, 0.5)
-    check(first[1], slopes.t(), narrow, 1.0)
+    grad_output, b, lora_hidden = made(rows, columns, rank, dtype, "cuda")
+    first = lora_gradients(grad_output, b, lora_hidden, 0.5)
+    check(first[0], grad_output, b, 0.5)
+    check(first[1], grad_output.t(), lora_hidden, 1.0)
     for _ in range(5):
-        assert all(map(torch.equal, thin_products(slopes, b, narrow, 0.5), first))
+        assert all(map(torch.equal, lora_gradients(grad_output, b, lora_hidden, 0.5), first))
 
 
 @pytest.mark.gpu
 def test_a_layer_finds_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of two layers that are given the same tensor, each of which comes by itself."""
-    from lora_lab.worker.engines.fused_lora import adapted_linear_slope
+    from lora_lab.worker.engines.fused_lora import lora_linear_backward
 
     chance = torch.Generator("cuda").manual_seed(0)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=chance, device="cuda").bfloat16()
 
-    slopes, own = [some(512, 768), some(512, 768)], [some(768, 16), some(768, 16)]
-    x, narrow, a, weight = some(512, 256), some(512, 32), some(32, 256), some(1536, 256)
+    grad_output, own = [some(512, 768), some(512, 768)], [some(768, 16), some(768, 16)]
+    x, lora_hidden, a, weight = some(512, 256), some(512, 32), some(32, 256), some(1536, 256)
     found = []
     for least in (2**40, 1):
         monkeypatch.setattr(module, "LEAST_READ_ONCE", least)
         sizes = [768, 768], [16, 16]
-        found.append(adapted_linear_slope(slopes, x, narrow, a, torch.block_diag(*own), 0.5, [weight], [], *sizes))
-    (over_x, over_a, over_b), others = found
-    for one, other in zip([over_x, over_a, *over_b], [others[0], others[1], *others[2]], strict=True):
+        found.append(
+            lora_linear_backward(grad_output, x, lora_hidden, a, torch.block_diag(*own), 0.5, [weight], [], *sizes)
+        )
+    (grad_x, grad_a, grad_b), others = found
+    for one, other in zip([grad_x, grad_a, *grad_b], [others[0], others[1], *others[2]], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=float(other.abs().max()) / 100)
 
 
 @pytest.mark.gpu
 def test_a_graph_repeats_it() -> None:
-    slopes, b, narrow = given(16384, 1536, 16, torch.bfloat16, "cuda")
-    thin_products(slopes, b, narrow, 0.5)
+    grad_output, b, lora_hidden = made(16384, 1536, 16, torch.bfloat16, "cuda")
+    lora_gradients(grad_output, b, lora_hidden, 0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = thin_products(slopes, b, narrow, 0.5)
-    slopes.copy_(slopes.flip(0))
+        found = lora_gradients(grad_output, b, lora_hidden, 0.5)
+    grad_output.copy_(grad_output.flip(0))
     graph.replay()
-    assert all(map(torch.equal, found, thin_products(slopes, b, narrow, 0.5)))
+    assert all(map(torch.equal, found, lora_gradients(grad_output, b, lora_hidden, 0.5)))
 
 
 def test_only_what_no_cache_holds_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_lab.config import Checkpointing, EngineKind, TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.callback import PhaseClock
 from lora_lab.worker.engines import offloaded_checkpoints
 from lora_lab.worker.engines.compiled import checkpointing_of, compile_layers, decoder_layers, is_compiled
 from lora_lab.worker.engines.engine import Engine
 from lora_lab.worker.engines.offloaded_checkpoints import HostShelf, offload_checkpoints
+from lora_lab.worker.phases import PhaseClock
 
 CPU = torch.device("cpu")
 BATCH = padded([64, 50], 64)

@@ -1,0 +1,110 @@
+"""The card beside an adapter (README.md, as the Hugging Face hub reads it): what it is, and nothing of the machine."""
+
+from pathlib import Path
+
+import yaml
+
+from lora_lab.files import write_text
+from lora_lab.secrets import without_secrets
+from lora_lab.store.record import Record
+
+_SETTINGS = (
+    "method",
+    "method.rank",
+    "method.alpha",
+    "method.dropout",
+    "method.target_modules",
+    "method.quantization",
+    "optimizer",
+    "optimizer.weight_decay",
+    "precision",
+    "learning_rate",
+    "batch_size",
+    "grad_accum_steps",
+    "seq_len",
+    "measure.warmup_steps",
+    "measure.steps",
+    "seed",
+)
+_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "lora_lab")
+
+
+def write_card(adapter: Path, record: Record) -> None:
+    """Write the card in place of PEFT's template; without an adapter there is none.
+
+    Raises: OSError."""
+    if (adapter / "adapter_config.json").is_file():
+        write_text(adapter / "README.md", without_secrets(card(record)))
+
+
+def card(record: Record) -> str:
+    """Return the card's text."""
+    base, data = _base_model(record), record.params.get("data", "not recorded")
+    head = {
+        **({"base_model": base} if base else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_lab"],
+    }
+    settings = [f"| {key} | {record.params[key]} |" for key in _SETTINGS if key in record.params]
+    versions = [f"{name} {record.tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in record.tags]
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        f"# {record.name}",
+        "",
+        f"A LoRA adapter for {base or _unnamed_base(record)}, trained and measured by lora_lab.",
+        "",
+        f"- Data: {_data(record, data)}",
+        f"- Held-out loss: {_loss(record)}",
+        f"- Outcome: {record.outcome}",
+        f"- Versions: {', '.join(versions) or 'not recorded'}",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *settings,
+        "",
+        "```",
+        _command(record.tags.get("command", "")),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _base_model(record: Record) -> str | None:
+    """Return the model's name on the hub. A folder of this machine's is nobody else's business."""
+    named = record.params.get("model.source") in ("hub", "package") and record.params.get("model.weights") != "random"
+    name = record.params.get("model.id", "None")
+    return name if named and name != "None" else None
+
+
+def _unnamed_base(record: Record) -> str:
+    if record.params.get("model.weights") == "random":
+        return f"random weights in the shape of {record.params.get('model', 'a model')}: good for measuring alone"
+    return "a local model"
+
+
+def _data(record: Record, name: str) -> str:
+    known = record.params.get("data.id", "None")
+    digest = record.tags.get("data_digest")
+    return (name if known == "None" else known) + (f", sha256 of its rows {digest}" if digest else "")
+
+
+def _loss(record: Record) -> str:
+    before, after = (record.metrics.get(key) for key in ("loss/eval_before", "loss/eval"))
+    if before is None or after is None:
+        return "not evaluated"
+    return f"{before:.4f} before training, {after:.4f} after (nats per token)"
+
+
+def _command(command: str) -> str:
+    """Return a command without folders: of a file only its name, of a store or a result's folder nothing."""
+    words = []
+    for word in command.split(" "):
+        key, equals, value = word.partition("=")
+        if key.lstrip("+").startswith(("hydra.", "tracking.")):
+            continue
+        is_path = key in ("data.path", "model.path") or value.lstrip("'\"[").startswith(("/", "~", "."))
+        words.append(f"{key}{equals}{Path(value).name}" if is_path and equals else word)
+    return " ".join(words)

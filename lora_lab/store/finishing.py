@@ -1,0 +1,65 @@
+"""The end of a trial: its figures are made, its record is completed, and its folder keeps both."""
+
+import time
+
+from lora_lab.events import Ended, Event
+from lora_lab.outcome import End, Outcome, end_said
+from lora_lab.reading import Damaged
+from lora_lab.store.record import Record, complete
+from lora_lab.store.trial_folder import NOT_SEEN, SEEN, SENSELESS, Manifest, TrialFolder
+from lora_lab.telemetry.figures import Summary
+from lora_lab.telemetry.host_facts import HostFacts
+from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.summary import summarise
+
+
+def finish(
+    folder: TrialFolder,
+    asked: Manifest,
+    end: End,
+    events: list[Event],
+    samples: list[Sample],
+    seen: HostFacts,
+    over_ms: int | None = None,
+) -> tuple[Record, Summary]:
+    """Summarise a trial, complete its record, and write both into its folder.
+
+    Args:
+        over_ms: when it was over (Unix time), where no event says so; by default now.
+    """
+    record = asked.record
+    summary = summarise(events, samples, seen, asked.t)
+    record.ended_ms = over_ms or round(time.time() * 1e3)
+    complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+    folder.write_end(record, summary, end, seen)
+    return record, summary
+
+
+def finish_for_dead(folder: TrialFolder, asked: Manifest) -> Record:
+    """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of that
+    is left out, with a warning in the record.
+
+    Raises: Damaged where that makes no sense."""
+    try:
+        events, samples, seen, damaged = folder.read_inputs()
+    except Damaged as fault:
+        if (folder.path / SEEN).is_dir():  # it could not be written again
+            raise
+        seen = HostFacts(no_sensor=NOT_SEEN)
+        events, samples, damaged = folder.read_lines()
+        damaged.append(fault)
+    seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
+    try:
+        # one that had said nothing yet is over as it began: nobody knows better
+        return finish(folder, asked, _end_of_dead(events), events, samples, seen, asked.record.started_ms)[0]
+    except SENSELESS as error:
+        raise Damaged(folder.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})") from error
+
+
+def _end_of_dead(events: list[Event]) -> End:
+    """Return what the lead worker said last, or another that failed before it."""
+    for event in events:
+        if isinstance(event, Ended) and (event.rank == 0 or event.outcome != Outcome.finished.value):
+            return end_said(event)
+    why = "the process that ran lora_lab was gone: killed, or the machine stopped"
+    return End(outcome=Outcome.killed, reason=why)

@@ -1,0 +1,166 @@
+"""Runs read from the folders that trials and sweeps leave: all that are over, whatever store they were delivered to.
+
+A folder holds its whole record, so no store is asked: MLflow alone takes 2 s to be imported, and 7 s for 1,000 runs.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.files import read_json
+from lora_lab.paths import MULTIRUN
+from lora_lab.reading import Damaged
+from lora_lab.secrets import without_secrets
+from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.local_store import address_of, local_address
+from lora_lab.store.record import Record
+from lora_lab.store.recovery import Recovered, known_folders
+from lora_lab.store.run_checks import printable
+from lora_lab.store.runs import Readings, Run
+from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.store.trial_folder import DELIVERED, TrialFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Folder:
+    """A trial or a sweep, and where it lies."""
+
+    path: Path
+    record: Record
+    """A trial's without its series."""
+    note: dict[str, object]
+    """What delivered.json says; empty where no store has the record."""
+
+    @property
+    def run_id(self) -> str:
+        """The store's id of it, else the record's."""
+        return str(self.note.get("run_id") or self.record.id)
+
+    @property
+    def delivered_to(self) -> str | None:
+        """The address that delivered.json names."""
+        store = self.note.get("store")
+        return str(store.get("address")) if isinstance(store, dict) and store.get("address") else None
+
+
+class FolderRuns:
+    """The trials and sweeps whose folders are known here."""
+
+    def __init__(self, experiment: str | None) -> None:
+        """Read the folders. One that cannot be read is left out, with a line that says so.
+
+        Args:
+            experiment: only trials that were to be recorded in this MLflow experiment; None for all."""
+        found = Recovered()
+        self._folders: dict[str, _Folder] = {}
+        """By the record's id: a folder that was copied is the same trial."""
+        for path in sorted(known_folders(found)):
+            with found.setting_aside(path):
+                for folder in _read(path, found):
+                    self._folders.setdefault(folder.record.id, folder)
+        for damaged in found.damaged:
+            print(printable(f"left out, cannot be read: {damaged}"), file=sys.stderr)
+        self._by_run = {folder.run_id: folder for folder in self._folders.values()}
+        self._experiment = experiment
+        within = f" (experiment {experiment})" if experiment else ""
+        self.place = f"{MULTIRUN.absolute()}{within}"
+
+    @property
+    def trials(self) -> int:
+        """How many trials were read."""
+        return sum(not folder.record.is_sweep for folder in self._folders.values())
+
+    def note(self) -> str:
+        """Say that the folders were read and no store, and how to read a store instead."""
+        stores = {folder.delivered_to for folder in self._folders.values() if folder.delivered_to}
+        with contextlib.suppress(InvalidInput):
+            stores.add(local_address())
+        line = f"Trials read from their folders, as they were recorded: {self.trials}."
+        if not stores:
+            return line
+        how = " or ".join(f"--store {without_secrets(address)}" for address in sorted(stores))
+        return f"{line} What was deleted or edited in MLflow since, and runs whose folders are not here: {how}"
+
+    def runs(self) -> Iterable[Run]:
+        """Return every trial and sweep."""
+        chosen = list(self._folders.values())
+        if self._experiment is not None:
+            names = {folder.run_id: _tracking(folder).experiment for folder in chosen}
+            chosen = [folder for folder in chosen if names[folder.run_id] == self._experiment]
+            if not chosen:
+                there = printable(", ".join(sorted({*names.values()} - {""})))
+                raise InvalidInput(f"{self.place}: there is no such experiment. There are: {there}.")
+        return [self._run(folder) for folder in chosen]
+
+    def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
+        """Read those of a trial's series that it has."""
+        folder = self._by_run[run_id]
+        try:
+            record = TrialFolder(folder.path).record()
+        except Damaged as damaged:
+            print(printable(f"the series are left out: {damaged}"), file=sys.stderr)
+            return {}
+        found: dict[str, Readings] = {}
+        for point in record.series if record is not None else ():
+            if point.key in keys:
+                found.setdefault(point.key, []).append((point.t_ms, point.step, point.value))
+        return found
+
+    def store_of(self, run_id: str) -> str:
+        """Return the address of the store that a trial or a sweep was delivered to."""
+        folder = self._by_run[run_id]
+        tracking = _tracking(folder)
+        if tracking.kind is TrackingKind.none:
+            raise TrackingFailed("the trial was recorded in no store (tracking=none)")
+        if not folder.note:
+            raise TrackingFailed("its record is not in the store yet; the next start delivers it")
+        if folder.delivered_to:
+            return folder.delivered_to
+        if tracking.kind is TrackingKind.server:
+            return str(tracking.uri)
+        return address_of(Path(tracking.root).resolve() / "mlflow.db")
+
+    def _run(self, folder: _Folder) -> Run:
+        record = folder.record
+        above = None if record.parent is None else self._folders.get(record.parent)
+        return Run(
+            run_id=folder.run_id,
+            above=record.parent if above is None else above.run_id,
+            name=record.name,
+            started_ms=record.started_ms,
+            params=record.params,
+            metrics=record.metrics,
+            # where the folder is now: it may have been moved
+            tags=record.tags | {"record_id": record.id, "folder": str(folder.path)},
+        )
+
+
+def _read(path: Path, found: Recovered) -> Iterator[_Folder]:
+    """Read what lies in a folder: a sweep with its trials, or one trial."""
+    if SweepFolder(path).exists:
+        with found.setting_aside(path):
+            yield _folder(path, SweepFolder(path).read().record)
+    for trial in map(TrialFolder, (path, *sorted(path.glob("[0-9]*")))):
+        with found.setting_aside(trial.path):
+            record = trial.record(series=False)
+            if record is not None:
+                yield _folder(trial.path, record)
+
+
+def _folder(path: Path, record: Record) -> _Folder:
+    note = read_json(path / DELIVERED) if (path / DELIVERED).is_file() else None
+    return _Folder(path=path.resolve(), record=record, note=note if isinstance(note, dict) else {})
+
+
+def _tracking(folder: _Folder) -> TrackingConfig:
+    """Read which store a trial or a sweep was to go to. An older folder does not say: then to the default one."""
+    try:
+        if folder.record.is_sweep:
+            return SweepFolder(folder.path).read().tracking
+        asked = TrialFolder(folder.path).manifest()
+    except Damaged:
+        asked = None
+    return TrackingConfig() if asked is None else asked.tracking

@@ -1,0 +1,72 @@
+"""A sign of life in a folder: a file that the process of a trial or a sweep touches every few seconds.
+
+A process id says nothing on another host. The age of this file does, wherever the folder can be seen.
+"""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from lora_lab.store.process_id import Owner
+
+HEARTBEAT = "heartbeat"
+
+EVERY_SECONDS = 5.0
+
+LIMIT_SECONDS = 900.0
+"""A process of another host that has been silent for longer is taken for dead. A shared disk may fail for minutes, and
+its clients may remember a file's time for one. A machine that slept for longer than this is taken for dead too."""
+
+
+class Heartbeat:
+    """Touches the file in `folder` between `with` and its end, then takes it away. Never raises: without a heartbeat
+    other hosts know nothing, as they do on a full disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> "Heartbeat":
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            (self._folder / HEARTBEAT).unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(EVERY_SECONDS):
+            self._beat()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / HEARTBEAT).touch()
+
+
+def gone(owner: Owner, folder: Path) -> bool:
+    """Return whether the process that works in `folder` has ended. A process of this host is asked for by its id. One
+    of another host counts as ended when its heartbeat has stopped; without a heartbeat nothing is known of it."""
+    if owner.is_here:
+        return owner.gone
+    silent = _silent_seconds(folder)
+    return silent is not None and silent > LIMIT_SECONDS
+
+
+def _silent_seconds(folder: Path) -> float | None:
+    """Return the time since the last heartbeat, by the clock of the disk: that of the other host may be wrong, and so
+    may this host's. None without a heartbeat, or where nothing can be written."""
+    try:
+        last = (folder / HEARTBEAT).stat().st_mtime
+        with NamedTemporaryFile(dir=folder, prefix=".now-") as now:
+            os.utime(now.fileno())
+            return os.fstat(now.fileno()).st_mtime - last
+    except OSError:
+        return None

@@ -1,0 +1,27 @@
+"""multirun/: where trials and sweeps leave their folders, and the link to the newest of them."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from lora_lab.paths import MULTIRUN
+
+LATEST = "latest"
+
+
+def folders(root: Path = MULTIRUN) -> list[Path]:
+    """Return the folders below `root` that can hold a trial or a sweep, each once."""
+    return [path for path in root.glob("*/*") if path.parent.name != LATEST]
+
+
+def point_latest(folder: Path) -> None:
+    """Let multirun/latest lead to a folder. What a person has put there stays, and nothing fails for a link's sake."""
+    link = MULTIRUN / LATEST
+    if link.exists() and not link.is_symlink():
+        return
+    new = MULTIRUN / f".{LATEST}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        MULTIRUN.mkdir(exist_ok=True)
+        new.unlink(missing_ok=True)
+        new.symlink_to(os.path.relpath(folder.absolute(), MULTIRUN.absolute()))
+        new.replace(link)

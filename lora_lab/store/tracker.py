@@ -1,0 +1,72 @@
+"""Where results are kept: what a tracker does, and one in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lora_lab.store.record import RUNNING, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """A store, distinct from another one that was at the same address before."""
+
+    address: str
+    made_ms: int | None
+    """Unix time; None where the store does not know."""
+
+
+class Tracker(Protocol):
+    """Takes the record of each trial and of each sweep."""
+
+    def deliver(self, record: Record, files: Sequence[Path]) -> str:
+        """Record everything, or go on with a run that has part of it. Delivering twice is the same as once: a
+        trial that is over in the store stays as it is.
+
+        Args:
+            files: files and folders to keep with the run.
+
+        Returns: the store's id of the run.
+
+        Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed."""
+
+    def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
+        """Mark as killed what the store has as running though its process is gone; `gone` decides that from a run's
+        tags. Return how many there were.
+
+        Raises: TrackingFailed."""
+
+    def which(self) -> Which:
+        """Return which store this is.
+
+        Raises: TrackingFailed."""
+
+    def where(self, run_id: str) -> list[str]:
+        """Return lines that say where the run is and how to look at it."""
+
+
+class InMemoryTracker:
+    """Keeps records in a dictionary: for tests, and for tracking=none, where the trial's folder is the record."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+
+    def deliver(self, record: Record, files: Sequence[Path]) -> str:
+        """Remember the record."""
+        there = self.records.get(record.id)
+        if there is None or there.outcome == RUNNING or record.is_sweep:
+            self.records[record.id] = record
+        return record.id
+
+    def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
+        """Return 0: nothing here outlives its process."""
+        return 0
+
+    def which(self) -> Which:
+        """Return a store that is no other's: this one ends with its process."""
+        return Which("", None)
+
+    def where(self, run_id: str) -> list[str]:
+        """Return a line that says so: the record is in no store."""
+        return ["recorded in no store (tracking=none)"]

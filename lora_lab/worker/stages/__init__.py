@@ -1,0 +1,26 @@
+"""The stages of a trial. A new stage is a file here and a line in STAGES."""
+
+from lora_lab.worker.stages import (
+    conversion,
+    data_loading,
+    heldout,
+    model_loading,
+    preparation,
+    saving,
+    trainer_setup,
+    training_steps,
+)
+from lora_lab.worker.stages.stage import Stage
+
+STAGES: tuple[Stage, ...] = (
+    preparation.STAGE,
+    conversion.STAGE,
+    data_loading.STAGE,
+    model_loading.STAGE,
+    trainer_setup.STAGE,
+    heldout.BEFORE,
+    training_steps.STAGE,
+    heldout.AFTER,
+    saving.STAGE,
+)
+"""In the order in which they run."""

@@ -1,0 +1,13 @@
+"""Take the steps. The engine and the telemetry enter the phases: compilation, warm_up, window, profile."""
+
+from lora_lab.worker.stages.stage import Stage, TrialContext
+
+
+def _train(trial: TrialContext) -> None:
+    trial.model.train()
+    trial.trainer.train()
+    # Trainer leaves an autocast wrapper on forward that would turn whole logits to fp32
+    trial.trainer.accelerator.unwrap_model(trial.model, keep_fp32_wrapper=False)
+
+
+STAGE = Stage(None, _train)

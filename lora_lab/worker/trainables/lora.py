@@ -1,0 +1,83 @@
+"""Train LoRA in all its variants: PEFT's adapters on frozen weights, which may be in 4 bit."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.worker.experts import adapted_experts
+from lora_lab.worker.pretrained import model_name
+
+
+class Lora:
+    """Trains adapters in fp32, and leaves them as `adapter/` in PEFT's layout."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: TrialConfig) -> None:
+        self._method = config.method
+        self._model_name = model_name(config.model)
+
+    def check(self, skeleton: Any) -> None:
+        """Raise InvalidInput for modules that the model does not have, or that PEFT does not adapt in it."""
+        there = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if getattr(m, "weight", None) is not None}
+        targets = self._method.target_modules
+        named = [] if targets == ["all-linear"] else targets
+        missing = [name for name in named if name.rsplit(".", 1)[-1] not in there]
+        if missing:
+            raise InvalidInput(
+                f"method.target_modules names {', '.join(missing)}, which the model ({self._model_name}) does not "
+                f"have; it has {', '.join(sorted(there))}."
+            )
+        linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
+        try:
+            with torch.device("meta"):
+                get_peft_model(skeleton, self._adapters(skeleton), low_cpu_mem_usage=True)
+        except ValueError as error:
+            said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
+            # PEFT puts the module that it can't adapt in quotes
+            able = sorted(name for name in linear - {"lm_head"} if f"'{name}'" not in said)
+            raise InvalidInput(
+                f"PEFT can't adapt the model ({self._model_name}) so: {said} Name other modules, for example "
+                f"'method.target_modules=[{','.join(able[:4])}]'."
+            ) from error
+
+    def build(self, model: Any, unreached: Sequence[str]) -> Any:
+        """Freeze the model and put fresh adapters into it, but for modules that text never runs through."""
+        if self._method.raise_to_fp32:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        try:
+            adapted = get_peft_model(model, self._adapters(model, unreached))
+        except ValueError as error:  # modules were named that lie where text never runs
+            raise InvalidInput(f"no adapter can be put into the model ({self._model_name}): {error}") from error
+        adapted.peft_config["default"].base_model_name_or_path = self._model_name
+        return adapted
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapters alone, as PEFT reads them."""
+        model.save_pretrained(folder / "adapter", safe_serialization=True, save_embedding_layers=False)
+
+    def _adapters(self, model: Any, leave_out: Sequence[str] = ()) -> LoraConfig:
+        """Make PEFT's config.
+
+        Args:
+            leave_out: names of modules that get no adapter, nor do the modules within them.
+        """
+        method = self._method
+        everywhere = method.target_modules == ["all-linear"]
+        outside = "|".join(re.escape(name) for name in leave_out)
+        return LoraConfig(
+            target_parameters=adapted_experts(model, method) or None,
+            exclude_modules=rf"({outside})(\..*)?" if outside else None,
+            task_type="CAUSAL_LM",
+            r=method.rank,
+            lora_alpha=method.alpha,
+            lora_dropout=method.dropout,
+            target_modules="all-linear" if everywhere else method.target_modules,
+            use_rslora=method.use_rslora,
+            use_dora=method.use_dora,
+        )

@@ -1,0 +1,249 @@
+"""A process that has imported everything a command needs and forks one child per command.
+
+Starting Python and importing torch, transformers and MLflow takes ten seconds of a tiny trial's twelve. A test that
+looks at a trial's record, tables or messages learns nothing from them. The child differs from `python -m` in its
+imports alone: it runs the same module as `__main__`, in its own folder, with its own pipes, and ends as an interpreter
+ends.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from unsynced_stores import leave_stores_unsynced
+
+_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME"}
+"""Variables that no module reads while it is imported."""
+
+_MESSAGE_BYTES = 1 << 20
+
+
+class CommandServer:
+    """The server, started at the first command."""
+
+    environment: Mapping[str, str]
+    """What the server starts with."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def serves(self, variables: Mapping[str, str]) -> bool:
+        """Whether a command with these variables of its own may be forked: libraries read some while being imported."""
+        return all(name in _READ_LATE or self.environment.get(name) == value for name, value in variables.items())
+
+    def run(
+        self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
+    ) -> tuple[int, str, str]:
+        """Run `python -m module arguments`; the exit code as subprocess has it, and what was written."""
+        if self._process is None:
+            self._start()
+        assert self._socket is not None
+        request = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
+        pipes = [os.pipe() for _ in ("status", "out", "err")]
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [write for _, write in pipes])
+        for _, write in pipes:
+            os.close(write)
+        reads = [read for read, _ in pipes]
+        try:
+            status, out, err = _read_all(reads, seconds)
+        except TimeoutError:
+            self.stop()
+            raise subprocess.TimeoutExpired([module, *arguments], seconds) from None
+        finally:
+            for read in reads:
+                os.close(read)
+        return int(status), out.decode(), err.decode()
+
+    def stop(self) -> None:
+        """End the server and the command that it runs."""
+        if self._process is not None and self._socket is not None:
+            self._socket.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        from lora_lab.trial.variables import of_server
+
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env={**self.environment, **{name: value for name, value in of_server().items() if value is not None}},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+
+def _read_all(descriptors: Sequence[int], seconds: float) -> list[bytes]:
+    """What comes through these pipes until all are closed, as subprocess.run waits for a command's output."""
+    end = time.monotonic() + seconds
+    read = dict.fromkeys(descriptors, b"")
+    with selectors.DefaultSelector() as selector:
+        for descriptor in descriptors:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            for key, _ in ready:
+                piece = os.read(key.fd, 1 << 16)
+                read[key.fd] += piece
+                if not piece:
+                    selector.unregister(key.fd)
+    return [read[descriptor] for descriptor in descriptors]
+
+
+def _import_everything() -> None:
+    """Import what the product's own server of workers does, and what its commands do once they are asked; look at this
+    machine and this code."""
+    import alembic.command  # noqa: F401  # MLflow does when it looks at a store
+    import hydra._internal.core_plugins.basic_launcher
+    import hydra._internal.core_plugins.basic_sweeper
+    import hydra._internal.core_plugins.file_config_source  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    import lora_lab.sweep.sweeper
+    import lora_lab.worker.preload  # noqa: F401
+    from lora_lab.store.environment import environment
+
+    for command in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
+        importlib.import_module(command)
+        del sys.modules[command]  # it is to be run
+    environment()
+    leave_stores_unsynced()
+    gc.collect()
+    gc.freeze()
+
+
+def _serve(requests: socket.socket) -> dict[str, object]:
+    """Fork a child per request; returns in the child, with its request."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
+        if not message:
+            raise SystemExit(0)  # the tests are over
+        status, out, err = descriptors
+        pid = os.fork()
+        if pid == 0:
+            requests.close()
+            os.close(status)
+            for descriptor, standard in ((out, 1), (err, 2)):
+                os.dup2(descriptor, standard)
+                os.close(descriptor)
+            return dict(json.loads(message))
+        os.close(out)
+        os.close(err)
+        _, how = os.waitpid(pid, 0)
+        os.write(status, str(os.waitstatus_to_exitcode(how)).encode())
+        os.close(status)
+
+
+class _Spare:
+    """A fork of the server in which a command's own server of workers will run.
+
+    It is made before the command does anything, so that it knows nothing of it; the command hands it what a new
+    interpreter would have been given: an environment, descriptors and the code to run.
+    """
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._socket.close()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _become_server_of_workers(theirs)
+        theirs.close()
+
+    def take(self, code: str, descriptors: Sequence[int]) -> int:
+        """Run `code` with these descriptors there; the process's id."""
+        request = {"code": code, "descriptors": descriptors, "environment": dict(os.environ), "cwd": str(Path.cwd())}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+        self._socket.close()
+        return self._pid
+
+
+def _become_server_of_workers(requests: socket.socket) -> None:
+    message, received, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 16)
+    if not message:
+        os._exit(0)  # the command needed no worker
+    requests.close()
+    request = json.loads(message)
+    above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
+    for descriptor in received:
+        os.close(descriptor)
+    for descriptor, number in zip(above, request["descriptors"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    exec(request["code"], {})
+    raise SystemExit(0)
+
+
+def _fork_instead_of_spawning(spare: _Spare) -> None:
+    """Have multiprocessing's first start of a server take the spare; what comes after it is started for real."""
+    from multiprocessing import util
+
+    spawn = util.spawnv_passfds
+    spares = [spare]
+
+    def start(path: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+        if spares and arguments[-1].startswith("from multiprocessing.forkserver import main"):
+            return spares.pop().take(arguments[-1], descriptors)
+        return int(spawn(path, arguments, descriptors))
+
+    util.spawnv_passfds = start  # type: ignore[assignment]
+
+
+def _main() -> None:
+    _import_everything()
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        assert threading.active_count() == 1, "a server with threads must not fork"
+        request = _serve(requests)
+    sys.path[0] = str(request["cwd"])
+    os.chdir(str(request["cwd"]))
+    spare = _Spare()
+    _fork_instead_of_spawning(spare)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(request["environment"])  # type: ignore[arg-type]
+    sys.argv[1:] = request["arguments"]  # type: ignore[assignment]
+    try:
+        runpy.run_module(str(request["module"]), run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        _leave(end.code or 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End as an interpreter does, but for its last look at every object, which would copy the server's memory."""
+    threading._shutdown()  # type: ignore[attr-defined]  # multiprocessing ends its forks by these two as well
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,47 @@
+"""A trial of the tiny model that takes a few steps in this process."""
+
+from typing import Any
+
+import yaml
+
+from lora_lab.composition.compose import CONF
+from lora_lab.config import (
+    DataConfig,
+    DataSource,
+    DType,
+    MeasureConfig,
+    MethodConfig,
+    ModelConfig,
+    ModelSource,
+    OptimizerConfig,
+    PrecisionConfig,
+    TrialConfig,
+    Weights,
+)
+from lora_lab.events import Ended, Event
+
+
+def tiny_config(eval_rows: int = 2, **method: Any) -> TrialConfig:
+    """Random tokens that come back, so that the loss falls."""
+    return TrialConfig(
+        optimizer=OptimizerConfig(optim="adamw_torch"),
+        precision=PrecisionConfig(dtype=DType.fp32),
+        method=MethodConfig(**method),
+        model=ModelConfig(
+            source=ModelSource.tiny,
+            weights=Weights.random,
+            architecture=yaml.safe_load((CONF / "model/tiny.yaml").read_text())["architecture"],
+        ),
+        data=DataConfig(source=DataSource.random_tokens, rows=4, holdout=0.5),
+        measure=MeasureConfig(warmup_steps=1, steps=3, eval_rows=eval_rows),
+        seq_len=16,
+        learning_rate=0.01,
+        share_device=True,
+    )
+
+
+def ended(events: list[Event]) -> tuple[str, str]:
+    """The outcome and its reason."""
+    last = events[-1]
+    assert isinstance(last, Ended)
+    return last.outcome, last.reason
