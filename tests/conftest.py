@@ -101,6 +101,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        counted = session.config.stash[KILLS].items()
+        session.config.workeroutput["kills"] = {name: dict(counts) for name, counts in counted}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist's counted."""
+    for name, counts in getattr(node, "workeroutput", {}).get("kills", {}).items():
+        node.config.stash[KILLS][name].update(counts)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line about the kills, whether they were survived or not."""
     phases, rounds = terminalreporter.config.stash[KILLS].values()
