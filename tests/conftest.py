@@ -57,6 +57,13 @@ LONG = (
 )
 """Files that take longest. They begin first, so that no worker is left with one when the others have ended."""
 
+ON_FEW_CORES = {
+    "OMP_NUM_THREADS": "1",  # two threads a core wait for each other longer than they calculate
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes that import torch first
+    "TORCHINDUCTOR_VEC_ISA_OK": "0",  # g++ takes longer where it makes vectors; whole trials are compiled with them
+}
+"""What makes tests quick on two cores."""
+
 KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 """What the rounds of test_kills.py hit."""
 
@@ -69,8 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
     config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a core wait for each other longer than they calculate
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch first
+    if config.option.markexpr != "gpu":
+        for name, value in ON_FEW_CORES.items():
+            os.environ.setdefault(name, value)
     if hasattr(config, "workerinput"):  # one of several of pytest-xdist's
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
@@ -91,6 +99,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     SERVER.stop()
     if hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        counted = session.config.stash[KILLS].items()
+        session.config.workeroutput["kills"] = {name: dict(counts) for name, counts in counted}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist's counted."""
+    for name, counts in getattr(node, "workeroutput", {}).get("kills", {}).items():
+        node.config.stash[KILLS][name].update(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 def main() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")  # two such processes share two cores
+    os.environ.pop("TORCHINDUCTOR_VEC_ISA_OK", None)  # vectors, as users have them
     from hydra import compose, initialize_config_dir
 
     from lora_lab.composition.compose import CONF, load, register_schema

@@ -172,7 +172,7 @@ def test_a_trial_finishes_after_one_that_was_killed_while_it_compiled(
     command += ["device=cpu", "share_device=true", "data=random_tokens", "data.rows=16", "seq_len=32"]
     command += ["measure=quick", "measure.steps=1", "method.target_modules=[q_proj]"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    del environment["TORCHINDUCTOR_COMPILE_THREADS"]  # with its processes that compile, as users have it
+    environment.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # with its processes that compile, as users have it
     environment["ATEN_CPU_CAPABILITY"] = "default"  # without vectors g++ is quicker
     killed, next_ = tmp_path / "killed", tmp_path / "next"
     for folder in (killed, next_):
