@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.answers.claims.cells import Cell
+from lora_lab.report.answers.claims.cells import ClaimSetting
 from lora_lab.report.answers.claims.contrast import weigh
 from lora_lab.report.answers.claims.judge import (
     CONFOUNDED,
@@ -30,6 +30,7 @@ from lora_lab.report.answers.claims.judge import (
 from lora_lab.report.answers.claims.study import SHIPPED, Change, ContrastClaim, Study
 from lora_lab.report.measures import ENERGY, THROUGHPUT
 from lora_lab.report.statistics.attribution import split
+from lora_lab.report.statistics.differences import Difference
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import design
 from lora_lab.store.trials import Trial, groups
@@ -231,10 +232,10 @@ def _share(word: str, effect: float, noise: float) -> float:
     claim = next(each for each in paper().claims if isinstance(each, ContrastClaim))
     draw = random.Random(7)
 
-    def cell(*ends: str) -> Cell:
-        return Cell(
-            trials=(), regime="GPU-bound", differences=tuple(draw.gauss(effect, noise) for _ in range(5)), ends=ends
-        )
+    def cell(*ends: str) -> ClaimSetting:
+        pairs = {("sweep", repeat): draw.gauss(effect, noise) for repeat in range(5)}
+        apart = Difference(value=statistics.fmean(pairs.values()), samples=(pairs,))
+        return ClaimSetting(trials=(), regime="GPU-bound", difference=apart, ends=ends)
 
     told = [weigh(claim, claim.changes[0], [cell("1"), cell("2"), *(cell() for _ in range(4))]) for _ in range(300)]
     return told.count(word) / len(told)

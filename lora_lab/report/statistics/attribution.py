@@ -19,7 +19,7 @@ from scipy import optimize
 from lora_lab.config import InvalidInput
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.blocks import Figure, figures, regime_of, settings_besides
-from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate
+from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate, wider
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.trials import Trial
 
@@ -196,7 +196,7 @@ class _Fit:
         found = estimate(value, error, self._df(scale))
         pooled = estimate(value, sd * float(np.linalg.norm(of_trials)), self.df)
         lone = bool(np.any(np.abs(of_trials[~told]) > _FITTED))
-        return max(found, pooled, key=_reach) if lone else found
+        return wider(found, pooled) if lone else found
 
     def _df(self, scale: NDArray[np.float64]) -> float:
         form = (self.leaves * scale) @ self.leaves * self._variances()
@@ -214,10 +214,6 @@ class _Fit:
 
     def _vector(self, weights: Weights) -> NDArray[np.float64]:
         return np.array([weights.get(corner, 0.0) for corner in self.corners])
-
-
-def _reach(found: Estimate) -> float:
-    return 0.0 if found.high is None else found.high - found.value
 
 
 def _fit(at: Mapping[Corner, Sequence[Figure]]) -> _Fit:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.config import InvalidInput
-from lora_lab.report.answers.compare.difference import WITHIN_RUNS, Pair, difference
+from lora_lab.report.answers.compare.matched import WITHIN_RUNS, MatchedPoint, matched_difference
 from lora_lab.report.answers.compare.outcomes import OutcomeChange, ended
 from lora_lab.report.measures import MEASURES, Better, Measure
 from lora_lab.report.statistics.estimates import Estimate
@@ -278,13 +278,13 @@ def _of_drift(one: Side, other: Side, tolerance: float) -> Iterator[str]:
 
 def _pairs(
     one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]
-) -> tuple[list[Pair], list[str], list[str]]:
+) -> tuple[list[MatchedPoint], list[str], list[str]]:
     """Measured points of both sides, and the labels of those that only one of them has."""
     ours, theirs = by_point(one, known), by_point(other, known)
     points = list(ours | theirs)
     names = dict(zip(points, labels(points), strict=True))
     pairs = [
-        Pair(label=names[point], one=tuple(ours[point]), other=tuple(theirs[point]))
+        MatchedPoint(label=names[point], one=tuple(ours[point]), other=tuple(theirs[point]))
         for point in ours
         if point in theirs
     ]
@@ -295,7 +295,7 @@ def _pairs(
     )
 
 
-def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tolerance: float) -> Result:
+def _result(measure: Measure, pairs: Sequence[MatchedPoint], there: Sequence[Trial], tolerance: float) -> Result:
     """`there` are the other side's measured trials, matched or not."""
     kept = [kept for pair in pairs if (kept := pair.having(measure)) is not None]
     if not kept:
@@ -313,7 +313,7 @@ def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tol
             alarms=False,
             lacking=any(measure.of(trial) is not None for trial in there),
         )
-    found, basis = difference(kept, measure)
+    found, basis = matched_difference(kept, measure)
     rows = tuple(
         Row(label=pair.label, one=_median(pair.one, measure), other=_median(pair.other, measure)) for pair in kept
     )
@@ -360,7 +360,7 @@ def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[Row])
     return [difference / middle for difference in differences]
 
 
-def _why_absent(measure: Measure, pairs: Sequence[Pair]) -> str:
+def _why_absent(measure: Measure, pairs: Sequence[MatchedPoint]) -> str:
     lacking = (trial for pair in pairs for trial in (*pair.one, *pair.other) if measure.of(trial) is None)
     return measure.why_absent(next(lacking))
 

@@ -16,7 +16,7 @@ from lora_lab.report.answers.compare.comparison import (
     Result,
     exit_code,
 )
-from lora_lab.report.answers.compare.difference import WITHIN_RUNS
+from lora_lab.report.answers.compare.matched import WITHIN_RUNS
 from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import change
 
