@@ -68,7 +68,7 @@ def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: 
 
 def wider(one: Estimate, *others: Estimate) -> Estimate:
     """Return the one with the widest interval; of equals the first."""
-    return max(one, *others, key=lambda found: 0.0 if found.high is None else found.high - found.value)
+    return max((one, *others), key=lambda found: 0.0 if found.high is None else found.high - found.value)
 
 
 def percent(log_ratio: float) -> float:
