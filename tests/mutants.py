@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+_EARLY = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # the parent has imported some plugins already
 SECONDS = 240
 """A mutant that takes longer is stuck, and so noticed."""
 _SWAPS: list[tuple[type[ast.AST], type[ast.AST]]] = [
@@ -86,7 +87,7 @@ def survives(mutant: Mutant | None, tests: list[str]) -> bool:
             sys.meta_path.insert(0, mutant)
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *_EARLY, *tests])))
     return os.waitpid(child, 0)[1] == 0
 
 
