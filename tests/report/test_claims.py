@@ -436,6 +436,34 @@ def test_an_association_is_said_to_be_one_case_and_where_nothing_was_told() -> N
     assert "GPU-" not in verdict("faster_is_thriftier", told).why, "one card needs no UUID"
 
 
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ([(500, (0.19, 0.23)), (628, (0.151, 0.18)), (360, (0.26, 0.32))], "In all of its 3 runs"),
+        ([(500, (0.19, 0.23)), (628, (0.151, 0.18)), (360, (0.26, 0.32))], "is 94.5 to 114 within 5 %"),
+        ([(500, (0.2, 0.2)), (1000, (0.104, 0.104))], "is 102 within 5 %"),
+        ([(500, (0.2, 0.2)), (1000, (0.106, 0.106))], ""),
+        ([(500, (0.2, 0.2)), (1000, (0.1, 0.12))], ""),  # at one end alone
+        ([(500, (0.2, 0.2)), (1000, (0.08, 0.1))], ""),
+        ([(500, (0.2, 0.2)), (1000, None)], ""),
+        ([(500, (0.2, 0.2)), (1000, None), (2000, (0.05, 0.05))], "In all of its 2 runs"),
+    ],
+)
+def test_measures_whose_product_never_changes_follow_from_one_another(
+    figures: list[tuple[float, tuple[float, float] | None]], said: str
+) -> None:
+    study = paper()
+    runs = tuple(
+        dataclasses.replace(run, figures={"throughput": (rate, rate)} | ({} if joules is None else {"energy": joules}))
+        for run, (rate, joules) in zip(study.runs, figures, strict=False)
+    )
+    study = dataclasses.replace(study, runs=runs)
+    claims = [claim for claim in study.claims if claim.id == "faster_is_thriftier"]
+    [found] = judge(dataclasses.replace(study, claims=tuple(claims)), [])
+    assert said in found.original
+    assert ("follows from the other" in found.original) == bool(said)
+
+
 def test_a_general_statement_falls_with_one_counterexample() -> None:
     one = grid(device=H100, regime="host-bound")
     other = grid(device=CARD, unit="GPU-2", watts=lambda rate: rate**1.5)
