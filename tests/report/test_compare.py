@@ -20,7 +20,7 @@ from lora_lab.report.answers.compare.comparison import (
     NO_DIFFERENCE,
     WITHIN,
     WORSE,
-    Comparison,
+    SideComparison,
     compare,
     exit_code,
 )
@@ -58,15 +58,15 @@ def grid(
     return found
 
 
-def against(one: Sequence[Trial], other: Sequence[Trial], tolerance: float = 0.0) -> Comparison:
+def against(one: Sequence[Trial], other: Sequence[Trial], tolerance: float = 0.0) -> SideComparison:
     return compare((one, []), (other, []), tolerance)
 
 
-def verdicts(comparison: Comparison) -> dict[str, str]:
+def verdicts(comparison: SideComparison) -> dict[str, str]:
     return {result.measure.name: result.verdict for result in comparison.results}
 
 
-def text_of(comparison: Comparison) -> str:
+def text_of(comparison: SideComparison) -> str:
     console = Console(file=io.StringIO(), width=80)
     show(comparison, console)
     written = console.file

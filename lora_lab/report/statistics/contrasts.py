@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.averages import average
-from lora_lab.report.statistics.blocks import Block, Figure, figures, regime_between, settings_besides
+from lora_lab.report.statistics.blocks import Block, TrialFigure, figures, regime_between, settings_besides
 from lora_lab.report.statistics.differences import Difference, by_block, paired
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import Factor
@@ -83,17 +83,17 @@ def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measu
     return [contrast for factor in factors for contrast in _of_factor(found, factor, measure)]
 
 
-def paired_settings(found: Sequence[Figure], factor: Factor, level: str) -> list[PairedSetting]:
+def paired_settings(found: Sequence[TrialFigure], factor: Factor, level: str) -> list[PairedSetting]:
     """Return the settings of everything else in which a block holds both the level and the factor's first."""
     settings = settings_besides([figure.trial for figure in found], [factor])
-    sides: dict[tuple[str, ...], dict[str, list[Figure]]] = {}
+    sides: dict[tuple[str, ...], dict[str, list[TrialFigure]]] = {}
     for figure, setting in zip(found, settings, strict=True):
         sides.setdefault(setting, {}).setdefault(factor.level(figure.trial), []).append(figure)
     made = (_paired(each.get(factor.levels[0], ()), each.get(level, ())) for _, each in sorted(sides.items()))
     return [each for each in made if each is not None]
 
 
-def _paired(over: Sequence[Figure], of: Sequence[Figure]) -> PairedSetting | None:
+def _paired(over: Sequence[TrialFigure], of: Sequence[TrialFigure]) -> PairedSetting | None:
     apart = paired(by_block(of), by_block(over))
     if apart is None:
         return None
@@ -103,11 +103,11 @@ def _paired(over: Sequence[Figure], of: Sequence[Figure]) -> PairedSetting | Non
     return PairedSetting(pairs=pairs, regime=regime_between(before, after), difference=apart)
 
 
-def _trials(figures: Sequence[Figure], block: Block) -> tuple[Trial, ...]:
+def _trials(figures: Sequence[TrialFigure], block: Block) -> tuple[Trial, ...]:
     return tuple(figure.trial for figure in figures if figure.block == block)
 
 
-def _of_factor(found: Sequence[Figure], factor: Factor, measure: Measure) -> list[Contrast]:
+def _of_factor(found: Sequence[TrialFigure], factor: Factor, measure: Measure) -> list[Contrast]:
     made = []
     for level in factor.levels[1:]:
         by_regime: dict[str, list[PairedSetting]] = {}

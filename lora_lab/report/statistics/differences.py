@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lora_lab.report.measures import VRAM, Measure
-from lora_lab.report.statistics.blocks import Block, Figure
+from lora_lab.report.statistics.blocks import Block, TrialFigure
 from lora_lab.report.statistics.estimates import Estimate, estimate, estimate_of_sum
 
 Values = Mapping[Block, float]
@@ -85,7 +85,7 @@ class Difference:
         return f"{sizes} trials, by the noise of all that have repeats" if noise is not None else ""
 
 
-def by_block(figures: Iterable[Figure]) -> dict[Block, float]:
+def by_block(figures: Iterable[TrialFigure]) -> dict[Block, float]:
     """Return the figures by block; a block that holds a point twice counts once, with the mean."""
     found: dict[Block, list[float]] = {}
     for figure in figures:

@@ -4,10 +4,11 @@ An average over a grid hides what happens at one setting, and a claim of "up to"
 everything else gets an interval of its own, from its own repeats only: none borrows the noise of another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lab.report.answers.claims.study import ContrastClaim, Study
+from lora_lab.report.answers.claims.verdict import has_settings
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.contrasts import paired_settings
@@ -49,13 +50,7 @@ def settings_of(study: Study, claim: ContrastClaim, sides: Sequence[Trial], meas
             trials=setting.trials,
             regime=setting.regime,
             difference=setting.difference,
-            ends=tuple(
-                run for run in claim.ends if _set_as(setting.trials[0].params, study.settings(run), claim.factor)
-            ),
+            ends=tuple(run for run in claim.ends if has_settings(setting.trials[0], study.settings(run), claim.factor)),
         )
         for setting in paired_settings(figures(sides, measure), factor_of(claim), claim.of)
     ]
-
-
-def _set_as(params: Mapping[str, str], settings: Mapping[str, str], but: str) -> bool:
-    return all(params.get(key) == value for key, value in settings.items() if key != but)
