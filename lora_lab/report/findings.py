@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import InvalidInput
-from lora_lab.report.answers.best.candidates import Wish
-from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.judge import judge
 from lora_lab.report.answers.claims.required_effect import Needed, needed
 from lora_lab.report.answers.claims.study import Study
@@ -15,7 +13,9 @@ from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.pareto import Point, front, points
 from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.statistics.attribution import Split, split
+from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
+from lora_lab.report.statistics.differences import by_block, difference, pooled_noise
 from lora_lab.report.statistics.factorial import FactorialModel, factorial
 from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
 from lora_lab.report.writing.headline import sentences
@@ -52,7 +52,7 @@ class GroupFindings:
     fronts: Mapping[str, tuple[Point, ...]]
     """Pareto fronts of throughput against another measure, by that measure's name."""
     as_fast: int
-    """How many points can't be told from the one of the highest median throughput: the same that `best` says."""
+    """How many points are not distinguishable from the one of the highest median throughput."""
     absent: Mapping[str, str]
     """Measures that no trial has, by name, and why."""
 
@@ -140,19 +140,22 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
 
 
 def _as_fast(found: Sequence[Point], group: Group) -> int:
-    """0 where `best` would choose another, or nothing."""
-    rated = [point for point in found if THROUGHPUT.name in point.figures]
-    fastest = max(rated, key=lambda point: point.figures[THROUGHPUT.name][0], default=None)
-    if fastest is None or len(rated) < 2:
+    """Count the points that `best` could not tell from the fastest either: both take the same estimate."""
+    by_run = {each.trial.run_id: each for each in figures(group.measured, THROUGHPUT)}
+    rated = [
+        (
+            point.figures[THROUGHPUT.name][0],
+            by_block(by_run[trial.run_id] for trial in point.trials if trial.run_id in by_run),
+        )
+        for point in found
+        if THROUGHPUT.name in point.figures
+    ]
+    if not rated:
         return 0
-    try:
-        chosen = choose(group.measured, Wish(objective=THROUGHPUT))
-    except InvalidInput:
-        return 0
-    its = {trial.run_id for trial in fastest.trials}
-    if chosen.best is None or not its >= {trial.run_id for trial in chosen.best.trials}:
-        return 0
-    return sum(not runner_up.estimate.seen for runner_up in chosen.runners_up)
+    fastest = max(rated, key=lambda one: one[0])
+    noise = pooled_noise(values for _, values in rated)
+    others = (difference(one[1], fastest[1]) for one in rated if one is not fastest)
+    return sum(not each.estimate(noise).seen for each in others)
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -1,8 +1,10 @@
 """The best of what fits: planted truths, and what must never be mixed or chosen."""
 
+import dataclasses
 import io
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -385,6 +387,102 @@ def test_what_makes_an_answer_weaker_is_said() -> None:
     text = text_of(choose(found, Wish(objective=THROUGHPUT, vram_gib=8)))
     for word in ("host-bound", "it grew warm", "emulated 8 GiB", "the only configuration"):
         assert word in text
+
+
+CAVEATS = {
+    "single": "its figure is of a single trial",
+    "of repeated": "of those with repeats",
+    "ahead": "looks better",
+    "picked": "picked among",
+    "doubtful": "are doubtful",
+    "regime": "another card or a faster host",
+    "emulated": "measured within an emulated",
+    "held before": "were in use before it began",
+    "aside": "with other memory at hand said what fits",
+    "random": "the weights were random",
+    "memory apart": "not all were measured with the same memory",
+    "tie": "cannot be told from it and needs",
+    "tokens": "not as many tokens",
+    "rows": "another seq_len holds out other rows",
+}
+CLEAR = ([1000, 1001, 1002], [900, 901, 902])
+LIMIT = {"vram_limit_gib": "8.0"}
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> list[Trial]:
+    """Two points that are told apart by far, unless `rates` says otherwise; `tags` are of the first trial."""
+    made = []
+    for rank, rates, told in ((8, CLEAR[0], dict(one)), (16, CLEAR[1], dict(other))):
+        tags, metrics = told.pop("tags", {}), told.pop("metrics", {})
+        trials = repeats(rank, told.pop("rates", rates), **told)
+        trials = [dataclasses.replace(each, metrics=each.metrics | metrics) for each in trials]
+        made += [dataclasses.replace(trials[0], tags=trials[0].tags | tags), *trials[1:]]
+    return made
+
+
+STEPS = {"measure__steps": "10", "measure__warmup_steps": "2"}
+WINDOW = {"window/seconds": 10.0, "window/steps": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wish", "expected"),
+    [
+        ({}, {}, {}, set()),
+        ({"rates": [2000]}, {}, {}, {"single", "of repeated", "picked"}),
+        ({"rates": [2000]}, {"rates": [900]}, {}, {"single", "picked"}),
+        ({}, {"rates": [1003]}, {}, {"ahead", "picked"}),
+        ({"rates": [1000, 1100, 1200]}, {"rates": [1090, 1000, 1105]}, {}, {"picked"}),
+        ({"rates": [1000, 1100, 1200], "vram": 8}, {"rates": [1090, 1000, 1105], "vram": 7.93}, {}, {"picked"}),
+        ({"rates": [1000, 1100, 1200], "vram": 8}, {"rates": [1090, 1000, 1105], "vram": 7.9}, {}, {"picked", "tie"}),
+        ({"vram": 8}, {"vram": 5}, {}, set()),
+        ({"vram": 5}, {"vram": 5}, {"objective": VRAM}, set()),
+        ({"tags": {"validity": "doubtful", "validity_reasons": "warm"}}, {}, {}, {"doubtful"}),
+        ({"tags": {"regime": "host-bound"}}, {}, {}, {"regime"}),
+        ({"tags": {"regime": "mixed"}}, {}, {}, {"regime"}),
+        ({}, {"tags": {"regime": "host-bound"}}, {}, set()),
+        ({"model__weights": "random"}, {"model__weights": "random"}, {}, {"random"}),
+        (LIMIT, LIMIT, {}, {"emulated"}),
+        (LIMIT, {}, {}, {"emulated", "memory apart"}),
+        (LIMIT | {"vram": 8.4, "metrics": {"card/used_before_gib": 0.5}}, LIMIT, {}, {"emulated", "held before"}),
+        ({"loss": 1.5}, {"loss": 2.0}, {"objective": LOSS}, set()),
+        ({"loss": 1.5}, {"loss": 2.0, "seq_len": "64"}, {"objective": LOSS}, {"rows"}),
+        ({"seq_len": "64"}, {}, {}, set()),
+        (STEPS | {"metrics": WINDOW}, STEPS | {"metrics": WINDOW}, {"max_loss_increase": 0.1}, {"tokens"}),
+        (
+            STEPS | {"metrics": WINDOW},
+            STEPS | {"metrics": WINDOW, "rates": [985, 986, 987]},
+            {"max_loss_increase": 0.1},
+            set(),
+        ),
+    ],
+)
+def test_each_caveat_stands_where_its_reason_does(
+    one: dict[str, Any], other: dict[str, Any], wish: dict[str, Any], expected: set[str]
+) -> None:
+    said = choose(apart(one, other), Wish(**{"objective": THROUGHPUT} | wish)).remarks
+    assert [sum(words in remark for words in CAVEATS.values()) for remark in said] == [1] * len(said)
+    assert {name for name, words in CAVEATS.items() if any(words in remark for remark in said)} == expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "sure"),
+    [
+        (CLEAR, "told apart from each of 1 other (95 % intervals, one by one)"),
+        (([2000], CLEAR[1]), "told apart from each of 1 other (95 % intervals, one by one; single trials by the noise"),
+        (([1000, 1100, 1200], [1090, 1000, 1105]), "1 of 1 others cannot be told from the best"),
+        (([1000], [900]), "one trial each: no interval"),
+    ],
+)
+def test_how_sure_it_is_follows_from_the_intervals(rates: tuple[list[float], list[float]], sure: str) -> None:
+    choice = choose(apart({"rates": rates[0]}, {"rates": rates[1]}), Wish(objective=THROUGHPUT))
+    assert choice.sure.startswith(sure)
+
+
+def test_trials_with_other_memory_are_said_to_be_aside() -> None:
+    found = [*repeats(8, CLEAR[0]), *repeats(8, [500, 501], vram_limit_gib="8.0"), *repeats(16, CLEAR[1])]
+    remarks = choose(found, Wish(objective=THROUGHPUT)).remarks
+    assert [CAVEATS["aside"] in remark for remark in remarks] == [True]
+    assert remarks[0].startswith("2 trials of it")
 
 
 def test_nothing_measured_names_what_to_run() -> None:

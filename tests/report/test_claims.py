@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import trial
 
-from lora_lab.report.answers.claims.cells import Cell
+from lora_lab.report.answers.claims.cells import ClaimSetting
 from lora_lab.report.answers.claims.contrast import weigh
 from lora_lab.report.answers.claims.judge import (
     CONFOUNDED,
@@ -31,6 +31,7 @@ from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
 from lora_lab.report.answers.claims.study_file import SHIPPED
 from lora_lab.report.measures import ENERGY, THROUGHPUT
 from lora_lab.report.statistics.attribution import split
+from lora_lab.report.statistics.differences import Difference
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import design
 from lora_lab.store.trials import Trial, groups
@@ -232,10 +233,10 @@ def _share(word: str, effect: float, noise: float) -> float:
     claim = next(each for each in paper().claims if isinstance(each, ContrastClaim))
     draw = random.Random(7)
 
-    def cell(*ends: str) -> Cell:
-        return Cell(
-            trials=(), regime="GPU-bound", differences=tuple(draw.gauss(effect, noise) for _ in range(5)), ends=ends
-        )
+    def cell(*ends: str) -> ClaimSetting:
+        pairs = {("sweep", repeat): draw.gauss(effect, noise) for repeat in range(5)}
+        apart = Difference(value=statistics.fmean(pairs.values()), samples=(pairs,))
+        return ClaimSetting(trials=(), regime="GPU-bound", difference=apart, ends=ends)
 
     told = [weigh(claim, claim.changes[0], [cell("1"), cell("2"), *(cell() for _ in range(4))]) for _ in range(300)]
     return told.count(word) / len(told)
@@ -434,6 +435,34 @@ def test_an_association_is_said_to_be_one_case_and_where_nothing_was_told() -> N
     assert "This is one case" in found.why
     assert f"Undecided: {H100} (GPU-2), GPU-bound" in found.why
     assert "GPU-" not in verdict("faster_is_thriftier", told).why, "one card needs no UUID"
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ([(500, (0.19, 0.23)), (628, (0.151, 0.18)), (360, (0.26, 0.32))], "In all of its 3 runs"),
+        ([(500, (0.19, 0.23)), (628, (0.151, 0.18)), (360, (0.26, 0.32))], "is 94.5 to 114 within 5 %"),
+        ([(500, (0.2, 0.2)), (1000, (0.104, 0.104))], "is 102 within 5 %"),
+        ([(500, (0.2, 0.2)), (1000, (0.106, 0.106))], ""),
+        ([(500, (0.2, 0.2)), (1000, (0.1, 0.12))], ""),  # at one end alone
+        ([(500, (0.2, 0.2)), (1000, (0.08, 0.1))], ""),
+        ([(500, (0.2, 0.2)), (1000, None)], ""),
+        ([(500, (0.2, 0.2)), (1000, None), (2000, (0.05, 0.05))], "In all of its 2 runs"),
+    ],
+)
+def test_measures_whose_product_never_changes_follow_from_one_another(
+    figures: list[tuple[float, tuple[float, float] | None]], said: str
+) -> None:
+    study = paper()
+    runs = tuple(
+        dataclasses.replace(run, figures={"throughput": (rate, rate)} | ({} if joules is None else {"energy": joules}))
+        for run, (rate, joules) in zip(study.runs, figures, strict=False)
+    )
+    study = dataclasses.replace(study, runs=runs)
+    claims = [claim for claim in study.claims if claim.id == "faster_is_thriftier"]
+    [found] = judge(dataclasses.replace(study, claims=tuple(claims)), [])
+    assert said in found.original
+    assert ("follows from the other" in found.original) == bool(said)
 
 
 def test_a_general_statement_falls_with_one_counterexample() -> None:

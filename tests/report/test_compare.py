@@ -4,11 +4,14 @@ import dataclasses
 import io
 import math
 import random
+import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from planted import trial
 from rich.console import Console
+from scipy import stats
 
 from lora_lab.config import InvalidInput
 from lora_lab.report.answers.compare.comparison import (
@@ -17,12 +20,13 @@ from lora_lab.report.answers.compare.comparison import (
     NO_DIFFERENCE,
     WITHIN,
     WORSE,
-    Comparison,
+    SideComparison,
     compare,
     exit_code,
 )
 from lora_lab.report.answers.compare.display import show
 from lora_lab.report.measures import ENERGY, LOSS, THROUGHPUT, VRAM, Measure
+from lora_lab.report.statistics.estimates import estimate
 from lora_lab.store.trials import Trial
 
 SEEDS = 100
@@ -54,15 +58,15 @@ def grid(
     return found
 
 
-def against(one: Sequence[Trial], other: Sequence[Trial], tolerance: float = 0.0) -> Comparison:
+def against(one: Sequence[Trial], other: Sequence[Trial], tolerance: float = 0.0) -> SideComparison:
     return compare((one, []), (other, []), tolerance)
 
 
-def verdicts(comparison: Comparison) -> dict[str, str]:
+def verdicts(comparison: SideComparison) -> dict[str, str]:
     return {result.measure.name: result.verdict for result in comparison.results}
 
 
-def text_of(comparison: Comparison) -> str:
+def text_of(comparison: SideComparison) -> str:
     console = Console(file=io.StringIO(), width=80)
     show(comparison, console)
     written = console.file
@@ -278,6 +282,101 @@ def test_other_cards_stand_on_top_in_words() -> None:
     assert {each.what for each in found.surroundings} == {"device", "device.uuid"}
     text = text_of(found)
     assert text.index("different cards") < text.index("throughput")
+
+
+CAUTIONS = {
+    "cards": "different cards",
+    "units": "two devices of one name",
+    "versions": "other versions",
+    "this dirty": "this ran uncommitted code",
+    "other dirty": "the other ran uncommitted code",
+    "this places": "this ran at 2 places",
+    "other places": "the other ran at 2 places",
+    "throughout": "they differ throughout in",
+    "drift": "the two ran at different times",
+}
+OTHER_CARD = {"device": "NVIDIA H200", "unit": "GPU-9"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({"side": "same", "optimizer": "paged_adamw"}, {"side": "same"}, {"throughout"}),
+        ({}, {}, {"drift"}),
+        (OTHER_CARD, {}, {"cards", "drift"}),
+        ({"unit": "GPU-2"}, {}, {"units", "drift"}),
+        ({"tags": {"version.torch": "2.12.0"}}, {}, {"versions", "drift"}),
+        ({"tags": {"dirty": "true"}}, {}, {"this dirty", "drift"}),
+        ({}, {"tags": {"dirty": "true"}}, {"other dirty", "drift"}),
+        ({"optimizer": "paged_adamw"}, {}, {"throughout", "drift"}),
+        (OTHER_CARD | {"tags": {"dirty": "true"}}, {"seq_len": "64"}, {"cards", "this dirty", "drift"}),
+        ({"also": {"unit": "GPU-2"}}, {}, {"this places", "drift"}),
+        ({}, {"also": {"unit": "GPU-2"}}, {"other places", "drift"}),
+        ({"side": "same", "unit": "GPU-2", "optimizer": "paged_adamw"}, {"side": "same"}, {"units", "throughout"}),
+    ],
+)
+def test_each_caution_stands_where_its_reason_does(
+    one: dict[str, Any], other: dict[str, Any], expected: set[str]
+) -> None:
+    def side(name: str, told: dict[str, Any]) -> list[Trial]:
+        told = dict(told)
+        name, also, length = told.pop("side", name), told.pop("also", None), told.pop("seq_len", None)
+        made = grid(name, 1, **told) + (grid(name, 1, repeats=1, **also) if also else [])
+        return [each for each in made if length is None or each.params["seq_len"] != length]
+
+    cautions = against(side("one", one), side("other", other)).cautions
+    assert [sum(words in caution for words in CAUTIONS.values()) for caution in cautions] == [1] * len(cautions)
+    assert {name for name, words in CAUTIONS.items() if any(words in caution for caution in cautions)} == expected
+
+
+def test_one_sweep_that_ran_both_sides_is_compared_by_pairs() -> None:
+    """What makes a block slow falls out, and leaves about Student's interval over eight points of three pairs."""
+    reach = []
+    for seed in range(40):
+        both = grid("same", seed, noise=0.0, block=0.3)
+        draw = random.Random(f"pairs {seed}")
+        other = [
+            dataclasses.replace(
+                each,
+                run_id=f"{each.run_id} other",
+                params=each.params | {"optimizer": "paged_adamw"},
+                metrics=each.metrics | {THROUGHPUT.key: each.metrics[THROUGHPUT.key] * math.exp(draw.gauss(0.1, 0.01))},
+            )
+            for each in both
+        ]
+        found = against(other, both).results[0]
+        assert found.verdict == BETTER
+        assert "paired by block" in found.basis
+        assert found.estimate is not None
+        assert found.estimate.high is not None
+        reach.append(found.estimate.high - found.estimate.value)
+    known = estimate(0.0, 0.01 / math.sqrt(24), 16).high
+    assert known is not None
+    assert known < statistics.fmean(reach) < 1.25 * known  # each point's own noise, with two degrees of freedom
+
+
+def test_one_point_has_the_interval_of_welchs_test() -> None:
+    rates = [1000.0, 1010.0, 1030.0], [900.0, 905.0, 990.0, 940.0]
+    sides = [
+        [trial({THROUGHPUT.key: rate}, sweep=sweep, repeat=repeat) for repeat, rate in enumerate(each)]
+        for sweep, each in zip(("one", "other"), rates, strict=True)
+    ]
+    found = against(*sides).results[0].estimate
+    assert found is not None
+    known = stats.ttest_ind(*([math.log(rate) for rate in each] for each in rates), equal_var=False)
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
+
+
+def test_intervals_are_no_wider_than_by_blocks_or_trials() -> None:
+    """Two sweeps, steady: the wider of an interval over 32 degrees of freedom and of one over about four."""
+    reach = []
+    for seed in range(SEEDS):
+        found = against(grid("one", seed), grid("other", seed)).results[0].estimate
+        assert found is not None
+        assert found.high is not None
+        reach.append(found.high - found.value)
+    error = 0.01 * math.sqrt(2 / 24)
+    assert estimate(0.0, error, 32).high < statistics.fmean(reach) < 1.25 * (estimate(0.0, error, 4).high or 0)
 
 
 def test_two_places_on_one_side_are_not_averaged() -> None:

@@ -219,6 +219,21 @@ def test_a_baseline_that_nobody_named_has_figures():
     assert levels(found)["shape"] == ("2x512", "1x512", "4x512")
 
 
+def test_a_merged_factor_starts_from_the_level_with_most_figures():
+    often = [trial({"throughput/tokens_per_second": 1.0}, repeat=repeat, **PAPER[2]) for repeat in range(3)]
+    once = [trial({"throughput/tokens_per_second": 1.0}, **point) for point in PAPER[:2]]
+    [merged] = design(once + often).factors
+    assert merged.levels[0] == "paged_adamw + bf16 + 2x1024"
+    assert len(merged.levels) == 3
+
+
+def test_a_factor_of_its_own_starts_from_its_first_level_however_often_others_ran():
+    ran = [trial({"throughput/tokens_per_second": 1.0}, repeat=n, precision=p) for p, n in (("fp16", 0), ("bf16", 0))]
+    more = [trial({"throughput/tokens_per_second": 1.0}, repeat=n, precision="fp16") for n in (1, 2)]
+    [precision] = design(ran + more, [sweep(precision="bf16,fp16")]).factors
+    assert precision.levels == ("bf16", "fp16")
+
+
 def test_nothing_varied():
     assert design([trial(repeat=0), trial(repeat=1)]).factors == ()
     assert design([]).factors == ()

@@ -18,8 +18,8 @@ from scipy import optimize
 
 from lora_lab.config import InvalidInput
 from lora_lab.report.measures import Measure
-from lora_lab.report.statistics.blocks import Figure, figures, regime_of, settings_besides
-from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate
+from lora_lab.report.statistics.blocks import TrialFigure, figures, regime_of, settings_besides
+from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate, wider
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.trials import Trial
 
@@ -34,7 +34,7 @@ Weights = Mapping[Corner, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class FactorPart:
     """One factor's part."""
 
     factor: str
@@ -58,7 +58,7 @@ class Split:
     end: Mapping[str, str]
     total: Estimate | None
     """None where a point has no measured trial."""
-    parts: tuple[Part, ...]
+    parts: tuple[FactorPart, ...]
     """Empty where corners are missing."""
     missing: tuple[Mapping[str, str], ...]
     """Points between the two that no measured trial has, and without which nothing can be split."""
@@ -133,12 +133,12 @@ def _named(factors: Sequence[Factor], start: Mapping[str, str]) -> list[Factor]:
 
 
 def _alike(
-    found: Sequence[Figure], factors: Sequence[Factor], points: Mapping[Corner, Mapping[str, str]]
-) -> dict[Corner, list[Figure]]:
+    found: Sequence[TrialFigure], factors: Sequence[Factor], points: Mapping[Corner, Mapping[str, str]]
+) -> dict[Corner, list[TrialFigure]]:
     """The figures at each corner, of the set of trials alike in everything else that covers the corners best."""
     settings = settings_besides([figure.trial for figure in found], factors)
     corner_of = {tuple(point[factor.name] for factor in factors): corner for corner, point in points.items()}
-    sets: dict[tuple[str, ...], dict[Corner, list[Figure]]] = {}
+    sets: dict[tuple[str, ...], dict[Corner, list[TrialFigure]]] = {}
     for figure, setting in zip(found, settings, strict=True):
         corner = corner_of.get(tuple(factor.level(figure.trial) for factor in factors))
         if corner is not None:
@@ -196,7 +196,7 @@ class _Fit:
         found = estimate(value, error, self._df(scale))
         pooled = estimate(value, sd * float(np.linalg.norm(of_trials)), self.df)
         lone = bool(np.any(np.abs(of_trials[~told]) > _FITTED))
-        return max(found, pooled, key=_reach) if lone else found
+        return wider(found, pooled) if lone else found
 
     def _df(self, scale: NDArray[np.float64]) -> float:
         form = (self.leaves * scale) @ self.leaves * self._variances()
@@ -216,11 +216,7 @@ class _Fit:
         return np.array([weights.get(corner, 0.0) for corner in self.corners])
 
 
-def _reach(found: Estimate) -> float:
-    return 0.0 if found.high is None else found.high - found.value
-
-
-def _fit(at: Mapping[Corner, Sequence[Figure]]) -> _Fit:
+def _fit(at: Mapping[Corner, Sequence[TrialFigure]]) -> _Fit:
     corners = list(at)
     told = [(corner, figure) for corner in corners for figure in at[corner]]
     values = np.array([figure.value for _, figure in told])
@@ -250,11 +246,11 @@ def _fit(at: Mapping[Corner, Sequence[Figure]]) -> _Fit:
     )
 
 
-def _part(fit: _Fit, name: str, start: Mapping[str, str], end: Mapping[str, str], changed: Sequence[str]) -> Part:
+def _part(fit: _Fit, name: str, start: Mapping[str, str], end: Mapping[str, str], changed: Sequence[str]) -> FactorPart:
     if name not in changed:
-        return Part(factor=name, of=end[name], over=start[name], estimate=None)
+        return FactorPart(factor=name, of=end[name], over=start[name], estimate=None)
     others = [other for other in changed if other != name]
-    return Part(
+    return FactorPart(
         factor=name,
         of=end[name],
         over=start[name],

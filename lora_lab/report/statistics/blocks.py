@@ -17,7 +17,7 @@ _LEFT_OVER = ("hydra", "sweep")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class TrialFigure:
     """One trial's figure, on the scale that differences are taken on."""
 
     trial: Trial
@@ -26,14 +26,14 @@ class Figure:
     """The natural logarithm for measures that are compared by ratios, else the figure itself."""
 
 
-def figures(trials: Sequence[Trial], measure: Measure) -> list[Figure]:
+def figures(trials: Sequence[Trial], measure: Measure) -> list[TrialFigure]:
     """The figures of the trials that have one, by their start."""
     ordered = sorted(trials, key=lambda trial: (trial.started_ms, trial.run_id))
     found = []
     for trial, block in zip(ordered, _blocks(ordered), strict=True):
         value = measure.of(trial)
         if value is not None:
-            found.append(Figure(trial=trial, block=block, value=math.log(value) if measure.ratios else value))
+            found.append(TrialFigure(trial=trial, block=block, value=math.log(value) if measure.ratios else value))
     return found
 
 

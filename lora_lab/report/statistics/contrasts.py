@@ -4,13 +4,13 @@ A pair is two trials of one block (the same repeat of the same sweep) whose sett
 nothing else, so what slows a whole block falls out of their difference. A cell is one setting of everything else.
 """
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.averages import average
-from lora_lab.report.statistics.blocks import Block, Figure, figures, regime_between, settings_besides
+from lora_lab.report.statistics.blocks import Block, TrialFigure, figures, regime_between, settings_besides
+from lora_lab.report.statistics.differences import Difference, by_block, paired
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.trials import Trial
@@ -55,25 +55,26 @@ class Contrast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pair:
-    block: Block
-    of: Sequence[Figure]
-    """One trial, but for a point that a block holds twice: then the mean of its figures counts."""
-    over: Sequence[Figure]
+class PairedSetting:
+    """One setting of everything else: the trials of the blocks that hold both levels of the factor."""
+
+    pairs: tuple[tuple[tuple[Trial, ...], tuple[Trial, ...]], ...]
+    """By block, `over`'s trials and `of`'s: one each, but for a point that a block holds twice."""
+    regime: str
+    difference: Difference
+    """`of` less `over`."""
 
     @property
-    def difference(self) -> float:
-        return statistics.fmean(figure.value for figure in self.of) - statistics.fmean(
-            figure.value for figure in self.over
-        )
+    def trials(self) -> tuple[Trial, ...]:
+        """`over`'s, then `of`'s."""
+        return tuple(trial for side in (0, 1) for pair in self.pairs for trial in pair[side])
 
 
 def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> list[Contrast]:
     """Every level of every factor against its baseline, by regime.
 
     A cell's regime is the one that all its paired trials ran in, or that of the baseline's to that of the level's, else
-    "mixed". Levels that no block holds together
-    with the baseline, all else equal, have no contrast.
+    "mixed". Levels that no block holds together with the baseline, all else equal, have no contrast.
 
     Args:
         trials: measured ones of one place; those without the figure are left out.
@@ -82,35 +83,44 @@ def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measu
     return [contrast for factor in factors for contrast in _of_factor(found, factor, measure)]
 
 
-def _of_factor(found: Sequence[Figure], factor: Factor, measure: Measure) -> list[Contrast]:
+def paired_settings(found: Sequence[TrialFigure], factor: Factor, level: str) -> list[PairedSetting]:
+    """Return the settings of everything else in which a block holds both the level and the factor's first."""
     settings = settings_besides([figure.trial for figure in found], [factor])
-    cells: dict[tuple[str, ...], dict[str, dict[Block, list[Figure]]]] = {}
+    sides: dict[tuple[str, ...], dict[str, list[TrialFigure]]] = {}
     for figure, setting in zip(found, settings, strict=True):
-        level = factor.level(figure.trial)
-        cells.setdefault(setting, {}).setdefault(level, {}).setdefault(figure.block, []).append(figure)
+        sides.setdefault(setting, {}).setdefault(factor.level(figure.trial), []).append(figure)
+    made = (_paired(each.get(factor.levels[0], ()), each.get(level, ())) for _, each in sorted(sides.items()))
+    return [each for each in made if each is not None]
+
+
+def _paired(over: Sequence[TrialFigure], of: Sequence[TrialFigure]) -> PairedSetting | None:
+    apart = paired(by_block(of), by_block(over))
+    if apart is None:
+        return None
+    [blocks] = apart.samples
+    pairs = tuple((_trials(over, block), _trials(of, block)) for block in blocks)
+    before, after = ([trial for pair in pairs for trial in pair[side]] for side in (0, 1))
+    return PairedSetting(pairs=pairs, regime=regime_between(before, after), difference=apart)
+
+
+def _trials(figures: Sequence[TrialFigure], block: Block) -> tuple[Trial, ...]:
+    return tuple(figure.trial for figure in figures if figure.block == block)
+
+
+def _of_factor(found: Sequence[TrialFigure], factor: Factor, measure: Measure) -> list[Contrast]:
     made = []
     for level in factor.levels[1:]:
-        by_regime: dict[str, list[list[_Pair]]] = {}
-        for _, sides in sorted(cells.items()):
-            pairs = _pairs(sides.get(level, {}), sides.get(factor.levels[0], {}))
-            if pairs:
-                over = [figure.trial for pair in pairs for figure in pair.over]
-                of = [figure.trial for pair in pairs for figure in pair.of]
-                by_regime.setdefault(regime_between(over, of), []).append(pairs)
-        told = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
-        made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in told]
+        by_regime: dict[str, list[PairedSetting]] = {}
+        for setting in paired_settings(found, factor, level):
+            by_regime.setdefault(setting.regime, []).append(setting)
+        regimes = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
+        made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in regimes]
     return made
 
 
-def _pairs(of: Mapping[Block, list[Figure]], over: Mapping[Block, list[Figure]]) -> list[_Pair]:
-    return [_Pair(block=block, of=of[block], over=over[block]) for block in sorted(of.keys() & over.keys())]
-
-
-def _contrast(cells: Sequence[Sequence[_Pair]], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
-    differences = [{pair.block: pair.difference for pair in pairs} for pairs in cells]
-    means = [statistics.fmean(cell.values()) for cell in differences]
-    found = average(differences)
-    pairs = [pair for cell in cells for pair in cell]
+def _contrast(settings: Sequence[PairedSetting], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
+    found = average([setting.difference for setting in settings])
+    values = [setting.difference.value for setting in settings]
     return Contrast(
         measure=measure,
         factor=factor.name,
@@ -118,28 +128,24 @@ def _contrast(cells: Sequence[Sequence[_Pair]], factor: Factor, level: str, meas
         over=factor.levels[0],
         regime=regime,
         estimate=found.estimate,
-        pairs=len(pairs),
-        cells=len(cells),
-        also_changed=_also_changed(pairs, factor),
+        pairs=sum(len(setting.pairs) for setting in settings),
+        cells=len(settings),
+        also_changed=_also_changed(settings, factor),
         interval_over=found.interval_over,
         by_blocks=found.by_blocks,
-        lowest=min(means),
-        highest=max(means),
+        lowest=min(values),
+        highest=max(values),
     )
 
 
-def _also_changed(pairs: Sequence[_Pair], factor: Factor) -> tuple[str, ...]:
+def _also_changed(settings: Sequence[PairedSetting], factor: Factor) -> tuple[str, ...]:
     changed: dict[str, None] = {}
     for fact in _READ_BACK:
         name = fact.removeprefix("ran.").replace("_", " ")
         if any(name.startswith(key.replace("_", " ")) for key in factor.keys):
             continue
-        for pair in pairs:
-            over, of = ([_fact(figure.trial, fact) for figure in side] for side in (pair.over, pair.of))
+        for pair in (pair for setting in settings for pair in setting.pairs):
+            over, of = ([trial.tags.get(fact, "not recorded") for trial in side] for side in pair)
             if set(over) != set(of):
                 changed[f"{name.replace('stand ins', 'stand-ins')}: {over[0]}, {of[0]}"] = None
     return tuple(changed)
-
-
-def _fact(trial: Trial, fact: str) -> str:
-    return trial.tags.get(fact, "not recorded")

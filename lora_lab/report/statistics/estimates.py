@@ -41,18 +41,19 @@ class Estimate:
         return math.exp(self.value)
 
 
-def estimate(value: float, standard_error: float, df: float) -> Estimate:
+def estimate(value: float, standard_error: float, df: float, among: int = 1) -> Estimate:
     """Student's interval with `df` degrees of freedom, and the smallest difference that is seen with a power of 0.8.
+    Of `among` estimates all intervals hold together with 95 % (Bonferroni).
 
     Assumes that the noise is normal and alike in everything that went into the standard error. The smallest
     difference takes the standard error found here for the true one: with few degrees of freedom it is rough."""
     value, standard_error = (0.0 if abs(number) < ROUNDING else number for number in (value, standard_error))
-    reach = _quantile(df) * standard_error
-    detectable = _seen_in_units_of_standard_error(df) * standard_error
+    reach = _quantile(df, among) * standard_error
+    detectable = _seen_in_units_of_standard_error(df, among) * standard_error
     return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
 
 
-def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]]) -> Estimate:
+def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: int = 1) -> Estimate:
     """Student's interval of a sum of independent figures, each of its own noise: `shares` are their variances and the
     degrees of freedom that these are known with. Those of the sum are Satterthwaite's (1946, An Approximate
     Distribution of Estimates of Variance Components), as in Welch's test.
@@ -62,7 +63,12 @@ def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]]) -> Esti
     variance = math.fsum(share for share, _ in shares)
     squares = math.fsum(share**2 / df for share, df in shares)
     df = variance**2 / squares if squares else math.fsum(df for _, df in shares)
-    return estimate(value, math.sqrt(variance), df)
+    return estimate(value, math.sqrt(variance), df, among)
+
+
+def wider(one: Estimate, *others: Estimate) -> Estimate:
+    """Return the one with the widest interval; of equals the first."""
+    return max((one, *others), key=lambda found: 0.0 if found.high is None else found.high - found.value)
 
 
 def percent(log_ratio: float) -> float:
@@ -71,16 +77,16 @@ def percent(log_ratio: float) -> float:
 
 
 @functools.cache
-def _quantile(df: float) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
+def _quantile(df: float, among: int) -> float:
+    return float(stats.t.isf((1 - CONFIDENCE) / 2 / among, df))
 
 
 @functools.cache
-def _seen_in_units_of_standard_error(df: float) -> float:
+def _seen_in_units_of_standard_error(df: float, among: int) -> float:
     """The difference whose Student test rejects 0 with a probability of 0.8: Bloom's minimum detectable effect (1995),
     but by the noncentral t distribution. His sum t_0.975 + t_0.8 gives a power of 0.73 at 1 degree of freedom and of
     0.77 at 2, and 0.8 only from about 6 on."""
-    least = _quantile(df)
+    least = _quantile(df, among)
 
     def lacking(difference: float) -> float:
         return POWER - float(stats.nct.sf(least, df, difference))  # seen with the wrong sign: never, at such powers

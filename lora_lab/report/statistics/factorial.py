@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lab.report.measures import Measure
-from lora_lab.report.statistics.blocks import Figure, figures, settings_besides
+from lora_lab.report.statistics.blocks import TrialFigure, figures, settings_besides
 from lora_lab.report.statistics.estimates import ROUNDING, Estimate, estimate
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.trials import Trial
@@ -114,7 +114,7 @@ def factorial(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measu
 
 
 def _fit(
-    found: Sequence[Figure],
+    found: Sequence[TrialFigure],
     values: Matrix,
     blocks: Matrix,
     singles: Sequence[_Term],
@@ -196,7 +196,7 @@ def _lack_of_fit(values: Matrix, columns: Matrix, saturated: Matrix, noise: floa
     return float(stats.f.sf(max(noise - repeats, 0.0) / between / (repeats / within), between, within))
 
 
-def _single(factor: Factor, found: Sequence[Figure]) -> _Term | None:
+def _single(factor: Factor, found: Sequence[TrialFigure]) -> _Term | None:
     told = [factor.level(figure.trial) for figure in found]
     levels = tuple(level for level in factor.levels if level in set(told))
     if len(levels) < 2:
@@ -231,7 +231,7 @@ def _rank(blocks: Matrix, terms: Sequence[_Term]) -> int:
     return int(np.linalg.matrix_rank(_columns(blocks, terms)))
 
 
-def _split_blocks(found: Sequence[Figure], factors: Sequence[Factor]) -> list[object]:
+def _split_blocks(found: Sequence[TrialFigure], factors: Sequence[Factor]) -> list[object]:
     settings = settings_besides([figure.trial for figure in found], factors)
     return [(figure.block, setting) for figure, setting in zip(found, settings, strict=True)]
 

@@ -17,8 +17,9 @@ most 1 of 40 cases per measure, place and regime, and noise makes undecided more
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from lora_lab.report.answers.claims.cells import Cell, cells_of, factor_of
+from lora_lab.report.answers.claims.cells import ClaimSetting, factor_of, settings_of
 from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
 from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Evidence, Found, ids, listed
 from lora_lab.report.statistics.blocks import regime_of
@@ -37,9 +38,9 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
     sides = [trial for trial in group.measured if trial.params.get(claim.factor) in (claim.of, claim.over)]
     if len({trial.params[claim.factor] for trial in sides}) < 2:
         return []
-    by_regime: dict[str, list[tuple[Change, Contrast, list[Cell]]]] = {}
+    by_regime: dict[str, list[tuple[Change, Contrast, list[ClaimSetting]]]] = {}
     for claimed in claim.changes:
-        cells = cells_of(study, claim, sides, claimed.measure)
+        cells = settings_of(study, claim, sides, claimed.measure)
         for contrast in contrasts(sides, [factor_of(claim)], claimed.measure):
             inside = [cell for cell in cells if cell.regime == contrast.regime]
             by_regime.setdefault(contrast.regime, []).append((claimed, contrast, inside))
@@ -57,7 +58,7 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
     ]
 
 
-def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[Cell]]]) -> str | None:
+def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[ClaimSetting]]]) -> str | None:
     """All changes have to be supported; one contradicted contradicts the claim."""
     words = [weigh(claim, claimed, cells) for claimed, _, cells in made]
     if CONTRADICTED in words:
@@ -65,18 +66,18 @@ def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[Cell
     return SUPPORTED if len(made) == len(claim.changes) and set(words) == {SUPPORTED} else None
 
 
-def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> str | None:
+def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting]) -> str | None:
     """What the cells of one regime say of one change (the module says when); those without repeats say nothing."""
     repeated = [cell for cell in cells if cell.repeated]
     own = [cell for cell in repeated if cell.ends]
     if claimed.ratio is None:
-        words = {decide(claimed, cell.estimate()) for cell in own}
+        words = {decide(claimed, cell.difference.estimate()) for cell in own}
         return words.pop() if len(words) == 1 else None
-    if any(decide(claimed, cell.estimate(len(own))) == SUPPORTED for cell in own):
+    if any(decide(claimed, cell.difference.estimate(among=len(own))) == SUPPORTED for cell in own):
         return SUPPORTED
     if {end for cell in own for end in cell.ends} < set(claim.ends):
         return None
-    refuted = all(decide(claimed, cell.estimate(len(repeated))) == CONTRADICTED for cell in repeated)
+    refuted = all(decide(claimed, cell.difference.estimate(among=len(repeated))) == CONTRADICTED for cell in repeated)
     return CONTRADICTED if refuted else None
 
 
@@ -93,7 +94,7 @@ def decide(claimed: Change, found: Estimate) -> str | None:
 
 
 def _seen(
-    study: Study, claim: ContrastClaim, group: Group, name: str, made: tuple[Change, Contrast, list[Cell]]
+    study: Study, claim: ContrastClaim, group: Group, name: str, made: tuple[Change, Contrast, list[ClaimSetting]]
 ) -> Evidence:
     claimed, contrast, cells = made
     return Evidence(
@@ -105,7 +106,9 @@ def _seen(
     )
 
 
-def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contrast, cells: Sequence[Cell]) -> str:
+def _text(
+    study: Study, claim: ContrastClaim, claimed: Change, contrast: Contrast, cells: Sequence[ClaimSetting]
+) -> str:
     measure, found = contrast.measure, contrast.estimate
     over = _over(contrast, cells)
     text = f"{measure.title} with {claim.of} over {claim.over}, {over}: {format_estimate(found, measure)}"
@@ -119,19 +122,23 @@ def _text(study: Study, claim: ContrastClaim, claimed: Change, contrast: Contras
     return text + "."
 
 
-def _over(contrast: Contrast, cells: Sequence[Cell]) -> str:
+def _over(contrast: Contrast, cells: Sequence[ClaimSetting]) -> str:
     """What the average is over, and how the settings differ."""
     pairs = "1 pair of trials" if contrast.pairs == 1 else f"{contrast.pairs} pairs of trials"
     if len(cells) < 2:
         return f"{pairs} in one setting of the rest"
-    means = [cell.estimate().value for cell in cells]
+    means = [cell.difference.value for cell in cells]
     spread = interval(Estimate(value=contrast.estimate.value, low=min(means), high=max(means)), contrast.measure)
     return f"average of {len(cells)} settings of the rest ({spread} by setting; {pairs})"
 
 
-def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[Cell]) -> list[str]:
+def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting]) -> list[str]:
     """What was found at the settings of each of the claim's two runs."""
-    own = {run: [cell.estimate() for cell in cells if run in cell.ends] for run in claim.ends}
+    # without `detectable` the change itself is written, which is what was claimed
+    own = {
+        run: [replace(cell.difference.estimate(), detectable=None) for cell in cells if run in cell.ends]
+        for run in claim.ends
+    }
     if not any(own.values()):
         return ["the settings of neither of its two runs among them"]
     return [

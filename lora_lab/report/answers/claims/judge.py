@@ -29,11 +29,12 @@ from lora_lab.report.answers.claims.verdict import (
     Evidence,
     Found,
     Verdict,
+    has_settings,
     listed,
     place_names,
 )
 from lora_lab.report.statistics.factors import tied
-from lora_lab.store.trials import Group, Trial
+from lora_lab.store.trials import Group
 
 __all__ = [
     "CONFOUNDED",
@@ -60,15 +61,11 @@ def judge(study: Study, groups: Sequence[Group]) -> list[Verdict]:
 
 def narrow(group: Group, settings: Mapping[str, str]) -> Group:
     """The group with only those trials that have these settings."""
-
-    def has(trial: Trial) -> bool:
-        return all(trial.params.get(key) == value for key, value in settings.items())
-
     return Group(
         place=group.place,
-        trials=tuple(trial for trial in group.trials if has(trial)),
-        measured=tuple(trial for trial in group.measured if has(trial)),
-        excluded=tuple(each for each in group.excluded if has(each.trial)),
+        trials=tuple(trial for trial in group.trials if has_settings(trial, settings)),
+        measured=tuple(trial for trial in group.measured if has_settings(trial, settings)),
+        excluded=tuple(each for each in group.excluded if has_settings(each.trial, settings)),
     )
 
 
@@ -160,9 +157,8 @@ def _changed(study: Study, claim: ContrastClaim) -> str:
 
 def _product(study: Study, claim: AssociationClaim) -> str:
     """Whether the product of both measures is one number in all of the study's runs."""
-    both = [
-        (run.figures[claim.more.name], run.figures[claim.less.name]) for run in study.runs if _has(run.figures, claim)
-    ]
+    names = (claim.more.name, claim.less.name)
+    both = [[run.figures[name] for name in names] for run in study.runs if {*names} <= run.figures.keys()]
     products = [[more[end] * less[end] for more, less in both] for end in (0, 1)]
     if len(both) < 2 or any(max(each) > 1.05 * min(each) for each in products):
         return ""
@@ -172,10 +168,6 @@ def _product(study: Study, claim: AssociationClaim) -> str:
         f"In all of its {len(both)} runs {claim.more.title} x {claim.less.title} is {ends} within 5 %: one follows "
         "from the other."
     )
-
-
-def _has(told_figures: Mapping[str, object], claim: AssociationClaim) -> bool:
-    return claim.more.name in told_figures and claim.less.name in told_figures
 
 
 def _look(study: Study, claim: Claim, group: Group, name: str) -> list[Found]:

@@ -19,6 +19,7 @@ from lora_lab.report.answers.claims.verdict import (
     SUPPORTED,
     Evidence,
     Verdict,
+    has_settings,
     ids,
     place_names,
 )
@@ -26,6 +27,7 @@ from lora_lab.report.answers.fits import LIMIT, fits
 from lora_lab.report.measures import VRAM
 from lora_lab.report.statistics.blocks import settings_besides
 from lora_lab.report.statistics.factors import Factor, tokens_a_step
+from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Group, Trial
 
 _FULL = 0.98
@@ -54,12 +56,17 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
     word, why = _word(study, claim, tried)
     if word != NOT_TESTABLE:
         why = " ".join([why, *_own_runs(study, claim, tried), _assumed(claim, tried)])
+    printed = [
+        f"Its run {name} printed {key} {value}."
+        for name in claim.runs
+        for key, value in study.run(name).printed.items()
+    ]
     return Verdict(
         claim=claim.id,
         says=claim.says,
         verdict=word,
         why=why,
-        original=" ".join([*_printed(study, claim), claim.remark]).strip(),
+        original=" ".join([*printed, claim.remark]).strip(),
         seen=tuple(_seen(claim, same, tried) for same in _alike(claim, tried)),
         at="; ".join(_ways(claim, tried)),
         settle=claim.settle,
@@ -68,7 +75,7 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
 
 def _tried(claim: FitsClaim, group: Group, name: str) -> list[_Tried]:
     ran = [trial for trial in group.trials if trial.finished or trial.outcome == Outcome.out_of_memory.value]
-    trials = [trial for trial in ran if _has(trial, claim.settings)]
+    trials = [trial for trial in ran if has_settings(trial, claim.settings)]
     points: dict[tuple[str, ...], list[Trial]] = {}
     limit = Factor(name=LIMIT, keys=(LIMIT,), levels=())
     for trial, setting in zip(trials, settings_besides(trials, [limit]), strict=True):
@@ -91,17 +98,13 @@ def _full(trial: Trial) -> bool:
     return slots / steps >= _FULL * tokens_a_step(trial.params)
 
 
-def _has(trial: Trial, settings: Mapping[str, str]) -> bool:
-    return all(trial.params.get(key) == value for key, value in settings.items())
-
-
 def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str, str]:
     what = _settings(claim.settings)
     fitting = [each for each in tried if each.fits]
     short = [each for each in tried if each.fits is False]
     if fitting:
         return SUPPORTED, f"{_lead(study, claim, tried)} {_how_near(claim, fitting)}"
-    own = [each for each in short if any(_has(each.trial, study.settings(name)) for name in claim.runs)]
+    own = [each for each in short if any(has_settings(each.trial, study.settings(name)) for name in claim.runs)]
     slack = any(each.may_fit for each in short)
     if own and not slack:
         took = _took(short)
@@ -124,7 +127,7 @@ def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
     ways = _ways(claim, tried)
     said = [f"at {'; or at '.join(ways)}"] if ways else ["in all that was tried"]
     for name in claim.runs:
-        same = [each for each in tried if _has(each.trial, study.settings(name))]
+        same = [each for each in tried if has_settings(each.trial, study.settings(name))]
         run = f"the original's own run {name} ({_short(study.settings(name))})"
         if not same:
             said.append(f"{run} was not tried here")
@@ -175,7 +178,7 @@ def _own_runs(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> list[s
     """What the runs that the study draws the claim from took here."""
     said = []
     for name in claim.runs:
-        same = [each for each in tried if _has(each.trial, study.settings(name))]
+        same = [each for each in tried if has_settings(each.trial, study.settings(name))]
         for told, word in (([t for t in same if t.fits], "fits"), ([t for t in same if t.fits is False], "too large")):
             if told:
                 said.append(f"Run {name}, {word}: {_took(told)}.")
@@ -189,14 +192,6 @@ def _assumed(claim: FitsClaim, tried: Sequence[_Tried]) -> str:
     }
     full = "every batch full, each row seq_len tokens long or padded to it"
     return f"Assumed in all of these trials: {', '.join([*(f'{key}={value}' for key, value in same.items()), full])}."
-
-
-def _printed(study: Study, claim: FitsClaim) -> list[str]:
-    return [
-        f"Its run {name} printed {key} {value}."
-        for name in claim.runs
-        for key, value in study.run(name).printed.items()
-    ]
 
 
 def _alike(claim: FitsClaim, tried: Sequence[_Tried]) -> list[list[_Tried]]:
@@ -222,7 +217,7 @@ def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> 
     silent = [each for each in same if each.fits is None]
     said = [f"fits into {claim.budget_gib:g} GiB ({_took(fitting)})"] if fitting else []
     said += [f"needs more{' at other points' if fitting else ''} ({_took(short)})"] if short else []
-    said += [f"{_count(silent)} told nothing (batches not full, or other capacities)"] if silent else []
+    said += [f"{count(len(silent), 'trial')} told nothing (batches not full, or other capacities)"] if silent else []
     return Evidence(
         text=f"{same[0].name}, {settings}: {'; '.join(said)}.",
         place=same[0].place,
@@ -238,12 +233,12 @@ def _took(tried: Sequence[_Tried]) -> str:
         peaks = [gib for trial in trials if (gib := VRAM.of(trial)) is not None]
         before = [trial.metrics["card/used_before_gib"] for trial in trials if "card/used_before_gib" in trial.metrics]
         took = f"peak of {_range(peaks)} GiB{_before(before)}" if peaks else "finished"
-        said.append(f"{took} {limit} in {_count(trials)}")
+        said.append(f"{took} {limit} in {count(len(trials), 'trial')}")
     for limit, trials in _by_limit(each.trial for each in tried if not each.trial.finished).items():
         asked = [trial.metrics.get("out_of_memory/asked_gib") for trial in trials]
         known = [gib for gib in asked if gib is not None]
         more = f", asking for {_range(known)} GiB more" if known else ""
-        said.append(f"out of memory {limit} in {_count(trials)}{more}")
+        said.append(f"out of memory {limit} in {count(len(trials), 'trial')}{more}")
     return "; ".join(said)
 
 
@@ -265,10 +260,6 @@ def _by_limit(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
 def _range(numbers: Sequence[float]) -> str:
     low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
     return low if low == high else f"{low} to {high}"
-
-
-def _count(trials: Sequence[object]) -> str:
-    return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
 
 
 def _settings(settings: Mapping[str, str]) -> str:

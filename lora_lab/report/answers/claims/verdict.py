@@ -1,6 +1,6 @@
 """A claim, judged: the verdict with what it rests on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.report.statistics.estimates import Estimate
@@ -66,6 +66,11 @@ def place_names(groups: Sequence[Group]) -> dict[Place, str]:
 
 def _name(place: Place, told_apart: bool) -> str:
     return f"{place.device} ({'-'.join(place.unit.split('-')[:2])})" if told_apart else place.device
+
+
+def has_settings(trial: Trial, settings: Mapping[str, str], but: str = "") -> bool:
+    """Return whether the trial ran with these settings, leaving `but` open."""
+    return all(trial.params.get(key) == value for key, value in settings.items() if key != but)
 
 
 def ids(trials: Iterable[Trial]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.config import InvalidInput
-from lora_lab.report.answers.compare.difference import WITHIN_RUNS, Pair, difference
+from lora_lab.report.answers.compare.matched import WITHIN_RUNS, MatchedPoint, matched_difference
 from lora_lab.report.answers.compare.outcomes import OutcomeChange, ended
 from lora_lab.report.measures import MEASURES, Better, Measure
 from lora_lab.report.statistics.estimates import Estimate
@@ -42,7 +42,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class ChangedFact:
     """A setting, or a fact of the surroundings, that is not the same on both sides."""
 
     what: str
@@ -52,7 +52,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class PointMedians:
     """A point on both sides: medians."""
 
     label: str
@@ -71,7 +71,7 @@ class Result:
     """one over other, the mean over the matched points: of logarithms for ratios. None where there is no figure."""
     basis: str
     """What the interval is made of, and what is not in it; why there is none."""
-    rows: tuple[Row, ...]
+    rows: tuple[PointMedians, ...]
     alarms: bool
     """Whether it is worse beyond noise and beyond the tolerance."""
     lacking: bool
@@ -79,7 +79,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class SideComparison:
     """`one` against `other`."""
 
     one: Side
@@ -88,8 +88,8 @@ class Comparison:
     """How much worse (a share) is let pass."""
     cautions: tuple[str, ...]
     """What to know before reading on."""
-    settings: tuple[Difference, ...]
-    surroundings: tuple[Difference, ...]
+    settings: tuple[ChangedFact, ...]
+    surroundings: tuple[ChangedFact, ...]
     results: tuple[Result, ...]
     outcomes: tuple[OutcomeChange, ...]
     matched: int
@@ -101,7 +101,7 @@ class Comparison:
     """Points that ended the same way on both sides, finished or not."""
 
 
-def compare(one: Found, other: Found, tolerance: float = 0.0) -> Comparison:
+def compare(one: Found, other: Found, tolerance: float = 0.0) -> SideComparison:
     """`one` (the new) against `other` (what it is held against).
 
     Points are matched by equal settings, of those that both sides know. A setting that has one value throughout on one
@@ -123,7 +123,7 @@ def compare(one: Found, other: Found, tolerance: float = 0.0) -> Comparison:
     return _compared(_side(one), _side(other), tolerance)
 
 
-def exit_code(comparison: Comparison) -> int:
+def exit_code(comparison: SideComparison) -> int:
     """1 when something is worse beyond noise and the tolerance; else 3 when nothing can be told of a measure that the
     other side has figures for, or of anything; else 0."""
     if any(result.alarms for result in comparison.results) or any(each.worse for each in comparison.outcomes):
@@ -144,14 +144,14 @@ def _side(found: Found) -> Side:
     return Side(name=", ".join(names) or f"{len(trials)} trials of no sweep", trials=tuple(trials))
 
 
-def _compared(one: Side, other: Side, tolerance: float) -> Comparison:
+def _compared(one: Side, other: Side, tolerance: float) -> SideComparison:
     ours, theirs = groups(one.trials), groups(other.trials)
     here, there = ours[0], theirs[0]
     differing = _settings_apart(one.trials, other.trials)
     known = _matched_by(_of(one, here), _of(other, there))
     pairs, only_one, only_other = _pairs(here.measured, there.measured, known)
     outcomes, alike = ended(_of(one, here), _of(other, there), known)
-    return Comparison(
+    return SideComparison(
         one=one,
         other=other,
         tolerance=tolerance,
@@ -198,11 +198,11 @@ def _values(trials: Sequence[Trial]) -> dict[str, set[str]]:
     return found
 
 
-def _settings_apart(one: Sequence[Trial], other: Sequence[Trial]) -> Iterator[Difference]:
+def _settings_apart(one: Sequence[Trial], other: Sequence[Trial]) -> Iterator[ChangedFact]:
     yield from _apart(_values(one), _values(other))
 
 
-def _surroundings(one: Sequence[Trial], other: Sequence[Trial]) -> Iterator[Difference]:
+def _surroundings(one: Sequence[Trial], other: Sequence[Trial]) -> Iterator[ChangedFact]:
     yield from _apart(_tags(one), _tags(other))
 
 
@@ -231,11 +231,11 @@ def _tags(trials: Sequence[Trial]) -> dict[str, set[str]]:
     return found
 
 
-def _apart(ours: Mapping[str, set[str]], theirs: Mapping[str, set[str]]) -> Iterator[Difference]:
+def _apart(ours: Mapping[str, set[str]], theirs: Mapping[str, set[str]]) -> Iterator[ChangedFact]:
     for key in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(key, {ABSENT}), theirs.get(key, {ABSENT})
         if one != other:
-            yield Difference(what=key, one=", ".join(sorted(one)), other=", ".join(sorted(other)))
+            yield ChangedFact(what=key, one=", ".join(sorted(one)), other=", ".join(sorted(other)))
 
 
 def _cautions(
@@ -278,13 +278,13 @@ def _of_drift(one: Side, other: Side, tolerance: float) -> Iterator[str]:
 
 def _pairs(
     one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]
-) -> tuple[list[Pair], list[str], list[str]]:
+) -> tuple[list[MatchedPoint], list[str], list[str]]:
     """Measured points of both sides, and the labels of those that only one of them has."""
     ours, theirs = by_point(one, known), by_point(other, known)
     points = list(ours | theirs)
     names = dict(zip(points, labels(points), strict=True))
     pairs = [
-        Pair(label=names[point], one=tuple(ours[point]), other=tuple(theirs[point]))
+        MatchedPoint(label=names[point], one=tuple(ours[point]), other=tuple(theirs[point]))
         for point in ours
         if point in theirs
     ]
@@ -295,7 +295,7 @@ def _pairs(
     )
 
 
-def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tolerance: float) -> Result:
+def _result(measure: Measure, pairs: Sequence[MatchedPoint], there: Sequence[Trial], tolerance: float) -> Result:
     """`there` are the other side's measured trials, matched or not."""
     kept = [kept for pair in pairs if (kept := pair.having(measure)) is not None]
     if not kept:
@@ -313,9 +313,10 @@ def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tol
             alarms=False,
             lacking=any(measure.of(trial) is not None for trial in there),
         )
-    found, basis = difference(kept, measure)
+    found, basis = matched_difference(kept, measure)
     rows = tuple(
-        Row(label=pair.label, one=_median(pair.one, measure), other=_median(pair.other, measure)) for pair in kept
+        PointMedians(label=pair.label, one=_median(pair.one, measure), other=_median(pair.other, measure))
+        for pair in kept
     )
     lost = len([pair for pair in pairs if any(measure.of(trial) is not None for trial in pair.other)]) - len(kept)
     basis += f"; {count(lost, 'point')} left out that this side has no figure for" if lost else ""
@@ -335,7 +336,7 @@ def _result(measure: Measure, pairs: Sequence[Pair], there: Sequence[Trial], tol
     )
 
 
-def _verdict(found: Estimate, measure: Measure, rows: Sequence[Row], tolerance: float) -> str:
+def _verdict(found: Estimate, measure: Measure, rows: Sequence[PointMedians], tolerance: float) -> str:
     if found.low is None or found.high is None:
         return CANNOT_TELL
     if tolerance and all(abs(share) <= tolerance for share in _shares((found.low, found.high), measure, rows)):
@@ -345,14 +346,14 @@ def _verdict(found: Estimate, measure: Measure, rows: Sequence[Row], tolerance: 
     return BETTER if (found.value > 0) == (measure.better is Better.higher) else WORSE
 
 
-def _beyond(found: Estimate, measure: Measure, rows: Sequence[Row], tolerance: float) -> bool:
+def _beyond(found: Estimate, measure: Measure, rows: Sequence[PointMedians], tolerance: float) -> bool:
     """Whether the whole interval lies beyond the tolerance."""
     if not found.seen or found.low is None or found.high is None:
         return False
     return min(abs(share) for share in _shares((found.low, found.high), measure, rows)) > tolerance
 
 
-def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[Row]) -> list[float]:
+def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[PointMedians]) -> list[float]:
     """As shares of the other's figure."""
     if measure.ratios:
         return [math.expm1(difference) for difference in differences]
@@ -360,7 +361,7 @@ def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[Row])
     return [difference / middle for difference in differences]
 
 
-def _why_absent(measure: Measure, pairs: Sequence[Pair]) -> str:
+def _why_absent(measure: Measure, pairs: Sequence[MatchedPoint]) -> str:
     lacking = (trial for pair in pairs for trial in (*pair.one, *pair.other) if measure.of(trial) is None)
     return measure.why_absent(next(lacking))
 

@@ -11,12 +11,12 @@ from lora_lab.report.answers.compare.comparison import (
     EXIT_SAME,
     EXIT_WORSE,
     NO_DIFFERENCE,
-    Comparison,
-    Difference,
+    ChangedFact,
     Result,
+    SideComparison,
     exit_code,
 )
-from lora_lab.report.answers.compare.difference import WITHIN_RUNS
+from lora_lab.report.answers.compare.matched import WITHIN_RUNS
 from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import change
 
@@ -24,7 +24,7 @@ _MOST_ROWS = 12
 _LONGEST = 60
 
 
-def show(comparison: Comparison, console: Console) -> None:
+def show(comparison: SideComparison, console: Console) -> None:
     """Write it down: what to know first, results, points, outcomes, then what differs in settings and surroundings."""
     _say(console, f"{comparison.one.name}\nagainst {comparison.other.name}", bold=True)
     for caution in comparison.cautions:
@@ -40,7 +40,7 @@ def show(comparison: Comparison, console: Console) -> None:
     _say(console, _verdict(comparison), bold=True)
 
 
-def _verdict(comparison: Comparison) -> str:
+def _verdict(comparison: SideComparison) -> str:
     code = exit_code(comparison)
     beyond = f" by more than {100 * comparison.tolerance:g} %" if comparison.tolerance else ""
     if code == EXIT_SAME:
@@ -71,7 +71,7 @@ def _show_result(result: Result, console: Console) -> None:
     console.print(Padding(text, (0, 0, 0, 2)), highlight=False, markup=False)
 
 
-def _show_points(comparison: Comparison, console: Console) -> None:
+def _show_points(comparison: SideComparison, console: Console) -> None:
     told = [result for result in comparison.results if result.rows]
     if not told:
         return
@@ -92,7 +92,7 @@ def _show_points(comparison: Comparison, console: Console) -> None:
         _say(console, f"and {len(rows) - _MOST_ROWS} more")
 
 
-def _show_outcomes(comparison: Comparison, console: Console) -> None:
+def _show_outcomes(comparison: SideComparison, console: Console) -> None:
     for each in comparison.outcomes:
         way = "worse" if each.worse else "better or only different"
         _say(console, f"{each.label}: {each.other} before, now {each.one} ({way})")
@@ -102,7 +102,7 @@ def _show_outcomes(comparison: Comparison, console: Console) -> None:
             _say(console, f"Measured in {where} only: {shown}")
 
 
-def _show_differences(head: str, differences: Sequence[Difference], console: Console) -> None:
+def _show_differences(head: str, differences: Sequence[ChangedFact], console: Console) -> None:
     if not differences:
         _say(console, f"\n{head}: none.")
         return

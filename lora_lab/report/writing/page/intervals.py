@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.report.measures import Measure
-from lora_lab.report.statistics.attribution import Part, Split
+from lora_lab.report.statistics.attribution import FactorPart, Split
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
 from lora_lab.report.statistics.factors import Factor
@@ -198,11 +198,11 @@ def waterfall(split: Split) -> Bars | None:
     )
 
 
-def _part_ends(part: Part) -> list[float]:
+def _part_ends(part: FactorPart) -> list[float]:
     return _ends([part.estimate]) if part.estimate else [0.0]
 
 
-def _part_notes(part: Part) -> tuple[str, ...]:
+def _part_notes(part: FactorPart) -> tuple[str, ...]:
     return (part.of,) if part.of == part.over else (f"{part.over} → {part.of}",)
 
 
