@@ -48,11 +48,13 @@ class Planned:
     """Digest of the config: the same for all repeats."""
     fingerprint: str
     """Digest of config, repeat and conditions: the same trial, however often it is asked for."""
+    point_name: str = ""
+    """The point's name; empty in the plan of an older version."""
 
     @property
     def label(self) -> str:
         """Return the name of its point."""
-        return point_name(self.settings) or "the only point"
+        return self.point_name or point_name(self.settings) or "the only point"
 
     @property
     def name(self) -> str:

@@ -79,7 +79,7 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
     for trial, attempt in _in_order(trials, attempts):
         outcome = attempt.outcome if attempt else "not run"
         metrics = attempt.metrics if attempt else {}
-        cells = [escape(trial.settings.get(key, "")) for key in keys] + ([str(trial.repeat)] if repeated else [])
+        cells = [escape(trial.settings.get(key, "")) for key in keys] + ([str(trial.repeat + 1)] if repeated else [])
         cells.append(f"[{colour(outcome)}]{outcome}[/]")
         cells += [each.form.format(metrics[each.key]) if each.key in metrics else "" for each in shown]
         table.add_row(*cells)

@@ -9,6 +9,7 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.store.fingerprint import digest
+from lora_lab.store.naming import point_name
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
 
 
@@ -42,6 +43,7 @@ def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Pl
                     overrides=[*overrides, f"seed={point.config.seed + repeat}"],
                     point=point.digest,
                     fingerprint=digest([point.digest, repeat, point.conditions]),
+                    point_name=_name(settings[place], point.config),
                 )
             )
     return trials
@@ -63,6 +65,12 @@ def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
     filled = [{key: settings.get(key, "default") for key in keys} for settings in asked]
     differing = [key for key in keys if len(points) == 1 or len({settings[key] for settings in filled}) > 1]
     return [{key: settings[key] for key in differing} for settings in filled]
+
+
+def _name(settings: dict[str, str], config: TrialConfig) -> str:
+    """Name a point by these settings; batch size and row length always together, as the report has them."""
+    shape = {"batch_size": str(config.batch_size), "seq_len": str(config.seq_len)}
+    return point_name(settings | shape if shape.keys() & settings.keys() else settings)
 
 
 def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:

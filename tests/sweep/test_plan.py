@@ -121,7 +121,7 @@ def test_a_label_tells_a_point_from_every_other(asked: list[dict[str, str]]) -> 
 @given(count=st.integers(2, 12), repeats=REPEATS)
 def test_a_label_leaves_out_what_all_points_share_and_a_name_adds_the_repeat(count: int, repeats: int) -> None:
     trials = plan_trials(grid(count), repeats, 0)
-    assert {trial.label for trial in trials} == {f"batch_size={size + 1}" for size in range(count)}
+    assert {trial.label for trial in trials} == {f"{size + 1}x64" for size in range(count)}
     assert len({trial.name for trial in trials}) == len(trials)
 
 
@@ -130,7 +130,7 @@ def test_what_is_said_last_of_a_key_is_what_the_label_says() -> None:
     points = [
         point(TrialConfig(batch_size=4, seq_len=s), "batch_size=1", f"seq_len={s}", "batch_size=4") for s in (8, 9)
     ]
-    assert {trial.label for trial in plan_trials(points, 1, 0)} == {"seq_len=8", "seq_len=9"}
+    assert {trial.label for trial in plan_trials(points, 1, 0)} == {"4x8", "4x9"}
 
 
 def test_a_single_point_is_labelled_by_all_that_was_asked_for() -> None:
