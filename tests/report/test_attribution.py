@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import factorial, trial
+from scipy import stats
+from statsmodels.regression.linear_model import OLS
 
 from lora_lab.config import InvalidInput
 from lora_lab.report.measures import LOSS, THROUGHPUT
@@ -101,6 +103,26 @@ def test_parts_first_steps_and_last_ones_hold_where_corners_are_unequally_noisy(
         coverage
     )  # 87 %; by a common residual it is 80 % where the noisy corner counts
     assert sum(coverage.values()) >= 6 * 182
+
+
+def test_the_interval_is_that_of_hc2_by_no_more_than_its_degrees_of_freedom():
+    """statsmodels has the same standard error; the degrees of freedom lie between one and the residual's 14."""
+    ratios = []
+    for seed in range(40):
+        trials = factorial(GRID, EFFECTS, random=seed)
+        corners = [tuple(factor.level(each) for factor in FACTORS) for each in trials]
+        names = sorted(set(corners))
+        of_corners = np.array([[corner == name for name in names] for corner in corners], dtype=float)
+        of_blocks = np.array([[each.repeat == repeat for repeat in (1, 2)] for each in trials], dtype=float)
+        values = np.log([each.metrics[THROUGHPUT.key] for each in trials])
+        fitted = OLS(values, np.hstack([of_corners, of_blocks])).fit(cov_type="HC2")
+        weights = np.array([(name == tuple(END.values())) - float(name == tuple(START.values())) for name in names])
+        tested = fitted.t_test(np.append(weights, [0.0, 0.0]))
+        total = split(trials, FACTORS, THROUGHPUT, START, END).total
+        assert total.value == pytest.approx(float(np.squeeze(tested.effect)))
+        ratios.append((total.high - total.value) / float(np.squeeze(tested.sd)))
+    assert min(ratios) >= stats.t.isf(0.025, 14) - 1e-9
+    assert statistics.fmean(ratios) < stats.t.isf(0.025, 2)  # two corners of three repeats each
 
 
 def test_a_corner_measured_once_counts_with_the_noise_of_the_others():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 from rich.console import Console
 
+from lora_lab.report.answers.best.candidates import Wish
+from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
@@ -83,6 +85,21 @@ def test_the_sentences_name_the_fastest_the_effects_and_the_regime() -> None:
     assert re.search(r"8 of 8 configurations ran to the end; by their medians the fastest was adamw \w+ 2x2048", first)
     assert re.search(r"paged_adamw against adamw -\S+ % \(.*\) host-bound, -\S+ % \(.*\) GPU-bound", second)
     assert "host-bound" in third
+
+
+def test_the_report_counts_as_many_ties_as_best() -> None:
+    """Where both name the same point: by blocks another may be ahead of the one with the highest median."""
+    ties = []
+    for seed in range(12):
+        trials = factorial(LEVELS, {"shape=2x2048": 0.02}, noise=0.01, drift=0.1, random=seed)
+        [group] = found(trials).groups
+        choice = choose(trials, Wish(objective=THROUGHPUT))
+        fastest = max(group.points, key=lambda point: point.figures["throughput"][0])
+        assert choice.best is not None
+        if choice.best.trials[0] in fastest.trials:
+            ties.append(group.as_fast)
+            assert ties[-1] == sum(runner.estimate.seen is False for runner in choice.runners_up)
+    assert len(set(ties)) > 1
 
 
 def test_what_changed_together_is_not_told_apart() -> None:
