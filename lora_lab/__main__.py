@@ -1,5 +1,6 @@
-"""`lora-lab` and `python -m lora_lab`: compose a trial, run it, record it, exit with a code that says how it ended; or
-one of the commands in commands.py.
+"""Run a trial, a sweep or a command from the command line; the exit code says how it ended.
+
+`lora-lab` and `python -m lora_lab` both start here. commands.py lists the commands.
 
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """The command line. Always leaves through SystemExit; README.md lists the codes."""
+    """Run the command line. Always exits through SystemExit; README.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
     from lora_lab.commands import COMMANDS, RUN, call
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def job(composed: "DictConfig") -> int:
-    """Run one composed trial. A trial of a sweep returns its exit code; one alone leaves with it."""
+    """Run one composed trial. A trial of a sweep returns its exit code; a single trial exits with it."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -70,12 +71,12 @@ def job(composed: "DictConfig") -> int:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
-    handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers hand nothing over
+    handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers pass nothing
     try:
         check_chdir(hydra_config.job.chdir)
         config = load(composed)
         if not in_sweep and (config.repeats > 1 or config.resume):
-            raise InvalidInput("repeats and resume are for sweeps; add -m, or choose one with sweep=NAME.")
+            raise InvalidInput("repeats and resume apply to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
         sources = hydra_config.runtime.config_sources
         own = next((os.path.relpath(each.path) for each in sources if each.provider == "command-line"), None)

@@ -1,8 +1,7 @@
-"""Which configuration to use, of those that were measured: python -m lora_lab.best --vram 8 --objective energy
+"""Choose the best of the measured configurations: python -m lora_lab.best --vram 8 --objective energy
 
-Exit code 0 with an answer, 1 when nothing that was measured fits, 2 when nothing is measured or what was asked can't be
-told from it.
-"""
+Exit code 0 with an answer, 1 when no measured configuration fits, 2 when there are no measurements or they cannot
+answer the question."""
 
 import argparse
 import re
@@ -29,7 +28,7 @@ _BY_NAME = {measure.name: measure for measure in MEASURES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     never_end_for_output()
     asked = _parser().parse_args(arguments)
     wish = Wish(
@@ -56,32 +55,32 @@ def _parser() -> argparse.ArgumentParser:
         "--objective",
         choices=list(_BY_NAME),
         default="throughput",
-        help="what it is to be best in (default: %(default)s)",
+        help="the measure to optimise (default: %(default)s)",
     )
-    parser.add_argument("--vram", metavar="GIB", type=_gib, help="what the card's memory may hold at most, in GiB")
+    parser.add_argument("--vram", metavar="GIB", type=_gib, help="the most card memory that it may use, in GiB")
     parser.add_argument(
         "--max-loss-increase",
         metavar="SHARE",
         type=share,
-        help="how far above the lowest held-out loss it may be: 1%% or 0.01",
+        help="how far its held-out loss may be above the lowest: 1%% or 0.01",
     )
-    parser.add_argument("--model", metavar="NAME", help="of which model (default: that of the newest trial)")
-    parser.add_argument("--card", metavar="NAME", help="on which card: part of its name, or a UUID's beginning")
+    parser.add_argument("--model", metavar="NAME", help="name of the model (default: the newest trial's)")
+    parser.add_argument("--card", metavar="NAME", help="the card: a part of its name, or the beginning of its UUID")
     parser.add_argument(
-        "--sweep", metavar="ID", nargs="+", action="extend", help="only these sweeps, or trials (ids in the store)"
+        "--sweep", metavar="ID", nargs="+", action="extend", help="only these sweeps or trials (ids in the store)"
     )
     parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     return parser
 
 
 def _gib(text: str) -> float:
-    """A budget; argparse tells of a ValueError in its own words."""
+    """Read a memory size. Raise ArgumentTypeError, because argparse replaces the text of a ValueError."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GiB)?", text, re.IGNORECASE)
     if number is None or float(number[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size in GiB, as 8 or 7.5 would be")
+        raise argparse.ArgumentTypeError(f"{text} is not a size in GiB. Give a number such as 8 or 7.5")
     return float(number[1])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # rich would leave with 1, which means that nothing fits
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # rich would exit with 1, which means that nothing fits
     sys.exit(main())

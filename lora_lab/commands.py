@@ -1,4 +1,4 @@
-"""The commands of `lora-lab`. With `run`, or without any, Hydra reads the command line: a trial or a sweep."""
+"""The commands of `lora-lab`. With `run`, or without a command, Hydra reads the command line: a trial or a sweep."""
 
 import importlib
 import signal
@@ -14,11 +14,11 @@ COMMANDS = {
     "ui": "lora_lab.ui",
     "completion": "lora_lab.completion",
 }
-"""Their modules, each with main(arguments) -> exit code."""
+"""The module of each command, with a function main(arguments) -> exit code."""
 
 
 def call(command: str, arguments: Sequence[str]) -> int:
-    """Run a command."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `lora-lab report | head` would have it
+    """Run the command and return its exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `lora-lab report | head` ends without an error
     code: int = importlib.import_module(COMMANDS[command]).main(arguments)
     return code

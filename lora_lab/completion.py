@@ -1,4 +1,4 @@
-"""Completion of commands, settings and options by the shell: `eval "$(lora-lab completion bash)"`."""
+"""Print completion of commands, settings and options for the shell: `eval "$(lora-lab completion bash)"`."""
 
 import argparse
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ complete -o nospace -o default -F _lora_lab lora-lab
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="lora-lab completion", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shell", choices=["bash"])
     parser.parse_args(arguments)

@@ -21,7 +21,7 @@ class DType(Enum):
 
 
 class Quantization(Enum):
-    """How the frozen linear layers are stored (bitsandbytes' names)."""
+    """Storage formats of the frozen linear layers (bitsandbytes' names)."""
 
     none = "none"
     nf4 = "nf4"
@@ -29,7 +29,7 @@ class Quantization(Enum):
 
 
 class ModelSource(Enum):
-    """Where weights and tokenizer come from."""
+    """Source of weights and tokenizer."""
 
     hub = "hub"
     local = "local"
@@ -38,14 +38,15 @@ class ModelSource(Enum):
 
 
 class Weights(Enum):
-    """`random` builds the model's shapes without a download and the byte-level tokenizer."""
+    """Values of the model's weights. `random` builds the model's shapes without a download, and the byte-level
+    tokenizer."""
 
     pretrained = "pretrained"
     random = "random"
 
 
 class DataSource(Enum):
-    """Where rows come from."""
+    """Source of the rows."""
 
     shipped = "shipped"
     hub = "hub"
@@ -54,7 +55,7 @@ class DataSource(Enum):
 
 
 class Batching(Enum):
-    """How rows of different lengths become one rectangle of token slots."""
+    """Ways to lay out rows of different lengths as one rectangle of token slots."""
 
     longest = "longest"
     seq_len = "seq_len"
@@ -62,7 +63,7 @@ class Batching(Enum):
 
 
 class TrackingKind(Enum):
-    """Where results are recorded."""
+    """Kinds of store for the results."""
 
     local = "local"
     server = "server"
@@ -78,7 +79,7 @@ class Attention(Enum):
 
 
 class EngineKind(Enum):
-    """How the training step is computed; the mathematics is the same."""
+    """Ways to compute the training step; the mathematics is the same."""
 
     eager = "eager"
     """Operation by operation, as in PyTorch, transformers and PEFT."""
@@ -91,7 +92,7 @@ class EngineKind(Enum):
 
 
 class Checkpointing(Enum):
-    """Which decoder layers compute their forward again in the backward, instead of keeping its results."""
+    """Decoder layers that compute their forward again in the backward, instead of keeping its results."""
 
     none = "none"
     full = "full"
@@ -107,14 +108,15 @@ class Checkpointing(Enum):
 
 
 class Isolation(Enum):
-    """`process`: one worker process per trial. `inline`: everything in one process, for debuggers."""
+    """Process of a trial. `process`: one worker process per trial. `inline`: everything in one process, for
+    debuggers."""
 
     process = "process"
     inline = "inline"
 
 
 _FLOAT = 3.4e38
-"""float32's largest."""
+"""The largest float32."""
 
 _LONGEST_WAIT_MINUTES = 30_000
 """poll(2) counts milliseconds in 32 bits: 35,791 minutes."""
@@ -122,7 +124,7 @@ _LONGEST_WAIT_MINUTES = 30_000
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """Which optimizer updates the adapters: one of `optim` and `target`."""
+    """The optimizer that updates the adapters: one of `optim` and `target`."""
 
     optim: str | None = setting(None, "a name that transformers' TrainingArguments.optim knows")
     target: str | None = setting(None, "import path of a torch.optim.Optimizer subclass, for example torch.optim.SGD")
@@ -143,11 +145,11 @@ class PrecisionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MethodConfig:
-    """What is trained and how the frozen weights are stored."""
+    """What is trained, and how the frozen weights are stored."""
 
     quantization: Quantization = setting(Quantization.none, "how frozen linear layers are stored: none, nf4 or fp4")
     double_quantization: bool = setting(False, "quantise the 4-bit scales too: about 0.37 bit per weight less")
-    mostly_unquantised: bool = setting(False, "run although less than half of the layers' weights can be held in 4 bit")
+    mostly_unquantised: bool = setting(False, "run even if less than half of the layers' weights can be held in 4 bit")
     rank: int = setting(16, "rank of the adapters", above=0, most=2**16)
     alpha: float = setting(
         32.0, "the update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)", above=0, most=_FLOAT
@@ -227,11 +229,11 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """How the training step is computed."""
+    """The computation of the training step."""
 
     kind: EngineKind = setting(EngineKind.eager, "eager, liger, compile or graph")
     chunked_loss: bool = setting(
-        False, "compute the loss over a few rows of logits at a time, so that they never exist as a whole"
+        False, "compute the loss over a few rows of logits at a time, so that all logits never exist at once"
     )
     lengths: int = setting(
         4,
@@ -244,7 +246,7 @@ class EngineConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MeasureConfig:
-    """How long the trial is and which part of it is measured."""
+    """The length of the trial, and the part of it that is measured."""
 
     warmup_steps: int = setting(5, "optimizer steps before the window opens", least=0, most=10**7)
     steps: int = setting(30, "optimizer steps in the window", above=0, most=10**7)
@@ -276,7 +278,7 @@ class MeasureConfig:
         most=_FLOAT,
     )
     price_per_kwh: float | None = setting(
-        None, "what a kWh costs, in any currency, for cost/*", effect=Effect.none, above=0, most=_FLOAT
+        None, "price of one kWh, in any currency, for cost/*", effect=Effect.none, above=0, most=_FLOAT
     )
     co2_grams_per_kwh: float | None = setting(
         None, "carbon intensity of the electricity, for co2/*", effect=Effect.none, above=0, most=_FLOAT
@@ -285,7 +287,7 @@ class MeasureConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Where the trial is recorded."""
+    """The store in which the trial is recorded."""
 
     kind: TrackingKind = setting(TrackingKind.local, "local, server or none")
     experiment: str = setting("lora_lab", "MLflow experiment")
@@ -331,18 +333,18 @@ class TrialConfig:
     isolation: Isolation = setting(Isolation.process, "process, or inline for debuggers")
     share_device: bool = setting(
         False,
-        "run although another process uses the device, and without waiting for other trials",
+        "run even if another process uses the device, and without waiting for other trials",
         effect=Effect.circumstance,
     )
     cooldown_celsius: float | None = setting(
         None,
-        "before the trial, wait until the card is this cool, for ten minutes at most",
+        "before the trial, wait until the card is no warmer than this, for at most ten minutes",
         effect=Effect.circumstance,
         above=0,
         most=1000,
     )
     vram_limit_gib: float | None = setting(
-        None, "let a large card refuse what a smaller one would; see capacity", above=0, most=10**6
+        None, "emulate a card with this much memory on a larger one; see capacity", above=0, most=10**6
     )
     timeout_minutes: float | None = setting(
         None,
@@ -354,11 +356,11 @@ class TrialConfig:
     repeats: int = setting(
         1, "in a sweep, how often each point runs; repeat r runs with seed + r", effect=Effect.none, above=0, most=1000
     )
-    resume: bool = setting(False, "in a sweep, continue the last one that had these points", effect=Effect.none)
+    resume: bool = setting(False, "in a sweep, continue the newest one that has these points", effect=Effect.none)
 
 
 class InvalidInput(ValueError):
-    """Invalid input. Nothing has started; each fault says how to fix it."""
+    """Invalid input. Nothing was started; each fault says how to fix it."""
 
     def __init__(self, *faults: str) -> None:
         self.faults = tuple(without_secrets(fault) for fault in faults)

@@ -1,7 +1,6 @@
-"""What a worker says while it works: plain records, one JSON object a line.
+"""The events that a worker sends: plain records, written as one JSON object per line.
 
-All times `t` are seconds of time.monotonic(), one clock for every process of a Linux machine.
-"""
+All times `t` are seconds of time.monotonic(), one clock for every process of a Linux machine."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from lora_lab.secrets import without_secrets
 
 
 class Phase(Enum):
-    """What a worker is doing, in this order; conversion only when weights are used for the first time."""
+    """A worker's phases, in this order. Conversion happens only when weights are used for the first time."""
 
     start = "start"
     matmul_rate = "matmul_rate"
@@ -33,12 +32,12 @@ class Phase(Enum):
 
 
 FIRST_STEP = "first_step"
-"""The part of the warm-up that a PhaseMemory of this name tells of."""
+"""The name of a PhaseMemory that describes the first step of the warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The worker's process runs. `prepared`: it was forked from a server that had its imports."""
+    """Start of the worker's process. `prepared`: it was forked from a server whose imports were done."""
 
     t: float
     pid: int
@@ -49,7 +48,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseBegan:
-    """A phase began; the one before it is over."""
+    """Beginning of a phase; the one before it is over."""
 
     t: float
     phase: str
@@ -57,8 +56,9 @@ class PhaseBegan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseMemory:
-    """torch's allocator over one phase (absent on the CPU). `phase` is a Phase, or FIRST_STEP: the first step
-    of the warm-up, which the warm-up's own figures then leave out."""
+    """Memory of torch's allocator over one phase (absent on the CPU).
+
+    `phase` is a Phase or FIRST_STEP: the first step of the warm-up, which the warm-up's own figures then leave out."""
 
     t: float
     phase: str
@@ -67,9 +67,9 @@ class PhaseMemory:
     reserved_bytes: int | None = None
     """Held by the allocator at the phase's end."""
     device_used_bytes: int | None = None
-    """In use on the card by everybody at the phase's end, as the driver tells the worker."""
+    """In use on the card by all processes at the phase's end, as the driver reports it to the worker."""
     retries: int = 0
-    """How often the allocator had to give back all it kept and ask again."""
+    """How often the allocator returned all its cached memory to the driver and asked again."""
     rank: int = 0
     """Which worker of the trial, from 0."""
 
@@ -85,8 +85,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCounted:
-    """What became of the rows; tokens `real` and `trained` over the training rows. `digest` is a sha256
-    over every example's token ids and labels."""
+    """Counts of rows and tokens. `real` and `trained` are tokens of the training rows. `digest` is a sha256 over every
+    example's token ids and labels."""
 
     t: float
     rows_read: int
@@ -99,20 +99,20 @@ class DataCounted:
     digest: str
     rows_lost: int | None = None
     """Rows whose text is not whole in the tokens, or whose end of turn is not trained once; None in trials from before
-    they were counted."""
+    this was counted."""
     rows_apart: int | None = None
-    """Rows whose prompt and answer had to be tokenised apart."""
+    """Rows whose prompt and answer had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does."""
     rows_repeated: int | None = None
-    """Usable rows that are equal to an earlier one; None in trials from before they were counted."""
+    """Usable rows that are equal to an earlier one; None in trials from before this was counted."""
     rows_heldout_prompt_trained: int | None = None
     """Held-out rows whose prompt is trained on too, with another answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """Read back from the live objects: what really runs, and where it stands in for what was asked."""
+    """What really runs, read back from the live objects, and what stands in for what was asked."""
 
     t: float
     facts: dict[str, str]
@@ -121,29 +121,30 @@ class Ran:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCounted:
-    """The live model's weights, counted once the adapters are on it. What a step costs follows from these:
+    """Counts of the live model's weights, taken once the adapters are on it. The cost of a step follows from these:
     telemetry/flops.py."""
 
     t: float
     frozen: int
-    """Frozen weights that are multiplied with: those of linear layers, the head too, the embedding's look-up not."""
+    """Frozen weights that take part in products: those of linear layers and the head, but not the embedding's
+    look-up."""
     frozen_in_layers: int
-    """Those of them within the decoder layers, which gradient checkpointing multiplies with once more."""
+    """The part of `frozen` inside the decoder layers, with which gradient checkpointing multiplies once more."""
     trainable: int
-    """Trained weights that are multiplied with (LoRA's A and B)."""
+    """Trained weights that take part in products (LoRA's A and B)."""
     attention_width: int
     """Sum over the layers of query heads x head size."""
     weight_bytes: int
-    """All frozen weights as they are held."""
+    """Bytes of all frozen weights as they are stored."""
     weight_elements: int
-    """Their number, unpacked."""
+    """Number of all frozen weights, counted unpacked."""
     layers: int | None = None
-    """Decoder layers; None in trials from before they were told."""
+    """Decoder layers; None in trials from before they were reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatmulRate:
-    """How fast the device multiplies two square matrices, at best: 2 x size^3 operations over the time."""
+    """The device's best rate for products of two square matrices: 2 x size^3 operations over the time."""
 
     t: float
     dtype: str
@@ -153,65 +154,65 @@ class MatmulRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerMemory:
-    """The live optimizer state in bytes, each tensor once."""
+    """Bytes of the live optimizer state, each tensor counted once."""
 
     t: float
     total_bytes: int
     eligible_bytes: int
-    """Of parameters with at least 100,000 elements, the only ones whose state bitsandbytes pages."""
+    """State of parameters with at least 100,000 elements, the only ones whose state bitsandbytes pages."""
     paged_bytes: int
-    """In managed memory, which torch's allocator does not see."""
+    """State in managed memory, which torch's allocator does not see."""
     paged_tensors: int
     is_paged: bool
-    """The optimizer calls itself paged."""
+    """Whether the optimizer reports itself as paged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """Steps were made ready for their shapes."""
+    """Preparation of the training step for its shapes."""
 
     t: float
     seconds: float
     shapes: list[list[int]]
-    """Rows and tokens of a row, longest first."""
+    """Rows and tokens per row, longest first."""
     graphs: bool
-    """They were recorded as CUDA graphs too."""
+    """Whether they were recorded as CUDA graphs too."""
     working_bytes: int
-    """What the largest graph needs while it is replayed, beyond what torch's allocator counts as in use."""
+    """Memory that the largest graph needs during a replay, beyond what torch's allocator counts as in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDone:
-    """How training went with engine=compile or graph."""
+    """Summary of training with engine=compile or graph."""
 
     t: float
     replays: int
     """Micro-batches that were replayed from CUDA graphs."""
     unrecorded: int
-    """Micro-batches of a shape that was not recorded: they ran operation by operation."""
+    """Micro-batches of a shape that was not recorded. They ran operation by operation."""
     compilations: int
     """Graphs that torch compiled while training ran, after all steps had been made ready."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profiled:
-    """The GPU's own work in some steps after the window, by torch's profiler."""
+    """The GPU's own work in a few steps after the window, measured by torch's profiler."""
 
     t: float
     steps: int
     slots: int
     kernels: int
     busy_seconds: float
-    """During which at least one kernel or copy ran, over all those steps."""
+    """Time over all those steps during which at least one kernel or copy ran."""
     kernel_seconds: float | None = None
-    """The kernels' and copies' own times added up."""
+    """Sum of the times of all kernels and copies."""
     top: list[list[str | int | float]] = field(default_factory=list)
-    """Those that took most, by name: [name, how often, seconds], over all those steps."""
+    """Kernels and copies that took the most time: [name, count, seconds], over all those steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """Held-out loss in nats a token: the sum over all trained tokens divided by their number."""
+    """Held-out loss in nats per token: the sum over all trained tokens divided by their number."""
 
     t: float
     phase: str
@@ -222,11 +223,12 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One optimizer step; sent when its loss has arrived, so one or two steps late on a GPU.
+    """One optimizer step. It is sent when its loss has arrived, so one or two steps late on a GPU.
 
-    `t` is when the host had queued it, `seconds` the device's time since the end of the step before
-    (None for the first; the window's first counts from its opening). `slots` counts every token position with
-    padding, `real` without, `trained` those with a label that is predicted."""
+    `t` is when the host queued it. `seconds` is the device's time since the end of the step before (None for the first;
+    the window's first step counts from the window's opening). `slots` counts every token position with padding, `real`
+    without, `trained` those with a label that is predicted.
+    """
 
     t: float
     step: int
@@ -237,20 +239,20 @@ class Step:
     real: int
     trained: int
     skipped: bool
-    """A GradScaler found an overflow and left the weights as they were."""
+    """Whether a GradScaler found an overflow and left the weights as they were."""
     attended: int = 0
     """Sum of the squares of the documents' lengths in tokens."""
     attended_slots: int = 0
     """Sum of the squares of the rows' lengths in slots."""
     waited_seconds: float = 0.0
-    """Host time between the step before and this one: its batch was read, laid out and sent to the device."""
+    """Host time between the step before and this one, in which its batch was read, laid out and sent to the device."""
     adapter: str = ""
-    """Which adapter was trained; empty where there is one."""
+    """Name of the trained adapter; empty where there is only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowOpened:
-    """The device had been synchronised; steps after `after_step` are measured."""
+    """Opening of a window, after the device was synchronised. Steps after `after_step` are measured."""
 
     t: float
     after_step: int
@@ -260,7 +262,7 @@ class WindowOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowClosed:
-    """The device had been synchronised after `after_step`."""
+    """Closing of a window, after the device was synchronised behind `after_step`."""
 
     t: float
     after_step: int
@@ -269,7 +271,7 @@ class WindowClosed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
-    """Something the user should know."""
+    """A warning for the user."""
 
     t: float
     text: str
@@ -279,7 +281,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The last word of a worker that could still speak."""
+    """The last event of a worker that could still report its end."""
 
     t: float
     outcome: str
@@ -317,12 +319,13 @@ _BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in Event.__args__}
 
 
 def encode(event: Event) -> str:
-    """One line of JSON, without the newline and without secrets. A loss that is not finite becomes NaN or Infinity."""
+    """Return one line of JSON, without the newline and without secrets. A loss that is not finite becomes NaN or
+    Infinity."""
     return json.dumps({"event": type(event).__name__, **_clean(asdict(event))})
 
 
 def _clean(said: Any) -> Any:
-    """What libraries say in errors and warnings can hold a token or an address with a password."""
+    """Remove secrets. Errors and warnings of libraries can hold a token or an address with a password."""
     if isinstance(said, dict):
         return {key: _clean(value) for key, value in said.items()}
     if isinstance(said, (list, tuple)):
@@ -331,12 +334,12 @@ def _clean(said: Any) -> Any:
 
 
 def decode(line: str | bytes) -> Event:
-    """The record that `encode` wrote.
+    """Read an event that `encode` wrote.
 
-    Raises: Damaged for a line that is torn, of another version, or of something else."""
+    Raises: Damaged for a line that is torn, of another version, or not an event."""
     fields = parsed(line)
     name = fields.pop("event", None) if isinstance(fields, dict) else None
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise Damaged(None, "event", "is missing, or none that this version knows")
+        raise Damaged(None, "event", "is missing, or is not one that this version knows")
     event: Event = typed(_BY_NAME[name], fields)
     return event

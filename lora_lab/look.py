@@ -1,11 +1,11 @@
-"""What can be said of a trial before it runs."""
+"""Result of checking a trial before it runs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What the tokenizer, the model's shapes and the rows tell of a config, with nothing loaded onto a device."""
+    """Result of checking a config's tokenizer, model shapes and rows, with nothing loaded onto a device."""
 
     faults: tuple[str, ...] = ()
-    """What a trial would be refused for."""
+    """Faults for which the trial would be refused."""

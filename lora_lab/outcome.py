@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Outcome(Enum):
-    """How a trial ended. Every trial ends in exactly one of these."""
+    """The ways in which a trial can end. Every trial ends in exactly one of them."""
 
     finished = "finished"
     out_of_memory = "out_of_memory"
@@ -38,19 +38,19 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """An outcome with its evidence."""
+    """An outcome and the reason for it."""
 
     outcome: Outcome
     reason: str
     traceback: str | None = None
     step: int | None = None
-    """The optimizer step at which it began, where that is not the one after the last."""
+    """The optimizer step at which the cause began, where that is not the step after the last."""
     asked_bytes: int | None = None
     """The size of the allocation that failed, where the allocator reported it."""
 
 
 class Diverged(RuntimeError):
-    """The training loss is not finite, or has risen beyond measure.loss_spike."""
+    """A training loss that is not finite, or has risen beyond measure.loss_spike."""
 
     def __init__(self, text: str, step: int) -> None:
         super().__init__(text)
@@ -58,7 +58,7 @@ class Diverged(RuntimeError):
 
 
 class Unsupported(RuntimeError):
-    """This machine cannot do what was asked; another one could."""
+    """A request that this machine cannot fulfil; another one could."""
 
 
 def end_of(error: BaseException) -> End:
@@ -70,7 +70,8 @@ def end_of(error: BaseException) -> End:
         return End(outcome=Outcome.unsupported, reason=text)
     if isinstance(error, Diverged):
         return End(outcome=Outcome.diverged, reason=text, step=error.step)
-    for told in (error, error.__cause__, error.__context__):  # what is raised while one is handled may hide it
+    # an error that is raised while another is handled may hide it
+    for told in (error, error.__cause__, error.__context__):
         if told is not None and _is_out_of_memory(told, str(told)):
             return out_of_memory(without_secrets(str(told)).strip() or type(told).__name__)
     trace = without_secrets("".join(traceback.format_exception(error)))

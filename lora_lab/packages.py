@@ -8,8 +8,7 @@ from lora_lab.paths import cache_folder
 
 
 def converted_folder(package: PackageConfig) -> Path:
-    """Return the folder of this package's converted weights. It is named by their digest, so it is never out of
-    date."""
+    """Return the folder of this package's converted weights. Its name has their digest, so it is never out of date."""
     return cache_folder() / f"{package.name}-{package.version}-{package.sha256[:12]}"
 
 

@@ -1,4 +1,4 @@
-"""Where a trial runs: on which cards of which host, and how its workers share the work."""
+"""Placement of a trial: its cards, its host, and how its workers share the work."""
 
 import platform
 from collections import Counter
@@ -9,10 +9,10 @@ from lora_lab.telemetry.nvml import Card
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where one trial runs. By default one worker calculates on the CPU of this host."""
+    """Cards, host and workers of one trial. By default one worker calculates on the CPU of this host."""
 
     cards: tuple[Card, ...] = ()
-    """In the order in which the workers see them; empty when the CPU calculates."""
+    """The cards in the order in which the workers see them; empty when the CPU calculates."""
     host: str = field(default_factory=platform.node)
     world_size: int = 1
     """The number of workers."""
@@ -21,6 +21,6 @@ class Placement:
 
     @property
     def name(self) -> str:
-        """The device, for people."""
+        """Return the device's name for messages."""
         counts = Counter(card.name for card in self.cards)
         return " and ".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items()) or "the CPU"

@@ -1,8 +1,7 @@
-"""Any figure of a run, calculated anew from what the run stored: python -m lora_lab.recompute RUN
+"""Recompute every figure of a run from its stored files, and compare: python -m lora_lab.recompute RUN
 
-RUN is a run's id in the store or its beginning, or the folder of a trial under multirun/. Every figure is compared to
-its last digit. Exit code 0 when all agree, 1 when some do not, 2 when RUN can't be had.
-"""
+RUN is a run's id in the store or the beginning of one, or a trial's folder under multirun/. Figures are compared to the
+last digit. Exit code 0 when all agree, 1 when some differ, 2 when RUN cannot be read."""
 
 import argparse
 import math
@@ -36,56 +35,55 @@ _WHOLE_ID = 32
 """Characters of a run's id."""
 
 NEEDED = (MANIFEST, SEEN, "events.jsonl", "samples.jsonl")
-"""What figures are made of: all that is looked at, beside the idle draw's readings where it was measured."""
+"""The files that figures are calculated from. Where the idle power was measured, its readings come in addition."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a run says its figures are."""
+    """The figures that a run's record states."""
 
     name: str
-    """As the user named it."""
+    """What the user typed to name it."""
     metrics: dict[str, float]
     tags: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Recorded figures beside recomputed ones."""
+    """Recorded figures next to recomputed ones."""
 
     figures: int
-    """How many there are in either."""
+    """Number of figures that are in at least one of the two."""
     events: int
     samples: int
     differences: list[tuple[str, str, str]]
-    """Name, as recorded, as recomputed; empty where one side has none."""
+    """Name, recorded value, recomputed value; a value is empty where one side has none."""
     damaged: list[str]
-    """Lines of events and samples that cannot be read; those after them are left out."""
+    """Lines of events and samples that cannot be read. The lines after them are left out."""
 
 
 def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
-    """Summarise what lies in `folder` again.
+    """Recompute the figures of the trial in `folder` and compare them with the recorded ones.
 
-    Raises: InvalidInput when that is not a whole trial of this version.
-    """
+    Raises: InvalidInput when that is not a whole trial of this version."""
     missing = [name for name in NEEDED if not (folder.path / name).is_file()]
     if missing:
         raise InvalidInput(
-            f"{recorded.name} holds no {', '.join(missing)}: no trial, or one of a version that did not keep all that "
-            "its figures are made of."
+            f"{recorded.name} holds no {', '.join(missing)}: it is not a trial, or it is of a version that did not "
+            "keep all files that its figures are calculated from."
         )
     try:
         asked, (events, samples, seen, damaged) = folder.manifest(), folder.read_inputs()
         watched = folder.idle()
     except Damaged as fault:
         raise InvalidInput(
-            f"what {recorded.name} holds was edited or damaged, or is of another version: {fault}"
+            f"the files of {recorded.name} were edited or damaged, or are of another version: {fault}"
         ) from None
     outcome = recorded.tags.get("outcome")
     if asked is None or outcome not in Outcome.__members__:
-        raise InvalidInput(f"what {recorded.name} holds was edited or damaged, or is of another version.")
+        raise InvalidInput(f"the files of {recorded.name} were edited or damaged, or are of another version.")
     if seen.idle is not None and watched is None:
-        raise InvalidInput(f"{recorded.name} holds no {IDLE}, of which its idle draw was made.")
+        raise InvalidInput(f"{recorded.name} holds no {IDLE}, from which its idle power was calculated.")
     if watched is not None:
         seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})
@@ -94,7 +92,9 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
         end = End(outcome=Outcome(outcome), reason="")
         complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
     except SENSELESS as error:
-        raise InvalidInput(f"what {recorded.name} holds makes no figures ({type(error).__name__}: {error}).") from error
+        raise InvalidInput(
+            f"no figures can be calculated from the files of {recorded.name} ({type(error).__name__}: {error})."
+        ) from error
     here = _said(_with_series(record), record.tags)
     there = _said(recorded.metrics, recorded.tags)
     if not _of_this_code(recorded):
@@ -109,41 +109,42 @@ def _of_this_code(recorded: Recorded) -> bool:
 
 
 def _newer(name: str, there: dict[str, str]) -> bool:
-    """Whether this is the reason why there is no figure of which the run says nothing at all: its version had none."""
+    """Return whether `name` is the reason for the absence of a figure that the run does not mention at all. Its version
+    did not have the figure."""
     figure = name.removeprefix("absent.")
     return figure != name and not {figure, name} & there.keys()
 
 
 def _idle_anew(idle: Idle, samples: list[Sample]) -> Idle:
-    """The draw at rest from its readings; without them being enough it stays as it was recorded."""
+    """Recalculate the idle power from its readings. When these are not enough, it stays as it was recorded."""
     found = idle_draw(idle.start, idle.end, samples)
     return idle if isinstance(found, str) else replace(idle, watts=found[0], error_watts=found[1], source=found[2])
 
 
 def _said(metrics: dict[str, float], tags: dict[str, str]) -> dict[str, str]:
-    """Figures, reasons and verdicts as text."""
+    """Return figures, reasons and verdicts as text."""
     words = {name: text for name, text in tags.items() if name.startswith("absent.") or name in TAGS}
     return {name: _digits(value) for name, value in metrics.items()} | words
 
 
 def _with_series(record: Record) -> dict[str, float]:
-    """A store has the last point of a series among the figures."""
+    """Return the figures, with the last point of each series among them as in a store."""
     return record.metrics | {point.key: point.value for point in record.series}
 
 
 def _digits(value: float) -> str:
-    """Every bit of it. A store that knows no infinity keeps the largest number in its place."""
+    """Return every digit of a number. A store that cannot hold infinity keeps the largest number instead."""
     return repr(math.copysign(sys.float_info.max, value) if math.isinf(value) else value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     never_end_for_output()
     parser = argparse.ArgumentParser(prog="python -m lora_lab.recompute", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "run", metavar="RUN", help="a run's id in the store or its beginning, or a trial's folder under multirun/"
+        "run", metavar="RUN", help="a run's id in the store (or its beginning), or a trial's folder under multirun/"
     )
-    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
+    parser.add_argument("--store", metavar="URI", help="the store's address (default: the local store under mlruns/)")
     asked = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Recorded]:
-    """The trial's files, in a folder of it or fetched to `place`, and what its record says.
+    """Find a trial's files and its recorded figures. Files of a run in the store are fetched to `place`.
 
     Raises: InvalidInput, TrackingFailed."""
     if Path(run).is_dir():
@@ -167,26 +168,26 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
         except Damaged as damaged:
             raise InvalidInput(f"{run} holds no record that can be read: {damaged}") from None
         if record is None:
-            raise InvalidInput(f"{run} holds no record of a trial that is over.")
+            raise InvalidInput(f"{run} holds no record of a trial that has ended.")
         return folder, Recorded(run, _with_series(record), record.tags)
     try:
         store = local_address() if store is None else store
     except InvalidInput as missing:
-        raise InvalidInput(f"{run} is no folder, and {missing}") from None
+        raise InvalidInput(f"{run} is not a folder, and {missing}") from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
     metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
-        raise InvalidInput(f"run {run} is no trial of lora_lab; for a sweep, name one of its trials.")
+        raise InvalidInput(f"run {run} is not a trial of lora_lab; for a sweep, name one of its trials.")
     return TrialFolder(place), Recorded(run, metrics, tags)
 
 
 def _show(found: Comparison, recorded: Recorded) -> None:
     console = Console(soft_wrap=True)
     if not _of_this_code(recorded):
-        console.print("the run was made by other code than this; its formulas may have changed since", style="yellow")
+        console.print("the run was recorded by another version of the code, whose formulas may differ", style="yellow")
     for fault in found.damaged:
-        console.print(f"{fault}; what comes after is left out", style="yellow", highlight=False, markup=False)
+        console.print(f"{fault}; the lines after it are left out", style="yellow", highlight=False, markup=False)
     source = f"{found.figures} figures and reasons from {found.events} events and {found.samples} samples"
     if not found.differences:
         console.print(f"{source}: all recomputed the same, to the last digit", highlight=False)

@@ -24,7 +24,7 @@ class Effect(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The values that a number can have; others make no sense, or are more than a computer counts to."""
+    """The values that a number may have. Others make no sense, or are larger than a computer can count."""
 
     above: float | None = None
     """Greater than this."""
@@ -87,20 +87,20 @@ def setting(
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting or a group of them, as its field describes it."""
+    """A setting or a group of settings, as its field describes it."""
 
     key: str
-    """Dotted."""
+    """Its dotted path."""
     field: dataclasses.Field[Any]
 
     @property
     def help(self) -> str:
-        """Return what it is."""
+        """Return its description."""
         return str(self.field.metadata.get("help", ""))
 
     @property
     def limits(self) -> Limits | None:
-        """Return its limits; None for what has none."""
+        """Return its limits; None without any."""
         return self.field.metadata.get("limits")
 
     @property

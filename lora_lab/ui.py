@@ -1,4 +1,4 @@
-"""MLflow's UI on this machine, with the table of trials: lora-lab ui"""
+"""Open MLflow's UI on this machine, with the table of trials: lora-lab ui"""
 
 import argparse
 import os
@@ -18,11 +18,11 @@ _PORT = 5000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. It becomes MLflow's own server, which Ctrl-C ends."""
+    """Run the command. This process becomes MLflow's own server, which Ctrl-C ends."""
     never_end_for_output()
     parser = argparse.ArgumentParser(prog="lora-lab ui", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--store", metavar="URI", help="the store's address; by default the one under mlruns/ here")
-    parser.add_argument("--port", type=int, help=f"where it listens, on {_HOST} (default: the first free from {_PORT})")
+    parser.add_argument("--store", metavar="URI", help="the store's address (default: the local store under mlruns/)")
+    parser.add_argument("--port", type=int, help=f"port to listen at on {_HOST} (default: the first free from {_PORT})")
     asked = parser.parse_args(arguments)
     try:
         uri = asked.store or local_address()
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def free_port(first: int) -> int:
-    """Return the first port from `first` on that nobody listens at.
+    """Return the first port from `first` on at which nothing listens.
 
     Raises: InvalidInput."""
     for port in range(first, first + 100):
         with socket.socket() as probe:
             if probe.connect_ex((_HOST, port)) != 0:
                 return port
-    raise InvalidInput(f"ports {first} to {first + 99} are all taken. Name another with --port NUMBER.")
+    raise InvalidInput(f"ports {first} to {first + 99} are all in use. Choose another with --port NUMBER.")
 
 
 if __name__ == "__main__":

@@ -304,10 +304,10 @@ def test_a_reason_that_a_run_lacks_is_told_but_of_one_whose_version_did_not_know
 def test_a_run_that_is_not_in_the_store_or_is_no_trial_is_refused(again: Again, made: Made) -> None:
     unknown = "0" * 32
     assert_refused(again(unknown, "--store", made.store), unknown, "not found")
-    assert_refused(again(made.above.info.run_id, "--store", made.store), "no trial", "name one of its trials")
+    assert_refused(again(made.above.info.run_id, "--store", made.store), "not a trial", "name one of its trials")
     client = MlflowClient(tracking_uri=made.store)
     foreign = client.create_run(made.above.info.experiment_id).info.run_id
-    assert_refused(again(foreign, "--store", made.store), foreign, "no trial of lora_lab")
+    assert_refused(again(foreign, "--store", made.store), foreign, "not a trial of lora_lab")
 
 
 def test_the_beginning_of_an_id_will_do(again: Again, made: Made) -> None:
@@ -320,7 +320,7 @@ def test_a_sweep_that_runs_still_is_no_trial_either(again: Again, made: Made) ->
     client = MlflowClient(tracking_uri=made.store)
     tags = {name: text for name, text in made.above.data.tags.items() if name != "outcome"}
     running = client.create_run(made.above.info.experiment_id, tags=tags).info.run_id
-    assert_refused(again(running, "--store", made.store), "no trial of lora_lab")
+    assert_refused(again(running, "--store", made.store), "not a trial of lora_lab")
 
 
 def test_a_folder_without_a_trial_is_refused(again: Again, made: Made, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_folder_without_a_trial_is_refused(again: Again, made: Made, tmp_path:
 @pytest.mark.parametrize(
     ("store", "words"),
     [
-        ((), ("no folder", "mlruns/mlflow.db", "--store URI")),
+        ((), ("not a folder", "mlruns/mlflow.db", "--store URI")),
         (("sqlite:///missing.db",), ("no store at sqlite:///missing.db",)),
         (("sqlite:////no/such/folder/mlflow.db",), ("no store at",)),
         (("sqlite:///empty.db",), ("no store at",)),

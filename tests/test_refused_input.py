@@ -405,7 +405,8 @@ def test_an_engine_that_needs_a_card_is_unsupported_on_the_cpu(
 def test_checkpoints_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> None:
     said = lab("model=tiny", "tracking=none", "device=cpu", "gradient_checkpointing=offloaded")
     why = (
-        "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the CPU."
+        "gradient_checkpointing=offloaded moves the input of each layer from a card to host memory, and this trial "
+        "runs on the CPU."
     )
     assert_unsupported(said, tmp_path, f"{why} Use gradient_checkpointing=full.")
 

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the forecast, a line a trial, the table at the end."""
+"""Show a sweep to the user: the forecast, its progress, the table at the end."""
 
 import csv
 import sys
@@ -25,8 +25,9 @@ _SAY_SECONDS = 10.0
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Something that is done `total` times; what is given takes how often that was until now. A bar on a terminal, a
-    line now and then elsewhere."""
+    """Show the progress of work that has `total` parts: a bar on a terminal, a line now and then elsewhere.
+
+    Yields: a function that takes the number of parts done so far."""
     console = Console(stderr=True)
     said = time.monotonic()
 
@@ -45,7 +46,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def show_forecast(
     folder: Path, trials: Sequence[Planned], pending: Sequence[Planned], earlier: Sequence[dict[str, Any]]
 ) -> None:
-    """What is going to be run and how long that takes, judged by `earlier` trials on the same device."""
+    """Print what will run and how long that takes, estimated from `earlier` trials on the same device."""
     points, repeats = len({trial.point for trial in trials}), 1 + max(trial.repeat for trial in trials)
     console = Console(file=sys.stdout)
     what = f"{len(trials)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
@@ -66,7 +67,7 @@ def show_forecast(
 
 
 def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
-    """Every trial with its figures, then every trial that did not finish with its reason."""
+    """Print every trial with its figures, then the reason of every trial that did not finish."""
     shown = [each for each in FIGURES if any(a is not None and each.key in a.metrics for a in attempts)]
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     repeated = any(trial.repeat for trial in trials)
@@ -85,7 +86,7 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
         table.add_row(*cells)
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_WIDE)  # a log file has no edge
+        console = Console(file=sys.stdout, width=_WIDE)  # a log file has no width of its own
     console.print(table)
     for trial, attempt in _in_order(trials, attempts):
         if attempt is not None and attempt.reason:
@@ -103,7 +104,7 @@ def show_table(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) ->
 
 
 def write_table(path: Path, trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> None:
-    """The same as one row a trial, for other programs.
+    """Write the same table for other programs, with one row per trial.
 
     Raises: OSError."""
     names = sorted({name for attempt in attempts if attempt for name in attempt.metrics})
@@ -119,6 +120,6 @@ def write_table(path: Path, trials: Sequence[Planned], attempts: Sequence[Attemp
 
 
 def _in_order(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> list[tuple[Planned, Attempt | None]]:
-    """Points in the order they were asked for, repeats of a point together."""
+    """Return the points in the order they were asked for, with the repeats of a point together."""
     first = {trial.point: trial.asked_place for trial in trials}
     return sorted(zip(trials, attempts, strict=True), key=lambda pair: (first[pair[0].point], pair[0].repeat))

@@ -1,4 +1,4 @@
-"""Which trials a sweep consists of, in which order, and which of them an earlier sweep has done."""
+"""Plan the trials of a sweep and their order, and find those that an earlier sweep has done."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ class GridPoint:
     config: TrialConfig
     digest: str
     conditions: dict[str, str]
-    """What besides the config decides the result."""
+    """What decides the result besides the config."""
 
 
 def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
-    """Every point `repeats` times, as blocks: all points once before any point again, in a random order inside each
-    block (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
+    """Plan every point `repeats` times, in blocks: all points once before any point again. The order inside each block
+    is random (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
     settings = _settings(points)
     trials: list[Planned] = []
     for repeat in range(repeats):
@@ -50,7 +50,7 @@ def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Pl
 
 
 def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
-    """The points, each once: a grid can name the same config twice."""
+    """Return each point once: a grid can name the same config twice."""
     first: dict[str, GridPoint] = {}
     for point in points:
         first.setdefault(point.digest, point)
@@ -59,7 +59,7 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
 
 def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
     """Return for each point the settings in which it differs from others; for a single point all that were asked for.
-    A point that was not given a key that others have says "default" there, so that no two have the same name."""
+    A key that only other points were given is "default" there, so that no two points have the same name."""
     asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
     keys = dict.fromkeys(key for settings in asked for key in settings)
     filled = [{key: settings.get(key, "default") for key in keys} for settings in asked]
@@ -74,8 +74,10 @@ def _name(settings: dict[str, str], config: TrialConfig) -> str:
 
 
 def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:
-    """The newest sweep that has some of these trials (in `folder`, or below multirun/), and the trials as that
-    sweep numbers them, with those it does not have added; None when there is none."""
+    """Find the newest sweep that has some of these trials, in `folder` or below multirun/.
+
+    Returns: the sweep, and these trials as it numbers them, with new numbers for those that it lacks; None when there
+        is no such sweep."""
     wanted = {trial.fingerprint for trial in trials}
     for sweep, plan in _earlier_sweeps(folder):
         there = {trial.fingerprint: trial for trial in plan.trials}
@@ -87,14 +89,14 @@ def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[
             if known is None:
                 known = replace(trial, number=len(plan.trials))
                 plan.trials.append(known)
-            # what cannot change a result (a time limit, say) is as asked for now
+            # settings that cannot change a result, such as a time limit, are as asked for now
             asked.append(replace(trial, number=known.number))
         return sweep, sorted(asked, key=lambda trial: trial.number)
     return None
 
 
 def done_elsewhere(points: Sequence[GridPoint]) -> list[str]:
-    """What of these points was done under other conditions, and what differs; a line for each earlier sweep."""
+    """Return a line for each earlier sweep that ran some of these points under other conditions, and what differs."""
     conditions = {point.digest: point.conditions for point in points}
     said = []
     for sweep, plan in _earlier_sweeps():
@@ -114,8 +116,8 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> set[str]:
 
 
 def _earlier_sweeps(*first: Path) -> Iterator[tuple[SweepFolder, Plan]]:
-    """`first`, then what is below multirun/, newest first: the folders are named by date and time. What cannot be read
-    there is passed over: each start names it.
+    """Yield `first`, then the sweeps below multirun/, newest first: the folders are named by date and time. Those there
+    that cannot be read are skipped, since each start reports them.
 
     Raises: InvalidInput when `first`, which the user named, cannot be read."""
     there = (path.parent.absolute() for path in sorted(MULTIRUN.glob("*/*/sweep.json"), reverse=True))

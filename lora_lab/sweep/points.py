@@ -1,4 +1,4 @@
-"""The points of a sweep: from what was typed and what a preset says to composed configs, all faults at once."""
+"""Compose the points of a sweep from the command line and a preset, and report all faults at once."""
 
 import itertools
 import shlex
@@ -24,7 +24,7 @@ from lora_lab.trial.session import check_inputs
 def combinations(
     loader: ConfigLoader, params: Mapping[str, str], lines: Sequence[str], arguments: Sequence[str]
 ) -> list[list[str]]:
-    """Return the overrides of each point. What the command line says beats the preset's point, which beats its grid.
+    """Return the overrides of each point. The command line overrides the preset's points, and these override its grid.
 
     Raises: InvalidInput."""
     parser = OverridesParser.create(config_loader=loader)
@@ -33,7 +33,7 @@ def combinations(
     try:
         for override in parser.parse_overrides(list(arguments)):
             if override.key_or_group == "sweep" and override.is_sweep_override():
-                raise InvalidInput(f"{override.input_line} names several sweeps; run them one after the other.")
+                raise InvalidInput(f"{override.input_line} names several sweeps. Run them one after the other.")
         for line in lines:
             overrides = parser.parse_overrides([*grid, *_words(line), *arguments])
             check_point_count(overrides, len(found))
@@ -41,7 +41,7 @@ def combinations(
     except HydraException as error:
         raise InvalidInput(explain(error)) from error
     if not found:
-        raise InvalidInput("hydra.sweeper.points is an empty list; leave it out, or name points.")
+        raise InvalidInput("hydra.sweeper.points is an empty list. Leave it out, or list points.")
     return found
 
 
@@ -101,12 +101,12 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
 
 
 def conditions_here(config: TrialConfig) -> dict[str, str]:
-    """Return what besides the config decides a trial's result, were it run on this machine."""
+    """Return what decides a trial's result on this machine besides the config."""
     return conditions(config, choose_placement(config.device))
 
 
 def raise_faults(faults: Mapping[str, Sequence[str]], count: int) -> None:
-    """Raise InvalidInput when there are faults; each with the points that have it, of `count`."""
+    """Raise InvalidInput when there are faults, each with the points (of `count`) that have it."""
     if not faults:
         return
     lines = []

@@ -1,7 +1,6 @@
-"""A sweep: every point of a grid, checked before the first is run, in blocks, and taken up again where it stopped.
+"""Run a sweep: check every point of a grid before the first runs, run them in blocks, resume where a sweep stopped.
 
-Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `sweep`.
-"""
+Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `sweep`."""
 
 import json
 import sys
@@ -47,17 +46,17 @@ from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
 
 @dataclass
 class GridConf:
-    """The keys below hydra.sweeper; a preset under conf/sweep/ sets them."""
+    """The keys below hydra.sweeper. A preset under conf/sweep/ sets them."""
 
     _target_: str = "hydra_plugins.lora_lab_grid.GridSweeper"
     params: dict[str, str] = field(default_factory=dict)
-    """A grid: for each key its values, separated by commas."""
+    """A grid: the values of each key, separated by commas."""
     points: list[str] | None = None
-    """Points that are no grid: a line of overrides for each. Together with params, each point gets that grid."""
+    """Points that do not form a grid: a line of overrides for each. Together with params, each point gets that grid."""
     assumptions: list[str] | None = None
-    """What a preset had to assume; shown before the sweep and kept in its record."""
+    """What a preset assumes; shown before the sweep and kept in its record."""
     trial: str = ""
-    """Set by the sweep for each trial, not by people: the trial's Membership as JSON."""
+    """The trial's Membership as JSON. The sweep sets it for each trial; it is not for users."""
 
 
 _CHECK_LOG = "check.log"
@@ -66,7 +65,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, 
 
 
 class Grid(Sweeper):
-    """Hydra's sweeper of this project."""
+    """The project's sweeper for Hydra."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Grid(Sweeper):
         self._assumptions = list(assumptions or [])
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's call before `sweep`."""
+        """Keep what Hydra passes before it calls `sweep`."""
         self._context = hydra_context
         self._config = config
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
@@ -88,7 +87,7 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run every point; leaves through SystemExit with the sweep's exit code."""
+        """Run every point, and exit through SystemExit with the sweep's exit code."""
         try:
             found = combinations(self._context.config_loader, self._params, self._lines, arguments)
             COMPOSING.over()
@@ -128,7 +127,7 @@ class Grid(Sweeper):
             return self._finish(folder, trials, store, code)
 
     def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
-        """The sweep to go on with, and its trials; None, said aloud, when there is none."""
+        """Find the sweep to resume and its trials. None, which is reported, when there is none."""
         trials = plan_trials(points, points[0].config.repeats, points[0].config.seed)
         found = take_up(trials, new.path)
         if found is not None:
@@ -137,7 +136,7 @@ class Grid(Sweeper):
                 print(f"warning: {line}")
             _warn_of_other_figures(found[0])
             return found
-        print("no earlier sweep has these points under the present conditions: this is a new one")
+        print("no earlier sweep has these points under the present conditions: starting a new one")
         for line in done_elsewhere(points):
             print(line)
         return None
@@ -145,7 +144,7 @@ class Grid(Sweeper):
     def _plan_anew(self, points: list[GridPoint], folder: SweepFolder) -> list[Planned]:
         if folder.exists:
             raise InvalidInput(
-                f"{folder.path} holds a sweep already; add resume=true to go on with it, or name another folder."
+                f"{folder.path} already holds a sweep. Add resume=true to continue it, or name another folder."
             )
         _check_points(folder, points)
         # only now: the check may have fetched a hub model's description, and with it its commit
@@ -155,7 +154,7 @@ class Grid(Sweeper):
     def _write_plan(
         self, folder: SweepFolder, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str]
     ) -> None:
-        """On disk before the first trial; on resume the plan that is there is brought up to date."""
+        """Write the plan before the first trial; on resume, update the existing plan."""
         owner = this_process()
         facts = owner_tags(owner, folder.path)
         now = {point.digest: point.conditions for point in points}
@@ -201,7 +200,7 @@ class Grid(Sweeper):
         return Record(name=name, is_sweep=True, params=params, tags=tags)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox) -> int:
-        """Run the trials that are left; 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
+        """Run the remaining trials. Return 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
         point_latest(folder.path)
         plan = folder.read()
@@ -229,7 +228,7 @@ class Grid(Sweeper):
         return 1 if broken else 0
 
     def _finish(self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int) -> int:
-        """Delivery of what the store did not take at once, table, exit code."""
+        """Deliver what the store did not take at once, print the table, return the exit code."""
         attempts = [folder.attempt(trial) for trial in trials]
         codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
         code = code or combined_exit_code(codes)
@@ -249,14 +248,14 @@ class Grid(Sweeper):
                 places.append(store.outlook("the records"))
         show_table(trials, attempts)
         if any(attempt is None or not attempt.done for attempt in attempts):
-            places.append("to run again what was not measured: the same command with resume=true")
+            places.append("to run again what was not measured, add resume=true to the same command")
         for place in places:
             print(place)
         return code
 
 
 def _place(sweep: Path, name: str, member: Membership) -> list[str]:
-    """Return the overrides that tell a trial its folder and its place in the sweep, in whatever process it runs."""
+    """Return the overrides that give a trial its folder and its place in the sweep, in whichever process it runs."""
     handed = json.dumps(asdict(member)).replace("$", "\\u0024")  # in which OmegaConf would look for variables
     return [
         f"hydra.sweep.dir={quoted(str(sweep))}",
@@ -267,7 +266,7 @@ def _place(sweep: Path, name: str, member: Membership) -> list[str]:
 
 @contextmanager
 def _alone(folder: SweepFolder) -> Iterator[None]:
-    """The right to run this sweep, for one process at a time. A folder that was made for nothing is taken away again.
+    """Hold the right to run this sweep, which one process has at a time. A folder that was not used is removed again.
 
     Raises: InvalidInput when another process has it."""
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -294,26 +293,26 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
 
 
 def _warn_of_other_figures(folder: SweepFolder) -> None:
-    """Say when the code that makes figures has changed since the sweep began: what was measured is still the same."""
+    """Warn when the code that calculates figures has changed since the sweep began. What was measured is still the
+    same."""
     then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
     if then not in (None, now):
         print(
-            f"warning: the code that makes figures of what is measured (lora_lab/telemetry) has changed since this "
-            f"sweep began ({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows what it makes of an earlier "
-            "trial's files.",
+            f"warning: the code that calculates figures (lora_lab/telemetry) has changed since this sweep began "
+            f"({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows the new figures of an earlier trial.",
             file=sys.stderr,
         )
 
 
 def _check_points(folder: SweepFolder, points: list[GridPoint]) -> None:
-    """Raise InvalidInput for what only the tokenizer, the model's shapes and the rows tell of the points."""
+    """Raise InvalidInput for faults that only the tokenizer, the model's shapes and the rows show."""
     chosen = [point for point in points if point.config.isolation is Isolation.process]
     if not chosen:
         return
-    with progress("looking at rows and models of the points", len(chosen)) as seen:
+    with progress("checking rows and models of the points", len(chosen)) as seen:
         looks, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
     if untold:
-        print(f"warning: {untold}; the trials themselves will tell", file=sys.stderr, flush=True)
+        print(f"warning: {untold}; each trial checks its own point when it starts", file=sys.stderr, flush=True)
     faults: dict[str, list[str]] = {}
     for point, look in zip(chosen, looks, strict=True):
         for fault in look.faults:

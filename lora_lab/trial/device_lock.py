@@ -1,4 +1,4 @@
-"""One trial at a time on a device: our own trials queue, other people's processes are seen."""
+"""Give a device to one trial at a time: trials of this user queue, and processes of others are detected."""
 
 import contextlib
 import os
@@ -21,42 +21,42 @@ from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, SensorFailed
 
 _FREED_SECONDS = 10.0
-"""What a driver may take to give back the memory of a worker that has left."""
+"""How long a driver may take to free the memory of a worker that has exited."""
 
 _SLACK_BYTES = 64 * 2**20
-"""A card's use varies by this much without anybody calculating."""
+"""A card's memory use varies by this much while nothing calculates."""
 
 _COOL_DOWN_SECONDS = 600.0
 
 _SAY_AGAIN_SECONDS = 300.0
-"""How often it is said that a device is still waited for."""
+"""How often the user is reminded that a device is still waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """The cards as a trial found them."""
+    """State of the cards before a trial."""
 
     used_bytes: tuple[int | None, ...] = ()
     """Device memory in use on each card; None without a sensor."""
     shared_with: str = ""
-    """Who else calculated on a card, where that was allowed; empty when nobody did."""
+    """Other processes that calculated on a card, where that was allowed; empty without any."""
 
 
 @contextlib.contextmanager
 def device_lock(placement: Placement, share: bool, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the device; wait for another trial of ours that has it. A killed process holds nothing.
+    """Hold the device, and wait while another trial of this user holds it. A killed process holds nothing.
 
-    The locks of several cards are taken in the order of the cards' ids, whatever the placement's own: so two trials
+    The locks of several cards are taken in the order of the cards' ids, whatever the placement's order. So two trials
     never wait for each other.
 
     Args:
         share: do not lock.
-        waiting: takes in words whom there is to wait for, at once and every few minutes.
+        waiting: gets a text that says which process is waited for, at once and every few minutes.
     """
     if share:
         yield
         return
-    # one place for all of a user's processes, whatever folder they were started in
+    # one folder for all of a user's processes, wherever they were started
     folder = _lock_folder(Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}")
     devices = sorted((card.uuid, card.name) for card in placement.cards) or [("cpu", placement.name)]
     with contextlib.ExitStack() as held:
@@ -70,21 +70,21 @@ def _one_lock(path: Path, device: str, waiting: Callable[[str], None]) -> Iterat
     lock, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
     _acquire(lock, lambda: waiting(f"waiting for {device}, on which {_holder(holder)}"))
     try:
-        write_text(holder, f"{os.getpid()}")  # by a rename, which follows no link
+        write_text(holder, f"{os.getpid()}")  # by a rename, which does not follow a link
         yield
     finally:
         lock.release()
 
 
 def _lock_folder(folder: Path) -> Path:
-    """The folder of the locks. Everybody may write to the one above it, so it is taken only if it is ours alone.
+    """Return the folder of the locks. All users may write to its parent, so it must belong to this user alone.
 
-    Raises: InvalidInput when it is not."""
+    Raises: InvalidInput when it does not."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
-            fault = "is no folder"
+            fault = "is not a folder"
         elif found.st_uid != os.getuid():
             fault = f"belongs to another user ({found.st_uid})"
         else:
@@ -93,12 +93,12 @@ def _lock_folder(folder: Path) -> Path:
     except OSError as error:
         fault = f"can't be used ({error.strerror})"
     raise InvalidInput(
-        f"{folder}, where trials queue for a device, {fault}. Remove it, or set TMPDIR to a folder that is yours."
+        f"{folder}, the folder of the device locks, {fault}. Remove it, or set TMPDIR to a folder of your own."
     )
 
 
 def _acquire(lock: FileLock, say: Callable[[], None]) -> None:
-    """Without a limit: a trial may take days. Ctrl-C ends the wait."""
+    """Take the lock, without a time limit: a trial may take days. Ctrl-C ends the wait."""
     seconds = 0.0
     while True:
         try:
@@ -110,21 +110,21 @@ def _acquire(lock: FileLock, say: Callable[[], None]) -> None:
 
 
 def _holder(holder: Path) -> str:
-    """Who holds a device, and whether that is stopped and would go on holding it."""
+    """Describe the process that holds a device. For a stopped one, which would hold it for ever, add how
+    to continue or end it."""
     try:
         pid = int(holder.read_text(encoding="ascii"))
         stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
     except (OSError, ValueError, psutil.Error):
         return "another process runs a trial"
-    how = f"; it is stopped: `kill -CONT {pid}` lets it go on, `kill -KILL {pid}` ends it" if stopped else ""
+    how = f"; it is stopped: `kill -CONT {pid}` continues it, `kill -KILL {pid}` ends it" if stopped else ""
     return f"process {pid} runs a trial{how}"
 
 
 def look_at(placement: Placement, share: bool) -> Before:
-    """Look at the cards before a trial.
+    """Read the state of the cards before a trial.
 
-    Raises: InvalidInput when somebody else calculates on one, unless `share`.
-    """
+    Raises: InvalidInput when another process calculates on one, unless `share`."""
     others = (_others_on(card, share) for card in placement.cards)
     shared_with = ", ".join(with_whom for with_whom in others if with_whom)
     samples = [_sample(card) for card in placement.cards]
@@ -138,26 +138,26 @@ def _others_on(card: Card, share: bool) -> str:
     with_whom = ", ".join(_user(pid, used) for pid, used in users.items())
     if users and not share:
         raise InvalidInput(
-            f"{card.name} (gpu:{card.index}) is in use by {with_whom}: neither speed nor memory nor energy would be "
-            "the trial's own. Wait for it, end it, choose another card with device=gpu:N, or measure all the same "
-            "with share_device=true; the record will say so."
+            f"{card.name} (gpu:{card.index}) is in use by {with_whom}, so the trial's speed, memory and "
+            "energy would not be its own. Wait for it, end it, choose another card with device=gpu:N, or measure "
+            "anyway with share_device=true; the record will say so."
         )
     return with_whom
 
 
 def temperature(placement: Placement) -> float | None:
-    """Return the degrees Celsius of the warmest card now; None without a reading."""
+    """Return the temperature of the warmest card in degrees Celsius; None without a reading."""
     samples = [_sample(card) for card in placement.cards]
     readings = [sample.temperature_celsius for sample in samples if sample]
     return max((celsius for celsius in readings if celsius is not None), default=None)
 
 
 def see_freed(placement: Placement, before: Before, share: bool) -> tuple[tuple[int | None, ...], str]:
-    """Wait until each card's memory is what it was before the trial. With `share` others change it too, so that
+    """Wait until each card's memory use is what it was before the trial. With `share` other processes change it too, so
     nothing is waited for.
 
-    Returns: bytes in use now on each card, None without a reading; empty, or who holds how much after all.
-    """
+    Returns: bytes in use now on each card, None without a reading; and empty, or which processes still hold how
+    much."""
     if share:
         return (), ""
     found = [_freed(card, used) for card, used in zip(placement.cards, before.used_bytes, strict=True)]
@@ -174,7 +174,7 @@ def _freed(card: Card, before_bytes: int | None) -> tuple[int | None, str]:
             return sample.used_bytes, ""
         if time.monotonic() > end:
             who = ", ".join(_user(pid, used) for pid, used in card.users().items()) or "no process that can be seen"
-            said = f"{held / GIB:.2f} GiB of {card.name} were not free again after the trial; held by {who}"
+            said = f"{held / GIB:.2f} GiB of {card.name} were not freed after the trial; held by {who}"
             return sample.used_bytes, said
         time.sleep(0.05)
     return None, ""

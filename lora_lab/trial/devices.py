@@ -1,4 +1,4 @@
-"""Which cards a trial runs on, and whether those can do what is asked."""
+"""Choose the cards that a trial runs on, and check that they can do what is asked."""
 
 import importlib.util
 import os
@@ -15,14 +15,13 @@ from lora_lab.telemetry.sampler import SensorFailed
 from lora_lab.trial.variables import of_worker
 
 _NEEDS_CAPABILITY = {DType.bf16: (8, 0), DType.fp16: (5, 3)}
-"""CUDA's compute capability from which a card calculates in that format."""
+"""The lowest CUDA compute capability of cards that calculate in that format."""
 
 
 def choose_placement(device: str) -> Placement:
-    """Return one worker on the card that `device` names, or on the CPU.
+    """Return a placement of one worker on the card that `device` names, or on the CPU.
 
-    Raises: InvalidInput when it names a card that is not there.
-    """
+    Raises: InvalidInput when there is no such card."""
     card = None if device == "cpu" else _choose_card(device)
     return Placement(cards=(card,) if card else ())
 
@@ -32,8 +31,8 @@ def _choose_card(device: str) -> Card | None:
         there = visible_cards()
     except SensorFailed as error:
         raise InvalidInput(
-            f"device={device}: this machine's NVIDIA driver does not answer ({error}). Mend it (a reboot after a "
-            "driver update often does), or use device=cpu."
+            f"device={device}: this machine's NVIDIA driver does not answer ({error}). Repair it (after a driver "
+            "update a reboot often helps), or use device=cpu."
         ) from error
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and not there and hidden:
@@ -61,8 +60,8 @@ def worker_environment(placement: Placement) -> dict[str, str]:
 
 
 def check_capable(config: TrialConfig, placement: Placement) -> None:
-    """Raise Unsupported when a card does not calculate in the trial's precision, or has less memory than it is to be
-    limited to, or the machine lacks what the trial's engine needs."""
+    """Raise Unsupported when the trial cannot run here. A card may not calculate in the trial's precision or may have
+    less memory than vram_limit_gib, or the machine may lack what the trial's engine needs."""
     _check_engine(config.engine.kind, bool(placement.cards))
     if not placement.cards:
         _check_cpu(config)
@@ -73,8 +72,8 @@ def check_capable(config: TrialConfig, placement: Placement) -> None:
 def _check_cpu(config: TrialConfig) -> None:
     if config.gradient_checkpointing is Checkpointing.offloaded:
         raise Unsupported(
-            "gradient_checkpointing=offloaded takes what is kept of each layer off a card, and this trial runs on the "
-            "CPU. Use gradient_checkpointing=full."
+            "gradient_checkpointing=offloaded moves the input of each layer from a card to host memory, and this "
+            "trial runs on the CPU. Use gradient_checkpointing=full."
         )
     limit = config.vram_limit_gib
     if limit is not None:
@@ -120,21 +119,22 @@ def _check_engine(kind: EngineKind, on_card: bool) -> None:
         spaced = None if on_card else folder_with_a_space()
         if spaced:
             raise Unsupported(
-                f"engine={kind.name} on the CPU: torch hands the compiler its own folder and its cache unquoted, and "
-                f"there is a space in {spaced}. Use an environment and a cache (TORCHINDUCTOR_CACHE_DIR) without, or "
-                "engine=eager."
+                f"engine={kind.name} on the CPU: torch passes the paths of its folder and its cache to the compiler "
+                f"unquoted, and there is a space in {spaced}. Use an environment and a cache "
+                "(TORCHINDUCTOR_CACHE_DIR) without spaces in their paths, or engine=eager."
             )
 
 
 def folder_with_a_space() -> str | None:
-    """One of those that torch names to g++, where there is such."""
+    """Return a path with a space among those that torch passes to g++; None when none has one."""
     torch = importlib.util.find_spec("torch")
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or of_worker("")["TORCHINDUCTOR_CACHE_DIR"]
     return next((place for place in (torch and torch.origin, cache) if place and " " in place), None)
 
 
 def missing_to_compile(on_card: bool) -> list[str]:
-    """What torch.compile lacks here, for people: Triton builds its launchers in C, and kernels for a CPU are C++."""
+    """Return what torch.compile lacks here, in words for the user. Triton builds its launchers in C; kernels for a CPU
+    are C++."""
     variable, language, known = ("CC", "C", ("gcc", "clang")) if on_card else ("CXX", "C++", ("g++",))
     named = os.environ.get(variable)
     missing = []

@@ -1,4 +1,4 @@
-"""What a person sees while a trial runs and when it is over."""
+"""Show a trial to the user, while it runs and when it is over."""
 
 import statistics
 import sys
@@ -22,8 +22,8 @@ from lora_lab.trial.standing import clock, standing
 
 _DOING = {
     Phase.start.value: "starting the worker",
-    Phase.matmul_rate.value: "measuring the device's matrix products, this once",
-    Phase.conversion.value: "converting the weights, this once",
+    Phase.matmul_rate.value: "measuring the device's matrix products (first time only)",
+    Phase.conversion.value: "converting the weights (first time only)",
     Phase.data.value: "reading and tokenising the rows",
     Phase.model.value: "loading the model",
     Phase.evaluation_before.value: "held-out loss before",
@@ -39,25 +39,26 @@ _QUIET_SECONDS = 5.0
 """How often a line is printed where no live bar can be drawn."""
 
 _QUIET_SECONDS_IN_SWEEP = 60.0
-"""The same in a sweep, which prints a line a trial anyway."""
+"""The same in a sweep, which prints a line per trial anyway."""
 
 
 class _TrialTimeLeft(TimeRemainingColumn):
-    """Not for the sweep's bar, whose few and unequal steps it can't judge: that one says its own."""
+    """Column with a trial's time left. It is empty for the sweep's bar, whose own text has the time left: the column
+    cannot estimate from a few unequal steps."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.description == _SWEEP else super().render(task)
 
 
 class Display:
-    """A live bar on a terminal, a line now and then elsewhere."""
+    """A live bar on a terminal, and a line now and then elsewhere."""
 
     def __init__(self, name: str, steps: int, sampler: Sampler, sweep: SweepFolder | None = None) -> None:
-        """Get ready.
+        """Prepare the bar.
 
         Args:
             steps: how many optimizer steps the trial takes.
-            sweep: the sweep that the trial is part of; a second bar shows how far that is.
+            sweep: the sweep that the trial is part of; a second bar shows its progress.
         """
         self._console = Console(stderr=True)
         self._name = name
@@ -111,17 +112,17 @@ class Display:
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
             self._line()
-        elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep tells them once, at its end
+        elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep shows them once, at its end
             self.warn(event.text)
         elif isinstance(event, said.Ready) and not event.prepared:
-            self.warn("the server that workers are forked from could not import torch and its kin; starts take longer")
+            self.warn("the server that forks workers could not import torch or a package built on it; starts are slow")
 
     def note(self, text: str) -> None:
-        """What is waited for."""
+        """Print what is waited for."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Something the user should know, above the bar."""
+        """Print a warning above the bar."""
         self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False)
 
     def _figures(self, step: said.Step) -> str:
@@ -140,7 +141,7 @@ class Display:
         return "  ".join(figures)
 
     def _line(self, force: bool = False) -> None:
-        """Where there is no terminal: a line a phase, and one every few seconds."""
+        """Print a line per phase and one every few seconds, where there is no terminal."""
         now = time.monotonic()
         force = force and self._sweep is None
         if self._console.is_terminal or not (force or now - self._printed > self._quiet_seconds):
@@ -156,7 +157,7 @@ class Display:
 
 
 _WHERE_COMPILED = "engine/compile_seconds"
-"""Shown where something was; most trials compile nothing."""
+"""Shown only where something was compiled; most trials compile nothing."""
 
 _SHOWN = tuple(
     metric(key)
@@ -168,14 +169,14 @@ _SHOWN = tuple(
     )
 )
 _ON_A_CARD = ("throughput/gpu_busy_share", "flops/mfu")
-"""Shown where there is one; on a CPU nobody misses them."""
+"""Shown only for trials on a card."""
 
 _UNMISSED = (_WHERE_COMPILED, "throughput/seconds_per_10k_tokens", "energy/net_joules_per_token")
-"""Their absence has the reason of the line before, or none worth a line."""
+"""Absence of these is not shown: its reason is on the line before, or is not worth a line."""
 
 
 def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[str]) -> None:
-    """The table at the end of a trial, on standard output."""
+    """Print the table at the end of a trial to standard output."""
     console = Console(file=sys.stdout)
     colour = "green" if end.outcome is Outcome.finished else "red"
     table = Table(title=f"[{colour}]{end.outcome.value}[/{colour}]", title_justify="left", show_header=False)

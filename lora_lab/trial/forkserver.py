@@ -1,4 +1,4 @@
-"""The server that workers are forked from: started once, asked for workers, replaced when it does not answer."""
+"""The server that forks workers: started once, asked for each worker, replaced when it does not answer."""
 
 import contextlib
 import multiprocessing
@@ -13,16 +13,16 @@ from multiprocessing.context import ForkServerProcess
 from lora_lab.trial.variables import of_server
 
 ANSWER_SECONDS = 180.0
-"""What the server has to import torch and to fork a worker, and the worker to say its first word. It takes seconds; a
-slow network disk makes a minute of them."""
+"""Time for the server to import torch and fork a worker, and for the worker's first event. It usually takes seconds; on
+a slow network disk it takes a minute."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lora_lab.worker.preload"])
 
 
 def prepare() -> None:
-    """Start the server. Returns at once; the server imports torch, some seconds' work, meanwhile. It must not see a
-    GPU: importing would initialise CUDA, which can't be forked."""
+    """Start the server and return at once, while the server imports torch for some seconds. It must not see a GPU:
+    importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
     with changed_environment(of_server()):
@@ -31,7 +31,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Set these variables for a while; None takes one out."""
+    """Set these variables for a while; None removes one."""
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:
@@ -49,7 +49,7 @@ def _set(changes: Mapping[str, str | None]) -> None:
 
 
 def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> str:
-    """Have the server fork `worker`; a server that does not answer, or that dies over it, is replaced once.
+    """Have the server fork `worker`. A server that does not answer, or that dies meanwhile, is replaced once.
 
     Args:
         interrupt: has something to read when Ctrl-C was pressed.
@@ -69,8 +69,8 @@ def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> s
 
 
 def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> str:
-    """In a thread, since Python waits for the server's answer without a limit and deaf to a Ctrl-C that is not raised.
-    The server's end also ends that wait."""
+    """Ask for a worker in a thread. Python waits for the server's answer without a limit, and a Ctrl-C that does not
+    raise does not end that wait. The server's end does."""
     answered, asked = multiprocessing.Pipe(duplex=False)
     failed: list[BaseException] = []
 
@@ -93,12 +93,12 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
     if not failed:
         return ""
     did = "ended" if answered in ready else f"did not answer within {seconds:g} s"
-    return f"the server that workers are forked from {did}, and so did the one after it"
+    return f"the server that forks workers {did}, and so did the next one"
 
 
 def end_server() -> None:
-    """End the server, whatever state it is in. One that ended by itself could not import what workers need: the next
-    one imports nothing, and each worker, which does then, has the error in its log."""
+    """End the server, whatever its state. One that ended by itself could not import what workers need. The next one
+    then imports nothing, but each worker does, and its log holds the error."""
     server = forkserver._forkserver
     pid: int | None = server._forkserver_pid  # type: ignore[attr-defined]  # the module has no public way to end it
     if pid is None:

@@ -1,4 +1,4 @@
-"""What a trial's cards draw while nobody uses them, measured before the trials it is subtracted from."""
+"""Measure the idle power of a trial's cards, before the trials whose energy it is subtracted from."""
 
 import contextlib
 import functools
@@ -19,29 +19,30 @@ from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.telemetry.sensors import read_cards
 
 LONGEST_SECONDS = 30.0
-"""A card that has just worked gets so long to come to rest."""
+"""A card that has just worked gets this long to come to rest."""
 
 SETTLED_SHARE = 0.05
-"""At rest, two halves of the measurement differ by no more than this."""
+"""At rest, the two halves of the measurement differ by at most this share."""
 
 _EDGE_SECONDS = AVERAGE_SECONDS / 2 + 0.3
-"""Read before and after, so that a counter's ticks lie on both sides, and what an average tells half its time late."""
+"""Readings are taken this long before and after: a counter's ticks then lie on both sides, and an average lags by half
+its period."""
 
 _FILE = "idle.json"
 
 
 Watched = tuple[Idle, list[Sample]]
-"""A draw, and the readings that it is made of."""
+"""An idle power, and the readings that it is calculated from."""
 
 
 def measure_idle(placement: Placement, seconds: float, waiting: Callable[[str], None]) -> Watched | str:
-    """Watch the cards for `seconds`, again until they have come to rest.
+    """Watch the cards for `seconds`, and again until they are at rest.
 
-    The state is that without any process on a card, so without a CUDA context: with one a card draws more.
+    No process is on the cards, so they have no CUDA context: with one a card draws more.
 
-    Returns: their draw and the readings, or why it is not known.
+    Returns: the idle power and its readings, or why it is not known.
     """
-    waiting(f"measuring what {placement.name} draws at rest ({seconds:g} s)")
+    waiting(f"measuring the idle power of {placement.name} ({seconds:g} s)")
     with Sampler(functools.partial(read_cards, placement.cards)) as sampler:
         begin = time.monotonic()
         time.sleep(_EDGE_SECONDS)
@@ -74,7 +75,7 @@ def measure_idle(placement: Placement, seconds: float, waiting: Callable[[str], 
 
 
 def _watts(start: float, end: float, samples: list[Sample]) -> float | None:
-    """Mean of the power readings; only to see whether it still falls."""
+    """Return the mean of the power readings. It only serves to see whether the power still falls."""
     told = [s.average_watts if s.instant_watts is None else s.instant_watts for s in samples if start <= s.t <= end]
     found = [watts for watts in told if watts is not None]
     return sum(found) / len(found) if found else None
@@ -89,7 +90,7 @@ def _state(samples: list[Sample]) -> list[str]:
 
 
 def of_block(sweep: Path, placement: Placement, block: int, owner: Owner) -> Watched | None:
-    """What an earlier trial of the same block of a sweep measured, in the same start of it; None when it is to be
+    """Return what an earlier trial of the same block measured in the present start of the sweep; None when it is to be
     measured now."""
     name = _measured_by(sweep).get(_key(placement, block, owner))
     with contextlib.suppress(Damaged):
@@ -98,7 +99,7 @@ def of_block(sweep: Path, placement: Placement, block: int, owner: Owner) -> Wat
 
 
 def keep_for_block(trial: Path, placement: Placement, block: int, owner: Owner) -> None:
-    """Let the other trials of the block have what `trial` has in its folder.
+    """Let the other trials of the block use the idle power in the folder of `trial`.
 
     Raises: OSError."""
     file = trial.parent / _FILE
@@ -106,7 +107,7 @@ def keep_for_block(trial: Path, placement: Placement, block: int, owner: Owner) 
 
 
 def _measured_by(sweep: Path) -> dict[str, str]:
-    """Which trials measured for which blocks; none where that cannot be read: it is measured again."""
+    """Return which trial measured for which block; nothing where that cannot be read, so it is measured again."""
     with contextlib.suppress(Damaged):
         return whole(dict[str, str], sweep / _FILE) or {}
     return {}

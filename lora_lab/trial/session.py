@@ -1,4 +1,4 @@
-"""One trial from the parent's side: check, start the worker, watch the card, summarise, record."""
+"""Run one trial from the parent's side: check it, start the worker, watch the card, summarise, record."""
 
 import contextlib
 import os
@@ -52,7 +52,7 @@ from lora_lab.trial.standing import show_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was asked for on the command line."""
+    """A trial as it was asked for on the command line."""
 
     config: TrialConfig
     choices: dict[str, str]
@@ -60,16 +60,16 @@ class Request:
     command: str
     """The shortest command line for this configuration."""
     folder: Path
-    """Gets every file of the trial; inside a sweep's folder for a trial of a sweep."""
+    """The folder of all files of the trial. For a trial of a sweep it is inside the sweep's folder."""
     in_sweep: bool = False
-    """Hydra runs it as a part of a sweep, be it one of another sweeper's, which plans nothing."""
+    """Whether Hydra runs it as part of a sweep. This includes other sweepers, which plan nothing."""
     member: Membership | None = None
-    """Its place in a sweep of ours; None for a trial alone."""
+    """Its place in a planned sweep; None for a single trial."""
 
 
 @dataclass(slots=True)
 class TrialState:
-    """What is known of a trial so far; every event is on disk before anything is done with it."""
+    """State of a trial so far. Every event is on disk before it is used."""
 
     request: Request
     placement: Placement
@@ -79,18 +79,18 @@ class TrialState:
     display: Display
     seen: HostFacts
     sweep: SweepFolder | None
-    """Whose standing is shown; None for a trial alone."""
+    """The sweep whose progress is shown; None for a single trial."""
     events: list[Event] = field(default_factory=list)
     before: Before = field(default_factory=Before)
 
     def on_event(self, event: Event) -> None:
-        """Take in what the worker says."""
+        """Record and show an event of the worker."""
         self.folder.note_event(event)
         self.events.append(event)
         self.display.show(event)
 
     def warn(self, text: str) -> None:
-        """Something for the user now and for the record."""
+        """Show a warning to the user, and keep it for the record."""
         self.seen.warnings.append(text)
         self.display.warn(text)
 
@@ -98,9 +98,9 @@ class TrialState:
 def run_session(request: Request) -> Outcome:
     """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
-    Raises: InvalidInput before a worker starts, and when the worker finds that the input cannot be meant (in a
-    sweep, which has looked at all its points before, that is a recorded failure); KeyboardInterrupt on Ctrl-C,
-    after the worker has been ended and what there is has been recorded.
+    Raises: InvalidInput before a worker starts, and when the worker finds invalid input (in a sweep, which has checked
+        all its points before, that is a recorded failure); KeyboardInterrupt on Ctrl-C, after the worker was ended and
+        all measurements so far were recorded.
     """
     asked_t = time.monotonic()
     config = request.config
@@ -118,7 +118,7 @@ def run_session(request: Request) -> Outcome:
 
 
 def _run(state: TrialState, store: Outbox) -> Outcome:
-    """Measure what has begun, and record it."""
+    """Measure a prepared trial, and record it."""
     interrupted: KeyboardInterrupt | None = None
     try:
         end = _measure(state)
@@ -137,7 +137,7 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
 
 
 def check_inputs(config: TrialConfig) -> None:
-    """Raise InvalidInput for what can be seen from here without torch: files, folders, packages."""
+    """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
     if config.data.source in (DataSource.jsonl, DataSource.shipped):
         shipped = config.data.source is DataSource.shipped
         rows = read_jsonl(SHIPPED if shipped else Path(str(config.data.path)), config.data.columns, config.data.rows)
@@ -149,14 +149,14 @@ def check_inputs(config: TrialConfig) -> None:
         if config.model.source is ModelSource.local and not (Path(str(config.model.path)) / "config.json").is_file():
             raise InvalidInput(
                 f"model.path={config.model.path} holds no config.json (looked in {Path.cwd()}). "
-                "Give a folder that save_pretrained made."
+                "Give a folder that save_pretrained wrote."
             )
     if config.tracking.kind is TrackingKind.local:
         check_writable(config.tracking)
 
 
 def check_folder_name(folder: Path) -> None:
-    """Raise InvalidInput for a folder that is named after a secret; its name would be in every record."""
+    """Raise InvalidInput for a folder whose name holds a secret; the name would be in every record."""
     name = os.path.relpath(folder)
     if without_secrets(name) != name:
         with contextlib.suppress(OSError):  # Hydra has made it already
@@ -168,7 +168,7 @@ def check_folder_name(folder: Path) -> None:
 
 
 def look_after_earlier_runs(store: Outbox) -> None:
-    """Record what earlier processes have left behind, on disk and in the store, and say so."""
+    """Record what earlier processes left behind, on disk and in the store, and report it."""
     for line in recover(store).lines():
         print(line, flush=True)
     if store.fault:
@@ -176,7 +176,7 @@ def look_after_earlier_runs(store: Outbox) -> None:
 
 
 def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState:
-    """Write what was asked and where it runs."""
+    """Write down what was asked and where it runs."""
     config, member = request.config, request.member
     owner = this_process()
     facts = environment() | device_facts(placement) | owner_tags(owner, request.folder)
@@ -215,7 +215,7 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
 
 
 def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> HostFacts:
-    """What can be known before anything is looked at."""
+    """Return what is known before any measurement."""
     return HostFacts(
         no_sensor="" if placement.cards else "no NVIDIA card was used",
         no_cpu_sensor=rapl.absent,
@@ -230,7 +230,7 @@ def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> Ho
 
 
 def _measure(state: TrialState) -> End:
-    """Wait for the device, run the worker to its end, see the device free again.
+    """Wait for the device, run the worker to its end, wait until the device is free again.
 
     Raises: KeyboardInterrupt."""
     config, placement = state.request.config, state.placement
@@ -247,7 +247,7 @@ def _measure(state: TrialState) -> End:
 
 @contextlib.contextmanager
 def _device(state: TrialState) -> Iterator[None]:
-    """The device for this trial alone: locked, looked at, cooled down; and seen free again afterwards."""
+    """Hold the device for this trial: lock it, look at it, let it cool down. Afterwards wait until it is free again."""
     config, placement = state.request.config, state.placement
     asked_t = time.monotonic()
     with device_lock(placement, config.share_device, state.display.note):
@@ -282,7 +282,7 @@ def _together(used: Sequence[int | None]) -> int | None:
 
 
 def _take_idle(state: TrialState) -> None:
-    """What the cards draw at rest: measured now, or by an earlier trial of the same block of this sweep."""
+    """Measure the cards' idle power, or take what an earlier trial of the same block of this sweep measured."""
     config, member, placement, seen = state.request.config, state.request.member, state.placement, state.seen
     seconds = config.measure.idle_seconds
     if not placement.cards or not seconds or config.share_device:
@@ -303,25 +303,25 @@ def _take_idle(state: TrialState) -> None:
 
 
 def _within_capacity(state: TrialState, end: End) -> End:
-    """With vram_limit_gib: was the card's own reading within the limit? The allocator's cap can't hold what others
-    allocate (the context, libraries, managed memory)."""
+    """Return out of memory when the card's own reading exceeded vram_limit_gib. The allocator's cap does not limit what
+    others allocate (the context, libraries, managed memory)."""
     limit, before = state.request.config.vram_limit_gib, state.before.used_bytes
     if limit is None or not before or None in before:
         return end
-    state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, whose speed and power these are")
+    state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, with its speed and power")
     rises = (sample.used_bytes - (before[sample.card] or 0) for sample in state.sampler.samples if sample.used_bytes)
     peak_gib = max(rises, default=0) / GIB
     if end.outcome is not Outcome.finished or peak_gib <= limit:
         return end
     return End(
         outcome=Outcome.out_of_memory,
-        reason=f"the card's reading rose by {peak_gib:.2f} GiB, beyond vram_limit_gib={limit:g}: torch kept to its "
-        "share, but CUDA's context, libraries and managed memory did not leave room for it",
+        reason=f"the card's reading rose by {peak_gib:.2f} GiB, beyond vram_limit_gib={limit:g}: torch stayed within "
+        "its share, but CUDA's context, libraries and managed memory needed more than the rest",
     )
 
 
 def _finish(state: TrialState, end: End, store: Outbox) -> None:
-    """Summarise, write the files, hand the record to the store, tell the user."""
+    """Summarise, write the files, hand the record to the store, show the result."""
     sampler, seen = state.sampler, state.seen
     if sampler.fault:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"

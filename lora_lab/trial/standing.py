@@ -1,4 +1,4 @@
-"""What a sweep's trial prints when it ends: a line with its figures, and how far the sweep is."""
+"""Print a line for each trial of a sweep when it ends: its figures, and the sweep's progress."""
 
 import statistics
 import sys
@@ -21,21 +21,21 @@ FIGURES = tuple(
         *("energy/joules_per_token", "loss/eval"),
     )
 )
-"""Shown of each trial of a sweep."""
+"""The figures that are shown of each trial of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a start of a sweep is."""
+    """Progress of the present start of a sweep."""
 
     done: int
     total: int
     seconds_left: float | None
-    """None while nothing is known to judge by."""
+    """None while there is nothing to estimate it from."""
 
 
 def standing(folder: SweepFolder) -> Standing:
-    """How far the sweep's present start is; the time left is judged by the sweep's own trials."""
+    """Return the progress of the sweep's present start. The time left is estimated from the sweep's own trials."""
     plan = folder.read()
     launched = [(plan.planned(name), folder.over(name)) for name in plan.launched]
     pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
@@ -47,7 +47,7 @@ def standing(folder: SweepFolder) -> Standing:
 
 
 def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tuple[float, int]:
-    """Seconds for those trials whose point has run before, and how many have not.
+    """Return the seconds of those trials whose point has run before, and the number of the others.
 
     Args:
         ran: point and seconds of each trial that ran.
@@ -60,7 +60,7 @@ def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tup
 
 
 def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -> None:
-    """One finished trial in one line, with the sweep's standing."""
+    """Print one line for a trial that is over, with the sweep's progress."""
     now = standing(folder)
     there = [each for each in FIGURES if each.key in summary.metrics]
     figures = [f"{each.form.format(summary.metrics[each.key])} {each.column}" for each in there]
@@ -72,7 +72,7 @@ def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Return a duration as text, in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

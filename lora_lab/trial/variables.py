@@ -1,8 +1,8 @@
-"""Environment variables of the processes that trials run in: those we set, and those we take out.
+"""Environment variables of the processes that trials run in: which are set, and which are removed.
 
-A trial is one process on one device. A variable that a launcher (torchrun, accelerate, mpirun, Slurm) left behind would
-make accelerate wait for processes that nobody started, or give the trial a precision, a device or a sharding that
-nobody asked for.
+A trial is one process on one device. A launcher (torchrun, accelerate, mpirun, Slurm) may have left variables behind.
+They would make accelerate wait for processes that were never started, or give the trial a precision, a device or a
+sharding that was not asked for.
 """
 
 import os
@@ -11,16 +11,16 @@ import re
 from lora_lab.paths import cache_folder
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONUTF8": "1"}
-"""Hiding the cards from the server is not enough: a plain `torch.cuda.is_available()` at some import would ask the
-driver, which then answers 'no device' in every forked worker too. NVML is asked instead. Python's UTF-8 mode is for a C
-locale, in which torch can't read its own files."""
+"""Hiding the cards from the server is not enough: a plain `torch.cuda.is_available()` during an import would ask the
+driver, which then answers 'no device' in every forked worker too. So NVML is asked instead. Python's UTF-8 mode is for
+a C locale, in which torch can't read its own files."""
 
 _NAMES = (
     "RANK",  # torch's rendezvous: which process of how many this is
     "WORLD_SIZE",
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
-    "NODE_RANK",  # what launchers make RANK of
+    "NODE_RANK",  # from which launchers calculate RANK
     "NNODES",
     "NPROC",
     "FORK_LAUNCHED",  # accelerate's notebook launcher
@@ -44,7 +44,7 @@ _BEGINNINGS = (
     "SLURM_",
     "SM_",  # SageMaker
     "SMDATAPARALLEL_",
-    "XLA_",  # TPU: accelerate and transformers calculate in another format by these
+    "XLA_",  # TPU: with these, accelerate and transformers calculate in another format
     "PJRT_",
     "TPU_",
 )
@@ -52,23 +52,23 @@ _LAUNCHER = re.compile(f"({'|'.join(_NAMES)})|({'|'.join(_BEGINNINGS)}).*")
 
 
 def is_launchers(name: str) -> bool:
-    """Whether an environment variable says what a process is part of."""
+    """Return whether an environment variable is one of a launcher's."""
     return _LAUNCHER.fullmatch(name) is not None
 
 
 def of_server() -> dict[str, str | None]:
-    """How the environment of the server that workers are forked from differs from this process's; None takes out."""
+    """Return the changes to this process's environment for the server that forks workers; None removes a variable."""
     return {**without_launchers(), **_HIDDEN}
 
 
 def without_launchers() -> dict[str, str | None]:
-    """The changes that take a launcher's variables out of this process's environment."""
+    """Return the changes that remove a launcher's variables from this process's environment."""
     return {name: None for name in os.environ if is_launchers(name)}
 
 
 def of_worker(shown: str) -> dict[str, str]:
-    """What a worker has beyond the server's: the card that it is shown (Trainer would use all), and where compiled code
-    is kept: torch's own place is under /tmp, which a reboot empties."""
+    """Return what a worker's environment has besides the server's. One variable is the card that it sees (Trainer would
+    use all). The others say where compiled code is kept: torch's own place is under /tmp, which a reboot empties."""
     kept = {
         name: os.environ.get(name) or str(cache_folder() / folder)
         for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))

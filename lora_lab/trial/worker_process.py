@@ -1,4 +1,4 @@
-"""The worker processes: start them, hear their events, survive their death."""
+"""Start the worker processes, receive their events, and handle their death."""
 
 import contextlib
 import math
@@ -21,16 +21,16 @@ from lora_lab.trial import forkserver
 from lora_lab.trial.variables import without_launchers
 
 _GRACE_SECONDS = 5.0
-"""What a worker has to leave by itself after SIGTERM."""
+"""Time for a worker to exit by itself after SIGTERM."""
 
 _LEAVING_SECONDS = 30.0
-"""What a worker has to leave after its last word: CUDA and its files must be closed."""
+"""Time for a worker to exit after its last event: CUDA and its files must be closed."""
 
 LOOK_SECONDS = 600.0
-"""What the check has for one look at a point's rows and model: it may have to download and tokenise them."""
+"""Time to check one point's rows and model: they may have to be downloaded and tokenised."""
 
 _RANKED = (Ready, PhaseMemory, Warned, Ended)
-"""Events of which each worker of a group sends its own."""
+"""Events that each worker of a group sends for itself."""
 
 prepare = forkserver.prepare
 
@@ -45,14 +45,14 @@ def run_workers(
     """Run one trial in workers of its own, or in this process with isolation=inline.
 
     Args:
-        environment: what the workers' environment has beyond this process's (which cards they see).
-        folder: where the lead worker leaves its log and its adapter.
+        environment: variables of the workers besides this process's (which cards they see).
+        folder: where the lead worker writes its log and its adapter.
         on_event: called with each event in order, while the workers run.
         world_size: how many workers.
 
-    Returns: how the trial ended, also when a worker could not say so itself.
+    Returns: how the trial ended, also when a worker could not report it.
 
-    Raises: KeyboardInterrupt after the workers have been ended.
+    Raises: KeyboardInterrupt after the workers were ended.
     """
     if config.isolation is Isolation.inline:
         return _run_inline(config, environment, folder, on_event)
@@ -60,7 +60,7 @@ def run_workers(
 
 
 class _Worker:
-    """One process of a group, not started yet."""
+    """One process of a group, not yet started."""
 
     def __init__(self, rank: int, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
         from lora_lab.worker import process
@@ -72,10 +72,10 @@ class _Worker:
         self.process = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
         self.spoke = False
         self.begun = False
-        """Whether it has begun with the trial, torch imported."""
+        """Whether it has begun the trial, with torch imported."""
 
     def hear(self) -> Event | None:
-        """Return the next event, with this worker's rank where it has one; None when the worker is gone."""
+        """Return the next event, with this worker's rank where the event has one; None when the worker is gone."""
         try:
             event = decode(self.receiver.recv_bytes())
         except (EOFError, OSError):
@@ -86,11 +86,10 @@ class _Worker:
 
 
 class WorkerGroup:
-    """The workers of one trial: they start together, speak in one stream of events, and end together.
+    """The workers of one trial. They start together, send one stream of events, and end together.
 
-    The lead (rank 0) speaks for the trial. Of the other workers only events that have a rank are passed on. A worker
-    that fails or dies ends the group, and the others are ended too.
-    """
+    The lead (rank 0) reports for the trial. Of the other workers only events that have a rank are passed on. A worker
+    that fails or dies ends the group, and the others are ended too."""
 
     def __init__(self, config: TrialConfig, environment: dict[str, str], folder: Path, world_size: int = 1) -> None:
         self._minutes = config.timeout_minutes
@@ -113,7 +112,7 @@ class WorkerGroup:
                         return End(outcome=Outcome.failed, reason=missing)
                 last, end = self._hear(interrupt, on_event)
             if end is None or end.outcome is not Outcome.timed_out:
-                last.process.join(_LEAVING_SECONDS)  # it has said its last word, or is gone already
+                last.process.join(_LEAVING_SECONDS)  # it has sent its last event, or is gone already
         finally:
             self._stop()
         return self._named(last, end or _end_of_silence(last.process.exitcode, last.log, last.begun))
@@ -121,7 +120,7 @@ class WorkerGroup:
     def _hear(self, interrupt: Connection, on_event: Callable[[Event], None]) -> tuple[_Worker, End | None]:
         """Pass on events until the trial's end is known.
 
-        Returns: the worker that decided it, and its last word; None when it left without one.
+        Returns: the worker that decided it, and the end that it reported; None when it exited without a report.
 
         Raises: KeyboardInterrupt when Ctrl-C was pressed.
         """
@@ -133,9 +132,9 @@ class WorkerGroup:
             silent = next((worker for worker in left.values() if not worker.spoke), None)
             first_word = began + forkserver.ANSWER_SECONDS if silent else math.inf
             seconds = min(due, first_word) - time.monotonic()
-            ready = _ready([*left], interrupt, seconds) if seconds > 0 else []  # also where events come without a pause
+            ready = _ready([*left], interrupt, seconds) if seconds > 0 else []  # also when events come without a pause
             if not ready and end is not None:
-                break  # the lead has ended, and the others took too long to leave
+                break  # the lead has ended, and the others took too long to exit
             if not ready and silent and first_word < due:
                 why = f"the worker did not begin within {forkserver.ANSWER_SECONDS:g} s"
                 return silent, End(outcome=Outcome.failed, reason=why)
@@ -158,7 +157,7 @@ class WorkerGroup:
         return lead, end
 
     def _named(self, worker: _Worker, end: End) -> End:
-        """Say whose end it is, where the group has several workers."""
+        """Add the worker's rank to the reason, where the group has several workers."""
         if len(self._workers) == 1 or end.outcome is Outcome.finished or end.outcome is Outcome.timed_out:
             return end
         return replace(end, reason=f"rank {worker.rank}: {end.reason}")
@@ -174,7 +173,7 @@ class WorkerGroup:
 
 
 def _rank_variables(rank: int, world_size: int) -> dict[str, str]:
-    """Return what torch.distributed reads about a worker; nothing for a worker alone."""
+    """Return the variables that torch.distributed reads about a worker; none for a single worker."""
     if world_size == 1:
         return {}
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -183,15 +182,15 @@ def _rank_variables(rank: int, world_size: int) -> dict[str, str]:
 def check_trials(
     configs: list[TrialConfig], log: Path, seen: Callable[[int], None], seconds: float = LOOK_SECONDS
 ) -> tuple[list[Look], str]:
-    """Look at trials before they run, in a worker.
+    """Check trials before they run, in a worker.
 
     Args:
         log: gets what the worker prints.
-        seen: called with the number of trials looked at.
-        seconds: how long one look may take.
+        seen: called with the number of trials checked so far.
+        seconds: how long one check may take.
 
-    Returns: a look at each trial, empty where the worker did not get to it (then the trial itself will tell). And
-        empty, or why the worker did not get to all.
+    Returns: the result for each trial, empty where the worker did not reach it (the trial itself then reports its
+        faults). And empty, or why the worker did not reach all.
 
     Raises: KeyboardInterrupt.
     """
@@ -221,18 +220,16 @@ def check_trials(
 
 
 def _says_something(receiver: Connection, interrupt: Connection, seconds: float) -> bool:
-    """Wait until there is something to hear, a worker's end included; False when it has been silent for `seconds`.
+    """Wait until the worker sends something or exits; return False when it was silent for `seconds`.
 
-    Raises: KeyboardInterrupt when Ctrl-C was pressed.
-    """
+    Raises: KeyboardInterrupt when Ctrl-C was pressed."""
     return bool(_ready([receiver], interrupt, seconds))
 
 
 def _ready(receivers: list[Connection], interrupt: Connection, seconds: float) -> list[Connection]:
-    """Wait for `seconds` and return those that have something to hear, a worker's end included.
+    """Wait for `seconds` and return the receivers with something to read; a worker's end counts too.
 
-    Raises: KeyboardInterrupt when Ctrl-C was pressed.
-    """
+    Raises: KeyboardInterrupt when Ctrl-C was pressed."""
     ready = wait([*receivers, interrupt], None if seconds == math.inf else seconds)
     if interrupt in ready:
         raise KeyboardInterrupt
@@ -241,8 +238,8 @@ def _ready(receivers: list[Connection], interrupt: Connection, seconds: float) -
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[Connection]:
-    """Ctrl-C as something to wait for. As an exception it could break into any line, a destructor even, where
-    Python drops it, and the trial would go on."""
+    """Yield a connection that has something to read once Ctrl-C was pressed. An exception could interrupt any line
+    instead, even a destructor, where Python drops it and the trial would go on."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     if threading.current_thread() is not threading.main_thread():
         yield receiver
@@ -255,35 +252,35 @@ def _ctrl_c() -> Iterator[Connection]:
 
 
 def _stop(worker: ForkServerProcess, grace_seconds: float) -> None:
-    """SIGTERM, a grace, SIGKILL; does nothing to a worker that has left, or never was."""
+    """End a worker: SIGTERM, a wait, SIGKILL. Does nothing when it has exited or was never started."""
     if worker.pid is None or worker.exitcode is not None:
         return
     worker.terminate()
     if not wait([worker.sentinel], grace_seconds):
         worker.kill()
     worker.join(_GRACE_SECONDS)
-    if worker.exitcode is None:  # the server says how its workers ended: it hangs
+    if worker.exitcode is None:  # the server reports how its workers ended, so it hangs
         forkserver.end_server()
         worker.join()
 
 
 def _end_of_silence(exit_code: int | None, log: Path, begun: bool) -> End:
-    """A worker left without a last word.
+    """Return the end of a worker that exited without a last event.
 
     Args:
-        begun: whether it had begun with its trial, torch imported.
+        begun: whether it had begun its trial, with torch imported.
     """
     last = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else ""
-    # bitsandbytes leaves the process when CUDA refuses it, a Rust library aborts it
+    # bitsandbytes exits when CUDA refuses memory; a Rust library aborts
     if exit_code in (1, -signal.SIGABRT) and says_out_of_memory(last):
         return End(outcome=Outcome.out_of_memory, reason=f"a library ended the worker; see {log}")
     by_signal = signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else ""
     if not begun and by_signal not in (signal.SIGKILL.name, signal.SIGTERM.name):
         how = by_signal or f"exit code {exit_code}"
-        why = next((line.strip()[:300] for line in reversed(last.splitlines()) if line.strip()), "no word of why")
+        why = next((line.strip()[:300] for line in reversed(last.splitlines()) if line.strip()), "its log says nothing")
         return End(
             outcome=Outcome.failed,
-            reason=f"torch, or what builds on it, could not be imported: {why} ({how}; see {log})",
+            reason=f"torch, or a package built on it, could not be imported: {why} ({how}; see {log})",
         )
     if by_signal:
         hint = "; on Linux that is also how the kernel ends a process when memory runs out" if exit_code == -9 else ""
@@ -297,7 +294,7 @@ def _run_inline(
     events: list[Event] = []
 
     def emit(event: Event) -> None:
-        event = decode(encode(event))  # as it would come from a process
+        event = decode(encode(event))  # as it would arrive from a process
         events.append(event)
         on_event(event)
 

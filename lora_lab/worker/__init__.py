@@ -1,1 +1,1 @@
-"""Everything that imports torch. Runs in a process of its own, one a trial."""
+"""All code that imports torch. It runs in processes of its own, one per trial and card."""

@@ -103,7 +103,7 @@ class LossRelay:
 
 class DivergenceWatch:
     """Detects a training loss that diverged: it is not finite, or its recent level (median of five steps) is more than
-    `spike` nats a token above its first level."""
+    `spike` nats per token above its first level."""
 
     def __init__(self, spike: float) -> None:
         self._spike = spike

@@ -47,7 +47,7 @@ class TelemetryCallback(TrainerCallback):
         """Called once, outside the window, after a step: before the window opens, or at the end without a warm-up."""
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Hook onto the model that Trainer will call."""
+        """Register hooks on the model that Trainer will call."""
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True)
 

@@ -1,7 +1,6 @@
-"""What the tokenizer, the model's shapes and the rows tell of a trial before any weight is loaded.
+"""Check the tokenizer, the model's shapes and the rows of a trial before any weight is loaded.
 
-A trial begins with the same functions, so that a sweep's look at its points and a trial alone find the same.
-"""
+A trial begins with the same functions, so that a sweep's check of its points and a single trial find the same."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,5 +94,5 @@ def _faults(check: Callable[[TrialConfig], object], config: TrialConfig) -> tupl
     except InvalidInput as refusal:
         return refusal.faults
     except (Unsupported, OSError, RuntimeError):
-        return ()  # this machine's state, not the user's words: the trial itself will tell
+        return ()  # this machine's state, not the user's input: the trial itself reports it
     return ()

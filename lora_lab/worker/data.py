@@ -171,8 +171,8 @@ def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> t
     if losses.lost * 2 > losses.rows:
         raise InvalidInput(
             *losses.sentences(),
-            "Training would not be on your rows. Change the rows, change chat_template in the model's folder, or use "
-            "another model.",
+            "The model would not be trained on your rows. Change the rows, change chat_template in the model's folder, "
+            "or use another model.",
         )
     return turns, losses
 

@@ -53,10 +53,10 @@ def _refusal(name: str, error: Exception) -> str:
         export = _export(name, "split='SPLIT'")
         return f"data.id={name} has no train split{found}. {export}"
     if "scripts are no longer supported" in text:
-        return f"data.id={name} is a script, which the package datasets runs no longer. Use another copy of the data."
+        return f"data.id={name} is a script, which the package datasets no longer runs. Use another copy of the data."
     if "Revision" in text:
         return f"data.id={name} has no revision of that name. Check data.revision, or leave it out."
-    said = text.strip().splitlines()[0] if text.strip() else "without a word"
+    said = text.strip().splitlines()[0] if text.strip() else "no message"
     return (
         f"data.id={name} could not be loaded from the Hugging Face hub "
         f"({type(error.__cause__ or error).__name__}: {said}). "

@@ -125,7 +125,7 @@ def load_model(
     for remark in judge(seen, config, model_name(config.model)):
         warn(remark)
     if seen.unreached:
-        warn(f"no adapter is put where text never runs: {', '.join(seen.unreached)}")
+        warn(f"modules that text never reaches get no adapter: {', '.join(seen.unreached)}")
     return trainable_of(config).build(model, seen.unreached)
 
 

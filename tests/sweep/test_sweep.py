@@ -500,7 +500,7 @@ def at_rest(tmp_path_factory: pytest.TempPathFactory) -> list[Rested]:
         CUDA_VISIBLE_DEVICES="0",
     )
     assert said.code == 1, said.text
-    assert said.err.count("measuring what Fake Card 0 draws at rest (1.5 s)") == 2, said.err
+    assert said.err.count("measuring the idle power of Fake Card 0 (1.5 s)") == 2, said.err
     [sweep] = sweeps_in(folder)
     found = []
     for trial in json.loads((sweep / "sweep.json").read_text())["trials"]:

@@ -244,7 +244,7 @@ def test_a_person_is_told_each_reason_and_what_to_type(harmed: Look) -> None:
     rows = re.findall(r"^│.*│ (\w+) +│", out, re.MULTILINE)
     ended = [row for row in rows if row in {case.outcome for case in CASES}]
     assert Counter(ended) == Counter(run.data.tags["outcome"] for run in harmed.trials)
-    assert "the same command with resume=true" in out
+    assert "add resume=true to the same command" in out
     assert "Traceback" not in harmed.said.text
 
 

@@ -179,7 +179,10 @@ def test_real_weights_learn_from_the_shipped_rows(lab: Lab, tmp_path: Path) -> N
     short = ("measure=quick", "measure.steps=4", "measure.eval_rows=4", "seq_len=128")
     said = lab(*short, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert said.code == 0, said.text
-    for words in ("measuring the device's matrix products, this once", "converting the weights, this once"):
+    for words in (
+        "measuring the device's matrix products (first time only)",
+        "converting the weights (first time only)",
+    ):
         assert words in said.err
     record = record_of(tmp_path)
     assert record["metrics"]["loss/eval"] < record["metrics"]["loss/eval_before"] < 6

@@ -174,6 +174,6 @@ def _check_default_loss(causal: Any, head: torch.nn.Linear) -> None:
     if not torch.equal(head_inputs[0], hidden) or not torch.isclose(own.float(), plain, rtol=1e-4):
         raise Unsupported(
             f"engine.chunked_loss is the cross entropy of the head's products, and {type(causal).__name__} does more "
-            f"with them: from the same logits it makes {float(own):.4f} nats a token instead of {float(plain):.4f}. "
+            f"with them: from the same logits it makes {float(own):.4f} nats per token instead of {float(plain):.4f}. "
             "Use engine.chunked_loss=false."
         )

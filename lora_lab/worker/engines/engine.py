@@ -127,7 +127,7 @@ class Engine(TrainerCallback):
 
     @property
     def replay_peak_bytes(self) -> int:
-        """The most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
+        """Return the most memory in use in a replayed step, which torch's allocator does not see; 0 without replays."""
         return 0 if self._step is None else self._step.replay_peak_bytes
 
     def on_train_begin(

@@ -123,7 +123,7 @@ class HostShelf:
             raise Unsupported(
                 f"gradient_checkpointing=offloaded needs at least {wanted:.2f} GiB of host memory that stays in place, "
                 f"and this machine gave {self.host_bytes / 2**30:.2f} so far. Use gradient_checkpointing=full, or "
-                "fewer tokens a batch."
+                "fewer tokens per batch."
             ) from error
 
 

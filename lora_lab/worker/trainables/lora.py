@@ -42,7 +42,7 @@ class Lora:
             # PEFT puts the module that it can't adapt in quotes
             able = sorted(name for name in linear - {"lm_head"} if f"'{name}'" not in said)
             raise InvalidInput(
-                f"PEFT can't adapt the model ({self._model_name}) so: {said} Name other modules, for example "
+                f"PEFT can't adapt the model ({self._model_name}) as asked: {said} Name other modules, for example "
                 f"'method.target_modules=[{','.join(able[:4])}]'."
             ) from error
 
