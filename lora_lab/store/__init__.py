@@ -1,1 +1,1 @@
-"""What outlives the process: records, folders, the outbox and MLflow."""
+"""The code for all that outlives the process: records, folders, the outbox and MLflow."""

@@ -1,4 +1,6 @@
-"""The card beside an adapter (README.md, as the Hugging Face hub reads it): what it is, and nothing of the machine."""
+"""The model card of an adapter: README.md, as the Hugging Face hub reads it.
+
+The card describes the adapter and reveals nothing about the machine."""
 
 from pathlib import Path
 
@@ -30,7 +32,7 @@ _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "lora_lab")
 
 
 def write_card(adapter: Path, record: Record) -> None:
-    """Write the card in place of PEFT's template; without an adapter there is none.
+    """Write the card over PEFT's template. Write nothing when there is no adapter.
 
     Raises: OSError."""
     if (adapter / "adapter_config.json").is_file():
@@ -73,7 +75,7 @@ def card(record: Record) -> str:
 
 
 def _base_model(record: Record) -> str | None:
-    """Return the model's name on the hub. A folder of this machine's is nobody else's business."""
+    """Return the model's name on the hub. Return None for a local folder, whose name is private."""
     named = record.params.get("model.source") in ("hub", "package") and record.params.get("model.weights") != "random"
     name = record.params.get("model.id", "None")
     return name if named and name != "None" else None
@@ -81,7 +83,7 @@ def _base_model(record: Record) -> str | None:
 
 def _unnamed_base(record: Record) -> str:
     if record.params.get("model.weights") == "random":
-        return f"random weights in the shape of {record.params.get('model', 'a model')}: good for measuring alone"
+        return f"random weights in the shape of {record.params.get('model', 'a model')}: good only for measuring"
     return "a local model"
 
 
@@ -99,7 +101,8 @@ def _loss(record: Record) -> str:
 
 
 def _command(command: str) -> str:
-    """Return a command without folders: of a file only its name, of a store or a result's folder nothing."""
+    """Return the command without folders. A path keeps its last name. Settings of stores and output folders are
+    dropped."""
     words = []
     for word in command.split(" "):
         key, equals, value = word.partition("=")

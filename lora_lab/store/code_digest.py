@@ -1,4 +1,6 @@
-"""Which of this package's code decides a figure, and a digest of it that comments and docstrings leave as it is."""
+"""Find the code of this package that decides a figure, and compute its digest.
+
+Comments and docstrings do not change the digest."""
 
 import ast
 import functools
@@ -9,24 +11,24 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _RUNS = ("worker", "trial/variables")
-"""What a measured process runs, and the environment it runs in."""
+"""The code that a measured process runs, and the code that sets its environment."""
 
 _FIGURES = ("telemetry", "trial/idle_power", "store/record")
-"""What makes figures of what was measured; `python -m lora_lab.recompute` makes them again."""
+"""The code that computes figures from what was measured. `python -m lora_lab.recompute` computes them again."""
 
 
 def code_digest() -> str:
-    """Of the code that decides how a trial runs: what the worker imports, directly or not."""
+    """Return the digest of the code that decides how a trial runs: what the worker imports, directly or not."""
     return _digest(_imported(_RUNS))
 
 
 def telemetry_digest() -> str:
-    """Of the code that makes figures of what was measured, less what the worker imports too."""
+    """Return the digest of the code that computes figures, without the files that the worker imports too."""
     return _digest(_imported(_FIGURES) - _imported(_RUNS))
 
 
 def deciding_files() -> list[Path]:
-    """The files of both."""
+    """Return the files of both digests."""
     return sorted(_imported(_RUNS) | _imported(_FIGURES))
 
 
@@ -38,7 +40,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes out what only people read: strings that stand alone. Comments and layout are in no tree."""
+    """A transformer that removes strings that are statements, such as docstrings. A tree has no comments or layout."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:  # ast's name for it
         alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -47,7 +49,7 @@ class _Bare(ast.NodeTransformer):
 
 @functools.cache
 def _imported(roots: tuple[str, ...]) -> frozenset[Path]:
-    """The files of these modules and packages, and of whatever they import from this package."""
+    """Return the files of these modules and packages, and of everything that they import from this package."""
     found: set[Path] = set()
     left = [path for root in roots for path in _files(root)]
     while left:
@@ -68,7 +70,7 @@ def _files(root: str) -> list[Path]:
 
 
 def _imports(tree: ast.Module) -> set[str]:
-    """Dotted names that a module imports from this package; what comes after `import` may be a module too."""
+    """Return the dotted names that a module imports from this package. A name after `import` may be a module too."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

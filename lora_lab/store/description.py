@@ -1,4 +1,4 @@
-"""What a run's page in MLflow says first: how it ended, its figures, what to mind and how to run it again."""
+"""The description of a run on its MLflow page: how it ended, its figures, warnings, and how to run it again."""
 
 from lora_lab.store.record import RUNNING, Record
 
@@ -15,7 +15,7 @@ _BEFORE = "loss/eval_before"
 
 
 def description(record: Record) -> str:
-    """Return it as markdown."""
+    """Return the description as markdown."""
     body = _of_sweep(record) if record.is_sweep else _of_trial(record)
     command = record.tags.get("command", "")
     return "\n".join([*body, *(["", "```", command, "```"] if command else [])])
@@ -26,11 +26,12 @@ def _of_sweep(record: Record) -> list[str]:
     counts = " x ".join(f"{record.params[key]} {key}" for key in ("points", "repeats") if key in record.params)
     lines = [f"**{record.params.get('trials', '?')} trials planned** ({counts})", ""]
     lines += [f"- {_plain(key)}: {_plain(text.replace(',', ', '))}" for key, text in axes.items()]
-    return [*lines, "", "`lora-lab report` says what they show; its page is then among this run's artifacts."]
+    return [*lines, "", "Run `lora-lab report` to see the results. Its page is then among this run's artifacts."]
 
 
 def _of_trial(record: Record) -> list[str]:
-    """MLflow folds away what is below the first lines: the figures come first, in one row."""
+    """Return the lines for a trial. The figures come first, in one row: MLflow folds away what is below the first
+    lines."""
     reason = record.tags.get("reason")
     ended = "running" if record.outcome == RUNNING else record.outcome.replace("_", " ")
     lines = [f"**{ended}**" + (f": {_plain(reason)}" if reason else ""), ""]
@@ -58,5 +59,5 @@ def _figure(record: Record, key: str, form: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that markdown takes as one line of plain text."""
+    """Return the text as one line that markdown shows unchanged."""
     return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")

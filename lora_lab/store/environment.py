@@ -1,4 +1,4 @@
-"""Where a trial ran: versions, machine, commit. Imports none of what it describes."""
+"""Facts about where a trial ran: versions, machine, commit. This module imports none of the packages it describes."""
 
 import functools
 import importlib.metadata
@@ -18,13 +18,13 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "dat
 
 
 def environment() -> dict[str, str]:
-    """Plain facts by dotted name, looked up once a process. What cannot be known says so."""
+    """Return plain facts by dotted name. They are looked up once per process. An unknown fact says so in its value."""
     return dict(_facts())
 
 
 def device_facts(placement: Placement) -> dict[str, str]:
-    """Describe the device that calculates: one or more cards, or this machine's CPU. The memory is that of a card; of
-    several the smallest."""
+    """Describe the device that computes: one or more cards, or this machine's CPU. The memory is that of the smallest
+    card."""
     cards = placement.cards
     if not cards:
         return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
@@ -59,11 +59,12 @@ def _facts() -> dict[str, str]:
 
 
 def _commit() -> tuple[str, str]:
-    """(commit, 'true' or 'false' for uncommitted changes in what decides a figure) of this code, where it runs from a
-    clone."""
+    """Return this code's commit, and 'true' or 'false' for uncommitted changes in the files that decide a figure.
+
+    Outside a clone both values say so."""
     try:
         top = Path(_git("rev-parse", "--show-toplevel"))
-        if top != PACKAGE.parent:  # installed into somebody else's repository
+        if top != PACKAGE.parent:  # installed inside the repository of another project
             raise FileNotFoundError
         changes = _git("status", "--porcelain", "--", *map(str, deciding_files()))
         return _git("rev-parse", "HEAD"), "true" if changes else "false"

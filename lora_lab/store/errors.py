@@ -1,4 +1,4 @@
-"""What can go wrong with a store, and what a person can do about it."""
+"""Faults of a store, and what the user can do about them."""
 
 import contextlib
 import sqlite3
@@ -8,38 +8,38 @@ from lora_lab.secrets import without_secrets
 
 
 class TrackingFailed(RuntimeError):
-    """The store did not take a record. The trial's files are still in its folder."""
+    """The error of a store that did not take a record. The trial's files are still in its folder."""
 
     def __init__(self, fault: str, remedy: str = "") -> None:
-        """Say what happened.
+        """Build the message from a fault and its remedy.
 
         Args:
-            remedy: sentences about what somebody has to do before the store can take a record; empty where a later
-                try may do.
+            remedy: what the user has to do before the store can take a record, in sentences. It is empty when trying
+                again later may be enough.
         """
         super().__init__(without_secrets(f"{fault.rstrip('.')}. {remedy}" if remedy else fault))
         self.needs_remedy = bool(remedy)
 
 
 class SweepUnknown(TrackingFailed):
-    """The store has not got the sweep that a trial belongs to."""
+    """The error of a store that does not have the sweep of a trial."""
 
 
 _REMEDIES = {
-    "malformed": "Put a backup of the database in its place, or move it away: the next start makes a new store.",
-    "not a database": "Move that file away: the next start makes a new store. Or give another "
-    "tracking.root=FOLDER to trials to come.",
-    "readonly database": "Make the database and its folder writable, or give another tracking.root=FOLDER.",
+    "malformed": "Replace the database with a backup, or move it away: the next start makes a new store.",
+    "not a database": "Move that file away: the next start makes a new store. Or use another "
+    "tracking.root=FOLDER for later trials.",
+    "readonly database": "Make the database and its folder writable, or use another tracking.root=FOLDER.",
 }
-"""What to do by words of SQLite's, wherever MLflow meets them."""
+"""What the user can do, by words in an error of SQLite."""
 
 _DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Packages of modules that SQLAlchemy imports for a kind of database."""
+"""The package to install, by the module that SQLAlchemy imports for a kind of database."""
 
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
-    """Whatever a store can raise, as TrackingFailed."""
+    """Turn every error that a store can raise into TrackingFailed."""
     from alembic.util import CommandError
     from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
@@ -50,7 +50,7 @@ def store_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = _DRIVERS.get(str(error.name), error.name)
         raise TrackingFailed(
-            f"what connects to such a store is not installed ({error.name})", f"Install it: pip install {package}"
+            f"the driver for this kind of store is not installed ({error.name})", f"Install it: pip install {package}"
         ) from error
     except (MlflowException, SQLAlchemyError, CommandError, ParseError, sqlite3.Error, OSError) as error:
         lines = str(error).splitlines() or [""]

@@ -37,7 +37,7 @@ def conditions(config: TrialConfig, placement: Placement) -> dict[str, str]:
 
 
 def digest(content: object) -> str:
-    """Return the first 16 hexadecimal digits of a sha256 over plain data, whatever the order of keys."""
+    """Return the first 16 hexadecimal digits of a sha256 over plain data. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -73,7 +73,9 @@ def _digest_of(state: tuple[Path, int, int]) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Return the digest of a local model: small files by content, weights by size and time (15 GB take a minute)."""
+    """Return the digest of a local model.
+
+    Small files count by content. Weights count by size and time, because hashing 15 GB takes a minute."""
     parts: list[Any] = []
     for path in sorted(folder.glob("*")):
         if path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""The end of a trial: its figures are made, its record is completed, and its folder keeps both."""
+"""Finish a trial: compute its figures, complete its record, and write both into its folder."""
 
 import time
 
@@ -25,7 +25,7 @@ def finish(
     """Summarise a trial, complete its record, and write both into its folder.
 
     Args:
-        over_ms: when it was over (Unix time), where no event says so; by default now.
+        over_ms: when it was over (Unix time), if no event says so. The default is now.
     """
     record = asked.record
     summary = summarise(events, samples, seen, asked.t)
@@ -36,30 +36,32 @@ def finish(
 
 
 def finish_for_dead(folder: TrialFolder, asked: Manifest) -> Record:
-    """Make the record of a trial whose process is gone, from what it had written until then. What is damaged of that
-    is left out, with a warning in the record.
+    """Make the record of a trial whose process is gone, from what the process had written.
 
-    Raises: Damaged where that makes no sense."""
+    Damaged parts are left out, with a warning in the record.
+
+    Raises: Damaged when no record can be made from the rest.
+    """
     try:
         events, samples, seen, damaged = folder.read_inputs()
     except Damaged as fault:
-        if (folder.path / SEEN).is_dir():  # it could not be written again
+        if (folder.path / SEEN).is_dir():  # then the file cannot be written again either
             raise
         seen = HostFacts(no_sensor=NOT_SEEN)
         events, samples, damaged = folder.read_lines()
         damaged.append(fault)
-    seen.warnings += [f"{fault}; what it says from there on is left out" for fault in damaged]
+    seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     try:
-        # one that had said nothing yet is over as it began: nobody knows better
+        # without any event the trial ends when it began: no later time is known
         return finish(folder, asked, _end_of_dead(events), events, samples, seen, asked.record.started_ms)[0]
     except SENSELESS as error:
-        raise Damaged(folder.path / "events.jsonl", "", f"makes no record ({type(error).__name__}: {error})") from error
+        raise Damaged(folder.path / "events.jsonl", "", f"cannot be used ({type(error).__name__}: {error})") from error
 
 
 def _end_of_dead(events: list[Event]) -> End:
-    """Return what the lead worker said last, or another that failed before it."""
+    """Return the end that the lead worker reported, or that of another worker that failed before it."""
     for event in events:
         if isinstance(event, Ended) and (event.rank == 0 or event.outcome != Outcome.finished.value):
             return end_said(event)
-    why = "the process that ran lora_lab was gone: killed, or the machine stopped"
+    why = "the process that ran lora_lab was gone: it was killed, or the machine stopped"
     return End(outcome=Outcome.killed, reason=why)

@@ -1,7 +1,6 @@
-"""Runs read from the folders that trials and sweeps leave: all that are over, whatever store they were delivered to.
+"""Runs read from the folders of trials and sweeps: all that are over, whatever store they were delivered to.
 
-A folder holds its whole record, so no store is asked: MLflow alone takes 2 s to be imported, and 7 s for 1,000 runs.
-"""
+A folder holds its whole record, so no store is asked. Importing MLflow takes 2 s, and its reading of 1,000 runs 7 s."""
 
 import contextlib
 import sys
@@ -26,22 +25,22 @@ from lora_lab.store.trial_folder import DELIVERED, TrialFolder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Folder:
-    """A trial or a sweep, and where it lies."""
+    """A trial or a sweep, and its folder."""
 
     path: Path
     record: Record
-    """A trial's without its series."""
+    """The record of a trial is read without its series."""
     note: dict[str, object]
     """What delivered.json says; empty where no store has the record."""
 
     @property
     def run_id(self) -> str:
-        """The store's id of it, else the record's."""
+        """Return the store's id of the run, or the record's id if there is none."""
         return str(self.note.get("run_id") or self.record.id)
 
     @property
     def delivered_to(self) -> str | None:
-        """The address that delivered.json names."""
+        """Return the address that delivered.json names."""
         store = self.note.get("store")
         return str(store.get("address")) if isinstance(store, dict) and store.get("address") else None
 
@@ -50,13 +49,14 @@ class FolderRuns:
     """The trials and sweeps whose folders are known here."""
 
     def __init__(self, experiment: str | None) -> None:
-        """Read the folders. One that cannot be read is left out, with a line that says so.
+        """Read the folders. A folder that cannot be read is left out and named on stderr.
 
         Args:
-            experiment: only trials that were to be recorded in this MLflow experiment; None for all."""
+            experiment: read only trials meant for this MLflow experiment; None for all.
+        """
         found = Recovered()
         self._folders: dict[str, _Folder] = {}
-        """By the record's id: a folder that was copied is the same trial."""
+        """By the record's id, because a copied folder is the same trial."""
         for path in sorted(known_folders(found)):
             with found.setting_aside(path):
                 for folder in _read(path, found):
@@ -70,11 +70,11 @@ class FolderRuns:
 
     @property
     def trials(self) -> int:
-        """How many trials were read."""
+        """Return how many trials were read."""
         return sum(not folder.record.is_sweep for folder in self._folders.values())
 
     def note(self) -> str:
-        """Say that the folders were read and no store, and how to read a store instead."""
+        """Return a line that says that folders were read, not a store, and how to read a store."""
         stores = {folder.delivered_to for folder in self._folders.values() if folder.delivered_to}
         with contextlib.suppress(InvalidInput):
             stores.add(local_address())
@@ -82,7 +82,7 @@ class FolderRuns:
         if not stores:
             return line
         how = " or ".join(f"--store {without_secrets(address)}" for address in sorted(stores))
-        return f"{line} What was deleted or edited in MLflow since, and runs whose folders are not here: {how}"
+        return f"{line} To see later changes made in MLflow, and runs whose folders are not here, add {how}"
 
     def runs(self) -> Iterable[Run]:
         """Return every trial and sweep."""
@@ -92,11 +92,11 @@ class FolderRuns:
             chosen = [folder for folder in chosen if names[folder.run_id] == self._experiment]
             if not chosen:
                 there = printable(", ".join(sorted({*names.values()} - {""})))
-                raise InvalidInput(f"{self.place}: there is no such experiment. There are: {there}.")
+                raise InvalidInput(f"{self.place}: there is no such experiment. The experiments are: {there}.")
         return [self._run(folder) for folder in chosen]
 
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
-        """Read those of a trial's series that it has."""
+        """Read these series of a trial. Those that it does not have are left out."""
         folder = self._by_run[run_id]
         try:
             record = TrialFolder(folder.path).record()
@@ -114,7 +114,7 @@ class FolderRuns:
         folder = self._by_run[run_id]
         tracking = _tracking(folder)
         if tracking.kind is TrackingKind.none:
-            raise TrackingFailed("the trial was recorded in no store (tracking=none)")
+            raise TrackingFailed("the trial was not recorded in a store (tracking=none)")
         if not folder.note:
             raise TrackingFailed("its record is not in the store yet; the next start delivers it")
         if folder.delivered_to:
@@ -139,7 +139,7 @@ class FolderRuns:
 
 
 def _read(path: Path, found: Recovered) -> Iterator[_Folder]:
-    """Read what lies in a folder: a sweep with its trials, or one trial."""
+    """Yield what a folder holds: a sweep with its trials, or one trial."""
     if SweepFolder(path).exists:
         with found.setting_aside(path):
             yield _folder(path, SweepFolder(path).read().record)
@@ -156,7 +156,8 @@ def _folder(path: Path, record: Record) -> _Folder:
 
 
 def _tracking(folder: _Folder) -> TrackingConfig:
-    """Read which store a trial or a sweep was to go to. An older folder does not say: then to the default one."""
+    """Return the store that a trial or a sweep was meant for. An older folder does not say; then it is the default
+    store."""
     try:
         if folder.record.is_sweep:
             return SweepFolder(folder.path).read().tracking

@@ -1,7 +1,6 @@
-"""A sign of life in a folder: a file that the process of a trial or a sweep touches every few seconds.
+"""A sign of life in a folder: a file that the process of a trial or sweep touches every few seconds.
 
-A process id says nothing on another host. The age of this file does, wherever the folder can be seen.
-"""
+A process id means nothing on another host. The age of this file does, wherever the folder is visible."""
 
 import contextlib
 import os
@@ -16,13 +15,14 @@ HEARTBEAT = "heartbeat"
 EVERY_SECONDS = 5.0
 
 LIMIT_SECONDS = 900.0
-"""A process of another host that has been silent for longer is taken for dead. A shared disk may fail for minutes, and
-its clients may remember a file's time for one. A machine that slept for longer than this is taken for dead too."""
+"""A process of another host counts as dead after this much silence. A shared disk may fail for minutes, and its clients
+may cache a file's time for a minute. A machine that slept for longer than this counts as dead too."""
 
 
 class Heartbeat:
-    """Touches the file in `folder` between `with` and its end, then takes it away. Never raises: without a heartbeat
-    other hosts know nothing, as they do on a full disk."""
+    """A thread that touches the file in `folder` during a `with` block, and removes the file at its end.
+
+    It never raises. Without a heartbeat other hosts know nothing about the process, which is also so on a full disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -52,8 +52,10 @@ class Heartbeat:
 
 
 def gone(owner: Owner, folder: Path) -> bool:
-    """Return whether the process that works in `folder` has ended. A process of this host is asked for by its id. One
-    of another host counts as ended when its heartbeat has stopped; without a heartbeat nothing is known of it."""
+    """Return whether the process that works in `folder` has ended.
+
+    A process of this host is looked up by its id. A process of another host counts as ended when its heartbeat has
+    stopped. Without a heartbeat nothing is known about it, and it does not count as ended."""
     if owner.is_here:
         return owner.gone
     silent = _silent_seconds(folder)
@@ -61,8 +63,9 @@ def gone(owner: Owner, folder: Path) -> bool:
 
 
 def _silent_seconds(folder: Path) -> float | None:
-    """Return the time since the last heartbeat, by the clock of the disk: that of the other host may be wrong, and so
-    may this host's. None without a heartbeat, or where nothing can be written."""
+    """Return the seconds since the last heartbeat; None without a heartbeat, or where nothing can be written.
+
+    The disk's clock measures them, because the clock of either host may be wrong."""
     try:
         last = (folder / HEARTBEAT).stat().st_mtime
         with NamedTemporaryFile(dir=folder, prefix=".now-") as now:

@@ -1,4 +1,4 @@
-"""The local store: one SQLite database. Its address, its making, and whether MLflow can work with it."""
+"""The local store, one SQLite database: its address, its creation, and whether MLflow can work with it."""
 
 import contextlib
 import os
@@ -15,32 +15,35 @@ from lora_lab.store.errors import TrackingFailed
 
 LOCKED_SECONDS = 5.0
 
-_ANOTHER = "give another tracking.root=FOLDER to trials to come"
+_ANOTHER = "use another tracking.root=FOLDER for later trials"
 _AWAY = f"Move it away: the next start makes a new store. Or {_ANOTHER}."
 
 
 def address_of(database: Path) -> str:
-    """The tracking URI of a database. SQLAlchemy takes % and ? in a file's name only quoted; the driver is named with
-    it, since MLflow itself would make a folder of the quoted name for what begins with sqlite:///."""
+    """Return the tracking URI of a database.
+
+    SQLAlchemy needs % and ? in a file's name quoted. A quoted address names the driver too: if it began with sqlite:///,
+    MLflow would make a folder of the quoted name."""
     name = str(database)
     quoted = name.replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{name}" if quoted == name else f"sqlite+pysqlite:///{quoted}"
 
 
 def local_address() -> str:
-    """Return the tracking URI of the store where the user stands.
+    """Return the tracking URI of the store in the working folder.
 
     Raises: InvalidInput when there is none."""
     database = Path("mlruns/mlflow.db").resolve()
     if not database.is_file() or not has_content(database):
         raise InvalidInput(
-            f"there is no store at {database}. Stand where the runs were made, or name their store with --store URI."
+            f"there is no store at {database}. Change to the folder where the runs were made, or name their store with "
+            "--store URI."
         )
     return address_of(database)
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of a store in SQLite; None for any other."""
+    """Return the file of a store in SQLite; None for any other store."""
     kind, _, place = uri.partition("://")
     if kind.partition("+")[0] != "sqlite":
         return None
@@ -48,10 +51,9 @@ def database_of(uri: str) -> Path | None:
 
 
 def check_writable(tracking: TrackingConfig) -> Path:
-    """The local store's folder, made if missing.
+    """Return the local store's folder. Make it if it is missing.
 
-    Raises: InvalidInput when nothing can be written there.
-    """
+    Raises: InvalidInput when nothing can be written there."""
     root = Path(os.path.realpath(tracking.root))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,10 @@ def check_writable(tracking: TrackingConfig) -> Path:
 
 
 def create_store(database: Path) -> None:
-    """Make a new store under another name and move it into place whole: two first starts at once, or a
-    kill while its tables are made, would otherwise leave a store that never opens again."""
+    """Make a new store under another name, then move it into place as a whole.
+
+    Two first starts at once, or a kill while the tables are made, would otherwise leave a store that never opens
+    again."""
     if has_content(database):
         return
     with FileLock(f"{database}.lock"):
@@ -83,12 +87,12 @@ def create_store(database: Path) -> None:
 
 
 def has_content(database: Path) -> bool:
-    """Opening a database that was deleted meanwhile leaves an empty file."""
+    """Return whether a database has content. Opening one that was deleted meanwhile leaves an empty file."""
     return database.exists() and (not database.is_file() or database.stat().st_size > 0)
 
 
 def check_unlocked(database: Path) -> None:
-    """MLflow itself would wait for minutes on a database that somebody has locked.
+    """Raise an error when a database is locked. MLflow itself would wait for minutes.
 
     Raises: sqlite3.OperationalError."""
     with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
@@ -97,11 +101,14 @@ def check_unlocked(database: Path) -> None:
 
 
 def check_database(database: Path) -> None:
-    """MLflow itself would change the tables of some other versions without being asked, and stop at others.
+    """Check that a database has the tables of the installed MLflow.
 
-    Raises: TrackingFailed for a database whose tables are not those of the MLflow that is installed; sqlite3.Error."""
+    MLflow itself would change the tables of some other versions without asking, and fail on those of others.
+
+    Raises: TrackingFailed when the tables are of another version; sqlite3.Error.
+    """
     if not database.is_file():
-        raise TrackingFailed(f"{database} is no file", _AWAY)
+        raise TrackingFailed(f"{database} is not a file", _AWAY)
     with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         versions = connection.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else []
@@ -115,12 +122,12 @@ def check_database(database: Path) -> None:
     if missing:
         raise TrackingFailed(
             f"{database} lacks {len(missing)} of MLflow's tables ({', '.join(sorted(missing)[:3])})",
-            f"Put a backup in its place, or move it away: the next start makes a new store. Or {_ANOTHER}.",
+            f"Replace it with a backup, or move it away: the next start makes a new store. Or {_ANOTHER}.",
         )
 
 
 def check_schema(database: Path, version: str) -> None:
-    """Raise TrackingFailed when the tables are of an older or a newer MLflow than the one that is installed."""
+    """Raise TrackingFailed when the tables are of an older or a newer MLflow than the installed one."""
     from alembic.script import ScriptDirectory
     from mlflow import __version__
     from mlflow.store.db.utils import _get_alembic_config  # MLflow has no public name for its migrations' folder

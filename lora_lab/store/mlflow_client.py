@@ -1,4 +1,4 @@
-"""A connection to a store of MLflow's that is there, and what is read from it by a run's id."""
+"""Connect to an existing MLflow store, and read from it by a run's id."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ def ui_address(uri: str, port: int = 5000) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """Whether a store is a tracking server, which has a UI already."""
+    """Return whether a store is a tracking server, which has a UI already."""
     return uri.startswith(("http://", "https://"))
 
 
 def look(uri: str, page: str) -> list[str]:
-    """Return lines that tell how to open a page of a store's UI."""
+    """Return lines that say how to open a page of a store's UI."""
     seen = f"see {ui_address(uri)}/{page}"
     if is_server(uri):
         return [seen]
@@ -36,7 +36,7 @@ def look(uri: str, page: str) -> list[str]:
 def connect(uri: str) -> Any:
     """Return an MlflowClient for an existing store.
 
-    Raises: TrackingFailed when there is none, or it cannot be reached."""
+    Raises: TrackingFailed when there is no store, or it cannot be reached."""
     set_up_mlflow()
     check_store_exists(uri)
     from mlflow.tracking import MlflowClient
@@ -51,9 +51,9 @@ def connect(uri: str) -> Any:
 
 
 def tables(uri: str) -> dict[str, str]:
-    """Return the page, within the UI, with the trials of each experiment that has any, by its name.
+    """Return the page of the UI that lists the trials of an experiment, for each experiment that has any, by its name.
 
-    Raises: TrackingFailed when the store is not reached."""
+    Raises: TrackingFailed when the store cannot be reached."""
     client = connect(uri)
     with store_errors():
         return {
@@ -64,9 +64,9 @@ def tables(uri: str) -> dict[str, str]:
 
 
 def keep_view(client: Any, experiment: str) -> bool:
-    """Give an experiment the saved view of its trials where it has none.
+    """Add the saved view of trials to an experiment that lacks it.
 
-    Returns: whether it has one; a server may let nobody write an experiment's tags."""
+    Returns: whether the experiment has one; a server may not allow its tags to be written."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -81,33 +81,34 @@ _DATABASES = ("postgresql", "mysql", "mssql")
 
 
 def _check_database_answers(uri: str) -> None:
-    """Raise an error at once when a database does not answer; MLflow itself would try for minutes."""
+    """Raise an error at once when a database does not answer. MLflow itself would try for minutes."""
     import sqlalchemy
 
     try:
         engine = sqlalchemy.create_engine(uri)
     except ValueError as error:  # a port that is not a number
-        raise TrackingFailed(f"{uri} is not a database's address") from error
+        raise TrackingFailed(f"{uri} is not the address of a database") from error
     engine.connect().close()
     engine.dispose()
 
 
 def set_up_mlflow() -> None:
-    """Make MLflow quiet, and quick to give up on a server that is away; call it before MLflow is imported."""
+    """Make MLflow quiet, and quick to give up on a server that does not answer.
+
+    Call this before MLflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is raised, and said here in a sentence
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # lora_lab reports each error in one sentence
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Return metrics and tags of a run, and put those of its `files` that exist into the folder `to`.
+    """Return the metrics and tags of a run. Put those of its `files` that exist into the folder `to`.
 
-    Raises: TrackingFailed when the store or the run is missing or cannot be reached.
-    """
+    Raises: TrackingFailed when the store or the run is missing or cannot be reached."""
     client = connect(uri)
     with store_errors():
         run = client.get_run(run_id)
@@ -119,11 +120,11 @@ def fetch_run(uri: str, run_id: str, files: Sequence[str], to: Path) -> tuple[di
 
 
 def check_store_exists(uri: str) -> None:
-    """Raise TrackingFailed where there is no store: MLflow itself would make one, or call a dead server for minutes."""
+    """Raise TrackingFailed where there is no store. MLflow itself would make one, or try a dead server for minutes."""
     kind, _, place = uri.partition("://")
     if not place:
         raise TrackingFailed(
-            f"{uri} is no store's address, as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000 would be."
+            f"{uri} is not the address of a store, such as sqlite:////folder/mlruns/mlflow.db or http://127.0.0.1:5000."
         )
     if kind in ("http", "https"):
         check_reachable(uri)

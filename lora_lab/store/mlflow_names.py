@@ -1,8 +1,9 @@
-"""What a record is called in MLflow, and back. MLflow's pages are good for few names and bad for many.
+"""The names that the parts of a record have in MLflow, and the way back. MLflow's pages suit few names, not many.
 
-A series has the name by which MLflow finds its place: a section in capitals comes before every other, and what begins
-with system/ is on the page of system metrics. A trial's settings share one tag, but for those that were chosen; so do
-reasons of absence, versions and other facts. Runs of older versions have each of them under a name of its own.
+The name of a series decides where MLflow shows it. A section that begins with a capital comes before every other. A
+name that begins with system/ is on the page of system metrics. A trial's settings share one tag, except those that were
+chosen. Reasons of absence, versions and other facts share tags too. Runs of older versions have a separate name for
+each.
 """
 
 import json
@@ -32,7 +33,7 @@ _FIRST = (
     "loss/eval_before",
     "throughput/gpu_busy_share",
 )
-"""MLflow lists and compares metrics in the order in which they came."""
+"""The first metrics to log: MLflow lists and compares metrics in the order in which they were logged."""
 
 _SHARED = {
     "absent.": "absent",
@@ -42,26 +43,26 @@ _SHARED = {
     "machine.": "machine",
     "device.": "device_facts",
 }
-"""Beginnings of tags that share one, and its name."""
+"""Beginnings of tags that share one tag in MLflow, and the name of that tag."""
 
 _SETTINGS = "settings"
 LONGEST_TAG = 5000
 
 
 def metrics(record: Record) -> dict[str, float]:
-    """Return the figures under MLflow's names, those first that people look for."""
+    """Return the figures in MLflow's order. Those that people look for come first."""
     first = {key: record.metrics[key] for key in _FIRST if key in record.metrics}
     return first | record.metrics
 
 
 def params(record: Record) -> dict[str, str]:
-    """Return the settings that are params in MLflow: those that were chosen, and what has no room in the tag."""
+    """Return the settings that are params in MLflow: those that were chosen, and those that do not fit into the tag."""
     shared = _shared_settings(record)
     return {key: text for key, text in record.params.items() if key not in shared}
 
 
 def tags(record: Record) -> dict[str, str]:
-    """Return the tags under MLflow's names. What has no room in a shared tag stays as it is."""
+    """Return the tags under MLflow's names. A tag that does not fit into the shared one keeps its own name."""
     found = dict(record.tags)
     for beginning, name in _SHARED.items():
         by_reason = name == "absent"
@@ -78,7 +79,7 @@ def tags(record: Record) -> dict[str, str]:
 def read_back(
     params: Mapping[str, Any], tags: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return a run's params, tags and metrics by the names in a record, whichever version wrote it."""
+    """Return a run's params, tags and metrics under the names of a record, whichever version wrote the run."""
     names = {name: beginning for beginning, name in _SHARED.items()}
     settings: dict[str, Any] = {}
     plain: dict[str, Any] = {}
@@ -91,7 +92,7 @@ def read_back(
             settings = members
         else:
             shared |= {f"{names[key]}{member}": value for member, value in members.items()}
-    # a sweep that an older version began and this one took up has both: the shared ones are newer
+    # a sweep that an older version began and this one continued has both: the shared ones are newer
     return settings | dict(params), plain | shared, {_OURS.get(key, key): value for key, value in metrics.items()}
 
 
@@ -102,7 +103,7 @@ def _shared_settings(record: Record) -> dict[str, str]:
 
 
 def _fitting(members: dict[str, str], by_reason: bool = False) -> dict[str, str]:
-    """Return as many members as one tag has room for, the short ones first."""
+    """Return as many members as fit into one tag, the short ones first."""
     kept = dict(members)
     for key in sorted(members, key=lambda key: -len(key + members[key])):
         if len(_written(kept, by_reason)) <= LONGEST_TAG:
@@ -121,7 +122,7 @@ def _written(members: Mapping[str, str], by_reason: bool = False) -> str:
 
 
 def _members(text: Any) -> dict[str, str] | None:
-    """Return what a shared tag holds; None where it is none of ours."""
+    """Return the members of a shared tag; None when lora_lab did not write it."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError, RecursionError):

@@ -22,22 +22,23 @@ class MlflowRuns:
     """The runs of one store."""
 
     def __init__(self, uri: str, experiment: str | None) -> None:
-        """Connect.
+        """Connect to the store.
 
         Args:
             uri: MLflow tracking URI.
-            experiment: only its runs; None for those of all.
+            experiment: read only the runs of this experiment; None for all.
 
-        Raises: TrackingFailed."""
+        Raises: TrackingFailed.
+        """
         self._uri = uri
         self._experiment = experiment
         self._client = connect(uri)
         self.place = f"the store {without_secrets(uri)}" + (f" (experiment {experiment})" if experiment else "")
 
     def runs(self) -> Iterable[Run]:
-        """Read every run of lora_lab's."""
-        # oldest first: a run that comes meanwhile is put at the end, and moves none from one page to the next
-        # MLflow can't even make an object of a run without a start, and would give none of the others
+        """Read every run of lora_lab."""
+        # oldest first: a run that is added meanwhile comes last, and moves no other run to another page
+        # MLflow fails on a run without a start, and would then return none of the others
         ours = "tags.record_id != '' and attributes.start_time > 0"
         asked = {"filter_string": ours, "order_by": ["attributes.start_time ASC"]}
         ids = self._experiment_ids()
@@ -45,7 +46,7 @@ class MlflowRuns:
             return [_run(run) for run in _pages(self._client.search_runs, experiment_ids=ids, **asked)]
 
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
-        """Read those of a run's series that it has."""
+        """Read these series of a run. Those that it does not have are left out or empty."""
         found: dict[str, Readings] = {key: [] for key in keys}
         for key in keys:
             for name in dict.fromkeys((NAMES.get(key, key), key)):  # older versions wrote it under its own key
@@ -64,7 +65,7 @@ class MlflowRuns:
         chosen = [key for key, name in names.items() if self._experiment in (None, name)]
         if not chosen:
             there = printable(", ".join(sorted(map(str, names.values()))))
-            raise InvalidInput(f"{self.place}: there is no such experiment. There are: {there}.")
+            raise InvalidInput(f"{self.place}: there is no such experiment. The experiments are: {there}.")
         return chosen
 
 
@@ -90,8 +91,9 @@ def _run(run: Any) -> Run:
 
 
 def _number(value: float) -> float:
-    """Turn the largest number back into infinity: a store that knows no infinity keeps it instead. What is not a
-    number stays, to be left out."""
+    """Return infinity for the largest number: a store that knows no infinity keeps that number instead.
+
+    A value that is not a number is returned unchanged. It is left out later."""
     if not isinstance(value, int | float):
         return value
     return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value

@@ -1,4 +1,4 @@
-"""Records into MLflow: a local database, or a tracking server."""
+"""Write records into MLflow: a local database, or a tracking server."""
 
 import shlex
 import time
@@ -30,17 +30,18 @@ _METRICS_A_CALL = 1000
 
 
 class MlflowTracker:
-    """Records into an MLflow store or server."""
+    """A tracker that writes into an MLflow store or server."""
 
     def __init__(self, uri: str, experiment: str, database: Path | None) -> None:
-        """Connect to a store; an experiment is made when the first run is.
+        """Connect to a store. The experiment is made together with its first run.
 
         Args:
             uri: MLflow tracking URI.
             experiment: its name.
-            database: the local store's file, with its artifacts beside it; None for a server.
+            database: the local store's file, with its artifacts next to it; None for a server.
 
-        Raises: TrackingFailed."""
+        Raises: TrackingFailed.
+        """
         from mlflow.tracking import MlflowClient
 
         self._uri = uri
@@ -54,7 +55,7 @@ class MlflowTracker:
         self._inode = None if database is None else database.stat().st_ino
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
-        """Find or create the run; params, tags, metrics, series, files; at last the run's status."""
+        """Find or create the run. Write params, tags, metrics, series and files, and the run's status last."""
         from mlflow.entities import Metric, RunTag
 
         ended_ms = record.ended_ms or round(time.time() * 1e3)
@@ -69,7 +70,7 @@ class MlflowTracker:
             if found is not None and _ORPHAN in found.data.tags:
                 self._client.delete_tag(run_id, _ORPHAN)
             tags = [RunTag(key, value) for key, value in _tags(record).items()]
-            if not record.is_sweep or found is None or NOTE not in found.data.tags:  # a person may have written one
+            if not record.is_sweep or found is None or NOTE not in found.data.tags:  # the user may have written one
                 tags.append(RunTag(NOTE, _text(description(record))[: mlflow_names.LONGEST_TAG]))
             self._client.log_batch(run_id, params=_params(record), tags=tags)
             for start in range(0, len(points), _METRICS_A_CALL):
@@ -80,13 +81,13 @@ class MlflowTracker:
                 else:
                     self._client.log_artifact(run_id, str(path))
             if record.outcome == RUNNING:
-                self._client.update_run(run_id, status="RUNNING")  # a sweep that is taken up again
+                self._client.update_run(run_id, status="RUNNING")  # a sweep that is continued
             else:
                 self._client.set_terminated(run_id, _STATUS.get(record.outcome, "FAILED"), ended_ms)
         return run_id
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
-        """Mark runs in the state RUNNING as KILLED when their process is gone."""
+        """Mark runs in the state RUNNING as KILLED when their process is gone. Return how many there were."""
         with store_errors():
             running = self._client.search_runs([self._experiment_id()], "attributes.status = 'RUNNING'")
             orphans = [run.info.run_id for run in running if gone(_tags_of(run))]
@@ -97,7 +98,9 @@ class MlflowTracker:
         return len(orphans)
 
     def _check_present(self) -> None:
-        """Raise TrackingFailed when a local database was deleted or replaced: the old file would still take records."""
+        """Raise TrackingFailed when a local database was deleted or replaced.
+
+        The old file is still open and would accept records."""
         if self._database is None:
             return
         if not has_content(self._database) or self._database.stat().st_ino != self._inode:
@@ -105,7 +108,7 @@ class MlflowTracker:
         check_unlocked(self._database)
 
     def which(self) -> Which:
-        """Return the address, and when the store's first experiment was made: with the store itself."""
+        """Return the address, and when the store's first experiment was made, which is when the store was made."""
         return self._which
 
     @cached_property
@@ -121,8 +124,9 @@ class MlflowTracker:
                 return Which(self._uri, None)
 
     def _find(self, record_id: str) -> Any:
-        """Return the run of a record; None when there is none. A run that somebody deleted is restored: a sweep's has
-        trials below it, and more will come."""
+        """Return the run of a record; None when there is none.
+
+        A run that was deleted is restored. A sweep's run has trials below it, and more will come."""
         from mlflow.entities import ViewType
 
         asked = {"filter_string": f"tags.record_id = '{record_id}'", "max_results": 1}
@@ -135,7 +139,7 @@ class MlflowTracker:
         return found[0] if found else None
 
     def _create(self, record: Record) -> str:
-        # all tags at once: a run that a kill leaves here says whose it was
+        # all tags at once, so that a run that a kill leaves here names its process
         tags = _tags(record) | {"record_id": record.id}
         tags |= {"mlflow.source.name": "lora_lab", "mlflow.source.type": "LOCAL"}
         if record.parent is not None:
@@ -147,7 +151,7 @@ class MlflowTracker:
         return str(run.info.run_id)
 
     def where(self, run_id: str) -> list[str]:
-        """Return the run, the UI's command, and two of its pages: the run, and the table of all trials."""
+        """Return lines with the run, the UI's command and two of its pages: the run, and the table of all trials."""
         with store_errors():
             experiment = self._experiment_id()
             table = runs_page(experiment, with_view=keep_view(self._client, experiment))
@@ -167,7 +171,7 @@ class MlflowTracker:
                 raise TrackingFailed(
                     f"the MLflow experiment {self._experiment} was deleted",
                     f"Restore it: {where} mlflow experiments restore -x {found.experiment_id}   "
-                    "Or let trials to come record into another one with tracking.experiment=NAME.",
+                    "Or record later trials into another one with tracking.experiment=NAME.",
                 )
             return str(found.experiment_id)
         artifacts = None if self._database is None else (self._database.parent / "artifacts").as_uri()
@@ -181,7 +185,7 @@ class MlflowTracker:
 
 
 _ORPHAN = "orphan"
-"""Tag of a run that was ended without its record; if that turns up later, it goes into this run."""
+"""The tag of a run that was ended without its record. If the record turns up later, it goes into this run."""
 
 
 def _tags_of(run: Any) -> dict[str, str]:
@@ -193,15 +197,14 @@ def _is_over(run: Any) -> bool:
 
 
 _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}
-"""MLflow's word for an outcome; every other one is FAILED there, and told apart by the tag `outcome`."""
+"""MLflow's word for an outcome. Every other one is FAILED there, and the tag `outcome` distinguishes them."""
 
 
 def open_tracker(tracking: TrackingConfig) -> Tracker:
-    """Return the tracker that the config asks for; make the local store if there is none.
+    """Return the tracker that the config asks for. Make the local store if there is none.
 
-    Raises: InvalidInput when the local folder can't be written; TrackingFailed when a server is not reached, or
-    the store is locked, damaged, of another version of MLflow or can't be made.
-    """
+    Raises: InvalidInput when the local folder cannot be written; TrackingFailed when a server is not reached, or the
+    store is locked, damaged, of another version of MLflow or cannot be made."""
     if tracking.kind is TrackingKind.none:
         return InMemoryTracker()
     set_up_mlflow()
@@ -230,5 +233,6 @@ def _params(record: Record) -> list[Any]:
 
 
 def _text(text: str) -> str:
-    """Return a text without what no database takes: halves of characters, from a file name that is not UTF-8."""
+    """Return a text that every database accepts. Halves of characters, from a file name that is not UTF-8, are
+    escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""multirun/: where trials and sweeps leave their folders, and the link to the newest of them."""
+"""The folder multirun/, where trials and sweeps put their folders, and its link to the newest of them."""
 
 import contextlib
 import os
@@ -15,7 +15,9 @@ def folders(root: Path = MULTIRUN) -> list[Path]:
 
 
 def point_latest(folder: Path) -> None:
-    """Let multirun/latest lead to a folder. What a person has put there stays, and nothing fails for a link's sake."""
+    """Point multirun/latest at a folder.
+
+    Anything but a link that the user has put there stays. A link that cannot be made is not an error."""
     link = MULTIRUN / LATEST
     if link.exists() and not link.is_symlink():
         return

@@ -1,14 +1,13 @@
-"""Name a point by its settings: the same words in tables, in MLflow, in the report and in best.
+"""Name a point by its settings. Tables, MLflow, the report and best use the same words.
 
-`adamw bf16 1x512`: options by their names, batch size and row length as a shape, everything else as key=value. What
-people look for first comes first, because lists cut names off.
-"""
+`adamw bf16 1x512`: options appear by name, batch size and row length as a shape, and everything else as key=value. What
+people look for first comes first, because lists cut names off."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 OPTIONS = ("optimizer", "precision", "engine", "method", "model", "data")
-"""Groups whose options have names that stand alone."""
+"""Groups whose options are clear by their names alone."""
 
 _SHAPE = ("batch_size", "seq_len")
 _ORDER = ("optimizer", "precision", "engine", "shape", "method", "model", "data")
@@ -18,7 +17,7 @@ def point_name(values: Mapping[str, str]) -> str:
     """Return the name of a point; empty without any setting.
 
     Args:
-        values: the settings that tell it from others, by dotted key.
+        values: the settings that distinguish it from other points, by dotted key.
     """
     there = dict(values)
     if all(key in there for key in _SHAPE):
@@ -28,7 +27,7 @@ def point_name(values: Mapping[str, str]) -> str:
 
 
 def trial_name(point: str, repeat: int) -> str:
-    """Return the name of a point's trial; the first repeat has the point's name.
+    """Return the name of a point's trial. The first repeat has the point's name.
 
     Args:
         repeat: from 0.
@@ -37,12 +36,13 @@ def trial_name(point: str, repeat: int) -> str:
 
 
 def word(key: str, value: str, full: bool = False) -> str:
-    """Return one setting as a part of a name, with its whole dotted key where `full`."""
+    """Return one setting as a part of a name, with its whole dotted key if `full`."""
     if key == "shape" or (key in OPTIONS and value.split() == [value]):
         return value
     return f"{key if full else key.rpartition('.')[2]}={value}"
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return keys as they follow each other in a name; those without a place of their own come last, as given."""
+    """Return keys in the order in which a name lists them. Keys without a fixed position come last, in the order
+    given."""
     return sorted(keys, key=lambda key: _ORDER.index(key) if key in _ORDER else len(_ORDER))

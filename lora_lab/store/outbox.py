@@ -1,4 +1,6 @@
-"""Records on their way from a trial's folder to the store: at once, or by a later start when that was not possible."""
+"""The outbox: records on their way from a trial's folder to the store.
+
+A record is delivered at once, or by a later start if that was not possible."""
 
 import os
 from dataclasses import replace
@@ -17,7 +19,7 @@ from lora_lab.store.trial_folder import TrialFolder
 
 
 def owner_tags(owner: Owner, folder: Path) -> dict[str, str]:
-    """What tells from a run alone whether its process still lives, and where its files are."""
+    """Return tags that show whether a run's process is still alive, and where the run's files are."""
     return {
         "process.host": owner.host,
         "process.boot_id": owner.boot_id,
@@ -40,25 +42,25 @@ def _owner_in(tags: dict[str, str]) -> Owner | None:
 
 
 def absolute(tracking: TrackingConfig) -> TrackingConfig:
-    """The same store from wherever a later start stands."""
+    """Return the same store with an absolute path, for later starts from other folders."""
     return replace(tracking, root=os.path.realpath(tracking.root))
 
 
 class Outbox:
-    """The store of one trial or sweep; a fault of it is kept in words and never raised into a trial."""
+    """The store of one trial or sweep. A fault of the store is kept as text and never raised into a trial."""
 
     def __init__(self, tracking: TrackingConfig) -> None:
         self.tracking = tracking
         self._tracker: Tracker | None = None
         self.fault = ""
-        """Why the last thing could not be done."""
+        """Why the last request failed."""
         self._needs_remedy = False
-        """Whether somebody has to do something before it can be."""
+        """Whether the user has to do something before it can succeed."""
         self.out_of_reach = False
-        """Whether it could not even be opened."""
+        """Whether the store could not even be opened."""
 
     def open(self) -> Tracker | None:
-        """The tracker; None with `fault` when it can't be had now."""
+        """Return the tracker; None with `fault` when it cannot be opened now."""
         if self._tracker is None:
             try:
                 self._tracker = open_tracker(self.tracking)
@@ -69,7 +71,7 @@ class Outbox:
         return self._tracker
 
     def deliver_trial(self, folder: TrialFolder, record: Record) -> str | None:
-        """Hand a trial's record over, its sweep's before if need be; returns the run's id, None with `fault`."""
+        """Deliver a trial's record, and that of its sweep first if needed. Return the run's id; None with `fault`."""
         try:
             run_id = self._deliver(record, folder.artifacts())
         except SweepUnknown:
@@ -82,7 +84,7 @@ class Outbox:
         return run_id
 
     def deliver_sweep(self, folder: SweepFolder) -> str | None:
-        """Hand over the record above a sweep's trials as it is now; returns the run's id, None with `fault`."""
+        """Deliver the record above a sweep's trials as it is now. Return the run's id; None with `fault`."""
         try:
             record = folder.read().record
         except Damaged as damaged:
@@ -94,8 +96,9 @@ class Outbox:
         return run_id
 
     def deliver_all(self, folder: SweepFolder) -> str | None:
-        """Hand over a sweep that is over: its trials that the store has not taken yet, then the record above them.
-        Returns that record's id in the store, None with `fault`; a trial's that was not taken is a `fault` too."""
+        """Deliver a sweep that is over: its trials that the store does not have yet, then the record above them.
+
+        Return that record's id in the store; None with `fault`. A trial that was not delivered sets `fault` too."""
         left = ""
         for path in sorted(folder.path.glob("[0-9]*")):
             trial = TrialFolder(path)
@@ -112,18 +115,20 @@ class Outbox:
         return run_id
 
     def where(self, run_id: str) -> list[str]:
-        """Lines that tell a person where the run is."""
+        """Return lines that say where the run is."""
         try:
             return [] if self._tracker is None else self._tracker.where(run_id)
         except TrackingFailed:
             return []
 
     def end_orphans(self) -> int:
-        """Runs in the store whose process is gone, and whose folder is not here to tell more."""
+        """End the runs in the store whose process is gone and whose folder is not here to say more.
+
+        Return how many there were."""
 
         def gone(tags: dict[str, str]) -> bool:
             owner = _owner_in(tags)
-            folder = Path(tags.get("folder") or os.devnull)  # nothing lies in that one
+            folder = Path(tags.get("folder") or os.devnull)  # no file is inside os.devnull
             return owner is not None and heartbeat.gone(owner, folder)
 
         tracker = self.open()
@@ -134,19 +139,21 @@ class Outbox:
             return 0
 
     def has(self, trial: TrialFolder) -> bool:
-        """Whether a trial's record was delivered: here, and not to a store that stood here before and is gone."""
+        """Return whether a trial's record was delivered to this store.
+
+        A store that was at the same address before, and is gone, does not count."""
         was = trial.delivered_to
         now = None if was is None else self._which()
         return trial.delivered and (was is None or now is None or was.address != now.address or was == now)
 
     def outlook(self, what: str) -> str:
-        """The fault, and when `what` will be in the store after all."""
+        """Return the fault, and when `what` will be in the store after all."""
         if self._needs_remedy:
-            return f"{self.fault} What is recorded stays on disk; the first start after that delivers {what}"
+            return f"{self.fault} The records stay on disk. The first start after that delivers {what}"
         return f"{self.fault}; the next start delivers {what}"
 
     def _which(self) -> Which | None:
-        """Which store this is; None where that can't be said."""
+        """Return which store this is; None when that is not known."""
         tracker = None if self.out_of_reach else self.open()
         try:
             found = None if tracker is None else tracker.which()
@@ -159,7 +166,9 @@ class Outbox:
         self._needs_remedy = isinstance(fault, InvalidInput) or fault.needs_remedy
 
     def _deliver(self, record: Record, files: list[Path]) -> str | None:
-        """Raises: SweepUnknown."""
+        """Deliver a record. Return the run's id; None with `fault`.
+
+        Raises: SweepUnknown."""
         tracker = self.open()
         if tracker is None:
             return None
@@ -171,5 +180,5 @@ class Outbox:
             raise
         except TrackingFailed as fault:
             self._failed(fault)
-            self._tracker = None  # to be opened anew: a server may be back, a database unlocked
+            self._tracker = None  # it is opened again next time: a server may be back, a database unlocked
             return None

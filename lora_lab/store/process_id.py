@@ -1,4 +1,4 @@
-"""Which process a record belongs to, and whether that process is still there."""
+"""Identify the process that a record belongs to, and find out whether it is still running."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """One process of one machine since one boot; a pid alone is given out again."""
+    """One process of one machine since one boot. A pid alone is not enough, because it is used again."""
 
     host: str
     boot_id: str
@@ -19,19 +19,19 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, a process of this machine."""
+        """Return whether it is, or was, a process of this machine."""
         return self.host == platform.node()
 
     @property
     def gone(self) -> bool:
-        """Whether the process has ended. Of another machine's processes nothing is known: not gone."""
+        """Return whether the process has ended. Nothing is known about processes of other machines: False."""
         if not self.is_here:
             return False
         return self.boot_id != _boot_id() or _started(self.pid) != self.started
 
 
 def this_process() -> Owner:
-    """The process that asks."""
+    """Return the process that calls this."""
     return Owner(host=platform.node(), boot_id=_boot_id(), pid=os.getpid(), started=_started(os.getpid()) or 0)
 
 
@@ -41,7 +41,7 @@ def _boot_id() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; None when there is none, or a zombie only."""
+    """Return a process's start in clock ticks since boot; None when there is no process, or only a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What is kept of a trial: one record, the same for every tracker, built from plain data."""
+"""The record of a trial: one record, the same for every tracker, built from plain data."""
 
 import dataclasses
 import time
@@ -32,18 +32,18 @@ class Point:
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """One trial, or one sweep above its trials, as it goes into a tracker."""
+    """The record of one trial, or of one sweep above its trials, as a tracker takes it."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Ours, made before any store is asked: what makes delivering twice the same as delivering once."""
+    """Made by lora_lab before any store is asked. It makes delivering twice the same as delivering once."""
     parent: str | None = None
     """The id of the sweep's record, for a trial of a sweep."""
     is_sweep: bool = False
-    """A sweep's record changes when the sweep is taken up again; a trial's is final."""
+    """A sweep's record changes when the sweep is continued. A trial's record is final."""
     name: str
     params: dict[str, str]
     chosen: list[str] = field(default_factory=list)
-    """The params that somebody chose: MLflow shows these. Empty: all of them."""
+    """The params that the user chose: MLflow shows these. Empty means all of them."""
     outcome: str = RUNNING
     started_ms: int = field(default_factory=lambda: round(time.time() * 1e3))
     """Unix time."""
@@ -54,8 +54,9 @@ class Record:
 
 
 def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
-    """Return the name of a trial that is alone. The engine that everything ran with before there was a choice is left
-    out: names stay short."""
+    """Return the name of a trial that belongs to no sweep.
+
+    The eager engine is left out to keep names short. Everything ran with it before there was a choice."""
     groups = [group for group in OPTIONS if group not in ("data", "engine")]
     if choices["engine"] != EngineKind.eager.name:
         groups.append("engine")
@@ -64,7 +65,7 @@ def run_name(config: TrialConfig, choices: dict[str, str]) -> str:
 
 
 def plain(config: TrialConfig) -> dict[str, Any]:
-    """The config as yaml has it: nested dictionaries, enums by name, no passwords."""
+    """Return the config as yaml has it: nested dictionaries, enums by name, no passwords."""
 
     def node(value: Any) -> Any:
         if isinstance(value, dict):
@@ -80,7 +81,7 @@ def plain(config: TrialConfig) -> dict[str, Any]:
 
 
 def params(config: TrialConfig, choices: dict[str, str]) -> dict[str, str]:
-    """The chosen option of each group under its plain name, and every leaf under its dotted key."""
+    """Return the chosen option of each group under its plain name, and every leaf under its dotted key."""
     return dict(choices) | dict(_leaves(plain(config), ""))
 
 
@@ -88,8 +89,10 @@ _ALWAYS_SHOWN = ("batch_size", "seq_len", "learning_rate", "repeat")
 
 
 def chosen(config: TrialConfig, choices: dict[str, str], overrides: Sequence[str]) -> list[str]:
-    """Return the params that somebody chose: each group's option, what the command line sets, and what differs from the
-    default outside of the groups. All others follow from the options."""
+    """Return the params that the user chose.
+
+    These are each group's option, what the command line sets, and what differs from the default outside the groups. All
+    others follow from the options."""
     named = {override.lstrip("+~").partition("=")[0] for override in overrides} - choices.keys()
     default, asked = plain(TrialConfig()), plain(config)
     named |= {key for key, value in asked.items() if not isinstance(value, dict) and value != default[key]}
@@ -113,7 +116,7 @@ def complete(
     summary: Summary,
     unix_minus_monotonic: float,
 ) -> None:
-    """Add to `record` everything that is known at the end.
+    """Add everything that is known at the end to `record`.
 
     Args:
         unix_minus_monotonic: seconds that turn an event's `t` into Unix time.

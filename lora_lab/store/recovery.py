@@ -1,4 +1,4 @@
-"""What earlier starts have left: trials that were cut off are recorded, and records that no store has are delivered."""
+"""Recover what earlier starts left: record trials that were cut off, and deliver records that no store has."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import SENSELESS, TrialFolder
 
 _OUTSIDE = "outside.txt"
-"""In multirun/: a line for each folder that was put somewhere else."""
+"""A file in multirun/ with a line for each folder that was put somewhere else."""
 
 
 @dataclass(slots=True)
@@ -33,10 +33,10 @@ class Recovered:
     """Records that no store has taken yet."""
     faults: set[str] = field(default_factory=set)
     damaged: dict[str, None] = field(default_factory=dict)
-    """What could not be read, and is left as it is."""
+    """What could not be read. It is left as it is."""
 
     def count(self, run_id: str | None, store: Outbox) -> None:
-        """Take in whether the store took a record."""
+        """Count a record as delivered or as waiting."""
         if run_id is None:
             self.waiting += 1
             self.faults.add(store.fault)
@@ -45,7 +45,7 @@ class Recovered:
 
     @contextlib.contextmanager
     def setting_aside(self, path: Path) -> Iterator[None]:
-        """Go on after this with everything else, whatever is wrong with what is in `path`."""
+        """Note a fault of what is in `path` and go on with everything else."""
         try:
             yield
         except Damaged as damaged:
@@ -54,10 +54,10 @@ class Recovered:
             self.damaged[f"{path}: {type(error).__name__}: {error}"] = None
 
     def lines(self) -> list[str]:
-        """What a person should know of it."""
+        """Return what the user should know about it, in lines."""
         said = [f"set aside, cannot be read: {damaged}" for damaged in self.damaged]
         if self.damaged:
-            said.append("put right, or move away, what is set aside; until then each start names it")
+            said.append("repair or move away what is set aside; until then each start names it")
         if self.killed:
             said.append(f"left over from killed processes, now recorded as killed: {self.killed}")
         if self.delivered:
@@ -69,7 +69,7 @@ class Recovered:
 
 
 def remember_outside(folder: Path) -> None:
-    """Let later starts find a trial's or a sweep's folder that is not where they look."""
+    """Note a trial's or a sweep's folder that is outside multirun/, so that later starts find it."""
     with contextlib.suppress(ValueError):
         if len(folder.absolute().relative_to(MULTIRUN.absolute()).parts) == 2:
             return
@@ -80,8 +80,10 @@ def remember_outside(folder: Path) -> None:
 
 
 def recover(store: Outbox) -> Recovered:
-    """Bring in order what killed processes and stores that were out of reach have left: make the records of trials
-    that were cut off, deliver every record that no store has, and end what `store` says is running and is not."""
+    """Recover what killed processes and unreachable stores left.
+
+    Make the records of trials that were cut off. Deliver every record that no store has. End the runs that `store`
+    lists as running although they are not."""
     found = Recovered()
     if not MULTIRUN.is_dir():
         found.killed += store.end_orphans()
@@ -92,9 +94,9 @@ def recover(store: Outbox) -> Recovered:
             if not store.out_of_reach:
                 found.killed += store.end_orphans()
     except Timeout:
-        return found  # another start is at it
+        return found  # another start is doing this now
     except OSError as error:
-        found.damaged[f"{error.filename or MULTIRUN}: {error.strerror}; nothing in {MULTIRUN} is looked after"] = None
+        found.damaged[f"{error.filename or MULTIRUN}: {error.strerror}; nothing in {MULTIRUN} is recovered"] = None
     return found
 
 
@@ -105,7 +107,7 @@ def _recover(found: Recovered, store: Outbox) -> None:
         return stores.setdefault(repr(tracking), Outbox(tracking))
 
     left = known_folders(found)
-    for path in left:  # first, so that the trials have something to be nested under
+    for path in left:  # sweeps first: the trials are nested under them
         with found.setting_aside(path):
             if SweepFolder(path).exists:
                 _recover_sweep(SweepFolder(path), store_of, found)
@@ -120,14 +122,14 @@ def _recover(found: Recovered, store: Outbox) -> None:
 
 
 def known_folders(found: Recovered) -> list[Path]:
-    """List the folders of trials and sweeps that are known here: those below multirun/, and those in outside.txt."""
+    """Return the folders of trials and sweeps that are known here: those below multirun/, and those in outside.txt."""
     outside: dict[Path, None] = {}
     with found.setting_aside(MULTIRUN / _OUTSIDE):
         for number, line in enumerate((text_of(MULTIRUN / _OUTSIDE) or "").split("\n"), 1):
             if line.isprintable() or _is_folder(line):
                 outside |= {Path(line): None} if line else {}
-            else:  # one that names a folder that was taken away since is as it should be
-                what = f"line {number} is the name of no folder: {line[:200]!r}"
+            else:  # a line for a folder that was removed since is in order
+                what = f"line {number} is not the name of a folder: {line[:200]!r}"
                 found.damaged[f"{MULTIRUN / _OUTSIDE}: {what}"] = None
     return [*folders(), *outside]
 

@@ -1,4 +1,4 @@
-"""A run as any source has it, and the trials and sweeps that the report makes of runs."""
+"""A run as any source gives it, and the trials and sweeps that the report makes from runs."""
 
 import dataclasses
 import sys
@@ -13,14 +13,14 @@ from lora_lab.store.run_checks import fault_of, printable
 from lora_lab.store.trials import Sweep, Trial
 
 SERIES = tuple(NAMES)
-"""Metrics that have a value for each step or reading. A store shows the last one among a run's figures, where it
-says nothing of the trial."""
+"""Metrics that have a value for each step or sample. A store lists the last value among a run's figures, where it says
+nothing about the trial."""
 
 Found = tuple[list[Trial], list[Sweep]]
-"""Both by their start."""
+"""Both sorted by start."""
 
 Readings = list[tuple[int, int, float]]
-"""One series: Unix time in ms, step or number of the reading, value; by time."""
+"""One series, sorted by time: Unix time in ms, step or number of the sample, value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Run:
     """A run of lora_lab: a trial, or a sweep above trials."""
 
     run_id: str
-    """The store's id; the record's where no store has it."""
+    """The store's id, or the record's if no store has the run."""
     above: str | None = None
     """The id of the sweep's run, for a trial of a sweep."""
     name: str
@@ -37,33 +37,33 @@ class Run:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    """With the record's id as `record_id`."""
+    """They include the record's id as `record_id`."""
 
 
 class Source(Protocol):
-    """Where runs are read from."""
+    """A source that runs are read from."""
 
     place: str
-    """Words for it."""
+    """The source in words, for messages."""
 
     def runs(self) -> Iterable[Run]:
         """Read every run.
 
-        Raises: InvalidInput where there is no such experiment; TrackingFailed."""
+        Raises: InvalidInput when the experiment does not exist; TrackingFailed."""
 
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
-        """Read those of a run's series that it has, in any order.
+        """Read these series of a run, in any order of points. Those that it does not have are left out or empty.
 
         Raises: TrackingFailed."""
 
     def store_of(self, run_id: str) -> str:
         """Return the address of the store that has a run.
 
-        Raises: TrackingFailed where none has it."""
+        Raises: TrackingFailed when no store has it."""
 
 
 def trials_and_sweeps(runs: Iterable[Run]) -> Found:
-    """Make trials and sweeps of runs. A run that cannot be one of ours is left out, with a line that says so."""
+    """Make trials and sweeps from runs. A run that cannot be lora_lab's is left out and named on stderr."""
     sound = []
     for run in runs:
         fault = fault_of(run.started_ms, run.params, run.metrics, run.tags)
@@ -72,7 +72,7 @@ def trials_and_sweeps(runs: Iterable[Run]) -> Found:
         else:
             sound.append(_shown(run))
     sound.sort(key=lambda run: (run.started_ms, run.run_id))
-    # a sweep that a kill left without its params is known by what lies under it
+    # a sweep that a kill left without its params is recognised by the runs below it
     above = {run.above for run in sound}
     sweeps = [run for run in sound if run.run_id in above or {"points", "trials"} <= run.params.keys()]
     ids = {run.run_id for run in sweeps}
@@ -104,7 +104,7 @@ def _sweep(run: Run) -> Sweep:
 
 
 def _shown(run: Run) -> Run:
-    """Return the run with texts that can be shown."""
+    """Return the run with texts that are safe to show."""
     params = {printable(key): printable(text) for key, text in run.params.items()}
     tags = {printable(key): printable(text) for key, text in run.tags.items()}
     return dataclasses.replace(run, name=printable(run.name), params=params, tags=tags)

@@ -1,4 +1,4 @@
-"""MLflow's table of runs with the columns that tell trials apart: a saved view, kept as a tag of the experiment."""
+"""MLflow's saved view of trials: a table with the columns that distinguish them, kept as a tag of the experiment."""
 
 import json
 import time
@@ -22,14 +22,14 @@ _COLUMNS = {
     "params.`engine`": 80,
     "params.`model`": 120,
 }
-"""In their order, with their widths in pixels."""
+"""The columns in order, with their widths in pixels."""
 
 
 def value() -> str:
     """Return the tag's text, as MLflow 3.17 writes and reads it."""
     state = {
-        "searchFilter": "params.batch_size != ''",  # trials alone: a sweep has no such param
-        "orderByKey": f"metrics.`{_SPEED}`",  # by time MLflow would fold trials into their sweep
+        "searchFilter": "params.batch_size != ''",  # only trials: a sweep has no such param
+        "orderByKey": f"metrics.`{_SPEED}`",  # sorted by time, MLflow would fold trials into their sweep
         "orderByAsc": False,
         "selectedColumns": list(_COLUMNS),
         "columnOrder": list(_COLUMNS),

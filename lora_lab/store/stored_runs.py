@@ -1,10 +1,9 @@
-"""What the report asks of recorded runs: trials and sweeps by whatever tells them apart, their series, and a page kept
-with them.
+"""Recorded runs as the report asks for them: trials and sweeps by id, their series, and a page kept with them.
 
-Runs are read from the trial folders that are known here (folder_runs.py), which needs neither MLflow nor a store. Where
+Runs are read from the trial folders that are known here (folder_runs.py), which needs neither MLflow nor a store. When
 there are none, or a store is named, MLflow's client reads the store (mlflow_runs.py). Both give the same trials for the
-same runs. A folder has its trial as it was recorded. What was deleted or edited in MLflow since, only the store knows:
-a line says so, and how to read it.
+same runs. A folder has its trial as it was recorded. Only the store knows what was deleted or edited in MLflow since. A
+line says so, and how to read the store.
 """
 
 import difflib
@@ -30,23 +29,23 @@ STORE_HELP = (
     "the address of an MLflow store to read (default: the trials' folders in multirun/ here, as they were recorded; "
     "where there are none, the store under mlruns/)"
 )
-"""Where the commands read from, in their help."""
+"""The help text of --store, which says where the commands read from."""
 
 _NEWEST = 5
 _SHORT = 12
-"""Characters of an id that people are shown."""
+"""How many characters of an id are shown."""
 
 
 class StoredRuns:
-    """Trials and sweeps of one source, read once."""
+    """The trials and sweeps of one source, read once."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
     def runs(self) -> Found:
-        """Return all there is.
+        """Return all trials and sweeps.
 
-        Raises: InvalidInput when there is none; TrackingFailed."""
+        Raises: InvalidInput when there is no trial; TrackingFailed."""
         trials, sweeps = self._trials_and_sweeps
         if not trials:
             raise InvalidInput(f"{self._source.place} holds no trial of lora_lab. Run one: python -m lora_lab")
@@ -56,20 +55,21 @@ class StoredRuns:
         """Return the trials of these sweeps, and these trials, with the sweeps that they belong to.
 
         Args:
-            names: ids of runs in the store, or record ids (tag record_id), or the beginnings of such.
+            names: ids of runs in the store, record ids (tag record_id), or the beginnings of either.
 
-        Raises: InvalidInput when a name fits no run or several, or a sweep has no trial; TrackingFailed."""
+        Raises: InvalidInput when a name fits no run or several, or a sweep has no trial; TrackingFailed.
+        """
         trials, sweeps = self.runs()
         chosen = {self.id_of(name) for name in names}
         below = [trial for trial in trials if trial.run_id in chosen or trial.sweep in chosen]
         for sweep in sweeps:
             if sweep.run_id in chosen and all(trial.sweep != sweep.run_id for trial in below):
-                raise InvalidInput(f"{_line(sweep)}: there is no trial of it that is over.\n{self._newest()}")
+                raise InvalidInput(f"{_line(sweep)}: none of its trials is over.\n{self._newest()}")
         above = {trial.sweep for trial in below}
         return below, [sweep for sweep in sweeps if sweep.run_id in above]
 
     def last_sweep(self) -> Found:
-        """Return the sweep whose newest trial began last; without any sweep, the newest trial.
+        """Return the sweep whose newest trial began last. Without any sweep, return the newest trial.
 
         Raises: InvalidInput when there is no trial; TrackingFailed."""
         trials, sweeps = self.runs()
@@ -78,7 +78,7 @@ class StoredRuns:
         return self.of([newest or trials[-1].run_id])
 
     def series(self, run_id: str, keys: Sequence[str] = SERIES) -> dict[str, Readings]:
-        """Read series of a trial, by their key; those that it does not have are left out.
+        """Read series of a trial, by their key. Those that it does not have are left out.
 
         Raises: TrackingFailed."""
         read = self._source.series(run_id, keys)
@@ -86,7 +86,7 @@ class StoredRuns:
         return {key: sorted(found[key], key=lambda reading: reading[:2]) for key in keys if found.get(key)}
 
     def keep(self, run_id: str, file: Path) -> None:
-        """Put a file among a run's artifacts in its store; one of the same name is replaced.
+        """Put a file among a run's artifacts in its store. A file of the same name is replaced.
 
         Raises: TrackingFailed."""
         uri = self._source.store_of(run_id)
@@ -97,14 +97,14 @@ class StoredRuns:
                 raise TrackingFailed(f"run {run_id} was deleted there")
             if run.info.artifact_uri.startswith("mlflow-artifacts:") and not uri.startswith("http"):
                 raise TrackingFailed(
-                    "its files are with a tracking server; to keep the page there, give --store http://..."
+                    "its artifacts are on a tracking server. To keep the page there, give --store http://..."
                 )
             if database is not None:
                 check_unlocked(database)
             client.log_artifact(run_id, str(file))
 
     def where(self, run_id: str, file: str = "") -> list[str]:
-        """Return lines that tell how to open the UI at a run's artifacts, or at one of these.
+        """Return lines that say how to open the UI at a run's artifacts, or at one of these.
 
         Raises: TrackingFailed."""
         uri = self._source.store_of(run_id)
@@ -124,9 +124,9 @@ class StoredRuns:
         return {run.run_id: run for run in both}
 
     def id_of(self, name: str) -> str:
-        """Return the id of the run that a name means: its id in the store, its record's, or the beginning of either.
+        """Return the id of the run that a name means: its id in the store, its record's id, or the beginning of either.
 
-        Raises: InvalidInput when that fits no run or several; TrackingFailed."""
+        Raises: InvalidInput when the name fits no run or several; TrackingFailed."""
         known = self._known
         ids = {run_id: run.tags["record_id"] for run_id, run in known.items()}
         found = [run_id for run_id, record_id in ids.items() if name in (run_id, record_id)]
@@ -135,12 +135,12 @@ class StoredRuns:
         if len(found) == 1:
             return found[0]
         if found:
-            lines = [f"{name} is the beginning of {len(found)} ids, give more of it:"]
+            lines = [f"{name} is the beginning of {len(found)} ids. Give more characters of it:"]
             raise InvalidInput("\n  ".join(lines + [_line(known[run_id]) for run_id in found[:_NEWEST]]))
         lines = [f"no run of lora_lab in {self._source.place} has an id that begins with {name!r}."]
         beginnings = {run_id[: len(name)]: run_id for run_id in known}
         near = difflib.get_close_matches(name, beginnings, n=2, cutoff=0.75) if name else []
-        lines += [f"Near it: {_line(known[beginnings[text]])}" for text in near]
+        lines += [f"A similar id: {_line(known[beginnings[text]])}" for text in near]
         raise InvalidInput("\n".join([*lines, self._newest()]))
 
     def _newest(self) -> str:
@@ -154,15 +154,16 @@ class StoredRuns:
 
 
 def open_store(uri: str | None, experiment: str | None = None) -> StoredRuns:
-    """Open the runs of a store, or those that lie here.
+    """Open the runs of a store, or those in the folders here.
 
     Args:
-        uri: MLflow tracking URI; None for the trial folders known in multirun/ here, and without any for the local
-            store under mlruns/.
-        experiment: only this one's runs; None for those of all.
+        uri: MLflow tracking URI. None for the trial folders that are known in multirun/ here. If there are none, the
+            local store under mlruns/ is opened.
+        experiment: read only the runs of this experiment; None for all.
 
     Raises: InvalidInput when there is neither a trial folder nor a local store; TrackingFailed when the store cannot be
-    read."""
+    read.
+    """
     if uri is not None:
         return StoredRuns(MlflowRuns(uri, experiment))
     folders = FolderRuns(experiment)

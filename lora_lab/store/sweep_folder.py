@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk: its plan, written before the first trial, and a folder for each attempt at a trial."""
+"""The folder of a sweep: its plan, written before the first trial, and a folder for each attempt at a trial."""
 
 import contextlib
 import copy
@@ -23,12 +23,12 @@ from lora_lab.store.trial_folder import DELIVERED, TrialFolder
 
 PLAN = "sweep.json"
 _PUT_RIGHT = (
-    "To go on with that sweep (resume=true), put back a copy of it: the sweep's run in the store has one among its "
-    "artifacts. Without it everything is measured again. To be done with it, move its folder away"
+    "To continue that sweep (resume=true), put a copy of this file back: the sweep's run in the store has one among "
+    "its artifacts. Without it everything is measured again. To give the sweep up, move its folder away"
 )
 
 AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)
-"""Outcomes that say nothing about the point itself: resume runs these again."""
+"""Outcomes that say nothing about the point itself: resume runs these trials again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +36,18 @@ class Planned:
     """One trial of a sweep, before it is run."""
 
     number: int
-    """From 0, in the order of running; names its folder."""
+    """From 0, in the order of running. It names the trial's folder."""
     settings: dict[str, str]
-    """Those that differ between the sweep's points."""
+    """The settings that differ between the sweep's points."""
     asked_place: int
-    """Where its point stands among the points as asked for, from 0."""
+    """The position of its point in the order asked for, from 0."""
     repeat: int
     overrides: list[str]
-    """What its command line would be."""
+    """The arguments of its command line."""
     point: str
     """Digest of the config: the same for all repeats."""
     fingerprint: str
-    """Digest of config, repeat and conditions: the same trial, however often it is asked for."""
+    """Digest of config, repeat and conditions. It is the same however often this trial is asked for."""
     point_name: str = ""
     """The point's name; empty in the plan of an older version."""
 
@@ -64,17 +64,17 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """What a sweep hands to each trial that it starts, on whatever machine."""
+    """What a sweep hands to each trial that it starts, on any machine."""
 
     name: str
-    """The trial, for people."""
+    """The trial's name, for the user."""
     parent: str
     """The id of the sweep's record."""
     number: int
     repeat: int
     point: str
     fingerprint: str
-    """As those of `Planned`."""
+    """`number`, `repeat`, `point` and `fingerprint` are those of `Planned`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,10 +88,10 @@ class Plan:
     """Code, versions, device and data of each point, by its digest."""
     trials: list[Planned]
     launched: list[str] = field(default_factory=list)
-    """Names of the folders of the trials that the present, or latest, start runs."""
+    """Names of the folders of the trials that the present or latest start runs."""
 
     def membership(self, trial: Planned) -> Membership:
-        """Return what one of the trials gets to know of its place."""
+        """Return what one of the trials needs to know about its sweep."""
         return Membership(
             name=trial.name,
             parent=self.record.id,
@@ -102,13 +102,13 @@ class Plan:
         )
 
     def planned(self, name: str) -> Planned | None:
-        """Which trial is run in the folder `name`."""
+        """Return the trial that is run in the folder `name`."""
         return next((trial for trial in self.trials if _name(trial) == name.partition("-")[0]), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The latest attempt at a trial, as far as it is over."""
+    """The latest attempt at a trial that is over."""
 
     outcome: str
     reason: str
@@ -116,17 +116,17 @@ class Attempt:
     metrics: dict[str, float]
     warnings: list[str]
     tags: dict[str, str] = field(default_factory=dict)
-    """What to think of the figures: validity and its reasons among them."""
+    """Facts for judging the figures, such as validity and its reasons."""
 
     @property
     def done(self) -> bool:
-        """Measured: nothing is gained by running it again."""
+        """Return whether the trial was measured, so that another attempt gains nothing."""
         return self.outcome not in AGAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Delivered:
-    """What the store was told of a sweep."""
+    """What the store was given of a sweep."""
 
     run_id: str
     outcome: str
@@ -137,21 +137,23 @@ class SweepFolder:
     """The folder of one sweep."""
 
     _held: ClassVar[dict[Path, Plan]] = {}
-    """The plans of the sweeps that this process runs, by folder: a sweep outlives its file."""
+    """The plans of the sweeps that this process runs, by folder. A sweep survives the loss of its file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def exists(self) -> bool:
-        """Whether a sweep was planned here, be its plan readable or not."""
+        """Return whether a sweep was planned here, even if its plan cannot be read."""
         return os.path.lexists(self.path / PLAN) or self.path.absolute() in self._held
 
     def read(self) -> Plan:
-        """The plan as it is now. That of a sweep that this process runs is written again where it has been deleted or
-        damaged.
+        """Return the plan as it is now.
 
-        Raises: Damaged."""
+        If this process runs the sweep, a plan that was deleted or damaged is written again.
+
+        Raises: Damaged.
+        """
         try:
             plan = whole(Plan, self.path / PLAN)
             if plan is None:
@@ -171,18 +173,20 @@ class SweepFolder:
         self._held[self.path.absolute()] = copy.deepcopy(plan)
 
     def write(self, plan: Plan) -> None:
-        """Raises: OSError."""
+        """Write the plan.
+
+        Raises: OSError."""
         if self.path.absolute() in self._held:
             self.hold(plan)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / PLAN, asdict(plan))
 
     def next_attempt(self, trial: Planned) -> str:
-        """Name of a folder for one more attempt; what earlier ones left stays."""
+        """Return the name of a folder for one more attempt. The folders of earlier attempts stay."""
         return _name(trial, max(self._attempts(trial), default=0) + 1)
 
     def attempt(self, trial: Planned) -> Attempt | None:
-        """How the latest attempt that is over ended; None when there is none, or none that can be read."""
+        """Return how the latest attempt that is over ended; None when there is none that can be read."""
         for number in sorted(self._attempts(trial), reverse=True):
             found = self.over(_name(trial, number))
             if found is not None:
@@ -190,7 +194,7 @@ class SweepFolder:
         return None
 
     def damaged(self, trials: Sequence[Planned]) -> list[str]:
-        """What is wrong with attempts that seem to be over: they do not count. A line for each."""
+        """Return a line for each damaged attempt that seems to be over. Such attempts do not count."""
         found = []
         for trial in trials:
             for number in self._attempts(trial):
@@ -201,13 +205,14 @@ class SweepFolder:
         return found
 
     def _attempts(self, trial: Planned) -> list[int]:
-        """The numbers of the attempts whose folders are there, from 1. Anything else of such a name keeps it taken."""
+        """Return the numbers, from 1, of the attempts whose folders exist. A file of such a name takes its number
+        too."""
         first = _name(trial)
         later = (path.name.removeprefix(f"{first}-") for path in self.path.glob(f"{first}-*"))
         return [1] * os.path.lexists(self.path / first) + [int(number) for number in later if number.isdecimal()]
 
     def over(self, name: str) -> Attempt | None:
-        """How the attempt in the folder `name` ended; None while it is not over, or when that cannot be read."""
+        """Return how the attempt in the folder `name` ended; None while it is not over, or when it cannot be read."""
         found = _outline(TrialFolder(self.path / name))
         if found is None:
             return None
@@ -215,10 +220,12 @@ class SweepFolder:
         return Attempt(**{name: found[name] for name in names})
 
     def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
-        """Complete the record above the trials. An outcome that no trial has any more is counted as 0: a store keeps
-        the last figure it was told.
+        """Complete the record above the trials.
 
-        Raises: OSError."""
+        An outcome that no trial has any more is counted as 0, because a store keeps the last figure that it was given.
+
+        Raises: OSError.
+        """
         plan = self.read()
         plan.record.outcome = plan.record.tags["outcome"] = outcome.value
         plan.record.ended_ms = round(time.time() * 1e3)
@@ -229,7 +236,7 @@ class SweepFolder:
         self.write(plan)
 
     def end_for_dead(self) -> bool:
-        """Say of a sweep whose process is gone that it was killed; whether that was news.
+        """Record a sweep whose process is gone as killed. Return whether it was not recorded so before.
 
         Raises: OSError."""
         plan = self.read()
@@ -240,12 +247,12 @@ class SweepFolder:
         return True
 
     def check_delivery_note(self) -> None:
-        """Raise Damaged where it is noted what the store was told, and that note cannot be read."""
+        """Raise Damaged when there is a note of what the store was given, and it cannot be read."""
         whole(_Delivered, self.path / DELIVERED)
 
     @property
     def delivered_as_it_is(self) -> bool:
-        """Whether the store's record is the present one."""
+        """Return whether the store has the present record."""
         record = self.read().record
         with contextlib.suppress(Damaged):  # it is delivered once more, and noted again
             found = whole(_Delivered, self.path / DELIVERED)
@@ -253,7 +260,7 @@ class SweepFolder:
         return False
 
     def mark_delivered(self, run_id: str, record: Record) -> None:
-        """Remember the store's id and what it was told."""
+        """Note the store's id of the run and what the store was given."""
         try:
             told = {"run_id": run_id, "outcome": record.outcome, "ended_ms": record.ended_ms}
             write_json(self.path / DELIVERED, told)
@@ -261,7 +268,7 @@ class SweepFolder:
             return
 
     def artifacts(self) -> list[Path]:
-        """What goes into the store beside the trials' own records."""
+        """Return what goes into the store besides the trials' own records."""
         return [path for path in (self.path / PLAN, self.path / "trials.csv") if path.is_file()]
 
 
@@ -276,8 +283,9 @@ def _outline(trial: TrialFolder) -> dict[str, Any] | None:
 
 
 def outlines(root: Path) -> list[dict[str, Any]]:
-    """What the newest trials below `root` were and how long they took, for a forecast. One that cannot be read is
-    left out."""
+    """Return what the newest trials below `root` were and how long they took, for a forecast.
+
+    Trials that cannot be read are left out."""
     newest = sorted(folders(root), reverse=True)[:200]
     found = []
     for folder in newest:

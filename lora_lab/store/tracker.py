@@ -1,4 +1,4 @@
-"""Where results are kept: what a tracker does, and one in memory."""
+"""The tracker protocol, which says how results are kept, and a tracker in memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lora_lab.store.record import RUNNING, Record
 
 @dataclass(frozen=True, slots=True)
 class Which:
-    """A store, distinct from another one that was at the same address before."""
+    """A store, distinguished from another one that was at the same address before."""
 
     address: str
     made_ms: int | None
@@ -18,24 +18,28 @@ class Which:
 
 
 class Tracker(Protocol):
-    """Takes the record of each trial and of each sweep."""
+    """A keeper of the record of each trial and of each sweep."""
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
-        """Record everything, or go on with a run that has part of it. Delivering twice is the same as once: a
-        trial that is over in the store stays as it is.
+        """Record everything, or go on with a run that has part of it.
+
+        Delivering twice is the same as delivering once. A trial that is over in the store stays as it is.
 
         Args:
             files: files and folders to keep with the run.
 
         Returns: the store's id of the run.
 
-        Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed."""
+        Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed.
+        """
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
-        """Mark as killed what the store has as running though its process is gone; `gone` decides that from a run's
-        tags. Return how many there were.
+        """Mark runs as killed that the store lists as running though their process is gone.
 
-        Raises: TrackingFailed."""
+        `gone` decides that from a run's tags. Return how many there were.
+
+        Raises: TrackingFailed.
+        """
 
     def which(self) -> Which:
         """Return which store this is.
@@ -47,7 +51,9 @@ class Tracker(Protocol):
 
 
 class InMemoryTracker:
-    """Keeps records in a dictionary: for tests, and for tracking=none, where the trial's folder is the record."""
+    """A tracker that keeps records in a dictionary.
+
+    It is for tests, and for tracking=none, where the trial's folder is the record."""
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
@@ -64,9 +70,9 @@ class InMemoryTracker:
         return 0
 
     def which(self) -> Which:
-        """Return a store that is no other's: this one ends with its process."""
+        """Return a store that equals no other one: this store ends with its process."""
         return Which("", None)
 
     def where(self, run_id: str) -> list[str]:
-        """Return a line that says so: the record is in no store."""
-        return ["recorded in no store (tracking=none)"]
+        """Return a line that says that the record is not in a store."""
+        return ["not recorded in a store (tracking=none)"]

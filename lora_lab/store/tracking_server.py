@@ -1,4 +1,4 @@
-"""A tracking server: whether MLflow answers at an address, and soon."""
+"""Check whether an MLflow tracking server answers at an address within seconds."""
 
 import http.client
 import threading
@@ -12,34 +12,34 @@ _SECONDS = 3.0
 
 
 def check_reachable(uri: str) -> None:
-    """MLflow itself would try for minutes, and believe whatever answers.
+    """Check that an MLflow server answers. MLflow itself would try for minutes, and accept any answer.
 
     Raises: TrackingFailed."""
     fault = fault_of_address(uri)
     if fault:
         raise TrackingFailed(f"the tracking server was not reached: its address {fault}")
     found: list[str] = []
-    # a thread, since no timeout of a socket ends a server that sends a byte a second
+    # a thread, because a socket's timeout never ends when a server sends one byte per second
     asking = threading.Thread(target=lambda: found.append(_fault_of(uri)), daemon=True, name="tracking server")
     asking.start()
     asking.join(_SECONDS + 1)
-    fault = found[0] if found else f"was not reached (no whole answer within {_SECONDS + 1:g} seconds)"
+    fault = found[0] if found else f"was not reached (no complete answer within {_SECONDS + 1:g} seconds)"
     if fault:
-        remedy = "Start one there, or give another tracking.uri to trials to come." if "what answers" in fault else ""
+        remedy = "Start one there, or use another tracking.uri for later trials." if "what answers" in fault else ""
         raise TrackingFailed(f"the tracking server {uri} {fault}", remedy)
 
 
 def _fault_of(uri: str) -> str:
-    """What keeps an MLflow server's /health from being read; empty when it says that it is well."""
+    """Return why an MLflow server's /health cannot be read; empty when the server reports that it works."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SECONDS) as answer:
             said = answer.read(100)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
-            return ""  # wants a login, which MLflow sends, or is hosted without /health: seen when it is given a record
-        return f"is not well (HTTP status {error.code})"
+            return ""  # needs a login, which MLflow sends, or has no /health: delivery shows whether it works
+        return f"reports that it does not work (HTTP status {error.code})"
     except http.client.HTTPException as error:
-        return f"was reached, but what answers there is no web server ({type(error).__name__})"
+        return f"was reached, but what answers there is not a web server ({type(error).__name__})"
     except (OSError, ValueError) as error:
         return f"was not reached ({error})"
-    return "" if said.strip() == b"OK" else "was reached, but what answers there is no MLflow server"
+    return "" if said.strip() == b"OK" else "was reached, but what answers there is not an MLflow server"

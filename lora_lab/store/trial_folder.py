@@ -1,8 +1,7 @@
-"""What a trial leaves on disk, written so that a kill at any instant loses nothing that was said before it.
+"""The folder of a trial. A kill at any moment loses nothing that was reported before it.
 
 `trial.json` says what was asked for and by which process. Events and samples follow line by line. `record.json`
-appears whole or not at all: with it the trial is over. `delivered.json` says which store has it.
-"""
+appears whole or not at all. Once it is there, the trial is over. `delivered.json` says which store has the record."""
 
 import contextlib
 import time
@@ -32,10 +31,10 @@ IDLE = "idle.jsonl"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
 SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
-"""What figures raise that are made of numbers of the right type which cannot be."""
-NOT_SEEN = "what was seen of the machine is missing (seen.json): another version made this trial, or its disk failed"
+"""The errors of computing figures from numbers that have the right type but impossible values."""
+NOT_SEEN = "the facts about the machine are missing (seen.json): another version made this trial, or its disk failed"
 LEFT_OVER = ("events.jsonl", "worker.log")
-"""What a trial whose input was refused leaves: how far it came."""
+"""What a trial leaves whose input was refused. It shows how far the trial came."""
 
 _ARTIFACTS = (
     *(
@@ -51,16 +50,16 @@ _ARTIFACTS = (
     ),
     "adapter",
 )
-"""What a trial writes and the store keeps with its run. record.json is not among them: it is the run itself."""
+"""What a trial writes and the store keeps with its run. record.json is not among them, because it is the run itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What is known before a trial starts, and is needed to record it if its process is killed."""
+    """What is known before a trial starts. It is needed to record the trial if its process is killed."""
 
     owner: Owner
     t: float
-    """time.monotonic() seconds when it was asked for."""
+    """When it was asked for, in seconds of time.monotonic()."""
     tracking: TrackingConfig
     record: Record
     unix_minus_monotonic: float = field(default_factory=lambda: time.time() - time.monotonic())
@@ -69,7 +68,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Delivered:
-    """Which store has the record."""
+    """The store that has the record."""
 
     run_id: str
     store: Which | None = None
@@ -77,7 +76,7 @@ class _Delivered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outline:
-    """What summary.json holds of a trial."""
+    """What summary.json says about a trial."""
 
     name: str = ""
     outcome: Outcome
@@ -92,8 +91,10 @@ class _Outline:
 
 
 class _Journal:
-    """One line at a time, each in the file before the next thing happens. A disk that is full does not stop
-    the trial: what did not fit is kept in memory, and written at the end if there is room then."""
+    """A file that is written one line at a time, each before the next thing happens.
+
+    A full disk does not stop the trial. What did not fit is kept in memory, and written at the end if there is room
+    then."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -111,16 +112,16 @@ class _Journal:
             self._fault = True
 
     def close(self) -> None:
-        """Let go of the file; never raises."""
+        """Close the file. Never raise."""
         try:
             self._file.close()
         except OSError:
             self._fault = True
 
     def complete(self) -> None:
-        """After `close`: write again what did not fit before.
+        """Write again what did not fit before. Call this after `close`.
 
-        Raises: OSError when it still does not."""
+        Raises: OSError when it still does not fit."""
         if self._fault:
             write_text(self._path, "".join(self._lines))
 
@@ -134,10 +135,9 @@ class TrialFolder:
         self._samples: _Journal | None = None
 
     def begin(self, asked: Manifest, config: TrialConfig, facts: dict[str, str], seen: HostFacts) -> None:
-        """Write what was asked for, and be ready for events and samples.
+        """Write what was asked for, and open the files for events and samples.
 
-        Raises: OSError when nothing can be written here.
-        """
+        Raises: OSError when nothing can be written here."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(self.path / "environment.json", facts)
@@ -151,17 +151,17 @@ class TrialFolder:
         self._events.add(encode(event))
 
     def note_sample(self, sample: Sample) -> None:
-        """Keep a reading of the card."""
+        """Keep a sample of the card."""
         assert self._samples is not None
         self._samples.add(sample.encode())
 
     def note_seen(self, seen: HostFacts) -> None:
-        """Keep what the parent has seen by now."""
+        """Write what the parent knows about the host by now."""
         with contextlib.suppress(OSError):  # at the end it is written again
             write_json(self.path / SEEN, asdict(seen))
 
     def keep_idle(self, idle: Idle, samples: list[Sample], seen: HostFacts) -> None:
-        """Keep the card's draw at rest with the readings that it is made of.
+        """Keep the card's idle power with the samples that it is computed from.
 
         Raises: OSError."""
         seen.idle = idle
@@ -169,7 +169,7 @@ class TrialFolder:
         write_json(self.path / SEEN, asdict(seen))
 
     def idle(self) -> tuple[Idle, list[Sample]] | None:
-        """The card's draw at rest and its readings; None where they are not both here.
+        """Return the card's idle power and its samples; None unless both are here.
 
         Raises: Damaged."""
         seen = whole(HostFacts, self.path / SEEN)
@@ -181,17 +181,16 @@ class TrialFolder:
         return seen.idle, samples
 
     def give_up(self) -> None:
-        """No trial after all: its input was refused."""
+        """Remove the files of a trial whose input was refused, except those that show how far it came."""
         self._close()
         for name in _ARTIFACTS:
             if name not in LEFT_OVER and name != "adapter":
                 (self.path / name).unlink(missing_ok=True)
 
     def write_end(self, record: Record, summary: Summary, end: End, seen: HostFacts) -> None:
-        """Put a trial that is over on disk; `record.json` comes last.
+        """Write a trial that is over to disk. `record.json` comes last.
 
-        A disk that is full leaves the record in memory, with a warning: the store can still take it.
-        """
+        If the disk is full, the record stays in memory, with a warning: the store can still take it."""
         journals = self._close()
         try:
             clean(self.path / "worker.log")
@@ -213,7 +212,7 @@ class TrialFolder:
         return journals
 
     def manifest(self) -> Manifest | None:
-        """What was asked for here; None where no trial began, or one of an older version.
+        """Return what was asked for here; None when no trial began, or one of an older version.
 
         Raises: Damaged."""
         asked = whole(Manifest, self.path / MANIFEST)
@@ -227,13 +226,13 @@ class TrialFolder:
         Raises: Damaged."""
         record = whole(Record, self.path / RECORD, without="" if series else "series")
         if record is not None and (record.outcome == RUNNING or record.outcome not in Outcome.__members__):
-            raise Damaged(self.path / RECORD, "outcome", "is none that a trial ends with")
+            raise Damaged(self.path / RECORD, "outcome", "is not one that a trial ends with")
         return record
 
     def outline(self) -> dict[str, Any] | None:
-        """Outcome, reason, seconds and figures, without the series; None while the trial is not over.
+        """Return outcome, reason, seconds and figures, without the series; None while the trial is not over.
 
-        Raises: Damaged, also where no store has the record and it cannot be read."""
+        Raises: Damaged, also when no store has the record and it cannot be read."""
         if (not self.delivered and self.record() is None) or not (self.path / RECORD).is_file():
             return None
         outline = whole(_Outline, self.path / "summary.json")
@@ -242,34 +241,38 @@ class TrialFolder:
         return asdict(outline) | {"outcome": outline.outcome.value}
 
     def read_inputs(self) -> tuple[list[Event], list[Sample], HostFacts, list[Damaged]]:
-        """Everything that the figures are made of, as it stands here, and what is wrong with a line of it: those
-        after it are not read.
+        """Return everything that the figures are computed from, and what is wrong with damaged lines.
 
-        Raises: Damaged."""
+        Lines after a damaged one are not read.
+
+        Raises: Damaged.
+        """
         seen = whole(HostFacts, self.path / SEEN)
         events, samples, damaged = self.read_lines()
         return events, samples, seen or HostFacts(no_sensor=NOT_SEEN), damaged
 
     def read_lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
-        """Read the events and samples, and what is wrong with a line of them: those after it are not read."""
+        """Return the events and samples, and what is wrong with damaged lines. Lines after a damaged one are not
+        read."""
         events, fault = lines(self.path / "events.jsonl", decode)
         samples, other = lines(self.path / "samples.jsonl", Sample.decode)
         return events, samples, [one for one in (fault, other) if one is not None]
 
     @property
     def delivered(self) -> bool:
-        """Whether a store has the record. Where that cannot be read it is delivered once more, which changes nothing,
-        and noted again."""
+        """Return whether a store has the record.
+
+        If the note of that cannot be read, the record is delivered and noted once more, which changes nothing."""
         return self._delivered() is not None
 
     @property
     def delivered_to(self) -> Which | None:
-        """Which store was given the record; None where that was not noted."""
+        """Return the store that has the record; None when that was not noted."""
         delivered = self._delivered()
         return None if delivered is None else delivered.store
 
     def check_delivery_note(self) -> None:
-        """Raise Damaged where it is noted that a store has the record, and that note cannot be read."""
+        """Raise Damaged when there is a note that a store has the record, and it cannot be read."""
         whole(_Delivered, self.path / DELIVERED)
 
     def _delivered(self) -> _Delivered | None:
@@ -278,15 +281,16 @@ class TrialFolder:
         return None
 
     def mark_delivered(self, run_id: str, which: Which | None = None) -> None:
-        """Remember which store has the record, and its id of the run. On a full disk the next start delivers again,
-        which changes nothing."""
+        """Note which store has the record, and its id of the run.
+
+        On a full disk the next start delivers the record again, which changes nothing."""
         try:
             write_json(self.path / DELIVERED, {"run_id": run_id} | ({"store": asdict(which)} if which else {}))
         except OSError:
             return
 
     def artifacts(self) -> list[Path]:
-        """What goes into the store with the figures: what the trial itself wrote, by name."""
+        """Return what goes into the store with the figures: what the trial itself wrote, by name."""
         there = (self.path / name for name in sorted(_ARTIFACTS))
         return [path for path in there if path.exists() and not path.is_symlink()]
 

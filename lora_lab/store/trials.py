@@ -1,4 +1,4 @@
-"""Trials and sweeps as a store gives them back, and which of them may be looked at together."""
+"""Trials and sweeps as a store returns them, and which of them may be compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where trials ran. Figures of different places are never averaged."""
+    """The place where trials ran. Figures of different places are never averaged."""
 
     device: str
     """The card's name, or the CPU's."""
@@ -26,7 +26,7 @@ class Place:
 
     @property
     def label(self) -> str:
-        """The place, for people."""
+        """Return the name of the place for the user."""
         return f"{self.device} ({self.unit[:12]})" + (", uncommitted code" if self.dirty else "")
 
 
@@ -43,13 +43,13 @@ class Sweep:
 
     @property
     def axes(self) -> dict[str, list[str]]:
-        """What varied, as asked for: key and values in their order."""
+        """Return what varied, as asked for: each key with its values in order."""
         told = {key.removeprefix("axis."): text for key, text in self.params.items() if key.startswith("axis.")}
         return {key: text.split(",") for key, text in told.items()}
 
     @property
     def planned(self) -> int | None:
-        """How many trials it was to have; None where it does not say."""
+        """Return how many trials were planned; None when that is not recorded."""
         told = self.params.get("trials", "")
         return int(told) if told.isdecimal() else None
 
@@ -71,22 +71,22 @@ class Trial:
 
     @property
     def repeat(self) -> int:
-        """Which of its point's trials this is, from 0."""
+        """Return the number of its repeat, from 0."""
         return int(self.params.get("repeat", "0"))
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end."""
+        """Return whether it ran to its end."""
         return self.outcome == Outcome.finished.value
 
     @property
     def regime(self) -> str:
-        """host-bound, GPU-bound or mixed; "not known" where nobody could look (on a CPU, say)."""
+        """Return host-bound, GPU-bound or mixed; "not known" when it could not be observed, for example on a CPU."""
         return self.tags.get("regime", "not known")
 
     @property
     def place(self) -> Place:
-        """Where it ran."""
+        """Return where it ran."""
         tags = self.tags
         versions = [f"{name} {tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in tags]
         driver = [f"driver {tags['device.driver']}"] if "device.driver" in tags else []
@@ -114,19 +114,19 @@ class Group:
 
     place: Place
     trials: tuple[Trial, ...]
-    """Every trial that says something about its point (finished, out of memory, diverged, ...), by their start."""
+    """Every trial that says something about its point (finished, out of memory, diverged, ...), sorted by start."""
     measured: tuple[Trial, ...]
-    """Those whose figures may be compared: finished, and not invalid."""
+    """The trials whose figures may be compared: finished, and not invalid."""
     excluded: tuple[Excluded, ...]
 
     @property
     def doubtful(self) -> tuple[Trial, ...]:
-        """The measured ones that something may have disturbed: used, and named."""
+        """Return the measured trials that something may have disturbed. They are used, and named."""
         return tuple(trial for trial in self.measured if trial.tags.get("validity") == "doubtful")
 
 
 def groups(trials: Sequence[Trial]) -> list[Group]:
-    """Trials by place, the place with most measured trials first."""
+    """Return trials by place, the place with most measured trials first."""
     found: dict[Place, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.started_ms):
         found.setdefault(trial.place, []).append(trial)
@@ -161,6 +161,6 @@ def _over(trial: Trial) -> bool:
 
 
 def _same(one: Trial, other: Trial) -> bool:
-    """Whether they are attempts at one trial."""
+    """Return whether both are attempts at the same trial."""
     mark = one.tags.get("fingerprint")
     return mark is not None and mark == other.tags.get("fingerprint") and one.sweep == other.sweep

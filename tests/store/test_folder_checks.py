@@ -111,7 +111,7 @@ def put_in_the_way(path: Path, what: str) -> None:
 def test_hydras_variable_in_the_working_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a${c}b").mkdir()
     monkeypatch.chdir(tmp_path / "a${c}b")
-    with pytest.raises(InvalidInput, match="Hydra takes for a variable"):
+    with pytest.raises(InvalidInput, match="Hydra reads as a variable"):
         check_working_folder()
 
 
@@ -167,7 +167,7 @@ def test_no_folder_lies_in_another_trials(here: Path, name: str, of_sweep: bool)
 
 @pytest.mark.parametrize("of_sweep", [False, True])
 def test_hydras_variable_in_a_folders_name_is_refused(here: Path, of_sweep: bool) -> None:
-    with pytest.raises(InvalidInput, match="Hydra takes for a variable"):
+    with pytest.raises(InvalidInput, match="Hydra reads as a variable"):
         refuse(here / "a${c}b", of_sweep)
     refuse(here / "a$c{b}", of_sweep)
 

@@ -304,7 +304,7 @@ def test_an_id_that_fits_nothing_is_refused_with_what_there_is(root: Path, two_s
         open_store(address(root)).of([wrong])
     text = str(refused.value)
     assert f"begins with '{wrong}'" in text
-    assert f"Near it: {right[:12]}  sweep 0" in text
+    assert f"A similar id: {right[:12]}  sweep 0" in text
     newest, older = text.splitlines()[-2:]
     assert newest.strip().startswith(two_sweeps["sweep 100"][:12])
     assert newest.endswith(", 1 trials")
@@ -334,7 +334,7 @@ def test_the_last_sweep_is_the_one_that_ran_last(root: Path, two_sweeps: dict[st
     assert last() == ["sweep 100"]
     tracker.deliver(a_trial(300, a_sweep(0, id="1a" * 16)), [])  # taken up again
     assert last() == ["sweep 0"]
-    with pytest.raises(InvalidInput, match="no trial of it that is over"):
+    with pytest.raises(InvalidInput, match="none of its trials is over"):
         open_store(address(root)).of([open_store(address(root)).runs()[1][-1].run_id])
 
 
@@ -366,7 +366,7 @@ def test_the_local_store_is_found_whatever_its_folder_is_called(
     ("uri", "words"),
     [
         (None, "--store URI"),
-        ("mlruns/mlflow.db", "no store's address"),
+        ("mlruns/mlflow.db", "not the address of a store"),
         ("sqlite:///missing.db", "no store at"),
         ("sqlite:///empty.db", "no store at"),
         ("sqlite:///text.db", "not a database"),
