@@ -132,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_table(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """End with a usage error where an option would go unused."""
-    if not asked.table:
-        unused, why = ("columns", "each"), "needs --table, as in --table md"
-    else:
-        unused, why = ("baseline", "split", "claims", "against", "out"), "does not go together with --table"
+    unused, why = ["columns", "each"], "needs --table, as in --table md"
+    if asked.table:
+        unused = ["baseline", "split", "claims", "against", "out"]
+        why = "does not go together with --table"
     for name in unused:
         if getattr(asked, name):
             parser.error(f"--{name} {why}")
