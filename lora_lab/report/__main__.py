@@ -21,10 +21,11 @@ from lora_lab.output import never_end_for_output
 from lora_lab.report.answers.claims.study_file import load_study, shipped
 from lora_lab.report.answers.compare.comparison import compare, exit_code
 from lora_lab.report.answers.compare.display import show as show_comparison
-from lora_lab.report.arguments import settings, share
+from lora_lab.report.arguments import names, settings, share
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.page.page_file import choose_place
+from lora_lab.report.writing.table import FORMATS, make_table, print_table
 from lora_lab.report.writing.terminal import show
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
@@ -40,13 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2 when what was asked for can't be had."""
     never_end_for_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = _parser().parse_args(given)
+    parser = _parser()
+    asked = parser.parse_args(given)
+    _check_table(asked, parser)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)
     try:
         store = open_store(asked.store, asked.experiment)
         trials, sweeps = store.of(asked.sweep) if asked.sweep else store.last_sweep()
+        if asked.table:
+            print_table(make_table(trials, asked.columns, asked.each), asked.table, console)
+            return 0
         if asked.against:
             comparison = compare((trials, sweeps), store.of([asked.against]), asked.tolerance)
             show_comparison(comparison, console)
@@ -108,12 +114,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
     )
+    parser.add_argument("--table", choices=FORMATS, help="print a table of the trials; nothing else is reported")
+    parser.add_argument(
+        "--columns",
+        type=names,
+        metavar="NAME,...",
+        help="--table: point, n, outcome, place, metrics and settings by their keys, and tag:NAME",
+    )
+    parser.add_argument("--each", action="store_true", help="--table: a row for each trial; default: for each point")
     parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     parser.add_argument("--experiment", metavar="NAME", help="only runs of this MLflow experiment")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page; by default report.html in its sweep's folder"
     )
     return parser
+
+
+def _check_table(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with a usage error where an option would go unused."""
+    unused, why = ["columns", "each"], "needs --table, as in --table md"
+    if asked.table:
+        unused = ["baseline", "split", "claims", "against", "out"]
+        why = "does not go together with --table"
+    for name in unused:
+        if getattr(asked, name):
+            parser.error(f"--{name} {why}")
 
 
 def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:

@@ -20,3 +20,11 @@ def settings(text: str) -> Mapping[str, str]:
     if not parts or not all(key and sign for key, sign, _ in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE,KEY=VALUE")
     return {key: value for key, _, value in parts}
+
+
+def names(text: str) -> list[str]:
+    """Read names with commas between them: point,n,outcome."""
+    found = [name for part in text.split(",") if (name := part.strip())]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give names with commas between them, as point,n")
+    return found
