@@ -32,6 +32,7 @@ from lora_lab.store.mlflow_store import Tracker, TrackingFailed, open_tracker
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record
+from lora_lab.store.recovery import recover
 from lora_lab.store.sweep_folder import Plan, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts
@@ -287,7 +288,7 @@ def test_a_record_on_its_way_is_no_orphan_for_another_start(
     record = Record(name="late", params={}, tags={**dead, "outcome": "finished"}, outcome="finished")
     other = Outbox(tracking)
     with FileLock(tmp_path / "multirun" / ".recovery.lock"):  # as the start has it that delivers for the dead
-        open_tracker(tracking).deliver(record, Looked(lambda: outbox.recover(other)))
+        open_tracker(tracking).deliver(record, Looked(lambda: recover(other)))
     [run] = store_of(tmp_path)[1]
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
 
@@ -310,7 +311,7 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
 
     monkeypatch.setattr(outbox, "open_tracker", unreachable)
     monkeypatch.chdir(tmp_path)
-    found = outbox.recover(Outbox(TrackingConfig()))
+    found = recover(Outbox(TrackingConfig()))
     assert found.waiting == 4
     assert len(opened) == 1
 
