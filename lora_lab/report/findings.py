@@ -109,7 +109,9 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
 
 
 def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:
-    """Raises: InvalidInput when `question` names a setting that the main group has not; others say so in a note."""
+    """Return the findings of one environment.
+
+    Raises: InvalidInput when `question` names a setting that the main group has not; others note it."""
     measures = [measure for measure in MEASURES if any(measure.of(trial) is not None for trial in group.measured)]
     try:
         varied = design(group.trials, sweeps, question.baseline)

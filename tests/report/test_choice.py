@@ -219,7 +219,7 @@ def test_a_single_trial_far_ahead_wins_and_is_called_one() -> None:
     assert "from a single trial" in text
     assert "for single trials the noise of the repeated ones is used" in text
     assert "of those with repeats rank=16 is the best" in text
-    assert "picked among 3" in text
+    assert "selected among 3" in text
 
 
 def test_a_killed_attempt_does_not_stand_against_its_point() -> None:

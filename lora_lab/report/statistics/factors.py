@@ -38,7 +38,7 @@ class Factor:
     keys: tuple[str, ...]
     """The settings (parameters) it consists of."""
     levels: tuple[str, ...]
-    """In the order they were asked for, else numbers by size and words by the alphabet; shapes by their tokens a step.
+    """In the requested order, else numbers by size and words by the alphabet; shapes by their tokens per step.
     The first is the baseline. Where none is named, it is the first level that has a measured trial, of a merged factor
     (whose levels have no order of their own) that which has most."""
 

@@ -126,7 +126,7 @@ def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> lis
 
 
 def _tokens_seen(candidate: Candidate) -> float | None:
-    """Real tokens that it was trained on before the held-out loss was taken, by the window's tokens a step."""
+    """Real tokens that it was trained on before the held-out loss was taken, by the window's tokens per step."""
     found = []
     for trial in candidate.trials:
         rate, seconds, steps = (

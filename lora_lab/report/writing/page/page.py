@@ -135,7 +135,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
 
 
 def typeset(text: str) -> str:
-    """True minus and multiplication signs in figures: "-0.5 %" and "x7.31", but not "bf16-2" or "2x512"."""
+    """Set true minus and multiplication signs in figures: "-0.5 %" and "x7.31", but not "bf16-2" or "2x512"."""
     text = re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
     text = re.sub(r"(?<!\w)x(?=\d)", "\N{MULTIPLICATION SIGN}", text)
     return re.sub(r"(?<=\d) (?=%|GiB\b|J/token|tokens/s)", "\N{NO-BREAK SPACE}", text)

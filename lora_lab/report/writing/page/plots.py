@@ -142,7 +142,7 @@ def _label_front(
     other: Measure,
     name: Callable[[Point], str],
 ) -> None:
-    """Number and name where there is room, else the number; nothing may lie upon a point or another label."""
+    """Label points with number and name if there is room, else with the number; labels never overlap."""
     pixels = axes.transData.transform([(p.figures[other.name][0], p.figures[one.name][0]) for p in points])
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     ends = sorted((p.figures[other.name][0], p.figures[one.name][0]) for p in front)
