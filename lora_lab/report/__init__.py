@@ -1,1 +1,1 @@
-"""What trials say together: from runs read back to effects, verdicts and a page. Pure from the trials on."""
+"""Analysis of several trials: effects, verdicts and a page from runs read back. Pure functions of the trials."""

@@ -1,8 +1,8 @@
-"""What a sweep found: python -m lora_lab.report [--sweep ID ...]
+"""Report what a sweep found: python -m lora_lab.report [--sweep ID ...]
 
-Reads runs back from MLflow, says what they show in the terminal, writes report.html and keeps it with the sweep's run.
-With --against, two sweeps or two trials are compared in place of that: exit code 1 if something got worse, 3 if that
-can't be told.
+Reads runs back from MLflow, prints what they show, writes report.html and stores it with the sweep's run.
+With --against, two sweeps or two trials are compared instead: exit code 1 if something got worse, 3 if that is
+inconclusive.
 """
 
 import argparse
@@ -37,8 +37,8 @@ _WIDE = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit code 0; with --against 1 when something got worse beyond noise, 3 when nothing could be told;
-    2 when what was asked for can't be had."""
+    """Run the command. Return exit code 0; with --against 1 if something got worse beyond noise, 3 if inconclusive;
+    2 for invalid input."""
     never_end_for_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for study in question.studies if asked.claims else ():
             if all(study is not judged for judged, _ in findings.verdicts):
                 held = " ".join(f"{key}={value}" for key, value in study.held.items())
-                console.print(f"no trial here says anything about {study.id}: it takes {held}", highlight=False)
+                console.print(f"no trial here tests {study.id}: it needs {held}", highlight=False)
         _keep(path, store, trials, sweeps, console)
         if why:
             console.print(why, highlight=False, soft_wrap=True, markup=False)
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         type=settings,
         metavar="KEY=VALUE,...",
-        help="what the rest is compared with: optimizer=adamw,...",
+        help="baseline settings: optimizer=adamw,...",
     )
     parser.add_argument(
         "--split",
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--claims", nargs="+", type=Path, metavar="FILE", help="yaml files with a paper's claims")
     parser.add_argument("--against", metavar="ID", help="a sweep or trial to compare with; nothing else is reported")
     parser.add_argument(
-        "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is still fine (2%%)"
+        "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is acceptable (2%%)"
     )
     parser.add_argument("--table", choices=FORMATS, help="print a table of the trials; nothing else is reported")
     parser.add_argument(
@@ -142,7 +142,7 @@ def _check_table(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:
-    """The arguments, with "the last sweep" by its id: there will be others."""
+    """Return the arguments with the last sweep named by its id, because later sweeps will follow."""
     ids = [sweep.run_id for sweep in sweeps] or [trial.run_id for trial in trials]
     return list(given) if "--sweep" in given else [*given, "--sweep", *ids]
 
@@ -155,11 +155,13 @@ def _write(findings: Findings, store: StoredRuns, trials: Sequence[Trial], path:
     try:
         write_page(findings, timelines, path)
     except OSError as error:
-        raise InvalidInput(f"{path} can't be written ({error.strerror}). Name another file with --out FILE.") from error
+        raise InvalidInput(
+            f"{path} cannot be written ({error.strerror}). Name another file with --out FILE."
+        ) from error
 
 
 def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequence[Sweep], console: Console) -> None:
-    """The page with the runs it is about, and where to look at it."""
+    """Store the page with its runs, and print where to open it."""
     console.print(f"\npage {path.resolve()}", highlight=False, soft_wrap=True, markup=False)
     newest = _newest(trials, sweeps)
     try:
@@ -168,7 +170,9 @@ def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequen
         for line in store.where(newest.run_id, path.name):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     except TrackingFailed as fault:
-        console.print(f"the page is not kept in the store: {fault}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(
+            f"the page was not uploaded to the store: {fault}", style="yellow", highlight=False, soft_wrap=True
+        )
 
 
 def _newest(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> Sweep | Trial:

@@ -1,4 +1,4 @@
-"""What the commands take on their command lines."""
+"""Parsers for command-line arguments."""
 
 import argparse
 import re
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 
 def share(text: str) -> float:
-    """A share: 1% or 0.01."""
+    """Parse a share: 1% or 0.01."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text)
     found = -1.0 if number is None else float(number[1]) / (100 if number[2] else 1)
     if not 0 <= found < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share below 1, as 1% or 0.01 would be")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share below 1. Give, for example, 1% or 0.01")
     return found
 
 
 def settings(text: str) -> Mapping[str, str]:
-    """Settings: optimizer=adamw,precision=fp16."""
+    """Parse settings: optimizer=adamw,precision=fp16."""
     parts = [part.partition("=") for part in re.split(r"[\s,]+", text) if part]
     if not parts or not all(key and sign for key, sign, _ in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE,KEY=VALUE")

@@ -1,4 +1,4 @@
-"""Everything a report says, as data: terminal and page only write it down."""
+"""The content of a report as data; terminal and page only format it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,13 +36,13 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFindings:
-    """What the trials of one place show."""
+    """Findings of one environment."""
 
     group: Group
     design: Design
     points: tuple[Point, ...]
     compared: tuple[Factor, ...]
-    """The factors that contrasts are about: those of the design, taken apart where pairs tell their settings apart."""
+    """The factors that contrasts are about: those of the design, split where pairs separate their settings."""
     contrasts: tuple[Contrast, ...]
     """Of every measure that has figures."""
     models: tuple[Fitted, ...]
@@ -63,14 +63,14 @@ class Findings:
 
     title: str
     sentences: tuple[str, ...]
-    """The finding, in three."""
+    """The headline: three sentences."""
     sweeps: tuple[Sweep, ...]
     groups: tuple[GroupFindings, ...]
     """By place, the one with most measured trials first."""
     verdicts: tuple[tuple[Study, tuple[Verdict, ...]], ...]
     """Of the studies about which the trials show anything."""
     commands: tuple[str, ...]
-    """What re-makes the trials, then this report."""
+    """Commands that reproduce the trials, then this report."""
     version: str
     """Of lora_lab, which wrote it."""
 
@@ -88,11 +88,11 @@ class Question:
 
 
 def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, version: str) -> Findings:
-    """Everything that can be said of these trials.
+    """Return all findings about these trials.
 
     Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
-        raise InvalidInput("there are no trials to report on. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
+        raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
     by_place = groups(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
     judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
@@ -109,7 +109,9 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
 
 
 def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:
-    """Raises: InvalidInput when `question` names a setting that the main group has not; others say so in a note."""
+    """Return the findings of one environment.
+
+    Raises: InvalidInput when `question` names a setting that the main group has not; others note it."""
     measures = [measure for measure in MEASURES if any(measure.of(trial) is not None for trial in group.measured)]
     try:
         varied = design(group.trials, sweeps, question.baseline)
@@ -117,7 +119,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         if is_main:
             raise
         varied = design(group.trials, sweeps)
-        varied = replace(varied, notes=(*varied.notes, f"another baseline than asked for: {refusal}"))
+        varied = replace(varied, notes=(*varied.notes, f"a different baseline was used: {refusal}"))
     factors = varied.factors
     compared = _compared(group, factors)
     found = points(group.trials, group.measured, factors)
@@ -140,7 +142,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
 
 
 def _as_fast(found: Sequence[Point], group: Group) -> int:
-    """Count the points that `best` could not tell from the fastest either: both take the same estimate."""
+    """Count the points not significantly different from the fastest, by the same estimate that `best` uses."""
     by_run = {each.trial.run_id: each for each in figures(group.measured, THROUGHPUT)}
     rated = [
         (
@@ -159,8 +161,10 @@ def _as_fast(found: Sequence[Point], group: Group) -> int:
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:
-    """A pair has all else equal, so it tells a setting from others though the design as a whole can't: one stray point
-    that ties two settings takes nothing from the pairs of the rest. Settings tied throughout have no such pairs."""
+    """Split aliased factors where pairs separate their settings.
+
+    In a pair all else is equal, so one stray point that aliases two settings does not affect the pairs of the rest.
+    Settings aliased in all trials have no such pairs."""
     made: list[Factor] = []
     for factor in factors:
         parts = taken_apart(factor, group.measured)
@@ -170,7 +174,7 @@ def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:
 
 
 def _why_absent(measure: Measure, group: Group) -> str:
-    """The reason that most trials give."""
+    """Return the reason that most trials give."""
     reasons = Counter(measure.why_absent(trial) for trial in group.measured)
     return reasons.most_common(1)[0][0] if reasons else "no trial finished with figures that can be compared"
 
@@ -178,8 +182,10 @@ def _why_absent(measure: Measure, group: Group) -> str:
 def _models(
     group: Group, found: Sequence[Point], factors: Sequence[Factor], measures: Sequence[Measure]
 ) -> list[Fitted]:
-    """One for each measure, sweep and regime: sweeps share no blocks, and regimes differ in noise and in what decides.
-    Memory repeats itself to the byte: there is nothing to fit."""
+    """Fit one model per measure, sweep and regime.
+
+    Sweeps share no blocks, and regimes differ in noise and in bottleneck. Memory repeats to the byte, so it is not
+    fitted."""
     fitted = [measure for measure in measures if measure is not VRAM]
     made = []
     for sweep, regime in dict.fromkeys((trial.sweep, point.regime) for point in found for trial in point.trials):
@@ -209,8 +215,9 @@ def _splits(
     question: Question,
     measures: Sequence[Measure],
 ) -> tuple[tuple[Split, ...], tuple[Needed, ...]]:
-    """The two points that were asked for; else those of a study's claims, where both were measured; else from the
-    baseline to the fastest."""
+    """Split the difference between the two requested points.
+
+    By default between those of a study's claims if both were measured, else from the baseline to the fastest."""
     asked = [measure for measure in (THROUGHPUT, ENERGY) if measure in measures]
     measured = [point for point in found if point.figures]
     if not asked or not factors or not measured:
@@ -249,7 +256,7 @@ def _from_baseline_to_fastest(
 
 
 def _nearest(measured: Sequence[Point], factors: Sequence[Factor], settings: Mapping[str, str]) -> Point | None:
-    """The point with these settings; where they leave a factor open, the one with the factor's usual level."""
+    """Return the point with these settings; for a factor they leave open, with its usual level."""
 
     def has(point: Point) -> bool:
         return all(point.trials[0].params.get(key) == value for key, value in settings.items())
@@ -269,7 +276,7 @@ def _title(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> str:
 
 
 def _commands(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:
-    """The command lines of the sweeps and of trials that belong to none."""
+    """Return the command lines of the sweeps and of trials without a sweep."""
     alone = [trial.tags for trial in trials if trial.sweep is None]
     told = [tags["command"] for tags in [*(sweep.tags for sweep in sweeps), *alone] if "command" in tags]
     return list(dict.fromkeys(told))

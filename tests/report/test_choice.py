@@ -97,7 +97,7 @@ def test_what_is_beyond_the_budget_invalid_or_unfinished_never_wins(
         if ended == "finished" and fits:
             fitting.append((rate, rank))
     if not any(point[2] == "finished" for point in points):
-        with pytest.raises(InvalidInput, match="nothing is measured"):
+        with pytest.raises(InvalidInput, match="no measurement yet"):
             choose(found, Wish(objective=THROUGHPUT, vram_gib=budget))
         return
     choice = choose(found, Wish(objective=THROUGHPUT, vram_gib=budget))
@@ -163,7 +163,7 @@ def test_what_ran_within_the_budget_fits_whatever_it_took_of_a_whole_card() -> N
     assert len(choice.runners_up) == 1
     text = text_of(choice)
     assert "(within 8 GiB)" in text
-    assert "3 trials of it with other memory at hand" in text
+    assert "3 trials of it under other memory limits" in text
     free = choose([*whole, *within], Wish(objective=THROUGHPUT))
     assert free.best is not None
     assert free.best.figures["throughput"].median == 2001
@@ -191,7 +191,7 @@ def test_whatever_repeats_there_are_a_choice_is_made(rates: list[list[float]], e
     assert len(choice.runners_up) == len(rates) - 1
     if any(runner.ahead for runner in choice.runners_up):
         assert any("looks better" in remark for remark in choice.remarks)
-        assert "told apart from each" not in choice.sure
+        assert "significantly better than each" not in choice.sure
 
 
 def test_a_lucky_single_trial_does_not_win() -> None:
@@ -207,8 +207,8 @@ def test_a_lucky_single_trial_does_not_win() -> None:
         choice = choose(found, Wish(objective=THROUGHPUT))
         assert choice.best is not None
         won += len(choice.best.trials) == 1
-        told += "told apart from each" in choice.sure
-        assert "picked among 12" in " ".join(choice.remarks)
+        told += "significantly better than each" in choice.sure
+        assert "selected among 12" in " ".join(choice.remarks)
     assert won <= 5
     assert told <= 2
 
@@ -216,10 +216,10 @@ def test_a_lucky_single_trial_does_not_win() -> None:
 def test_a_single_trial_far_ahead_wins_and_is_called_one() -> None:
     found = [*repeats(8, [2000]), *repeats(16, [1000, 1010, 990]), *repeats(32, [900, 905, 895])]
     text = text_of(choose(found, Wish(objective=THROUGHPUT)))
-    assert "of a single trial" in text
-    assert "single trials by the noise of those that have repeats" in text
+    assert "from a single trial" in text
+    assert "for single trials the noise of the repeated ones is used" in text
     assert "of those with repeats rank=16 is the best" in text
-    assert "picked among 3" in text
+    assert "selected among 3" in text
 
 
 def test_a_killed_attempt_does_not_stand_against_its_point() -> None:
@@ -272,7 +272,7 @@ def test_model_and_card_choose_among_them() -> None:
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, model="smollm2_135m"))) == 8
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, card="h200"))) == 16
     assert rank_of(choose(found, Wish(objective=THROUGHPUT, card="GPU-2"))) == 16
-    with pytest.raises(InvalidInput, match=r"no trial is of --card 4060.*H100"):
+    with pytest.raises(InvalidInput, match=r"no trial matches --card 4060.*H100"):
         choose(found, Wish(objective=THROUGHPUT, card="4060"))
 
 
@@ -292,7 +292,7 @@ def test_trials_on_a_cpu_have_no_vram_to_judge() -> None:
         for rank, rate in ((8, 10.0), (16, 20.0))
     ]
     assert rank_of(choose(found, Wish(objective=THROUGHPUT))) == 16
-    with pytest.raises(InvalidInput, match=r"--vram 8 can't be judged.*no NVIDIA card was used"):
+    with pytest.raises(InvalidInput, match=r"--vram 8 cannot be applied here.*no NVIDIA card was used"):
         choose(found, Wish(objective=THROUGHPUT, vram_gib=8))
     with pytest.raises(InvalidInput, match="no trial has energy"):
         choose(found, Wish(objective=ENERGY))
@@ -363,15 +363,15 @@ def test_what_makes_a_whole_block_slow_falls_out() -> None:
 
 def test_without_repeats_it_says_so() -> None:
     text = text_of(choose([*repeats(8, [1000]), *repeats(16, [900])], Wish(objective=THROUGHPUT)))
-    assert "one trial each: no interval" in text
+    assert "one trial each: without an interval" in text
     assert "repeats=3" in text
 
 
 def test_a_smaller_one_that_cannot_be_told_apart_is_named() -> None:
     found = [*repeats(8, [1000, 1100, 1200], vram=8), *repeats(16, [1190, 1000, 1095], vram=5)]
     text = text_of(choose(found, Wish(objective=THROUGHPUT)))
-    assert "1 of 1 others cannot be told from the best" in text
-    assert "cannot be told from it and needs 5.00 GiB in place of 8.00" in text
+    assert "no significant difference between the best and 1 of 1 others" in text
+    assert "has no significant difference and needs 5.00 GiB instead of 8.00" in text
 
 
 def test_what_makes_an_answer_weaker_is_said() -> None:
@@ -390,19 +390,19 @@ def test_what_makes_an_answer_weaker_is_said() -> None:
 
 
 CAVEATS = {
-    "single": "its figure is of a single trial",
+    "single": "its figure comes from a single trial",
     "of repeated": "of those with repeats",
     "ahead": "looks better",
-    "picked": "picked among",
+    "picked": "selected among",
     "doubtful": "are doubtful",
     "regime": "another card or a faster host",
     "emulated": "measured within an emulated",
     "held before": "were in use before it began",
-    "aside": "with other memory at hand said what fits",
+    "aside": "under other memory limits were used for what fits",
     "random": "the weights were random",
-    "memory apart": "not all were measured with the same memory",
-    "tie": "cannot be told from it and needs",
-    "tokens": "not as many tokens",
+    "memory apart": "some configurations ran under a memory limit",
+    "tie": "has no significant difference and needs",
+    "tokens": "not equal tokens",
     "rows": "another seq_len holds out other rows",
 }
 CLEAR = ([1000, 1001, 1002], [900, 901, 902])
@@ -467,10 +467,13 @@ def test_each_caveat_stands_where_its_reason_does(
 @pytest.mark.parametrize(
     ("rates", "sure"),
     [
-        (CLEAR, "told apart from each of 1 other (95 % intervals, one by one)"),
-        (([2000], CLEAR[1]), "told apart from each of 1 other (95 % intervals, one by one; single trials by the noise"),
-        (([1000, 1100, 1200], [1090, 1000, 1105]), "1 of 1 others cannot be told from the best"),
-        (([1000], [900]), "one trial each: no interval"),
+        (CLEAR, "significantly better than each of 1 other (separate 95 % intervals)"),
+        (
+            ([2000], CLEAR[1]),
+            "significantly better than each of 1 other (separate 95 % intervals; for single trials",
+        ),
+        (([1000, 1100, 1200], [1090, 1000, 1105]), "no significant difference between the best and 1 of 1 others"),
+        (([1000], [900]), "one trial each: without an interval"),
     ],
 )
 def test_how_sure_it_is_follows_from_the_intervals(rates: tuple[list[float], list[float]], sure: str) -> None:
@@ -487,5 +490,5 @@ def test_trials_with_other_memory_are_said_to_be_aside() -> None:
 
 def test_nothing_measured_names_what_to_run() -> None:
     for found in ([], [trial({}, outcome="failed")]):
-        with pytest.raises(InvalidInput, match=r"nothing is measured.*python -m lora_lab -m"):
+        with pytest.raises(InvalidInput, match=r"no measurement yet.*python -m lora_lab -m"):
             choose(found, Wish(objective=THROUGHPUT))

@@ -363,7 +363,7 @@ def test_seq_2048_fits_and_the_papers_own_run_does_not_and_both_are_said() -> No
     assert found.verdict == SUPPORTED
     lead = "at batch_size=1 with raise_to_fp32=False; the original's own run 2 (2x2048) did not fit as tried here."
     assert found.why.startswith(lead)
-    assert "7.82 of 8 GiB: 0.18 GiB to spare" in found.why
+    assert "7.82 of 8 GiB, 0.18 GiB to spare" in found.why
     assert "An emulated limit is not" in found.why
     told = {seen.trials: seen.text for seen in found.seen}
     assert "fits into 8 GiB" in told[fits.run_id,]
@@ -404,7 +404,7 @@ def test_an_association_is_not_made_of_noise() -> None:
         ]
         found = verdict("faster_is_thriftier", trials)
         assert found.verdict == NOT_TESTABLE
-        assert "too little beside its noise" in found.why
+        assert "too little compared with its noise" in found.why
 
 
 def test_errors_that_both_measures_share_make_no_slope() -> None:
@@ -519,7 +519,7 @@ def test_what_the_optimizer_would_have_had_to_do_is_what_the_shape_leaves(shape_
     assert found.estimate.low < found.estimate.value < found.estimate.high
     assert found.step_ms == pytest.approx(1024)
     assert found.alone_ms == pytest.approx(208.7, abs=0.1)
-    assert "cannot be carried to" in found.text
+    assert "does not transfer to" in found.text
 
 
 def test_in_the_papers_regime_the_number_is_not_denied() -> None:

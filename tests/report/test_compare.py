@@ -137,7 +137,7 @@ def test_a_tolerance_lets_pass_what_it_says() -> None:
     assert exit_code(against(one, other)) == 1
     assert exit_code(against(one, other, tolerance=0.10)) == 0
     assert exit_code(against(grid("one", 1, slower=1.2), other, tolerance=0.10)) == 1
-    with pytest.raises(InvalidInput, match="no share"):
+    with pytest.raises(InvalidInput, match="Give a share"):
         against(one, other, tolerance=-0.1)
 
 
@@ -165,20 +165,20 @@ def test_a_figure_that_the_new_side_lost_does_not_pass() -> None:
     one, other = grid("one", 2), grid("other", 2)
     found = against(without(ENERGY, one), other)
     assert exit_code(found) == 3
-    assert "cannot be told of: energy" in text_of(found)
+    assert "inconclusive for: energy" in text_of(found)
     assert exit_code(against(one, without(ENERGY, other))) == 0, "it never had any"
     assert exit_code(against(without(ENERGY, grid("one", 2, slower=1.1)), other)) == 1, "worse goes before lost"
     some = against(without(ENERGY, grid("one", 2, repeats=1), kept=5), grid("other", 2, repeats=1))
-    assert "3 points left out that this side has no figure for" in text_of(some)
+    assert "3 points left out because this side has no figure for them" in text_of(some)
 
 
 def test_drift_between_two_sweeps_is_in_no_interval_and_that_is_said() -> None:
     found = against(grid("one", 3), grid("other", 3))
-    assert "is in no interval below" in text_of(found)
+    assert "not included in the intervals below" in text_of(found)
     assert "--tolerance" in found.cautions[-1]
     assert "--tolerance" not in against(grid("one", 3), grid("other", 3), tolerance=0.02).cautions[-1]
     both = grid("same", 3) + grid("same", 4, optimizer="paged_adamw")
-    assert against(both[:24], both[24:]).cautions[-1].startswith("they differ throughout")
+    assert against(both[:24], both[24:]).cautions[-1].startswith("they differ in all trials")
 
 
 def test_loss_is_compared_by_differences() -> None:
@@ -211,7 +211,7 @@ def test_lone_trials_need_a_tolerance_to_be_told_apart() -> None:
     assert exit_code(same) == 0
     apart = against(lone(900), lone(1000))
     assert apart.results[0].verdict == CANNOT_TELL
-    assert "how runs of the same settings differ is not in it" in text_of(apart)
+    assert "variation between runs of the same settings is not included" in text_of(apart)
     assert exit_code(apart) == 3
     assert exit_code(against(lone(900), lone(1000), tolerance=0.05)) == 1
     assert exit_code(against(lone(900), lone(1000), tolerance=0.101)) == 3  # its interval holds the tolerance
@@ -234,7 +234,7 @@ def test_lone_trials_are_compared_whatever_their_settings() -> None:
     found = against(lone(900, batch_size="2"), lone(1000, optimizer="paged_adamw"), tolerance=0.05)
     assert found.results[0].verdict == WORSE
     assert {each.what for each in found.settings} == {"batch_size", "optimizer", "optimizer.optim"}
-    assert "they differ throughout in batch_size 2 against 1" in text_of(found)
+    assert "they differ in all trials in batch_size 2 against 1" in text_of(found)
 
 
 def test_sweeps_are_matched_point_by_point() -> None:
@@ -286,13 +286,13 @@ def test_other_cards_stand_on_top_in_words() -> None:
 
 CAUTIONS = {
     "cards": "different cards",
-    "units": "two devices of one name",
-    "versions": "other versions",
+    "units": "two devices with the same name",
+    "versions": "different versions",
     "this dirty": "this ran uncommitted code",
     "other dirty": "the other ran uncommitted code",
-    "this places": "this ran at 2 places",
-    "other places": "the other ran at 2 places",
-    "throughout": "they differ throughout in",
+    "this places": "this ran in 2 environments",
+    "other places": "the other ran in 2 environments",
+    "throughout": "they differ in all trials in",
     "drift": "the two ran at different times",
 }
 OTHER_CARD = {"device": "NVIDIA H200", "unit": "GPU-9"}

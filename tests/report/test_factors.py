@@ -157,7 +157,7 @@ def test_the_papers_runs_as_trials():
     assert factor.levels[0] == "adamw + fp16 + 1x512"
     (told,) = found.confounded
     assert told.names == ("optimizer", "precision", "batch_size", "seq_len", TOKENS)
-    assert "3 points cannot tell 4 settings apart" in told.why
+    assert "3 points cannot separate 4 settings" in told.why
 
 
 def test_a_full_factorial_as_trials():
@@ -168,7 +168,7 @@ def test_a_full_factorial_as_trials():
     assert levels(found)["shape"] == ("1x512", "1x1024", "2x512", "1x2048", "2x1024", "2x2048")
     (told,) = found.confounded
     assert told.names == ("batch_size", "seq_len", TOKENS)
-    assert told.why == "tokens a step is batch_size x seq_len"
+    assert told.why == "tokens per step is batch_size x seq_len"
     assert found.fixed["method"] == "qlora"
     assert not {"optimizer", "model.weights", "seed", "batch_size"} & set(found.fixed)
 
@@ -177,7 +177,7 @@ def test_shape_where_one_of_its_settings_varied():
     found = design([trial(batch_size=batch) for batch in ("8", "16", "2")])
     assert levels(found) == {"shape": ("2x512", "8x512", "16x512")}
     assert found.confounded[0].names == ("batch_size", TOKENS)
-    assert found.confounded[0].why == "tokens a step is batch_size x 512"
+    assert found.confounded[0].why == "tokens per step is batch_size x 512"
 
 
 def test_shape_with_accumulation():
@@ -331,7 +331,7 @@ def test_a_baseline_reaches_into_a_merged_factor():
         ({"optimizer": "adamv"}, ["optimizer=adamv", "Did you mean adamw?", "paged_adamw"]),
         ({"shape": "4x512"}, ["shape=4x512", "2x512"]),
         ({"method": "lora"}, ["method=lora", "qlora"]),
-        ({"optimizer.optim": "adamw_torch"}, ["no such setting varied", "optimizer"]),
+        ({"optimizer.optim": "adamw_torch"}, ["this setting did not vary", "optimizer"]),
     ],
 )
 def test_a_baseline_that_is_not_there_is_refused(baseline, said):
@@ -341,7 +341,7 @@ def test_a_baseline_that_is_not_there_is_refused(baseline, said):
 
 
 def test_a_baseline_whose_parts_never_met_is_refused():
-    with pytest.raises(InvalidInput, match=r"optimizer=adamw, precision=bf16: no trial has these together"):
+    with pytest.raises(InvalidInput, match=r"optimizer=adamw, precision=bf16: no trial has this combination"):
         design([trial(**point) for point in PAPER], baseline={"optimizer": "adamw", "precision": "bf16"})
 
 

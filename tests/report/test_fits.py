@@ -136,7 +136,7 @@ def test_a_peak_that_the_allocator_may_give_back_is_told_of():
 def test_without_the_cards_reading_torchs_share_is_taken_and_told_of():
     fit = one([trial({"vram/peak_reserved_gib": 5.0})], 6)
     assert fit.largest_gib == 5.0
-    assert "the card's use was not read" in fit.note
+    assert "the card's memory use was not read" in fit.note
 
 
 def test_accumulated_steps_are_no_larger_than_their_micro_batches():

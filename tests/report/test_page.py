@@ -160,7 +160,7 @@ def test_a_sweep_of_which_nothing_ran_to_the_end_says_how_trials_ended() -> None
 
 def test_only_killed_trials_are_left_out_by_name() -> None:
     read = _Page(page(_find([trial(outcome="killed", tags={"reason": "Ctrl-C"}, batch_size="16")]), {}))
-    assert "No trial says anything" in read.text
+    assert "No trial here has usable figures" in read.text
     assert "Ctrl-C" in read.text
 
 
@@ -170,9 +170,9 @@ def test_places_are_shown_apart_and_never_averaged() -> None:
     found = _find([*_factorial(), *there])
     read = _Page(page(found, {}))
     assert len(found.groups) == 2
-    assert "shown apart" in read.text
+    assert "shown separately" in read.text
     assert "Another Card" in read.text
-    assert "no commit holds" in read.text
+    assert "the code that ran is not in any commit" in read.text
     assert len(read.ids) == len(set(read.ids))
 
 

@@ -61,7 +61,7 @@ def test_the_report_is_said_written_and_kept(store: str, capsys: pytest.CaptureF
     assert "fp16 against bf16 no difference seen" in out
     assert "(1 out of memory)" in out
     assert "Only 30 of the 31 planned trials have been run" in out
-    assert "batch_size, seq_len, tokens a step" in out
+    assert "batch_size, seq_len, tokens per step" in out
     assert "left out: adamw fp16 1x512: killed: interrupted by Ctrl-C" in out
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "out of memory" in page
@@ -90,7 +90,7 @@ def test_two_chosen_points_are_split(store: str, capsys: pytest.CaptureFixture[s
     assert "what made the difference from adamw fp16 1x512 to paged_adamw fp16 2x2048" in out
     # a corner between these two ran out of memory
     ends = ["optimizer=adamw,precision=bf16,seq_len=512", "optimizer=paged_adamw,precision=bf16,seq_len=2048"]
-    assert "nothing measured at adamw bf16 2x2048" in run(capsys, store, *arguments, *ends)[1]
+    assert "no measurement at adamw bf16 2x2048" in run(capsys, store, *arguments, *ends)[1]
     code, _, err = run(capsys, store, *arguments, "optimizer=adamw", "optimizer=lion_8bit")
     assert code == 2
     assert "lion_8bit" in err
@@ -132,10 +132,10 @@ def test_a_trial_alone_and_two_places(tmp_path: Path, capsys: pytest.CaptureFixt
     store, out = deliver(tmp_path, trials), ["--out", str(tmp_path / "report.html")]
     code, said, _ = run(capsys, store, *out, "--sweep", trials[0].run_id)
     assert code == 0
-    assert "came to 500 tokens/s, 6.00 GiB" in said
+    assert "reached 500 tokens/s, 6.00 GiB" in said
     code, said, _ = run(capsys, store, *out, "--sweep", *(each.run_id for each in trials))
     assert code == 0
-    assert "1 other place reported apart, never averaged in" in said
+    assert "1 other environment reported separately, not averaged in" in said
     assert "left out" in said
     code, said, _ = run(capsys, store, *out, "--sweep", trials[2].run_id)
     assert code == 0

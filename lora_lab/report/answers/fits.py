@@ -1,14 +1,14 @@
-"""What fits: out of memory is a figure, not a failure.
+"""What fits. Out of memory is a result here, not a failure.
 
-Three kinds of trial speak for a budget, the most direct first:
+Three kinds of trial are evidence for a budget, the most direct first:
 
 1. A trial within an emulated capacity (vram_limit_gib) that finished fits that budget and every larger one. There the
    card's use may rise by the limit over what it was before the trial, so its peak can lie a little above the budget.
    One that ran out of memory, within an emulated capacity or on the whole card, does not fit that and anything smaller.
 2. A trial that finished with the whole card fits a budget that is no smaller than the card's peak use. torch's
-   allocator keeps what it is not asked to give back, so where the peak is larger the trial might still do with less:
+   allocator keeps what it is not asked to give back, so a trial with a larger peak might still fit:
    it counts as not fitting, and `next_may_fit` says when what it used of that would have fitted.
-3. Of larger budgets than it ran out of, a trial says only what it held and asked for then.
+3. Of larger budgets than it ran out of, a trial shows only what it held and asked for then.
 
 Of repeats the worst counts.
 """
@@ -21,7 +21,7 @@ from lora_lab.report.statistics.factors import SHAPE, Factor, tokens_a_step
 from lora_lab.store.trials import Trial
 
 BUDGETS_GIB = (6, 8, 10, 12, 16, 24)
-"""Memory of the cards that people own."""
+"""Memory of common cards."""
 
 LIMIT = "vram_limit_gib"
 
@@ -43,29 +43,30 @@ class Fit:
     next: str | None
     """The smallest larger shape that was tried and does not fit."""
     next_needs_gib: float | None
-    """What that needs: measured where it ran on a larger card or budget, else at least so much."""
+    """What that needs: measured where it ran on a larger card or budget, else a lower bound."""
     next_is_bound: bool
     """Whether `next_needs_gib` is only a lower bound: what it held when it ran out, and what it asked for then."""
     next_may_fit: bool = False
-    """Whether `next` peaked above the budget only by what torch's allocator kept without using it: nobody has tried."""
+    """Whether `next` peaked above the budget only by what torch's allocator kept without using it: this was not
+    tried."""
     unknown: tuple[str, ...] = ()
     """Shapes that were tried without telling whether they fit into this budget."""
     note: str = ""
-    """What has to be known of this: trials that contradict each other, peaks that may shrink under pressure."""
+    """Notes: trials that contradict each other, peaks that may shrink under pressure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Need:
-    """What one trial says."""
+    """Evidence of one trial."""
 
     trial: Trial
     ran: bool
     gib: float
-    """Its peak where it ran, else at least so much."""
+    """Its peak where it ran, else a lower bound."""
     limit_gib: float | None
     """The emulated capacity; where it ran out, the card's own without one."""
     squeezed_gib: float
-    """Its peak less what torch's allocator kept without using it."""
+    """Its peak minus what torch's allocator kept without using it."""
     note: str
 
 
@@ -79,8 +80,10 @@ class _Verdict:
 
 
 def fits(trials: Sequence[Trial], factors: Sequence[Factor], budgets_gib: Sequence[float] = BUDGETS_GIB) -> list[Fit]:
-    """For each budget and combination of the factors other than the shape (and the emulated capacity, which is a
-    budget itself). None for trials on a CPU, and none for a combination that says nothing of a budget."""
+    """Return what fits, per budget and combination of the factors other than the shape.
+
+    The emulated capacity is a budget itself, so it is not one of these factors. Trials on a CPU are left out, and so
+    are combinations without evidence about a budget."""
     found: dict[str, dict[tuple[int, ...], list[_Need]]] = {}
     ordered = sorted(trials, key=lambda trial: [factor.levels.index(factor.level(trial)) for factor in factors])
     for trial in ordered:
@@ -100,7 +103,7 @@ def _others(trial: Trial, factors: Sequence[Factor]) -> str:
 
 
 def _size(params: Mapping[str, str]) -> tuple[int, ...]:
-    """By which shapes are ordered: tokens of a micro-batch, of a step, and rows."""
+    """Return the sort key of a shape: tokens of a micro-batch, of a step, and rows."""
     batch, seq_len = int(params.get("batch_size", "1")), int(params.get("seq_len", "1"))
     return batch * seq_len, tokens_a_step(params), batch, seq_len
 
@@ -111,7 +114,7 @@ def _shape(trial: Trial, factors: Sequence[Factor]) -> str:
 
 
 def _need(trial: Trial) -> _Need | None:
-    """What the trial says of memory; None where it says nothing."""
+    """Return the trial's evidence about memory; None if it has none."""
     if "device.cpu" in trial.tags or trial.tags.get("validity") == "invalid":  # others on the card take memory, too
         return None
     if trial.finished:
@@ -128,14 +131,19 @@ def _of_finished(trial: Trial) -> _Need | None:
     if peak is None:
         return None
     spare = 0.0 if reserved is None else reserved - metrics.get("vram/peak_allocated_gib", reserved)
-    note = "the card's use was not read: what torch's allocator held, without CUDA's context" if device is None else ""
+    note = (
+        "the card's memory use was not read; this is torch's allocator without the CUDA context"
+        if device is None
+        else ""
+    )
     limit = _number(trial.params.get(LIMIT))
     return _Need(trial=trial, ran=True, gib=peak, limit_gib=limit, squeezed_gib=peak - spare, note=note)
 
 
 def _of_out_of_memory(trial: Trial) -> _Need | None:
-    """It needs more than its limit; what it held, and asked for besides, may be more still. CUDA's context, which the
-    allocator does not see, is not counted."""
+    """Return a lower bound: more than its limit, or what it held plus what it asked for.
+
+    The CUDA context, which the allocator does not see, is not counted."""
     metrics = trial.metrics
     limit = _number(trial.params.get(LIMIT)) or _number(trial.tags.get("device.memory_gib"))
     held = metrics.get("vram/peak_reserved_gib", metrics.get("out_of_memory/peak_allocated_gib"))
@@ -183,7 +191,7 @@ def _fit(
 
 
 def _verdict(budget: float, shape: str, needs: Sequence[_Need]) -> _Verdict:
-    """Whether the shape fits, by the most direct of its trials, and the trial that says what it needs."""
+    """Return whether the shape fits, by its most direct trials, and the trial that shows what it needs."""
     ran = [need for need in needs if need.ran]
     within = [need for need in ran if need.limit_gib is not None and need.limit_gib <= budget]
     free = [need for need in ran if need.limit_gib is None or need.limit_gib > budget]
@@ -203,7 +211,7 @@ def _verdict(budget: float, shape: str, needs: Sequence[_Need]) -> _Verdict:
     may_fit = fit is False and not refused and need.ran and need.squeezed_gib <= budget
     notes = [*([need.note] if need.note else []), *_contradictions(budget, refused, within, free)]
     if fit and need.limit_gib is not None and need.gib > budget:
-        notes.append(f"its peak of {need.gib:.2f} GiB counts what was in use on the card before the trial")
+        notes.append(f"its peak of {need.gib:.2f} GiB includes memory in use on the card before the trial")
     if may_fit:
         notes.append(
             f"it peaked at {need.gib:.2f} GiB and used {need.squeezed_gib:.2f} GiB of that: whether it runs within "
@@ -219,13 +227,13 @@ def _most(needs: Sequence[_Need]) -> _Need:
 def _contradictions(
     budget: float, refused: Sequence[_Need], within: Sequence[_Need], free: Sequence[_Need]
 ) -> Iterator[str]:
-    """What a trial within the limit says against one that had more at hand, or two of them against each other."""
+    """Yield contradictions between trials at the limit and trials with more memory."""
     if refused and within:
         yield f"one trial ran within {within[0].limit_gib:g} GiB and another ran out of {refused[0].limit_gib:g} GiB"
     if not free:
         return
     peak = _most(free).gib
     if refused and peak <= budget:
-        yield f"peaked at {peak:.2f} GiB with more at hand, yet ran out of {refused[0].limit_gib:g} GiB, which counts"
+        yield f"peaked at {peak:.2f} GiB with more memory, yet ran out of {refused[0].limit_gib:g} GiB, which counts"
     elif within and not refused and peak > budget:
-        yield f"peaked at {peak:.2f} GiB with more at hand, yet ran within {within[0].limit_gib:g} GiB, which counts"
+        yield f"peaked at {peak:.2f} GiB with more memory, yet ran within {within[0].limit_gib:g} GiB, which counts"

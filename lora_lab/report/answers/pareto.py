@@ -34,7 +34,8 @@ class Point:
 
 
 def points(trials: Sequence[Trial], measured: Sequence[Trial], factors: Sequence[Factor]) -> list[Point]:
-    """Trials by their levels, in the order of the levels. Figures are those of `measured`, outcomes those of all."""
+    """Group trials by their levels, in the order of the levels. Figures are those of `measured`, outcomes those of
+    all."""
     found: dict[tuple[str, ...], list[Trial]] = {}
     for trial in trials:
         found.setdefault(tuple(factor.level(trial) for factor in factors), []).append(trial)
@@ -60,7 +61,7 @@ def points(trials: Sequence[Trial], measured: Sequence[Trial], factors: Sequence
 
 
 def front(candidates: Sequence[Point], one: Measure, other: Measure) -> list[Point]:
-    """The points that none beats in one measure without losing in the other, the best in the first measure first.
+    """Return the points that none beats in one measure without losing in the other, best in the first measure first.
 
     By their medians; points without one of the two figures are left out, equal ones are kept together."""
     goods = {
@@ -87,7 +88,7 @@ def _regime(measured: Sequence[Trial]) -> str:
 
 
 def _good(point: Point, measure: Measure) -> float:
-    """Its median, turned so that more is better."""
+    """Return its median, with the sign changed if lower is better."""
     median = point.figures[measure.name][0]
     return median if measure.better is Better.higher else -median
 

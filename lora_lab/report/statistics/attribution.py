@@ -1,10 +1,10 @@
-"""How much of the difference between two points each factor made (Shapley's split of the log ratio).
+"""Each factor's share of the difference between two points (Shapley's split of the log ratio).
 
 Between two points that differ in k factors lie 2^k corners: every choice of which factors have already changed. Each
 order of changing them one after the other takes a path over k + 1 corners and gives each factor one step of it. A
 factor's part is its step, averaged over all k! orders: the only split whose parts add up to the whole, that gives
-factors of equal doing equal parts and one that does nothing none, and that adds up over sums (Shapley 1953, A Value
-for n-Person Games). How much a part hangs on the order shows in its step where it goes first and where it goes last.
+factors with equal effects equal parts and one without effect none, and that is additive (Shapley 1953, A Value
+for n-Person Games). How much a part depends on the order shows in its step where it goes first and where it goes last.
 """
 
 import itertools
@@ -27,7 +27,7 @@ Corner = frozenset[str]
 """The factors that are at the end's level already."""
 
 _FITTED = 1e-9
-"""What of a figure is left over where the fit goes through it, but for rounding."""
+"""Largest residual, relative to the figure, of a figure that is fitted exactly except for rounding."""
 
 Weights = Mapping[Corner, float]
 """A difference as a weighted sum over the corners' means."""
@@ -69,8 +69,8 @@ class Split:
     residual_sd: float | None = None
     """Of one trial about its corner's mean, blocks taken off, on the measure's scale; None without repeats."""
     corners: Mapping[str, float] = field(default_factory=dict)
-    """Mean of each corner less the start's, blocks taken off, on the measure's scale, by its label. Empty where corners
-    are missing."""
+    """Mean of each corner minus the start's, blocks taken off, on the measure's scale, by its label. Empty where
+    corners are missing."""
 
 
 def split(
@@ -82,7 +82,7 @@ def split(
 ) -> Split:
     """Split measure(end) / measure(start) among the factors that differ.
 
-    Trials count that are at a corner and alike in everything else; where several such sets exist, the one that covers
+    Trials at a corner that are alike in everything else count. If several such sets exist: the one that covers
     most corners, then the one with most trials. The corners' means and the blocks are fitted together by least squares
     (value ~ corner + block), so that a corner whose trial was lost in one block is not compared with other blocks'
     figures; every part is a weighted sum of these means, with an interval that lets every corner have its own noise
@@ -93,7 +93,7 @@ def split(
         start, end: level of factors by name. What only one of them names is the same in both;
             factors that neither names must only be alike.
 
-    Raises: InvalidInput when one of them names what is no factor.
+    Raises: InvalidInput when one of them names an unknown factor.
     """
     start, end = {**{name: end[name] for name in end if name not in start}, **start}, {**start, **end}
     named = _named(factors, start)
@@ -128,14 +128,14 @@ def _named(factors: Sequence[Factor], start: Mapping[str, str]) -> list[Factor]:
     known = {factor.name: factor for factor in factors}
     strange = sorted(start.keys() - known.keys())
     if strange:
-        raise InvalidInput(f"{', '.join(strange)}: no such factor. Factors are: {', '.join(known) or 'none'}")
+        raise InvalidInput(f"{', '.join(strange)}: unknown factor. Factors are: {', '.join(known) or 'none'}")
     return [factor for factor in factors if factor.name in start]
 
 
 def _alike(
     found: Sequence[TrialFigure], factors: Sequence[Factor], points: Mapping[Corner, Mapping[str, str]]
 ) -> dict[Corner, list[TrialFigure]]:
-    """The figures at each corner, of the set of trials alike in everything else that covers the corners best."""
+    """Return the figures at each corner, of the set of trials alike in everything else that covers the corners best."""
     settings = settings_besides([figure.trial for figure in found], factors)
     corner_of = {tuple(point[factor.name] for factor in factors): corner for corner, point in points.items()}
     sets: dict[tuple[str, ...], dict[Corner, list[TrialFigure]]] = {}
@@ -167,7 +167,7 @@ class _Fit:
     """Residuals from figures: trials x trials."""
     residuals: NDArray[np.float64]
     df: int
-    """Of the residuals; 0 where noise can't be told."""
+    """Of the residuals; 0 if noise cannot be estimated."""
     why_no_interval: str
 
     @property
@@ -178,13 +178,13 @@ class _Fit:
         return float(self._vector(weights) @ self.means)
 
     def estimate(self, weights: Weights) -> Estimate:
-        """With a standard error that holds whatever the noise at each corner: HC2 (MacKinnon and White 1985, Some
-        Heteroskedasticity-Consistent Covariance Matrix Estimators), every squared residual over its own expectation.
-        Its degrees of freedom are Satterthwaite's for this quadratic form (Bell and McCaffrey 2002, Bias Reduction in
-        Standard Errors), but with the corners' variances as found instead of equal ones.
+        """Return the estimate with a standard error that is valid for unequal noise at the corners: HC2 (MacKinnon and
+        White 1985, Some Heteroskedasticity-Consistent Covariance Matrix Estimators), every squared residual over its
+        own expectation. Its degrees of freedom are Satterthwaite's for this quadratic form (Bell and McCaffrey 2002,
+        Bias Reduction in Standard Errors), but with the corners' variances as found instead of equal ones.
 
-        A trial that is fitted exactly (its corner's only one) tells nothing of its noise: where one counts, the wider
-        holds of this interval and of the one by the pooled residual."""
+        A trial that is fitted exactly (its corner's only one) has no information about its noise. If one counts, the
+        wider of this interval and that by the pooled residual is used."""
         value, sd = self.value(weights), self.residual_sd
         if sd is None:
             return Estimate(value=value, why_no_interval=self.why_no_interval)
@@ -204,8 +204,9 @@ class _Fit:
         return min(max(float(np.trace(form)) ** 2 / spread, 1.0), self.df) if spread > 0 else self.df
 
     def _variances(self) -> NDArray[np.float64]:
-        """Each trial's variance, by its corner, in units of the pooled one: those whose expected squares of residuals
-        are nearest to what was found, none below a hundredth: that none is seen in three repeats is chance."""
+        """Return each trial's variance, by its corner, in units of the pooled one: those whose expected squares of
+        residuals are nearest to what was found, none below a hundredth: that none is seen in three repeats is
+        chance."""
         sd = self.residual_sd
         if not sd:
             return np.ones(len(self.residuals))
@@ -224,10 +225,10 @@ def _fit(at: Mapping[Corner, Sequence[TrialFigure]]) -> _Fit:
     of_corners = np.array([[corner == other for other in corners] for corner, _ in told], dtype=float)
     of_blocks = np.array([[figure.block == block for block in blocks[1:]] for _, figure in told], dtype=float)
     columns = np.hstack([of_corners, of_blocks.reshape(len(told), -1)])
-    why = "too few repeats to tell noise by: run the sweep with repeats=3"
+    why = "too few repeats to estimate noise: run the sweep with repeats=3"
     if np.linalg.matrix_rank(columns) < columns.shape[1]:
         columns = of_corners
-        why = "the points ran in different sweeps or repeats, whose differences are in this one: run them in one sweep"
+        why = "the points ran in different sweeps or repeats, so the difference includes theirs: run them in one sweep"
         df = 0
     else:
         df = len(told) - columns.shape[1]
@@ -265,7 +266,8 @@ def _step(start: Corner, end: Corner) -> Weights:
 
 
 def _shapley(name: str, others: Sequence[str]) -> Weights:
-    """The factor's steps from every corner without it, each weighted with the share of orders that take it there."""
+    """Return the factor's steps from every corner without it, each weighted with the share of orders that take it
+    there."""
     k = len(others) + 1
     weights: dict[Corner, float] = {}
     for size in range(k):

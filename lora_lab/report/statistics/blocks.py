@@ -1,4 +1,4 @@
-"""Which trials may be set against one another: their figures, their blocks, and what else was set differently."""
+"""Which trials may be compared: their figures, their blocks, and what else was set differently."""
 
 import math
 from collections import Counter
@@ -27,7 +27,7 @@ class TrialFigure:
 
 
 def figures(trials: Sequence[Trial], measure: Measure) -> list[TrialFigure]:
-    """The figures of the trials that have one, by their start."""
+    """Return the figures of the trials that have one, by their start."""
     ordered = sorted(trials, key=lambda trial: (trial.started_ms, trial.run_id))
     found = []
     for trial, block in zip(ordered, _blocks(ordered), strict=True):
@@ -38,31 +38,32 @@ def figures(trials: Sequence[Trial], measure: Measure) -> list[TrialFigure]:
 
 
 def settings_besides(trials: Sequence[Trial], factors: Sequence[Factor]) -> list[tuple[str, ...]]:
-    """What each trial was set to, but for `factors`: trials are alike where these are equal.
+    """Return each trial's settings other than `factors`: trials are alike if these are equal.
 
     A group's choice brings its leaves with it (optimizer=paged_adamw sets optimizer.optim), so a setting above or
     below one of a factor's is passed over where it follows from that one in all trials. Settings that are the same in
-    all trials are passed over too: they tell nothing apart."""
+    all trials are passed over too: they separate nothing."""
     own = {key for factor in factors for key in factor.keys}
     kept = [key for key in varied(trials) if key not in own and not any(_follows(key, one, trials) for one in own)]
     return [tuple(trial.params.get(key, "None") for key in kept) for trial in trials]
 
 
 def varied(trials: Collection[Trial]) -> list[str]:
-    """The settings that differ between these trials and that can change what is measured, by the alphabet."""
+    """Return the settings that differ and can change what is measured, in alphabetical order."""
     keys = {key for trial in trials for key in trial.params if _matters(key)}
     return sorted(key for key in keys if len({trial.params.get(key, "None") for trial in trials}) > 1)
 
 
 def regime_of(trials: Collection[Trial]) -> str:
-    """The regime that all of them ran in, else "mixed"."""
+    """Return the regime that all of them ran in, else "mixed"."""
     regimes = {trial.regime for trial in trials}
     return regimes.pop() if len(regimes) == 1 else "mixed"
 
 
 def regime_between(over: Collection[Trial], of: Collection[Trial]) -> str:
-    """The regime that a change was seen in; "GPU-bound to host-bound" where it took every trial from one to another:
-    what makes a card wait is no less an effect than what makes it slower."""
+    """Return the regime of a change; "GPU-bound to host-bound" if it moved every trial from one to the other.
+
+    A change that makes the card wait is as much an effect as one that makes it slower."""
     before, after = regime_of(over), regime_of(of)
     if before == after or not {before, after} <= {"host-bound", "GPU-bound"}:
         return regime_of([*over, *of])
@@ -74,7 +75,7 @@ def _matters(key: str) -> bool:
 
 
 def _follows(key: str, other: str, trials: Sequence[Trial]) -> bool:
-    """Whether `key` is above or below `other`, and every value of `other` comes with one value of `key`."""
+    """Return whether `key` is above or below `other`, and every value of `other` comes with one value of `key`."""
     if not (key.startswith(f"{other}.") or other.startswith(f"{key}.")):
         return False
     pairs = {(trial.params.get(other, "None"), trial.params.get(key, "None")) for trial in trials}
@@ -82,8 +83,8 @@ def _follows(key: str, other: str, trials: Sequence[Trial]) -> bool:
 
 
 def _blocks(ordered: Sequence[Trial]) -> list[Block]:
-    """Each trial's block. Trials of no sweep are numbered within their point, so that the first of one point meets the
-    first of another."""
+    """Return each trial's block. Trials of no sweep are numbered within their point, so that the first of one point
+    meets the first of another."""
     settings = settings_besides(ordered, ())
     alone: Counter[tuple[str, ...]] = Counter()
     blocks = []

@@ -1,7 +1,7 @@
 """One factor changed, all else equal: paired log ratios, with intervals over repeats.
 
 A pair is two trials of one block (the same repeat of the same sweep) whose settings differ in the factor and in
-nothing else, so what slows a whole block falls out of their difference. A cell is one setting of everything else.
+nothing else, so what slows a whole block cancels out of their difference. A cell is one setting of everything else.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from lora_lab.store.trials import Trial
 _REGIMES = ("host-bound", "host-bound to GPU-bound", "mixed", "GPU-bound to host-bound", "GPU-bound", "not known")
 
 _READ_BACK = ("ran.attention", "ran.attention_kernel", "ran.gradient_checkpointing", "stand_ins")
-"""What a trial read back of how it ran, and what only a setting of the same name ought to change."""
+"""Facts of how a trial ran, as read back, that only a setting of the same name should change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrast:
-    """What a measure did when one factor went from `over` to `of` and nothing else changed.
+    """The change of a measure when one factor went from `over` to `of` and nothing else changed.
 
     The estimate is the average over the cells of this grid, each counting the same. Its interval says how far that
-    average would move if the same grid were run again; it says nothing of settings outside the grid."""
+    average would move if the same grid were run again; it does not cover settings outside the grid."""
 
     measure: Measure
     factor: str
@@ -40,7 +40,7 @@ class Contrast:
     cells: int
     """Settings of everything else in which pairs were found."""
     also_changed: tuple[str, ...]
-    """What ran differently besides, as read back: "attention kernel: cudnn, math" (`over`'s first)."""
+    """What also ran differently, as read back: "attention kernel: cudnn, math" (`over`'s first)."""
     interval_over: str = "nothing"
     """What the interval counts as noise: "repeats"; or "settings", where some cells have one pair only: then it also
     holds how the effect differs from cell to cell, and is an interval for settings like these; or "blocks", where the
@@ -62,16 +62,16 @@ class PairedSetting:
     """By block, `over`'s trials and `of`'s: one each, but for a point that a block holds twice."""
     regime: str
     difference: Difference
-    """`of` less `over`."""
+    """`of` minus `over`."""
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """`over`'s, then `of`'s."""
+        """Return `over`'s trials, then `of`'s."""
         return tuple(trial for side in (0, 1) for pair in self.pairs for trial in pair[side])
 
 
 def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> list[Contrast]:
-    """Every level of every factor against its baseline, by regime.
+    """Compare every level of every factor with its baseline, by regime.
 
     A cell's regime is the one that all its paired trials ran in, or that of the baseline's to that of the level's, else
     "mixed". Levels that no block holds together with the baseline, all else equal, have no contrast.

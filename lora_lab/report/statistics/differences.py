@@ -1,11 +1,11 @@
-"""Whether A differs from B in one setting of everything else, and how sure that is.
+"""Differences between A and B in one setting of everything else, with their uncertainty.
 
 Contrasts, best, compare and claims all take their estimates from here; averages.py has the mean over several settings.
 
-- Both sides have figures of two blocks or more in common: pairs by block, because what slows a whole block falls out.
+- Both sides have figures of two blocks or more in common: pairs by block, because what slows a whole block cancels out.
 - Else, with repeats on both sides: unpaired, each side with its own variance (Welch 1947, The Generalization of
   Student's Problem when Several Different Population Variances are Involved).
-- Else, with a single trial on a side: by the noise pooled over everything that has repeats, taken to be alike in all.
+- Else, with a single trial on a side: by the noise pooled over everything that has repeats, assumed to be equal in all.
 """
 
 import math
@@ -39,7 +39,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One side less the other."""
+    """One side minus the other."""
 
     value: float
     samples: tuple[Values, ...]
@@ -47,12 +47,13 @@ class Difference:
 
     @property
     def is_paired(self) -> bool:
-        """Return whether it is of pairs."""
+        """Return whether it is paired."""
         return len(self.samples) == 1
 
     @property
     def variances(self) -> list[tuple[float, int]]:
-        """Of the samples' means, each with its degrees of freedom; empty where a sample has one figure only."""
+        """Return the variances of the samples' means, each with its degrees of freedom; empty where a sample has one
+        figure only."""
         sizes = [len(sample) for sample in self.samples]
         if min(sizes) < 2:
             return []
@@ -60,7 +61,7 @@ class Difference:
 
     @property
     def error_scale(self) -> float:
-        """The square of the standard error in units of a single figure's variance."""
+        """Return the square of the standard error in units of a single figure's variance."""
         return math.fsum(1 / len(sample) for sample in self.samples)
 
     def estimate(self, noise: Noise | None = None, among: int = 1) -> Estimate:
@@ -82,7 +83,7 @@ class Difference:
         sizes = " against ".join(str(len(sample)) for sample in self.samples)
         if self.variances:
             return f"{sizes} trials, unpaired"
-        return f"{sizes} trials, by the noise of all that have repeats" if noise is not None else ""
+        return f"{sizes} trials, with the noise of all repeated ones" if noise is not None else ""
 
 
 def by_block(figures: Iterable[TrialFigure]) -> dict[Block, float]:

@@ -1,4 +1,4 @@
-"""A difference with how sure it is."""
+"""A difference with its uncertainty."""
 
 import functools
 import math
@@ -24,25 +24,25 @@ class Estimate:
     """Lower end of the 95 % interval."""
     high: float | None = None
     detectable: float | None = None
-    """The smallest difference (on the same scale) that such an experiment sees four times in five. 0 only where
+    """The smallest difference (on the same scale) that such an experiment detects with 80 % power. 0 only where
     repeats gave the very same figure, as peaks of memory do."""
     why_no_interval: str = ""
 
     @property
     def seen(self) -> bool | None:
-        """Whether there is a difference: the interval does not hold 0. None without an interval."""
+        """Return whether there is a difference: the interval does not contain 0. None without an interval."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
 
     @property
     def ratio(self) -> float:
-        """The value as a ratio, for measures compared by ratios."""
+        """Return the value as a ratio, for measures compared by ratios."""
         return math.exp(self.value)
 
 
 def estimate(value: float, standard_error: float, df: float, among: int = 1) -> Estimate:
-    """Student's interval with `df` degrees of freedom, and the smallest difference that is seen with a power of 0.8.
+    """Return Student's interval with `df` degrees of freedom, and the smallest difference detected with a power of 0.8.
     Of `among` estimates all intervals hold together with 95 % (Bonferroni).
 
     Assumes that the noise is normal and alike in everything that went into the standard error. The smallest
@@ -54,9 +54,10 @@ def estimate(value: float, standard_error: float, df: float, among: int = 1) -> 
 
 
 def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: int = 1) -> Estimate:
-    """Student's interval of a sum of independent figures, each of its own noise: `shares` are their variances and the
-    degrees of freedom that these are known with. Those of the sum are Satterthwaite's (1946, An Approximate
-    Distribution of Estimates of Variance Components), as in Welch's test.
+    """Return Student's interval of a sum of independent figures with unequal noise.
+
+    `shares` are their variances and the degrees of freedom of these. Those of the sum are Satterthwaite's (1946, An
+    Approximate Distribution of Estimates of Variance Components), as in Welch's test.
 
     With three repeats a figure, 95 % intervals hold the truth in 95 to 97 % of cases where all are equally noisy, and
     in about 90 % at the worst, where one is ten times as noisy as the rest together."""
@@ -72,7 +73,7 @@ def wider(one: Estimate, *others: Estimate) -> Estimate:
 
 
 def percent(log_ratio: float) -> float:
-    """A difference of logarithms as a change in percent."""
+    """Convert a difference of logarithms to a change in percent."""
     return 100.0 * math.expm1(log_ratio)
 
 
@@ -83,9 +84,9 @@ def _quantile(df: float, among: int) -> float:
 
 @functools.cache
 def _seen_in_units_of_standard_error(df: float, among: int) -> float:
-    """The difference whose Student test rejects 0 with a probability of 0.8: Bloom's minimum detectable effect (1995),
-    but by the noncentral t distribution. His sum t_0.975 + t_0.8 gives a power of 0.73 at 1 degree of freedom and of
-    0.77 at 2, and 0.8 only from about 6 on."""
+    """Return the difference whose Student test rejects 0 with probability 0.8: Bloom's minimum detectable effect
+    (1995), but by the noncentral t distribution. His sum t_0.975 + t_0.8 gives a power of 0.73 at 1 degree of freedom
+    and of 0.77 at 2, and 0.8 only from about 6 on."""
     least = _quantile(df, among)
 
     def lacking(difference: float) -> float:

@@ -46,8 +46,8 @@ class Interaction:
 class FactorialModel:
     """log(measure) ~ block + factors + pairs of factors, fitted by least squares.
 
-    What three factors do together counts as noise. Intervals are Student's: they assume normal noise, equal in all
-    trials given, so trials of unlike regimes had better be fitted apart."""
+    Three-factor interactions count as noise. Intervals are Student's: they assume normal noise, equal in all
+    trials given, so trials of different regimes should be fitted separately."""
 
     measure: Measure
     trials: int
@@ -55,9 +55,9 @@ class FactorialModel:
     interactions: tuple[Interaction, ...]
     not_estimable: tuple[str, ...]
     """Interactions ("optimizer x precision") that these trials leave open, because cells are missing or nothing would
-    be left to tell noise by. The model takes them for none."""
+    be left to estimate noise. The model assumes that there are none."""
     residual_sd: float
-    """Of one trial about the model, on the measure's scale: how far a repeat lies from its like."""
+    """Of one trial about the model, on the measure's scale: the residual SD."""
     r_squared: float
     """Share of the squares about the mean that the model explains, blocks with it."""
     df: int = 0
@@ -83,7 +83,7 @@ class _Term:
 
 
 def factorial(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> FactorialModel | str:
-    """Fit it; where it can't be, why not.
+    """Fit the model, or return why it cannot be fitted.
 
     Whatever else differs between trials (settings of no factor) splits blocks: only what is alike in it is compared.
 
@@ -108,7 +108,7 @@ def factorial(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measu
     if needed >= len(found):
         return (
             f"{len(found)} trials have {measure.title}, and blocks and factors alone take {needed} numbers: nothing is "
-            "left to tell noise from effects. Run more repeats (repeats=3)"
+            "left to separate noise from effects. Run more repeats (repeats=3)"
         )
     return _fit(found, values, blocks, singles, pairs, left_out, measure)
 
@@ -146,7 +146,7 @@ def _fit(
 
 
 def _effects(fitted: Any, term: _Term, where: slice) -> list[Effect]:
-    """Each level against the first: a contrast of the coefficients, by Student's t."""
+    """Compare each level with the first: a contrast of the coefficients, by Student's t."""
     codes = _codes(len(term.levels[0]))
     contrasts = np.zeros((len(codes) - 1, len(fitted.params)))
     contrasts[:, where] = codes[1:] - codes[0]
@@ -164,7 +164,7 @@ def _effects(fitted: Any, term: _Term, where: slice) -> list[Effect]:
 
 
 def _interaction(fitted: Any, noise: float, term: _Term, where: slice) -> Interaction:
-    """Its cells are all measured: with one missing it would not be estimable."""
+    """Test one interaction. All of its cells are measured, otherwise it would not be estimable."""
     rows, columns = (_codes(len(levels)) for levels in term.levels)
     departures = rows @ fitted.params[where].reshape(rows.shape[1], columns.shape[1]) @ columns.T
     sizes = np.abs(departures)
@@ -182,7 +182,7 @@ def _interaction(fitted: Any, noise: float, term: _Term, where: slice) -> Intera
 
 
 def _lack_of_fit(values: Matrix, columns: Matrix, saturated: Matrix, noise: float) -> float | None:
-    """By the F test of the model against one mean for each point (beside the blocks), which it is a special case of."""
+    """Return p of the lack-of-fit F test against the saturated model (one mean per point, plus blocks)."""
     from scipy import stats
 
     rank = int(np.linalg.matrix_rank(saturated))
@@ -237,14 +237,15 @@ def _split_blocks(found: Sequence[TrialFigure], factors: Sequence[Factor]) -> li
 
 
 def _unique(blocks: Matrix, terms: Sequence[_Term], term: _Term, rank: int) -> bool:
-    """Whether no column of `term` is a sum of the blocks' and the other terms'."""
+    """Return whether no column of `term` is a sum of the blocks' and the other terms'."""
     others = [other for other in terms if other is not term]
     return rank - _rank(blocks, others) == int(term.columns.shape[1])
 
 
 def _estimable(blocks: Matrix, singles: Sequence[_Term], pairs: Sequence[_Term]) -> tuple[list[_Term], list[_Term]]:
-    """The interactions that the design tells from everything else in the model, and the others. Which is which does not
-    depend on any order: of two that stand for each other neither is taken."""
+    """Return the interactions that the design separates from everything else in the model, and the others.
+
+    The result does not depend on any order: of two that are aliased neither is taken."""
     terms = [*singles, *pairs]
     rank = _rank(blocks, terms)
     kept = [pair for pair in pairs if _unique(blocks, terms, pair, rank)]
@@ -252,14 +253,14 @@ def _estimable(blocks: Matrix, singles: Sequence[_Term], pairs: Sequence[_Term])
 
 
 def _tied(blocks: Matrix, singles: Sequence[_Term]) -> str:
-    """Which factors can't be told from the others or from the blocks; "" where all can."""
+    """Return which factors are aliased with others or with the blocks; "" if none is."""
     everywhere = np.ones((len(blocks), 1))
     for start, why in (
         (everywhere, "they changed together in these trials"),
-        (blocks, "their levels ran in different sweeps or repeats, or beside other settings; fit each sweep by itself"),
+        (blocks, "their levels ran in different sweeps or repeats, or with other settings; fit each sweep by itself"),
     ):
         rank = _rank(start, singles)
         if rank < start.shape[1] + sum(term.columns.shape[1] for term in singles):
             names = [term.name for term in singles if not _unique(start, singles, term, rank)]
-            return f"the effects of {', '.join(names)} can't be told apart: {why}"
+            return f"the effects of {', '.join(names)} cannot be separated: {why}"
     return ""

@@ -1,4 +1,4 @@
-"""What was varied, and what of it can be told apart."""
+"""What was varied, and which of its effects can be separated."""
 
 import difflib
 import math
@@ -15,9 +15,9 @@ from lora_lab.settings import Effect, settings_of
 from lora_lab.store.trials import Sweep, Trial
 
 SHAPE = ("batch_size", "grad_accum_steps", "seq_len")
-"""Settings whose product is the tokens a step."""
+"""Settings whose product is the tokens per step."""
 
-TOKENS = "tokens a step"
+TOKENS = "tokens per step"
 
 NO_EFFECT = frozenset(each.key for each in settings_of(TrialConfig) if each.effect is not Effect.result) | {
     "repeat",
@@ -31,24 +31,24 @@ _ORDER = ("optimizer", "precision", "engine", "method", "model", "data", "measur
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """A setting that varied, or several that can't be told apart."""
+    """A setting that varied, or several aliased ones."""
 
     name: str
-    """A setting's key; "shape" for batch_size x seq_len; names joined by " + " where an incomplete design ties them."""
+    """A setting's key; "shape" for batch_size x seq_len; names joined by " + " if they are aliased."""
     keys: tuple[str, ...]
     """The settings (parameters) it consists of."""
     levels: tuple[str, ...]
-    """In the order they were asked for, else numbers by size and words by the alphabet; shapes by their tokens a step.
+    """In the requested order, else numbers by size and words by the alphabet; shapes by their tokens per step.
     The first is the baseline. Where none is named, it is the first level that has a measured trial, of a merged factor
     (whose levels have no order of their own) that which has most."""
 
     def level(self, trial: Trial) -> str:
-        """The trial's level: "2x512" for shape, values joined by " + " for several settings."""
+        """Return the trial's level: "2x512" for shape, values joined by " + " for several settings."""
         return " + ".join(_parts(self.keys, trial.params).values())
 
 
 def taken_apart(factor: Factor, trials: Sequence[Trial]) -> list[Factor]:
-    """The settings that a factor consists of, each by itself; shape stays whole."""
+    """Return the settings that a factor consists of, each by itself; shape stays whole."""
     shape = tuple(key for key in factor.keys if key in SHAPE)
     parts = [("shape", shape)] if shape else []
     parts += [(key, (key,)) for key in factor.keys if key not in SHAPE]
@@ -58,34 +58,34 @@ def taken_apart(factor: Factor, trials: Sequence[Trial]) -> list[Factor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confounded:
-    """Settings whose effects can't be told apart in this design."""
+    """Settings whose effects are aliased in this design."""
 
     names: tuple[str, ...]
-    """Their names; "tokens a step" is among them where it is one of the candidates."""
+    """Their names; "tokens per step" is among them where it is one of the candidates."""
     why: str
-    """In words: "tokens a step is batch_size x seq_len", "they changed together in every trial", ..."""
+    """In words: "tokens per step is batch_size x seq_len", "they changed together in every trial", ..."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """What varied between trials, with what can't be told apart taken as one factor."""
+    """What varied between trials; aliased settings count as one factor."""
 
     factors: tuple[Factor, ...]
     confounded: tuple[Confounded, ...]
     fixed: Mapping[str, str]
     """Settings that were the same in all trials: groups by their choice, without the settings under them."""
     notes: tuple[str, ...] = ()
-    """What else is to be known: factors that varied only among trials without figures."""
+    """Notes: factors that varied only among trials without figures."""
 
 
 def tied(points: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Settings whose effects these points can't tell apart, as far as effects add up: none in a full factorial, but for
-    the shape's.
+    """Return groups of settings whose main effects are aliased at these points: none in a full factorial, except the
+    shape's.
 
-    A point is a level for each setting. Where batch_size, grad_accum_steps or seq_len vary, "tokens a step" (its
+    A point is a level for each setting. Where batch_size, grad_accum_steps or seq_len vary, "tokens per step" (its
     logarithm) is one more candidate. Main effects make a matrix: a column for each level of a setting but one. Its
     null space is what could be shifted between settings with no point showing it; a setting that has no part in it
-    can be told from all others. The rest falls into the smallest groups that shift nothing between each other.
+    can be separated from all others. The rest falls into the smallest groups that shift nothing between each other.
     """
     names = list(dict.fromkeys(key for point in points for key in point))
     rows = list(dict.fromkeys(tuple(point.get(name, "None") for name in names) for point in points))
@@ -106,7 +106,7 @@ def tied(points: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
 
 
 def design(trials: Sequence[Trial], sweeps: Sequence[Sweep] = (), baseline: Mapping[str, str] | None = None) -> Design:
-    """Find what varied and what of it can be told apart, by the rank of the main-effects matrix.
+    """Find what varied and which of its effects can be separated, by the rank of the main-effects matrix.
 
     Settings and levels are those of all `trials`; the rank is of those that finished and are not invalid.
 
@@ -136,7 +136,7 @@ def tokens_a_step(params: Mapping[str, str]) -> int:
 
 
 def _indicators(values: Sequence[str]) -> np.ndarray:
-    """A column for each level but one; none where nothing varies."""
+    """Return a column for each level but one; none where nothing varies."""
     levels = sorted(set(values))
     return np.array([[float(value == level) for level in levels[1:]] for value in values]).reshape(len(values), -1)
 
@@ -150,7 +150,7 @@ def _log_tokens(points: Sequence[Mapping[str, str]]) -> np.ndarray:
 
 
 def _parts(keys: _Keys, params: Mapping[str, str]) -> dict[str, str]:
-    """A level by the names it consists of: {"optimizer": "adamw", "shape": "1x512"}."""
+    """Return a level by the names it consists of: {"optimizer": "adamw", "shape": "1x512"}."""
     shape = "x".join(params.get(key, "None") for key in keys if key in SHAPE)
     return {"shape" if key in SHAPE else key: shape if key in SHAPE else params.get(key, "None") for key in keys}
 
@@ -163,7 +163,7 @@ def _name(keys: _Keys) -> str:
 
 
 def _varied(trials: Sequence[Trial], sweeps: Sequence[Sweep]) -> list[str]:
-    """Keys of settings that differ between trials, less those that another says already."""
+    """Return keys of settings that differ between trials, without those that follow from another."""
     keys = {key for trial in trials for key in trial.params}
     values = {key: [trial.params.get(key, "None") for trial in trials] for key in keys if not _no_effect(key)}
     varying = {key for key in values if len(set(values[key])) > 1}
@@ -190,12 +190,12 @@ def _no_effect(key: str) -> bool:
 
 
 def _determines(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether each value of one goes with a single value of the other."""
+    """Return whether each value of one goes with a single value of the other."""
     return len(set(zip(one, other, strict=True))) == len(set(one))
 
 
 def _one_of_each(keys: Iterable[str], values: Mapping[str, Sequence[str]]) -> set[str]:
-    """Of keys that always change together only the shortest."""
+    """Return of keys that always change together only the shortest."""
     kept: list[str] = []
     for key in sorted(keys, key=lambda key: (len(key), key)):
         told = values[key]
@@ -211,18 +211,18 @@ def _fixed(trials: Sequence[Trial]) -> dict[str, str]:
     return {key: params[key] for key in order if all(trial.params.get(key) == params[key] for trial in trials)}
 
 
-# What can be told apart
+# What can be separated
 
 
 def _blocks(varied: Sequence[str]) -> list[_Keys]:
-    """Each setting by itself; shape has batch_size and seq_len always, so that its levels can be read."""
+    """Return each setting by itself; shape has batch_size and seq_len always, so that its levels can be read."""
     shape = tuple(key for key in SHAPE if key in varied or key != "grad_accum_steps")
     return list(dict.fromkeys(shape if key in SHAPE else (key,) for key in varied))
 
 
 def _merged(blocks: Sequence[_Keys], trials: Sequence[Trial]) -> list[_Keys]:
-    """Put together what `trials` can't tell apart until the rest can be: a merged factor has more levels than its
-    settings had, so others may come to be tied to it."""
+    """Merge what `trials` cannot separate until the rest can be separated: a merged factor has more levels than its
+    settings had, so others may become aliased with it."""
     raw = [{key: trial.params.get(key, "None") for keys in blocks for key in keys} for trial in trials]
     merged = _joined(blocks, tied(raw))
     while found := tied([{_name(keys): str(_parts(keys, trial.params)) for keys in merged} for trial in trials]):
@@ -260,7 +260,7 @@ def _confounded(keys: _Keys, varied: Sequence[str], trials: Sequence[Trial], mea
 
 
 def _product(shape: Sequence[str], params: Mapping[str, str]) -> str:
-    """Why tokens a step can't be told from the settings it is made of."""
+    """Return why tokens per step is aliased with the settings it is made of."""
     factors = [key if key in shape else params.get(key, "1") for key in SHAPE if key in shape or key in params]
     return f"{TOKENS} is " + " x ".join(factor for factor in factors if factor != "1")
 
@@ -276,8 +276,8 @@ def _why(settings: Sequence[str], trials: Sequence[Trial]) -> str:
     if all(count == len(points) for count in levels):
         return f"{listed} changed together in every trial"
     if len(points) <= sum(count - 1 for count in levels):
-        return f"{len(points)} points cannot tell {len(settings)} settings apart"
-    return f"too few combinations of {listed} were measured to tell them apart"
+        return f"{len(points)} points cannot separate {len(settings)} settings"
+    return f"too few combinations of {listed} were measured to separate them"
 
 
 def _note(factor: Factor, measured: Sequence[Trial]) -> str | None:
@@ -307,14 +307,14 @@ def _factor(keys: _Keys, trials: Sequence[Trial], measured: Sequence[Trial], swe
 
 
 def _together(keys: _Keys) -> _Keys:
-    """The shape's settings beside each other."""
+    """Return the settings with those of the shape next to each other."""
     shape = tuple(key for key in SHAPE if key in keys)
     parts = dict.fromkeys(shape if key in SHAPE else (key,) for key in keys)
     return tuple(key for part in parts for key in part)
 
 
 def _place(levels: Iterable[str], key: str, sweeps: Sequence[Sweep]) -> Callable[[str], tuple[int, float, str]]:
-    """Where a level stands: as asked for by a sweep that names them all; else words in the order that sweeps name
+    """Return a level's sort key: as asked for by a sweep that names them all; else words in the order that sweeps name
     them, other words by the alphabet, numbers by size."""
     axes = [[_value(text) for text in sweep.axes[key]] for sweep in sweeps if key in sweep.axes]
     wanted = {_value(level) for level in levels}
@@ -331,7 +331,7 @@ def _place(levels: Iterable[str], key: str, sweeps: Sequence[Sweep]) -> Callable
 
 
 def _value(text: str) -> float | str:
-    """What a level's text means: 1e-5 and 1e-05 are the same, and so are null and None."""
+    """Return what a level's text means: 1e-5 and 1e-05 are the same, and so are null and None."""
     try:
         number = float(text)
     except ValueError:
@@ -348,7 +348,7 @@ def _first(levels: Sequence[str], first: str) -> tuple[str, ...]:
 
 
 def _from(factor: Factor, baseline: Mapping[str, str], trials: Sequence[Trial]) -> Factor:
-    """The factor with the baseline's level first."""
+    """Return the factor with the baseline's level first."""
     known = _answers(factor, trials)
     wanted = {setting: level for setting, level in baseline.items() if setting in next(iter(known.values()))}
     fitting = [
@@ -358,12 +358,12 @@ def _from(factor: Factor, baseline: Mapping[str, str], trials: Sequence[Trial]) 
     ]
     if not fitting:
         asked = ", ".join(f"{setting}={text}" for setting, text in wanted.items())
-        raise InvalidInput(f"baseline {asked}: no trial has these together. There are: {_listed(factor.levels)}.")
+        raise InvalidInput(f"baseline {asked}: no trial has this combination. There are: {_listed(factor.levels)}.")
     return replace(factor, levels=_first(factor.levels, fitting[0])) if wanted else factor
 
 
 def _answers(factor: Factor, trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
-    """For each level what a baseline may name of it: the factor, each of its settings, the shape."""
+    """Return for each level what a baseline may name of it: the factor, each of its settings, the shape."""
     examples = {factor.level(trial): trial.params for trial in trials}
     found = {}
     for level in factor.levels:
@@ -378,7 +378,7 @@ def _check_known(setting: str, level: str, factors: Sequence[Factor], trials: Se
     levels = list(dict.fromkeys(answers[setting] for answers in known if setting in answers))
     if not levels:
         names = list(dict.fromkeys(name for answers in known[:-1] for name in answers))
-        raise InvalidInput(f"{asked}: no such setting varied.{_meant(setting, names)} There are: {_listed(names)}.")
+        raise InvalidInput(f"{asked}: this setting did not vary.{_meant(setting, names)} There are: {_listed(names)}.")
     if _value(level) not in {_value(text) for text in levels}:
         raise InvalidInput(f"{asked}: no trial has it.{_meant(level, levels)} There are: {_listed(levels)}.")
 

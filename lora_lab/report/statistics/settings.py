@@ -1,4 +1,4 @@
-"""What a trial was told to do: which trials are of one point, and what to call a point among others."""
+"""Settings of trials: which trials belong to one point, and how to label a point among others."""
 
 import functools
 from collections import Counter
@@ -11,14 +11,15 @@ from lora_lab.store.trials import Trial
 _SHAPE = ("batch_size", "seq_len")
 
 ABSENT = "absent"
-"""Stands for a setting that a trial does not have: it is of a version that had none."""
+"""Value of a setting that a trial's version did not have."""
 
 Settings = tuple[tuple[str, str], ...]
 """Keys and values, by key: equal for trials of one point."""
 
 
 def settings(trial: Trial, known: frozenset[str] | None = None) -> Settings:
-    """What decides the trial's figures, of the keys that are `known` to all (by default, of its own)."""
+    """Return the settings that determine the trial's figures, of the keys that are `known` to all (by default, of its
+    own)."""
     return tuple(
         (key, value) for key, value in sorted(trial.params.items()) if _decides(key) and (known is None or key in known)
     )
@@ -26,12 +27,12 @@ def settings(trial: Trial, known: frozenset[str] | None = None) -> Settings:
 
 @functools.cache
 def _decides(key: str) -> bool:
-    """A window's length is among the settings under `measure`; the name of the option that set it says no more."""
+    """Return whether a setting determines figures. The name of a `measure` option adds nothing to its settings."""
     return key != "measure" and not {key, key.partition(".")[0]} & NO_EFFECT
 
 
 def by_point(trials: Sequence[Trial], known: frozenset[str] | None = None) -> dict[Settings, list[Trial]]:
-    """Trials that are equal in everything but seed and repeat, together; in the order given."""
+    """Group trials that are equal in everything but seed and repeat, in the order given."""
     found: dict[Settings, list[Trial]] = {}
     for trial in trials:
         found.setdefault(settings(trial, known), []).append(trial)
@@ -39,8 +40,8 @@ def by_point(trials: Sequence[Trial], known: frozenset[str] | None = None) -> di
 
 
 def labels(points: Sequence[Settings]) -> list[str]:
-    """What to call each of these points: what it has and others have not. Of settings that are no group's option and
-    no shape, what most points have is left out."""
+    """Return a label for each of these points: what distinguishes it from the others. Of settings that are no group's
+    option and no shape, what most points have is left out."""
     told = [dict(point) for point in points]
     words = _differing(told)
     usual = {
@@ -53,7 +54,7 @@ def labels(points: Sequence[Settings]) -> list[str]:
 
 
 def _differing(points: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys in which the points differ, less those that the option chosen for their group explains."""
+    """Return keys in which the points differ, without those that the option chosen for their group explains."""
     keys = sorted({key for point in points for key in point})
     values = {key: [point.get(key, ABSENT) for point in points] for key in keys}
     varied = [key for key in keys if len(set(values[key])) > 1]

@@ -1,4 +1,4 @@
-"""The finding in three sentences: what was best, what made the difference, and what that says about others' claims."""
+"""The headline in three sentences: what was best, which factors had an effect, and what that means for claims."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,22 +23,22 @@ def sentences(
     verdicts: "Sequence[tuple[Study, Sequence[Verdict]]]",
     sweeps: Sequence[Sweep] = (),
 ) -> tuple[str, ...]:
-    """Three sentences on the place with most trials; of others it is said that they are there."""
+    """Return three sentences on the environment with most trials; others are only mentioned."""
     main = groups[0]
     last = _on_claims(main, verdicts) if verdicts else _on_regimes(main)
     others = len(groups) - 1
-    apart = f" {count(others, 'other place')} reported apart, never averaged in." if others else ""
+    apart = f" {count(others, 'other environment')} reported separately, not averaged in." if others else ""
     return (_on_best(main) + _on_the_rest(groups, sweeps), _on_effects(main), last + apart)
 
 
 def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> str:
-    """What of the sweeps has not been run, so that nobody takes a part for the whole."""
+    """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
     over = Counter(trial.sweep for found in groups for trial in found.group.trials)
     planned = sum(sweep.planned or 0 for sweep in sweeps)
     done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in sweeps)
     if done == planned:
         return ""
-    return f" Only {done} of the {planned} planned trials have been run (resume=true goes on)."
+    return f" Only {done} of the {planned} planned trials have been run (resume=true runs the rest)."
 
 
 def _on_best(found: "GroupFindings") -> str:
@@ -49,7 +49,7 @@ def _on_best(found: "GroupFindings") -> str:
         return f"On {device} no trial finished with figures that can be compared ({how})."
     if len(found.points) == 1:
         figures = [m.write(points[0].figures[m.name][0]) for m in MEASURES if m.name in points[0].figures]
-        return f"On {device} {_name(points[0], found)} came to {', '.join(figures)}."
+        return f"On {device} {_name(points[0], found)} reached {', '.join(figures)}."
     ended = Counter(outcome for point in found.points for outcome in point.outcomes if outcome != "finished")
     others = ", ".join(f"{number} {outcome_text(outcome)}" for outcome, number in ended.items())
     ran = f"{len(points)} of {len(found.points)} configurations ran to the end" + (f" ({others})" if others else "")
@@ -61,25 +61,29 @@ def _on_best(found: "GroupFindings") -> str:
     said = f"the fastest was {_name(fastest, found)} with {THROUGHPUT.write(max(rates))}"
     said += f", {max(rates) / min(rates):.3g} times the slowest" if len(rates) > 1 else ""
     if found.as_fast:
-        said += f" ({found.as_fast} of the {len(rates) - 1} others cannot be told from it)"
+        said += f" ({found.as_fast} of the {len(rates) - 1} others do not differ significantly from it)"
     drawn = [point for point in points if ENERGY.name in point.figures]
     if drawn:
         thriftiest = _best(drawn, ENERGY)
         figure = ENERGY.write(thriftiest.figures[ENERGY.name][0])
         same = thriftiest is fastest
-        said += f", and least energy, {figure}" if same else f"; least energy took {_name(thriftiest, found)}, {figure}"
+        said += (
+            f", and least energy, {figure}"
+            if same
+            else f"; the least energy was used by {_name(thriftiest, found)}, {figure}"
+        )
     learned = [point for point in points if LOSS.name in point.figures]
     if len(learned) > 1:
         least = _best(learned, LOSS)
-        said += f"; lowest held-out loss had {_name(least, found)}, {LOSS.write(least.figures[LOSS.name][0])}"
+        said += (
+            f"; the lowest held-out loss is that of {_name(least, found)}, {LOSS.write(least.figures[LOSS.name][0])}"
+        )
     return f"On {device}, {ran}; by their medians {said}."
 
 
 def _on_effects(found: "GroupFindings") -> str:
     if not found.contrasts:
-        return (
-            "What made a difference can't be said: no two trials of one sweep and repeat differ in one setting alone."
-        )
+        return "Effects cannot be estimated: no two trials of one sweep and repeat differ in only one setting."
     told = [f"In tokens/s, all else equal: {_effects(found, THROUGHPUT)}."]
     if any(each.measure is LOSS and each.estimate.seen for each in found.contrasts):
         told.append(f"In held-out loss: {_effects(found, LOSS)}.")
@@ -107,7 +111,7 @@ def _effects(found: "GroupFindings", measure: Measure) -> str:
 
 
 def _by_regime(those: Sequence[Contrast]) -> str:
-    """Mixed regimes say least, and are left to the tables where there are others."""
+    """Return the effect per regime. Mixed regimes are left to the tables if there are others."""
     clear = [each for each in those if each.regime != "mixed"] or those
     several = len({each.regime for each in clear}) > 1 or clear[0].regime != "not known"
     return ", ".join(format_short(c.estimate, c.measure) + (f" {c.regime}" if several else "") for c in clear)
@@ -116,7 +120,7 @@ def _by_regime(those: Sequence[Contrast]) -> str:
 def _on_regimes(found: "GroupFindings") -> str:
     regimes = Counter(trial.regime for trial in found.group.measured)
     if set(regimes) <= {"not known"}:
-        return "Whether device or host held these trials back is not known: nothing here could look at it."
+        return "It is not known whether the device or the host limited these trials: no sensor here could measure it."
     told = ", ".join(f"{number} {regime}" for regime, number in regimes.most_common())
     order = (
         "; a faster host, or a slower card, may order host-bound trials differently" if "host-bound" in regimes else ""
@@ -134,7 +138,7 @@ def _on_claims(found: "GroupFindings", verdicts: "Sequence[tuple[Study, Sequence
         said = "; ".join(f"{verdict}: {', '.join(claims)}" for verdict, claims in words.items())
         parts.append(f"Of the claims of {study.id}, {said}.")
         if any(trial.regime == "host-bound" for trial in found.group.measured):
-            parts.append(f"(Host-bound figures of this card say nothing of the speed of a GPU-bound {study.card}.)")
+            parts.append(f"(Host-bound figures of this card do not predict the speed of a GPU-bound {study.card}.)")
     return " ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Points and levels named shortly enough for a table's edge or a picture."""
+"""Short names of points and levels for tables and pictures."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from lora_lab.store.naming import OPTIONS, in_order, word
 
 
 def level_text(factor: Factor, level: str) -> str:
-    """A level that can stand alone: "paged_adamw", "2x512", but "raise_to_fp32=False"."""
+    """Return a self-explanatory level: "paged_adamw", "2x512", but "raise_to_fp32=False"."""
     if set(factor.keys) <= set(SHAPE):
         return level if len(factor.keys) > 1 else f"{factor.keys[0]}={level}"
     # within a level, shape is one word of several settings
@@ -19,7 +19,7 @@ def level_text(factor: Factor, level: str) -> str:
 
 
 def usual_levels(points: Sequence[Point], factors: Sequence[Factor]) -> dict[str, str]:
-    """By factor, the level that most points have, where levels are numbers or switches: labels leave these out."""
+    """Return, by factor, the most common level of numbers and switches: labels leave these out."""
     usual = {}
     for factor in factors:
         found = Counter(point.levels[factor.name] for point in points).most_common(1)
@@ -31,7 +31,7 @@ def usual_levels(points: Sequence[Point], factors: Sequence[Factor]) -> dict[str
 def levels_text(
     levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str], without: str | None = None
 ) -> str:
-    """Levels in one line, without the usual ones and without the factor named `without`."""
+    """Return levels in one line, without the usual ones and without the factor named `without`."""
     told = [
         level_text(factor, levels[factor.name])
         for factor in sorted(factors, key=_place)
@@ -47,15 +47,15 @@ def _place(factor: Factor) -> int:
 
 
 def regime_text(regime: str) -> str:
-    """A regime that can stand alone."""
+    """Return a self-explanatory regime."""
     return "regime not known" if regime == "not known" else regime
 
 
 def outcome_text(outcome: str) -> str:
-    """An outcome in words."""
+    """Return an outcome in words."""
     return outcome.replace("_", " ")
 
 
 def count(number: int, one: str) -> str:
-    """With its noun: "1 trial", "3 trials"."""
+    """Return a number with its noun: "1 trial", "3 trials"."""
     return f"{number:,} {one}" + ("" if number == 1 else "s")

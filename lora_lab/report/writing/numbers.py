@@ -1,4 +1,4 @@
-"""Estimates as people say them: percent for small ratios, a factor for large ones, and how sure."""
+"""Format estimates: percent for small ratios, a factor for large ones, with their uncertainty."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,17 @@ from dataclasses import replace
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.estimates import Estimate, percent
 
+_ABSURD = math.log(10)
+"""An interval that reaches further than this log ratio says only that there are too few repeats."""
+
+TOO_FEW = "too few repeats to tell; run repeats=5"
+
 _LARGE = math.log(2)
 """From this log ratio on, a factor is easier to read than percent."""
 
 
 def change(value: float, measure: Measure, signed: bool = True) -> str:
-    """A difference: "+3.2 %", "x7.31", or "+0.0123 nats a token"."""
+    """Return a difference in words: "+3.2 %", "x7.31", or "+0.0123 nats per token"."""
     return _written(value, measure, signed, large=abs(value) >= _LARGE)
 
 
@@ -25,7 +30,7 @@ def _written(value: float, measure: Measure, signed: bool, large: bool) -> str:
 
 
 def interval(estimate: Estimate, measure: Measure) -> str:
-    """Both ends in the manner of the value: "-8.0 to -1.1 %", "x7.27 to x8.06"; "" where there is none."""
+    """Return both ends in the form of the value: "-8.0 to -1.1 %", "x7.27 to x8.06"; "" where there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
     large = abs(estimate.value) >= _LARGE
@@ -36,7 +41,7 @@ def interval(estimate: Estimate, measure: Measure) -> str:
 def format_estimate(
     estimate: Estimate, measure: Measure, lowest: float | None = None, highest: float | None = None
 ) -> str:
-    """The change with its interval, or that none was seen and which one would have been.
+    """Return the change with its interval, or that none was seen and how large one would have been detected.
 
     Args:
         lowest: the least change in any setting of the rest, where that is known.
@@ -49,29 +54,50 @@ def format_estimate(
             return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
         ends = interval(replace(estimate, low=lowest, high=highest), measure)
         return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
+    if _is_absurd(estimate, measure):
+        return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None:
-        would = change(estimate.detectable, measure, signed=False)
-        return f"no difference seen (95 %: {ends}); {would} would have been seen 4 times in 5"
+        would = detectable_text(estimate.detectable, measure)
+        return f"no difference seen (95 %: {ends}); {would} would have been detected (80 % power)"
     return f"{change(estimate.value, measure)} (95 %: {ends})"
 
 
+def detectable_text(detectable: float, measure: Measure) -> str:
+    """Return the smallest detectable difference in words: "3.2 %", "a ratio of 5.75", "0.0123 nats per token"."""
+    text = change(detectable, measure, signed=False)
+    return f"a ratio of {text[1:]}" if text.startswith("x") else text
+
+
+def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
+    """Return whether the interval is too wide to be worth printing.
+
+    An interval that contains no difference may not reach beyond a factor of 10 either way. One that does not contain it
+    may not reach beyond a factor of 10 from the estimate: an effect of x15 with a narrow interval is printed."""
+    if not measure.ratios or estimate.low is None or estimate.high is None:
+        return False
+    center = estimate.value if estimate.seen else 0.0
+    return max(center - estimate.low, estimate.high - center) > _ABSURD
+
+
 def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> str:
-    """What is to be known of a contrast's interval beyond its ends; "" where it is over repeats alone.
+    """Return a note on a contrast's interval; "" if it is over repeats only.
 
     Args:
         over: Contrast.interval_over.
         by_blocks: Contrast.by_blocks."""
     if over == "settings":
-        return "some settings ran once: the interval holds how the effect differs between settings, too"
+        return "some settings ran once: the interval also includes how the effect differs between settings"
     if over == "blocks":
-        return "the difference changed from block to block: the interval is over blocks"
-    ends = interval(by_blocks, measure) if by_blocks is not None else ""
-    return f"counted by blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
+        return "the difference varies between blocks: the interval is over blocks"
+    ends = interval(by_blocks, measure) if by_blocks is not None and not _is_absurd(by_blocks, measure) else ""
+    return f"interval over blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:
-    """The same in fewer words."""
+    """Return the same in fewer words."""
+    if _is_absurd(estimate, measure):
+        return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
-        return f"no difference seen ({change(estimate.detectable, measure, signed=False)} would have been)"
+        return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"
     ends = interval(estimate, measure)
     return change(estimate.value, measure) + (f" ({ends})" if ends else f" ({estimate.why_no_interval})")

@@ -19,7 +19,7 @@ from lora_lab.report.writing.numbers import change, format_estimate, interval_no
 
 
 def show(findings: Findings, console: Console) -> None:
-    """Everything but timelines and environment, which are the page's."""
+    """Print everything except timelines and environment, which only the page has."""
     console.print(f"\n[bold]{escape(findings.title)}[/bold]\n")
     for sentence in findings.sentences:
         console.print(escape(sentence), highlight=False)
@@ -43,7 +43,7 @@ def _show_group(found: GroupFindings, console: Console) -> None:
     for confounded in found.design.confounded:
         names = ", ".join(confounded.names)
         console.print(
-            f"[yellow]can't be told apart[/yellow]: {escape(names)} ({escape(confounded.why)})", highlight=False
+            f"[yellow]cannot be separated[/yellow]: {escape(names)} ({escape(confounded.why)})", highlight=False
         )
     for note in found.design.notes:
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
@@ -67,10 +67,8 @@ def _show_group(found: GroupFindings, console: Console) -> None:
 
 
 def _points_table(found: GroupFindings) -> Table:
-    """A point a row."""
-    table = Table(
-        title="every point: median, and half the way from its lowest to its highest trial", title_justify="left"
-    )
+    """Return a table with one row per point."""
+    table = Table(title="every configuration: median ± half the range of its trials", title_justify="left")
     table.add_column("configuration", overflow="fold", min_width=12)
     table.add_column("outcome")
     shown, factors = [measure for measure in MEASURES if measure.name not in found.absent], found.design.factors
@@ -87,12 +85,12 @@ def _points_table(found: GroupFindings) -> Table:
             escape(point.regime) if point.figures else "",
         )
     if usual := levels_text(usual_levels(found.points, factors), factors, {}):
-        table.caption, table.caption_justify = f"where a row says nothing else: {escape(usual)}", "left"
+        table.caption, table.caption_justify = f"unless a row says otherwise: {escape(usual)}", "left"
     return table
 
 
 def name_of(levels: Mapping[str, str], found: GroupFindings) -> str:
-    """A point, without what most points have."""
+    """Return a point's name, without what most points share."""
     usual = usual_levels(found.points, found.design.factors)
     factors = found.design.factors
     return levels_text(levels, factors, usual) or levels_text(levels, factors, {}) or "the only point"
@@ -113,7 +111,7 @@ def _contrasts_table(found: GroupFindings) -> Table:
         table.add_column(head, overflow="fold")
     for each in found.contrasts:
         of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
-        besides = f" (besides, {'; '.join(each.also_changed)})" if each.also_changed else ""
+        besides = f" (also changed: {'; '.join(each.also_changed)})" if each.also_changed else ""
         note = interval_note(each.interval_over, each.by_blocks, each.measure)
         besides += f" ({note})" if note else ""
         change_told = format_estimate(each.estimate, each.measure, each.lowest, each.highest) + besides
@@ -136,7 +134,7 @@ def _show_model(fitted: Fitted, console: Console) -> None:
     model = fitted.model
     spread = change(model.residual_sd, model.measure, signed=False)
     table = Table(
-        title=f"{head}: {model.trials} trials, R2 {model.r_squared:.3f}, a repeat lies {spread} from its like (1 sd)",
+        title=f"{head}: {model.trials} trials, R2 {model.r_squared:.3f}, residual SD {spread}",
         title_justify="left",
     )
     for name in ("averaged over the rest", "change"):
@@ -145,9 +143,11 @@ def _show_model(fitted: Fitted, console: Console) -> None:
         table.add_row(escape(f"{effect.of} / {effect.over}"), escape(format_estimate(effect.estimate, model.measure)))
     for each in model.interactions:
         size = change(each.largest, model.measure, signed=False)
-        table.add_row(escape(" x ".join(each.factors)), f"together up to {size} off their sum, p = {each.p:.2g}")
+        table.add_row(
+            escape(" x ".join(each.factors)), f"up to {size} away from the sum of both effects, p = {each.p:.2g}"
+        )
     for name in model.not_estimable:
-        table.add_row(escape(name), "left open: cells are missing")
+        table.add_row(escape(name), "not estimable: combinations are missing")
     console.print(table)
 
 
@@ -156,7 +156,7 @@ def _show_split(split: Split, found: GroupFindings, console: Console) -> None:
     title = f"{split.measure.title}: what made the difference from {start} to {end}"
     if not split.parts:
         corners = "; ".join(name_of(levels, found) for levels in split.missing)
-        console.print(f"{escape(title)}: can't be split, nothing measured at {escape(corners)}", highlight=False)
+        console.print(f"{escape(title)}: cannot be split: no measurement at {escape(corners)}", highlight=False)
         return
     table = Table(title=escape(title), title_justify="left")
     for head in ("part", "from", "to", "change"):
@@ -172,7 +172,7 @@ def _show_split(split: Split, found: GroupFindings, console: Console) -> None:
 
 
 def _fits_table(fits: Sequence[Fit]) -> Table:
-    """Budgets at which the same fits share a row."""
+    """Return a table in which budgets with the same result share a row."""
     table = Table(title="what fits (batch x seq)", title_justify="left")
     for head in ("with", "GiB", "largest that fits", "next, and what it needs"):
         table.add_column(head, overflow="fold")
@@ -183,8 +183,8 @@ def _fits_table(fits: Sequence[Fit]) -> Table:
         following = "none was tried" if fit.next is None else fit.next
         if fit.next_needs_gib is not None:
             following += f" ({'at least ' if fit.next_is_bound else ''}{fit.next_needs_gib:.2f} GiB)"
-        following += ", but might with less slack" if fit.next_may_fit else ""
-        following += f"; not told of {', '.join(fit.unknown)}" if fit.unknown else ""
+        following += ", but might fit with less unused cache" if fit.next_may_fit else ""
+        following += f"; not known for {', '.join(fit.unknown)}" if fit.unknown else ""
         budgets.setdefault((fit.others, largest, following), []).append(f"{fit.budget_gib:g}")
     for (others, largest, following), told_budgets in budgets.items():
         table.add_row(escape(others), ", ".join(told_budgets), escape(largest), escape(following))

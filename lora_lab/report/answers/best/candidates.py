@@ -1,4 +1,4 @@
-"""What may be chosen: configurations with their figures, and whether they fit."""
+"""Candidates: configurations with their figures, and whether they fit."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is asked for."""
+    """The user's query."""
 
     objective: Measure
     vram_gib: float | None = None
@@ -45,31 +45,32 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A configuration: equal in everything but seed, repeat and the memory that was at hand."""
+    """A configuration: equal in everything but seed, repeat and memory limit."""
 
     label: str
     trials: tuple[Trial, ...]
-    """Those its figures are of, all with the same memory at hand: of the emulated capacity nearest to the budget from
-    below where there is one, because torch's allocator works otherwise under a limit."""
+    """The trials of its figures, all under the same memory limit: the emulated capacity nearest to the budget from
+    below where there is one, because torch's allocator behaves differently under a limit."""
     figures: Mapping[str, Figure]
     """By measure name; a measure that a trial lacks is taken over the others."""
     aside: int = 0
-    """Measured trials that had other memory at hand: they speak for what fits, and are in no figure."""
+    """Measured trials under other memory limits: evidence for what fits, but not part of the figures."""
     fit: Fit | None = None
-    """Whether it fits the budget, by all of its trials; None without a budget, or where they don't tell."""
+    """Whether it fits the budget, by all of its trials; None without a budget, or without evidence."""
     ran_out: bool = False
-    """Whether it ran out of memory with the budget at hand, or more."""
+    """Whether it ran out of memory within the budget, or within more."""
 
     @property
     def limit_gib(self) -> float | None:
-        """The emulated capacity that its figures were taken within; None on a whole card."""
+        """Return the emulated capacity of its figures; None on a whole card."""
         limit = _at_hand(self.trials[0])
         return None if math.isinf(limit) else limit
 
     @property
     def needs_gib(self) -> float | None:
-        """The card's highest peak, or the emulated capacity that sufficed if that is less; where it does not fit the
-        budget, what it needs in place of that. None where nothing is known."""
+        """Return the card's highest peak, or the emulated capacity that was enough if that is smaller.
+
+        If it does not fit the budget: what it needs instead. None if nothing is known."""
         if self.fit is not None and self.fit.largest is None:
             return self.fit.next_needs_gib
         peak = self.fit.largest_gib if self.fit is not None else None
@@ -78,8 +79,10 @@ class Candidate:
 
 
 def candidates(subject: Subject, wish: Wish) -> tuple[list[Candidate], list[str]]:
-    """Configurations with the figure asked for, and what was left out: those with a trial that did not finish although
-    it had no less memory at hand than the trials that the figures are of, or than the budget."""
+    """Return configurations with the requested figure, and what was left out.
+
+    A configuration is left out if one of its trials failed with at least as much memory as the trials of its figures,
+    or as the budget."""
     points: dict[Settings, list[Trial]] = {}
     for trial in subject.trials:
         point = tuple((key, value) for key, value in settings(trial) if key != LIMIT)
@@ -95,21 +98,21 @@ def candidates(subject: Subject, wish: Wish) -> tuple[list[Candidate], list[str]
             continue
         if failed := _failed(made, told, wish):
             ended = " and ".join(dict.fromkeys(outcome_text(trial.outcome) for trial in failed))
-            left_out.append(f"{label}: {count(len(run[point]), 'trial')} finished, but not each: {ended}")
+            left_out.append(f"{label}: {count(len(run[point]), 'trial')} finished, others did not: {ended}")
             continue
         found.append(made)
     if without:
         left_out.append(f"{count(without, 'configuration')} without {wish.objective.title}")
     if not found:
         raise InvalidInput(
-            f"no configuration has {wish.objective.title} and finished in each of its trials. {subject.text}: "
+            f"no configuration has {wish.objective.title} with all of its trials finished. {subject.text}: "
             + "; ".join(left_out)
         )
     return _told_apart(found), left_out
 
 
 def within(found: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
-    """Those that fit the budget, and what was left out."""
+    """Return the candidates that fit the budget, and what was left out."""
     if wish.vram_gib is None:
         return list(found), []
     fitting = [one for one in found if one.fit is not None and one.fit.largest is not None]
@@ -123,14 +126,14 @@ def within(found: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], lis
             more = f" and {len(out) - _NAMED} more" if len(out) > _NAMED else ""
             text += f"; {len(out)} of them ran out of memory within it: {', '.join(out[:_NAMED])}{more}"
         if may := sum(one.fit is not None and one.fit.next_may_fit for one in beyond):
-            text += f"; {may} of them perhaps only by what torch keeps unused: vram_limit_gib={wish.vram_gib:g} tells"
+            text += f"; {may} of them may fit without torch's unused cache: try vram_limit_gib={wish.vram_gib:g}"
         left_out.append(text)
-    left_out += [f"of {count(unknown, 'configuration')} nobody knows whether they fit"] if unknown else []
+    left_out += [f"{count(unknown, 'configuration')}: not enough data to say whether they fit"] if unknown else []
     return fitting, left_out
 
 
 def _candidate(label: str, told: Sequence[Trial], measured: Sequence[Trial], wish: Wish) -> Candidate | None:
-    """None where no trial has the figure asked for."""
+    """Build a candidate; None if no trial has the requested figure."""
     having = {_at_hand(trial) for trial in measured if wish.objective.of(trial) is not None}
     if not having:
         return None
@@ -153,18 +156,18 @@ def _candidate(label: str, told: Sequence[Trial], measured: Sequence[Trial], wis
 
 
 def _at_hand(trial: Trial) -> float:
-    """The emulated capacity in GiB; infinite on a whole card."""
+    """Return the emulated capacity in GiB; infinite on a whole card."""
     limit = trial.params.get(LIMIT, "None")
     return math.inf if limit == "None" else float(limit)
 
 
 def _nearest(limits: set[float], budget: float) -> float:
-    """The largest within the budget, else the smallest beyond it."""
+    """Return the largest limit within the budget, else the smallest beyond it."""
     return max((limit for limit in limits if limit <= budget), default=min(limits))
 
 
 def _failed(made: Candidate, told: Sequence[Trial], wish: Wish) -> list[Trial]:
-    """Trials that did not finish and stand against it; none where they are why it does not fit."""
+    """Return the failed trials that disqualify the candidate; none if they only show that it does not fit."""
     if made.fit is not None and made.fit.largest is None:
         return []
     least = min(_at_hand(made.trials[0]), math.inf if wish.vram_gib is None else wish.vram_gib)
@@ -172,7 +175,7 @@ def _failed(made: Candidate, told: Sequence[Trial], wish: Wish) -> list[Trial]:
 
 
 def _told_apart(found: Sequence[Candidate]) -> list[Candidate]:
-    """With the memory at hand in the label, where that is not the same for all."""
+    """Add the memory limit to the labels if it is not the same for all."""
     if len({one.limit_gib for one in found}) == 1:
         return list(found)
     return [

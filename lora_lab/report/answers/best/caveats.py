@@ -1,4 +1,4 @@
-"""How sure an answer is, and what makes it weaker, in words."""
+"""Caveats of an answer: how certain it is, and what weakens it."""
 
 import math
 import statistics
@@ -12,29 +12,29 @@ from lora_lab.report.writing.numbers import change
 
 
 def sure(best: Candidate, runners_up: Sequence[RunnerUp]) -> str:
-    """In one line."""
+    """Return the certainty of the answer in one line."""
     if not runners_up:
         return "the only configuration left to choose from: nothing to compare it with"
     seen = [runner.estimate.seen for runner in runners_up]
     if None in seen:
-        return "one trial each: no interval, so nobody can say whether the order is chance; repeat with repeats=3"
+        return "one trial each: without an interval the order may be chance; repeat with repeats=3"
     close, better = seen.count(False), sum(runner.ahead and runner.estimate.seen is True for runner in runners_up)
-    parts = [f"{close} of {len(seen)} others cannot be told from the best" if close else ""]
-    parts += [f"{better} of {len(seen)} others are better in the blocks that both ran in" if better else ""]
+    parts = [f"no significant difference between the best and {close} of {len(seen)} others" if close else ""]
+    parts += [f"{better} of {len(seen)} others are better in the blocks shared with the best" if better else ""]
     if not close and not better:
         lone = any(len(one.trials) == 1 for one in (best, *(runner.candidate for runner in runners_up)))
-        borrowed = "; single trials by the noise of those that have repeats" if lone else ""
-        parts = [f"told apart from each of {count(len(seen), 'other')} (95 % intervals, one by one{borrowed})"]
+        borrowed = "; for single trials the noise of the repeated ones is used" if lone else ""
+        parts = [f"significantly better than each of {count(len(seen), 'other')} (separate 95 % intervals{borrowed})"]
     return "; ".join(filter(None, parts))
 
 
 def remarks(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> list[str]:
-    """What makes the answer weaker; what else might be taken."""
+    """Return what weakens the answer, and alternatives."""
     said = [*_of_few_trials(best, runners_up, wish), *_of_figures(best)]
     if len({one.limit_gib for one in (best, *(runner.candidate for runner in runners_up))}) > 1:
         said.append(
-            "not all were measured with the same memory at hand (labels say which within how much); under a limit "
-            "torch's allocator works otherwise, so part of a difference may be that"
+            "some configurations ran under a memory limit (see labels); the allocator behaves differently under one, "
+            "which may explain part of a difference"
         )
     return [*said, *_of_ties(best, runners_up), *_of_loss(best, runners_up, wish)]
 
@@ -44,23 +44,23 @@ def _of_few_trials(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) 
     single = best.figures[measure.name].n == 1
     said = []
     if single:
-        said.append("its figure is of a single trial: run it again (repeats=3) before relying on it")
+        said.append("its figure comes from a single trial: run it again (repeats=3) before relying on it")
         repeated = [runner for runner in runners_up if runner.candidate.figures[measure.name].n > 1]
         said += [f"of those with repeats {repeated[0].candidate.label} is the best"] if repeated else []
     ahead = [runner for runner in runners_up if runner.ahead]
     if ahead:
         lucky = ahead[0].candidate
         n = lucky.figures[measure.name].n
-        told = "" if ahead[0].estimate.seen else " and cannot be told from it"
+        told = "" if ahead[0].estimate.seen else ", but not significantly"
         said.append(
-            f"{lucky.label} looks better ({change(ahead[0].estimate.value, measure)}), by {count(n, 'trial')}{told}: "
-            "repeats of both (repeats=3) would say which is"
+            f"{lucky.label} looks better ({change(ahead[0].estimate.value, measure)}), from {count(n, 'trial')}{told}: "
+            "repeat both (repeats=3) to find out which is better"
         )
     untold = any(runner.estimate.seen is not True for runner in runners_up)
     if runners_up and (single or (untold and measure != VRAM)):  # peaks of repeats agree to a driver's page
         said.append(
-            f"picked among {len(runners_up) + 1} by the very figures that are shown, so expect it to do a little "
-            "worse when it is run again"
+            f"selected among {len(runners_up) + 1} by the figures shown, so expect a slightly worse result when it "
+            "is run again"
         )
     return said
 
@@ -76,8 +76,8 @@ def _of_figures(best: Candidate) -> list[str]:
         said.append(f"{' and '.join(regimes)}: another card or a faster host may order them differently")
     if best.limit_gib is not None:
         said.append(
-            f"measured within an emulated {best.limit_gib:g} GiB of a larger card, whose speed and power these are; on "
-            "a card of that size leave vram_limit_gib out"
+            f"measured within an emulated {best.limit_gib:g} GiB of a larger card: speed and power are those of the "
+            "larger card; on a card of that size leave vram_limit_gib out"
         )
         before = max((trial.metrics.get("card/used_before_gib", 0.0) for trial in best.trials), default=0.0)
         peak = best.figures.get(VRAM.name)
@@ -87,27 +87,29 @@ def _of_figures(best: Candidate) -> list[str]:
             )
     if best.aside:
         said.append(
-            f"{count(best.aside, 'trial')} of it with other memory at hand said what fits, and are not in its figures"
+            f"{count(best.aside, 'trial')} of it under other memory limits were used for what fits, but not for its "
+            "figures"
         )
     if best.trials[0].params.get("model.weights") == "random":
-        said.append("the weights were random: speed, memory and energy hold, and nothing is said of what it learns")
+        said.append("the weights were random: speed, memory and energy are valid, held-out loss is not")
     return said
 
 
 def _of_ties(best: Candidate, runners_up: Sequence[RunnerUp]) -> list[str]:
-    """The one that needs least memory of those that can't be told from the best."""
+    """Return the configuration with the least memory of those not significantly different from the best."""
     ties = [runner.candidate for runner in runners_up if runner.estimate.seen is False]
     smaller = [one for one in ties if one.needs_gib and best.needs_gib and one.needs_gib < 0.99 * best.needs_gib]
     if not smaller or best.needs_gib is None:
         return []
     least = min(smaller, key=lambda one: one.needs_gib or math.inf)
     return [
-        f"{least.label} cannot be told from it and needs {least.needs_gib:.2f} GiB in place of {best.needs_gib:.2f}"
+        f"{least.label} has no significant difference and needs {least.needs_gib:.2f} GiB "
+        f"instead of {best.needs_gib:.2f}"
     ]
 
 
 def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> list[str]:
-    """What makes held-out losses of different configurations unlike, where they were compared."""
+    """Return why held-out losses of different configurations are not comparable, if they were compared."""
     if wish.objective != LOSS and wish.max_loss_increase is None:
         return []
     compared = [best, *(runner.candidate for runner in runners_up)]
@@ -115,8 +117,8 @@ def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> lis
     said = []
     if tokens and max(tokens) > 1.02 * min(tokens):
         said.append(
-            f"held-out losses were taken after as many steps, not as many tokens: {min(tokens):,.0f} to "
-            f"{max(tokens):,.0f} of them were seen"
+            f"held-out losses were taken after equal steps, not equal tokens: {min(tokens):,.0f} to "
+            f"{max(tokens):,.0f} tokens were trained on"
         )
     if len({one.trials[0].params.get("seq_len") for one in compared}) > 1:
         said.append("another seq_len holds out other rows and cuts them elsewhere, so such losses are not quite alike")
@@ -124,7 +126,7 @@ def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> lis
 
 
 def _tokens_seen(candidate: Candidate) -> float | None:
-    """Real tokens that it was trained on before the held-out loss was taken, by the window's tokens a step."""
+    """Real tokens that it was trained on before the held-out loss was taken, by the window's tokens per step."""
     found = []
     for trial in candidate.trials:
         rate, seconds, steps = (

@@ -32,16 +32,16 @@ class Choice:
     """How sure it is, in words."""
     remarks: tuple[str, ...]
     others: tuple[str, ...]
-    """What else there is, and how to choose it."""
+    """Other cohorts, and how to choose them."""
 
 
 def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
-    """Answer.
+    """Choose the best configuration.
 
-    Models, data, lengths of the window, cards, versions and code are never mixed: the newest trial says which model,
-    data, window and card, and of the places with that the one with most measured trials is taken.
+    Models, data, lengths of the window, cards, versions and code are never mixed: the newest trial determines
+    model, data, window and card, and of the environments with these the one with most measured trials is used.
 
-    Raises: InvalidInput when nothing is measured, or what is asked can't be told from it."""
+    Raises: InvalidInput when nothing is measured, or the measurements cannot answer the question."""
     found = subjects(trials, wish.model, wish.card)
     subject = found[0]
     _check_answerable(subject, wish)
@@ -78,7 +78,7 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
 
 
 def _needs(one: Candidate) -> tuple[bool, float]:
-    """Those first of which it was seen: where a trial ran out of memory it needs more than so much."""
+    """Return a sort key: measured needs first, then lower bounds from trials that ran out of memory."""
     return one.fit is None or one.fit.next_is_bound, one.needs_gib or math.inf
 
 
@@ -86,7 +86,7 @@ def _check_answerable(subject: Subject, wish: Wish) -> None:
     measured = subject.measured
     if wish.max_loss_increase is not None and all(LOSS.of(trial) is None for trial in measured):
         raise InvalidInput(
-            f"--max-loss-increase can't be kept here: {LOSS.why_absent(measured[-1])}. {subject.text}: leave the "
+            f"--max-loss-increase cannot be applied here: {LOSS.why_absent(measured[-1])}. {subject.text}: leave the "
             "option out, or run trials with pretrained weights and measure.eval_rows above 0."
         )
     if all(wish.objective.of(trial) is None for trial in measured):
@@ -99,14 +99,14 @@ def _check_answerable(subject: Subject, wish: Wish) -> None:
 def _check_memory_known(subject: Subject, found: Sequence[Candidate], wish: Wish) -> None:
     if wish.vram_gib is not None and all(one.fit is None for one in found):
         raise InvalidInput(
-            f"--vram {wish.vram_gib:g} can't be judged here: no trial has the card's peak "
+            f"--vram {wish.vram_gib:g} cannot be applied here: no trial has the card's peak "
             f"({VRAM.why_absent(subject.measured[-1])}). {subject.text}: leave --vram out, or choose trials of a card "
             "with --card NAME."
         )
 
 
 def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
-    """Those whose held-out loss is low enough.
+    """Return the candidates whose held-out loss is low enough.
 
     Raises: InvalidInput when none of them has one."""
     if wish.max_loss_increase is None:
@@ -114,8 +114,8 @@ def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candida
     losses = {one.label: one.figures[LOSS.name].median for one in candidates if LOSS.name in one.figures}
     if not losses:
         raise InvalidInput(
-            "--max-loss-increase can't be kept: none of the configurations that fit has a held-out loss. Run them with "
-            "measure.eval_rows above 0."
+            "--max-loss-increase cannot be applied: none of the configurations that fit has a held-out loss. Run them "
+            "with measure.eval_rows above 0."
         )
     most = min(losses.values()) * (1 + wish.max_loss_increase)
     kept = [one for one in candidates if losses.get(one.label, math.inf) <= most]

@@ -1,4 +1,4 @@
-"""Which trials may be chosen among: one model, one data set, one length of the window, one place."""
+"""Trials that may be compared: one model, one data set, one window length, one environment."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _LAYOUT = ("data.batching",)
 """Of the settings under data, what is a way to train and not another data set."""
 _SHOWN = 6
 _ID = 12
-"""Characters of an id that tell it from others."""
+"""Characters of an id that make it unique in practice."""
 
 _Key = tuple[tuple[str, str], ...]
 
@@ -27,12 +27,12 @@ class Subject:
     key: _Key
     """Settings of model, data and window."""
     trials: tuple[Trial, ...]
-    """Those that say something, by their start."""
+    """Trials with an informative outcome, by their start."""
     measured: tuple[Trial, ...]
 
     @property
     def text(self) -> str:
-        """What they are of, for people."""
+        """Return a description of the cohort."""
         told = dict(self.key)
         weights = told.get("model.weights")
         model = told.get("model", "a model") + (f" ({weights} weights)" if weights else "")
@@ -40,13 +40,13 @@ class Subject:
 
     @property
     def newest_ms(self) -> int:
-        """When its newest measured trial began (Unix time)."""
+        """Return when its newest measured trial began (Unix time)."""
         return max(trial.started_ms for trial in self.measured)
 
 
 def subjects(trials: Sequence[Trial], model: str | None = None, card: str | None = None) -> list[Subject]:
-    """What measured trials there are, by what may be compared. The first is to be used: that of the newest trial, at
-    the place where most was measured of it. The rest by their newest trial.
+    """Return measured trials grouped by what may be compared. The first is to be used: that of the newest
+    trial, in the environment with most measurements of it. The rest are ordered by their newest trial.
 
     Raises: InvalidInput when there is none."""
     chosen = [trial for trial in trials if _is_model(trial, model) and _is_card(trial, card)]
@@ -63,7 +63,7 @@ def subjects(trials: Sequence[Trial], model: str | None = None, card: str | None
 
 
 def others(found: Sequence[Subject]) -> list[str]:
-    """What there is beside the first, a line for each, with what chooses it."""
+    """Return one line per cohort other than the first, with the option that selects it."""
     first, *rest = found
     lines = [_other(first, subject) for subject in rest[:_SHOWN]]
     if len(rest) > _SHOWN:
@@ -90,7 +90,7 @@ def _key(trial: Trial) -> _Key:
 
 @functools.cache
 def _tells(key: str) -> bool:
-    """Whether trials that differ in this setting answer different questions."""
+    """Return whether trials that differ in this setting answer different questions."""
     return (key.partition(".")[0] in ("model", "data") or key in _WINDOW) and key not in (*_LAYOUT, *NO_EFFECT)
 
 
@@ -108,19 +108,19 @@ def _none_such(trials: Sequence[Trial], model: str | None, card: str | None) -> 
     asked = " and ".join(text for text in (model and f"--model {model}", card and f"--card {card}") if text)
     models = ", ".join(sorted({trial.params.get("model", "not recorded") for trial in trials}))
     cards = ", ".join(sorted({trial.place.device for trial in trials}))
-    return f"no trial is of {asked}. There are trials of the models {models}, on {cards}."
+    return f"no trial matches {asked}. There are trials of the models {models}, on {cards}."
 
 
 def _nothing_measured(trials: Sequence[Trial]) -> str:
     kinds = sorted({outcome_text(trial.outcome) for trial in trials if not trial.finished})
     invalid = any(trial.finished for trial in trials)
     ended = ", ".join(kinds + ["finished, but invalid"] * invalid)
-    there = f"{count(len(trials), 'trial')} ended without a figure that may be used ({ended})" if trials else "no trial"
-    return f"nothing is measured: {there}. Run some: python -m lora_lab -m sweep=paper_factorial"
+    there = f"{count(len(trials), 'trial')} ended without a usable figure ({ended})" if trials else "no trial"
+    return f"no measurement yet: {there}. Run some: python -m lora_lab -m sweep=paper_factorial"
 
 
 def _other(first: Subject, other: Subject) -> str:
-    """One line: how many trials, what differs, what to type."""
+    """Return one line: how many trials, what differs, what to type."""
     here, there = dict(first.key), dict(other.key)
     keys = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
     short = [key for key in keys if "." not in key] or keys
@@ -128,7 +128,7 @@ def _other(first: Subject, other: Subject) -> str:
     if other.place.device != first.place.device:
         apart.append(other.place.device)
     elif other.place.unit != first.place.unit:
-        apart.append(f"another card or host of that name, {other.place.unit}")
+        apart.append(f"another card or host with the same name, {other.place.unit}")
     if (other.place.versions, other.place.code, other.place.dirty) != (
         first.place.versions,
         first.place.code,
@@ -139,7 +139,7 @@ def _other(first: Subject, other: Subject) -> str:
 
 
 def _option(first: Subject, other: Subject) -> str:
-    """What chooses it: a sweep's id, or a trial's, where neither model nor card does."""
+    """Return the option that selects it: a sweep's or trial's id if neither model nor card does."""
     here, there = dict(first.key), dict(other.key)
     if here.get("model") != there.get("model") and "model" in there:
         return f"--model {there['model']}"

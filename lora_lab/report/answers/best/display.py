@@ -16,11 +16,11 @@ from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Trial
 
 _RUNNERS_UP = 5
-_VERDICTS = {True: "told apart", False: "cannot be told from the best", None: "not known"}
+_VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
 
 
 def show_choice(choice: Choice, console: Console) -> None:
-    """Write it down: the configuration, its command, how sure, the others."""
+    """Print the configuration, its command, its certainty and the runners-up."""
     _say(console, f"Of {count(len(choice.subject.measured), 'measured trial')}: {choice.subject.text}.")
     if choice.best is None:
         _show_nothing_fits(choice, console)
@@ -49,7 +49,7 @@ def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
 
 
 def _show_command(candidate: Candidate, console: Console) -> None:
-    """On one line however narrow the terminal: so it can be copied."""
+    """Print the command on one line however narrow the terminal, so that it can be copied."""
     newest = candidate.trials[-1]
     console.print("\nTo run it:")
     text = _command(newest)
@@ -67,7 +67,7 @@ def _command(trial: Trial) -> str:
 def _table(choice: Choice, objective: Measure) -> Table:
     shown = choice.runners_up[:_RUNNERS_UP]
     more = len(choice.runners_up) - len(shown)
-    title = f"Runners-up{f' ({more} more not shown)' if more else ''}; means over repeats against the best's, 95 %"
+    title = f"Runners-up{f' ({more} more not shown)' if more else ''}; mean difference from the best, 95 % intervals"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="")
     table.add_column("configuration", overflow="fold")
     table.add_column(objective.unit, justify="right", no_wrap=True)
@@ -93,7 +93,7 @@ def _beside(runner: RunnerUp, measure: Measure) -> str:
 
 
 def _change(value: float, measure: Measure) -> str:
-    """A difference, in percent as long as that can be read."""
+    """Return a difference, in percent unless a ratio is easier to read."""
     if not measure.ratios:
         return f"{value:+.4f}"
     return f"x{math.exp(value):.3g}" if value > math.log(3) else f"{percent(value):+.1f} %"
@@ -121,7 +121,7 @@ def _show_nothing_fits(choice: Choice, console: Console) -> None:
         _say(console, f"It ran out of memory within {budget}.")
         return
     text = f"{_command(least.trials[-1])} vram_limit_gib={wish.vram_gib:g}"
-    _say(console, "On a large card torch keeps more than it needs. Whether it can do with less is seen by")
+    _say(console, "On a large card torch keeps more memory than it needs. To test whether less is enough, run:")
     console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
 
 

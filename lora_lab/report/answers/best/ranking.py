@@ -22,7 +22,7 @@ from lora_lab.report.statistics.estimates import ROUNDING, Estimate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerUp:
-    """A candidate that is not the best, beside the best."""
+    """A candidate that is not the best, compared with the best."""
 
     candidate: Candidate
     estimate: Estimate
@@ -46,11 +46,11 @@ class _Rated:
 
 
 def ranked(candidates: Sequence[Candidate], measure: Measure) -> tuple[Candidate, tuple[RunnerUp, ...]]:
-    """The best, and the others beside it.
+    """Return the best, and the others compared with it.
 
-    The best is the one than which none is better by the estimates shown, which are paired by block: a median over
-    other blocks than the next one's says as much of the blocks. A single trial wins only where it can be told from the
-    candidates with repeats, by the noise of those: of many single trials the luckiest looks best (the winner's curse;
+    No candidate is better than the best by the estimates shown. They are paired by block, because medians over
+    different blocks also differ by the blocks. A single trial wins only if it differs significantly from the
+    candidates with repeats, by their noise: of many single trials the luckiest looks best (the winner's curse;
     Efron 2011, "Tweedie's formula and selection bias")."""
     rated = _rated(sorted(candidates, key=_order(measure)), measure)
     noise = pooled_noise(one.values for one in rated)
@@ -82,8 +82,9 @@ def _rated(candidates: Sequence[Candidate], measure: Measure) -> list[_Rated]:
 
 
 def _unbeaten(rated: Sequence[_Rated], measure: Measure) -> _Rated:
-    """From the best by median on to whichever is furthest ahead, till none is. Where that goes round in a circle: the
-    one of the circle that fewest are ahead of."""
+    """Start at the best median and move to whichever is furthest ahead, until none is ahead.
+
+    In a cycle, return the member that the fewest others are ahead of."""
     sign, passed = _sign(measure), [rated[0]]
     while True:
         gains = [sign * _apart(passed[-1], other) for other in rated]

@@ -1,15 +1,16 @@
-"""A claim that more of one measure goes with less of another, put to one place's trials.
+"""Test a claim that more of one measure goes with less of another, on the trials of one environment.
 
-The slope of log(less) on log(more) over points. Where one measure is computed from the other (energy a token is power /
-throughput), an error in one is the opposite error in the other, and a slope near -1 comes of noise alone. So
+The statistic is the slope of log(less) on log(more) over points. If one measure is computed from
+the other (energy per token is power / throughput), an error in one is the opposite error in the other, and noise alone
+gives a slope near -1. So
 
 - each point's first measure is that of its even repeats, its second that of the odd ones: errors are not shared;
 - no slope is taken unless the points differ by far more in the first measure than their repeats do. Noise in it draws
-  a slope towards 0 by noise / (noise + true) variance (Fuller, Measurement Error Models, 1987, section 1.1): a tenth
-  at the most here.
+  a slope towards 0 by noise / (noise + true) variance (Fuller, Measurement Error Models, 1987, section 1.1): at most a
+  tenth here.
 
-Supported where the slope's interval is below 0, contradicted where above. -1 is what a constant product makes (a
-constant power); between -1 and 0 the product grows with the first measure.
+Supported if the slope's interval is below 0, contradicted if above. A constant product (a constant power) gives -1;
+between -1 and 0 the product grows with the first measure.
 """
 
 import math
@@ -29,7 +30,7 @@ from lora_lab.store.trials import Group, Trial
 
 _LEAST_POINTS = 4
 _BEYOND = 10.0
-"""How many times the variance by noise that between points has to be."""
+"""Least ratio of the variance between points to the variance by noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,11 @@ class _Halves:
 
 
 def look(claim: AssociationClaim, group: Group, name: str, speaks_in: Sequence[str] | None) -> list[Found]:
-    """What the group shows of it, by regime; nothing where fewer than four points have repeats.
+    """Return the evidence of the group by regime; nothing if fewer than four points have repeats.
 
     Args:
-        name: the place, for people.
-        speaks_in: regimes whose trials may decide; None for all."""
+        name: display name of the environment.
+        speaks_in: regimes whose trials count; None for all."""
     found = points(group.measured, group.measured, design(group.measured).factors) if group.measured else []
     made = []
     for regime in dict.fromkeys(point.regime for point in found):
@@ -75,11 +76,11 @@ def look(claim: AssociationClaim, group: Group, name: str, speaks_in: Sequence[s
 
 
 def meaning(claim: AssociationClaim) -> str:
-    """What the slope tells, and how far it reaches."""
+    """Return what the slope means, and its limits."""
     product = "the power drawn" if (claim.more, claim.less) == (THROUGHPUT, ENERGY) else "their product"
     return (
-        f"An exponent of -1 means that {product} is the same everywhere, nearer to 0 that it grows with the first. "
-        "This is one case, of this card and these settings: it cannot show that it holds in general."
+        f"An exponent of -1 means that {product} is constant; closer to 0, it grows with the first. "
+        "This is one case, for this card and these settings: it cannot show that it holds in general."
     )
 
 
@@ -109,17 +110,18 @@ def _slope(claim: AssociationClaim, inside: Sequence[_Halves]) -> tuple[Estimate
     over = f"over {len(inside)} points with repeats"
     noise = _noise(inside)
     if statistics.variance(more) <= _BEYOND * noise:
-        return None, f"{over} {claim.more.title} differs too little beside its noise to tell ({fold})."
+        return None, f"{over} {claim.more.title} differs too little compared with its noise ({fold})."
     line = stats.linregress(more, less)
     slope = estimate(float(line.slope), float(line.stderr), len(inside) - 2)
     ends = f"(95 %: {slope.low:.2f} to {slope.high:.2f})"
-    goes = f"{claim.less.title} goes as {claim.more.title} with the exponent {slope.value:.2f} {ends}"
+    goes = f"{claim.less.title} scales with {claim.more.title} with exponent {slope.value:.2f} {ends}"
     return slope, f"{over} ({fold}) {goes}."
 
 
 def _noise(inside: Sequence[_Halves]) -> float:
-    """The variance that repeats alone give a point's first measure, on average: that of one trial, pooled over the
-    points, over the number of even repeats."""
+    """Return the mean variance of a point's first measure due to repeats alone.
+
+    It is the pooled variance of one trial over the number of even repeats."""
     squares = math.fsum(statistics.variance(half.more) * (len(half.more) - 1) for half in inside)
     one = squares / sum(len(half.more) - 1 for half in inside)
     return one * statistics.fmean(1 / len(half.more[0::2]) for half in inside)

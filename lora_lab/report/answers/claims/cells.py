@@ -23,15 +23,15 @@ class ClaimSetting:
 
     trials: tuple[Trial, ...]
     regime: str
-    """As contrasts have it."""
+    """As in contrasts."""
     difference: Difference
-    """`of` less `over`."""
+    """`of` minus `over`."""
     ends: tuple[str, ...]
     """The study's runs that were set so, but for the claim's factor: the claim's own settings."""
 
     @property
     def repeated(self) -> bool:
-        """Whether it has an interval."""
+        """Return whether it has an interval."""
         return bool(self.difference.variances)
 
 

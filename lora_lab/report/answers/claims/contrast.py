@@ -1,18 +1,18 @@
-"""A claim that one factor's level over another changes measures, put to one place's trials.
+"""Test a claim that one factor's level over another changes measures, on the trials of one environment.
 
-A ratio is claimed of some setting ("up to 25 %"), so an average over a grid cannot refute it:
+A ratio is claimed for some setting ("up to 25 %"), so an average over a grid cannot refute it:
 
-- supported where at the claim's own settings (those of one of its two runs, but for the factor) the whole interval lies
+- supported if at the claim's own settings (those of one of its two runs, but for the factor) the whole interval lies
   at or beyond `least_ratio`; the intervals of all such settings hold together;
-- contradicted where at every setting with repeats the whole interval falls short of `least_ratio`, and the settings of
-  both of its runs are among them. Bonferroni over all settings; that is on the safe side, as to refute them all each
-  could be tested by itself (an intersection-union test, Berger 1982).
+- contradicted if at every setting with repeats the whole interval falls short of `least_ratio`, and the settings of
+  both of its runs are among them. Bonferroni over all settings; that is conservative, since each could be
+  tested by itself to refute them all (an intersection-union test, Berger 1982).
 
-A direction is claimed of the runs compared, so only their own settings decide: all with the interval wholly on the
+A direction is claimed for the compared runs, so only their own settings decide: all with the interval wholly on the
 claimed side, or all on the other.
 
-Both rules ask the whole interval to lie beyond what is to be excluded. So whatever the noise, a wrong word comes in at
-most 1 of 40 cases per measure, place and regime, and noise makes undecided more likely.
+Both rules require the whole interval to lie beyond what is to be excluded. So whatever the noise, a verdict
+is wrong in at most 1 of 40 cases per measure, environment and regime. Noise only makes "undecided" more likely.
 """
 
 import math
@@ -30,11 +30,11 @@ from lora_lab.store.trials import Group
 
 
 def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in: Sequence[str] | None) -> list[Found]:
-    """What the group shows of it, by regime.
+    """Return the evidence of the group, by regime.
 
     Args:
-        name: the place, for people.
-        speaks_in: regimes whose trials may decide; None for all."""
+        name: display name of the environment.
+        speaks_in: regimes whose trials count; None for all."""
     sides = [trial for trial in group.measured if trial.params.get(claim.factor) in (claim.of, claim.over)]
     if len({trial.params[claim.factor] for trial in sides}) < 2:
         return []
@@ -59,7 +59,7 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
 
 
 def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[ClaimSetting]]]) -> str | None:
-    """All changes have to be supported; one contradicted contradicts the claim."""
+    """Return the claim's verdict: all changes have to be supported; one contradicted change contradicts the claim."""
     words = [weigh(claim, claimed, cells) for claimed, _, cells in made]
     if CONTRADICTED in words:
         return CONTRADICTED
@@ -67,7 +67,7 @@ def _word(claim: ContrastClaim, made: Sequence[tuple[Change, Contrast, list[Clai
 
 
 def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting]) -> str | None:
-    """What the cells of one regime say of one change (the module says when); those without repeats say nothing."""
+    """Return the verdict of one regime's cells on one change (see the module); cells without repeats do not count."""
     repeated = [cell for cell in cells if cell.repeated]
     own = [cell for cell in repeated if cell.ends]
     if claimed.ratio is None:
@@ -82,8 +82,8 @@ def weigh(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting]) 
 
 
 def decide(claimed: Change, found: Estimate) -> str | None:
-    """What one interval says: SUPPORTED where it lies wholly at or beyond the least that was claimed (for a direction:
-    on that side of 0), CONTRADICTED where wholly short of it, else None."""
+    """Return what one interval says: SUPPORTED if it lies wholly at or beyond the least that was claimed (for a
+    direction: on that side of 0), CONTRADICTED where wholly short of it, else None."""
     if found.low is None or found.high is None:
         return None
     low, high = sorted((claimed.sign * found.low, claimed.sign * found.high))
@@ -118,12 +118,12 @@ def _text(
         whose = "claimed" if claimed.ratio is not None else "original's"
         text += f"; the {whose} {change(size, measure)} could have been missed"
     if contrast.also_changed:
-        text += f"; besides, what ran differed in {listed(contrast.also_changed)}"
+        text += f"; what ran also differed in {listed(contrast.also_changed)}"
     return text + "."
 
 
 def _over(contrast: Contrast, cells: Sequence[ClaimSetting]) -> str:
-    """What the average is over, and how the settings differ."""
+    """Return what the average is over, and how the settings differ."""
     pairs = "1 pair of trials" if contrast.pairs == 1 else f"{contrast.pairs} pairs of trials"
     if len(cells) < 2:
         return f"{pairs} in one setting of the rest"
@@ -133,7 +133,7 @@ def _over(contrast: Contrast, cells: Sequence[ClaimSetting]) -> str:
 
 
 def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting]) -> list[str]:
-    """What was found at the settings of each of the claim's two runs."""
+    """Return what was found at the settings of each of the claim's two runs."""
     # without `detectable` the change itself is written, which is what was claimed
     own = {
         run: [replace(cell.difference.estimate(), detectable=None) for cell in cells if run in cell.ends]
@@ -150,7 +150,7 @@ def _at_ends(claim: ContrastClaim, claimed: Change, cells: Sequence[ClaimSetting
 
 
 def _size(study: Study, claim: ContrastClaim, claimed: Change) -> float | None:
-    """The effect that trials should have been able to see, as a log ratio: the claimed one, else that between the
+    """Return the effect that trials should be able to detect, as a log ratio: the claimed one, else that between the
     middles of the study's own figures. None for what is not compared by ratios, or has no figures."""
     if claimed.ratio is not None:
         return math.log(claimed.ratio)

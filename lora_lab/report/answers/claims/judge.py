@@ -1,16 +1,17 @@
-"""What a paper claims, put to the trials at hand.
+"""Judge a paper's claims by the available trials.
 
-Only trials with the settings that all of the study's runs share are looked at, each place and regime for itself.
+Only trials with the settings that all of the study's runs share are used. Each environment and regime is judged
+separately.
 
-Who can speak: for a claim with `evidence: same_card` only trials on the study's card (its name as the driver gives it)
-in the study's regime; for `any_card` all of them. What others show is listed and decides nothing.
+What counts: for a claim with `evidence: same_card` only trials on the study's card (its name as the driver gives it)
+in the study's regime; for `any_card` all of them. Evidence from other trials is listed, but is not decisive.
 
-What decides: contrast.py for one factor's level over another, memory.py for what fits, association.py for more of one
+Who decides: contrast.py for one factor's level over another, memory.py for what fits, association.py for more of one
 measure with less of another.
 
-Where places or regimes that may speak disagree, a claim about any card is contradicted (one counterexample is enough),
-and one about a single card stays undecided. What is undecided is "confounded in the original" where by rank the study's
-own runs cannot tell the claim's factor from others, else "not testable here".
+If environments or regimes that count disagree, a claim about any card is contradicted (one counterexample is enough),
+and one about a single card stays undecided. What is undecided is "confounded in the original" if the study's own runs
+alias the claim's factor with others (by rank), else "not testable here".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,13 +55,13 @@ __all__ = [
 
 
 def judge(study: Study, groups: Sequence[Group]) -> list[Verdict]:
-    """Every claim of the study."""
+    """Judge every claim of the study."""
     ours = [narrowed for group in groups if (narrowed := narrow(group, study.held)).trials]
     return [_judge(study, claim, ours) for claim in study.claims]
 
 
 def narrow(group: Group, settings: Mapping[str, str]) -> Group:
-    """The group with only those trials that have these settings."""
+    """Return the group with only the trials that have these settings."""
     return Group(
         place=group.place,
         trials=tuple(trial for trial in group.trials if has_settings(trial, settings)),
@@ -102,7 +103,7 @@ def _because(found: Iterable[Found]) -> str:
 
 
 def _besides(speaking: Sequence[Found], word: str) -> list[str]:
-    """Where else it was looked at, with another result or none."""
+    """Return where else it was tested, with another result or none."""
     said = []
     for others, how in (({None}, "Undecided"), ({SUPPORTED, CONTRADICTED} - {word}, "Otherwise")):
         places = [seen.text.partition(":")[0] for each in speaking if each.word in others for seen in each.seen]
@@ -112,18 +113,21 @@ def _besides(speaking: Sequence[Found], word: str) -> list[str]:
 
 
 def _undecided(study: Study, claim: Claim, speaking: Sequence[Found]) -> tuple[str, str]:
-    """The verdict where no trials decide, and why."""
+    """Return the verdict if no trials are decisive, and why."""
     words = {each.word for each in speaking} - {None}
     where = "" if claim.evidence == ANY_CARD else f" {study.regime} on {study.card}"
     if not speaking:
-        lack = f"No trial at hand tests it{where}"
-        lack += "; other trials are listed, and decide nothing." if where else "."
+        lack = f"No available trial tests it{where}"
+        lack += "; other trials are listed, but are not decisive." if where else "."
     else:
-        lack = f"The trials{where} {'disagree' if words else 'decide nothing'}: {_because(speaking)}"
+        lack = f"The trials{where} {'disagree' if words else 'are not decisive'}: {_because(speaking)}"
     others = _tied_with(study, claim)
     if not others:
         return NOT_TESTABLE, lack
-    return CONFOUNDED, f"By rank, its own runs cannot tell {_factor(claim)} from {listed(others)}. {lack}"
+    return (
+        CONFOUNDED,
+        f"Its own runs cannot separate {_factor(claim)} from {listed(others)} (aliased in their design). {lack}",
+    )
 
 
 def _factor(claim: Claim) -> str:
@@ -131,7 +135,7 @@ def _factor(claim: Claim) -> str:
 
 
 def _tied_with(study: Study, claim: Claim) -> list[str]:
-    """What the study's own runs cannot tell the claim's factor from."""
+    """Return the settings that are aliased with the claim's factor in the study's own runs."""
     groups = tied([study.settings(run.name) for run in study.runs])
     return [name for group in groups if _factor(claim) in group for name in group if name != _factor(claim)]
 
@@ -156,7 +160,7 @@ def _changed(study: Study, claim: ContrastClaim) -> str:
 
 
 def _product(study: Study, claim: AssociationClaim) -> str:
-    """Whether the product of both measures is one number in all of the study's runs."""
+    """Return a note if the product of both measures is constant in all of the study's runs."""
     names = (claim.more.name, claim.less.name)
     both = [[run.figures[name] for name in names] for run in study.runs if {*names} <= run.figures.keys()]
     products = [[more[end] * less[end] for more, less in both] for end in (0, 1)]

@@ -1,11 +1,11 @@
-"""Whether what a study says fits into a budget does fit.
+"""Test whether what a study says fits into a budget does fit.
 
-Trials with the claim's settings are put together by point (all else equal; an emulated capacity is no part of it), and
+Trials with the claim's settings are put together by point (all else equal; without the emulated capacity), and
 lora_lab.report.answers.fits says of each point whether it fits: the same judgement as in the report's table of budgets.
-Trials whose batches were not full are passed over: shorter rows need less, and say nothing of full ones.
+Trials whose batches were not full are passed over: shorter rows need less, and are no evidence about full ones.
 
-Supported where any point fits; contradicted where none does, not with less slack for torch's allocator either, and a
-run of the study's own is among those tried: that something else needs more says nothing of it.
+Supported if any point fits; contradicted if none does, not with less slack for torch's allocator either, and a
+run of the study's own is among those tried: other settings that need more are not evidence.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,9 +41,9 @@ class _Tried:
     trial: Trial
     place: str
     name: str
-    """The place, for people."""
+    """Display name of the environment."""
     fits: bool | None
-    """Of its point; None where the trial, or its point, tells nothing."""
+    """Whether its point fits; None if the trial, or its point, is not evidence."""
     may_fit: bool = False
     """Whether it is above the budget only by what torch's allocator kept without using it."""
 
@@ -91,7 +91,7 @@ def _tried(claim: FitsClaim, group: Group, name: str) -> list[_Tried]:
 
 
 def _full(trial: Trial) -> bool:
-    """Whether its batches held as many tokens (padding included) as batch size and sequence length allow."""
+    """Return whether its batches were full (padding included): batch size x sequence length."""
     slots, steps = (trial.metrics.get(f"throughput/{name}_per_second") for name in ("slots", "steps"))
     if slots is None or not steps:
         return trial.params.get("data.batching") in ("seq_len", "packed")
@@ -113,17 +113,18 @@ def _word(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> tuple[str,
         took = _took(short)
         why = f"What was tried with {what} took more than {claim.budget_gib:g} GiB ({took}), but"
         if not own:
-            return NOT_TESTABLE, f"{why} a run of the original was not among it."
+            return NOT_TESTABLE, f"{why} none of them was a run of the original."
         return (
             NOT_TESTABLE,
-            f"{why} some of that was torch's cache: whether it fits, capacity={claim.budget_gib:g}gib shows.",
+            f"{why} some of that was torch's cache: run capacity={claim.budget_gib:g}gib to see whether it fits.",
         )
-    lack = f"No trial at hand with {what} tells whether it fits into {claim.budget_gib:g} GiB"
-    return NOT_TESTABLE, lack + (": none filled its batches on a card or capacity that shows it." if tried else ".")
+    lack = f"No available trial with {what} shows whether it fits into {claim.budget_gib:g} GiB"
+    return NOT_TESTABLE, lack + (": none had full batches on a suitable card or capacity." if tried else ".")
 
 
 def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
-    """At what it fits, and that the study's own runs do not: "at batch_size=1 with raise_to_fp32=False; ..."."""
+    """Return the settings at which it fits, and whether the study's own runs do: "at batch_size=1 with
+    raise_to_fp32=False; ..."."""
     ways = _ways(claim, tried)
     said = [f"at {'; or at '.join(ways)}"] if ways else ["in all that was tried"]
     for name in claim.runs:
@@ -140,7 +141,7 @@ def _lead(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
 
 
 def _ways(claim: FitsClaim, tried: Sequence[_Tried]) -> list[str]:
-    """Other settings at which it fits, where they were varied."""
+    """Return other settings at which it fits, if they were varied."""
     varied = [_varied(claim, each, tried) for each in tried if each.fits]
     return list(dict.fromkeys(_at(each) for each in varied if each))
 
@@ -154,7 +155,7 @@ def _short(settings: Mapping[str, str]) -> str:
 
 
 def _how_near(claim: FitsClaim, fitting: Sequence[_Tried]) -> str:
-    """The figures, and what an emulated limit leaves out."""
+    """Return the figures, and what an emulated limit leaves out."""
     emulated = [each.trial for each in fitting if each.trial.params.get(LIMIT, "None") != "None"]
     took = _took(fitting)
     said = f"{took[0].upper()}{took[1:]}."
@@ -165,17 +166,20 @@ def _how_near(claim: FitsClaim, fitting: Sequence[_Tried]) -> str:
     ]
     if rose:
         spare = claim.budget_gib - max(rose)
-        said += f" Less what was held before, {max(rose):.2f} of {claim.budget_gib:g} GiB: {spare:.2f} GiB to spare."
+        said += (
+            f" Without memory in use before the trial: {max(rose):.2f} of {claim.budget_gib:g} GiB, "
+            f"{spare:.2f} GiB to spare."
+        )
     if emulated:
         said += (
             f" An emulated limit is not what a real card of {claim.budget_gib:g} GiB leaves free: a display and other "
-            "programs take their share of that, and CUDA's context takes another."
+            "programs use part of it, and so does the CUDA context."
         )
     return said
 
 
 def _own_runs(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> list[str]:
-    """What the runs that the study draws the claim from took here."""
+    """Return the memory that the claim's own runs needed here."""
     said = []
     for name in claim.runs:
         same = [each for each in tried if has_settings(each.trial, study.settings(name))]
@@ -186,7 +190,7 @@ def _own_runs(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> list[s
 
 
 def _assumed(claim: FitsClaim, tried: Sequence[_Tried]) -> str:
-    """What all of the evidence assumes."""
+    """Return what all of the evidence assumes."""
     same = {
         key: value for key, value in _of(claim, tried[0]).items() if all(_of(claim, t)[key] == value for t in tried)
     }
@@ -195,7 +199,7 @@ def _assumed(claim: FitsClaim, tried: Sequence[_Tried]) -> str:
 
 
 def _alike(claim: FitsClaim, tried: Sequence[_Tried]) -> list[list[_Tried]]:
-    """By place and the settings that are told apart, the fitting first."""
+    """Group trials by environment and the claim's settings, the fitting ones first."""
     found: dict[tuple[str, ...], list[_Tried]] = {}
     for each in tried:
         found.setdefault((each.place, *_of(claim, each).values()), []).append(each)
@@ -217,7 +221,7 @@ def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> 
     silent = [each for each in same if each.fits is None]
     said = [f"fits into {claim.budget_gib:g} GiB ({_took(fitting)})"] if fitting else []
     said += [f"needs more{' at other points' if fitting else ''} ({_took(short)})"] if short else []
-    said += [f"{count(len(silent), 'trial')} told nothing (batches not full, or other capacities)"] if silent else []
+    said += [f"{count(len(silent), 'trial')} not usable (batches not full, or other capacities)"] if silent else []
     return Evidence(
         text=f"{same[0].name}, {settings}: {'; '.join(said)}.",
         place=same[0].place,
@@ -227,7 +231,8 @@ def _seen(claim: FitsClaim, same: Sequence[_Tried], tried: Sequence[_Tried]) -> 
 
 
 def _took(tried: Sequence[_Tried]) -> str:
-    """As in "peak of 8.8 to 8.9 GiB on the whole card in 12 trials; out of memory within an emulated 8 GiB in 1"."""
+    """Return memory use, as in "peak of 8.8 to 8.9 GiB on the whole card in 12 trials; out of memory within an emulated
+    8 GiB in 1"."""
     said = []
     for limit, trials in _by_limit(each.trial for each in tried if each.trial.finished).items():
         peaks = [gib for trial in trials if (gib := VRAM.of(trial)) is not None]
@@ -247,7 +252,7 @@ def _before(gib: Sequence[float]) -> str:
 
 
 def _by_limit(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
-    """By how much memory they were given."""
+    """Group trials by how much memory they were given."""
     found: dict[str, list[Trial]] = {}
     for trial in trials:
         limit = trial.params.get(LIMIT, "None")

@@ -1,8 +1,8 @@
-"""How large one factor's effect would have had to be for a study's ratio to be what it printed.
+"""The effect that one factor would need for a study's printed ratio.
 
 The study compares two runs between which several factors changed. This machine's split of the same two points says how
-much of the log ratio the other factors make here; what then is missing to the study's ratio is what the claim's factor
-would have had to do, were the other factors to do there what they do here."""
+much of the log ratio the other factors make here; what is then missing from the study's ratio is what the claim's
+factor would need to contribute, if the other factors have the same effects there as here."""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from lora_lab.report.statistics.factors import tokens_a_step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needed:
-    """What a claim's factor would have had to do."""
+    """The effect that a claim's factor would need."""
 
     claim: str
     """Its id."""
@@ -26,20 +26,20 @@ class Needed:
     paper_ratio: float
     """The study's own ratio between its two runs."""
     estimate: Estimate
-    """The effect needed beside this machine's other parts, as a log ratio."""
+    """The effect needed in addition to this machine's other parts, as a log ratio."""
     step_ms: float
     """A step of the study's starting run, by its tokens/s and full batches."""
     alone_ms: float
-    """By how much that step would have had to be shorter, did the other factors do nothing."""
+    """By how much that step would need to be shorter if the other factors had no effect."""
     text: str
     """In plain words."""
 
 
 def needed(study: Study, claim: Claim, split: Split) -> Needed | None:
-    """The effect that the study's ratio would have needed beside the other parts of `split`.
+    """Return the effect that the study's ratio requires in addition to the other parts of `split`.
 
     None where the question does not arise: the claim compares no two runs by throughput, the split is of another
-    measure or incomplete, or the claim's factor is no factor of its own in it.
+    measure or incomplete, or the claim's factor is not a separate factor in it.
     """
     if not isinstance(claim, ContrastClaim) or split.measure is not THROUGHPUT:
         return None
@@ -69,8 +69,9 @@ def needed(study: Study, claim: Claim, split: Split) -> Needed | None:
 
 
 def _less(total: float, others: list[Estimate]) -> Estimate:
-    """`total`, which is taken as exact, less the others' sum. Half-widths are added up, which holds however the parts
-    hang together."""
+    """Subtract the others' sum from `total`, which counts as exact.
+
+    Half-widths are added, which is valid however the parts are correlated."""
     value = total - sum(part.value for part in others)
     ends = [
         (part.value - part.low, part.high - part.value)
@@ -89,17 +90,17 @@ def _text(study: Study, claim: ContrastClaim, made: Needed, names: list[str], ot
     if names:
         ends = "" if made.estimate.low is None else _interval(made.estimate)
         said.append(
-            f"Here ({made.regime}) {' and '.join(names)} alone made x{math.exp(others):.3g}, so for {ratio} in all "
-            f"{claim.factor}={claim.of} over {claim.over} would have had to make x{made.estimate.ratio:.3g}{ends}."
+            f"Here ({made.regime}) {' and '.join(names)} alone gave x{math.exp(others):.3g}. To reach {ratio} in total "
+            f"{claim.factor}={claim.of} over {claim.over} would need an effect of x{made.estimate.ratio:.3g}{ends}."
         )
     if names and made.regime != study.regime:
         said.append(
-            f"That number is about this machine in this regime; it cannot be carried to {study.card}, whose runs are "
-            f"taken to be {study.regime}."
+            f"This number holds for this machine in this regime. It does not transfer to {study.card}, whose runs are "
+            f"assumed to be {study.regime}."
         )
     said.append(
-        f"With no help from anything else it would have had to make the whole {100 * (made.paper_ratio - 1):+.1f} %: "
-        f"{made.alone_ms:,.0f} ms of run {start}'s step of {made.step_ms:,.0f} ms, were its batches full."
+        f"If nothing else contributed, it would have to give the whole {100 * (made.paper_ratio - 1):+.1f} %: "
+        f"{made.alone_ms:,.0f} ms of run {start}'s step of {made.step_ms:,.0f} ms, if its batches were full."
     )
     return " ".join(said)
 

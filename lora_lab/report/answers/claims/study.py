@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What a study says, for whom, and what would settle it."""
+    """A statement of a study, which trials are evidence for it, and what would settle it."""
 
     id: str
     says: str

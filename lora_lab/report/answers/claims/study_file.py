@@ -155,7 +155,7 @@ class _File:
             self.refuse(f"{at}.evidence", f"{keys.evidence!r} is not known; there is {SAME_CARD}, {ANY_CARD}")
         for each in keys.runs:
             if each not in {run.name for run in runs}:
-                self.refuse(f"{at}.runs", f"there is no run {each!r}; the runs are {', '.join(r.name for r in runs)}")
+                self.refuse(f"{at}.runs", f"unknown run {each!r}; the runs are {', '.join(r.name for r in runs)}")
         common: dict[str, Any] = {
             "id": name,
             "says": keys.says.strip(),
@@ -206,7 +206,7 @@ class _File:
     def measure(self, key: str, name: str) -> Measure:
         found = next((measure for measure in MEASURES if measure.name == name), None)
         if found is None:
-            self.refuse(key, f"there is no measure {name!r}; there is {', '.join(each.name for each in MEASURES)}")
+            self.refuse(key, f"unknown measure {name!r}; there is {', '.join(each.name for each in MEASURES)}")
         return found
 
     def spread(self, key: str, value: Any) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A claim, judged: the verdict with what it rests on."""
+"""Verdicts on claims, with their evidence."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NOT_TESTABLE = "not testable here"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """One thing that the trials at hand show of a claim."""
+    """One piece of evidence about a claim."""
 
     text: str
     """In words, with the card and the regime; figures with units and intervals."""
@@ -28,7 +28,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A claim, judged."""
+    """A verdict on a claim."""
 
     claim: str
     """Its id."""
@@ -37,7 +37,7 @@ class Verdict:
     """One of the four words."""
     why: str
     original: str
-    """What is to be said of the original's evidence: which factors changed together, true by definition, ..."""
+    """Remarks on the original's evidence: which factors changed together, true by definition, ..."""
     seen: tuple[Evidence, ...]
     at: str
     """Where that was seen, in few words: "host-bound only", "batch_size=1"; "" where it was everywhere."""
@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What one place's trials of one regime show of a claim."""
+    """Evidence of one environment and regime about a claim."""
 
     seen: tuple[Evidence, ...]
     speaks: bool
@@ -57,7 +57,7 @@ class Found:
 
 
 def place_names(groups: Sequence[Group]) -> dict[Place, str]:
-    """Places for people: the card's name, with the start of its UUID only where several have that name."""
+    """Return display names of environments: the card's name, and the start of its UUID if several share it."""
     units: dict[str, set[str]] = {}
     for group in groups:
         units.setdefault(group.place.device, set()).add(group.place.unit)
@@ -74,10 +74,10 @@ def has_settings(trial: Trial, settings: Mapping[str, str], but: str = "") -> bo
 
 
 def ids(trials: Iterable[Trial]) -> tuple[str, ...]:
-    """Their run ids, each once."""
+    """Return their run ids, each once."""
     return tuple(dict.fromkeys(trial.run_id for trial in trials))
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence: a, b and c."""
+    """Return names in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -1,1 +1,1 @@
-"""Two sweeps or trials beside each other."""
+"""Compare two sweeps or trials."""

@@ -1,4 +1,4 @@
-"""Two trials, or two sweeps, beside each other: what differs in settings, surroundings and results, and whether that
+"""Compare two trials or two sweeps: which settings, surroundings and results differ, and whether the difference
 is beyond noise."""
 
 import math
@@ -19,7 +19,7 @@ BETTER = "better"
 WORSE = "worse"
 NO_DIFFERENCE = "no difference seen"
 WITHIN = "within tolerance"
-CANNOT_TELL = "cannot be told"
+CANNOT_TELL = "inconclusive"
 
 EXIT_SAME = 0
 EXIT_WORSE = 1
@@ -29,7 +29,7 @@ Found = tuple[Sequence[Trial], Sequence[Sweep]]
 """Trials, and the sweeps that they belong to, as a store gives them back."""
 
 _ID = 12
-"""Characters of an id that people are shown."""
+"""Characters of an id that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Side:
     """One of the two."""
 
     name: str
-    """What people call it."""
+    """Its display name."""
     trials: tuple[Trial, ...]
 
 
@@ -66,7 +66,7 @@ class Result:
 
     measure: Measure
     verdict: str
-    """better, worse, no difference seen, within tolerance, cannot be told: of `one`, against `other`."""
+    """better, worse, no difference seen, within tolerance, inconclusive: of `one`, against `other`."""
     estimate: Estimate | None
     """one over other, the mean over the matched points: of logarithms for ratios. None where there is no figure."""
     basis: str
@@ -75,7 +75,7 @@ class Result:
     alarms: bool
     """Whether it is worse beyond noise and beyond the tolerance."""
     lacking: bool
-    """Whether nothing can be told of it although the other side has figures: nobody knows that it did not get worse."""
+    """Whether it is inconclusive although the other side has figures: a regression is not excluded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class SideComparison:
     one: Side
     other: Side
     tolerance: float
-    """How much worse (a share) is let pass."""
+    """How much worse (a share) is acceptable."""
     cautions: tuple[str, ...]
     """What to know before reading on."""
     settings: tuple[ChangedFact, ...]
@@ -102,30 +102,30 @@ class SideComparison:
 
 
 def compare(one: Found, other: Found, tolerance: float = 0.0) -> SideComparison:
-    """`one` (the new) against `other` (what it is held against).
+    """Compare `one` (the new) with `other` (the reference).
 
     Points are matched by equal settings, of those that both sides know. A setting that has one value throughout on one
     side and another throughout on the other is what the comparison is about, and is not matched by; so two lone trials
     are compared whatever their settings.
 
-    What is worse is told with a risk of at most 2.5 % a measure where nothing changed, as far as repeats show how runs
-    differ. One trial on each side does not: its own errors are smaller than that (of 88 pairs of equal H100 trials they
-    called 42 different in energy), so it takes a tolerance to call one worse than the other.
+    A regression is reported with a risk of at most 2.5 % a measure where nothing changed, as far as repeats show how
+    runs differ. One trial on each side does not: its own errors are smaller than that (of 88 pairs of equal H100 trials
+    they called 42 different in energy), so it takes a tolerance to call one worse than the other.
 
     Args:
         one: trials, and the sweeps that they belong to.
         other: the same of the other side.
-        tolerance: how much worse is let pass: 0.02 for 2 percent.
+        tolerance: how much worse is acceptable: 0.02 for 2 percent.
 
     Raises: InvalidInput when a side is empty or the tolerance negative."""
     if tolerance < 0 or not math.isfinite(tolerance):
-        raise InvalidInput(f"--tolerance {tolerance:g} is no share of 0 or more, as 2% or 0.02 would be.")
+        raise InvalidInput(f"--tolerance {tolerance:g} is negative or not a number. Give a share, such as 2% or 0.02.")
     return _compared(_side(one), _side(other), tolerance)
 
 
 def exit_code(comparison: SideComparison) -> int:
-    """1 when something is worse beyond noise and the tolerance; else 3 when nothing can be told of a measure that the
-    other side has figures for, or of anything; else 0."""
+    """Return 1 if something is worse beyond noise and the tolerance; else 3 if a measure that the other side has
+    figures for, or everything, is inconclusive; else 0."""
     if any(result.alarms for result in comparison.results) or any(each.worse for each in comparison.outcomes):
         return EXIT_WORSE
     if any(result.lacking for result in comparison.results):
@@ -137,7 +137,7 @@ def exit_code(comparison: SideComparison) -> int:
 def _side(found: Found) -> Side:
     trials, sweeps = found
     if not trials:
-        raise InvalidInput("there is no trial to compare on one of the two sides; name a sweep or trial that has some.")
+        raise InvalidInput("one of the two sides has no trials; name a sweep or trial that has some.")
     if len(trials) == 1:
         return Side(name=f"trial {trials[0].name} ({trials[0].run_id[:_ID]})", trials=tuple(trials))
     names = [f"{sweep.name} ({sweep.run_id[:_ID]})" for sweep in sweeps]
@@ -171,12 +171,12 @@ def _compared(one: Side, other: Side, tolerance: float) -> SideComparison:
 
 
 def _of(side: Side, group: Group) -> list[Trial]:
-    """The side's trials at this place, those that were excluded too."""
+    """Return the side's trials in this environment, including excluded ones."""
     return [trial for trial in side.trials if trial.place == group.place]
 
 
 def _throughout(one: Sequence[Trial], other: Sequence[Trial]) -> dict[str, tuple[str, str]]:
-    """Settings with one value on one side, and another one on the other."""
+    """Return settings with one value on one side and another value on the other."""
     ours, theirs = _values(one), _values(other)
     return {
         key: (next(iter(ours[key])), next(iter(theirs[key])))
@@ -244,36 +244,39 @@ def _cautions(
     here, there = ours[0].place, theirs[0].place
     if here.device != there.device:
         yield (
-            f"different cards: {here.device} against {there.device}. What differs below is the cards' doing as well as "
-            "that of anything else that changed"
+            f"different cards: {here.device} against {there.device}. The differences below may come from the cards as "
+            "well as from anything else that changed"
         )
     elif here.unit != there.unit:
-        yield f"two devices of one name ({here.device}): {here.unit} against {there.unit}, which need not be alike"
+        yield (
+            f"two devices with the same name ({here.device}): {here.unit} against {there.unit}; they may perform "
+            "differently"
+        )
     if here.versions != there.versions:
-        yield f"other versions: {here.versions} against {there.versions}"
+        yield f"different versions: {here.versions} against {there.versions}"
     for name, place in (("this", here), ("the other", there)):
         if place.dirty:
-            yield f"{name} ran uncommitted code: its commit does not say what ran"
+            yield f"{name} ran uncommitted code: its commit does not identify what ran"
     for name, found in (("this", ours), ("the other", theirs)):
         if len(found) > 1:
             left = sum(len(group.trials) for group in found[1:])
             where = f"{found[0].place.device} ({found[0].place.unit}, code {found[0].place.code})"
-            yield f"{name} ran at {len(found)} places: only {where} is compared, {count(left, 'trial')} left out"
+            yield f"{name} ran in {len(found)} environments: only {where} is compared, {count(left, 'trial')} left out"
     told = [f"{key} {one} against {other}" for key, (one, other) in throughout.items()]
     leaves = [text for text in told if "." not in text.split()[0]] or told
     if leaves:
-        yield f"they differ throughout in {', '.join(leaves)}: that is what is compared"
+        yield f"they differ in all trials in {', '.join(leaves)}: this is what is compared"
 
 
 def _of_drift(one: Side, other: Side, tolerance: float) -> Iterator[str]:
-    """Where no sweep ran both in turns, whatever changed between the two times looks like what is compared."""
+    """Yield a caution if no sweep ran both in turns: drift between the two times then looks like an effect."""
     if {trial.sweep for trial in one.trials if trial.sweep} & {trial.sweep for trial in other.trials if trial.sweep}:
         return
     text = (
-        "the two ran at different times, and what drifted between them (clocks, temperature, the host's other work) is "
-        "in no interval below: each alone may differ by that from itself at another time"
+        "the two ran at different times. Drift between them (clocks, temperature, other load on the host) is not "
+        "included in the intervals below"
     )
-    yield text + ("" if tolerance else "; say with --tolerance how much is let pass, or run both in one sweep")
+    yield text + ("" if tolerance else "; set --tolerance to what is acceptable, or run both in one sweep")
 
 
 def _pairs(
@@ -296,7 +299,7 @@ def _pairs(
 
 
 def _result(measure: Measure, pairs: Sequence[MatchedPoint], there: Sequence[Trial], tolerance: float) -> Result:
-    """`there` are the other side's measured trials, matched or not."""
+    """Compare one measure. `there` are the other side's measured trials, matched or not."""
     kept = [kept for pair in pairs if (kept := pair.having(measure)) is not None]
     if not kept:
         why = (
@@ -319,12 +322,12 @@ def _result(measure: Measure, pairs: Sequence[MatchedPoint], there: Sequence[Tri
         for pair in kept
     )
     lost = len([pair for pair in pairs if any(measure.of(trial) is not None for trial in pair.other)]) - len(kept)
-    basis += f"; {count(lost, 'point')} left out that this side has no figure for" if lost else ""
+    basis += f"; {count(lost, 'point')} left out because this side has no figure for them" if lost else ""
     verdict = _verdict(found, measure, rows, tolerance)
     beyond = _beyond(found, measure, rows, tolerance)
     if verdict in (BETTER, WORSE) and basis.startswith(WITHIN_RUNS) and not (tolerance and beyond):
         verdict = CANNOT_TELL
-        basis += "; repeat with repeats=3, or say with --tolerance how much they may differ"
+        basis += "; repeat with repeats=3, or set --tolerance to how much they may differ"
     return Result(
         measure=measure,
         verdict=verdict,
@@ -347,14 +350,14 @@ def _verdict(found: Estimate, measure: Measure, rows: Sequence[PointMedians], to
 
 
 def _beyond(found: Estimate, measure: Measure, rows: Sequence[PointMedians], tolerance: float) -> bool:
-    """Whether the whole interval lies beyond the tolerance."""
+    """Return whether the whole interval lies beyond the tolerance."""
     if not found.seen or found.low is None or found.high is None:
         return False
     return min(abs(share) for share in _shares((found.low, found.high), measure, rows)) > tolerance
 
 
 def _shares(differences: Sequence[float], measure: Measure, rows: Sequence[PointMedians]) -> list[float]:
-    """As shares of the other's figure."""
+    """Return differences as shares of the other's figure."""
     if measure.ratios:
         return [math.expm1(difference) for difference in differences]
     middle = statistics.fmean(row.other for row in rows)

@@ -1,4 +1,4 @@
-"""A comparison of two sides on a terminal."""
+"""Print a comparison of two sides on a terminal."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,14 @@ from lora_lab.report.answers.compare.comparison import (
 )
 from lora_lab.report.answers.compare.matched import WITHIN_RUNS
 from lora_lab.report.writing.labels import count
-from lora_lab.report.writing.numbers import change
+from lora_lab.report.writing.numbers import change, detectable_text
 
 _MOST_ROWS = 12
 _LONGEST = 60
 
 
 def show(comparison: SideComparison, console: Console) -> None:
-    """Write it down: what to know first, results, points, outcomes, then what differs in settings and surroundings."""
+    """Print cautions, results, points, outcomes, then what differs in settings and surroundings."""
     _say(console, f"{comparison.one.name}\nagainst {comparison.other.name}", bold=True)
     for caution in comparison.cautions:
         _say(console, f"Note: {caution}.")
@@ -44,15 +44,15 @@ def _verdict(comparison: SideComparison) -> str:
     code = exit_code(comparison)
     beyond = f" by more than {100 * comparison.tolerance:g} %" if comparison.tolerance else ""
     if code == EXIT_SAME:
-        return f"Nothing was seen to be worse{beyond or ' beyond noise'}."
+        return f"No regression{beyond or ' beyond noise'}."
     if code == EXIT_WORSE:
         worse = [result.measure.title for result in comparison.results if result.alarms]
         worse += ["how trials end"] * any(each.worse for each in comparison.outcomes)
         return f"Worse{beyond or ' beyond noise'}: {', '.join(worse)}."
     lacking = [result.measure.title for result in comparison.results if result.lacking]
     if not lacking:
-        return "Nothing could be told."
-    return f"Nothing was seen to be worse{beyond or ' beyond noise'}, but cannot be told of: {', '.join(lacking)}."
+        return "Inconclusive."
+    return f"No regression seen{beyond or ' beyond noise'}, but inconclusive for: {', '.join(lacking)}."
 
 
 def _show_result(result: Result, console: Console) -> None:
@@ -67,7 +67,7 @@ def _show_result(result: Result, console: Console) -> None:
         share = "" if result.basis.startswith(WITHIN_RUNS) else "95 %: "  # an error of energy is a bound
         text = f"{change(found.value, measure)} ({share}{ends}), {result.basis}"
     if result.verdict == NO_DIFFERENCE and found is not None and found.detectable is not None:
-        text += f"; {change(found.detectable, measure, signed=False)} would have been seen 4 times in 5"
+        text += f"; {detectable_text(found.detectable, measure)} would have been detected (80 % power)"
     console.print(Padding(text, (0, 0, 0, 2)), highlight=False, markup=False)
 
 

@@ -17,7 +17,7 @@ _ERRORS = {THROUGHPUT.name: "throughput/tokens_per_second_error", ENERGY.name: "
 """What a trial says of its own figure's error, in the figure's unit: throughput half a 95 % interval over its steps,
 energy a bound. docs/measurement.md has both."""
 
-WITHIN_RUNS = "from the errors within the two runs alone: how runs of the same settings differ is not in it"
+WITHIN_RUNS = "from the errors within the two runs only: variation between runs of the same settings is not included"
 """The basis of an interval that is too narrow: two runs of the same settings differ by more than their own errors."""
 
 
@@ -38,7 +38,7 @@ class MatchedPoint:
 
 
 def matched_difference(points: Sequence[MatchedPoint], measure: Measure) -> tuple[Estimate, str]:
-    """Return one less the other, the mean over the points, and what its interval is made of or why there is none.
+    """Return `one` minus `other` averaged over the points, and what its interval is made of or why there is none.
 
     By pairs of one block where one sweep ran both sides; else unpaired, each point and side with its own noise, and by
     blocks where that is wider: a machine that is slow for a while makes a whole block slow, and more points don't
@@ -76,8 +76,8 @@ def _basis(points: Sequence[MatchedPoint], interval_over: str, is_paired: bool) 
 
 
 def _within_runs(point: MatchedPoint, measure: Measure, value: float) -> tuple[Estimate, str]:
-    """One trial on each side. Errors of throughput are independent, so their squares add up; those of energy are
-    bounds, so they add up themselves."""
+    """Compare one trial on each side. Errors of throughput are independent, so their squares add up; those of energy
+    are bounds, so they add up themselves."""
     [one], [other] = point.one, point.other
     key = _ERRORS.get(measure.name)
     known: list[float | None] = [trial.metrics.get(key) for trial in (one, other)] if key else []
@@ -89,7 +89,7 @@ def _within_runs(point: MatchedPoint, measure: Measure, value: float) -> tuple[E
         if error is not None and (figure := measure.of(trial))
     ]
     if len(shares) < 2:
-        why = "one trial each, and no error of its own is known: repeat with repeats=3"
+        why = "one trial each, and its own error is not known: repeat with repeats=3"
         return Estimate(value=value, why_no_interval=why), why
     reach = sum(shares) if measure == ENERGY else math.hypot(*shares)
     found = Estimate(value=value, low=value - reach, high=value + reach, detectable=None)
@@ -97,4 +97,4 @@ def _within_runs(point: MatchedPoint, measure: Measure, value: float) -> tuple[E
 
 
 _TO_DETECT = (1.959964 + 0.841621) / 1.959964
-"""From half a 95 % interval to what is seen four times in five, for normal errors."""
+"""From half a 95 % interval to what is detected with 80 % power, for normal errors."""

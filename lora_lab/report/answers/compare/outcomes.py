@@ -22,7 +22,7 @@ class OutcomeChange:
 
 
 def ended(one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]) -> tuple[list[OutcomeChange], int]:
-    """Points that ended differently, and how many ended the same way."""
+    """Return points that ended differently, and how many ended the same way."""
     ours, theirs = _by_point(one, known), _by_point(other, known)
     points = list(ours | theirs)
     names = dict(zip(points, labels(points), strict=True))
@@ -45,7 +45,7 @@ def ended(one: Sequence[Trial], other: Sequence[Trial], known: frozenset[str]) -
 
 
 def _by_point(trials: Sequence[Trial], known: frozenset[str]) -> dict[Settings, list[str]]:
-    """How a point's trials ended, each by its last attempt."""
+    """Return how each point's trials ended, by their last attempt."""
     found = {}
     for point, told in by_point(sorted(trials, key=lambda trial: trial.started_ms), known).items():
         last = {

@@ -93,7 +93,7 @@ def _cell(point: Point, measure: Measure, medians: Sequence[float]) -> Cell:
 
 
 def _outcomes(point: Point) -> list[str]:
-    """Of trials that did not finish; what they asked for when the memory ran out."""
+    """Return outcomes of trials that did not finish, with the memory asked for when it ran out."""
     ended = Counter(trial.outcome for trial in point.trials if not trial.finished)
     told = []
     for outcome, number in ended.items():
@@ -107,7 +107,7 @@ def _outcomes(point: Point) -> list[str]:
 
 
 def colour(value: float, values: Sequence[float]) -> Colour:
-    """Where a value lies among all values, in cividis (which people of all colour vision see alike)."""
+    """Return a value's colour among all values, in cividis (readable with any colour vision)."""
     at = _along(value, values)
     red, green, blue, _ = matplotlib.colormaps["cividis"](at)
     return _readable(red, green, blue)

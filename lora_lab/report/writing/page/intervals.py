@@ -113,7 +113,8 @@ def _nice(low: float, high: float) -> list[float]:
 
 
 def forests(contrasts: Sequence[Contrast], factors: Sequence[Factor], measure: Measure) -> list[Bars]:
-    """A measure's contrasts by factor and regime: small ones on an axis in percent, large ones on another in ratios."""
+    """Return a measure's contrasts by factor and regime: small ones on an axis in percent, large ones on another in
+    ratios."""
     ours = [each for each in contrasts if each.measure.name == measure.name]
     by_factor = {factor: [each for each in ours if each.factor == factor.name] for factor in factors}
     by_factor = {factor: those for factor, those in by_factor.items() if those}
@@ -161,11 +162,11 @@ def _contrast_notes(contrast: Contrast) -> tuple[str, ...]:
     notes = [f"{regime_text(contrast.regime)}, {pairs} in {cells} of the rest"]
     if note := interval_note(contrast.interval_over, contrast.by_blocks, contrast.measure):
         notes.append(note)
-    return (*notes, *(f"ran differently besides: {text}" for text in contrast.also_changed))
+    return (*notes, *(f"also ran differently: {text}" for text in contrast.also_changed))
 
 
 def waterfall(split: Split) -> Bars | None:
-    """The parts of a split, each beginning where the one before it ends, and their sum; None without parts."""
+    """Return the parts of a split, each beginning where the one before it ends, and their sum; None without parts."""
     if not split.parts or split.total is None:
         return None
     by_ratio = split.measure.ratios

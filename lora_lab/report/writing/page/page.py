@@ -56,13 +56,13 @@ class Folder:
 
     @property
     def drawn(self) -> int:
-        """How many trials have a timeline."""
+        """Return how many trials have a timeline."""
         return sum(line is not None for _, line in self.trials)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One place's findings, ready to be written down."""
+    """One environment's findings, ready to be rendered."""
 
     found: GroupFindings
     usual: Mapping[str, str]
@@ -82,17 +82,17 @@ class Part:
     environment: tuple[tuple[str, str], ...]
 
     def name(self, levels: Mapping[str, str]) -> str:
-        """A point's name."""
+        """Return a point's name."""
         return _name(levels, self.found.design.factors, self.usual)
 
     @property
     def many(self) -> bool:
-        """Whether there are so many points that their list is folded up, too."""
+        """Return whether there are enough points to fold up their list, too."""
         return len(self.folders) > _FOLD_FROM
 
     @property
     def open(self) -> bool:
-        """Whether timelines are few enough to be unfolded."""
+        """Return whether timelines are few enough to be unfolded."""
         return sum(len(folder.trials) for folder in self.folders) <= _OPEN_UP_TO
 
 
@@ -102,8 +102,10 @@ def write_page(findings: Findings, timelines: Timelines, path: Path) -> None:
 
 
 def page(findings: Findings, timelines: Timelines) -> str:
-    """The whole page. `timelines` holds what is to be drawn of step times (s) and power (W): Unix time in ms, step and
-    value; trials that it lacks are told to have none."""
+    """Return the whole page.
+
+    `timelines` holds the step times (s) and power (W) to draw: Unix time in ms, step and value. Trials that it lacks
+    are shown without timelines."""
     loader = PackageLoader("lora_lab.report.writing.page", "")
     environment = Environment(
         loader=loader,
@@ -133,7 +135,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
 
 
 def typeset(text: str) -> str:
-    """True minus and multiplication signs in figures: "-0.5 %" and "x7.31", but not "bf16-2" or "2x512"."""
+    """Set true minus and multiplication signs in figures: "-0.5 %" and "x7.31", but not "bf16-2" or "2x512"."""
     text = re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
     text = re.sub(r"(?<!\w)x(?=\d)", "\N{MULTIPLICATION SIGN}", text)
     return re.sub(r"(?<=\d) (?=%|GiB\b|J/token|tokens/s)", "\N{NO-BREAK SPACE}", text)
@@ -173,19 +175,19 @@ def _part(found: GroupFindings, timelines: Timelines, number: int) -> Part:
 
 
 def _how_sure(found: GroupFindings) -> str:
-    """How many trials, in which regimes, how often repeated."""
+    """Return how many trials there are, in which regimes, and how often they were repeated."""
     measured = found.group.measured
     each = sorted({sum(t.finished for t in point.trials) for point in found.points if point.figures})
     if not each:
         return "No trial finished with figures that can be compared."
     regimes = Counter(trial.regime for trial in measured)
     if set(regimes) == {"not known"}:
-        spread = "regime not known (nothing here could look at it)"
+        spread = "regime not known (no sensor here could measure it)"
     else:
         spread = ", ".join(f"{number} {regime}" for regime, number in regimes.most_common())
     ran = f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
-    repeats = f"{ran} a point" if len(found.points) > 1 else ""
-    sure = "" if each[-1] > 1 else "; without repeats nothing says how sure a figure is"
+    repeats = f"{ran} per point" if len(found.points) > 1 else ""
+    sure = "" if each[-1] > 1 else "; without repeats the uncertainty of a figure is not known"
     intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
     measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
     meaning = (
@@ -200,7 +202,7 @@ def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[s
 
 def _regimes_text(regimes: Mapping[str, str]) -> str:
     if len(set(regimes.values())) == 1:
-        return f"All points that this rests on: {regime_text(next(iter(regimes.values())))}."
+        return f"All points used here: {regime_text(next(iter(regimes.values())))}."
     return "Regimes: " + "; ".join(f"{corner} {regime}" for corner, regime in regimes.items()) + "."
 
 
@@ -254,12 +256,12 @@ def _folders(
 
 def _changes_text(dirty: bool, tags: Sequence[Mapping[str, str]]) -> str:
     if dirty:
-        return "yes: no commit holds the code that ran"
+        return "yes: the code that ran is not in any commit"
     return "none" if all("dirty" in each for each in tags) else "not recorded"
 
 
 def _environment(found: GroupFindings) -> list[tuple[str, str]]:
-    """What the trials recorded of where they ran; several values where they differ."""
+    """Return the environment that the trials recorded; several values if they differ."""
     group, place = found.group, found.group.place
     tags = [trial.tags for trial in (*group.trials, *(each.trial for each in group.excluded))]
 

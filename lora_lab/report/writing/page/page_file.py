@@ -1,4 +1,4 @@
-"""Where the page goes: next to its sweep, and never over a file that is no page of ours."""
+"""Path of the page: next to its sweep, and never over a file that is not a lora_lab page."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 from lora_lab.config import InvalidInput
 
 MARK = ": lora_lab report</title>"
-"""Stands in every page's head, also of older versions."""
+"""Part of every page's head, also in older versions."""
 
 _STYLE = "<style>:root { --ink:"
-"""How the style of every page begins: a title alone could be anybody's."""
+"""How the style of every page begins: a title alone is not specific enough."""
 
 _MARK_WITHIN = 2000
 _RECORDS = ("sweep.json", "trial.json")
@@ -22,15 +22,15 @@ def choose_place(tags: Mapping[str, str], out: Path | None) -> tuple[Path, str]:
     """Choose the page's file.
 
     Args:
-        tags: those of the newest sweep or trial. Anybody who writes to the store can set them.
+        tags: those of the newest sweep or trial. They are untrusted: any writer to the store can set them.
         out: the file that the user named.
 
     Returns: the file, and in words why it is not where one would look for it.
 
-    Raises: InvalidInput when the user named a file that is no page."""
+    Raises: InvalidInput if the user named a file that is not a page."""
     if out is not None:
         if not _free(out):
-            raise InvalidInput(f"--out {out}: there is a file that is no page of lora_lab's. Name another one.")
+            raise InvalidInput(f"--out {out}: this file exists and is not a lora_lab page. Name another file.")
         return out, ""
     folder = Path(tags.get("folder", ""))
     own = folder.is_absolute() and not folder.is_symlink() and _holds(folder, tags.get("record_id", ""))
@@ -38,11 +38,11 @@ def choose_place(tags: Mapping[str, str], out: Path | None) -> tuple[Path, str]:
     if _free(beside / "report.html"):
         return beside / "report.html", ""
     number = next(n for n in range(2, 10_000) if _free(Path(f"report-{n}.html")))
-    return Path(f"report-{number}.html"), f"{beside / 'report.html'} is no page of lora_lab's and was left as it is"
+    return Path(f"report-{number}.html"), f"{beside / 'report.html'} is not a lora_lab page and was not overwritten"
 
 
 def _holds(folder: Path, record_id: str) -> bool:
-    """Whether a folder is that of the record: what it says itself is compared, not its name."""
+    """Return whether a folder holds the record, by its content and not by its name."""
     for name in _RECORDS:
         try:
             if not _is_plain(folder / name):
@@ -56,7 +56,7 @@ def _holds(folder: Path, record_id: str) -> bool:
 
 
 def _free(path: Path) -> bool:
-    """Whether nothing is lost by writing there: no file, or a page of ours."""
+    """Return whether writing there loses nothing: there is no file, or a page of lora_lab."""
     if not os.path.lexists(path):
         return True
     if not _is_plain(path):
@@ -69,7 +69,7 @@ def _free(path: Path) -> bool:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether it is a file itself: no link, and no pipe, which would be waited for."""
+    """Return whether it is a regular file: not a link, and not a pipe, which would block."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):

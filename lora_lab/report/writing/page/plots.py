@@ -49,7 +49,7 @@ _OTHER = Mark(colour="#5b6670", shape="^", sign="▲")
 
 
 def mark(regime: str) -> Mark:
-    """How a regime is drawn."""
+    """Return how a regime is drawn."""
     return MARKS.get(regime, _OTHER)
 
 
@@ -60,8 +60,9 @@ def trade_off(
     name: Callable[[Point], str],
     salt: str = "",
 ) -> str:
-    """The first measure upward against the second: every point's median, lowest to highest of its trials, and the front
-    numbered. Points without either figure are left out. `salt` tells this picture's names from those of others."""
+    """Draw the first measure upward against the second: every point's median, lowest to highest of its trials, and the
+    front numbered. Points without either figure are left out. `salt` separates this picture's names from those of
+    others."""
     one, other = measures
     shown = [point for point in points if one.name in point.figures and other.name in point.figures]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{one.name}/{other.name}/{salt}"}):
@@ -93,7 +94,7 @@ def _draw_points(axes: Any, points: Sequence[Point], one: Measure, other: Measur
 
 
 def _draw_front(axes: Any, front: Sequence[Point], one: Measure, other: Measure) -> None:
-    """A staircase: between two of its points nothing is reached but what the lesser of them reaches."""
+    """Draw the front as a staircase: between two points only the level of the lesser is reached."""
     ends = sorted((point.figures[other.name][0], point.figures[one.name][0]) for point in front)
     if ends:
         where = "steps-post" if other.better is Better.lower else "steps-pre"
@@ -141,7 +142,7 @@ def _label_front(
     other: Measure,
     name: Callable[[Point], str],
 ) -> None:
-    """Number and name where there is room, else the number; nothing may lie upon a point or another label."""
+    """Label points with number and name if there is room, else with the number; labels never overlap."""
     pixels = axes.transData.transform([(p.figures[other.name][0], p.figures[one.name][0]) for p in points])
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     ends = sorted((p.figures[other.name][0], p.figures[one.name][0]) for p in front)
@@ -161,7 +162,7 @@ def _label_front(
 
 
 def _stairs(ends: Sequence[tuple[float, float]], other: Measure) -> list[_Box]:
-    """Where the front's line runs, in pixels."""
+    """Return the path of the front's line, in pixels."""
     boxes = []
     for (x, y), (next_x, next_y) in itertools.pairwise(ends):
         level, turn = (y, next_x) if other.better is Better.lower else (next_y, x)
@@ -177,7 +178,8 @@ def _free_place(
     taken: Sequence[_Box],
     box: _Box,
 ) -> _Box | None:
-    """Beside, above or below (x, y): left and above first, where a front of more for less leaves room."""
+    """Return a place next to, above or below (x, y): left and above first, where a front of more for less leaves
+    room."""
     width, height = 0.6 * _SMALL * len(text), 1.15 * _SMALL
     sides = [
         (x - 9 - width, y - height / 2),
@@ -200,7 +202,7 @@ def _overlap(one: _Box, other: _Box) -> bool:
 
 
 def _inline(svg: str, told: str) -> str:
-    """Fit to stand in a page: no prolog, no size of its own, the page's font, no names that could clash."""
+    """Make it fit to embed in a page: no prolog, no size of its own, the page's font, no names that could clash."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)

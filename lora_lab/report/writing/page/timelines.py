@@ -45,7 +45,7 @@ class Timeline:
 
 
 def timeline(trial: Trial, series: Mapping[str, Series]) -> Timeline | None:
-    """None when the trial has neither series."""
+    """Build a trial's timeline; None if it has neither series."""
     steps, power = _finite(series.get(STEP_SECONDS, ())), _finite(series.get(POWER_WATTS, ()))
     if not steps and not power:
         return None
@@ -71,7 +71,7 @@ def _finite(series: Series) -> list[tuple[int, int, float]]:
 
 
 def _measured(trial: Trial, steps: Series) -> list[tuple[int, int, float]]:
-    """The steps after warm-up; none when the trial did not get there, or did not tell how long it warmed up."""
+    """Return the steps after warm-up; none if the trial did not get there, or did not record its warm-up."""
     told = trial.params.get("measure.warmup_steps", "")
     return [point for point in steps if point[1] > int(told)] if told.isdigit() else []
 
@@ -108,7 +108,7 @@ def _power_panel(power: Series, measured: Series, x_of: Sequence[float]) -> Pane
 
 
 def _thinned(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of many places the highest and lowest in each stretch: peaks stay."""
+    """Thin out points to the highest and lowest of each stretch, so that peaks stay."""
     if len(places) <= _MOST_READINGS:
         return list(places)
     each = math.ceil(2 * len(places) / _MOST_READINGS)
@@ -125,7 +125,7 @@ def _y(value: float, top: float) -> float:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8 times a power of ten."""
+    """Round up to the next of 1, 1.5, 2, 3, 4, 5, 6, 8 times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
