@@ -46,7 +46,7 @@ def store_rate(key: RateKey, rate: MatmulRate) -> None:
     """Store `rate` for `key` atomically. Write errors are ignored."""
     file = _file(key)
     content = asdict(rate) | {"key": asdict(key)}
-    del content["t"]  # of a clock that starts anew with the machine
+    del content["t"]  # a clock that restarts with the machine
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)

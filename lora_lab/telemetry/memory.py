@@ -120,7 +120,7 @@ def _add_optimizer(
         if state.is_paged and not state.paged_tensors:
             summary.warnings.append(
                 "the paged optimizer pages nothing: bitsandbytes pages the state of parameters with at least 100,000 "
-                "elements only, and none has so many; it behaves as the same optimizer unpaged"
+                "elements only, and none has that many; it behaves as the same optimizer unpaged"
             )
     window, name = told.get(Phase.window.value), "vram/other_gib"
     if window is None or state is None:
