@@ -18,7 +18,6 @@ from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.differences import by_block, difference, pooled_noise
 from lora_lab.report.statistics.factorial import FactorialModel, factorial
 from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
-from lora_lab.report.writing.headline import sentences
 from lora_lab.store.trials import Group, Sweep, Trial, groups
 
 
@@ -62,8 +61,6 @@ class Findings:
     """A report's whole content."""
 
     title: str
-    sentences: tuple[str, ...]
-    """The headline: three sentences."""
     sweeps: tuple[Sweep, ...]
     groups: tuple[GroupFindings, ...]
     """By place, the one with most measured trials first."""
@@ -99,7 +96,6 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
     verdicts = tuple((study, said) for study, said in judged if any(verdict.seen for verdict in said))
     return Findings(
         title=_title(trials, sweeps),
-        sentences=sentences(found, verdicts, sweeps),
         sweeps=tuple(sweeps),
         groups=found,
         verdicts=verdicts,

@@ -15,6 +15,7 @@ from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
+from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.report.writing.terminal import show
 from lora_lab.store.trials import Trial
@@ -73,7 +74,7 @@ def any_trial(draw: st.DrawFn) -> Trial:
 def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Trial]) -> None:
     findings = found(trials)
     text = said(findings)
-    assert len(findings.sentences) == 3
+    assert len(sentences(findings)) == 3
     assert not re.search(r"(nan|inf|None) ?(%|GiB|J|tokens)", text)
     page(findings, {})
 
@@ -81,7 +82,7 @@ def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Tri
 def test_the_sentences_name_the_fastest_the_effects_and_the_regime() -> None:
     effects = {"optimizer=paged_adamw": math.log(0.9), "shape=2x2048": math.log(3)}
     regimes = {"shape=1x512": "host-bound"}
-    first, second, third = found(factorial(LEVELS, effects, noise=0.005, regimes=regimes, random=3)).sentences
+    first, second, third = sentences(found(factorial(LEVELS, effects, noise=0.005, regimes=regimes, random=3)))
     assert re.search(r"8 of 8 configurations ran to the end; by their medians the fastest was adamw \w+ 2x2048", first)
     assert re.search(r"paged_adamw against adamw -\S+ % \(.*\) host-bound, -\S+ % \(.*\) GPU-bound", second)
     assert "host-bound" in third
@@ -105,7 +106,7 @@ def test_the_report_counts_as_many_ties_as_best() -> None:
 def test_what_changed_together_is_not_told_apart() -> None:
     trials = [trial({THROUGHPUT.key: 500.0}), trial({THROUGHPUT.key: 600.0}, optimizer="paged_adamw", precision="bf16")]
     findings = found(trials)
-    assert "paged_adamw bf16 together against adamw fp16 +20.0 %" in findings.sentences[1]
+    assert "paged_adamw bf16 together against adamw fp16 +20.0 %" in sentences(findings)[1]
     assert "optimizer, precision" in said(findings)
 
 

@@ -15,6 +15,7 @@ from planted import trial
 
 from lora_lab.report.answers.claims.study_file import SHIPPED, load_study
 from lora_lab.report.findings import Findings, Question, find
+from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.page.heat_map import colour
 from lora_lab.report.writing.page.page import Timelines, page, typeset, write_page
 from lora_lab.report.writing.page.timelines import POWER_WATTS, STEP_SECONDS, timeline
@@ -106,7 +107,7 @@ def test_a_factorial_fills_every_section() -> None:
     )
     findings = _find(trials, claims=True)
     read = _Page(page(findings, _lines(trials)))
-    for sentence in findings.sentences:
+    for sentence in sentences(findings):
         assert typeset(sentence) in read.text
     for said in (
         "out of memory",
@@ -181,7 +182,7 @@ def test_names_from_runs_cannot_bring_markup_in() -> None:
     trials = _factorial(optimizer=evil)
     trials += [trial(outcome="killed", tags={"reason": evil, "commit": evil, "command": evil}, sweep=None)]
     trials = [dataclasses.replace(each, run_id=each.run_id + evil, name=each.name + evil) for each in trials]
-    findings = dataclasses.replace(_find(trials), title=evil, sentences=(evil,), commands=(evil,))
+    findings = dataclasses.replace(_find(trials), title=evil, commands=(evil,))
     read = _Page(page(findings, _lines(trials)))
     assert read.tags.count("script") == 1  # the page's own
     assert evil in read.text

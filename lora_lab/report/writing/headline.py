@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lora_lab.report.answers.claims.study import Study
+from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.pareto import Point
+from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.factors import SHAPE
@@ -12,26 +14,18 @@ from lora_lab.report.writing.labels import count, level_text, levels_text, outco
 from lora_lab.report.writing.numbers import format_short
 from lora_lab.store.trials import Sweep
 
-if TYPE_CHECKING:
-    from lora_lab.report.answers.claims.study import Study
-    from lora_lab.report.answers.claims.verdict import Verdict
-    from lora_lab.report.findings import GroupFindings
 
-
-def sentences(
-    groups: "Sequence[GroupFindings]",
-    verdicts: "Sequence[tuple[Study, Sequence[Verdict]]]",
-    sweeps: Sequence[Sweep] = (),
-) -> tuple[str, ...]:
+def sentences(findings: Findings) -> tuple[str, ...]:
     """Return three sentences on the environment with most trials; others are only mentioned."""
+    groups, verdicts = findings.groups, findings.verdicts
     main = groups[0]
     last = _on_claims(main, verdicts) if verdicts else _on_regimes(main)
     others = len(groups) - 1
     apart = f" {count(others, 'other environment')} reported separately, not averaged in." if others else ""
-    return (_on_best(main) + _on_the_rest(groups, sweeps), _on_effects(main), last + apart)
+    return (_on_best(main) + _on_the_rest(groups, findings.sweeps), _on_effects(main), last + apart)
 
 
-def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> str:
+def _on_the_rest(groups: Sequence[GroupFindings], sweeps: Sequence[Sweep]) -> str:
     """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
     over = Counter(trial.sweep for found in groups for trial in found.group.trials)
     planned = sum(sweep.planned or 0 for sweep in sweeps)
@@ -41,7 +35,7 @@ def _on_the_rest(groups: "Sequence[GroupFindings]", sweeps: Sequence[Sweep]) -> 
     return f" Only {done} of the {planned} planned trials have been run (resume=true runs the rest)."
 
 
-def _on_best(found: "GroupFindings") -> str:
+def _on_best(found: GroupFindings) -> str:
     device, points = found.group.place.device, [point for point in found.points if point.figures]
     if not points:
         ends = Counter(trial.outcome for trial in found.group.trials)
@@ -81,7 +75,7 @@ def _on_best(found: "GroupFindings") -> str:
     return f"On {device}, {ran}; by their medians {said}."
 
 
-def _on_effects(found: "GroupFindings") -> str:
+def _on_effects(found: GroupFindings) -> str:
     if not found.contrasts:
         return "Effects cannot be estimated: no two trials of one sweep and repeat differ in only one setting."
     told = [f"In tokens/s, all else equal: {_effects(found, THROUGHPUT)}."]
@@ -90,7 +84,7 @@ def _on_effects(found: "GroupFindings") -> str:
     return " ".join(told)
 
 
-def _effects(found: "GroupFindings", measure: Measure) -> str:
+def _effects(found: GroupFindings, measure: Measure) -> str:
     factors = {factor.name: factor for factor in found.compared}
     shape = {factor.name for factor in found.compared if set(factor.keys) <= set(SHAPE)}
     by_level: dict[tuple[str, str, str], list[Contrast]] = {}
@@ -117,7 +111,7 @@ def _by_regime(those: Sequence[Contrast]) -> str:
     return ", ".join(format_short(c.estimate, c.measure) + (f" {c.regime}" if several else "") for c in clear)
 
 
-def _on_regimes(found: "GroupFindings") -> str:
+def _on_regimes(found: GroupFindings) -> str:
     regimes = Counter(trial.regime for trial in found.group.measured)
     if set(regimes) <= {"not known"}:
         return "It is not known whether the device or the host limited these trials: no sensor here could measure it."
@@ -128,7 +122,7 @@ def _on_regimes(found: "GroupFindings") -> str:
     return f"Of these trials {told}{order}."
 
 
-def _on_claims(found: "GroupFindings", verdicts: "Sequence[tuple[Study, Sequence[Verdict]]]") -> str:
+def _on_claims(found: GroupFindings, verdicts: Sequence[tuple[Study, Sequence[Verdict]]]) -> str:
     parts = []
     for study, judged in verdicts:
         words: dict[str, list[str]] = {}
@@ -142,7 +136,7 @@ def _on_claims(found: "GroupFindings", verdicts: "Sequence[tuple[Study, Sequence
     return " ".join(parts)
 
 
-def _name(point: Point, found: "GroupFindings") -> str:
+def _name(point: Point, found: GroupFindings) -> str:
     usual = usual_levels(found.points, found.design.factors)
     factors = found.design.factors
     return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"

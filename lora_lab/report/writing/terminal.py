@@ -14,6 +14,7 @@ from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.measures import MEASURES, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
+from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
 from lora_lab.report.writing.numbers import change, format_estimate, interval_note
 
@@ -21,7 +22,7 @@ from lora_lab.report.writing.numbers import change, format_estimate, interval_no
 def show(findings: Findings, console: Console) -> None:
     """Print everything except timelines and environment, which only the page has."""
     console.print(f"\n[bold]{escape(findings.title)}[/bold]\n")
-    for sentence in findings.sentences:
+    for sentence in sentences(findings):
         console.print(escape(sentence), highlight=False)
     for found in findings.groups:
         _show_group(found, console)

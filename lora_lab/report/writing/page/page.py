@@ -16,6 +16,7 @@ from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
+from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
 from lora_lab.report.writing.numbers import change, format_estimate
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
@@ -126,6 +127,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
     parts = [_part(found, timelines, number) for number, found in enumerate(findings.groups)]
     return environment.get_template("page.html.j2").render(
         findings=findings,
+        sentences=sentences(findings),
         parts=parts,
         css=Markup(css),
         measures={measure.name: measure for measure in MEASURES},
