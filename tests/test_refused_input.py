@@ -232,7 +232,7 @@ def test_an_unwritable_store_is_refused(lab: Lab, tmp_path: Path) -> None:
     [
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=collections.OrderedDict"],
-            ["trained:\noptimizer.target=collections.OrderedDict is", "no torch.optim.Optimizer", "torch.optim.SGD"],
+            ["trained:\noptimizer.target=collections.OrderedDict is", "not a torch.optim.Optimizer", "torch.optim.SGD"],
         ),
         (
             ["model=tiny", "optimizer.optim=null", "optimizer.target=torch.optim.Nowhere"],

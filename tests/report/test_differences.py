@@ -83,8 +83,8 @@ def test_a_single_trial_takes_the_noise_of_the_rest() -> None:
     [
         (blocks([1, 2, 9]), blocks([0, 0]), "paired over 2 blocks", 1.5),
         (blocks([1, 2, 9]), blocks([0, 0], first=2), "3 against 2 trials, unpaired", 4.0),  # one shared says less
-        (blocks([1, 2, 9]), blocks([0], first=1), "1 against 1 trials, by the noise of all that have repeats", 2.0),
-        (blocks([1, 2, 9]), blocks([0], "other"), "3 against 1 trials, by the noise of all that have repeats", 4.0),
+        (blocks([1, 2, 9]), blocks([0], first=1), "1 against 1 trials, with the noise of all repeated ones", 2.0),
+        (blocks([1, 2, 9]), blocks([0], "other"), "3 against 1 trials, with the noise of all repeated ones", 4.0),
         (blocks([1, 2, 9], ""), blocks([0, 0, 0], ""), "3 against 3 trials, unpaired", 4.0),  # of no sweep
     ],
 )

@@ -153,7 +153,7 @@ def test_no_file_but_a_page_of_ours_is_written_over(tmp_path: Path, monkeypatch:
         where, why = choose_place(tags, None)
         assert where == Path("report-2.html")
         assert str(page) in why
-        with pytest.raises(InvalidInput, match="no page of lora_lab's"):
+        with pytest.raises(InvalidInput, match="not a lora_lab page"):
             choose_place(tags, page)
         if taken == "a folder":
             page.rmdir()

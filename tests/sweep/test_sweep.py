@@ -275,7 +275,7 @@ def test_resume_measures_anew_what_was_measured_on_other_rows(lab: Lab, tmp_path
     write_rows(tmp_path / "rows.jsonl", plus=1)
     first = look(tmp_path, lab(*command))
     assert first.said.code == 0, first.said.text
-    assert "this is a new one" in first.said.out
+    assert "starting a new one" in first.said.out
 
     write_rows(tmp_path / "rows.jsonl", plus=2)
     other = look(tmp_path, lab(*command))
