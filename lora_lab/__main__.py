@@ -5,7 +5,6 @@
 The worker's process imports this module by name, so everything heavy is imported inside main().
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,11 +57,12 @@ def job(composed: "DictConfig") -> int:
 
     from lora_lab.composition.command import shortest_command
     from lora_lab.composition.compose import load
+    from lora_lab.composition.explanations import COMPOSITION_ERRORS
     from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.composition.keys import GROUPS
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
-    from lora_lab.reading import parsed, typed
+    from lora_lab.reading import Damaged, parsed, typed
     from lora_lab.store.folder_checks import check_chdir, leave_empty
     from lora_lab.store.sweep_folder import Membership
     from lora_lab.trial.session import Request, run_session
@@ -78,18 +78,20 @@ def job(composed: "DictConfig") -> int:
         if not in_sweep and (config.repeats > 1 or config.resume):
             raise InvalidInput("repeats and resume apply to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
-        sources = hydra_config.runtime.config_sources
-        own = next((os.path.relpath(each.path) for each in sources if each.provider == "command-line"), None)
+        try:
+            command = shortest_command(config, choices, hydra_config.runtime.config_sources)
+        except COMPOSITION_ERRORS:  # a label must not stop a trial
+            command = " ".join(["python -m lora_lab", *hydra_config.overrides.task])
         request = Request(
             config=config,
             choices=choices,
-            command=shortest_command(config, choices, own),
+            command=command,
             folder=folder,
             in_sweep=in_sweep,
             member=typed(Membership, parsed(handed)) if handed else None,
         )
         code = run_session(request).exit_code
-    except InvalidInput as refusal:
+    except (InvalidInput, Damaged) as refusal:
         print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)
         leave_empty(folder)
         code = EXIT_REFUSED

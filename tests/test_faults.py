@@ -73,7 +73,7 @@ def test_a_killed_parent_takes_its_worker_along(long_trial: subprocess.Popen[str
     os.kill(long_trial.pid, signal.SIGKILL)
     until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker's end", seconds=20)
     assert sum(event["event"] == "Step" for event in events_in(tmp_path)) > 3, "its events are on disk"
-    assert store_of(tmp_path)[1] == [], "nothing is said to run; test_delivery.py has the next start"
+    assert store_of(tmp_path)[1] == [], "nothing is said to run; test_outbox.py has the next start"
 
 
 def test_a_trial_that_takes_too_long_is_ended_and_recorded(tmp_path: Path) -> None:

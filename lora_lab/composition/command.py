@@ -1,10 +1,10 @@
 """Write the shortest command line that composes to a trial's configuration."""
 
 import functools
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -25,31 +25,47 @@ _FREE = ("model.architecture", "model.package", "optimizer.args")
 _WORDS = re.compile("null|true|false|nan|inf", re.IGNORECASE)
 """Texts that Hydra reads as something else."""
 
+_HYDRAS_OWN = ("hydra", "main", "schema")
+_CONFIG_DIR = "command-line"
+"""Hydra's name for the folder of --config-dir."""
+
+_Places = tuple[tuple[str, str, str], ...]
+"""Provider, schema (file or pkg) and path of folders with the user's own yaml files."""
+
 _LEFT_OUT = {"seed", *(each.key for each in settings_of(TrialConfig) if each.effect is Effect.none)}
 
 
-def shortest_command(config: TrialConfig, choices: Mapping[str, str], config_dir: str | None = None) -> str:
+def shortest_command(config: TrialConfig, choices: Mapping[str, str], sources: Iterable[Any] = ()) -> str:
     """Return the shortest command line for this configuration: one trial, whatever sweep or seed it came from.
 
     Args:
         choices: the chosen option of each group.
-        config_dir: a folder with the user's own options, as --config-dir names it.
+        sources: where Hydra found its yaml files (`hydra.runtime.config_sources`).
     """
-    default, _ = _composed((), config_dir)
+    places = tuple((each.provider, each.schema, each.path) for each in sources if each.provider not in _HYDRAS_OWN)
+    default, _ = _composed((), places)
     chosen = tuple(f"{g}={choices[g]}" for g in GROUPS if g not in _LEFT_OUT and choices[g] != default[g])
-    _, there = _composed(chosen, config_dir)
+    _, there = _composed(chosen, places)
     wanted = dict(_leaves(plain(config), ""))
-    words = [*([f"--config-dir={config_dir}"] if config_dir else []), *chosen, *_overrides(wanted, dict(there))]
+    words = [*_named(places), *chosen, *_overrides(wanted, dict(there))]
     return " ".join(["python -m lora_lab", *map(shlex.quote, words)])
 
 
+def _named(places: _Places) -> Iterator[str]:
+    """Yield the words that name the user's own folders."""
+    yield from (f"--config-dir={os.path.relpath(path)}" for provider, _, path in places if provider == _CONFIG_DIR)
+    searched = [f"{schema}://{path}" for provider, schema, path in places if provider != _CONFIG_DIR]
+    if searched:
+        yield f"hydra.searchpath={_written(searched)}"
+
+
 @functools.lru_cache(maxsize=64)
-def _composed(words: tuple[str, ...], config_dir: str | None) -> tuple[dict[str, str], tuple[tuple[str, Any], ...]]:
+def _composed(words: tuple[str, ...], places: _Places) -> tuple[dict[str, str], tuple[tuple[str, Any], ...]]:
     """Return the options and the settings that these words compose to."""
-    places = create_config_search_path(str(CONF))
-    if config_dir:
-        places.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor="schema")
-    composed = ConfigLoaderImpl(places).load_configuration("config", list(words), RunMode.RUN)
+    search = create_config_search_path(str(CONF))
+    for provider, schema, path in places:
+        search.prepend(provider, f"{schema}://{path}", anchor="schema")
+    composed = ConfigLoaderImpl(search).load_configuration("config", list(words), RunMode.RUN)
     settings = OmegaConf.to_container(composed, enum_to_str=True)
     assert isinstance(settings, dict)
     choices = {group: str(option) for group, option in settings.pop("hydra")["runtime"]["choices"].items()}

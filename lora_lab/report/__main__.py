@@ -171,7 +171,11 @@ def _keep(path: Path, store: StoredRuns, trials: Sequence[Trial], sweeps: Sequen
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     except TrackingFailed as fault:
         console.print(
-            f"the page was not uploaded to the store: {fault}", style="yellow", highlight=False, soft_wrap=True
+            f"the page was not uploaded to the store: {fault}",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
         )
 
 

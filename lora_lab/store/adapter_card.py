@@ -2,6 +2,7 @@
 
 The card describes the adapter and reveals nothing about the machine."""
 
+import shlex
 from pathlib import Path
 
 import yaml
@@ -54,7 +55,7 @@ def card(record: Record) -> str:
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
-        f"# {record.name}",
+        f"# {_heading(record)}",
         "",
         f"A LoRA adapter for {base or _unnamed_base(record)}, trained and measured by lora_lab.",
         "",
@@ -100,14 +101,31 @@ def _loss(record: Record) -> str:
     return f"{before:.4f} before training, {after:.4f} after (nats per token)"
 
 
+_PATHS = ("data.path", "model.path")
+
+
+def _heading(record: Record) -> str:
+    """Return the trial's name. A path in it keeps its last name."""
+    name = record.name
+    for path in filter(None, (record.params.get(key) for key in _PATHS)):
+        name = name.replace(path, Path(path).name)
+    return name
+
+
 def _command(command: str) -> str:
     """Return the command without folders. A path keeps its last name. Settings of stores and output folders are
     dropped."""
-    words = []
-    for word in command.split(" "):
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an older version did not quote it
+        return ""
+    kept = []
+    for word in words:
         key, equals, value = word.partition("=")
-        if key.lstrip("+").startswith(("hydra.", "tracking.")):
+        if key.lstrip("+").startswith(("hydra.", "tracking.", "--config-dir")):
             continue
-        is_path = key in ("data.path", "model.path") or value.lstrip("'\"[").startswith(("/", "~", "."))
-        words.append(f"{key}{equals}{Path(value).name}" if is_path and equals else word)
-    return " ".join(words)
+        plain = value.strip("'\"[]")
+        is_path = bool(equals) and (key.lstrip("+") in _PATHS or plain.startswith(("/", "~", ".")) or "/" in plain)
+        is_path = is_path and key not in ("model.id", "data.id")
+        kept.append(f"{key}={shlex.quote(Path(plain).name)}" if is_path else shlex.quote(word))
+    return " ".join(kept)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
 from lora_lab.paths import MULTIRUN
+from lora_lab.store.heartbeat import HEARTBEAT
 from lora_lab.store.sweep_folder import PLAN, SweepFolder
-from lora_lab.store.trial_folder import LEFT_OVER, MANIFEST, RECORD
+from lora_lab.store.trial_folder import DELIVERED, LEFT_OVER, MANIFEST, RECORD
 
 _ANOTHER = (
     "Give another folder with {setting}=FOLDER, or leave it out: then every {what} gets a new one below multirun/."
@@ -61,7 +62,7 @@ def check_trial_folder(folder: Path, tracking: TrackingConfig, in_sweep: bool, p
         )
     if PLAN in there and not in_sweep:
         raise InvalidInput(f"{setting}: {folder} holds a sweep. {another}")
-    foreign = [name for name in there if name not in LEFT_OVER]
+    foreign = [name for name in there if name not in (*LEFT_OVER, HEARTBEAT) and not name.startswith(".now-")]
     if foreign:
         some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise InvalidInput(f"{setting}: {folder} holds files that do not belong to a trial ({some}). {another}")
@@ -77,7 +78,7 @@ def check_sweep_folder(folder: Path, tracking: TrackingConfig) -> None:
         raise InvalidInput(f"hydra.sweep.dir: {folder} is {_kind(folder)}, not a folder. {another}")
     if (folder / PLAN).is_file():
         return
-    taken = [PLAN, "trials.csv", "report.html", MANIFEST, RECORD]
+    taken = [PLAN, "trials.csv", "report.html", MANIFEST, RECORD, HEARTBEAT, DELIVERED]
     taken += [path.name for path in folder.glob("[0-9][0-9][0-9][0-9]*")]
     in_the_way = sorted(name for name in taken if os.path.lexists(folder / name))
     if in_the_way:

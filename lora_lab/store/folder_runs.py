@@ -14,7 +14,7 @@ from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.local_store import address_of, local_address
+from lora_lab.store.local_store import address_of, database_of, has_content, local_address
 from lora_lab.store.record import Record
 from lora_lab.store.recovery import Recovered, known_folders
 from lora_lab.store.run_checks import printable
@@ -118,7 +118,7 @@ class FolderRuns:
         if not folder.note:
             raise TrackingFailed("its record is not in the store yet; the next start delivers it")
         if folder.delivered_to:
-            return folder.delivered_to
+            return _present(folder.delivered_to)
         if tracking.kind is TrackingKind.server:
             return str(tracking.uri)
         return address_of(Path(tracking.root).resolve() / "mlflow.db")
@@ -136,6 +136,15 @@ class FolderRuns:
             # where the folder is now: it may have been moved
             tags=record.tags | {"record_id": record.id, "folder": str(folder.path)},
         )
+
+
+def _present(address: str) -> str:
+    """Return the address of a store. A local one that is gone may have moved here with the folder around it."""
+    database = database_of(address)
+    if database is not None and not has_content(database):
+        with contextlib.suppress(InvalidInput):
+            return local_address()
+    return address
 
 
 def _read(path: Path, found: Recovered) -> Iterator[_Folder]:

@@ -21,7 +21,7 @@ from lora_lab.store.local_store import (
     has_content,
 )
 from lora_lab.store.mlflow_client import keep_view, look, set_up_mlflow, ui_address
-from lora_lab.store.record import RUNNING, Record
+from lora_lab.store.record import ORPHAN, RUNNING, Record
 from lora_lab.store.saved_view import run_page, runs_page
 from lora_lab.store.tracker import InMemoryTracker, Tracker, Which
 from lora_lab.store.tracking_server import check_reachable
@@ -67,8 +67,8 @@ class MlflowTracker:
             if found is not None and _is_over(found) and not record.is_sweep:
                 return str(found.info.run_id)
             run_id = str(found.info.run_id) if found is not None else self._create(record)
-            if found is not None and _ORPHAN in found.data.tags:
-                self._client.delete_tag(run_id, _ORPHAN)
+            if found is not None and ORPHAN in found.data.tags:
+                self._client.delete_tag(run_id, ORPHAN)
             tags = [RunTag(key, value) for key, value in _tags(record).items()]
             if not record.is_sweep or found is None or NOTE not in found.data.tags:  # the user may have written one
                 tags.append(RunTag(NOTE, _text(description(record))[: mlflow_names.LONGEST_TAG]))
@@ -93,7 +93,7 @@ class MlflowTracker:
             orphans = [run.info.run_id for run in running if gone(_tags_of(run))]
             for run_id in orphans:
                 self._client.set_tag(run_id, "outcome", Outcome.killed.value)
-                self._client.set_tag(run_id, _ORPHAN, "its process was gone, and its folder not here")
+                self._client.set_tag(run_id, ORPHAN, "its process was gone, and its folder not here")
                 self._client.set_terminated(run_id, "KILLED")
         return len(orphans)
 
@@ -184,16 +184,12 @@ class MlflowTracker:
             return str(found.experiment_id)
 
 
-_ORPHAN = "orphan"
-"""The tag of a run that was ended without its record. If the record turns up later, it goes into this run."""
-
-
 def _tags_of(run: Any) -> dict[str, str]:
     return mlflow_names.read_back({}, run.data.tags, {})[1]
 
 
 def _is_over(run: Any) -> bool:
-    return run.info.status != "RUNNING" and _ORPHAN not in run.data.tags
+    return run.info.status != "RUNNING" and ORPHAN not in run.data.tags
 
 
 _STATUS = {Outcome.finished.value: "FINISHED", Outcome.killed.value: "KILLED"}

@@ -11,7 +11,7 @@ LATEST = "latest"
 
 def folders(root: Path = MULTIRUN) -> list[Path]:
     """Return the folders below `root` that can hold a trial or a sweep, each once."""
-    return [path for path in root.glob("*/*") if path.parent.name != LATEST]
+    return [path for path in root.glob("*/*") if not (path.parent.name == LATEST and path.parent.is_symlink())]
 
 
 def point_latest(folder: Path) -> None:
@@ -25,5 +25,5 @@ def point_latest(folder: Path) -> None:
     with contextlib.suppress(OSError):
         MULTIRUN.mkdir(exist_ok=True)
         new.unlink(missing_ok=True)
-        new.symlink_to(os.path.relpath(folder.absolute(), MULTIRUN.absolute()))
+        new.symlink_to(os.path.relpath(folder.resolve(), MULTIRUN.resolve()))
         new.replace(link)

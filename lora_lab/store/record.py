@@ -20,6 +20,10 @@ RUNNING = "running"
 """The outcome of a record that has none yet."""
 
 
+ORPHAN = "orphan"
+"""The tag of a run that was ended without its record. If the record turns up later, it goes into this run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One value of a series. `t_ms` is Unix time."""

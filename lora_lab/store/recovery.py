@@ -15,6 +15,7 @@ from lora_lab.store import heartbeat
 from lora_lab.store.finishing import finish_for_dead
 from lora_lab.store.multirun import folders
 from lora_lab.store.outbox import Outbox
+from lora_lab.store.record import ORPHAN
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import SENSELESS, TrialFolder
 
@@ -163,6 +164,8 @@ def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Out
     record = folder.record()
     if record is None:
         record = finish_for_dead(folder, asked)
+        if not asked.owner.is_here:  # it may be alive after all: its own record then takes this one's place
+            record.tags[ORPHAN] = "another host's process, whose heartbeat had stopped"
         found.killed += record.outcome == Outcome.killed.value
     if asked.tracking.kind is TrackingKind.none:
         folder.mark_delivered("")

@@ -106,7 +106,7 @@ class Grid(Sweeper):
             worker_process.prepare()  # imports torch in the background
         store = Outbox(absolute(first.tracking))
         look_after_earlier_runs(store)
-        new = SweepFolder(Path(self._config.hydra.sweep.dir).absolute())
+        new = SweepFolder(Path(self._config.hydra.sweep.dir).resolve())
         check_folder_name(new.path)
         check_chdir(self._config.hydra.job.chdir)
         check_sweep_folder(new.path, first.tracking)

@@ -11,7 +11,7 @@ from types import TracebackType
 from lora_lab.reading import parsed, typed
 
 RATE_HZ = 20.0
-"""Seconds between samples of energy and power: two per tick of a counter that moves every 100 ms."""
+"""Samples of energy and power per second: two per tick of a counter that moves every 100 ms."""
 
 SLOW_EVERY = 5
 """Memory, processes, temperature, clocks and slowdowns are read with every fifth sample: four times a second."""

@@ -1,9 +1,12 @@
 """The printed command composes to the settings it was made of."""
 
 import functools
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -121,6 +124,11 @@ def test_an_option_of_the_users_own_comes_back_with_its_folder(tmp_path: Path) -
     (tmp_path / "optimizer" / "mine.yaml").write_text("optim: null\ntarget: torch.optim.SGD\nargs: {momentum: 0.9}\n")
     config = TrialConfig(optimizer=OptimizerConfig(target="torch.optim.SGD", args={"momentum": 0.9}))
     default = OmegaConf.select(compose("config", return_hydra_config=True), "hydra.runtime.choices")
-    written = shortest_command(config, {**default, "optimizer": "mine"}, str(tmp_path))
-    assert f"--config-dir={tmp_path} optimizer=mine " in written
+    found = SimpleNamespace(provider="command-line", schema="file", path=str(tmp_path))
+    written = shortest_command(config, {**default, "optimizer": "mine"}, [found])
+    assert f"--config-dir={os.path.relpath(tmp_path)} optimizer=mine " in written
     assert "optimizer.target" not in written
+    found.provider = "hydra.searchpath in command-line"
+    written = shortest_command(config, {**default, "optimizer": "mine"}, [found])
+    assert f"hydra.searchpath=[file://{tmp_path}]" in re.sub("[\"']", "", written)
+    assert "optimizer=mine" in written

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,15 @@ def test_a_card_holds_no_secret(tmp_path: Path) -> None:
     told.tags["command"] = "python -m lora_lab data.id=https://me:secret@host/data"
     write_card(tmp_path, told)
     assert "secret" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_path_with_spaces_and_quotes_keeps_its_last_name_alone() -> None:
+    told = record(HUB)
+    path = "/home/Jane Doe/secret project/rows.jsonl"
+    told.params["data.path"] = path
+    told.name = f"adamw path={path}"
+    told.tags["command"] = "python -m lora_lab " + shlex.quote(f"data.path='{path}'")
+    text = card(told)
+    assert "Jane" not in text
+    assert "secret" not in text
+    assert text.count("rows.jsonl") >= 2

@@ -32,3 +32,14 @@ def test_what_a_person_has_put_there_stays() -> None:
 def test_a_link_that_cannot_be_made_is_no_error() -> None:
     MULTIRUN.write_text("in the way")
     point_latest(Path("elsewhere"))
+
+
+def test_latest_never_leads_to_itself_and_a_real_folder_of_that_name_counts() -> None:
+    folder = MULTIRUN / "2026-01-01" / "one"
+    folder.mkdir(parents=True)
+    point_latest(folder)
+    point_latest(MULTIRUN / LATEST)
+    assert (MULTIRUN / LATEST).resolve() == folder.resolve()
+    (MULTIRUN / LATEST).unlink()
+    (MULTIRUN / LATEST / "mine").mkdir(parents=True)
+    assert MULTIRUN / LATEST / "mine" in folders()

@@ -15,7 +15,7 @@ HARM = {
     "0.0005": ("huge tensor on the card", "after step 2", "out_of_memory"),
 }
 SLACK_GIB = 0.07
-"""What occupancy.py allows a card to vary by."""
+"""What trial/device_lock.py allows a card to vary by."""
 
 
 @pytest.mark.gpu
