@@ -91,7 +91,7 @@ def picture(findings: Findings, study: Study) -> str:
             for each in found.contrasts
             if (each.factor, each.of, each.measure) == (factor, of, THROUGHPUT) and each.regime != "mixed"
         ]
-    figure = Figure(figsize=(9.0, 0.36 * len(rows) + 0.9))
+    figure = Figure(figsize=(9.8, 0.36 * len(rows) + 0.9))
     FigureCanvasSVG(figure)
     _draw(figure.add_axes((0.02, 0.15, 0.96, 0.75)), rows)
     figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals over repeats", color=_GREY, fontsize=10)
@@ -123,7 +123,7 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
         axes.plot([percent(row.value)], [y], "o", color=_HERE, ms=7)
         axes.text(38, y, format_short(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
     axes.axvline(0, color=_INK, lw=0.8)
-    axes.set_xlim(-152, 140)
+    axes.set_xlim(-152, 175)
     axes.set_ylim(0.4, len(rows) + 0.6)
     axes.set_xticks([-40, -20, 0, 20], ["-40 %", "-20 %", "0", "+20 %"], fontsize=8.5, color=_GREY)
     axes.set_yticks([])
