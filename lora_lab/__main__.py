@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the command line. Always exits through SystemExit; README.md lists the codes."""
+    """Run the command line. Always exits through SystemExit; docs/records.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
     from lora_lab.commands import COMMANDS, RUN, call
