@@ -179,12 +179,13 @@ def test_two_trials_on_the_same_two_cards_do_not_wait_for_each_other(tmp_path: P
     """Each names the cards in another order; the locks are taken in one."""
     with holder(tmp_path, "1") as other:
         assert line(other) == "held"
-        with holder(tmp_path, "0,1") as first, holder(tmp_path, "1,0") as second:
-            assert f"Fake Card 1, on which process {other.pid}" in line(first)
-            assert f"Fake Card 0, on which process {first.pid}" in line(second)
-            other.communicate()
-            assert "held" in first.communicate()[0]
-            assert "held" in second.communicate()[0]
+        with holder(tmp_path, "0,1") as first:
+            assert f"Fake Card 1, on which process {other.pid}" in line(first), "it has card 0 from here on"
+            with holder(tmp_path, "1,0") as second:
+                assert f"Fake Card 0, on which process {first.pid}" in line(second)
+                other.communicate()
+                assert "held" in first.communicate()[0]
+                assert "held" in second.communicate()[0]
 
 
 @pytest.mark.usefixtures("state")
