@@ -1,5 +1,6 @@
 """The commands of `lora-lab`. With `run`, or without a command, Hydra reads the command line: a trial or a sweep."""
 
+import difflib
 import importlib
 import signal
 from collections.abc import Sequence
@@ -22,3 +23,9 @@ def call(command: str, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `lora-lab report | head` ends without an error
     code: int = importlib.import_module(COMMANDS[command]).main(arguments)
     return code
+
+
+def meant(word: str) -> str:
+    """Return the command that a word was probably meant to be; empty where it is not near any."""
+    near = difflib.get_close_matches(word, [RUN, *COMMANDS], n=1, cutoff=0.7)
+    return near[0] if near and word.isalpha() else ""

@@ -9,7 +9,7 @@ import pytest
 
 from lora_lab import __main__ as command_line
 from lora_lab import completion, ui
-from lora_lab.commands import COMMANDS
+from lora_lab.commands import COMMANDS, meant
 from lora_lab.config import TrackingConfig
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.store.mlflow_store import open_tracker
@@ -89,3 +89,18 @@ def test_a_shell_completes_commands_and_settings(tmp_path: Path, capsys: pytest.
         ask = f"COMP_LINE='{line}'; COMP_WORDS=({words}); COMP_CWORD={place}; _lora_lab; echo \"${{COMPREPLY[*]}}\"\n"
         done = subprocess.run(["bash", "-c", fake + script + ask], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == wanted, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("repot", "report"),
+        ("bst", "best"),
+        ("recompte", "recompute"),
+        ("batch_size=2", ""),
+        ("--help", ""),
+        ("xyz", ""),
+    ],
+)
+def test_a_mistyped_command_is_recognised_and_nothing_else(word: str, near: str) -> None:
+    assert meant(word) == near
