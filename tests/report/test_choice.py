@@ -410,7 +410,7 @@ LIMIT = {"vram_limit_gib": "8.0"}
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> list[Trial]:
-    """Two points that are told apart by far, unless `rates` says otherwise; `tags` are of the first trial."""
+    """Return two points that differ clearly, unless `rates` says otherwise; `tags` are of the first trial."""
     made = []
     for rank, rates, told in ((8, CLEAR[0], dict(one)), (16, CLEAR[1], dict(other))):
         tags, metrics = told.pop("tags", {}), told.pop("metrics", {})

@@ -210,7 +210,7 @@ def test_unpaired_sides_are_as_unsure_as_their_blocks() -> None:
 
 
 def c4(size: int) -> float:
-    """The mean of a standard deviation of so many normal figures, over the true one."""
+    """Return the mean of a standard deviation of this many normal figures, divided by the true one."""
     return math.sqrt(2 / (size - 1)) * math.gamma(size / 2) / math.gamma((size - 1) / 2)
 
 
