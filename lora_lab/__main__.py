@@ -17,12 +17,14 @@ def main() -> None:
     """Run the command line. Always exits through SystemExit; docs/records.md lists the codes."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"lora_lab runs on Linux (on Windows inside WSL2); this is {sys.platform}.")
-    from lora_lab.commands import COMMANDS, call, meant
+    from lora_lab.commands import COMMANDS, RUN, call, meant
     from lora_lab.output import never_end_for_output
 
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     if first in COMMANDS:
         raise SystemExit(call(first, sys.argv[2:]))
+    if first == RUN:
+        del sys.argv[1]
     elif meant(first):
         print(
             f"Refused, nothing was started:\n'{first}' is not a command. Did you mean {meant(first)}?", file=sys.stderr

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Lab
 
 from lora_lab import __main__ as command_line
 from lora_lab import completion, ui
@@ -104,3 +105,11 @@ def test_a_shell_completes_commands_and_settings(tmp_path: Path, capsys: pytest.
 )
 def test_a_mistyped_command_is_recognised_and_nothing_else(word: str, near: str) -> None:
     assert meant(word) == near
+
+
+def test_run_is_the_command_line_of_a_trial_and_a_typo_is_not(lab: Lab) -> None:
+    for words in (["run", "optimiser=adamw"], ["optimiser=adamw"]):
+        said = lab(*words)
+        assert (said.code, "Did you mean optimizer" in said.err) == (EXIT_REFUSED, True), said.text
+    said = lab("repot")
+    assert (said.code, "Did you mean report?" in said.err) == (EXIT_REFUSED, True), said.text
