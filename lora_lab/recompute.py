@@ -1,7 +1,7 @@
 """Recompute every figure of a run from its stored files, and compare: python -m lora_lab.recompute RUN
 
-RUN is a run's id in the store or the beginning of one, or a trial's folder under multirun/. Figures are compared to the
-last digit. Exit code 0 when all agree, 1 when some differ, 2 when RUN cannot be read."""
+RUN is a trial's folder, or its id or the beginning of one. An id is looked up in the folders under multirun/ first, then
+in the store. Figures are compared to the last digit. Exit code 0 when all agree, 1 when some differ, 2 when RUN cannot be read."""
 
 import argparse
 import math
@@ -20,6 +20,7 @@ from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
 from lora_lab.store.environment import environment
 from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.local_store import local_address
 from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.record import Record, complete
@@ -142,9 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     never_end_for_output()
     parser = argparse.ArgumentParser(prog="python -m lora_lab.recompute", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "run", metavar="RUN", help="a run's id in the store (or its beginning), or a trial's folder under multirun/"
+        "run", metavar="RUN", help="a trial's folder under multirun/, or a trial's id or the beginning of one"
     )
-    parser.add_argument("--store", metavar="URI", help="the store's address (default: the local store under mlruns/)")
+    parser.add_argument(
+        "--store",
+        metavar="URI",
+        help="read this store only (default: the folders under multirun/, then the local store under mlruns/)",
+    )
     asked = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -161,25 +166,31 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
     """Find a trial's files and its recorded figures. Files of a run in the store are fetched to `place`.
 
     Raises: InvalidInput, TrackingFailed."""
-    if Path(run).is_dir():
-        folder = TrialFolder(Path(run))
-        try:
-            record = folder.record()
-        except Damaged as damaged:
-            raise InvalidInput(f"{run} holds no record that can be read: {damaged}") from None
-        if record is None:
-            raise InvalidInput(f"{run} holds no record of a trial that has ended.")
-        return folder, Recorded(run, _with_series(record), record.tags)
+    folder = Path(run) if Path(run).is_dir() else None
+    if folder is None and store is None:
+        folder = FolderRuns(experiment=None).trial_folder(run)
+    if folder is not None:
+        return _recorded(TrialFolder(folder), run)
     try:
         store = local_address() if store is None else store
     except InvalidInput as missing:
-        raise InvalidInput(f"{run} is not a folder, and {missing}") from None
+        raise InvalidInput(f"{run} is neither a folder nor the id of a trial under multirun/, and {missing}") from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
     metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
         raise InvalidInput(f"run {run} is not a trial of lora_lab; for a sweep, name one of its trials.")
     return TrialFolder(place), Recorded(run, metrics, tags)
+
+
+def _recorded(folder: TrialFolder, run: str) -> tuple[TrialFolder, Recorded]:
+    try:
+        record = folder.record()
+    except Damaged as damaged:
+        raise InvalidInput(f"{run} holds no record that can be read: {damaged}") from None
+    if record is None:
+        raise InvalidInput(f"{run} holds no record of a trial that has ended.")
+    return folder, Recorded(run, _with_series(record), record.tags)
 
 
 def _show(found: Comparison, recorded: Recorded) -> None:

@@ -316,6 +316,21 @@ def test_the_beginning_of_an_id_will_do(again: Again, made: Made) -> None:
     assert_refused(again("zzz", "--store", made.store), "begins with 'zzz'")
 
 
+def test_an_id_is_looked_up_in_the_folders_before_the_store(
+    again: Again, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of tracking=none is in no store."""
+    monkeypatch.chdir(made.folder)
+    record = TrialFolder(made.trial("finished")).record()
+    assert record is not None
+    for name in (record.id, record.id[:12], made.runs["finished"].info.run_id):
+        assert AGREES in again(name).out
+    shared = os.path.commonprefix([run.info.run_id for run in made.runs.values()])
+    if shared:
+        assert_refused(again(shared), "Give more characters")
+    assert_refused(again("zzz"), "zzz")
+
+
 def test_a_sweep_that_runs_still_is_no_trial_either(again: Again, made: Made) -> None:
     client = MlflowClient(tracking_uri=made.store)
     tags = {name: text for name, text in made.above.data.tags.items() if name != "outcome"}
@@ -331,7 +346,7 @@ def test_a_folder_without_a_trial_is_refused(again: Again, made: Made, tmp_path:
 @pytest.mark.parametrize(
     ("store", "words"),
     [
-        ((), ("not a folder", "mlruns/mlflow.db", "--store URI")),
+        ((), ("neither a folder nor", "mlruns/mlflow.db", "--store URI")),
         (("sqlite:///missing.db",), ("no store at sqlite:///missing.db",)),
         (("sqlite:////no/such/folder/mlflow.db",), ("no store at",)),
         (("sqlite:///empty.db",), ("no store at",)),

@@ -95,6 +95,20 @@ class FolderRuns:
                 raise InvalidInput(f"{self.place}: there is no such experiment. The experiments are: {there}.")
         return [self._run(folder) for folder in chosen]
 
+    def trial_folder(self, name: str) -> Path | None:
+        """Return the folder of the trial whose run id or record id is `name`, or begins with it; None if no trial's
+        does.
+
+        Raises: InvalidInput when several trials' ids begin with it."""
+        trials = [folder for folder in self._folders.values() if not folder.record.is_sweep]
+        exact = [each for each in trials if name in (each.run_id, each.record.id)]
+        begun = [each for each in trials if each.run_id.startswith(name) or each.record.id.startswith(name)]
+        found = exact or begun
+        if name and len(found) > 1:
+            lines = [f"{name} is the beginning of {len(found)} ids. Give more characters of it:"]
+            raise InvalidInput("\n  ".join(lines + [f"{each.run_id}  {each.path}" for each in found[:5]]))
+        return found[0].path if name and found else None
+
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
         """Read these series of a trial. Those that it does not have are left out."""
         folder = self._by_run[run_id]
