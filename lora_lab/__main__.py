@@ -21,6 +21,11 @@ def main() -> None:
     from lora_lab.output import never_end_for_output
 
     first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first == "--version":
+        from lora_lab import __version__
+
+        print(f"lora_lab {__version__}")
+        raise SystemExit(0)
     if first in COMMANDS:
         raise SystemExit(call(first, sys.argv[2:]))
     if first == RUN:

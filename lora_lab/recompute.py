@@ -1,7 +1,8 @@
 """Recompute every figure of a run from its stored files, and compare: python -m lora_lab.recompute RUN
 
-RUN is a trial's folder, or its id or the beginning of one. An id is looked up in the folders under multirun/ first, then
-in the store. Figures are compared to the last digit. Exit code 0 when all agree, 1 when some differ, 2 when RUN cannot be read."""
+RUN is a trial's folder, or its id or the beginning of one. An id is looked up in the folders under multirun/ first,
+then in the store. Figures are compared to the last digit. Exit code 0 when all agree, 1 when some differ, 2 when RUN
+cannot be read."""
 
 import argparse
 import math

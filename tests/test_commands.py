@@ -9,7 +9,7 @@ import pytest
 from conftest import Lab
 
 from lora_lab import __main__ as command_line
-from lora_lab import completion, ui
+from lora_lab import __version__, completion, ui
 from lora_lab.commands import COMMANDS, meant
 from lora_lab.config import TrackingConfig
 from lora_lab.outcome import EXIT_REFUSED
@@ -113,3 +113,7 @@ def test_run_is_the_command_line_of_a_trial_and_a_typo_is_not(lab: Lab) -> None:
         assert (said.code, "Did you mean optimizer" in said.err) == (EXIT_REFUSED, True), said.text
     said = lab("repot")
     assert (said.code, "Did you mean report?" in said.err) == (EXIT_REFUSED, True), said.text
+
+
+def test_the_version_is_the_projects_own_not_hydras(lab: Lab) -> None:
+    assert lab("--version").out.split() == ["lora_lab", __version__]

@@ -95,6 +95,8 @@ def test_an_unknown_option_is_refused_at_once_and_without_torch(real_lab: Lab) -
         (["method.rnak=8"], ["'method.rnak' is not a setting", "Did you mean method.rank"]),
         (["+method.rnak=8"], ["'method.rnak' is not a setting", "Did you mean method.rank"]),
         (["optimzer=adamw"], ["'optimzer' is not a setting", "Did you mean optimizer"]),
+        (["lr=1e-4"], ["'lr' is not a setting", "Did you mean learning_rate"]),
+        (["+method.lora_r=8"], ["'method.lora_r' is not a setting", "Did you mean method.rank"]),
         (["+qqqq=1"], ["'qqqq' is not a setting", "--cfg job lists every setting"]),
         (["+optimizer=adamw"], ["'optimizer' has an option already", "write optimizer=adamw without a +"]),
     ],

@@ -12,6 +12,30 @@ GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if dataclasses.is
 
 _LEFT, _WIDTH = 28, 120
 
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+    "cutoff_len": "seq_len",
+    "sequence_len": "seq_len",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "max_steps": "measure.steps",
+    "r": "method.rank",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "load_in_4bit": "method=qlora",
+    "bf16": "precision=bf16",
+    "fp16": "precision=fp16",
+    "dataset": "data.path",
+    "model_name_or_path": "model.path",
+}
+"""What other trainers call a setting, where the spelling alone would not lead to ours."""
+
 
 def known_keys() -> list[str]:
     """Return every dotted key a user may set, groups included."""
@@ -22,6 +46,9 @@ def unknown_key(key: str) -> str:
     """Say that a setting does not exist, and which one is near."""
     if key.partition(".")[0] == "hydra":
         return f"'{key}' is not a setting of Hydra. python -m lora_lab --cfg hydra lists them."
+    meant = _ELSEWHERE.get(key.rpartition(".")[2])
+    if meant is not None:
+        return f"'{key}' is not a setting of lora_lab. Did you mean {meant}?"
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "python -m lora_lab --cfg job lists every setting."
     return f"'{key}' is not a setting of lora_lab. {hint}"
