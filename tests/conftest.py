@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from command_server import CommandServer
+from command_server import CommandServer, Running
 from hypothesis import settings
 from unsynced_stores import leave_stores_unsynced
 
@@ -180,6 +180,18 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
         return Said(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@contextlib.contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[Running]:
+    """`python -m lora_lab arguments` in `folder` while it runs; it and its workers are gone afterwards."""
+    process = SERVER.start("lora_lab", arguments, folder, SERVER.environment)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture

@@ -3,37 +3,24 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import lab_in, record_of, store_of, until
+from command_server import Running
+from conftest import lab_in, record_of, started, store_of, until
 
 LONG = ("model=tiny", "seq_len=64", "measure.warmup_steps=1", "measure.steps=100000", "measure.eval_rows=2")
 
 
 @pytest.fixture
-def long_trial(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def long_trial(tmp_path: Path) -> Iterator[Running]:
     """A trial that would take hours, three steps into its window, in a process group of its own."""
-    parent = subprocess.Popen(
-        [sys.executable, "-m", "lora_lab", *LONG],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with started(tmp_path, *LONG) as parent:
         until(lambda: sum(e["event"] == "Step" for e in events_in(tmp_path)) > 3, "three steps")
         yield parent
-    finally:
-        if parent.poll() is None:
-            os.killpg(parent.pid, signal.SIGKILL)
-        parent.communicate()
 
 
 def events_in(folder: Path) -> list[dict[str, Any]]:
@@ -45,7 +32,7 @@ def worker_pid(folder: Path) -> int:
     return int(next(event["pid"] for event in events_in(folder) if event["event"] == "Ready"))
 
 
-def test_a_killed_worker_is_a_recorded_outcome(long_trial: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_worker_is_a_recorded_outcome(long_trial: Running, tmp_path: Path) -> None:
     os.kill(worker_pid(tmp_path), signal.SIGKILL)
     out, _ = long_trial.communicate(timeout=60)
     assert long_trial.returncode == 1, out
@@ -56,7 +43,7 @@ def test_a_killed_worker_is_a_recorded_outcome(long_trial: subprocess.Popen[str]
     assert len(client.get_metric_history(run.info.run_id, "Steps/loss")) > 3, "what was measured until then is kept"
 
 
-def test_ctrl_c_ends_the_worker_records_and_exits_130(long_trial: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_worker_records_and_exits_130(long_trial: Running, tmp_path: Path) -> None:
     worker = psutil.Process(worker_pid(tmp_path))
     os.killpg(long_trial.pid, signal.SIGINT)
     out, _ = long_trial.communicate(timeout=60)
@@ -68,7 +55,7 @@ def test_ctrl_c_ends_the_worker_records_and_exits_130(long_trial: subprocess.Pop
     assert record_of(tmp_path)["outcome"] == "killed"
 
 
-def test_a_killed_parent_takes_its_worker_along(long_trial: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_parent_takes_its_worker_along(long_trial: Running, tmp_path: Path) -> None:
     worker = psutil.Process(worker_pid(tmp_path))
     os.kill(long_trial.pid, signal.SIGKILL)
     until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker's end", seconds=20)

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
@@ -51,15 +52,9 @@ class CommandServer:
         self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
     ) -> tuple[int, str, str]:
         """Run `python -m module arguments`; the exit code as subprocess has it, and what was written."""
-        if self._process is None:
-            self._start()
-        assert self._socket is not None
-        request = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
         pipes = [os.pipe() for _ in ("status", "out", "err")]
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [write for _, write in pipes])
-        for _, write in pipes:
-            os.close(write)
         reads = [read for read, _ in pipes]
+        self._ask(module, arguments, cwd, environment, [write for _, write in pipes])
         try:
             status, out, err = _read_all(reads, seconds)
         except TimeoutError:
@@ -68,7 +63,31 @@ class CommandServer:
         finally:
             for read in reads:
                 os.close(read)
-        return int(status), out.decode(), err.decode()
+        return int(status.split()[1]), out.decode(), err.decode()
+
+    def start(self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> "Running":
+        """Start `python -m module arguments` in a session of its own, its errors among its output."""
+        (status, status_end), (out, out_end) = os.pipe(), os.pipe()
+        self._ask(module, arguments, cwd, environment, [status_end, out_end, out_end], closed=[status_end, out_end])
+        return Running(status, out)
+
+    def _ask(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: Mapping[str, str],
+        ends: Sequence[int],
+        closed: Sequence[int] | None = None,
+    ) -> None:
+        """Have the server fork a command that writes to these ends of pipes, and close them here."""
+        if self._process is None:
+            self._start()
+        assert self._socket is not None
+        request = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
+        socket.send_fds(self._socket, [json.dumps(request | {"session": closed is not None}).encode()], ends)
+        for end in ends if closed is None else closed:
+            os.close(end)
 
     def stop(self) -> None:
         """End the server and the command that it runs."""
@@ -92,6 +111,52 @@ class CommandServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+
+
+class Running:
+    """A command that the server has started; what tests need of subprocess.Popen."""
+
+    returncode: int | None = None
+
+    def __init__(self, status: int, out: int) -> None:
+        self._status, self._out = status, out
+        self._written: str | None = None
+        self.pid = int(_word(status))
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Wait for the end; the exit code."""
+        if self.returncode is None:
+            ready = select.select([self._status], [], [], timeout)[0]
+            if not ready:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            self.returncode = int(_word(self._status))
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        """Wait until nobody can write any more; what was written."""
+        if self._written is None:
+            try:
+                [written] = _read_all([self._out], timeout)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout) from None
+            self._written = written.decode()
+            self.wait(timeout)
+            os.close(self._status)
+            os.close(self._out)
+        return self._written, None
+
+
+def _word(descriptor: int) -> bytes:
+    """Read up to the next blank."""
+    word = b""
+    while (letter := os.read(descriptor, 1)) not in (b"", b" "):
+        word += letter
+    return word
 
 
 def _read_all(descriptors: Sequence[int], seconds: float) -> list[bytes]:
@@ -136,25 +201,44 @@ def _import_everything() -> None:
 
 
 def _serve(requests: socket.socket) -> dict[str, object]:
-    """Fork a child per request; returns in the child, with its request."""
+    """Fork a child per request, and say its pid and how it ended; returns in the child, with its request."""
+    running: dict[int, tuple[int, int]] = {}  # by the descriptor that becomes readable with its end: pid, status pipe
     while True:
-        message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
-        if not message:
-            raise SystemExit(0)  # the tests are over
-        status, out, err = descriptors
-        pid = os.fork()
-        if pid == 0:
-            requests.close()
-            os.close(status)
-            for descriptor, standard in ((out, 1), (err, 2)):
-                os.dup2(descriptor, standard)
-                os.close(descriptor)
-            return dict(json.loads(message))
-        os.close(out)
-        os.close(err)
-        _, how = os.waitpid(pid, 0)
-        os.write(status, str(os.waitstatus_to_exitcode(how)).encode())
-        os.close(status)
+        for ready in select.select([requests, *running], [], [])[0]:
+            if ready is not requests:
+                pid, status = running.pop(ready)
+                _, how = os.waitpid(pid, 0)
+                _say(status, os.waitstatus_to_exitcode(how))
+                os.close(ready)
+                os.close(status)
+                continue
+            message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
+            if not message:
+                raise SystemExit(0)  # the tests are over
+            status, out, err = descriptors
+            pid = os.fork()
+            if pid == 0:
+                requests.close()
+                os.close(status)
+                for watched, (_, other) in running.items():
+                    os.close(watched)
+                    os.close(other)
+                for descriptor, standard in ((out, 1), (err, 2)):
+                    os.dup2(descriptor, standard)
+                    os.close(descriptor)
+                request = dict(json.loads(message))
+                if request["session"]:
+                    os.setsid()
+                return request
+            os.close(out)
+            os.close(err)
+            _say(status, pid)
+            running[os.pidfd_open(pid)] = (pid, status)
+
+
+def _say(descriptor: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the test that asked has ended
+        os.write(descriptor, f"{number} ".encode())
 
 
 class _Spare:

@@ -4,13 +4,9 @@ brings the store up to date."""
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
@@ -19,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import Said, Server, SmallDisk, give_store, lab_in, records_in, store_of, until
+from command_server import Running
+from conftest import Said, Server, SmallDisk, give_store, lab_in, records_in, started, store_of, until
 from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -56,29 +53,9 @@ def next_start(folder: Path, root: str = "mlruns") -> Said:
     return Said(0, out.getvalue(), "")
 
 
-@contextlib.contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A command while it runs; it and its output are gone afterwards whatever happens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_lab", *arguments],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def end_of(process: subprocess.Popen[str]) -> Said:
-    out, _ = process.communicate(timeout=300)
-    return Said(process.returncode, out, "")
+def end_of(process: Running) -> Said:
+    out, _ = process.communicate()
+    return Said(process.wait(), out, "")
 
 
 def count(folder: Path, pattern: str) -> int:

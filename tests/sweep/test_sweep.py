@@ -1,12 +1,11 @@
 """A sweep through the real command line into a real MLflow store. Every trial has a tiny model and takes a second."""
 
+import contextlib
 import csv
 import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Lab, Said, lab_in, records_in, save_tiny, store_of
+from conftest import Lab, Said, lab_in, records_in, save_tiny, started, store_of
 from filelock import FileLock
 from mlflow.entities import Run
 
@@ -443,19 +442,11 @@ def test_a_sweep_of_which_nothing_could_finish_says_so_by_its_exit_code(lab: Lab
 def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(tmp_path: Path) -> None:
     """Two sweeps in an empty folder, one of them with two trials at a time."""
     sizes = {("1", "2", "4"): ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), ("3", "5"): ()}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lora_lab", "-m", *launcher, *FAST, f"batch_size={','.join(some)}"],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for some, launcher in sizes.items()
-    ]
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    commands = [("-m", *launcher, *FAST, f"batch_size={','.join(some)}") for some, launcher in sizes.items()]
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(started(tmp_path, *command)) for command in commands]
+        said = [process.communicate()[0] for process in both]
+    assert [process.wait() for process in both] == [0, 0], said
     seen = look(tmp_path, Said(0, said[0], said[1]))
     nested = {tuple(sorted(run.data.params["batch_size"] for run in seen.trials_below(p))) for p in seen.parents}
     assert nested == set(sizes)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Lab, Said, lab_in, record_of, records_in, save_tiny, store_of
+from conftest import Lab, Said, lab_in, record_of, records_in, save_tiny, started, store_of
 from mlflow.tracking import MlflowClient
 from peft import PeftModel
 
@@ -250,11 +250,8 @@ def test_a_grid_runs_every_point_in_one_parent(lab: Lab, tmp_path: Path) -> None
 
 
 def test_two_first_starts_at_once_share_one_sound_store(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lora_lab", *TINY]
-    both = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
-    ]
-    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    with started(tmp_path, *TINY) as one, started(tmp_path, *TINY) as other:
+        assert [one.wait(), other.wait()] == [0, 0]
     _, runs = store_of(tmp_path)
     assert len(runs) == 2
 
