@@ -11,9 +11,10 @@ ARGS ?=
 run: $(VENV)/installed
 	$(BIN)/python -m lora_lab $(ARGS)
 
-# A worker takes a whole file, whose tests share what they set up; conftest.py puts the long files first.
+# A worker takes a whole file, whose tests share what they set up; conftest.py puts the long files first. Three keep two
+# cores busy: tests of processes and stores wait a third of their time.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -189,6 +189,7 @@ def _import_everything() -> None:
 
     import lora_lab.sweep.sweeper
     import lora_lab.worker.preload  # noqa: F401
+    from lora_lab.store import local_store
     from lora_lab.store.environment import environment
 
     for command in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
@@ -196,6 +197,7 @@ def _import_everything() -> None:
         del sys.modules[command]  # it is to be run
     environment()
     leave_stores_unsynced()
+    local_store.LOCKED_SECONDS = 0.5  # tests lock a store for a whole sweep; each delivery waits
     gc.collect()
     gc.freeze()
 
