@@ -1,7 +1,7 @@
 """Choose the best of the measured configurations: python -m lora_lab.best --vram 8 --objective energy
 
-Exit code 0 with an answer, 1 when no measured configuration fits, 2 when there are no measurements or they cannot
-answer the question."""
+Where your own trials do not answer, the records that come with lora_lab do. Exit code 0 with an answer, 1 when no
+measured configuration fits, 2 when the measurements cannot answer the question."""
 
 import argparse
 import re
@@ -14,13 +14,15 @@ from rich.console import Console
 from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
+from lora_lab.report.answers.best.another_card import RESERVE, choose_for_another_card, usable
 from lora_lab.report.answers.best.candidates import Wish
-from lora_lab.report.answers.best.choice import choose
+from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.display import show_choice
 from lora_lab.report.arguments import share
 from lora_lab.report.measures import MEASURES
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.stored_runs import STORE_HELP, open_store
+from lora_lab.store.packed_runs import SHIPPED, PackedRuns
+from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
 
 EXIT_NOTHING_FITS = 1
 
@@ -38,15 +40,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=asked.model,
         card=asked.card,
     )
+    console = Console()
     try:
-        store = open_store(asked.store)
-        trials, _ = store.of(asked.sweep) if asked.sweep else store.runs()
-        choice = choose(trials, wish)
+        choice = _of_shipped(wish, console) if asked.shipped else _of_own(asked, wish, console)
     except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
-    show_choice(choice, Console())
+    show_choice(choice, console)
     return EXIT_NOTHING_FITS if choice.best is None else 0
+
+
+def _of_own(asked: argparse.Namespace, wish: Wish, console: Console) -> Choice:
+    """Choose among the own trials. Where they cannot answer, choose among the shipped ones, unless the user named
+    a store or a sweep.
+
+    Raises: InvalidInput, TrackingFailed."""
+    try:
+        store = open_store(asked.store)
+        trials, _ = store.of(asked.sweep) if asked.sweep else store.runs()
+        return choose(trials, wish)
+    except InvalidInput as refusal:
+        if asked.store or asked.sweep:
+            raise
+        own = refusal
+    try:
+        choice = _of_shipped(wish, console)
+    except InvalidInput as shipped:
+        raise InvalidInput(f"{own}\nThe records that come with lora_lab do not answer either: {shipped}") from None
+    print(f"Your own trials do not answer this: {own}", file=sys.stderr)
+    return choice
+
+
+def _of_shipped(wish: Wish, console: Console) -> Choice:
+    """Choose among the records that come with lora_lab.
+
+    Raises: InvalidInput when they cannot answer."""
+    trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
+    choice = choose_for_another_card(trials, wish)
+    text = "From the records that come with lora_lab: memory carries over to your card, speed does not."
+    if wish.vram_gib is not None:
+        text += f" Of {wish.vram_gib:g} GiB, {usable(wish.vram_gib):.4g} may be used: {100 * RESERVE:g} % stay free."
+    console.print(text, highlight=False, markup=False)
+    return choice
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--card", metavar="NAME", help="the card: a part of its name, or the beginning of its UUID")
     parser.add_argument(
         "--sweep", metavar="ID", nargs="+", action="extend", help="only these sweeps or trials (ids in the store)"
+    )
+    parser.add_argument(
+        "--shipped",
+        action="store_true",
+        help="answer from the records that come with lora_lab, measured on an H100 (default: only where own trials "
+        "do not answer)",
     )
     parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     return parser

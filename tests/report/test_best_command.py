@@ -1,12 +1,14 @@
 """python -m lora_lab.best on a store, end to end."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from planted import record, trial
 
+from benchmarks.compose import compose
 from lora_lab import best
 from lora_lab.config import TrackingConfig
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
@@ -79,8 +81,38 @@ def test_codes_for_nothing_that_fits_and_for_what_cannot_be_told(
     code, _, err = run(store, capsys, ["--sweep", "bbbb"])
     assert code == 2
     monkeypatch.chdir(tmp_path)
-    assert best.main([]) == 2
+    assert best.main(["--model", "no_such_model"]) == 2
     assert "there is no store" in capsys.readouterr().err
+
+
+def test_a_fresh_clone_answers_from_the_shipped_records(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    began = time.perf_counter()
+    assert best.main(["--vram", "12"]) == 0
+    assert time.perf_counter() - began < 3
+    said = capsys.readouterr()
+    assert "there is no trial" in said.err
+    command = next(line for line in said.out.splitlines() if line.startswith("    lora-lab "))
+    config = compose(command.split()[1:])
+    assert config.gradient_checkpointing is not None
+    assert " ".join(said.out.split()).endswith("data=random_tokens.")  # the doubt comes last
+    assert best.main(["--vram", "1"]) == 1
+
+
+def test_trials_of_ones_own_are_asked_first_unless_told_otherwise(
+    store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns").symlink_to(Path(store.removeprefix("sqlite:///")).parent)
+    assert best.main(["--vram", "8"]) == 0
+    assert "0.1000 J/token" in capsys.readouterr().out
+    assert best.main(["--vram", "8", "--shipped"]) == 0
+    assert "lora-lab model=" in capsys.readouterr().out
+    with_loss = ["--vram", "8", "--max-loss-increase", "1%"]
+    assert best.main(with_loss) == 2  # neither has it: both reasons are given
+    assert capsys.readouterr().err.count("--max-loss-increase cannot be applied") == 2
 
 
 @pytest.mark.parametrize(

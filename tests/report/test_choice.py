@@ -13,6 +13,7 @@ from planted import trial
 from rich.console import Console
 
 from lora_lab.config import InvalidInput
+from lora_lab.report.answers.best.another_card import choose_for_another_card
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.display import show_choice
@@ -492,3 +493,20 @@ def test_nothing_measured_names_what_to_run() -> None:
     for found in ([], [trial({}, outcome="failed")]):
         with pytest.raises(InvalidInput, match=r"no measurement yet.*python -m lora_lab -m"):
             choose(found, Wish(objective=THROUGHPUT))
+
+
+def test_for_another_card_the_largest_model_that_fits_is_chosen_and_some_memory_stays_free() -> None:
+    small = {"model__architecture__hidden_size": "1536", "model__architecture__intermediate_size": "8960"}
+    large = {"model__architecture__hidden_size": "4096", "model__architecture__intermediate_size": "14336"}
+    found = [
+        trial(figures(5000.0, vram=6.0), model="small", model__architecture__num_hidden_layers="28", **small),
+        trial(figures(1000.0, vram=11.5), model="large", model__architecture__num_hidden_layers="32", **large),
+    ]
+    for card, model in ((12.2, "large"), (12.0, "small"), (6.4, "small")):
+        choice = choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=card))
+        assert choice.best is not None
+        assert choice.subject.model == model
+        assert choice.another_card
+    assert choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=6.2)).best is None
+    named = choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=24.0, model="small"))
+    assert named.subject.model == "small"

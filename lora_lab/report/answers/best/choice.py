@@ -33,6 +33,8 @@ class Choice:
     remarks: tuple[str, ...]
     others: tuple[str, ...]
     """Other cohorts, and how to choose them."""
+    another_card: bool = False
+    """Whether it is about a card that the trials did not run on."""
 
 
 def choose(trials: Sequence[Trial], wish: Wish) -> Choice:

@@ -39,6 +39,11 @@ class Subject:
         return f"{model} on {told.get('data', 'its data')}, {self.place.label}"
 
     @property
+    def model(self) -> str:
+        """Return the option of the model."""
+        return dict(self.key).get("model", "not recorded")
+
+    @property
     def newest_ms(self) -> int:
         """Return when its newest measured trial began (Unix time)."""
         return max(trial.started_ms for trial in self.measured)

@@ -9,18 +9,18 @@ from rich.table import Table
 
 from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
+from lora_lab.report.answers.best.command import recorded, short
 from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import MEASURES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
-from lora_lab.store.trials import Trial
 
 _RUNNERS_UP = 5
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
 
 
 def show_choice(choice: Choice, console: Console) -> None:
-    """Print the configuration, its command, its certainty and the runners-up."""
+    """Print the best configuration with its figures, the runners-up, and last what to type and one line of doubt."""
     _say(console, f"Of {count(len(choice.subject.measured), 'measured trial')}: {choice.subject.text}.")
     if choice.best is None:
         _show_nothing_fits(choice, console)
@@ -28,7 +28,9 @@ def show_choice(choice: Choice, console: Console) -> None:
         _show_best(choice, choice.best, console)
     _list(console, "Left out", choice.left_out)
     _list(console, "Remarks", choice.remarks)
-    _list(console, "Also in the store", choice.others)
+    _list(console, "Other trials", choice.others)
+    if choice.best is not None:
+        _recommend(choice, choice.best, console)
 
 
 def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
@@ -42,26 +44,18 @@ def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
     for measure in MEASURES:
         if measure.name in best.figures:
             console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False, markup=False)
-    _show_command(best, console)
-    _say(console, f"How sure: {choice.sure}.")
     if choice.runners_up:
+        console.print()
         console.print(_table(choice, wish.objective))
 
 
-def _show_command(candidate: Candidate, console: Console) -> None:
-    """Print the command on one line however narrow the terminal, so that it can be copied."""
-    newest = candidate.trials[-1]
-    console.print("\nTo run it:")
-    text = _command(newest)
-    console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
-
-
-def _command(trial: Trial) -> str:
-    """Return the command recorded for a trial. Older versions recorded a preset's, which would run its whole sweep."""
-    recorded = trial.tags.get("command", "no command was recorded")
-    if " sweep=" not in recorded:
-        return recorded
-    return f"{recorded}   (runs the whole sweep; an older version did not record this point's own command)"
+def _recommend(choice: Choice, best: Candidate, console: Console) -> None:
+    """Print what to use, its command on one line however narrow the terminal, and how far to believe it."""
+    newest = best.trials[-1]
+    console.print(f"\nUse {best.label}:", style="bold", highlight=False, markup=False)
+    text = short(newest, choice.subject.measured) if choice.another_card else recorded(newest)
+    console.print(f"    {text}", soft_wrap=True, highlight=False, markup=False)
+    _say(console, f"Doubt: {choice.sure}.")
 
 
 def _table(choice: Choice, objective: Measure) -> Table:
@@ -120,7 +114,9 @@ def _show_nothing_fits(choice: Choice, console: Console) -> None:
     if least.ran_out:
         _say(console, f"It ran out of memory within {budget}.")
         return
-    text = f"{_command(least.trials[-1])} vram_limit_gib={wish.vram_gib:g}"
+    if choice.another_card:
+        return
+    text = f"{recorded(least.trials[-1])} vram_limit_gib={wish.vram_gib:g}"
     _say(console, "On a large card torch keeps more memory than it needs. To test whether less is enough, run:")
     console.print(f"    {text}\n", soft_wrap=True, highlight=False, markup=False)
 
