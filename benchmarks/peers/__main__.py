@@ -47,6 +47,8 @@ def _run(arguments: list[str]) -> None:
     shown = worker_environment(placement)
     origin = provenance(environment() | device_facts(placement), _command(arguments, asked))
     origin["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    if asked.note:
+        origin["note"] = asked.note
     settings = Settings(
         contenders=asked.contenders,
         method=asked.method,
@@ -110,6 +112,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--turn-timeout", type=float, default=180, help="seconds; the first turn has twice that")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--material", type=Path, help="folder that keeps the shared weights from call to call")
+    parser.add_argument("--note", default="", help="what else a reader should know of this run")
     parser.add_argument("--resume", action="store_true", help="leave out cells that the file has")
     asked = parser.parse_args(arguments)
     if min(asked.rounds, asked.steps, asked.warmup) < 1:

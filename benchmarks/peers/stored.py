@@ -83,7 +83,8 @@ def _origins(content: Content) -> str:
     cells: dict[str, list[str]] = {}
     for cell, origin in content["origins"].items():
         date = f", {origin['date']}" if "date" in origin else ""
-        where = f"{origin['device']}{date}, commit {origin['commit'][:7]}: `{origin['command']}`"
+        note = f" ({origin['note']})" if "note" in origin else ""
+        where = f"{origin['device']}{date}, commit {origin['commit'][:7]}{note}: `{origin['command']}`"
         cells.setdefault(where, []).append(cell)
     return "\n".join(f"- {', '.join(names)}: {where}" for where, names in cells.items())
 
