@@ -17,7 +17,10 @@ from typing import Any
 from benchmarks.peers.plan import Setup, Turn
 from lora_lab.outcome import Outcome, end_of
 
-_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth", "unsloth_zoo")
+_VERSIONS = (
+    *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "liger-kernel"),
+    *("unsloth", "unsloth_zoo", "trl", "xformers", "flash_attn"),
+)
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
 
 
 def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the work found, or how it failed: every error is an answer."""
+    """Return what the work found, or how it failed: every error is an answer."""
     try:
         return {"outcome": Outcome.finished.value, **work()}
     except Exception as error:
@@ -55,28 +58,43 @@ def _load(setup: Setup, loaded: list[Callable[[Turn], dict[str, Any]]]) -> dict[
     import torch
     from safetensors.torch import load_file
 
-    from benchmarks.peers.material import ADAPTERS, random_rows
+    from benchmarks.peers.material import ADAPTERS, rows_of
     from benchmarks.peers.turn import GIB, run_turn
 
     first = load_file(f"{setup.material}/{ADAPTERS}")
     vocabulary = int(built.model.config.get_text_config().vocab_size)
 
     def take(turn: Turn) -> dict[str, Any]:
-        rows = random_rows(turn.compared * setup.cell.batch_size, setup.cell.seq_len, vocabulary)
-        return run_turn(built, turn, rows, setup.cell.tokens, first)
+        rows = rows_of(setup.cell, turn.compared * setup.cell.batch_size, vocabulary)
+        return run_turn(built, turn, rows, setup.cell.batch_size, first)
 
     loaded.append(take)
-    held = torch.cuda.memory_reserved() / GIB if device == "cuda" else None
-    return {"load_seconds": time.perf_counter() - begun, "loaded_gib": held, "versions": _versions()}
+    found: dict[str, Any] = {"facts": _facts(built), "versions": _versions()}
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what loading left must not be missing in others' turns
+        found["loaded_gib"] = torch.cuda.memory_reserved() / GIB
+    return found | {"load_seconds": time.perf_counter() - begun}
+
+
+def _facts(built: Any) -> dict[str, str]:
+    """Return what was really built, read from the model."""
+    model = built.model
+    trained = {str(value.dtype) for value in model.parameters() if value.requires_grad}
+    return {
+        "attention": built.attention,
+        "adapters": " and ".join(sorted(trained)),
+        "embeddings": str(model.get_input_embeddings().weight.dtype),
+        "head": str(model.get_output_embeddings().weight.dtype),
+    }
 
 
 def _device() -> str:
-    """`cuda`, or `cpu` where the controller shows no card."""
+    """Return `cuda`, or `cpu` where the controller shows no card."""
     return "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what is imported here."""
+    """Return the versions of what is imported here."""
     found = {}
     for name in _VERSIONS:
         if name.replace("-", "_") in sys.modules:

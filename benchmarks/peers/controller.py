@@ -1,22 +1,21 @@
 """The controller: one cell after the other, in each the contenders in turns. Imports no torch."""
 
-import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.plan import OTHER_KERNEL, Cell, Setup, Turn, applies, missing_packages
+from benchmarks.peers.order import order
+from benchmarks.peers.plan import MADE, OTHER_KERNEL, PROFILED_STEPS, Cell, Setup, Turn, applies, missing_packages
 from benchmarks.peers.processes import Contender, environment
 from lora_lab.outcome import Outcome
 
 FINISHED = Outcome.finished.value
-FIRST_WARMUP = 5
-"""So many further warm-up steps in a contender's first turn of a cell: it compiles and captures there."""
-MOST_STEPS = 400
-"""No window is longer, however short the steps."""
+FIRST_WARMUP = 3
+"""More warm-up steps in a contender's first turn of a cell: it compiles and captures there."""
 
 Say = Callable[[str], None]
 
@@ -29,34 +28,43 @@ class Settings:
     method: str
     model: str
     rounds: int
-    steps: int
+    least: int
     """Optimizer steps in a window, at least."""
     warmup: int
     window_seconds: float
-    """After a contender's first turn, windows have as many steps as make this long (the energy counter is coarse)."""
     load_timeout: float
     """Seconds for a contender to be ready."""
     turn_timeout: float
     """Seconds for a turn; twice that for the first one."""
+    deadline: float = float("inf")
+    """The monotonic clock's time after which no round should end."""
 
     @property
     def compared(self) -> int:
         """First steps of every turn whose losses are compared."""
-        return self.warmup + self.steps
+        return self.warmup + self.least
+
+    def turn(self, first: bool, last: bool) -> Turn:
+        """Return a contender's first, last or any other turn."""
+        return Turn(
+            warmup=self.warmup + (FIRST_WARMUP if first else 0),
+            least=self.least,
+            seconds=self.window_seconds,
+            compared=self.compared,
+            profiled=PROFILED_STEPS if last else 0,
+        )
 
 
 def make_material(folder: Path, model: str, scratch: Path, shown: dict[str, str]) -> None:
-    """Weights, tokenizer and adapters into `folder`, unless it has them."""
-    if (folder / "made").is_file():
+    """Make weights, tokenizer and adapters in `folder`, unless it has them."""
+    if (folder / MADE).is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.peers.material", str(folder), model]
     done = subprocess.run(
         command, env=environment(scratch, shown), cwd=scratch, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    (folder / "made").touch()  # last: a kill leaves no half of it to be taken for all
 
 
 class Race:
@@ -74,19 +82,26 @@ class Race:
         self._results: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """What came of each contender: outcome, turns, versions. A failed one is left out from then on.
+        """Return what came of each contender: outcome, turns, versions. A failed one is left out from then on.
 
-        Every cell has fresh processes: what one shape compiled, cached or left fragmented is no other shape's
-        start, and a profiled process is slower afterwards. They load side by side.
+        Every cell has fresh processes: what one shape compiled, cached or left fragmented is not where another
+        starts, and a profiled process is slower afterwards. They load at the same time.
         """
-        beside = [name for name in self._settings.contenders if name != OTHER_KERNEL]
-        running = self._ready([name for name in beside if applies(name, self._cell)])
+        paired = [name for name in self._settings.contenders if name != OTHER_KERNEL]
+        running = self._ready([name for name in paired if applies(name, self._cell)])
         try:
+            took = 0.0
             for number in range(self._settings.rounds):
-                for contender in list(running):
-                    if not self._take(contender, number):
+                begun = time.monotonic()
+                # another round after this one would not end in time, so this is the last
+                last = number == self._settings.rounds - 1 or begun + 2 * took > self._settings.deadline
+                for place, contender in enumerate(order(running, number)):
+                    if not self._take(contender, number, place, last):
                         running.remove(contender)
                         contender.stop()
+                took = time.monotonic() - begun
+                if last:
+                    break
         finally:
             for contender in running:
                 contender.stop()
@@ -94,7 +109,7 @@ class Race:
         return self._results
 
     def _ready(self, names: Sequence[str]) -> list[Contender]:
-        """The contenders that could be loaded."""
+        """Return the contenders that could be loaded."""
         started = []
         for name in names:
             missing = missing_packages(name, self._settings.method)
@@ -118,21 +133,15 @@ class Race:
         setup = Setup(name, self._cell, self._settings.method, str(self._material))
         return Contender(setup, self._scratch, self._shown)
 
-    def _take(self, contender: Contender, number: int) -> bool:
-        """One turn of one contender; says whether it goes on."""
-        result = self._results[contender.name]
+    def _take(self, contender: Contender, number: int, place: int, last: bool) -> bool:
+        """Take one turn of one contender; return whether it goes on."""
         first = number == 0
-        turn = Turn(
-            warmup=self._settings.warmup + (FIRST_WARMUP if first else 0),
-            steps=window_steps(result["turns"], self._settings.steps, self._settings.window_seconds),
-            compared=self._settings.compared,
-            profiled=number == self._settings.rounds - 1,
-        )
-        answer = contender.take(turn, self._settings.turn_timeout * (2 if first else 1))
+        timeout = self._settings.turn_timeout * (2 if first else 1)
+        answer = contender.take(self._settings.turn(first, last), timeout)
         if answer["outcome"] != FINISHED:
             self._lose(contender.name, {**answer, "round": number})
             return False
-        result["turns"].append({"round": number, **answer})
+        self._results[contender.name]["turns"].append({"round": number, "place": place, **answer})
         memory = f"  {answer['peak_allocated_gib']:.2f} GiB" if "peak_allocated_gib" in answer else ""
         speed = f"{answer['tokens_per_second']:,.0f} tokens/s  {answer['step_seconds_median'] * 1e3:.1f} ms/step"
         self._say(f"{self._cell} round {number + 1} {contender.name}: {speed}{memory}")
@@ -143,9 +152,9 @@ class Race:
         self._say(f"{self._cell} {name}: {answer['outcome']}, {answer['reason']}")
 
     def _alone(self) -> None:
-        """Turns outside the rounds, each with the card to itself, when the others' processes are gone."""
+        """Take turns outside the rounds, each with the card to itself, when the others' processes are gone."""
         for name, result in list(self._results.items()):
-            if result["outcome"] == Outcome.out_of_memory.value:  # was it the models that waited beside it?
+            if result["outcome"] == Outcome.out_of_memory.value:  # was it the models that waited meanwhile?
                 result["alone"] = self._take_alone(name)
                 self._say(f"{self._cell} {name} alone: {result['alone']['outcome']}")
         if OTHER_KERNEL in self._settings.contenders:
@@ -157,22 +166,13 @@ class Race:
                 self._lose(OTHER_KERNEL, answer)
 
     def _take_alone(self, name: str) -> dict[str, Any]:
-        """One turn in a fresh process."""
+        """Take one turn in a fresh process."""
         settings = self._settings
         contender = self._start(name)
         try:
             answer = contender.loaded(settings.load_timeout)
             if answer["outcome"] == FINISHED:
-                turn = Turn(settings.warmup + FIRST_WARMUP, settings.steps, settings.compared, profiled=False)
-                answer = contender.take(turn, 2 * settings.turn_timeout)
+                answer = contender.take(settings.turn(first=True, last=True), 2 * settings.turn_timeout)
         finally:
             contender.stop()
         return answer
-
-
-def window_steps(turns: Sequence[dict[str, Any]], least: int, seconds: float) -> int:
-    """Steps of the next window: as many as make `seconds` long by the turn before, `least` at least."""
-    if not turns:
-        return least
-    step: float = turns[-1]["step_seconds_median"]
-    return max(least, min(MOST_STEPS, math.ceil(seconds / step)))

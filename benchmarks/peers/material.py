@@ -20,17 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.peers.plan import LINEAR_LAYERS, RANK, SEED
+from benchmarks.peers.plan import LINEAR_LAYERS, MADE, RANK, SEED, Cell
 from lora_lab.composition.compose import CONF
-from lora_lab.worker.data import IGNORED
+from lora_lab.worker.data import IGNORED, Example, pack
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 MODEL = "model"
 ADAPTERS = "adapters.safetensors"
+MEDIAN_LENGTH = 300
+"""Tokens of the median document in packed rows: lengths are log-normal, as those of chat data roughly are."""
+SPREAD_OF_LENGTHS = 0.9
+"""Standard deviation of the natural logarithm of a length."""
+SHORTEST_DOCUMENT = 16
 
 
 def make(folder: Path, name: str) -> None:
     """Write FOLDER/model (bf16) and FOLDER/adapters.safetensors (fp32)."""
+    folder.mkdir(parents=True, exist_ok=True)
     described = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     fields = dict(described["architecture"])
     architecture = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -40,10 +46,11 @@ def make(folder: Path, name: str) -> None:
     save_file(first_adapters(model), folder / ADAPTERS)
     model.save_pretrained(folder / MODEL)
     tiny_tokenizer().save_pretrained(folder / MODEL)
+    (folder / MADE).touch()  # last: after a kill, half of it must not be taken for all
 
 
 def first_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """A uniform as PEFT draws it (kaiming with a = sqrt 5), B zero, by the name that `adapter_key` gives."""
+    """Return A uniform as PEFT draws it (kaiming with a = sqrt 5) and B zero, by the name that `adapter_key` gives."""
     generator = torch.Generator().manual_seed(SEED)
     made = {}
     for name, module in model.named_modules():
@@ -57,13 +64,13 @@ def first_adapters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_key(parameter: str) -> str | None:
-    """The adapter that a parameter is, whatever wraps the model; None for any other parameter."""
+    """Return the adapter that a parameter is, whatever wraps the model; None for any other parameter."""
     found = re.search(r"(layers\.\d+\..+\.lora_[AB])\.", parameter.replace("_orig_mod.", ""))
     return found[1] if found else None
 
 
 def restart_adapters(model: nn.Module, first: dict[str, Tensor]) -> int:
-    """Put the adapters back to their first values, in place; returns how many numbers are trained.
+    """Put the adapters back to their first values, in place; return how many numbers are trained.
 
     Raises: RuntimeError when what is trained is not exactly these adapters.
     """
@@ -78,15 +85,30 @@ def restart_adapters(model: nn.Module, first: dict[str, Tensor]) -> int:
     return sum(value.numel() for value in trained.values())
 
 
-def random_rows(count: int, seq_len: int, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Rows of exactly `seq_len` random tokens, all but the first of them trained."""
+def rows_of(cell: Cell, count: int, vocabulary: int) -> list[Example]:
+    """Return `count` rows of random tokens, all but the first of each document trained.
+
+    A row is one document of exactly `seq_len` tokens, or in a packed cell as many documents of real lengths as fit.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    rows = []
-    for ids in torch.randint(vocabulary, (count, seq_len), generator=generator):
-        labels = ids.clone()
-        labels[0] = IGNORED
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return rows
+    if not cell.packed:
+        return [_document(cell.seq_len, vocabulary, generator) for _ in range(count)]
+    documents: list[Example] = []
+    rows: list[Example] = []
+    while len(rows) <= count:  # the last row is not full yet
+        documents += [_document(_length(cell.seq_len, generator), vocabulary, generator) for _ in range(16)]
+        rows = pack(documents, cell.seq_len)
+    return rows[:count]
+
+
+def _document(length: int, vocabulary: int, generator: torch.Generator) -> Example:
+    ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+    return Example(ids, [IGNORED, *ids[1:]])
+
+
+def _length(longest: int, generator: torch.Generator) -> int:
+    drawn = math.exp(math.log(MEDIAN_LENGTH) + SPREAD_OF_LENGTHS * float(torch.randn((), generator=generator)))
+    return min(longest, max(SHORTEST_DOCUMENT, round(drawn)))
 
 
 class InOrder:

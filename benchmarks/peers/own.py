@@ -18,11 +18,10 @@ from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.training import make_trainer
 
 _PAD = 0
-"""Every row is full, so that no padding is ever put in."""
 
 
 def build(setup: Setup, device: str) -> Built:
-    """The engine named like the contender, on the shared weights.
+    """Load the engine named like the contender, on the shared weights.
 
     lora_lab's telemetry is left out: what is timed is the engine, as for the others.
     """
@@ -49,18 +48,16 @@ def build(setup: Setup, device: str) -> Built:
         engine.attach(made)
         return made
 
-    def as_row(row: dict[str, Any]) -> Example:
-        return Example(row["input_ids"].tolist(), row["labels"].tolist())
-
-    return Built(model, trainer, as_row, engine.release, lambda: engine.replay_peak_bytes)
+    attention = str(model.config._attn_implementation)
+    return Built(model, trainer, attention, lambda example: example, engine.release, lambda: engine.replay_peak_bytes)
 
 
 def _unheard(event: Event) -> None:
-    """Events go nowhere."""
+    """Drop an event."""
 
 
 def overrides(setup: Setup) -> list[str]:
-    """The command line of this contender and cell."""
+    """Return the command line of this contender and cell."""
     return [
         "model=local",
         f"model.path='{setup.material}/model'",
@@ -73,6 +70,7 @@ def overrides(setup: Setup) -> list[str]:
         "optimizer=adamw_fused",
         "precision=bf16",
         "data=random_tokens",
+        f"data.batching={'packed' if setup.cell.packed else 'longest'}",
         "tracking=none",
         f"batch_size={setup.cell.batch_size}",
         f"seq_len={setup.cell.seq_len}",

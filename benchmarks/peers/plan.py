@@ -11,51 +11,73 @@ LEARNING_RATE = 2e-4
 MAX_GRAD_NORM = 1.0
 SEED = 0
 
+MANY_STEPS = 30
+"""A window of this many steps need not last longer than the energy counter needs."""
+MOST_STEPS = 400
+"""No window is longer, however short the steps."""
+SHORTEST_ENERGY_SECONDS = 2.0
+"""In a shorter window the energy counter's ticks are more than a twentieth of the energy."""
+PROFILED_STEPS = 3
+MADE = "made"
+"""The file that says that a folder of material is whole."""
+
+TUTORIAL = "plain_tutorial"
+"""Hugging Face by PEFT's tutorials: prepare_model_for_kbit_training raises embeddings, head and norms to fp32."""
+UNSLOTH = "unsloth"
+"""Unsloth with its own default checkpointing, in every cell."""
+UNSLOTH_NO_CHECKPOINTING = "unsloth_no_checkpointing"
 OTHER_KERNEL = "plain_other_kernel"
 """Plain Hugging Face with another attention kernel: for the spread of losses alone, not for time."""
 OFFLOADED = "graph_offload"
-"""Graph with its checkpoints in host memory, where Unsloth has them; in cells with checkpointing alone."""
+"""Graph with its checkpoints in host memory, where Unsloth has them."""
+_UNSLOTH_NEEDS = ("unsloth", "unsloth_zoo", "trl")
 NEEDS: dict[str, tuple[str, ...]] = {
     "plain": (),
+    TUTORIAL: (),
     "liger": ("liger_kernel",),
-    "unsloth": ("unsloth", "unsloth_zoo", "trl"),
+    UNSLOTH: _UNSLOTH_NEEDS,
+    UNSLOTH_NO_CHECKPOINTING: _UNSLOTH_NEEDS,
+    "graph": (),
     "eager": (),
     "compile": (),
-    "graph": (),
     OFFLOADED: (),
     "lab_liger": ("liger_kernel",),
     OTHER_KERNEL: (),
 }
 """Every contender, and the packages it needs beyond lora_lab's own. lab_liger is lora_lab's engine=liger."""
-OWN = ("eager", "compile", "graph", OFFLOADED, "lab_liger")
-"""The contenders that are lora_lab's."""
+DEFAULT_CONTENDERS = ("plain", TUTORIAL, "liger", UNSLOTH, UNSLOTH_NO_CHECKPOINTING, "graph")
 QLORA_NEEDS = ("bitsandbytes",)
-CELLS = ("1x512", "2x1024", "2x2048c", "2x2048", "8x2048c", "8x2048")
+CELLS = ("1x512", "2x2048", "8x2048c", "8x2048", "8x2048cp")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A shape: rows in a batch, tokens in a row, and whether activations are recomputed (a trailing c)."""
+    """A shape: rows in a batch, slots in a row, and two choices.
+
+    A trailing c recomputes activations. A trailing p packs documents of real lengths into each row; otherwise a row
+    is one document that fills it.
+    """
 
     batch_size: int
     seq_len: int
     checkpointing: bool
+    packed: bool
 
     @classmethod
     def parse(cls, text: str) -> "Cell":
-        """Raises: ValueError for what is not like 2x2048 or 2x2048c."""
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(c?)", text)
-        if not found:
-            raise ValueError(f"{text!r} is no cell; one looks like 2x2048, or 2x2048c with checkpointing")
-        return cls(int(found[1]), int(found[2]), found[3] == "c")
+        """Read 2x2048, 2x2048c, 2x2048p or 2x2048cp.
 
-    @property
-    def tokens(self) -> int:
-        """Token slots in a step."""
-        return self.batch_size * self.seq_len
+        Raises: ValueError for anything else.
+        """
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(c?)(p?)", text)
+        if not found:
+            raise ValueError(
+                f"{text!r} is not a cell; one looks like 2x2048, 2x2048c (checkpointing) or 2x2048cp (and packed rows)"
+            )
+        return cls(int(found[1]), int(found[2]), found[3] == "c", found[4] == "p")
 
     def __str__(self) -> str:
-        return f"{self.batch_size}x{self.seq_len}{'c' if self.checkpointing else ''}"
+        return f"{self.batch_size}x{self.seq_len}{'c' if self.checkpointing else ''}{'p' if self.packed else ''}"
 
 
 @dataclass(frozen=True)
@@ -76,25 +98,37 @@ class Turn:
 
     warmup: int
     """Optimizer steps before the window, 1 at least."""
-    steps: int
-    """Optimizer steps in the window."""
+    least: int
+    """Optimizer steps in the window, at least."""
+    seconds: float
+    """The window is long enough after this time; see `enough`."""
     compared: int
-    """So many first steps have their losses and rows kept for comparison."""
-    profiled: bool
-    """Watch one more step after the window with torch's profiler."""
+    """First steps whose losses and rows are kept for comparison."""
+    profiled: int
+    """Steps after the window that torch's profiler watches."""
 
     @property
-    def total(self) -> int:
-        """Optimizer steps in all."""
-        return self.warmup + self.steps + self.profiled
+    def most(self) -> int:
+        """Optimizer steps in all, at most."""
+        return self.warmup + MOST_STEPS + self.profiled
+
+    def enough(self, steps: int, seconds: float) -> bool:
+        """Return whether a window of these steps and seconds is long enough.
+
+        It is after `seconds`, or after 30 steps that took as long as the energy counter needs, whichever comes first.
+        """
+        long_enough = seconds >= self.seconds or (steps >= MANY_STEPS and seconds >= SHORTEST_ENERGY_SECONDS)
+        return steps >= MOST_STEPS or (steps >= self.least and long_enough)
 
 
 def applies(contender: str, cell: Cell) -> bool:
-    """Whether a contender is another than those beside it in this cell."""
+    """Return whether a contender differs from the others in this cell."""
+    if contender == UNSLOTH_NO_CHECKPOINTING:
+        return not cell.checkpointing
     return cell.checkpointing or contender != OFFLOADED
 
 
 def missing_packages(contender: str, method: str) -> list[str]:
-    """Packages that a contender needs and this Python does not have."""
+    """Return the packages that a contender needs and this Python does not have."""
     needed = NEEDS[contender] + (QLORA_NEEDS if method == "qlora" else ())
     return [name for name in needed if importlib.util.find_spec(name) is None]

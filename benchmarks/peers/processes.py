@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ _LOG_TAIL = 3000
 
 
 def environment(scratch: Path, shown: dict[str, str]) -> dict[str, str]:
-    """The environment of a child: offline, the one card, and what it compiles kept in `scratch`."""
+    """Return the environment of a child: offline, the one card, and what it compiles kept in `scratch`."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    compiled = {"UNSLOTH_COMPILE_LOCATION": str(scratch / "unsloth_compiled_cache")}
+    compiled = {
+        "UNSLOTH_COMPILE_LOCATION": str(scratch / "unsloth_compiled_cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+    }
     return {**os.environ, **_OFFLINE, **shown, **compiled, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -35,13 +40,15 @@ class Contender:
 
     def __init__(self, setup: Setup, scratch: Path, shown: dict[str, str]) -> None:
         self.name = setup.contender
-        self._log = scratch / f"{setup.cell}-{setup.contender}.log"
+        # its own caches: nobody's compilation is shortened by another's
+        own = Path(tempfile.mkdtemp(prefix=f"{setup.cell}-{setup.contender}-", dir=scratch))
+        self._log = own / "log"
         ours, theirs = multiprocessing.Pipe()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.peers.contender", str(theirs.fileno())],
-                env=environment(scratch, shown),
-                cwd=scratch,  # some stacks leave folders where they stand
+                env=environment(own, shown),
+                cwd=own,  # some stacks leave folders where they stand
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -58,16 +65,16 @@ class Contender:
             return
 
     def loaded(self, timeout: float) -> dict[str, Any]:
-        """The answer to its Setup, at most so many seconds after this call."""
+        """Return the answer to its Setup, at most `timeout` seconds after this call."""
         return self._answer("load", timeout)
 
     def take(self, turn: Turn, timeout: float) -> dict[str, Any]:
-        """The answer to a turn, at most so many seconds later."""
+        """Return the answer to a turn, at most `timeout` seconds later."""
         self._send(turn)
         return self._answer("turn", timeout)
 
     def _answer(self, phase: str, timeout: float) -> dict[str, Any]:
-        """What it says. A process that is silent or gone is an answer too, and is ended."""
+        """Return what it says. A process that is silent or gone is an answer too, and is ended."""
         try:
             if self._pipe.poll(timeout):
                 said: dict[str, Any] = self._pipe.recv()

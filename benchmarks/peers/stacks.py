@@ -1,7 +1,7 @@
 """How each stack builds its model and its Trainer. Imported in a contender's process only."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from benchmarks.peers.plan import (
     OTHER_KERNEL,
     RANK,
     SEED,
+    TUTORIAL,
+    UNSLOTH,
+    UNSLOTH_NO_CHECKPOINTING,
+    Cell,
     Setup,
 )
 
@@ -35,8 +39,10 @@ class Built:
 
     model: Any
     make_trainer: Callable[[Job], Any]
-    as_row: Callable[[dict[str, Any]], Any] = lambda row: row
-    """Turns a shared row (input_ids, attention_mask, labels) into what this stack's collator takes."""
+    attention: str
+    """Who calculates attention, in the stack's own word."""
+    as_row: Callable[[Any], Any]
+    """Turns a shared row, an Example, into what this stack's collator takes."""
     release: Callable[[], None] = lambda: None
     """Gives back, at the end of a turn, memory that would else be held while others take theirs."""
     unseen_peak_bytes: Callable[[], int] = lambda: 0
@@ -44,10 +50,10 @@ class Built:
 
 
 def build(setup: Setup, device: str) -> Built:
-    """The contender, loaded onto `device` (cuda or cpu)."""
-    if setup.contender in ("plain", "liger", OTHER_KERNEL):
+    """Load the contender onto `device` (cuda or cpu)."""
+    if setup.contender in ("plain", TUTORIAL, "liger", OTHER_KERNEL):
         return _hugging_face(setup, device)
-    if setup.contender == "unsloth":
+    if setup.contender in (UNSLOTH, UNSLOTH_NO_CHECKPOINTING):
         return _unsloth(setup)
     from benchmarks.peers import own
 
@@ -55,7 +61,7 @@ def build(setup: Setup, device: str) -> Built:
 
 
 def _hugging_face(setup: Setup, device: str) -> Built:
-    """Plain Hugging Face as its tutorials have it, with or without Liger's kernels."""
+    """Build transformers and PEFT as they come, with or without the tutorials' raising to fp32 or Liger's kernels."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -74,11 +80,11 @@ def _hugging_face(setup: Setup, device: str) -> Built:
         quantization_config=quantization if setup.method == "qlora" else None,
     )
     model.config.use_cache = False
-    if setup.method == "qlora":
+    # checkpoints without re-entrance need no gradient of the embeddings' output
+    checkpointing = {"use_reentrant": False} if setup.cell.checkpointing else None
+    if setup.method == "qlora" and setup.contender == TUTORIAL:
         model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=setup.cell.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            model, use_gradient_checkpointing=setup.cell.checkpointing, gradient_checkpointing_kwargs=checkpointing
         )
     model = get_peft_model(
         model,
@@ -86,23 +92,28 @@ def _hugging_face(setup: Setup, device: str) -> Built:
             task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEAR_LAYERS)
         ),
     )
-    checkpointing = {
+    further = {
         "gradient_checkpointing": setup.cell.checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if setup.cell.checkpointing else None,
+        "gradient_checkpointing_kwargs": checkpointing,
         "use_liger_kernel": setup.contender == "liger",
     }
-    return Built(model, lambda job: _trainer(setup, model, job, device, **checkpointing))
+    return Built(
+        model,
+        lambda job: _trainer(setup, model, job, device, **further),
+        model.config._attn_implementation,
+        lambda example: tensors(example, setup.cell),
+    )
 
 
 def _unsloth(setup: Setup) -> Built:
-    """Unsloth as its notebooks have it, with transformers' Trainer, which it patches. Needs a GPU.
+    """Build Unsloth as its notebooks have it, with transformers' Trainer, which it patches. Needs a GPU.
 
     It patches transformers, peft and trl while it is imported, so that comes before them.
     """
     unsloth: Any = importlib.import_module("unsloth")
     import torch
 
-    checkpointing: str | bool = "unsloth" if setup.cell.checkpointing else False
+    checkpointing: str | bool = "unsloth" if setup.contender == UNSLOTH else False
     model, _tokenizer = unsloth.FastLanguageModel.from_pretrained(
         model_name=f"{setup.material}/model",
         max_seq_length=setup.cell.seq_len,
@@ -110,7 +121,7 @@ def _unsloth(setup: Setup) -> Built:
         load_in_4bit=setup.method == "qlora",
         load_in_16bit=setup.method == "lora",
         use_gradient_checkpointing=checkpointing,
-        use_exact_model_name=True,  # never another, prequantised model in its place
+        use_exact_model_name=True,  # never another, prequantised model instead
         local_files_only=True,
     )
     model = unsloth.FastLanguageModel.get_peft_model(
@@ -123,18 +134,51 @@ def _unsloth(setup: Setup) -> Built:
         use_gradient_checkpointing=checkpointing,
         random_state=SEED,
     )
+    packed = setup.cell.packed
 
     def make_trainer(job: Job) -> Any:
         # what Unsloth's own trainers do before each train()
         unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
         # gradient_checkpointing stays out of the arguments: the model has Unsloth's own switched on
-        return _trainer(setup, model, job, "cuda")
+        return _trainer(setup, model, job, "cuda", collator=end_to_end if packed else None)
 
-    return Built(model, make_trainer)
+    as_row = (lambda example: example) if packed else (lambda example: tensors(example, setup.cell))
+    return Built(model, make_trainer, _unsloth_attention(packed), as_row)
 
 
-def _trainer(setup: Setup, model: Any, job: Job, device: str, **further: Any) -> Any:
-    """transformers' Trainer with the settings that all contenders share."""
+def _unsloth_attention(packed: bool) -> str:
+    """Return what Unsloth chooses: flash_dense, flash_varlen, xformers or sdpa."""
+    try:
+        dispatch = importlib.import_module("unsloth.utils.attention_dispatch")
+        return str(dispatch.select_attention_backend(packed))
+    except (ImportError, AttributeError) as error:  # its inner modules may move
+        return f"unknown: {error}"
+
+
+def tensors(example: Any, cell: Cell) -> dict[str, Any]:
+    """Return a row for transformers' default collator; a packed one has position_ids that start again per document."""
+    from lora_lab.worker.data import Collator
+
+    batch = Collator(pad_id=0, widths=(cell.seq_len,), packed=cell.packed)([example])
+    return {name: value[0] for name, value in batch.items() if name != "counts"}  # type: ignore[index]
+
+
+def end_to_end(examples: Sequence[Any]) -> dict[str, Any]:
+    """Return the batch as one row without padding, and the documents' lengths: what Unsloth's trainers make of packed
+    rows (unsloth/utils/packing.py)."""
+    import torch
+
+    lengths = [length for example in examples for length in example.document_lengths]
+    return {
+        "input_ids": torch.tensor([[token for example in examples for token in example.ids]]),
+        "labels": torch.tensor([[label for example in examples for label in example.labels]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+def _trainer(setup: Setup, model: Any, job: Job, device: str, collator: Any = None, **further: Any) -> Any:
+    """Make transformers' Trainer with the settings that all contenders share."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     arguments = TrainingArguments(
@@ -162,7 +206,7 @@ def _trainer(setup: Setup, model: Any, job: Job, device: str, **further: Any) ->
     return Trainer(
         model=model,
         args=arguments,
-        data_collator=default_data_collator,
+        data_collator=collator or default_data_collator,
         train_dataset=job.rows,
         callbacks=[job.callback],
     )

@@ -1,90 +1,107 @@
-"""From all turns to the table: medians, ranges, ratios within rounds, differences of losses. A pure function."""
+"""From all turns to the tables: medians, ranges, ratios within rounds, differences of losses. Pure functions."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peers.plan import OTHER_KERNEL
+from benchmarks.peers.plan import OTHER_KERNEL, TUTORIAL, UNSLOTH, UNSLOTH_NO_CHECKPOINTING
+from benchmarks.reports import markdown
 
-_COLUMNS = (
-    "cell",
-    "contender",
-    "tokens/s, median (min..max)",
-    "x plain",
-    "x unsloth",
-    "step ms",
-    "allocated GiB",
-    "reserved GiB",
-    "J/token",
-    "kernels ms/step",
-    "kernels",
-    "step / kernels",
-    "first step s",
-    "loss off plain, nats",
-)
+BASELINES = ("plain", TUTORIAL, "liger", UNSLOTH, UNSLOTH_NO_CHECKPOINTING)
+_PAYS = ("plain", UNSLOTH)
+"""Against which contenders a compilation has to pay."""
 NOTES = """\
-Ranges are the least and the greatest of the rounds, of which there are too few for more. `x plain` and `x unsloth` are
-ratios of tokens/s within a round. Memory is torch's own of that process in the window, the others' models not
-counted. J/token is of the whole card, from NVML's energy counter, which ticks every 100 ms: windows under 2 s have
-none, and a tick more or less makes the figure uncertain by the share in the JSON (`energy_resolution_percent`).
-`kernels ms/step` is the time in which the card calculates or copies in one profiled step; `step / kernels` near 1 is
-GPU-bound, far above 1 is waiting for the host. `first step s` counts from the call of train(), compilation and capture
-with it. `loss off plain` is the largest difference of a step's training loss from plain Hugging Face's first turn, over
-the first steps, all from the same adapters and rows; in plain's own row it is how far its turns differ."""
+Tokens are real ones: padding is not counted. Ranges are the least and the greatest of the rounds. `x plain` and the
+other ratios are of tokens/s within a round. `GPU work` is the time per step in which the card calculates or copies,
+over the profiled steps of the last round; `idle` is the rest of the median step. `first step s` counts from the call
+of train() in the first turn, compilation and capture with it; loading is not in it. `ahead after` is the step from
+which a contender that starts together with the other one is ahead of it: the difference of first steps over the
+difference of steps. Memory is torch's own of that process in the window, without the others' models. J/token is of
+the whole card, from NVML's energy counter, which ticks every 100 ms: windows under 2 s have none. `loss off` is the
+largest difference of a step's training loss from plain's first turn (in files without plain, the tutorial's), over
+the first steps, all from the same adapters and rows; in its own row it is how far its turns differ."""
 
-Cells = dict[str, dict[str, dict[str, Any]]]
+Results = dict[str, dict[str, Any]]
+Cells = dict[str, Results]
 
 
 def table(cells: Cells) -> str:
-    """Markdown: a row for each contender of each cell, then what was left out and how far losses spread."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    remarks = []
-    for cell, results in cells.items():
+    """Return Markdown: speed, what it costs, what was left out and how far losses spread, what was built."""
+    return "\n\n".join(
+        filter(None, [speed_table(cells), cost_table(cells), _remarks(cells), NOTES, built_table(cells)])
+    )
+
+
+def speed_table(cells: Cells) -> str:
+    """Return tokens/s and the ratios within rounds, a row for each contender of each cell."""
+    against = [name for name in BASELINES if any(results.get(name, {}).get("turns") for results in cells.values())]
+    head = ["cell", "contender", "rounds", "tokens/s, median (min..max)", *(f"x {name}" for name in against)]
+    rows = []
+    for cell, name, results in _measured(cells):
+        turns = results[name]["turns"]
+        paired = ["1" if other == name else _spread(ratios(results, name, other), "{:.2f}") for other in against]
+        speed = _spread([turn["tokens_per_second"] for turn in turns], "{:,.0f}")
+        rows.append([cell, name, str(len(turns)), speed, *paired])
+    return markdown(head, rows)
+
+
+def cost_table(cells: Cells) -> str:
+    """Return a step's parts, memory, energy, and after how many steps a compilation pays."""
+    head = ["cell", "contender", "step ms", "GPU work ms", "idle ms", "kernels", "allocated GiB", "reserved GiB"]
+    head += ["J/token", "first step s", *(f"ahead of {name} after" for name in _PAYS), "loss off, nats"]
+    rows = []
+    for cell, name, results in _measured(cells):
+        turns = results[name]["turns"]
+        step = median(turns, "step_seconds_median")
+        busy = median(turns, "kernel_seconds")
+        energy = [turn["joules_per_token"] for turn in turns if "joules_per_token" in turn]
+        rows.append(
+            [
+                cell,
+                name,
+                _form(step, "{:.1f}", 1e3),
+                _form(busy, "{:.1f}", 1e3),
+                _form(step - busy if step and busy else None, "{:.1f}", 1e3),
+                _form(median(turns, "kernels"), "{:,.0f}"),
+                _form(median(turns, "peak_allocated_gib"), "{:.2f}"),
+                _form(median(turns, "peak_reserved_gib"), "{:.2f}"),
+                _spread(energy, "{:.4f}"),
+                _form(turns[0]["first_step_seconds"], "{:.1f}"),
+                *(ahead_after(results, name, other) for other in _PAYS),
+                _form(loss_difference(results, name), "{:.1e}"),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def built_table(cells: Cells) -> str:
+    """Return what each contender's process read from its model; nothing for files of before."""
+    rows = {}
+    for results in cells.values():
         for name, result in results.items():
-            if result["outcome"] != "finished":
-                when = f" in round {result['round'] + 1}" if "round" in result else ""
-                remarks.append(
-                    f"- {cell} {name}: {result['outcome']}{when}, {result['reason'].rstrip('.')}.{_alone(result)}"
-                )
-            if result["turns"] and name != OTHER_KERNEL:
-                lines.append("| " + " | ".join([cell, name, *_row(name, results)]) + " |")
-        remarks += [f"- {cell}: {line}" for line in _loss_remarks(results)]
-    return "\n".join([*lines, "", *remarks, *([""] if remarks else []), NOTES])
-
-
-def _alone(result: dict[str, Any]) -> str:
-    """What a contender that ran out of memory did without the others' models on the card."""
-    if "alone" not in result:
+            if "facts" in result:
+                facts = result["facts"]
+                row = (name, facts["attention"], facts["adapters"], facts["embeddings"], facts["head"])
+                rows[row] = list(row)
+    if not rows:
         return ""
-    alone = result["alone"]
-    if alone["outcome"] != "finished":
-        return f" Alone on the card: {alone['outcome']}, {alone['reason']}"
-    memory = f" at {alone['peak_allocated_gib']:.1f} GiB" if "peak_allocated_gib" in alone else ""
-    return f" Alone on the card it ran: {alone['tokens_per_second']:,.0f} tokens/s{memory}, not paired with any other"
+    return "What was built:\n\n" + markdown(
+        ["contender", "attention", "adapters", "embeddings", "head"], [*rows.values()]
+    )
 
 
-def _row(name: str, results: dict[str, dict[str, Any]]) -> list[str]:
-    turns = results[name]["turns"]
-    step = _median(turns, "step_seconds_median")
-    busy = _median(turns, "kernel_seconds")
+def _measured(cells: Cells) -> list[tuple[str, str, Results]]:
     return [
-        _spread([turn["tokens_per_second"] for turn in turns], "{:,.0f}"),
-        _spread(ratios(results, name, "plain"), "{:.2f}"),
-        _spread(ratios(results, name, "unsloth"), "{:.2f}"),
-        _form(step, "{:.1f}", 1e3),
-        _form(_median(turns, "peak_allocated_gib"), "{:.2f}"),
-        _form(_median(turns, "peak_reserved_gib"), "{:.2f}"),
-        _spread([turn["joules_per_token"] for turn in turns if "joules_per_token" in turn], "{:.4f}"),
-        _form(busy, "{:.1f}", 1e3),
-        _form(_median(turns, "kernels"), "{:,.0f}"),
-        _form(step / busy if step and busy else None, "{:.2f}"),
-        _form(turns[0]["first_step_seconds"], "{:.1f}"),
-        _form(loss_difference(results, name), "{:.1e}"),
+        (cell, name, results)
+        for cell, results in cells.items()
+        for name, result in results.items()
+        if result["turns"] and name != OTHER_KERNEL
     ]
 
 
-def ratios(results: dict[str, dict[str, Any]], name: str, against: str) -> list[float]:
-    """Tokens/s of `name` over those of `against`, in each round that both have."""
+def ratios(results: Results, name: str, against: str) -> list[float]:
+    """Return tokens/s of `name` over those of `against`, in each round that both have."""
     other = {turn["round"]: turn for turn in results.get(against, {}).get("turns", [])}
     return [
         turn["tokens_per_second"] / other[turn["round"]]["tokens_per_second"]
@@ -93,21 +110,67 @@ def ratios(results: dict[str, dict[str, Any]], name: str, against: str) -> list[
     ]
 
 
-def loss_difference(results: dict[str, dict[str, Any]], name: str) -> float | None:
-    """The largest difference (nats) of a step's loss from plain's first turn; for plain, of its own later turns.
+def ahead_after(results: Results, name: str, against: str) -> str:
+    """Return the step after which `name` is ahead of `against`, both counted from train(): `first + (n - 1) * step`."""
+    mine, other = results[name]["turns"], results.get(against, {}).get("turns", [])
+    if name == against or not other:
+        return "-"
+    later = mine[0]["first_step_seconds"] - other[0]["first_step_seconds"]
+    gained = _step(other) - _step(mine)
+    if later <= 0:
+        return "at once" if gained >= 0 else "-"
+    return f"{1 + math.ceil(later / gained):,} steps" if gained > 0 else "never"
+
+
+def _step(turns: Sequence[dict[str, Any]]) -> float:
+    return statistics.median(float(turn["step_seconds_median"]) for turn in turns)
+
+
+def loss_difference(results: Results, name: str) -> float | None:
+    """Return the largest difference (nats) of a step's loss from the reference's first turn; for the reference, of its
+    own later turns.
 
     None without both, or when the two did not train on the same rows.
     """
-    reference = next(iter(results.get("plain", {}).get("turns", [])), None)
+    of = next((each for each in ("plain", TUTORIAL) if results.get(each, {}).get("turns")), None)
     turns = results.get(name, {}).get("turns", [])
-    turns = turns[1:] if name == "plain" else turns
-    if reference is None or not turns or any(turn["rows_sha256"] != reference["rows_sha256"] for turn in turns):
+    turns = turns[1:] if name == of else turns
+    if of is None or not turns:
+        return None
+    reference = results[of]["turns"][0]
+    if any(turn["rows_sha256"] != reference["rows_sha256"] for turn in turns):
         return None
     first: list[float] = reference["losses"]
     return max(abs(float(a) - b) for turn in turns for a, b in zip(turn["losses"], first, strict=True))
 
 
-def _loss_remarks(results: dict[str, dict[str, Any]]) -> list[str]:
+def _remarks(cells: Cells) -> str:
+    lines = []
+    for cell, results in cells.items():
+        for name, result in results.items():
+            if result["outcome"] != "finished":
+                when = f" in round {result['round'] + 1}" if "round" in result else ""
+                lines.append(
+                    f"{cell} {name}: {result['outcome']}{when}, {result['reason'].rstrip('.')}.{_alone(result)}"
+                )
+        lines += [f"{cell}: {line}" for line in _loss_remarks(results)]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _alone(result: dict[str, Any]) -> str:
+    """Return what a contender that ran out of memory did without the others' models on the card."""
+    if "alone" not in result:
+        return ""
+    alone = result["alone"]
+    if alone["outcome"] != "finished":
+        return f" Alone on the card: {alone['outcome']}, {alone['reason']}"
+    memory = f" at {alone['peak_allocated_gib']:.1f} GiB" if "peak_allocated_gib" in alone else ""
+    work = f", {1e3 * alone['kernel_seconds']:.1f} ms of GPU work per step" if "kernel_seconds" in alone else ""
+    speed = f"{alone['tokens_per_second']:,.0f} tokens/s{memory}{work}"
+    return f" Alone on the card it ran: {speed}, not paired with any other."
+
+
+def _loss_remarks(results: Results) -> list[str]:
     lines = []
     spread = loss_difference(results, OTHER_KERNEL)
     if spread is not None:
@@ -121,7 +184,8 @@ def _loss_remarks(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _median(turns: Sequence[dict[str, Any]], key: str) -> float | None:
+def median(turns: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Return the median of the turns that have the figure."""
     there = [float(turn[key]) for turn in turns if key in turn]
     return statistics.median(there) if there else None
 
