@@ -125,6 +125,7 @@ def test_files_of_before_are_read_with_the_names_of_today(tmp_path: Path) -> Non
     cells = read(RESULTS / "peers_qlora.json")["cells"]
     assert list(cells["2x2048c"]) == ["plain_tutorial", "unsloth", "graph"]  # nothing of it is plain as it is now
     assert list(cells["2x2048"]) == ["plain_tutorial", "unsloth_no_checkpointing", "graph"]
+    assert "plain" in read(RESULTS / "peers_lora.json")["cells"]["2x2048"]  # it never raised anything
 
 
 def test_tables_in_the_docs_are_those_of_the_stored_files() -> None:
@@ -175,9 +176,10 @@ def test_cells() -> None:
 
 
 def test_what_differs_in_a_cell() -> None:
-    assert applies("unsloth", Cell.parse("1x512"))
-    assert applies("unsloth_no_checkpointing", Cell.parse("1x512"))
-    assert not applies("unsloth_no_checkpointing", Cell.parse("1x512c"))
+    assert applies("unsloth", Cell.parse("1x512"), "qlora")
+    assert applies("unsloth_no_checkpointing", Cell.parse("1x512"), "qlora")
+    assert not applies("unsloth_no_checkpointing", Cell.parse("1x512c"), "qlora")
+    assert not applies("plain_tutorial", Cell.parse("1x512"), "lora")  # nothing is raised there
     assert missing_packages("plain", "lora") == []
 
 

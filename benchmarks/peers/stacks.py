@@ -82,7 +82,7 @@ def _hugging_face(setup: Setup, device: str) -> Built:
     model.config.use_cache = False
     # checkpoints without re-entrance need no gradient of the embeddings' output
     checkpointing = {"use_reentrant": False} if setup.cell.checkpointing else None
-    if setup.method == "qlora" and setup.contender == TUTORIAL:
+    if setup.contender == TUTORIAL:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=setup.cell.checkpointing, gradient_checkpointing_kwargs=checkpointing
         )
