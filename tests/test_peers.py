@@ -150,7 +150,7 @@ def test_a_process_that_dies_or_is_silent_is_an_answer(tmp_path: Path, monkeypat
         contender.stop()
 
 
-def test_running_out_of_memory_is_told_from_other_errors() -> None:
+def test_running_out_of_memory_is_distinguished_from_other_errors() -> None:
     def too_much() -> dict[str, Any]:
         raise RuntimeError("CUDA error: out of memory")
 
@@ -159,7 +159,7 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
     assert answered(lambda: {"x": 1}) == {"outcome": "finished", "x": 1}
 
 
-def test_a_mistyped_cell_is_told_what_one_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_for_a_mistyped_cell_shows_what_one_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["nowhere", "--cells", "1x32,1x51c2"])
     assert "'1x51c2' is not a cell; one looks like 2x2048" in capsys.readouterr().err

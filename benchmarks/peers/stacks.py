@@ -44,7 +44,7 @@ class Built:
     as_row: Callable[[Any], Any]
     """Turns a shared row, an Example, into what this stack's collator takes."""
     release: Callable[[], None] = lambda: None
-    """Gives back, at the end of a turn, memory that would else be held while others take theirs."""
+    """Gives back, at the end of a turn, memory that would otherwise be held during others' turns."""
     unseen_peak_bytes: Callable[[], int] = lambda: 0
     """Most bytes in use in a step, where torch's allocator does not see them: within a CUDA graph."""
 
