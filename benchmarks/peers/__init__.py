@@ -1,1 +1,1 @@
-"""Fine-tuning stacks timed beside each other on one GPU, in turns: python -m benchmarks.peers OUT."""
+"""Fine-tuning stacks timed against each other on one GPU, in turns: python -m benchmarks.peers OUT."""

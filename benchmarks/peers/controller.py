@@ -88,7 +88,7 @@ class Race:
         starts, and a profiled process is slower afterwards. They load at the same time.
         """
         paired = [name for name in self._settings.contenders if name != OTHER_KERNEL]
-        running = self._ready([name for name in paired if applies(name, self._cell)])
+        running = self._ready([name for name in paired if applies(name, self._cell, self._settings.method)])
         try:
             took = 0.0
             for number in range(self._settings.rounds):

@@ -31,7 +31,7 @@ MEDIAN_LENGTH = 300
 """Tokens of the median document in packed rows: lengths are log-normal, as those of chat data roughly are."""
 SPREAD_OF_LENGTHS = 0.9
 """Standard deviation of the natural logarithm of a length."""
-SHORTEST_DOCUMENT = 16
+SHORTEST_DOCUMENT = 4
 
 
 def make(folder: Path, name: str) -> None:
@@ -107,7 +107,8 @@ def _document(length: int, vocabulary: int, generator: torch.Generator) -> Examp
 
 
 def _length(longest: int, generator: torch.Generator) -> int:
-    drawn = math.exp(math.log(MEDIAN_LENGTH) + SPREAD_OF_LENGTHS * float(torch.randn((), generator=generator)))
+    median = min(MEDIAN_LENGTH, longest / 4)  # short rows hold several documents too
+    drawn = math.exp(math.log(median) + SPREAD_OF_LENGTHS * float(torch.randn((), generator=generator)))
     return min(longest, max(SHORTEST_DOCUMENT, round(drawn)))
 
 

@@ -121,8 +121,10 @@ class Turn:
         return steps >= MOST_STEPS or (steps >= self.least and long_enough)
 
 
-def applies(contender: str, cell: Cell) -> bool:
-    """Return whether a contender differs from the others in this cell."""
+def applies(contender: str, cell: Cell, method: str) -> bool:
+    """Return whether a contender differs from the others in this cell and method."""
+    if contender == TUTORIAL:
+        return method == "qlora"
     if contender == UNSLOTH_NO_CHECKPOINTING:
         return not cell.checkpointing
     return cell.checkpointing or contender != OFFLOADED

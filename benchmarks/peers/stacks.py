@@ -44,7 +44,7 @@ class Built:
     as_row: Callable[[Any], Any]
     """Turns a shared row, an Example, into what this stack's collator takes."""
     release: Callable[[], None] = lambda: None
-    """Gives back, at the end of a turn, memory that would else be held while others take theirs."""
+    """Gives back, at the end of a turn, memory that would otherwise be held during others' turns."""
     unseen_peak_bytes: Callable[[], int] = lambda: 0
     """Most bytes in use in a step, where torch's allocator does not see them: within a CUDA graph."""
 
@@ -82,7 +82,7 @@ def _hugging_face(setup: Setup, device: str) -> Built:
     model.config.use_cache = False
     # checkpoints without re-entrance need no gradient of the embeddings' output
     checkpointing = {"use_reentrant": False} if setup.cell.checkpointing else None
-    if setup.method == "qlora" and setup.contender == TUTORIAL:
+    if setup.contender == TUTORIAL:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=setup.cell.checkpointing, gradient_checkpointing_kwargs=checkpointing
         )

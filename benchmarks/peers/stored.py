@@ -13,6 +13,7 @@ _FORMAT = 2
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "h100"
 PAGES = (ROOT / "docs" / "peers.md",)
+NOT_MEASURED = "Not measured yet with the settings of this page."
 
 Content = dict[str, Any]
 
@@ -30,18 +31,19 @@ def file_of(out: Path, content: Content) -> Path:
 def read(path: Path) -> Content:
     """Return a file's content, without its `origin`.
 
-    In files of before, `plain` and `liger` raised embeddings and head to fp32, and Unsloth had its checkpointing only
-    in cells that end in c. They are returned under today's names.
+    In files of before, `plain` and `liger` raised embeddings and head to fp32 under QLoRA, and Unsloth had its
+    checkpointing only in cells that end in c. They are returned under today's names.
     """
     stored: Content = json.loads(path.read_text(encoding="utf-8"))
     del stored["origin"]
     if "format" not in stored:
-        stored["cells"] = {cell: _renamed(Cell.parse(cell), found) for cell, found in stored["cells"].items()}
+        qlora = stored["method"] == "qlora"
+        stored["cells"] = {cell: _renamed(Cell.parse(cell), found, qlora) for cell, found in stored["cells"].items()}
     return stored
 
 
-def _renamed(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
-    names = {"plain": TUTORIAL, "liger": "liger_tutorial"}
+def _renamed(cell: Cell, results: dict[str, Any], qlora: bool) -> dict[str, Any]:
+    names = {"plain": TUTORIAL, "liger": "liger_tutorial"} if qlora else {}
     if not cell.checkpointing:
         names[UNSLOTH] = UNSLOTH_NO_CHECKPOINTING
     return {names.get(name, name): result for name, result in results.items()}
@@ -63,7 +65,7 @@ def joined(contents: list[Content]) -> Content:
 
 def write(path: Path, content: Content) -> str:
     """Write the file and its page; return the page's text."""
-    text = f"{_origins(content)}\n\n{table(content['cells'])}\n\n{_versions(content)}"
+    text = _text(content)
     title = f"Fine-tuning stacks in turns: {content['method']}, {content['model']}"
     last: dict[str, str] = [*content["origins"].values()][-1]
     write_report(path.parent, path.stem, title, last, text, content)
@@ -76,6 +78,10 @@ def write_page(path: Path) -> str:
     text = write(path, read(path))
     path.write_bytes(before)
     return text
+
+
+def _text(content: Content) -> str:
+    return f"{_origins(content)}\n\n{table(content['cells'])}\n\n{_versions(content)}"
 
 
 def _origins(content: Content) -> str:
@@ -103,8 +109,8 @@ def put_into(page: str, results: Path) -> str:
     """Return the page with the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made from NAME.json."""
 
     def made(found: re.Match[str]) -> str:
-        content = read(results / f"{found[1]}.json")
-        text = f"{_origins(content)}\n\n{table(content['cells'])}\n\n{_versions(content)}"
+        path = results / f"{found[1]}.json"
+        text = _text(read(path)) if path.is_file() else NOT_MEASURED
         return f"<!-- {found[1]}:begin -->\n{text}\n<!-- {found[1]}:end -->"
 
     return re.sub(r"<!-- (peers_\w+):begin -->\n.*?<!-- \1:end -->", made, page, flags=re.DOTALL)

@@ -28,14 +28,13 @@ Cells = dict[str, Results]
 
 def table(cells: Cells) -> str:
     """Return Markdown: speed, what it costs, what was left out and how far losses spread, what was built."""
-    return "\n\n".join(
-        filter(None, [speed_table(cells), cost_table(cells), _remarks(cells), NOTES, built_table(cells)])
-    )
+    parts = [speed_table(cells), work_table(cells), cost_table(cells), _remarks(cells), NOTES, built_table(cells)]
+    return "\n\n".join(filter(None, parts))
 
 
 def speed_table(cells: Cells) -> str:
     """Return tokens/s and the ratios within rounds, a row for each contender of each cell."""
-    against = [name for name in BASELINES if any(results.get(name, {}).get("turns") for results in cells.values())]
+    against = _baselines(cells)
     head = ["cell", "contender", "rounds", "tokens/s, median (min..max)", *(f"x {name}" for name in against)]
     rows = []
     for cell, name, results in _measured(cells):
@@ -44,6 +43,28 @@ def speed_table(cells: Cells) -> str:
         speed = _spread([turn["tokens_per_second"] for turn in turns], "{:,.0f}")
         rows.append([cell, name, str(len(turns)), speed, *paired])
     return markdown(head, rows)
+
+
+def work_table(cells: Cells) -> str:
+    """Return each baseline's GPU work over a contender's: what a host that is never waited for leaves of a ratio."""
+    against = _baselines(cells)
+    rows = []
+    for cell, name, results in _measured(cells):
+        work = {each: _work(results.get(each, {"turns": []})) for each in (name, *against)}
+        mine = work[name]
+        if name not in against and mine:
+            shares = (of / mine if (of := work[other]) else None for other in against)
+            rows.append([cell, name, *(_form(share, "{:.2f}") for share in shares)])
+    return markdown(["cell, GPU work alone", "contender", *(f"x {name}" for name in against)], rows) if rows else ""
+
+
+def _work(result: dict[str, Any]) -> float | None:
+    """Return the GPU's work per step in seconds, if need be of a contender that only ran alone."""
+    return median([*result["turns"], result.get("alone", {})], "kernel_seconds")
+
+
+def _baselines(cells: Cells) -> list[str]:
+    return [name for name in BASELINES if any(results.get(name, {}).get("turns") for results in cells.values())]
 
 
 def cost_table(cells: Cells) -> str:
