@@ -11,7 +11,7 @@ from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.pareto import Point, front, points
-from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
+from lora_lab.report.measures import ENERGY, GPU_WORK, MEASURES, OBJECTIVES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.statistics.attribution import Split, split
 from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
@@ -89,7 +89,7 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
 
     Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
-        raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
+        raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=5")
     by_place = groups(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
     judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
@@ -120,7 +120,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
     compared = _compared(group, factors)
     found = points(group.trials, group.measured, factors)
     splits, how_much = _splits(group, factors, found, question, measures)
-    others = [measure for measure in measures if measure is not THROUGHPUT and THROUGHPUT in measures]
+    others = [measure for measure in measures if measure in OBJECTIVES[1:] and THROUGHPUT in measures]
     return GroupFindings(
         group=group,
         design=varied,
@@ -214,7 +214,7 @@ def _splits(
     """Split the difference between the two requested points.
 
     By default between those of a study's claims if both were measured, else from the baseline to the fastest."""
-    asked = [measure for measure in (THROUGHPUT, ENERGY) if measure in measures]
+    asked = [measure for measure in (THROUGHPUT, GPU_WORK, ENERGY) if measure in measures]
     measured = [point for point in found if point.figures]
     if not asked or not factors or not measured:
         return (), ()

@@ -27,6 +27,8 @@ class Estimate:
     """The smallest difference (on the same scale) that such an experiment detects with 80 % power. 0 only where
     repeats gave the very same figure, as peaks of memory do."""
     why_no_interval: str = ""
+    error: float | None = None
+    """Its standard error."""
 
     @property
     def seen(self) -> bool | None:
@@ -50,7 +52,7 @@ def estimate(value: float, standard_error: float, df: float, among: int = 1) -> 
     value, standard_error = (0.0 if abs(number) < ROUNDING else number for number in (value, standard_error))
     reach = _quantile(df, among) * standard_error
     detectable = _seen_in_units_of_standard_error(df, among) * standard_error
-    return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
+    return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable, error=standard_error)
 
 
 def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: int = 1) -> Estimate:
