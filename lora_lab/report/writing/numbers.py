@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 
-from lora_lab.report.measures import Measure
+from lora_lab.report.measures import GPU_WORK, Measure
+from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
+from lora_lab.report.statistics.step_split import StepSplit
 
 _ABSURD = math.log(10)
 """An interval that reaches further than this log ratio says only that there are too few repeats."""
@@ -26,7 +28,8 @@ def _written(value: float, measure: Measure, signed: bool, large: bool) -> str:
     if large:
         ratio = math.exp(value if signed else abs(value))
         return f"x{ratio:,.0f}" if ratio >= 1000 else f"x{ratio:#.3g}".rstrip(".")
-    return f"{percent(value):+.1f} %" if signed else f"{percent(abs(value)):.1f} %"
+    digits = 2 if measure is GPU_WORK else 1  # it repeats to a tenth of a percent
+    return f"{percent(value):+.{digits}f} %" if signed else f"{percent(abs(value)):.{digits}f} %"
 
 
 def interval(estimate: Estimate, measure: Measure) -> str:
@@ -79,18 +82,28 @@ def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
     return max(center - estimate.low, estimate.high - center) > _ABSURD
 
 
-def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> str:
-    """Return a note on a contrast's interval; "" if it is over repeats only.
-
-    Args:
-        over: Contrast.interval_over.
-        by_blocks: Contrast.by_blocks."""
-    if over == "settings":
+def interval_note(contrast: Contrast) -> str:
+    """Return a note on what a contrast's interval holds for, and the narrower one for this session; "" if there is
+    nothing to add."""
+    if contrast.interval_over == "settings":
         return "some settings ran once: the interval also includes how the effect differs between settings"
-    if over == "blocks":
-        return "the difference varies between blocks: the interval is over blocks"
-    ends = interval(by_blocks, measure) if by_blocks is not None and not _is_absurd(by_blocks, measure) else ""
-    return f"interval over blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
+    if contrast.interval_over != "blocks" or _is_absurd(contrast.this_session, contrast.measure):
+        return ""
+    ends = interval(contrast.this_session, contrast.measure)
+    return f"for sessions like this one; for this session alone: {ends}" if ends else ""
+
+
+def split_text(split: StepSplit) -> str:
+    """Return how much longer a step is, and how much of that is the GPU's own work."""
+    return f"step {_ms(split.step)}, of it GPU work {_ms(split.gpu)} and idle time {_ms(split.idle)}"
+
+
+def _ms(seconds: Estimate) -> str:
+    digits = 1 if abs(seconds.value) >= 0.01 else 2
+    if seconds.low is None or seconds.high is None:
+        return f"{1e3 * seconds.value:+.{digits}f} ms"
+    low, high = (f"{1e3 * end:+.{digits}f}" for end in (seconds.low, seconds.high))
+    return f"{1e3 * seconds.value:+.{digits}f} ms ({low} to {high})"
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:

@@ -11,12 +11,13 @@ from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
-from lora_lab.report.measures import MEASURES, Measure
+from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
+from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
-from lora_lab.report.writing.numbers import change, format_estimate, interval_note
+from lora_lab.report.writing.numbers import change, format_estimate, interval_note, split_text
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -113,8 +114,10 @@ def _contrasts_table(found: GroupFindings) -> Table:
     for each in found.contrasts:
         of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
         besides = f" (also changed: {'; '.join(each.also_changed)})" if each.also_changed else ""
-        note = interval_note(each.interval_over, each.by_blocks, each.measure)
+        note = interval_note(each)
         besides += f" ({note})" if note else ""
+        if each.measure is THROUGHPUT and isinstance(each.split, StepSplit):
+            besides += f"; {split_text(each.split)}"
         change_told = format_estimate(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
             each.measure.title,
