@@ -6,6 +6,7 @@ from dataclasses import replace
 from lora_lab.report.measures import GPU_WORK, Measure
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
+from lora_lab.report.statistics.pooling import PooledContrast
 from lora_lab.report.statistics.step_split import StepSplit
 
 _ABSURD = math.log(10)
@@ -91,6 +92,24 @@ def interval_note(contrast: Contrast) -> str:
         return ""
     ends = interval(contrast.this_session, contrast.measure)
     return f"for sessions like this one; for this session alone: {ends}" if ends else ""
+
+
+def pooled_text(found: PooledContrast) -> str:
+    """Return the mean over the sessions, how much they differ, and where another one would lie."""
+    made, measure = found.pooled, found.measure
+    said = [format_estimate(made.estimate, measure)]
+    if made.between:
+        said.append(f"sessions differ by a standard deviation of {change(made.between, measure, signed=False)}")
+    else:
+        said.append("sessions differ no more than by noise")
+    said[-1] += f" (Q = {made.q:.3g}, p = {made.p:.2g})"
+    if made.prediction is None:
+        said.append("too few sessions to say where another would lie")
+    else:
+        low, high = made.prediction
+        ends = interval(replace(made.estimate, low=low, high=high), measure)
+        said.append(f"another session would lie in {ends} (95 %)")
+    return "; ".join(said)
 
 
 def split_text(split: StepSplit) -> str:
