@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_lab.report.statistics.blocks import Block
 from lora_lab.report.statistics.differences import Difference, Values, pooled_noise
-from lora_lab.report.statistics.estimates import Estimate, estimate, estimate_of_sum, wider
+from lora_lab.report.statistics.estimates import Estimate, estimate, estimate_of_sum, variance, wider
 
 Matrix = NDArray[np.float64]
 
@@ -98,8 +98,8 @@ def _by_blocks(value: float, settings: Sequence[Difference]) -> Estimate | None:
         of_block = _of_block(side)
         for blocks in _sweeps(side, settings[0].is_paired):
             weight = math.fsum(len(each.keys() & set(blocks)) / len(each) for each in side) / len(side)
-            variance = statistics.variance(of_block[block] for block in blocks) / len(blocks)
-            shares.append((weight**2 * variance, len(blocks) - 1))
+            of_mean = variance(of_block[block] for block in blocks) / len(blocks)
+            shares.append((weight**2 * of_mean, len(blocks) - 1))
     return estimate_of_sum(value, shares)
 
 
@@ -139,7 +139,8 @@ def _columns(side: Sequence[Values]) -> tuple[Matrix, Matrix, Matrix]:
     """Return the values, and indicators of their settings and of their blocks."""
     rows = [(number, block, value) for number, each in enumerate(side) for block, value in sorted(each.items())]
     of_settings = np.array([[number == other for other in range(len(side))] for number, _, _ in rows], dtype=float)
-    of_blocks = np.array([[block == other for other in _blocks(side)] for _, block, _ in rows], dtype=float)
+    blocks = _blocks(side)
+    of_blocks = np.array([[block == other for other in blocks] for _, block, _ in rows], dtype=float)
     return np.array([value for _, _, value in rows]), of_settings, of_blocks
 
 
