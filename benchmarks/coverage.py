@@ -1,11 +1,10 @@
 """How often the report's intervals hold the truth, and how wide they are, in simulated sessions.
 
 python -m benchmarks.coverage           simulate (about five minutes of a CPU core), and store results/cpu/coverage
-python -m benchmarks.coverage docs      put the stored tables into docs, where a comment names them
+python -m benchmarks.coverage docs      put the stored tables into docs, into their blocks
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,23 +25,24 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def tables(content: Mapping[str, Rows]) -> dict[str, str]:
-    """Return the tables by name, in Markdown."""
+    """Return the tables in Markdown, by the names of their blocks in docs."""
     return {
-        "averages": _averages(content["averages"]),
-        "repeats": _repeats(content["repeats"]),
-        "orders": _orders(content["orders"]),
-        "hosts": _hosts(content["hosts"]),
-        "windows": _windows(content["windows"]),
+        "coverage-averages": _averages(content["averages"]),
+        "coverage-repeats": _repeats(content["repeats"]),
+        "coverage-orders": _orders(content["orders"]),
+        "coverage-hosts": _hosts(content["hosts"]),
+        "coverage-windows": _windows(content["windows"]),
     }
 
 
 def quoted(text: str, made: Mapping[str, str]) -> str:
-    """Return a page with the tables between `<!-- coverage NAME -->` and `<!-- end -->`."""
-
-    def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{made[found[2]]}\n{found[3]}"
-
-    return re.sub(r"(<!-- coverage (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+    """Return a page whose blocks, `<!-- begin NAME -->` to `<!-- end NAME -->`, hold these tables."""
+    for name, table in made.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def stored() -> dict[str, Rows]:
