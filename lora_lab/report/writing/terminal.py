@@ -218,7 +218,7 @@ def _show_verdicts(study: Study, verdicts: Sequence[Verdict], console: Console) 
     console.print(f"  made on {escape(study.on)}", highlight=False)
     for verdict in verdicts:
         console.print(f"\n  “{escape(verdict.says)}”", highlight=False)
-        console.print(f"  [bold]{verdict.verdict}[/bold]: {escape(verdict.why)}", highlight=False)
+        console.print(f"  [bold]{verdict.words}[/bold]: {escape(verdict.why)}", highlight=False)
         if verdict.original:
             console.print(f"  in the original: {escape(verdict.original)}", highlight=False)
         for seen in verdict.seen:
