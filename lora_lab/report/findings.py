@@ -244,8 +244,8 @@ def _splits(
             start, end = (_nearest(measured, factors, study.settings(name)) for name in claim.ends or ())
             if start is not None and end is not None and start is not end:
                 made = tuple(split(group.measured, factors, m, start.levels, end.levels) for m in asked)
-                how_much = (needed(study, claim, each) for each in made)
-                return made, tuple(each for each in how_much if each is not None)
+                how_much = needed(study, claim, made)
+                return made, () if how_much is None else (how_much,)
         return _from_baseline_to_fastest(group, factors, measured, asked), ()
     ends = [_nearest(measured, factors, settings) for settings in question.ends]
     for point, settings in zip(ends, question.ends, strict=True):
