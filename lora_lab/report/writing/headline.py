@@ -128,7 +128,7 @@ def _on_claims(found: GroupFindings, verdicts: Sequence[tuple[Study, Sequence[Ve
         words: dict[str, list[str]] = {}
         for verdict in judged:
             at = f" ({verdict.at})" if verdict.at else ""
-            words.setdefault(verdict.words, []).append(f"“{verdict.says}”{at}")
+            words.setdefault(verdict.verdict, []).append(f"“{verdict.says}”{at}")
         said = "; ".join(f"{verdict}: {', '.join(claims)}" for verdict, claims in words.items())
         parts.append(f"Of the claims of {study.id}, {said}.")
         if any(trial.regime == "host-bound" for trial in found.group.measured):

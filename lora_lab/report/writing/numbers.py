@@ -6,8 +6,6 @@ from dataclasses import replace
 from lora_lab.report.measures import GPU_WORK, Measure
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
-from lora_lab.report.statistics.pooling import PooledContrast
-from lora_lab.report.statistics.step_split import StepSplit
 
 _ABSURD = math.log(10)
 """An interval that reaches further than this log ratio says only that there are too few repeats."""
@@ -58,7 +56,7 @@ def format_estimate(
             return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
         ends = interval(replace(estimate, low=lowest, high=highest), measure)
         return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None:
         would = detectable_text(estimate.detectable, measure)
@@ -72,7 +70,7 @@ def detectable_text(detectable: float, measure: Measure) -> str:
     return f"a ratio of {text[1:]}" if text.startswith("x") else text
 
 
-def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
+def is_absurd(estimate: Estimate, measure: Measure) -> bool:
     """Return whether the interval is too wide to be worth printing.
 
     An interval that contains no difference may not reach beyond a factor of 10 either way. One that does not contain it
@@ -88,46 +86,15 @@ def interval_note(contrast: Contrast) -> str:
     nothing to add."""
     if contrast.interval_over == "settings":
         return "some settings ran once: the interval also includes how the effect differs between settings"
-    if contrast.interval_over != "blocks" or _is_absurd(contrast.this_session, contrast.measure):
+    if contrast.interval_over != "blocks" or is_absurd(contrast.this_session, contrast.measure):
         return ""
     ends = interval(contrast.this_session, contrast.measure)
     return f"for sessions like this one; for this session alone: {ends}" if ends else ""
 
 
-def pooled_text(found: PooledContrast) -> str:
-    """Return the mean over the sessions, how much they differ, and where another one would lie."""
-    made, measure = found.pooled, found.measure
-    said = [format_estimate(made.estimate, measure)]
-    if made.between:
-        said.append(f"sessions differ by a standard deviation of {change(made.between, measure, signed=False)}")
-    else:
-        said.append("sessions differ no more than by noise")
-    said[-1] += f" (Q = {made.q:.3g}, p = {made.p:.2g})"
-    if made.prediction is None:
-        said.append("too few sessions to say where another would lie")
-    else:
-        low, high = made.prediction
-        ends = interval(replace(made.estimate, low=low, high=high), measure)
-        said.append(f"another session would lie in {ends} (95 %)")
-    return "; ".join(said)
-
-
-def split_text(split: StepSplit) -> str:
-    """Return how much longer a step is, and how much of that is the GPU's own work."""
-    return f"step {_ms(split.step)}, of it GPU work {_ms(split.gpu)} and idle time {_ms(split.idle)}"
-
-
-def _ms(seconds: Estimate) -> str:
-    digits = 1 if abs(seconds.value) >= 0.01 else 2
-    if seconds.low is None or seconds.high is None:
-        return f"{1e3 * seconds.value:+.{digits}f} ms"
-    low, high = (f"{1e3 * end:+.{digits}f}" for end in (seconds.low, seconds.high))
-    return f"{1e3 * seconds.value:+.{digits}f} ms ({low} to {high})"
-
-
 def format_short(estimate: Estimate, measure: Measure) -> str:
     """Return the same in fewer words."""
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
         return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"

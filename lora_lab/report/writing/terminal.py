@@ -14,11 +14,12 @@ from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
-from lora_lab.report.statistics.pooling import PooledContrast
 from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
-from lora_lab.report.writing.numbers import change, format_estimate, interval_note, pooled_text, split_text
+from lora_lab.report.writing.numbers import change, format_estimate, interval_note
+from lora_lab.report.writing.sessions import pooled_table
+from lora_lab.report.writing.step import split_text
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -29,7 +30,7 @@ def show(findings: Findings, console: Console) -> None:
     for found in findings.groups:
         _show_group(found, console)
     if findings.pooled:
-        console.print(_pooled_table(findings.pooled))
+        console.print(pooled_table(findings.pooled))
     for study, verdicts in findings.verdicts:
         _show_verdicts(study, verdicts, console)
 
@@ -128,21 +129,6 @@ def _contrasts_table(found: GroupFindings) -> Table:
             escape(regime_text(each.regime)),
             str(each.pairs),
             escape(change_told),
-        )
-    return table
-
-
-def _pooled_table(pooled: Sequence[PooledContrast]) -> Table:
-    table = Table(title="the same contrasts over several sessions (random effects, 95 %)", title_justify="left")
-    for head in ("measure", "of / over", "regime", "sessions (places)", "mean"):
-        table.add_column(head, overflow="fold")
-    for each in pooled:
-        table.add_row(
-            each.measure.title,
-            escape(f"{each.of} / {each.over}"),
-            escape(regime_text(each.regime)),
-            f"{len(each.sessions)} ({each.places})",
-            escape(pooled_text(each)),
         )
     return table
 
