@@ -22,17 +22,12 @@ PAGES = ("report.md", "measurement.md")
 """Pages of docs that quote the tables."""
 
 Rows = Sequence[Mapping[str, Any]]
+Content = Mapping[str, Rows]
 
 
-def tables(content: Mapping[str, Rows]) -> dict[str, str]:
+def tables(content: Content) -> dict[str, str]:
     """Return the tables in Markdown, by the names of their blocks in docs."""
-    return {
-        "coverage-averages": _averages(content["averages"]),
-        "coverage-repeats": _repeats(content["repeats"]),
-        "coverage-orders": _orders(content["orders"]),
-        "coverage-hosts": _hosts(content["hosts"]),
-        "coverage-windows": _windows(content["windows"]),
-    }
+    return {name: make(content[name.removeprefix("coverage-")]) for name, make in MADE.items()}
 
 
 def quoted(text: str, made: Mapping[str, str]) -> str:
@@ -45,7 +40,7 @@ def quoted(text: str, made: Mapping[str, str]) -> str:
     return text
 
 
-def stored() -> dict[str, Rows]:
+def stored() -> Content:
     """Read the stored figures."""
     return {name: rows for name, rows in json.loads((OUT / "coverage.json").read_text()).items() if name != "origin"}
 
@@ -150,6 +145,16 @@ def _origin() -> dict[str, str]:
         **{key: facts[key] for key in keep},
         **packages,
     }
+
+
+MADE = {
+    "coverage-averages": _averages,
+    "coverage-repeats": _repeats,
+    "coverage-orders": _orders,
+    "coverage-hosts": _hosts,
+    "coverage-windows": _windows,
+}
+"""The blocks in docs, and what makes them of their rows."""
 
 
 if __name__ == "__main__":
