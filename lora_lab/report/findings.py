@@ -1,7 +1,7 @@
 """The content of a report as data; terminal and page only format it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import InvalidInput
@@ -18,7 +18,7 @@ from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.differences import by_block, difference, pooled_noise
 from lora_lab.report.statistics.factorial import FactorialModel, factorial
 from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
-from lora_lab.report.statistics.pooling import PooledContrast, pooled_contrasts
+from lora_lab.report.statistics.pooling import PooledContrast, Session, pooled_contrasts
 from lora_lab.store.trials import Group, Sweep, Trial, groups
 
 
@@ -66,7 +66,8 @@ class Findings:
     groups: tuple[GroupFindings, ...]
     """By place, the one with most measured trials first."""
     pooled: tuple[PooledContrast, ...]
-    """Contrasts that several sessions have (sweeps, or places), and their mean over these."""
+    """Contrasts that several sessions have (sweeps, or places), and their mean over these. Not of memory, which repeats
+    to the byte."""
     verdicts: tuple[tuple[Study, tuple[Verdict, ...]], ...]
     """Of the studies about which the trials show anything."""
     commands: tuple[str, ...]
@@ -101,27 +102,23 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
         title=_title(trials, sweeps),
         sweeps=tuple(sweeps),
         groups=found,
-        pooled=tuple(pooled_contrasts(_sessions(found))),
+        pooled=tuple(pooled_contrasts(_sessions(found), [measure for measure in MEASURES if measure is not VRAM])),
         verdicts=verdicts,
         commands=(*_commands(trials, sweeps), question.command),
         version=version,
     )
 
 
-def _sessions(found: Sequence[GroupFindings]) -> Iterator[tuple[str, list[Contrast]]]:
-    """Yield each session's place and its contrasts, where there are several sessions: the sweeps of each place.
-
-    Without memory, which repeats to the byte."""
+def _sessions(found: Sequence[GroupFindings]) -> list[Session]:
+    """Return the sweeps of each place; trials of no sweep are one more."""
     by_session: dict[tuple[int, str | None], list[Trial]] = {}
     for number, each in enumerate(found):
         for trial in each.group.measured:
             by_session.setdefault((number, trial.sweep), []).append(trial)
-    if len(by_session) < 2:
-        return
-    for (number, _), trials in by_session.items():
-        measures = [measure for measure in MEASURES if measure is not VRAM]
-        made = (contrasts(trials, found[number].compared, measure) for measure in measures)
-        yield found[number].group.place.label, [contrast for each in made for contrast in each]
+    return [
+        Session(place=found[number].group.place.label, trials=trials, factors=found[number].compared)
+        for (number, _), trials in by_session.items()
+    ]
 
 
 def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:

@@ -83,3 +83,17 @@ def test_two_sweeps_of_one_place_are_two_sessions_and_one_pair_alone_has_no_erro
     assert pooled.pooled.prediction is None
     assert findings(sweeps[0], lone).pooled == ()
     assert findings(sweeps[0]).pooled == ()
+
+
+def test_sessions_are_compared_over_the_settings_that_they_share() -> None:
+    """One session ran a shape more, in which the effect is another; how long was measured is no other setting."""
+    both, effect = LEVELS | {"shape": ("1x512", "2x512")}, {"optimizer=paged_adamw shape=2x512": 0.5}
+    wide = factorial(both, effect, noise=0.001, sweep="wide")
+    narrow = factorial(LEVELS | {"shape": ("1x512",)}, noise=0.001, sweep="narrow")
+    longer = [dataclasses.replace(each, params=each.params | {"measure.steps": "200"}) for each in narrow]
+    pooled = [each for each in findings(wide, longer).pooled if each.of == "paged_adamw"]
+    assert [len(each.sessions) for each in pooled] == [2]
+    assert pooled[0].pooled.estimate.value == pytest.approx(0.0, abs=0.003)
+    assert [each.cells for _, each in pooled[0].sessions] == [1, 1]
+    apart = factorial(LEVELS | {"shape": ("4x512",)}, noise=0.001, sweep="apart")
+    assert findings(narrow, apart).pooled == ()

@@ -75,11 +75,14 @@ def _of_factor(found: Sequence[TrialFigure], factor: Factor, measure: Measure) -
         for setting in paired_settings(found, factor, level):
             by_regime.setdefault(setting.regime, []).append(setting)
         regimes = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
-        made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in regimes]
+        made += [contrast_of(by_regime[regime], factor, level, measure, regime) for regime in regimes]
     return made
 
 
-def _contrast(settings: Sequence[PairedSetting], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
+def contrast_of(
+    settings: Sequence[PairedSetting], factor: Factor, level: str, measure: Measure, regime: str
+) -> Contrast:
+    """Average the settings' differences; all are of this regime."""
     found = average([setting.difference for setting in settings])
     values = [setting.difference.value for setting in settings]
     return Contrast(

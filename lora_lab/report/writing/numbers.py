@@ -27,7 +27,7 @@ def _written(value: float, measure: Measure, signed: bool, large: bool) -> str:
     if large:
         ratio = math.exp(value if signed else abs(value))
         return f"x{ratio:,.0f}" if ratio >= 1000 else f"x{ratio:#.3g}".rstrip(".")
-    digits = 2 if measure is GPU_WORK else 1  # it repeats to a tenth of a percent
+    digits = 2 if measure is GPU_WORK and abs(percent(value)) < 5 else 1  # it repeats to a tenth of a percent
     return f"{percent(value):+.{digits}f} %" if signed else f"{percent(abs(value)):.{digits}f} %"
 
 

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from lora_lab.report.statistics.pooling import PooledContrast
 from lora_lab.report.writing.labels import regime_text
-from lora_lab.report.writing.numbers import change, format_estimate, interval
+from lora_lab.report.writing.numbers import change, format_estimate, interval, is_absurd
 
 
 def pooled_table(pooled: Sequence[PooledContrast]) -> Table:
     """Return a table with one row per contrast."""
-    table = Table(title="the same contrasts over several sessions (random effects, 95 %)", title_justify="left")
+    table = Table(
+        title="contrasts over several sessions that ran the same settings (random effects, 95 %)", title_justify="left"
+    )
     for head in ("measure", "of / over", "regime", "sessions (places)", "mean"):
         table.add_column(head, overflow="fold")
     for each in pooled:
@@ -30,7 +32,8 @@ def pooled_table(pooled: Sequence[PooledContrast]) -> Table:
 def pooled_text(found: PooledContrast) -> str:
     """Return the mean over the sessions, how much they differ, and where another one would lie."""
     made, measure = found.pooled, found.measure
-    said = [format_estimate(made.estimate, measure)]
+    absurd = is_absurd(made.estimate, measure)
+    said = ["too few sessions to tell" if absurd else format_estimate(made.estimate, measure)]
     if made.between:
         said.append(f"sessions differ by a standard deviation of {change(made.between, measure, signed=False)}")
     else:
