@@ -17,10 +17,10 @@ def test_a_small_simulation_agrees_with_what_is_claimed(block_sd: float) -> None
 
 
 def test_over_hosts_the_mean_holds_where_one_session_does_not() -> None:
-    found = simulated.hosts(5, host_sd=2.0, draws=400, seed=3)
-    assert 0.92 < found["pooled"] < 0.98
+    found = simulated.hosts(5, host_sd=2.0, draws=250, seed=3)
+    assert 0.91 < found["pooled"] < 0.99
     assert 0.9 < found["width_pooled"] < 1.1
-    assert 0.65 < found["one_session"] < 0.85
+    assert 0.67 < found["one_session"] < 0.85
 
 
 def test_a_short_windows_error_holds_where_steps_are_independent_and_not_where_they_are_alike() -> None:

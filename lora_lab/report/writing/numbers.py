@@ -82,14 +82,16 @@ def is_absurd(estimate: Estimate, measure: Measure) -> bool:
 
 
 def interval_note(contrast: Contrast) -> str:
-    """Return a note on what a contrast's interval holds for, and the narrower one for this session; "" if there is
-    nothing to add."""
+    """Return a note on what a contrast's interval holds for; "" where that is sessions like it and nothing narrower is
+    known."""
     if contrast.interval_over == "settings":
         return "some settings ran once: the interval also includes how the effect differs between settings"
-    if contrast.interval_over != "blocks" or is_absurd(contrast.this_session, contrast.measure):
-        return ""
-    ends = interval(contrast.this_session, contrast.measure)
-    return f"for sessions like this one; for this session alone: {ends}" if ends else ""
+    ends = (
+        "" if is_absurd(contrast.this_session, contrast.measure) else interval(contrast.this_session, contrast.measure)
+    )
+    if contrast.sessions_like_it is None:
+        return "for this session alone: it takes three repeats to say more" if ends else ""
+    return f"for this session alone: {ends}" if ends and contrast.interval_over == "blocks" else ""
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:
