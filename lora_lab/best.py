@@ -19,14 +19,14 @@ from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.display import show_choice
 from lora_lab.report.arguments import share
-from lora_lab.report.measures import MEASURES
+from lora_lab.report.measures import OBJECTIVES
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.packed_runs import SHIPPED, PackedRuns
 from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
 
 EXIT_NOTHING_FITS = 1
 
-_BY_NAME = {measure.name: measure for measure in MEASURES}
+_BY_NAME = {measure.name: measure for measure in OBJECTIVES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

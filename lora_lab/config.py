@@ -257,7 +257,7 @@ class MeasureConfig:
         2.0, "the trial has diverged when the loss is this far (nats per token) above its start", above=0, most=_FLOAT
     )
     profile_steps: int = setting(
-        1,
+        3,
         "on a GPU, this many steps after the window run under torch's profiler, with a learning rate of 0, to see how "
         "long the GPU itself works; 0 profiles none",
         least=0,

@@ -206,6 +206,8 @@ class Profiled:
     """Time over all those steps during which at least one kernel or copy ran."""
     kernel_seconds: float | None = None
     """Sum of the times of all kernels and copies."""
+    busy_seconds_each: list[float] = field(default_factory=list)
+    """The same for each of those steps; empty where they could not be told apart."""
     top: list[list[str | int | float]] = field(default_factory=list)
     """Kernels and copies that took the most time: [name, count, seconds], over all those steps."""
 

@@ -11,13 +11,14 @@ from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.pareto import Point, front, points
-from lora_lab.report.measures import ENERGY, MEASURES, THROUGHPUT, VRAM, Measure
+from lora_lab.report.measures import ENERGY, GPU_WORK, MEASURES, OBJECTIVES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.statistics.attribution import Split, split
 from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.differences import by_block, difference, pooled_noise
 from lora_lab.report.statistics.factorial import FactorialModel, factorial
 from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
+from lora_lab.report.statistics.pooling import PooledContrast, Session, pooled_contrasts
 from lora_lab.store.trials import Group, Sweep, Trial, groups
 
 
@@ -64,6 +65,9 @@ class Findings:
     sweeps: tuple[Sweep, ...]
     groups: tuple[GroupFindings, ...]
     """By place, the one with most measured trials first."""
+    pooled: tuple[PooledContrast, ...]
+    """Contrasts that several sessions have (sweeps, or places), and their mean over these. Not of memory, which repeats
+    to the byte."""
     verdicts: tuple[tuple[Study, tuple[Verdict, ...]], ...]
     """Of the studies about which the trials show anything."""
     commands: tuple[str, ...]
@@ -89,7 +93,7 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
 
     Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
-        raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=3")
+        raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=5")
     by_place = groups(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
     judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
@@ -98,10 +102,23 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
         title=_title(trials, sweeps),
         sweeps=tuple(sweeps),
         groups=found,
+        pooled=tuple(pooled_contrasts(_sessions(found), [measure for measure in MEASURES if measure is not VRAM])),
         verdicts=verdicts,
         commands=(*_commands(trials, sweeps), question.command),
         version=version,
     )
+
+
+def _sessions(found: Sequence[GroupFindings]) -> list[Session]:
+    """Return the sweeps of each place; trials of no sweep are one more."""
+    by_session: dict[tuple[int, str | None], list[Trial]] = {}
+    for number, each in enumerate(found):
+        for trial in each.group.measured:
+            by_session.setdefault((number, trial.sweep), []).append(trial)
+    return [
+        Session(place=found[number].group.place.label, trials=trials, factors=found[number].compared)
+        for (number, _), trials in by_session.items()
+    ]
 
 
 def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main: bool) -> GroupFindings:
@@ -120,7 +137,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
     compared = _compared(group, factors)
     found = points(group.trials, group.measured, factors)
     splits, how_much = _splits(group, factors, found, question, measures)
-    others = [measure for measure in measures if measure is not THROUGHPUT and THROUGHPUT in measures]
+    others = [measure for measure in measures if measure in OBJECTIVES[1:] and THROUGHPUT in measures]
     return GroupFindings(
         group=group,
         design=varied,
@@ -214,7 +231,7 @@ def _splits(
     """Split the difference between the two requested points.
 
     By default between those of a study's claims if both were measured, else from the baseline to the fastest."""
-    asked = [measure for measure in (THROUGHPUT, ENERGY) if measure in measures]
+    asked = [measure for measure in (THROUGHPUT, GPU_WORK, ENERGY) if measure in measures]
     measured = [point for point in found if point.figures]
     if not asked or not factors or not measured:
         return (), ()
@@ -224,8 +241,8 @@ def _splits(
             start, end = (_nearest(measured, factors, study.settings(name)) for name in claim.ends or ())
             if start is not None and end is not None and start is not end:
                 made = tuple(split(group.measured, factors, m, start.levels, end.levels) for m in asked)
-                how_much = (needed(study, claim, each) for each in made)
-                return made, tuple(each for each in how_much if each is not None)
+                how_much = needed(study, claim, made)
+                return made, () if how_much is None else (how_much,)
         return _from_baseline_to_fastest(group, factors, measured, asked), ()
     ends = [_nearest(measured, factors, settings) for settings in question.ends]
     for point, settings in zip(ends, question.ends, strict=True):

@@ -42,13 +42,15 @@ class Measure:
         """Return the trial's figure; None where it is absent, or would mean nothing."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return None
-        value = trial.metrics.get(self.key)
+        value = _gpu_work(trial) if self.key == _GPU_WORK.key else trial.metrics.get(self.key)
         return None if value is None or not math.isfinite(value) or (self.ratios and value <= 0) else value
 
     def why_absent(self, trial: Trial) -> str:
         """Return why a trial has no such figure."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return "held-out loss says nothing about random weights"
+        if self.key == _GPU_WORK.key:
+            return trial.tags.get(f"absent.{BUSY_SHARE}", "not recorded")
         if self.key in trial.metrics:
             return f"recorded as {trial.metrics[self.key]:g}, which cannot be compared"
         return trial.tags.get(f"absent.{self.key}", "not recorded")
@@ -56,6 +58,19 @@ class Measure:
     def write(self, value: float) -> str:
         """Return a value with its unit."""
         return self.metric.write(value)
+
+
+BUSY_SHARE = "throughput/gpu_busy_share"
+_GPU_WORK = Metric("gpu_work", "GPU work", "µs/token", "{:.4g}", Better.lower)
+"""Time per real token in which the GPU itself works. It is not recorded: it follows from two figures that are."""
+
+
+def _gpu_work(trial: Trial) -> float | None:
+    """Return the microseconds per real token that the GPU works: its busy share / tokens per second.
+
+    Per token and not per step, because a step of a larger shape is more work and no worse."""
+    share, rate = (trial.metrics.get(key) for key in (BUSY_SHARE, "throughput/tokens_per_second"))
+    return None if share is None or not rate else 1e6 * share / rate
 
 
 def _measure(name: str, key: str, ratios: bool = True) -> Measure:
@@ -68,4 +83,8 @@ THROUGHPUT = _measure("throughput", "throughput/tokens_per_second")
 ENERGY = _measure("energy", "energy/joules_per_token")
 VRAM = _measure("vram", "vram/peak_device_gib")
 LOSS = _measure("loss", "loss/eval", ratios=False)
-MEASURES = (THROUGHPUT, ENERGY, VRAM, LOSS)
+GPU_WORK = Measure(name="gpu_work", metric=_GPU_WORK, better=Better.lower)
+OBJECTIVES = (THROUGHPUT, ENERGY, VRAM, LOSS)
+"""What a configuration is chosen by, and what may get worse."""
+MEASURES = (THROUGHPUT, GPU_WORK, ENERGY, VRAM, LOSS)
+"""What a report compares: the objectives, and the GPU's part of the throughput."""

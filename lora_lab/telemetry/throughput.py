@@ -89,7 +89,12 @@ def add_busy_share(summary: Summary, window: Window | None, events: Sequence[Eve
         "throughput/gpu_busy_seconds_per_step": profiled.busy_seconds / profiled.steps,
         "throughput/kernels_per_step": profiled.kernels / profiled.steps,
     }
-    summary.tags["regime"] = "host-bound" if share < HOST_BOUND else "GPU-bound" if share > GPU_BOUND else "mixed"
+    summary.tags["regime"] = regime_at(share)
+
+
+def regime_at(busy_share: float) -> str:
+    """Return the regime in which the GPU works this share of the time."""
+    return "host-bound" if busy_share < HOST_BOUND else "GPU-bound" if busy_share > GPU_BOUND else "mixed"
 
 
 def add_kernel_time(summary: Summary, window: Window | None, events: Sequence[Event]) -> None:

@@ -183,7 +183,7 @@ def test_without_repeats_parts_have_no_interval_and_the_reason():
     assert found.residual_sd is None
     for estimate in (found.total, *parts(found).values()):
         assert estimate.seen is None
-        assert "repeats=3" in estimate.why_no_interval
+        assert "repeats=5" in estimate.why_no_interval
     assert parts(found)["optimizer"].value == pytest.approx(0.07)
 
 

@@ -365,7 +365,7 @@ def test_what_makes_a_whole_block_slow_falls_out() -> None:
 def test_without_repeats_it_says_so() -> None:
     text = text_of(choose([*repeats(8, [1000]), *repeats(16, [900])], Wish(objective=THROUGHPUT)))
     assert "one trial each: without an interval" in text
-    assert "repeats=3" in text
+    assert "repeats=5" in text
 
 
 def test_a_smaller_one_that_cannot_be_told_apart_is_named() -> None:

@@ -29,7 +29,7 @@ from lora_lab.report.answers.claims.judge import (
 )
 from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
 from lora_lab.report.answers.claims.study_file import SHIPPED
-from lora_lab.report.measures import ENERGY, THROUGHPUT
+from lora_lab.report.measures import ENERGY, GPU_WORK, THROUGHPUT
 from lora_lab.report.statistics.attribution import split
 from lora_lab.report.statistics.differences import Difference
 from lora_lab.report.statistics.estimates import Estimate
@@ -218,6 +218,33 @@ def test_a_direction_is_judged_with_the_settings_of_the_runs_compared() -> None:
     assert verdict("bf16", other).verdict == CONFOUNDED
 
 
+def on_the_gpu(trials: list[Trial], work: float) -> list[Trial]:
+    """The same trials, a third of whose time the GPU works; paged_adamw multiplies its work by exp(work)."""
+    made = []
+    for each in trials:
+        factor = math.exp(work * (each.params["optimizer"] == "paged_adamw"))
+        share = factor * each.metrics[THROUGHPUT.key] / 4000  # microseconds per token that do not depend on the host
+        made.append(dataclasses.replace(each, metrics=each.metrics | {"throughput/gpu_busy_share": share}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("device", "work", "word"),
+    [
+        (CARD, -math.log(1.25), SUPPORTED),
+        (CARD, 0.0, CONTRADICTED),
+        (CARD, -math.log(1.15), SUPPORTED),
+        (H100, -math.log(1.25), CONFOUNDED),
+    ],
+)
+def test_where_the_papers_card_waits_for_this_host_its_gpus_work_decides(device: str, work: float, word: str) -> None:
+    """The host's own effect of -10 % on tokens/s decides nothing."""
+    trials = on_the_gpu(grid(-0.1, noise=0.02, device=device, regime="host-bound"), work)
+    found = verdict("paged_adamw", trials)
+    assert found.verdict == word
+    assert any(seen.text.split(": ")[1].startswith("GPU work") for seen in found.seen)
+
+
 def test_a_stray_trial_does_not_hide_an_effect() -> None:
     trials = [each for each in grid(0.25, device=CARD) if each.params["seq_len"] != "1024"]
     stray = dataclasses.replace(
@@ -361,6 +388,9 @@ def test_seq_2048_fits_and_the_papers_own_run_does_not_and_both_are_said() -> No
     run_2 = memory_trial(None, vram_limit_gib="8.0", batch_size="2", **own)
     found = verdict("seq_2048", [fits, raised, run_2])
     assert found.verdict == SUPPORTED
+    assert found.words == "supported for another configuration"
+    own = verdict("seq_2048", [memory_trial(7.1), memory_trial(7.8, **RUN_2)])
+    assert own.words == "supported"
     lead = "at batch_size=1 with raise_to_fp32=False; the original's own run 2 (2x2048) did not fit as tried here."
     assert found.why.startswith(lead)
     assert "7.82 of 8 GiB, 0.18 GiB to spare" in found.why
@@ -510,7 +540,7 @@ def planted_split(shape_effect: float, regime: str, noise: float = 0.01) -> Any:
 @given(shape_effect=st.floats(-1, 3))
 def test_what_the_optimizer_would_have_had_to_do_is_what_the_shape_leaves(shape_effect: float) -> None:
     study = paper()
-    found = needed(study, study.claims[0], planted_split(shape_effect, "host-bound")(THROUGHPUT))
+    found = needed(study, study.claims[0], [planted_split(shape_effect, "host-bound")(THROUGHPUT)])
     assert found is not None
     truth = math.log(628 / 500) - shape_effect
     assert found.estimate.value == pytest.approx(truth, abs=0.03)
@@ -522,9 +552,39 @@ def test_what_the_optimizer_would_have_had_to_do_is_what_the_shape_leaves(shape_
     assert "does not transfer to" in found.text
 
 
+def test_where_the_gpu_was_observed_its_own_work_is_the_evidence() -> None:
+    """Host-bound, an eightfold step is eight times as many tokens/s; the GPU's work per token falls by a third."""
+    trials = [
+        trial(
+            {THROUGHPUT.key: 500 * shape, "throughput/gpu_busy_share": 0.1 * shape * work * (1 + 0.001 * repeat)},
+            repeat=repeat,
+            optimizer=optimizer,
+            batch_size=batch,
+            seq_len=seq,
+            regime="host-bound",
+        )
+        for repeat in range(3)
+        for optimizer, own in (("adamw", 1.0), ("paged_adamw", 1.01))
+        for batch, seq, shape, work in (("1", "512", 1, own), ("2", "2048", 8, own / 1.5))
+    ]
+    ends = [{"optimizer": "adamw", "shape": "1x512"}, {"optimizer": "paged_adamw", "shape": "2x2048"}]
+    study, factors = paper(), design(trials).factors
+    splits = [split(trials, factors, measure, *ends) for measure in (THROUGHPUT, GPU_WORK)]
+    found = needed(study, study.claims[0], splits)
+    assert found is not None
+    assert found.by_gpu_work
+    assert math.exp(found.others) == pytest.approx(1.5)
+    assert found.own.ratio == pytest.approx(1 / 1.01)
+    assert found.estimate.ratio == pytest.approx(628 / 500 / 1.5)
+    by_rate = needed(study, study.claims[0], splits[:1])
+    assert by_rate is not None
+    assert not by_rate.by_gpu_work
+    assert math.exp(by_rate.others) == pytest.approx(8)
+
+
 def test_in_the_papers_regime_the_number_is_not_denied() -> None:
     study = paper()
-    found = needed(study, study.claims[0], planted_split(0.1, "GPU-bound")(THROUGHPUT))
+    found = needed(study, study.claims[0], [planted_split(0.1, "GPU-bound")(THROUGHPUT)])
     assert found is not None
     assert found.regime == "GPU-bound"
     assert "cannot be carried" not in found.text
@@ -534,5 +594,5 @@ def test_in_the_papers_regime_the_number_is_not_denied() -> None:
 def test_other_measures_and_other_claims_need_no_effect() -> None:
     study = paper()
     made = planted_split(0.1, "GPU-bound")
-    assert needed(study, study.claims[0], made(ENERGY)) is None
-    assert all(needed(study, claim, made(THROUGHPUT)) is None for claim in study.claims[1:])
+    assert needed(study, study.claims[0], [made(ENERGY)]) is None
+    assert all(needed(study, claim, [made(THROUGHPUT)]) is None for claim in study.claims[1:])

@@ -150,7 +150,7 @@ def test_with_nothing_left_for_noise_the_interactions_go_first_and_then_the_fit(
     assert (model.interactions, model.not_estimable, model.df) == ((), ("optimizer x precision",), 1)
     said = factorial(planted({"optimizer": OPTIMIZER.levels}, repeats=1), FACTORS, THROUGHPUT)
     assert isinstance(said, str)
-    assert "repeats=3" in said
+    assert "repeats=5" in said
 
 
 @pytest.mark.parametrize("trials", [[], planted({"optimizer": ["adamw"]}), planted(GRID, noise=0.0)])

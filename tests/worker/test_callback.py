@@ -33,7 +33,7 @@ from lora_lab.worker.callback import TelemetryCallback
 from lora_lab.worker.data import Collator, Example, pack, train_collator
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.phases import PhaseClock
-from lora_lab.worker.profiling import StepProfiler, covered
+from lora_lab.worker.profiling import StepProfiler, busy_of_steps, covered
 from lora_lab.worker.training import make_trainer
 from lora_lab.worker.trial import run_trial
 
@@ -314,6 +314,24 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda s:
 @given(spans=SPANS)
 def test_what_is_covered_is_what_a_count_of_every_instant_says(spans: list[tuple[int, int]]) -> None:
     assert covered(spans) == len({instant for start, stop in spans for instant in range(start, stop)})
+
+
+@pytest.mark.parametrize(
+    ("spans", "ends", "seconds"),
+    [
+        ([(1.0, 3.0), (2.0, 4.0), (7.0, 8.0)], [5.0, 9.0], [3e-6, 1e-6]),
+        ([(7.0, 8.0), (1.0, 3.0)], [3.0, 8.0], [2e-6, 1e-6]),
+        ([(1.0, 6.0), (7.0, 8.0)], [5.0, 9.0], []),
+        ([(1.0, 3.0), (7.0, 8.0), (9.0, 10.0)], [5.0, 9.0], []),
+        ([(1.0, 3.0)], [5.0, 9.0], []),
+        ([], [5.0], []),
+    ],
+    ids=["overlap", "unordered", "crosses an end", "after the last", "a step without", "none"],
+)
+def test_each_profiled_step_has_its_own_busy_time_or_none_has(
+    spans: list[tuple[float, float]], ends: list[float], seconds: list[float]
+) -> None:
+    assert busy_of_steps(spans, ends) == pytest.approx(seconds)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

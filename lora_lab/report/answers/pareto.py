@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.report.measures import MEASURES, Better, Measure
+from lora_lab.report.statistics.blocks import regime_of
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.naming import in_order, word
 from lora_lab.store.trials import Trial
-
-_NOT_KNOWN = "not known"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +24,7 @@ class Point:
     outcomes: Mapping[str, int]
     """How many trials ended how."""
     regime: str
-    """Of its measured trials; "mixed" where they disagree."""
+    """Of its measured trials."""
 
     @property
     def label(self) -> str:
@@ -54,7 +53,7 @@ def points(trials: Sequence[Trial], measured: Sequence[Trial], factors: Sequence
                 trials=tuple(found[levels]),
                 figures=_figures(told),
                 outcomes=dict(Counter(trial.outcome for trial in found[levels])),
-                regime=_regime(told),
+                regime=regime_of(told),
             )
         )
     return made
@@ -78,13 +77,6 @@ def _figures(measured: Sequence[Trial]) -> dict[str, tuple[float, float, float]]
     found = {measure.name: [measure.of(trial) for trial in measured] for measure in MEASURES}
     told = {name: [value for value in values if value is not None] for name, values in found.items()}
     return {name: (statistics.median(values), min(values), max(values)) for name, values in told.items() if values}
-
-
-def _regime(measured: Sequence[Trial]) -> str:
-    regimes = {trial.regime for trial in measured} - {_NOT_KNOWN}
-    if not regimes:
-        return _NOT_KNOWN
-    return regimes.pop() if len(regimes) == 1 else "mixed"
 
 
 def _good(point: Point, measure: Measure) -> float:

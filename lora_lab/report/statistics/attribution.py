@@ -225,7 +225,7 @@ def _fit(at: Mapping[Corner, Sequence[TrialFigure]]) -> _Fit:
     of_corners = np.array([[corner == other for other in corners] for corner, _ in told], dtype=float)
     of_blocks = np.array([[figure.block == block for block in blocks[1:]] for _, figure in told], dtype=float)
     columns = np.hstack([of_corners, of_blocks.reshape(len(told), -1)])
-    why = "too few repeats to estimate noise: run the sweep with repeats=3"
+    why = "too few repeats to estimate noise: run the sweep with repeats=5"
     if np.linalg.matrix_rank(columns) < columns.shape[1]:
         columns = of_corners
         why = "the points ran in different sweeps or repeats, so the difference includes theirs: run them in one sweep"

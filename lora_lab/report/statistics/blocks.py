@@ -1,13 +1,18 @@
 """Which trials may be compared: their figures, their blocks, and what else was set differently."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from lora_lab.report.measures import Measure
+from lora_lab.report.measures import BUSY_SHARE, Measure
 from lora_lab.report.statistics.factors import NO_EFFECT, Factor
 from lora_lab.store.trials import Trial
+from lora_lab.telemetry.throughput import regime_at
+
+NOT_KNOWN = "not known"
+"""The regime of trials whose GPU could not be observed."""
 
 Block = tuple[str, int]
 """What ran close together in time: the sweep's run id and the repeat. Trials of no sweep have "" and a number."""
@@ -55,13 +60,22 @@ def varied(trials: Collection[Trial]) -> list[str]:
 
 
 def regime_of(trials: Collection[Trial]) -> str:
-    """Return the regime that all of them ran in, else "mixed"."""
-    regimes = {trial.regime for trial in trials}
+    """Return the regime of these trials: by the mean of their busy shares; without shares the one they all ran in, else
+    "mixed"; "not known" where none has either.
+
+    By the mean, because which side of a limit a single trial falls on is itself an outcome: to ask that all trials fall
+    on one side leaves out the slower ones of one level and the faster ones of the other."""
+    shares = [trial.metrics[BUSY_SHARE] for trial in trials if BUSY_SHARE in trial.metrics]
+    if shares:
+        return regime_at(statistics.fmean(shares))
+    regimes = {trial.regime for trial in trials} - {NOT_KNOWN}
+    if not regimes:
+        return NOT_KNOWN
     return regimes.pop() if len(regimes) == 1 else "mixed"
 
 
 def regime_between(over: Collection[Trial], of: Collection[Trial]) -> str:
-    """Return the regime of a change; "GPU-bound to host-bound" if it moved every trial from one to the other.
+    """Return the regime of a change; "GPU-bound to host-bound" if it moved the trials from one to the other.
 
     A change that makes the card wait is as much an effect as one that makes it slower."""
     before, after = regime_of(over), regime_of(of)

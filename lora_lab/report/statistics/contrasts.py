@@ -1,18 +1,15 @@
-"""One factor changed, all else equal: paired log ratios, with intervals over repeats.
-
-A pair is two trials of one block (the same repeat of the same sweep) whose settings differ in the factor and in
-nothing else, so what slows a whole block cancels out of their difference. A cell is one setting of everything else.
-"""
+"""One factor changed, all else equal: paired log ratios, averaged over the settings of everything else (the cells)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.report.measures import Measure
+from lora_lab.report.measures import GPU_WORK, THROUGHPUT, Measure
 from lora_lab.report.statistics.averages import average
-from lora_lab.report.statistics.blocks import Block, TrialFigure, figures, regime_between, settings_besides
-from lora_lab.report.statistics.differences import Difference, by_block, paired
+from lora_lab.report.statistics.blocks import TrialFigure, figures
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import Factor
+from lora_lab.report.statistics.pairs import PairedSetting, paired_settings
+from lora_lab.report.statistics.step_split import StepSplit, step_split
 from lora_lab.store.trials import Trial
 
 _REGIMES = ("host-bound", "host-bound to GPU-bound", "mixed", "GPU-bound to host-bound", "GPU-bound", "not known")
@@ -25,86 +22,50 @@ _READ_BACK = ("ran.attention", "ran.attention_kernel", "ran.gradient_checkpointi
 class Contrast:
     """The change of a measure when one factor went from `over` to `of` and nothing else changed.
 
-    The estimate is the average over the cells of this grid, each counting the same. Its interval says how far that
-    average would move if the same grid were run again; it does not cover settings outside the grid."""
+    The value is the average over the cells of this grid, each counting the same. Its intervals do not cover settings
+    outside the grid, nor other machines."""
 
     measure: Measure
     factor: str
     of: str
     over: str
     regime: str
-    """The regime of the trials it is made of: host-bound, GPU-bound, from one to the other, mixed, not known."""
+    """The regime of the cells it is made of: host-bound, GPU-bound, from one to the other, mixed, not known."""
     estimate: Estimate
-    """of - over, on the log scale for ratios."""
+    """of - over, on the log scale for ratios. Its interval is that of `sessions_like_it` where there is one, else that
+    of `this_session`: it decides whether a difference is seen."""
+    this_session: Estimate
+    """The same value with the interval over repeats: for the session that was run."""
+    sessions_like_it: Estimate | None
+    """The same value with the interval that holds for other sessions on this machine, too: at least as wide. None where
+    a sweep has fewer than three blocks."""
     pairs: int
     cells: int
     """Settings of everything else in which pairs were found."""
     also_changed: tuple[str, ...]
     """What also ran differently, as read back: "attention kernel: cudnn, math" (`over`'s first)."""
     interval_over: str = "nothing"
-    """What the interval counts as noise: "repeats"; or "settings", where some cells have one pair only: then it also
-    holds how the effect differs from cell to cell, and is an interval for settings like these; or "blocks", where the
-    difference itself was another in other blocks (F test, p < 0.05); or "nothing": no interval."""
-    by_blocks: Estimate | None = None
-    """The same value with the interval over blocks' mean differences, as a check: the estimate's own takes what a block
-    does to the difference for noise of single pairs. None with one cell, where the two are the same, or where a sweep
-    has fewer than three blocks."""
+    """What the estimate's interval counts as noise: "repeats"; or "settings", where some cells have one pair only: then
+    it also holds how the effect differs from cell to cell, and is an interval for settings like these; or "blocks"; or
+    "nothing": no interval."""
+    split: StepSplit | str = ""
+    """The change of the step's time in GPU work and idle time, for throughput and GPU work; text says why not."""
     lowest: float | None = None
     """The smallest of the cells' means, on the estimate's scale; noise alone spreads them too."""
     highest: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedSetting:
-    """One setting of everything else: the trials of the blocks that hold both levels of the factor."""
-
-    pairs: tuple[tuple[tuple[Trial, ...], tuple[Trial, ...]], ...]
-    """By block, `over`'s trials and `of`'s: one each, but for a point that a block holds twice."""
-    regime: str
-    difference: Difference
-    """`of` minus `over`."""
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        """Return `over`'s trials, then `of`'s."""
-        return tuple(trial for side in (0, 1) for pair in self.pairs for trial in pair[side])
-
-
 def contrasts(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measure) -> list[Contrast]:
     """Compare every level of every factor with its baseline, by regime.
 
-    A cell's regime is the one that all its paired trials ran in, or that of the baseline's to that of the level's, else
-    "mixed". Levels that no block holds together with the baseline, all else equal, have no contrast.
+    A cell's regime is that of its paired trials' mean, or that of the baseline's to that of the level's.
+    Levels that no block holds together with the baseline, all else equal, have no contrast.
 
     Args:
         trials: measured ones of one place; those without the figure are left out.
     """
     found = figures(trials, measure)
     return [contrast for factor in factors for contrast in _of_factor(found, factor, measure)]
-
-
-def paired_settings(found: Sequence[TrialFigure], factor: Factor, level: str) -> list[PairedSetting]:
-    """Return the settings of everything else in which a block holds both the level and the factor's first."""
-    settings = settings_besides([figure.trial for figure in found], [factor])
-    sides: dict[tuple[str, ...], dict[str, list[TrialFigure]]] = {}
-    for figure, setting in zip(found, settings, strict=True):
-        sides.setdefault(setting, {}).setdefault(factor.level(figure.trial), []).append(figure)
-    made = (_paired(each.get(factor.levels[0], ()), each.get(level, ())) for _, each in sorted(sides.items()))
-    return [each for each in made if each is not None]
-
-
-def _paired(over: Sequence[TrialFigure], of: Sequence[TrialFigure]) -> PairedSetting | None:
-    apart = paired(by_block(of), by_block(over))
-    if apart is None:
-        return None
-    [blocks] = apart.samples
-    pairs = tuple((_trials(over, block), _trials(of, block)) for block in blocks)
-    before, after = ([trial for pair in pairs for trial in pair[side]] for side in (0, 1))
-    return PairedSetting(pairs=pairs, regime=regime_between(before, after), difference=apart)
-
-
-def _trials(figures: Sequence[TrialFigure], block: Block) -> tuple[Trial, ...]:
-    return tuple(figure.trial for figure in figures if figure.block == block)
 
 
 def _of_factor(found: Sequence[TrialFigure], factor: Factor, measure: Measure) -> list[Contrast]:
@@ -114,11 +75,14 @@ def _of_factor(found: Sequence[TrialFigure], factor: Factor, measure: Measure) -
         for setting in paired_settings(found, factor, level):
             by_regime.setdefault(setting.regime, []).append(setting)
         regimes = sorted(by_regime, key=lambda regime: (_REGIMES.index(regime) if regime in _REGIMES else 99, regime))
-        made += [_contrast(by_regime[regime], factor, level, measure, regime) for regime in regimes]
+        made += [contrast_of(by_regime[regime], factor, level, measure, regime) for regime in regimes]
     return made
 
 
-def _contrast(settings: Sequence[PairedSetting], factor: Factor, level: str, measure: Measure, regime: str) -> Contrast:
+def contrast_of(
+    settings: Sequence[PairedSetting], factor: Factor, level: str, measure: Measure, regime: str
+) -> Contrast:
+    """Average the settings' differences; all are of this regime."""
     found = average([setting.difference for setting in settings])
     values = [setting.difference.value for setting in settings]
     return Contrast(
@@ -128,11 +92,13 @@ def _contrast(settings: Sequence[PairedSetting], factor: Factor, level: str, mea
         over=factor.levels[0],
         regime=regime,
         estimate=found.estimate,
+        this_session=found.this_session,
+        sessions_like_it=found.sessions_like_it,
         pairs=sum(len(setting.pairs) for setting in settings),
         cells=len(settings),
         also_changed=_also_changed(settings, factor),
         interval_over=found.interval_over,
-        by_blocks=found.by_blocks,
+        split=step_split(settings) if measure in (THROUGHPUT, GPU_WORK) else "",
         lowest=min(values),
         highest=max(values),
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from lora_lab.report.measures import VRAM, Measure
 from lora_lab.report.statistics.blocks import Block, TrialFigure
-from lora_lab.report.statistics.estimates import Estimate, estimate, estimate_of_sum
+from lora_lab.report.statistics.estimates import Estimate, estimate, estimate_of_sum, variance
 
 Values = Mapping[Block, float]
 """Figures, or differences of pairs, by block."""
@@ -57,7 +57,7 @@ class Difference:
         sizes = [len(sample) for sample in self.samples]
         if min(sizes) < 2:
             return []
-        return [(statistics.variance(sample.values()) / len(sample), len(sample) - 1) for sample in self.samples]
+        return [(variance(sample.values()) / len(sample), len(sample) - 1) for sample in self.samples]
 
     @property
     def error_scale(self) -> float:
@@ -124,7 +124,7 @@ def pooled_noise(samples: Iterable[Values]) -> Noise | None:
     """Return the variance within samples; None where none has repeats."""
     repeated = [list(sample.values()) for sample in samples if len(sample) > 1]
     df = sum(len(sample) - 1 for sample in repeated)
-    squares = math.fsum(statistics.variance(sample) * (len(sample) - 1) for sample in repeated)
+    squares = math.fsum(variance(sample) * (len(sample) - 1) for sample in repeated)
     return Noise(variance=squares / df, df=df) if df else None
 
 

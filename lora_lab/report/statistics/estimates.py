@@ -2,10 +2,11 @@
 
 import functools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy import optimize, stats
+from scipy import optimize, special  # its stats do the same ten times as slowly
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -27,6 +28,8 @@ class Estimate:
     """The smallest difference (on the same scale) that such an experiment detects with 80 % power. 0 only where
     repeats gave the very same figure, as peaks of memory do."""
     why_no_interval: str = ""
+    error: float | None = None
+    """Its standard error."""
 
     @property
     def seen(self) -> bool | None:
@@ -50,7 +53,7 @@ def estimate(value: float, standard_error: float, df: float, among: int = 1) -> 
     value, standard_error = (0.0 if abs(number) < ROUNDING else number for number in (value, standard_error))
     reach = _quantile(df, among) * standard_error
     detectable = _seen_in_units_of_standard_error(df, among) * standard_error
-    return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable)
+    return Estimate(value=value, low=value - reach, high=value + reach, detectable=detectable, error=standard_error)
 
 
 def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: int = 1) -> Estimate:
@@ -67,6 +70,13 @@ def estimate_of_sum(value: float, shares: Sequence[tuple[float, float]], among: 
     return estimate(value, math.sqrt(variance), df, among)
 
 
+def variance(values: Iterable[float]) -> float:
+    """Return the sample variance of two or more figures. `statistics.variance` is exact, and fifty times as slow."""
+    told = list(values)
+    mean = statistics.fmean(told)
+    return math.fsum((value - mean) ** 2 for value in told) / (len(told) - 1)
+
+
 def wider(one: Estimate, *others: Estimate) -> Estimate:
     """Return the one with the widest interval; of equals the first."""
     return max((one, *others), key=lambda found: 0.0 if found.high is None else found.high - found.value)
@@ -79,7 +89,7 @@ def percent(log_ratio: float) -> float:
 
 @functools.cache
 def _quantile(df: float, among: int) -> float:
-    return float(stats.t.isf((1 - CONFIDENCE) / 2 / among, df))
+    return float(special.stdtrit(df, 1 - (1 - CONFIDENCE) / 2 / among))
 
 
 @functools.cache
@@ -90,6 +100,8 @@ def _seen_in_units_of_standard_error(df: float, among: int) -> float:
     least = _quantile(df, among)
 
     def lacking(difference: float) -> float:
-        return POWER - float(stats.nct.sf(least, df, difference))  # seen with the wrong sign: never, at such powers
+        return (
+            POWER - 1 + float(special.nctdtr(df, difference, least))
+        )  # seen with the wrong sign: never, at such powers
 
     return float(optimize.brentq(lacking, 0.5 * least, 2.0 * least + 2.0))

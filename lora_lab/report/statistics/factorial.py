@@ -108,7 +108,7 @@ def factorial(trials: Sequence[Trial], factors: Sequence[Factor], measure: Measu
     if needed >= len(found):
         return (
             f"{len(found)} trials have {measure.title}, and blocks and factors alone take {needed} numbers: nothing is "
-            "left to separate noise from effects. Run more repeats (repeats=3)"
+            "left to separate noise from effects. Run more repeats (repeats=5)"
         )
     return _fit(found, values, blocks, singles, pairs, left_out, measure)
 

@@ -3,7 +3,8 @@
 import math
 from dataclasses import replace
 
-from lora_lab.report.measures import Measure
+from lora_lab.report.measures import GPU_WORK, Measure
+from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
 
 _ABSURD = math.log(10)
@@ -26,7 +27,8 @@ def _written(value: float, measure: Measure, signed: bool, large: bool) -> str:
     if large:
         ratio = math.exp(value if signed else abs(value))
         return f"x{ratio:,.0f}" if ratio >= 1000 else f"x{ratio:#.3g}".rstrip(".")
-    return f"{percent(value):+.1f} %" if signed else f"{percent(abs(value)):.1f} %"
+    digits = 2 if measure is GPU_WORK and abs(percent(value)) < 5 else 1  # it repeats to a tenth of a percent
+    return f"{percent(value):+.{digits}f} %" if signed else f"{percent(abs(value)):.{digits}f} %"
 
 
 def interval(estimate: Estimate, measure: Measure) -> str:
@@ -54,7 +56,7 @@ def format_estimate(
             return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
         ends = interval(replace(estimate, low=lowest, high=highest), measure)
         return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None:
         would = detectable_text(estimate.detectable, measure)
@@ -68,7 +70,7 @@ def detectable_text(detectable: float, measure: Measure) -> str:
     return f"a ratio of {text[1:]}" if text.startswith("x") else text
 
 
-def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
+def is_absurd(estimate: Estimate, measure: Measure) -> bool:
     """Return whether the interval is too wide to be worth printing.
 
     An interval that contains no difference may not reach beyond a factor of 10 either way. One that does not contain it
@@ -79,23 +81,22 @@ def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
     return max(center - estimate.low, estimate.high - center) > _ABSURD
 
 
-def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> str:
-    """Return a note on a contrast's interval; "" if it is over repeats only.
-
-    Args:
-        over: Contrast.interval_over.
-        by_blocks: Contrast.by_blocks."""
-    if over == "settings":
+def interval_note(contrast: Contrast) -> str:
+    """Return a note on what a contrast's interval holds for; "" where that is sessions like it and nothing narrower is
+    known."""
+    if contrast.interval_over == "settings":
         return "some settings ran once: the interval also includes how the effect differs between settings"
-    if over == "blocks":
-        return "the difference varies between blocks: the interval is over blocks"
-    ends = interval(by_blocks, measure) if by_blocks is not None and not _is_absurd(by_blocks, measure) else ""
-    return f"interval over blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
+    ends = (
+        "" if is_absurd(contrast.this_session, contrast.measure) else interval(contrast.this_session, contrast.measure)
+    )
+    if contrast.sessions_like_it is None:
+        return "for this session alone: it takes three repeats to say more" if ends else ""
+    return f"for this session alone: {ends}" if ends and contrast.interval_over == "blocks" else ""
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:
     """Return the same in fewer words."""
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
         return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"

@@ -11,12 +11,15 @@ from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
-from lora_lab.report.measures import MEASURES, Measure
+from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
+from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.headline import sentences
 from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
 from lora_lab.report.writing.numbers import change, format_estimate, interval_note
+from lora_lab.report.writing.sessions import pooled_table
+from lora_lab.report.writing.step import split_text
 
 
 def show(findings: Findings, console: Console) -> None:
@@ -26,6 +29,8 @@ def show(findings: Findings, console: Console) -> None:
         console.print(escape(sentence), highlight=False)
     for found in findings.groups:
         _show_group(found, console)
+    if findings.pooled:
+        console.print(pooled_table(findings.pooled))
     for study, verdicts in findings.verdicts:
         _show_verdicts(study, verdicts, console)
 
@@ -107,14 +112,18 @@ def _figure(point: Point, measure: Measure) -> str:
 
 def _contrasts_table(found: GroupFindings) -> Table:
     factors = {factor.name: factor for factor in found.compared}
-    table = Table(title="one factor changed, all else equal (95 % intervals)", title_justify="left")
+    table = Table(
+        title="one factor changed, all else equal (95 % intervals, for sessions like these)", title_justify="left"
+    )
     for head in ("measure", "of / over", "regime", "pairs", "change"):
         table.add_column(head, overflow="fold")
     for each in found.contrasts:
         of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
         besides = f" (also changed: {'; '.join(each.also_changed)})" if each.also_changed else ""
-        note = interval_note(each.interval_over, each.by_blocks, each.measure)
+        note = interval_note(each)
         besides += f" ({note})" if note else ""
+        if each.measure is THROUGHPUT and isinstance(each.split, StepSplit):
+            besides += f"; {split_text(each.split)}"
         change_told = format_estimate(each.estimate, each.measure, each.lowest, each.highest) + besides
         table.add_row(
             each.measure.title,
@@ -197,7 +206,7 @@ def _show_verdicts(study: Study, verdicts: Sequence[Verdict], console: Console) 
     console.print(f"  made on {escape(study.on)}", highlight=False)
     for verdict in verdicts:
         console.print(f"\n  “{escape(verdict.says)}”", highlight=False)
-        console.print(f"  [bold]{verdict.verdict}[/bold]: {escape(verdict.why)}", highlight=False)
+        console.print(f"  [bold]{verdict.words}[/bold]: {escape(verdict.why)}", highlight=False)
         if verdict.original:
             console.print(f"  in the original: {escape(verdict.original)}", highlight=False)
         for seen in verdict.seen:

@@ -9,7 +9,7 @@ from lora_lab.config import InvalidInput
 from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.cohort import Subject
 from lora_lab.report.answers.fits import LIMIT, Fit, fits
-from lora_lab.report.measures import MEASURES, VRAM, Measure
+from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
 from lora_lab.report.statistics.settings import Settings, labels, settings
 from lora_lab.report.writing.labels import count, outcome_text
 from lora_lab.store.trials import Trial
@@ -186,7 +186,7 @@ def _told_apart(found: Sequence[Candidate]) -> list[Candidate]:
 
 def _figures(trials: Sequence[Trial]) -> dict[str, Figure]:
     found = {}
-    for measure in MEASURES:
+    for measure in OBJECTIVES:
         values = [value for trial in trials if (value := measure.of(trial)) is not None and math.isfinite(value)]
         if values:
             found[measure.name] = Figure(

@@ -17,7 +17,7 @@ def sure(best: Candidate, runners_up: Sequence[RunnerUp]) -> str:
         return "the only configuration left to choose from: nothing to compare it with"
     seen = [runner.estimate.seen for runner in runners_up]
     if None in seen:
-        return "one trial each: without an interval the order may be chance; repeat with repeats=3"
+        return "one trial each: without an interval the order may be chance; repeat with repeats=5"
     close, better = seen.count(False), sum(runner.ahead and runner.estimate.seen is True for runner in runners_up)
     parts = [f"no significant difference between the best and {close} of {len(seen)} others" if close else ""]
     parts += [f"{better} of {len(seen)} others are better in the blocks shared with the best" if better else ""]
@@ -44,7 +44,7 @@ def _of_few_trials(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) 
     single = best.figures[measure.name].n == 1
     said = []
     if single:
-        said.append("its figure comes from a single trial: run it again (repeats=3) before relying on it")
+        said.append("its figure comes from a single trial: run it again (repeats=5) before relying on it")
         repeated = [runner for runner in runners_up if runner.candidate.figures[measure.name].n > 1]
         said += [f"of those with repeats {repeated[0].candidate.label} is the best"] if repeated else []
     ahead = [runner for runner in runners_up if runner.ahead]
@@ -54,7 +54,7 @@ def _of_few_trials(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) 
         told = "" if ahead[0].estimate.seen else ", but not significantly"
         said.append(
             f"{lucky.label} looks better ({change(ahead[0].estimate.value, measure)}), from {count(n, 'trial')}{told}: "
-            "repeat both (repeats=3) to find out which is better"
+            "repeat both (repeats=5) to find out which is better"
         )
     untold = any(runner.estimate.seen is not True for runner in runners_up)
     if runners_up and (single or (untold and measure != VRAM)):  # peaks of repeats agree to a driver's page

@@ -11,7 +11,7 @@ from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
 from lora_lab.report.answers.best.command import recorded, short
 from lora_lab.report.answers.best.ranking import RunnerUp
-from lora_lab.report.measures import MEASURES, VRAM, Measure
+from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
 
@@ -41,7 +41,7 @@ def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
     limited = f" ({', '.join(limits)})" if limits else ""
     console.print(f"\nBest {wish.objective.title}{limited}: ", style="bold", end="", highlight=False)
     console.print(best.label, style="bold", highlight=False, markup=False)
-    for measure in MEASURES:
+    for measure in OBJECTIVES:
         if measure.name in best.figures:
             console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False, markup=False)
     if choice.runners_up:

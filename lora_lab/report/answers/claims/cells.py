@@ -11,9 +11,9 @@ from lora_lab.report.answers.claims.study import ContrastClaim, Study
 from lora_lab.report.answers.claims.verdict import has_settings
 from lora_lab.report.measures import Measure
 from lora_lab.report.statistics.blocks import figures
-from lora_lab.report.statistics.contrasts import paired_settings
 from lora_lab.report.statistics.differences import Difference
 from lora_lab.report.statistics.factors import Factor
+from lora_lab.report.statistics.pairs import paired_settings
 from lora_lab.store.trials import Trial
 
 

@@ -11,6 +11,9 @@ A ratio is claimed for some setting ("up to 25 %"), so an average over a grid ca
 A direction is claimed for the compared runs, so only their own settings decide: all with the interval wholly on the
 claimed side, or all on the other.
 
+The GPU's own work does not depend on the host. So a claim of throughput that was made GPU-bound is tested on it, too,
+wherever the study's card was not GPU-bound here.
+
 Both rules require the whole interval to lie beyond what is to be excluded. So whatever the noise, a verdict
 is wrong in at most 1 of 40 cases per measure, environment and regime. Noise only makes "undecided" more likely.
 """
@@ -22,11 +25,14 @@ from dataclasses import replace
 from lora_lab.report.answers.claims.cells import ClaimSetting, factor_of, settings_of
 from lora_lab.report.answers.claims.study import Change, ContrastClaim, Study
 from lora_lab.report.answers.claims.verdict import CONTRADICTED, SUPPORTED, Evidence, Found, ids, listed
+from lora_lab.report.measures import GPU_WORK, THROUGHPUT
 from lora_lab.report.statistics.blocks import regime_of
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.writing.numbers import change, format_estimate, interval
-from lora_lab.store.trials import Group
+from lora_lab.store.trials import Group, Trial
+
+_GPU_BOUND = "GPU-bound"
 
 
 def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in: Sequence[str] | None) -> list[Found]:
@@ -38,23 +44,53 @@ def look(study: Study, claim: ContrastClaim, group: Group, name: str, speaks_in:
     sides = [trial for trial in group.measured if trial.params.get(claim.factor) in (claim.of, claim.over)]
     if len({trial.params[claim.factor] for trial in sides}) < 2:
         return []
-    by_regime: dict[str, list[tuple[Change, Contrast, list[ClaimSetting]]]] = {}
-    for claimed in claim.changes:
-        cells = settings_of(study, claim, sides, claimed.measure)
-        for contrast in contrasts(sides, [factor_of(claim)], claimed.measure):
-            inside = [cell for cell in cells if cell.regime == contrast.regime]
-            by_regime.setdefault(contrast.regime, []).append((claimed, contrast, inside))
+    by_regime = _by_regime(study, claim, claim.changes, sides)
     if not by_regime:
         text = f"{name}: no two trials of one repeat differ in {claim.factor} alone."
         seen = Evidence(text=text, place=group.place.label, regime=regime_of(sides), trials=ids(sides))
         return [Found(seen=(seen,), speaks=False, word=None)]
-    return [
+    found = [
         Found(
             seen=tuple(_seen(study, claim, group, name, each) for each in made),
             speaks=speaks_in is None or regime in speaks_in,
             word=_word(claim, made),
         )
         for regime, made in by_regime.items()
+    ]
+    return found + [
+        Found(
+            seen=tuple(_seen(study, claim, group, name, each) for each in made),
+            speaks=study.regime == _GPU_BOUND and study.regime != regime and bool(speaks_in),
+            word=_word(claim, made),
+        )
+        for regime, made in _by_regime(study, claim, _on_the_gpu(claim), sides).items()
+    ]
+
+
+def _by_regime(
+    study: Study, claim: ContrastClaim, changes: Sequence[Change], sides: Sequence[Trial]
+) -> dict[str, list[tuple[Change, Contrast, list[ClaimSetting]]]]:
+    """Return each regime's contrast and settings for each of the changes."""
+    found: dict[str, list[tuple[Change, Contrast, list[ClaimSetting]]]] = {}
+    for claimed in changes:
+        cells = settings_of(study, claim, sides, claimed.measure)
+        for contrast in contrasts(sides, [factor_of(claim)], claimed.measure):
+            inside = [cell for cell in cells if cell.regime == contrast.regime]
+            found.setdefault(contrast.regime, []).append((claimed, contrast, inside))
+    return found
+
+
+def _on_the_gpu(claim: ContrastClaim) -> list[Change]:
+    """Return what the claimed changes of throughput are for the GPU's work per token, if the host changes nothing."""
+    return [
+        Change(
+            measure=GPU_WORK,
+            sign=-claimed.sign,
+            ratio=None if claimed.ratio is None else 1 / claimed.ratio,
+            least_ratio=None if claimed.least_ratio is None else 1 / claimed.least_ratio,
+        )
+        for claimed in claim.changes
+        if claimed.measure is THROUGHPUT
     ]
 
 

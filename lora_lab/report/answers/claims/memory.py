@@ -4,8 +4,9 @@ Trials with the claim's settings are put together by point (all else equal; with
 lora_lab.report.answers.fits says of each point whether it fits: the same judgement as in the report's table of budgets.
 Trials whose batches were not full are passed over: shorter rows need less, and are no evidence about full ones.
 
-Supported if any point fits; contradicted if none does, not with less slack for torch's allocator either, and a
-run of the study's own is among those tried: other settings that need more are not evidence.
+Supported if any point fits, "for another configuration" where that is none of the study's own runs; contradicted if
+none does, not with less slack for torch's allocator either, and a run of the study's own is among those tried: other
+settings that need more are not evidence.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +71,14 @@ def judge_fits(study: Study, claim: FitsClaim, groups: Sequence[Group]) -> Verdi
         seen=tuple(_seen(claim, same, tried) for same in _alike(claim, tried)),
         at="; ".join(_ways(claim, tried)),
         settle=claim.settle,
+        limited_to=_limited_to(study, claim, tried) if word == SUPPORTED else "",
     )
+
+
+def _limited_to(study: Study, claim: FitsClaim, tried: Sequence[_Tried]) -> str:
+    """Return what the support is limited to where none of the study's own runs is known to fit."""
+    own = [each for each in tried if any(has_settings(each.trial, study.settings(name)) for name in claim.runs)]
+    return "" if not claim.runs or any(each.fits for each in own) else "for another configuration"
 
 
 def _tried(claim: FitsClaim, group: Group, name: str) -> list[_Tried]:

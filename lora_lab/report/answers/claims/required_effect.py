@@ -2,13 +2,17 @@
 
 The study compares two runs between which several factors changed. This machine's split of the same two points says how
 much of the log ratio the other factors make here; what is then missing from the study's ratio is what the claim's
-factor would need to contribute, if the other factors have the same effects there as here."""
+factor would need to contribute, if the other factors have the same effects there as here.
+
+The split of the GPU's own work is taken where there is one. Where the host is what is waited for, a step takes as long
+whatever its size, so tokens/s follow the tokens per step by definition; the GPU's work does not depend on the host."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.report.answers.claims.study import Claim, ContrastClaim, Study
-from lora_lab.report.measures import THROUGHPUT
+from lora_lab.report.measures import GPU_WORK, THROUGHPUT
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.factors import tokens_a_step
@@ -23,6 +27,12 @@ class Needed:
     factor: str
     regime: str
     """Of this machine's trials; "mixed" where they disagree."""
+    by_gpu_work: bool
+    """Whether it follows from the GPU's own work; else from tokens/s."""
+    others: float
+    """What the other factors made of tokens/s here, as a log ratio."""
+    own: Estimate
+    """What the claim's factor itself made of tokens/s here."""
     paper_ratio: float
     """The study's own ratio between its two runs."""
     estimate: Estimate
@@ -35,37 +45,58 @@ class Needed:
     """In plain words."""
 
 
-def needed(study: Study, claim: Claim, split: Split) -> Needed | None:
-    """Return the effect that the study's ratio requires in addition to the other parts of `split`.
+def needed(study: Study, claim: Claim, splits: Sequence[Split]) -> Needed | None:
+    """Return the effect that the study's ratio requires in addition to the other parts of the split.
 
-    None where the question does not arise: the claim compares no two runs by throughput, the split is of another
-    measure or incomplete, or the claim's factor is not a separate factor in it.
+    None where the question does not arise: the claim compares no two runs by throughput, no split of throughput or GPU
+    work is complete, or the claim's factor is not a separate factor in it.
     """
-    if not isinstance(claim, ContrastClaim) or split.measure is not THROUGHPUT:
+    if not isinstance(claim, ContrastClaim):
         return None
     start, end = (study.run(name) for name in claim.ends)
-    own = [part for part in split.parts if part.factor == claim.factor and part.estimate is not None]
-    if not own or any(THROUGHPUT.name not in run.figures for run in (start, end)):
+    split = _chosen(splits, claim)
+    if split is None or any(THROUGHPUT.name not in run.figures for run in (start, end)):
         return None
+    by_gpu_work = split.measure is GPU_WORK
+    parts = {
+        part.factor: _negated(part.estimate) if by_gpu_work else part.estimate
+        for part in split.parts
+        if part.estimate is not None
+    }
+    own = parts.pop(claim.factor)
     rates = [sum(run.figures[THROUGHPUT.name]) / 2 for run in (start, end)]
-    others = [part.estimate for part in split.parts if part.factor != claim.factor and part.estimate is not None]
-    missing = _less(math.log(rates[1] / rates[0]), others)
-    step_ms = 1000.0 * tokens_a_step(study.settings(start.name)) / rates[0]
     regimes = set(split.regimes.values())
-    regime = regimes.pop() if len(regimes) == 1 else "mixed"
+    step_ms = 1000.0 * tokens_a_step(study.settings(start.name)) / rates[0]
     made = Needed(
         claim=claim.id,
         factor=claim.factor,
-        regime=regime,
+        regime=regimes.pop() if len(regimes) == 1 else "mixed",
+        by_gpu_work=by_gpu_work,
+        others=math.fsum(part.value for part in parts.values()),
+        own=own,
         paper_ratio=rates[1] / rates[0],
-        estimate=missing,
+        estimate=_less(math.log(rates[1] / rates[0]), list(parts.values())),
         step_ms=step_ms,
         alone_ms=step_ms * (1 - rates[0] / rates[1]),
         text="",
     )
-    names = [part.factor for part in split.parts if part.factor != claim.factor and part.estimate is not None]
-    text = _text(study, claim, made, names, sum(part.value for part in others))
-    return replace(made, text=text)
+    return replace(made, text=_text(study, claim, made, list(parts)))
+
+
+def _chosen(splits: Sequence[Split], claim: ContrastClaim) -> Split | None:
+    """Return the split of GPU work in which the claim's factor has a part, else that of throughput."""
+    for measure in (GPU_WORK, THROUGHPUT):
+        for split in splits:
+            known = {part.factor for part in split.parts if part.estimate is not None}
+            if split.measure is measure and claim.factor in known:
+                return split
+    return None
+
+
+def _negated(found: Estimate) -> Estimate:
+    """Return a change of time per token as one of tokens per time."""
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    return replace(found, value=-found.value, low=low, high=high)
 
 
 def _less(total: float, others: list[Estimate]) -> Estimate:
@@ -83,17 +114,23 @@ def _less(total: float, others: list[Estimate]) -> Estimate:
     return Estimate(value=value, low=value - sum(up for _, up in ends), high=value + sum(down for down, _ in ends))
 
 
-def _text(study: Study, claim: ContrastClaim, made: Needed, names: list[str], others: float) -> str:
+def _text(study: Study, claim: ContrastClaim, made: Needed, names: list[str]) -> str:
     start, end = claim.ends
     ratio = f"x{made.paper_ratio:.3f}"
     said = [f"From run {start} to run {end} of {study.id} tokens/s rose {ratio}."]
     if names:
-        ends = "" if made.estimate.low is None else _interval(made.estimate)
+        here = "By the GPU's own work here" if made.by_gpu_work else f"Here ({made.regime})"
         said.append(
-            f"Here ({made.regime}) {' and '.join(names)} alone gave x{math.exp(others):.3g}. To reach {ratio} in total "
-            f"{claim.factor}={claim.of} over {claim.over} would need an effect of x{made.estimate.ratio:.3g}{ends}."
+            f"{here} {' and '.join(names)} alone gave x{math.exp(made.others):.3g}, and {claim.factor}={claim.of} over "
+            f"{claim.over} x{made.own.ratio:.3g}{_interval(made.own)}. To reach {ratio} in total it would need an "
+            f"effect of x{made.estimate.ratio:.3g}{_interval(made.estimate)}."
         )
-    if names and made.regime != study.regime:
+    if names and made.by_gpu_work:
+        said.append(
+            f"The GPU's work does not depend on the host, but it is this card's: on {study.card} its parts can weigh "
+            "differently. Memory was not short here, so nothing is said of what paging is for."
+        )
+    elif names and made.regime != study.regime:
         said.append(
             f"This number holds for this machine in this regime. It does not transfer to {study.card}, whose runs are "
             f"assumed to be {study.regime}."
@@ -106,4 +143,6 @@ def _text(study: Study, claim: ContrastClaim, made: Needed, names: list[str], ot
 
 
 def _interval(found: Estimate) -> str:
-    return f" (95 %: x{math.exp(found.low or 0.0):.3g} to x{math.exp(found.high or 0.0):.3g})"
+    if found.low is None or found.high is None:
+        return ""
+    return f" (95 %: x{math.exp(found.low):.3g} to x{math.exp(found.high):.3g})"

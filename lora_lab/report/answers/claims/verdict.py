@@ -43,6 +43,13 @@ class Verdict:
     """Where that was seen, in few words: "host-bound only", "batch_size=1"; "" where it was everywhere."""
     settle: str
     """What would settle it on the original's card: a command."""
+    limited_to: str = ""
+    """What the verdict holds for, where that is less than the claim: "for another configuration"."""
+
+    @property
+    def words(self) -> str:
+        """Return the verdict with what it holds for: "supported for another configuration"."""
+        return f"{self.verdict} {self.limited_to}".strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

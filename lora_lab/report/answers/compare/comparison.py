@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lora_lab.config import InvalidInput
 from lora_lab.report.answers.compare.matched import WITHIN_RUNS, MatchedPoint, matched_difference
 from lora_lab.report.answers.compare.outcomes import OutcomeChange, ended
-from lora_lab.report.measures import MEASURES, Better, Measure
+from lora_lab.report.measures import OBJECTIVES, Better, Measure
 from lora_lab.report.statistics.estimates import Estimate
 from lora_lab.report.statistics.settings import ABSENT, by_point, labels, settings
 from lora_lab.report.writing.labels import count
@@ -161,7 +161,7 @@ def _compared(one: Side, other: Side, tolerance: float) -> SideComparison:
         ),
         settings=tuple(differing),
         surroundings=tuple(_surroundings(one.trials, other.trials)),
-        results=tuple(_result(measure, pairs, there.measured, tolerance) for measure in MEASURES),
+        results=tuple(_result(measure, pairs, there.measured, tolerance) for measure in OBJECTIVES),
         outcomes=tuple(outcomes),
         matched=len(pairs),
         only_one=tuple(only_one),
@@ -327,7 +327,7 @@ def _result(measure: Measure, pairs: Sequence[MatchedPoint], there: Sequence[Tri
     beyond = _beyond(found, measure, rows, tolerance)
     if verdict in (BETTER, WORSE) and basis.startswith(WITHIN_RUNS) and not (tolerance and beyond):
         verdict = CANNOT_TELL
-        basis += "; repeat with repeats=3, or set --tolerance to how much they may differ"
+        basis += "; repeat with repeats=5, or set --tolerance to how much they may differ"
     return Result(
         measure=measure,
         verdict=verdict,

@@ -89,7 +89,7 @@ def _within_runs(point: MatchedPoint, measure: Measure, value: float) -> tuple[E
         if error is not None and (figure := measure.of(trial))
     ]
     if len(shares) < 2:
-        why = "one trial each, and its own error is not known: repeat with repeats=3"
+        why = "one trial each, and its own error is not known: repeat with repeats=5"
         return Estimate(value=value, why_no_interval=why), why
     reach = sum(shares) if measure == ENERGY else math.hypot(*shares)
     found = Estimate(value=value, low=value - reach, high=value + reach, detectable=None)

@@ -160,7 +160,7 @@ def _forest(by_factor: Mapping[Factor, Sequence[Contrast]], measure: Measure, *,
 def _contrast_notes(contrast: Contrast) -> tuple[str, ...]:
     pairs, cells = count(contrast.pairs, "pair"), count(contrast.cells, "setting")
     notes = [f"{regime_text(contrast.regime)}, {pairs} in {cells} of the rest"]
-    if note := interval_note(contrast.interval_over, contrast.by_blocks, contrast.measure):
+    if note := interval_note(contrast):
         notes.append(note)
     return (*notes, *(f"also ran differently: {text}" for text in contrast.also_changed))
 
