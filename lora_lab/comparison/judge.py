@@ -130,15 +130,15 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
     blocks: dict[int, dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: run.block):
         blocks.setdefault(run.block, {})[run.point] = run
-    counted = [[block for block in blocks.values() if _holds(block, contrast, rule)] for contrast in rule.contrasts]
-    found = [
-        _differences(block, contrast, rule.measure) for block, contrast in zip(counted, rule.contrasts, strict=True)
-    ]
+    there = list(blocks.values())
+    counted = [[block for block in there if _holds(block, contrast, rule)] for contrast in rule.contrasts]
+    found = [_differences(whole, one, rule.measure) for one, whole in zip(rule.contrasts, counted, strict=True)]
     settled = _settled(rule, found)
-    return tuple(
-        _with_gpu(settled.get(place) or _open(rule, contrast, found[place], list(blocks.values())), counted[place])
+    verdicts = [
+        settled.get(place) or _open(rule, contrast, found[place], there)
         for place, contrast in enumerate(rule.contrasts)
-    )
+    ]
+    return tuple(_with_gpu(verdict, whole) for verdict, whole in zip(verdicts, counted, strict=True))
 
 
 def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:

@@ -59,9 +59,8 @@ def _at_home(override: str) -> str:
 def _one_text(override: str) -> str:
     """Keep contrast=optimizer,precision one text: Hydra would take it for a sweep over two."""
     key, _, value = override.partition("=")
-    return (
-        f"{key}={quoted(value)}" if key == "contrast" and re.fullmatch(r"[^'\"\[\]]+,[^'\"\[\]]+", value) else override
-    )
+    is_list = key == "contrast" and "," in value and not re.search(r"""['"\[\]]""", value)
+    return f"{key}={quoted(value)}" if is_list else override
 
 
 def quoted(text: str) -> str:

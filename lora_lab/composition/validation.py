@@ -183,11 +183,9 @@ def _repeats_faults(config: TrialConfig) -> list[str]:
     if isinstance(config.repeats, str) and config.repeats != AUTO:
         found.append(f"repeats={config.repeats} is neither a whole number nor auto.")
     if config.repeats == AUTO and not config.contrast:
-        found.append(
-            "repeats=auto needs to know what to compare; add the swept setting, for example contrast=optimizer."
-        )
+        found.append("repeats=auto has nothing to compare; name a swept setting, for example contrast=optimizer.")
     if config.contrast is not None and config.repeats != AUTO:
-        found.append(f"contrast={config.contrast} is judged with repeats=auto only; add repeats=auto, or leave it out.")
+        found.append(f"contrast={config.contrast} needs repeats=auto; add that, or leave contrast out.")
     try:
         percent(config.margin)
     except InvalidInput as refusal:

@@ -37,8 +37,8 @@ def check_same(then: Rule | None, now: Rule) -> None:
     contrasts = ",".join(each.key for each in then.contrasts)
     raise InvalidInput(
         "resume=true continues a sweep by the rule it began with, and this command has another. "
-        f"Type contrast={contrasts} margin={then.margin_percent:g}% first_pairs={then.first_pairs} with the same values "
-        "as then, or leave resume=true out to begin a new sweep."
+        f"Type contrast={contrasts} margin={then.margin_percent:g}% first_pairs={then.first_pairs} with the values of "
+        "then, or leave resume=true out to begin a new sweep."
     )
 
 

@@ -76,7 +76,7 @@ def show_rule(folder: Path, rule: Rule, points: int) -> None:
         console.print(f"comparing {contrast.of} with {contrast.over}", highlight=False, markup=False)
     console.print(
         f"blocks of {points} trials, judged after {looks}, ... of them: is the change beyond noise, or within "
-        f"{rule.margin_percent:g} %? No block begins that would end after {rule.budget_minutes:g} minutes",
+        f"{rule.margin_percent:g} %? Budget: {rule.budget_minutes:g} min",
         highlight=False,
         markup=False,
         soft_wrap=True,
