@@ -28,7 +28,7 @@ _FAILS.add(Outcome.timed_out.value)
 """How a trial ends that shows its point cannot be measured. A killed one shows nothing."""
 
 _IN_A_ROW = 2
-"""After so many failures in a row of one level, no more are tried."""
+"""A level that failed this many times in a row is not tried again."""
 
 _MOST_PAIRS = 10**9
 

@@ -231,9 +231,9 @@ class Grid(Sweeper):
                     axes[key].append(value)
         varied = {key: values for key, values in axes.items() if len(values) > 1}
         params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        params |= {"points": str(len(points)), "repeats": str(points[0].config.repeats)}
-        if points[0].config.repeats != AUTO:
-            params["trials"] = str(len(trials))
+        params["points"] = str(len(points))
+        if points[0].config.repeats != AUTO:  # with auto nobody knows yet
+            params |= {"repeats": str(points[0].config.repeats), "trials": str(len(trials))}
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
