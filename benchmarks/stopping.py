@@ -35,6 +35,9 @@ FIRST = 5
 LEVEL = 0.05
 AR, DRIFT = 0.6, 0.10 / 40
 
+DOCS = Path(__file__).parents[1] / "docs/sweeps.md"
+"""It quotes the results between two marks."""
+
 Floats = NDArray[np.float64]
 Outcomes = list[tuple[Answer, int]]
 """The answer of each seed and its pairs."""
@@ -51,6 +54,11 @@ class Scenario:
     noise: str = "independent"
 
 
+def _words(scenario: Scenario) -> str:
+    noise = "" if scenario.noise == "independent" else f", {scenario.noise}"
+    return f"{scenario.bound} {100 * scenario.sd:g} %{noise}; margin {scenario.margin_percent:g} %"
+
+
 SCENARIOS = (
     Scenario("GPU-bound", 0.005, 1.0),
     Scenario("GPU-bound", 0.005, 1.0, "AR(1)"),
@@ -61,6 +69,8 @@ SCENARIOS = (
     Scenario("host-bound", 0.08, 5.0, "drift"),
     Scenario("host-bound", 0.08, 1.0),
 )
+COMPARED = [_words(each) for each in SCENARIOS if each.noise == "independent"]
+"""The scenarios of which docs/sweeps.md shows every rule."""
 EFFECTS = {"0": 0.0, "half": 0.5, "the margin": 1.0, "3 margins": 3.0}
 """True changes, in margins."""
 
@@ -74,7 +84,18 @@ def main() -> None:
     text = f"{table(rows)}\n\n{two}\n\n{of_families(families)}"
     title = f"How often repeats=auto is wrong, and after how many pairs: {seeds} simulated sweeps a figure"
     origin = provenance(environment(), "python -m benchmarks.stopping")
+    if len(sys.argv) == 1:
+        DOCS.write_text(in_docs(DOCS.read_text(encoding="utf-8"), rows, families), encoding="utf-8")
     write_report(out, "stopping", title, origin, text, {"seeds": seeds, "rows": rows, "families": families})
+
+
+def in_docs(text: str, rows: Sequence[Mapping[str, Any]], families: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text with the results between its marks."""
+    before, begin, rest = text.partition("<!-- stopping -->\n")
+    _, end, after = rest.partition("<!-- /stopping -->\n")
+    compared = [row for row in rows if row["rule"] == "repeats=auto" or row["scenario"] in COMPARED]
+    two = "Two contrasts in one sweep, both without effect or both at the margin:"
+    return f"{before}{begin}{table(compared)}\n\n{two}\n\n{of_families(families)}\n{end}{after}"
 
 
 def simulated(scenario: Scenario, rule: str, seeds: int) -> dict[str, Any]:
@@ -193,11 +214,6 @@ def _shares(outcomes: Outcomes) -> dict[str, float]:
     }
 
 
-def _words(scenario: Scenario) -> str:
-    noise = "" if scenario.noise == "independent" else f", {scenario.noise}"
-    return f"{scenario.bound} {100 * scenario.sd:g} %{noise}; margin {scenario.margin_percent:g} %"
-
-
 RULES: dict[str, Callable[[Floats, float], Outcomes]] = {
     "repeats=auto": product,
     "Stein": stein,
@@ -226,7 +242,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, lines)
 
 
-def of_families(families: list[dict[str, Any]]) -> str:
+def of_families(families: Sequence[Mapping[str, Any]]) -> str:
     """Return how often a family is wrong, as a Markdown table."""
     head = ["noise", "a false change", "a false equivalent"]
     return markdown(

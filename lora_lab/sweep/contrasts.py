@@ -1,11 +1,13 @@
 """Turn contrast=KEY,... into pairs of a grid's points, and into the rule of the sweep."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from lora_lab.comparison.rule import Contrast, Rule, percent
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.settings import Effect, settings_of
+from lora_lab.store.mlflow_names import LONGEST_TAG
 from lora_lab.store.naming import word
 from lora_lab.sweep.plan import GridPoint, settings_of_points
 
@@ -21,12 +23,20 @@ def rule_of(points: Sequence[GridPoint]) -> Rule:
     devices = {point.conditions.get("device.uuid", point.conditions.get("device", "")) for point in points}
     if len(devices) > 1:
         raise InvalidInput("repeats=auto compares on one device, and these points have several. Give one device=...")
-    return Rule(
+    rule = Rule(
         contrasts=tuple(_contrast(key, points) for key in keys),
         margin_percent=percent(config.margin),
         budget_minutes=config.budget_minutes,
         first_pairs=config.first_pairs,
     )
+    if len(rule_text(rule)) > LONGEST_TAG:
+        raise InvalidInput(f"{len(points)} points are too many for one repeats=auto. Sweep fewer values.")
+    return rule
+
+
+def rule_text(rule: Rule) -> str:
+    """Return the rule as the sweep's record has it."""
+    return json.dumps(asdict(rule))
 
 
 def check_same(then: Rule | None, now: Rule) -> None:

@@ -37,7 +37,7 @@ from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder, outlines
-from lora_lab.sweep.contrasts import check_same, rule_of
+from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import progress, show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points, conditions_here, raise_faults
@@ -212,7 +212,7 @@ class Grid(Sweeper):
                     rule=rule,
                 )
             if rule is not None:
-                plan.record.tags[RULE_TAG] = json.dumps(asdict(rule))
+                plan.record.tags[RULE_TAG] = rule_text(rule)
             folder.write(plan)
         except OSError as error:
             raise InvalidInput(

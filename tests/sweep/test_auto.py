@@ -216,13 +216,13 @@ def test_the_command_line_answers_and_the_report_recomputes_it(tmp_path: Path) -
     lab, report = lab_in(tmp_path), lab_in(tmp_path, "lora_lab.report")
     small = ("model=tiny", "measure=quick", "seq_len=32", "data=random_tokens", "data.rows=16", "method=lora")
     asked = ("-m", *small, "batch_size=1,4", "contrast=batch_size", "repeats=auto", "first_pairs=2", "margin=0.5%")
-    said = lab(*asked, "budget_minutes=0.4", OMP_NUM_THREADS="1")
+    said = lab(*asked, "budget_minutes=0.1", OMP_NUM_THREADS="1")
     assert said.code == 0, said.text
     [plan] = tmp_path.glob("multirun/*/*/sweep.json")
     sweep = json.loads(plan.read_text())
     rule = json.loads(sweep["record"]["tags"][RULE_TAG])
     assert rule == sweep["rule"]
-    assert (rule["margin_percent"], rule["first_pairs"], rule["budget_minutes"]) == (0.5, 2, 0.4)
+    assert (rule["margin_percent"], rule["first_pairs"], rule["budget_minutes"]) == (0.5, 2, 0.1)
     answer = said.out.strip().splitlines()[-1]
     assert "batch_size=4" in answer
     assert "batch_size=1" in answer
