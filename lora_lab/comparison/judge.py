@@ -14,13 +14,13 @@ of the rest, their mean counts as the block's one pair.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from scipy.special import stdtr, stdtrit
 
-from lora_lab.comparison.rule import GPU_SECONDS, Contrast, Rule
+from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.outcome import Outcome
 
 _FAILS = {each.value for each in (Outcome.failed, Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported)}
@@ -84,7 +84,7 @@ class Verdict:
     change: Interval | None = None
     """Of the measure; None with fewer than two pairs."""
     gpu: Interval | None = None
-    """Of the GPU's own work per step, over the same pairs; None where it was not measured."""
+    """Of the time that the GPU itself works for a token, over the same pairs; None where it was not measured."""
     more_pairs: int = 0
     """About how many are missing, if mean and spread stay as they are."""
     why: str = ""
@@ -132,7 +132,10 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
         blocks.setdefault(run.block, {})[run.point] = run
     there = list(blocks.values())
     counted = [[block for block in there if _holds(block, contrast, rule)] for contrast in rule.contrasts]
-    found = [_differences(whole, one, rule.measure) for one, whole in zip(rule.contrasts, counted, strict=True)]
+    found = [
+        [_difference(block, contrast, lambda run: run.metrics[rule.measure]) for block in whole]
+        for contrast, whole in zip(rule.contrasts, counted, strict=True)
+    ]
     settled = _settled(rule, found)
     verdicts = [
         settled.get(place) or _open(rule, contrast, found[place], there)
@@ -147,13 +150,15 @@ def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:
     return all(run is not None and run.counts and run.metrics.get(rule.measure, 0.0) > 0 for run in runs)
 
 
-def _differences(blocks: Iterable[Mapping[str, Run]], contrast: Contrast, measure: str) -> list[float]:
-    """Return the contrast's difference of logarithms in each block."""
-    pairs = list(zip(contrast.over_points, contrast.of_points, strict=True))
-    return [
-        statistics.fmean(math.log(block[of].metrics[measure] / block[over].metrics[measure]) for over, of in pairs)
-        for block in blocks
-    ]
+def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[Run], float]) -> float:
+    """Return the mean difference of a figure's logarithms over the block's pairs of points."""
+    pairs = zip(contrast.over_points, contrast.of_points, strict=True)
+    return statistics.fmean(math.log(figure(block[of]) / figure(block[over])) for over, of in pairs)
+
+
+def _gpu_work(run: Run) -> float:
+    """Return the seconds that the GPU itself worked for a token; 0 where that was not measured."""
+    return run.metrics.get(GPU_SECONDS, 0.0) * run.metrics.get(STEPS_PER_SECOND, 0.0) / run.metrics[TOKENS_PER_SECOND]
 
 
 def _settled(rule: Rule, found: Sequence[Sequence[float]]) -> dict[int, Verdict]:
@@ -192,11 +197,12 @@ def _holm(p: Mapping[int, float], size: int, level: float) -> dict[int, float]:
     """Return the level at which Holm tests each hypothesis in a family of `size`; those without a p-value yet are
     tested last."""
     levels: dict[int, float] = {}
-    tested = level / size
+    tested, rejecting = level, True
     for rejected, place in enumerate(sorted(p, key=lambda place: p[place])):
+        if rejecting:
+            tested = level / (size - rejected)
         levels[place] = tested
-        if p[place] <= tested and tested == level / (size - rejected) and rejected + 1 < size:
-            tested = level / (size - rejected - 1)
+        rejecting = rejecting and p[place] <= tested
     return levels
 
 
@@ -248,12 +254,8 @@ def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Add the change of the GPU's own work, with Student's interval over the verdict's pairs."""
     contrast = verdict.contrast
     points = (*contrast.over_points, *contrast.of_points)
-    used = [
-        block
-        for block in blocks[: verdict.pairs]
-        if all(block[point].metrics.get(GPU_SECONDS, 0.0) > 0 for point in points)
-    ]
+    used = [block for block in blocks[: verdict.pairs] if all(_gpu_work(block[point]) > 0 for point in points)]
     if len(used) < 2:
         return verdict
-    gpu = _sample(_differences(used, contrast, GPU_SECONDS)).interval(0.025, 0.95)
+    gpu = _sample([_difference(block, contrast, _gpu_work) for block in used]).interval(0.025, 0.95)
     return replace(verdict, gpu=gpu)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lora_lab.config import InvalidInput
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
+STEPS_PER_SECOND = "throughput/steps_per_second"
 GPU_SECONDS = "throughput/gpu_busy_seconds_per_step"
 
 RULE_TAG = "stopping_rule"

@@ -56,6 +56,8 @@ def run_blocks(folder: SweepFolder, points: Sequence[GridPoint], launch: Callabl
         block = next_block(folder, plan, points)
         folder.write(plan)
         code = launch(block)
+        if code == 0 and any(folder.attempt(trial) is None for trial in block):
+            code = 1  # a trial was refused, and has said why: the next would be as well
     plan = folder.read()
     plan.spent_seconds = before + time.monotonic() - begun
     plan.record.tags["verdict"] = "\n".join(judged(folder, plan).lines)

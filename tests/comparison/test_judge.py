@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lora_lab.comparison.judge import Answer, Run, Verdict, judge
-from lora_lab.comparison.rule import GPU_SECONDS, TOKENS_PER_SECOND, Contrast, Rule
+from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.comparison.words import sentences
 
 
@@ -174,27 +174,28 @@ def test_a_level_that_fails_twice_in_a_row_cannot_be_compared() -> None:
 
 
 def test_the_gpus_own_work_is_a_second_number_over_the_same_pairs() -> None:
-    runs = [
-        replace(
-            each,
-            metrics=each.metrics | {GPU_SECONDS: 1.0 if each.point == "x0" else math.exp(0.001 + 1e-5 * each.block)},
-        )
-        for each in pairs("x", [-0.030, -0.028, -0.031, -0.029, -0.033, 0.5])
-    ]
+    """Each step of x1 has twice the tokens and a little more than twice the work."""
+
+    def with_gpu(each: Run) -> Run:
+        speed, tokens = each.metrics[TOKENS_PER_SECOND], 2 if each.point == "x1" else 1
+        work = tokens * (math.exp(0.001 + 1e-5 * each.block) if each.point == "x1" else 1.0)
+        return replace(each, metrics=each.metrics | {GPU_SECONDS: work, STEPS_PER_SECOND: speed / tokens})
+
+    runs = [with_gpu(each) for each in pairs("x", [-0.030, -0.028, -0.031, -0.029, -0.033, 0.5])]
     [verdict] = judge(rule_for("x"), runs)
     assert verdict.gpu is not None
     assert verdict.gpu.value == pytest.approx(0.001 + 1e-5 * 2), "of the first five pairs"
     assert verdict.gpu.low < verdict.gpu.value < verdict.gpu.high
     answer, gpu = sentences(rule_for("x"), [verdict], used_minutes=7.2)
     assert answer == "x1 is slower than x0: -3.0 % tokens/s (95 %: -3.3 to -2.7), 5 pairs in 7 minutes."
-    assert "+0.10 % (95 %: +0.10 to +0.10)" in gpu
+    assert "+0.10 % time (95 %: +0.10 to +0.10)" in gpu
 
 
 def test_what_is_not_settled_says_what_it_would_take() -> None:
     rule, changes = rule_for("x"), [-0.02, 0.03, -0.04, 0.05, 0.01]
     [verdict] = judge(rule, pairs("x", changes))
     assert verdict.answer is Answer.unsettled
-    [line] = sentences(rule, [verdict], used_minutes=10.0, pair_minutes=2.0)
+    [line] = sentences(rule, [verdict], used_minutes=10.0, block_minutes=2.0)
     minutes = 10 + 2 * verdict.more_pairs
     assert f"resume=true budget_minutes={minutes}" in line
     count, mean = len(changes) + verdict.more_pairs, np.mean(changes)

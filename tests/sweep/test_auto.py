@@ -211,6 +211,13 @@ def test_a_level_that_always_fails_ends_the_sweep(tmp_path: Path) -> None:
     assert len(sweep.ran()) == 4
 
 
+def test_a_trial_that_is_refused_ends_the_sweep(tmp_path: Path) -> None:
+    """It leaves no record, so its block would be run again for ever."""
+    sweep, launched = Sweep(tmp_path / "sweep"), []
+    assert sweep.run(lambda block: launched.append(block) or 0) == 1
+    assert len(launched) == 1
+
+
 @pytest.mark.timeout(300)
 def test_the_command_line_answers_and_the_report_recomputes_it(tmp_path: Path) -> None:
     lab, report = lab_in(tmp_path), lab_in(tmp_path, "lora_lab.report")
