@@ -147,7 +147,7 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
 def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:
     """Return whether the block has a whole pair of the contrast: each of its points, measured."""
     runs = [block.get(point) for point in (*contrast.over_points, *contrast.of_points)]
-    return all(run is not None and run.counts and run.metrics.get(rule.measure, 0.0) > 0 for run in runs)
+    return all(run is not None and run.counts and 0 < run.metrics.get(rule.measure, 0.0) < math.inf for run in runs)
 
 
 def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[Run], float]) -> float:
@@ -245,8 +245,8 @@ def _failure(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
         ran = [[block[point] for point in points] for block in blocks if all(point in block for point in points)]
         latest = [next((run for run in runs if run.outcome in _FAILS), None) for runs in ran][-_IN_A_ROW:]
         if len(latest) == _IN_A_ROW and latest[-1] is not None and all(latest):
-            last = latest[-1]
-            return f"{level} failed {_IN_A_ROW} times in a row ({last.outcome.replace('_', ' ')}: {last.reason})"
+            outcome, why = latest[-1].outcome.replace("_", " "), latest[-1].reason.rstrip(".")
+            return f"{level} failed {_IN_A_ROW} times in a row ({outcome}: {why})"
     return ""
 
 
@@ -254,7 +254,9 @@ def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Add the change of the GPU's own work, with Student's interval over the verdict's pairs."""
     contrast = verdict.contrast
     points = (*contrast.over_points, *contrast.of_points)
-    used = [block for block in blocks[: verdict.pairs] if all(_gpu_work(block[point]) > 0 for point in points)]
+    used = [
+        block for block in blocks[: verdict.pairs] if all(0 < _gpu_work(block[point]) < math.inf for point in points)
+    ]
     if len(used) < 2:
         return verdict
     gpu = _sample([_difference(block, contrast, _gpu_work) for block in used]).interval(0.025, 0.95)

@@ -3,15 +3,13 @@
 from lora_lab.comparison.judge import Run, judge
 from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.comparison.words import sentences
-from lora_lab.reading import parsed, typed
+from lora_lab.reading import Damaged, parsed, typed
 from lora_lab.report.findings import Findings
 from lora_lab.store.trials import Sweep, Trial
 
 
 def answers(findings: Findings) -> list[str]:
-    """Return the answers in words; none where no sweep has a rule.
-
-    Raises: Damaged when a sweep's rule cannot be read."""
+    """Return the answers in words; none where no sweep has a rule."""
     trials = {
         trial.run_id: trial
         for found in findings.groups
@@ -23,7 +21,10 @@ def answers(findings: Findings) -> list[str]:
 def _answers(sweep: Sweep, trials: list[Trial]) -> list[str]:
     if RULE_TAG not in sweep.tags:
         return []
-    rule = typed(Rule, parsed(sweep.tags[RULE_TAG]))
+    try:
+        rule = typed(Rule, parsed(sweep.tags[RULE_TAG]))
+    except Damaged as damaged:
+        return [f"the tag {RULE_TAG} of {sweep.name} cannot be used: {damaged}"]
     runs = [
         Run(
             block=trial.repeat,
