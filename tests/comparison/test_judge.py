@@ -1,5 +1,6 @@
 """The answer to a contrast, from pairs of trials and a rule that was fixed before them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -191,14 +192,32 @@ def test_the_gpus_own_work_is_a_second_number_over_the_same_pairs() -> None:
     assert "+0.10 % time (95 %: +0.10 to +0.10)" in gpu
 
 
-def test_what_is_not_settled_says_what_it_would_take() -> None:
-    rule, changes = rule_for("x"), [-0.02, 0.03, -0.04, 0.05, 0.01]
+def alike(changes: Sequence[float], count: int) -> list[float]:
+    """As many pairs of the same mean and spread."""
+    step = np.std(changes, ddof=1) * math.sqrt((count - 1) / (count // 2 * 2))
+    return [np.mean(changes) + sign * step for sign in (1, -1)] * (count // 2) + [np.mean(changes)] * (count % 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ([0.0, 0.03, -0.01, 0.04, 0.015], Answer.faster),
+        ([0.012, -0.012, 0.010, -0.010, 0.0001], Answer.equivalent),
+    ],
+)
+def test_what_is_not_settled_says_what_it_would_take(changes: list[float], answer: Answer) -> None:
+    rule = rule_for("x")
     [verdict] = judge(rule, pairs("x", changes))
     assert verdict.answer is Answer.unsettled
     [line] = sentences(rule, [verdict], used_minutes=10.0, block_minutes=2.0)
-    minutes = 10 + 2 * verdict.more_pairs
-    assert f"resume=true budget_minutes={minutes}" in line
-    count, mean = len(changes) + verdict.more_pairs, np.mean(changes)
-    step = np.std(changes, ddof=1) * math.sqrt((count - 1) / (count // 2 * 2))
-    alike = [mean + sign * step for sign in (1, -1)] * (count // 2) + [mean] * (count % 2)
-    assert (judged(alike).answer, judged(alike[:-1]).answer) == (Answer.faster, Answer.unsettled)
+    assert f"resume=true budget_minutes={10 + 2 * verdict.more_pairs}" in line
+    count = 5 + verdict.more_pairs
+    before = max(pairs for pairs, _ in itertools.islice(rule.looks(), 20) if pairs < count)
+    assert (judged(alike(changes, count)).answer, judged(alike(changes, before)).answer) == (answer, Answer.unsettled)
+    family = "abcdefgh"
+    strict, *_ = judge(rule_for(*family), [run for name in family for run in pairs(name, changes)])
+    assert strict.more_pairs > verdict.more_pairs, "eight together are tested more strictly"
+
+
+def test_before_two_pairs_those_of_the_first_look_are_missing() -> None:
+    assert [judged([0.01] * count).more_pairs for count in (0, 1)] == [5, 4]
