@@ -85,7 +85,7 @@ def job(composed: "DictConfig") -> int:
     try:
         check_chdir(hydra_config.job.chdir)
         config = load(composed)
-        if not in_sweep and (config.repeats > 1 or config.resume):
+        if not in_sweep and (config.repeats != 1 or config.resume):
             raise InvalidInput("repeats and resume apply to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
         try:

@@ -353,10 +353,36 @@ class TrialConfig:
         above=0,
         most=_LONGEST_WAIT_MINUTES,
     )
-    repeats: int = setting(
-        1, "in a sweep, how often each point runs; repeat r runs with seed + r", effect=Effect.none, above=0, most=1000
+    repeats: int | str = setting(
+        1,
+        "in a sweep, how often each point runs; repeat r runs with seed + r. auto runs pairs until contrast is settled",
+        effect=Effect.none,
+        above=0,
+        most=1000,
+    )
+    contrast: str | None = setting(
+        None,
+        "with repeats=auto, the swept setting whose two values are compared, or several: optimizer,precision",
+        effect=Effect.none,
+    )
+    margin: str = setting(
+        "1%", "with repeats=auto, a change of tokens/s within which two settings are equivalent", effect=Effect.none
+    )
+    budget_minutes: float = setting(
+        10.0,
+        "with repeats=auto, no trials begin that would probably end later; time before a resume counts",
+        effect=Effect.none,
+        above=0,
+        most=10**6,
+    )
+    first_pairs: int = setting(
+        5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000
     )
     resume: bool = setting(False, "in a sweep, continue the newest one that has these points", effect=Effect.none)
+
+
+AUTO = "auto"
+"""The value of `repeats` with which a sweep stops by itself."""
 
 
 class InvalidInput(ValueError):

@@ -1,5 +1,6 @@
 """What the benchmarks run is valid before somebody rents a card for it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
+from benchmarks import stopping
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
 
@@ -39,3 +41,23 @@ def test_the_rule_pages_two_states_of_each_large_parameter(tmp_path: Path) -> No
     by_optimizer = {name: paged_by_rule(tmp_path, name) * 2**30 for name in ("adamw_fused", "paged_adamw")}
     assert by_optimizer == {"adamw_fused": 0, "paged_adamw": 200_000}
     assert paged_by_rule(tmp_path, "paged_adamw_32bit") * 2**30 == 800_000
+
+
+def test_the_docs_quote_the_stored_error_rates_of_the_stopping_rule_and_these_are_as_stated() -> None:
+    stored = json.loads((BENCHMARKS / "results/cpu/stopping.json").read_text())
+    docs = stopping.DOCS.read_text(encoding="utf-8")
+    assert docs == stopping.in_docs(docs, stored["rows"], stored["families"])
+    ours = [row["by_effect"] for row in stored["rows"] if row["rule"] == "repeats=auto"]
+    assert len(ours) == len(stopping.SCENARIOS)
+    assert all(each["0"]["changed"] <= stopping.LEVEL for each in ours)
+    assert all(each["the margin"]["equivalent"] <= stopping.LEVEL for each in ours)
+
+
+@pytest.mark.parametrize("noise", ["independent", "AR(1)", "drift"])
+def test_simulated_pairs_have_the_noise_and_the_change_that_were_planted(noise: str) -> None:
+    planted = stopping.Scenario("host-bound", 0.08, 5.0, noise)
+    found = stopping.differences(planted, 0.05, 200)
+    assert found.shape == (200, stopping.MOST_PAIRS)
+    assert abs(found.mean() - 0.05) < 0.002
+    scale = np.sqrt(1 - stopping.AR) if noise == "AR(1)" else 1.0
+    assert 0.97 < found.std() / (0.08 * scale) < 1.03

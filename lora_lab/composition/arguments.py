@@ -37,7 +37,7 @@ def in_order(typed: Sequence[str]) -> list[str]:
         if action.option_strings and value not in (None, False):
             option = action.option_strings[0]
             options.append(option if value is True else f"{option}={value}")
-    return [*options, *map(_at_home, found.overrides)]
+    return [*options, *(_one_text(_at_home(override)) for override in found.overrides)]
 
 
 def _no_option(typed: str) -> str:
@@ -54,6 +54,13 @@ def _at_home(override: str) -> str:
         return override
     expanded = re.sub(r"""((?:^|[,\[])\s*['"]?)~(?=/)""", lambda start: start[1] + home, value)
     return f"{key}{equals}{expanded}"
+
+
+def _one_text(override: str) -> str:
+    """Keep contrast=optimizer,precision one text: Hydra would take it for a sweep over two."""
+    key, _, value = override.partition("=")
+    is_list = key == "contrast" and "," in value and not re.search(r"""['"\[\]]""", value)
+    return f"{key}={quoted(value)}" if is_list else override
 
 
 def quoted(text: str) -> str:

@@ -105,6 +105,7 @@ def _several(override: str) -> str:
 def _without_details(text: str) -> str:
     """Return an error's text without OmegaConf's notes on types and the names of intermediate errors."""
     text = _DETAILS.sub("", text).strip().rstrip(".")
+    text = text.replace("is incompatible with type hint 'Union[int, str]'", "is neither a whole number nor text")
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip('"')
 
 

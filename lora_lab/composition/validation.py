@@ -5,13 +5,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
 from lora_lab.config import (
+    AUTO,
     Attention,
     Batching,
     Checkpointing,
     DataSource,
     EngineKind,
+    InvalidInput,
     Isolation,
     MethodConfig,
     ModelConfig,
@@ -39,6 +42,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
         *_place_faults(config),
+        *_repeats_faults(config),
         *_secret_faults(config),
     ]
 
@@ -171,6 +175,21 @@ def _place_faults(config: TrialConfig) -> list[str]:
         found.append(f"tracking.uri {fault}.")
     if not config.tracking.experiment.strip():
         found.append("tracking.experiment is empty; name an MLflow experiment.")
+    return found
+
+
+def _repeats_faults(config: TrialConfig) -> list[str]:
+    found = []
+    if isinstance(config.repeats, str) and config.repeats != AUTO:
+        found.append(f"repeats={config.repeats} is neither a whole number nor auto.")
+    if config.repeats == AUTO and not config.contrast:
+        found.append("repeats=auto has nothing to compare; name a swept setting, for example contrast=optimizer.")
+    if config.contrast is not None and config.repeats != AUTO:
+        found.append(f"contrast={config.contrast} needs repeats=auto; add that, or leave contrast out.")
+    try:
+        percent(config.margin)
+    except InvalidInput as refusal:
+        found += refusal.faults
     return found
 
 

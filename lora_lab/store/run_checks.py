@@ -21,7 +21,7 @@ def _numbers() -> Iterator[tuple[str, type, bool]]:
     """Yield every setting that is a number: its dotted key, its type, and whether it can be absent."""
     for each in settings_of(TrialConfig):
         kinds = get_args(each.field.type) or (each.field.type,)
-        if kinds[0] in (int, float):
+        if kinds[0] in (int, float) and str not in kinds:
             yield each.key, kinds[0], type(None) in kinds
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lora_lab.comparison.rule import Rule
 from lora_lab.config import TrackingConfig
 from lora_lab.files import write_json
 from lora_lab.outcome import Outcome
@@ -89,6 +90,10 @@ class Plan:
     trials: list[Planned]
     launched: list[str] = field(default_factory=list)
     """Names of the folders of the trials that the present or latest start runs."""
+    rule: Rule | None = None
+    """How the sweep stops and what it answers; None unless repeats=auto."""
+    spent_seconds: float = 0.0
+    """The time that the blocks of trials took until the latest began; counted with repeats=auto only."""
 
     def membership(self, trial: Planned) -> Membership:
         """Return what one of the trials needs to know about its sweep."""
@@ -180,6 +185,10 @@ class SweepFolder:
             self.hold(plan)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / PLAN, asdict(plan))
+
+    def begun(self, trial: Planned) -> bool:
+        """Return whether an attempt at the trial was begun."""
+        return bool(self._attempts(trial))
 
     def next_attempt(self, trial: Planned) -> str:
         """Return the name of a folder for one more attempt. The folders of earlier attempts stay."""

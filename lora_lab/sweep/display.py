@@ -1,6 +1,7 @@
 """Show a sweep to the user: the forecast, its progress, the table at the end."""
 
 import csv
+import itertools
 import sys
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from lora_lab.comparison.rule import Rule
 from lora_lab.store.sweep_folder import Attempt, Planned
 from lora_lab.trial.standing import FIGURES, clock, colour, estimate
 
@@ -63,6 +65,22 @@ def show_forecast(
     else:
         said = f"time: about {clock(seconds)}, as these points took here before"
     console.print(said, highlight=False)
+    console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_rule(folder: Path, rule: Rule, points: int) -> None:
+    """Print what a sweep with repeats=auto compares, and when it stops."""
+    looks = ", ".join(str(pairs) for pairs, _ in itertools.islice(rule.looks(), 4))
+    console = Console(file=sys.stdout)
+    for contrast in rule.contrasts:
+        console.print(f"comparing {contrast.of} with {contrast.over}", highlight=False, markup=False)
+    console.print(
+        f"blocks of {points} trials, judged after {looks}, ... of them: is the change beyond noise, or within "
+        f"{rule.margin_percent:g} %? Budget: {rule.budget_minutes:g} min",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

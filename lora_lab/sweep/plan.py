@@ -27,25 +27,29 @@ class GridPoint:
 def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
     """Plan every point `repeats` times, in blocks: all points once before any point again. The order inside each block
     is random (from `seed`), so that a machine that drifts favours no point. Repeat r of a point has its seed plus r."""
-    settings = _settings(points)
-    trials: list[Planned] = []
-    for repeat in range(repeats):
-        order = random.Random(f"{seed} {repeat}").sample(range(len(points)), len(points))
-        for place in order:
-            point = points[place]
-            overrides = [o for o in point.overrides if o.partition("=")[0] != "seed"]
-            trials.append(
-                Planned(
-                    number=len(trials),
-                    settings=settings[place],
-                    asked_place=place,
-                    repeat=repeat,
-                    overrides=[*overrides, f"seed={point.config.seed + repeat}"],
-                    point=point.digest,
-                    fingerprint=digest([point.digest, repeat, point.conditions]),
-                    point_name=_name(settings[place], point.config),
-                )
+    return [trial for repeat in range(repeats) for trial in plan_block(points, repeat, seed, repeat * len(points))]
+
+
+def plan_block(points: Sequence[GridPoint], repeat: int, seed: int, number: int) -> list[Planned]:
+    """Plan one block of `plan_trials`, numbered from `number` on."""
+    settings = settings_of_points(points)
+    order = random.Random(f"{seed} {repeat}").sample(range(len(points)), len(points))
+    trials = []
+    for later, place in enumerate(order):
+        point = points[place]
+        overrides = [o for o in point.overrides if o.partition("=")[0] != "seed"]
+        trials.append(
+            Planned(
+                number=number + later,
+                settings=settings[place],
+                asked_place=place,
+                repeat=repeat,
+                overrides=[*overrides, f"seed={point.config.seed + repeat}"],
+                point=point.digest,
+                fingerprint=digest([point.digest, repeat, point.conditions]),
+                point_name=_name(settings[place], point.config),
             )
+        )
     return trials
 
 
@@ -57,7 +61,7 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
     return list(first.values())
 
 
-def _settings(points: Sequence[GridPoint]) -> list[dict[str, str]]:
+def settings_of_points(points: Sequence[GridPoint]) -> list[dict[str, str]]:
     """Return for each point the settings in which it differs from others; for a single point all that were asked for.
     A key that only other points were given is "default" there, so that no two points have the same name."""
     asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
@@ -73,15 +77,20 @@ def _name(settings: dict[str, str], config: TrialConfig) -> str:
     return point_name(settings | shape if shape.keys() & settings.keys() else settings)
 
 
-def take_up(trials: Sequence[Planned], folder: Path) -> tuple[SweepFolder, list[Planned]] | None:
+def take_up(
+    trials: Sequence[Planned], folder: Path, compares: bool = False
+) -> tuple[SweepFolder, list[Planned]] | None:
     """Find the newest sweep that has some of these trials, in `folder` or below multirun/.
+
+    Args:
+        compares: whether to look among sweeps with repeats=auto, or among all others.
 
     Returns: the sweep, and these trials as it numbers them, with new numbers for those that it lacks; None when there
         is no such sweep."""
     wanted = {trial.fingerprint for trial in trials}
     for sweep, plan in _earlier_sweeps(folder):
         there = {trial.fingerprint: trial for trial in plan.trials}
-        if not wanted & there.keys():
+        if not wanted & there.keys() or compares != (plan.rule is not None):
             continue
         asked = []
         for trial in trials:

@@ -83,7 +83,8 @@ def compose_points(loader: ConfigLoader, config: DictConfig, found: Sequence[lis
                 faults.setdefault(fault, []).append(" ".join(overrides))
             continue
         if not points:
-            _check_trial_count(len(found) * composed.repeats)
+            repeats = composed.repeats if isinstance(composed.repeats, int) else 1  # auto: nobody knows yet
+            _check_trial_count(len(found) * repeats)
         digest = point_digest(composed)
         points.append(GridPoint(overrides=overrides, config=composed, digest=digest, conditions=now))
     raise_faults(faults, len(found))

@@ -20,9 +20,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
-from lora_lab.config import InvalidInput, Isolation
+from lora_lab.config import AUTO, InvalidInput, Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
@@ -36,7 +37,8 @@ from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder, outlines
-from lora_lab.sweep.display import progress, show_forecast, show_table, write_table
+from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
+from lora_lab.sweep.display import progress, show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points, conditions_here, raise_faults
 from lora_lab.trial import worker_process
@@ -110,10 +112,13 @@ class Grid(Sweeper):
         check_folder_name(new.path)
         check_chdir(self._config.hydra.job.chdir)
         check_sweep_folder(new.path, first.tracking)
+        rule = rule_of(points) if first.repeats == AUTO else None
         found = self._earlier(points, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
             trials = found[1] if found else self._plan_anew(points, new)
+            if rule is not None:
+                return self._compare(folder, trials, points, arguments, rule, store)
             pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
             if found:
                 _check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
@@ -122,14 +127,37 @@ class Grid(Sweeper):
             here = {point.conditions["device"] for point in points}
             earlier = [outline for outline in outlines(MULTIRUN) if outline["device"] in here]
             show_forecast(folder.path, trials, pending, earlier)
-            self._write_plan(folder, trials, points, arguments)
+            self._write_plan(folder, trials, points, arguments, None)
             code = self._launch(folder, pending, store) if pending else 0
-            return self._finish(folder, trials, store, code)
+            self._finish(folder, trials, store, code)
+            return code or _code_of(folder, trials)
+
+    def _compare(
+        self,
+        folder: SweepFolder,
+        trials: list[Planned],
+        points: list[GridPoint],
+        arguments: Sequence[str],
+        rule: Rule,
+        store: Outbox,
+    ) -> int:
+        """Run blocks of all points until the rule has its answers or the budget is used up."""
+        from lora_lab.sweep.auto import judged, run_blocks  # scipy, which other sweeps need not wait for
+
+        for assumption in self._assumptions:
+            Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
+        self._write_plan(folder, trials, points, arguments, rule)
+        show_rule(folder.path, rule, len(points))
+        code = run_blocks(folder, points, lambda block: self._launch(folder, block, store))
+        plan = folder.read()
+        self._finish(folder, plan.trials, store, code)
+        found = judged(folder, plan)
+        print("", *found.lines, sep="\n")
+        return code or (0 if found.comparable else _code_of(folder, plan.trials))
 
     def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
         """Find the sweep to resume and its trials. None, which is reported, when there is none."""
-        trials = plan_trials(points, points[0].config.repeats, points[0].config.seed)
-        found = take_up(trials, new.path)
+        found = take_up(_first_trials(points), new.path, compares=points[0].config.repeats == AUTO)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
             for line in found[0].damaged(found[1]):
@@ -149,10 +177,15 @@ class Grid(Sweeper):
         _check_points(folder, points)
         # only now: the check may have fetched a hub model's description, and with it its commit
         points[:] = [replace(point, conditions=conditions_here(point.config)) for point in points]
-        return plan_trials(points, points[0].config.repeats, points[0].config.seed)
+        return _first_trials(points)
 
     def _write_plan(
-        self, folder: SweepFolder, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str]
+        self,
+        folder: SweepFolder,
+        trials: list[Planned],
+        points: list[GridPoint],
+        arguments: Sequence[str],
+        rule: Rule | None,
     ) -> None:
         """Write the plan before the first trial; on resume, update the existing plan."""
         owner = this_process()
@@ -166,11 +199,20 @@ class Grid(Sweeper):
                 plan.trials = [asked.pop(trial.number, trial) for trial in plan.trials] + list(asked.values())
                 plan.owner, plan.conditions, plan.tracking = owner, plan.conditions | now, absolute(first.tracking)
                 plan.record.tags |= facts
+                if rule is not None:
+                    check_same(plan.rule, rule)
+                    plan.rule = rule
             else:
-                record = self._record(trials, points, arguments, facts)
                 plan = Plan(
-                    owner=owner, tracking=absolute(first.tracking), record=record, conditions=now, trials=trials
+                    owner=owner,
+                    tracking=absolute(first.tracking),
+                    record=self._record(trials, points, arguments, facts),
+                    conditions=now,
+                    trials=trials,
+                    rule=rule,
                 )
+            if rule is not None:
+                plan.record.tags[RULE_TAG] = rule_text(rule)
             folder.write(plan)
         except OSError as error:
             raise InvalidInput(
@@ -189,7 +231,9 @@ class Grid(Sweeper):
                     axes[key].append(value)
         varied = {key: values for key, values in axes.items() if len(values) > 1}
         params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        params |= {"points": str(len(points)), "repeats": str(points[0].config.repeats), "trials": str(len(trials))}
+        params["points"] = str(len(points))
+        if points[0].config.repeats != AUTO:  # with auto nobody knows yet
+            params |= {"repeats": str(points[0].config.repeats), "trials": str(len(trials))}
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
@@ -227,11 +271,9 @@ class Grid(Sweeper):
             print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
         return 1 if broken else 0
 
-    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int) -> int:
-        """Deliver what the store did not take at once, print the table, return the exit code."""
+    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int) -> None:
+        """Deliver what the store did not take at once, and print the table."""
         attempts = [folder.attempt(trial) for trial in trials]
-        codes = [1 if attempt is None else Outcome(attempt.outcome).exit_code for attempt in attempts]
-        code = code or combined_exit_code(codes)
         places: list[str] = []
         if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
             whole = folder.read().trials  # earlier starts may have asked for more
@@ -247,11 +289,23 @@ class Grid(Sweeper):
             if store.fault:
                 places.append(store.outlook("the records"))
         show_table(trials, attempts)
-        if any(attempt is None or not attempt.done for attempt in attempts):
+        continues = folder.read().rule is None  # with repeats=auto a new block is run instead
+        if continues and any(attempt is None or not attempt.done for attempt in attempts):
             places.append("to run again what was not measured, add resume=true to the same command")
         for place in places:
             print(place)
-        return code
+
+
+def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:
+    """Return the exit code of a sweep that ran to its end."""
+    attempts = [folder.attempt(trial) for trial in trials]
+    return combined_exit_code([1 if each is None else Outcome(each.outcome).exit_code for each in attempts])
+
+
+def _first_trials(points: list[GridPoint]) -> list[Planned]:
+    """Plan all trials; with repeats=auto those of the first block."""
+    config = points[0].config
+    return plan_trials(points, config.repeats if isinstance(config.repeats, int) else 1, config.seed)
 
 
 def _place(sweep: Path, name: str, member: Membership) -> list[str]:

@@ -42,7 +42,8 @@ def standing(folder: SweepFolder) -> Standing:
     over = [(trial.point, seen) for trial in plan.trials if (seen := folder.attempt(trial)) is not None]
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
-    left = None if unknown and usual is None else known + unknown * (usual or 0.0)
+    open_ended = plan.rule is not None  # nobody knows how many blocks will follow
+    left = None if open_ended or (unknown and usual is None) else known + unknown * (usual or 0.0)
     return Standing(len(launched) - len(pending), len(launched), left)
 
 

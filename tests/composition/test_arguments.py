@@ -111,6 +111,14 @@ def test_what_is_no_option_is_said_to_be_none(typed: Type, option: str, means: s
     assert (said.code, option in said.said, means in said.said) == (2, True, True), said.said
 
 
+def test_several_contrasts_are_one_text_and_no_sweep(typed: Type) -> None:
+    grid = ("-m", "model=tiny", "optimizer=adamw,paged_adamw", "precision=fp16,bf16", "repeats=auto")
+    for written in ("contrast=optimizer,precision", "contrast='optimizer,precision'"):
+        said = typed(*grid, written)
+        assert len(said.configs) == 4, said.said
+        assert {config.contrast for config in said.configs} == {"optimizer,precision"}
+
+
 VALUES = [
     *("[a", "{a", "a=b", "ü", "'", ")", "~", "${nowhere}", "${oc.env:NOT_SET}", "${no:x}", "${oc.env:}", "${", "???"),
     *("choice()", "tag()", "range(1)", "interval(1,2)", "glob(x)", "f(1)", "null", "3,4", "[]", "{}", "[[1]]", "{a:b}"),

@@ -82,7 +82,8 @@ def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_
             ignored.add(key)
     tracking = {key for key in LEAVES if key.startswith("tracking.")}
     beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
-    assert ignored == tracking | beside | {"timeout_minutes", "repeats", "resume"}
+    auto = {"contrast", "margin", "budget_minutes", "first_pairs"}
+    assert ignored == tracking | beside | auto | {"timeout_minutes", "repeats", "resume"}
 
 
 def test_a_package_that_is_named_makes_another_point() -> None:

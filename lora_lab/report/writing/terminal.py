@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_lab.report.answers.auto import answers
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
@@ -25,6 +26,8 @@ from lora_lab.report.writing.step import split_text
 def show(findings: Findings, console: Console) -> None:
     """Print everything except timelines and environment, which only the page has."""
     console.print(f"\n[bold]{escape(findings.title)}[/bold]\n")
+    for answer in answers(findings):
+        console.print(answer, highlight=False, markup=False)
     for sentence in sentences(findings):
         console.print(escape(sentence), highlight=False)
     for found in findings.groups:

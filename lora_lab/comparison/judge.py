@@ -1,0 +1,263 @@
+"""Judge a sweep with repeats=auto: a pure function of its rule and of the trials so far.
+
+The figures are looked at after numbers of pairs that the rule fixes (Rule.looks). At each look, a contrast is
+
+- equivalent if two one-sided t tests at the look's level place the change within the margin (Schuirmann 1987);
+- else faster or slower if the two-sided t test at that level finds a change.
+
+A contrast keeps the answer of the first look that gives one. In a family of several contrasts, each kind of test is
+Holm's (1979, A Simple Sequentially Rejective Multiple Test Procedure) at each look.
+
+The difference of a pair is that of the logarithms. Where a block holds several pairs of a contrast, at other settings
+of the rest, their mean counts as the block's one pair.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from scipy.special import stdtr, stdtrit
+
+from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
+from lora_lab.outcome import Outcome
+
+_FAILS = {each.value for each in (Outcome.failed, Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported)}
+_FAILS.add(Outcome.timed_out.value)
+"""How a trial ends that shows its point cannot be measured. A killed one shows nothing."""
+
+_IN_A_ROW = 2
+"""A level that failed this many times in a row is not tried again."""
+
+_MOST_PAIRS = 10**9
+
+
+class Answer(Enum):
+    """What is known of a contrast."""
+
+    faster = "faster"
+    slower = "slower"
+    equivalent = "equivalent"
+    unsettled = "not settled"
+    incomparable = "cannot be compared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A trial that is over."""
+
+    block: int
+    point: str
+    """Digest of its config."""
+    outcome: str
+    reason: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def counts(self) -> bool:
+        """Return whether its figures may be compared."""
+        return self.outcome == Outcome.finished.value and self.tags.get("validity") != "invalid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean difference of logarithms with its Student interval."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    """0.95, or 0.9 where two one-sided tests of 0.05 each decided. The interval is wider than Student's of one look, so
+    that the statement holds over all looks and at least for each contrast."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the pairs say of one contrast."""
+
+    contrast: Contrast
+    answer: Answer
+    pairs: int
+    """How many pairs the answer comes from."""
+    change: Interval | None = None
+    """Of the measure; None with fewer than two pairs."""
+    gpu: Interval | None = None
+    """Of the time that the GPU itself works for a token, over the same pairs; None where it was not measured."""
+    more_pairs: int = 0
+    """About how many are missing, if mean and spread stay as they are."""
+    why: str = ""
+    """Why it cannot be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The pairs of one contrast up to a look."""
+
+    pairs: int
+    mean: float
+    error: float
+    """Standard error of the mean."""
+
+    def p_change(self) -> float:
+        """Return the two-sided p-value of no change."""
+        return min(1.0, 2 * self._tail(abs(self.mean)))
+
+    def p_beyond(self, margin: float) -> float:
+        """Return the larger p-value of the two one-sided tests of a change beyond the margin."""
+        return self._tail(margin - abs(self.mean))
+
+    def interval(self, tail: float, confidence: float) -> Interval:
+        """Return the interval that leaves out `tail` on each side."""
+        reach = float(stdtrit(self.pairs - 1, 1 - tail)) * self.error
+        return Interval(value=self.mean, low=self.mean - reach, high=self.mean + reach, confidence=confidence)
+
+    def _tail(self, distance: float) -> float:
+        if self.error == 0.0:  # the figures are equal to the last digit
+            return 0.0 if distance > 0 else 1.0
+        return float(stdtr(self.pairs - 1, -distance / self.error))
+
+
+def _sample(differences: Sequence[float]) -> _Sample:
+    """Summarise two differences or more."""
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return _Sample(len(differences), statistics.fmean(differences), error)
+
+
+def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
+    """Return a verdict for each contrast of the rule, from the trials that are over, in any order."""
+    blocks: dict[int, dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.block):
+        blocks.setdefault(run.block, {})[run.point] = run
+    there = list(blocks.values())
+    counted = [[block for block in there if _holds(block, contrast, rule)] for contrast in rule.contrasts]
+    found = [
+        [_difference(block, contrast, lambda run: run.metrics[rule.measure]) for block in whole]
+        for contrast, whole in zip(rule.contrasts, counted, strict=True)
+    ]
+    settled = _settled(rule, found)
+    verdicts = [
+        settled.get(place) or _open(rule, contrast, found[place], there)
+        for place, contrast in enumerate(rule.contrasts)
+    ]
+    return tuple(_with_gpu(verdict, whole) for verdict, whole in zip(verdicts, counted, strict=True))
+
+
+def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:
+    """Return whether the block has a whole pair of the contrast: each of its points, measured."""
+    runs = [block.get(point) for point in (*contrast.over_points, *contrast.of_points)]
+    return all(run is not None and run.counts and 0 < run.metrics.get(rule.measure, 0.0) < math.inf for run in runs)
+
+
+def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[Run], float]) -> float:
+    """Return the mean difference of a figure's logarithms over the block's pairs of points."""
+    pairs = zip(contrast.over_points, contrast.of_points, strict=True)
+    return statistics.fmean(math.log(figure(block[of]) / figure(block[over])) for over, of in pairs)
+
+
+def _gpu_work(run: Run) -> float:
+    """Return the seconds that the GPU itself worked for a token; 0 where that was not measured."""
+    return run.metrics.get(GPU_SECONDS, 0.0) * run.metrics.get(STEPS_PER_SECOND, 0.0) / run.metrics[TOKENS_PER_SECOND]
+
+
+def _settled(rule: Rule, found: Sequence[Sequence[float]]) -> dict[int, Verdict]:
+    """Return the verdicts of the contrasts that a look has settled, by their place in the family."""
+    settled: dict[int, Verdict] = {}
+    for pairs, level in rule.looks():
+        there = {place: _sample(all_[:pairs]) for place, all_ in enumerate(found) if len(all_) >= pairs}
+        if not there:
+            return settled
+        size = len(rule.contrasts)
+        beyond = _holm({place: sample.p_beyond(rule.margin) for place, sample in there.items()}, size, level)
+        change = _holm({place: sample.p_change() for place, sample in there.items()}, size, level)
+        for place, sample in there.items():
+            answer, interval = _answer(sample, rule.margin, beyond[place], change[place])
+            if place not in settled and answer is not Answer.unsettled:
+                contrast = rule.contrasts[place]
+                settled[place] = Verdict(contrast=contrast, answer=answer, pairs=pairs, change=interval)
+    raise AssertionError("looks never end")
+
+
+def _answer(sample: _Sample, margin: float, beyond: float, change: float) -> tuple[Answer, Interval]:
+    """Return the answer of one look.
+
+    Args:
+        beyond, change: levels of the tests of equivalence and of a change.
+    """
+    if sample.p_beyond(margin) <= beyond:
+        return Answer.equivalent, sample.interval(beyond, 0.9)
+    interval = sample.interval(change / 2, 0.95)
+    if sample.p_change() <= change:
+        return Answer.faster if sample.mean > 0 else Answer.slower, interval
+    return Answer.unsettled, interval
+
+
+def _holm(p: Mapping[int, float], size: int, level: float) -> dict[int, float]:
+    """Return the level at which Holm tests each hypothesis in a family of `size`; those without a p-value yet are
+    tested last."""
+    levels: dict[int, float] = {}
+    tested, rejecting = level, True
+    for rejected, place in enumerate(sorted(p, key=lambda place: p[place])):
+        if rejecting:
+            tested = level / (size - rejected)
+        levels[place] = tested
+        rejecting = rejecting and p[place] <= tested
+    return levels
+
+
+def _open(rule: Rule, contrast: Contrast, differences: Sequence[float], blocks: Sequence[Mapping[str, Run]]) -> Verdict:
+    """Return the verdict on a contrast that no look has settled."""
+    why = _failure(contrast, blocks)
+    if why:
+        return Verdict(contrast=contrast, answer=Answer.incomparable, pairs=len(differences), why=why)
+    if len(differences) < 2:
+        more = rule.first_pairs - len(differences)
+        return Verdict(contrast=contrast, answer=Answer.unsettled, pairs=len(differences), more_pairs=more)
+    sample, family = _sample(differences), len(rule.contrasts)
+    level = next(level for pairs, level in rule.looks() if pairs > len(differences))
+    return Verdict(
+        contrast=contrast,
+        answer=Answer.unsettled,
+        pairs=len(differences),
+        change=sample.interval(level / family / 2, 0.95),
+        more_pairs=_missing(rule, sample),
+    )
+
+
+def _missing(rule: Rule, sample: _Sample) -> int:
+    """Return how many more pairs it takes to the look that settles it, if mean and spread stay as they are."""
+    there, family = sample.pairs, len(rule.contrasts)
+    spread = sample.error * math.sqrt(there)
+    for pairs, level in rule.looks():
+        if pairs <= there:
+            continue
+        error, level = spread / math.sqrt(pairs), level / family
+        within = abs(sample.mean) + float(stdtrit(pairs - 1, 1 - level)) * error <= rule.margin
+        if within or abs(sample.mean) > float(stdtrit(pairs - 1, 1 - level / 2)) * error or pairs > _MOST_PAIRS:
+            return pairs - there
+    raise AssertionError("looks never end")
+
+
+def _failure(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
+    """Say which level failed in the latest blocks in a row; empty where none did."""
+    for level, points in ((contrast.over, contrast.over_points), (contrast.of, contrast.of_points)):
+        ran = [[block[point] for point in points] for block in blocks if all(point in block for point in points)]
+        latest = [next((run for run in runs if run.outcome in _FAILS), None) for runs in ran][-_IN_A_ROW:]
+        if len(latest) == _IN_A_ROW and latest[-1] is not None and all(latest):
+            outcome, why = latest[-1].outcome.replace("_", " "), latest[-1].reason.rstrip(".")
+            return f"{level} failed {_IN_A_ROW} times in a row ({outcome}: {why})"
+    return ""
+
+
+def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:
+    """Add the change of the GPU's own work, with Student's interval over the verdict's pairs."""
+    contrast = verdict.contrast
+    points = (*contrast.over_points, *contrast.of_points)
+    used = [
+        block for block in blocks[: verdict.pairs] if all(0 < _gpu_work(block[point]) < math.inf for point in points)
+    ]
+    if len(used) < 2:
+        return verdict
+    gpu = _sample([_difference(block, contrast, _gpu_work) for block in used]).interval(0.025, 0.95)
+    return replace(verdict, gpu=gpu)

@@ -1,0 +1,66 @@
+"""Say verdicts in words."""
+
+import math
+from collections.abc import Sequence
+
+from lora_lab.comparison.judge import Answer, Interval, Verdict
+from lora_lab.comparison.rule import Rule
+
+
+def sentences(
+    rule: Rule, verdicts: Sequence[Verdict], used_minutes: float | None = None, block_minutes: float | None = None
+) -> list[str]:
+    """Return a sentence for each verdict, and one for the GPU's own work where it was measured.
+
+    Args:
+        used_minutes: what the sweep took so far, where that is known.
+        block_minutes: what a block of its trials took on average, where that is known.
+    """
+    more = max((verdict.more_pairs for verdict in verdicts), default=0)
+    advice = ""
+    if used_minutes is not None and block_minutes is not None:
+        budget = math.ceil(used_minutes + more * block_minutes)
+        advice = f" (add resume=true budget_minutes={budget})"
+    said = []
+    for verdict in verdicts:
+        said.append(_answer(rule, verdict, used_minutes))
+        if verdict.answer is Answer.unsettled:
+            said[-1] += f"; about {_missing(verdict.more_pairs, block_minutes)}{advice}"
+        said[-1] += "."
+        if verdict.gpu is not None:
+            said.append(f"  The GPU's own work per token: {_change(verdict.gpu, 'time')}.")
+    return said
+
+
+def _answer(rule: Rule, verdict: Verdict, used_minutes: float | None) -> str:
+    of, over = verdict.contrast.of, verdict.contrast.over
+    after = f"{verdict.pairs} pair{'' if verdict.pairs == 1 else 's'}"
+    if used_minutes is not None:
+        after += f" in {_minutes(used_minutes)}"
+    change = "" if verdict.change is None else _change(verdict.change, "tokens/s")
+    if verdict.answer in (Answer.faster, Answer.slower):
+        return f"{of} is {verdict.answer.value} than {over}: {change}, {after}"
+    if verdict.answer is Answer.equivalent:
+        return f"{of} and {over} are equivalent within {rule.margin_percent:g} %: {change}, {after}"
+    if verdict.answer is Answer.incomparable:
+        return f"{of} and {over} cannot be compared: {verdict.why}; {after}"
+    so_far = f": {change} so far" if change else ""
+    return f"not settled between {of} and {over}{so_far}, {after}"
+
+
+def _missing(pairs: int, block_minutes: float | None) -> str:
+    return f"{pairs:,} more pairs" if block_minutes is None else _minutes(pairs * block_minutes, "more ")
+
+
+def _change(interval: Interval, what: str) -> str:
+    value, low, high = (100 * math.expm1(each) for each in (interval.value, interval.low, interval.high))
+    digits = 1 if abs(high - low) >= 0.2 else 2
+    written = [f"{each:+.{digits}f}" for each in (value, low, high)]
+    return f"{written[0]} % {what} ({100 * interval.confidence:.0f} %: {written[1]} to {written[2]})"
+
+
+def _minutes(minutes: float, more: str = "") -> str:
+    if minutes >= 120:
+        return f"{minutes / 60:,.0f} {more}hours"
+    whole = max(1, round(minutes))
+    return f"{whole} {more}minute{'' if whole == 1 else 's'}"

@@ -1,0 +1,40 @@
+"""The answers of sweeps with repeats=auto, recomputed from their rule and trials."""
+
+from lora_lab.comparison.judge import Run, judge
+from lora_lab.comparison.rule import RULE_TAG, Rule
+from lora_lab.comparison.words import sentences
+from lora_lab.reading import Damaged, parsed, typed
+from lora_lab.report.findings import Findings
+from lora_lab.store.trials import Sweep, Trial
+
+
+def answers(findings: Findings) -> list[str]:
+    """Return the answers in words; none where no sweep has a rule."""
+    trials = {
+        trial.run_id: trial
+        for found in findings.groups
+        for trial in (*found.group.trials, *(excluded.trial for excluded in found.group.excluded))
+    }
+    return [line for sweep in findings.sweeps for line in _answers(sweep, list(trials.values()))]
+
+
+def _answers(sweep: Sweep, trials: list[Trial]) -> list[str]:
+    if RULE_TAG not in sweep.tags:
+        return []
+    try:
+        rule = typed(Rule, parsed(sweep.tags[RULE_TAG]))
+    except Damaged as damaged:
+        return [f"the tag {RULE_TAG} of {sweep.name} cannot be used: {damaged}"]
+    runs = [
+        Run(
+            block=trial.repeat,
+            point=trial.tags.get("point", ""),
+            outcome=trial.outcome,
+            reason=trial.tags.get("reason", ""),
+            tags=trial.tags,
+            metrics=trial.metrics,
+        )
+        for trial in trials
+        if trial.sweep == sweep.run_id
+    ]
+    return sentences(rule, judge(rule, runs))
