@@ -7,7 +7,6 @@ and as a terminal shows them, and the picture that README begins with.
 import io
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.numbers import format_short
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.terminal import show
-from lora_lab.store.records_file import unpack
-from lora_lab.store.stored_runs import open_store
+from lora_lab.store.packed_runs import PackedRuns
+from lora_lab.store.stored_runs import StoredRuns
 
 RESULTS = Path(__file__).parent / "results/h100"
 BASELINE = {"optimizer": "adamw", "precision": "fp16"}
@@ -63,17 +62,26 @@ def main() -> None:
 
 def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> Findings:
     """Write OUT.html and OUT.txt about a file of records."""
-    with tempfile.TemporaryDirectory() as place:
-        unpack(RESULTS / f"{records}.jsonl.gz", Path(place) / "mlruns")
-        store = open_store(f"sqlite:///{place}/mlruns/mlflow.db")
-        trials, sweeps = store.runs()
-        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
-    question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
-    findings = find(trials, sweeps, question, __version__)
+    store = StoredRuns(PackedRuns(RESULTS / f"{records}.jsonl.gz"))
+    findings = findings_of(store, baseline, study)
+    timelines = {trial.run_id: store.series(trial.run_id) for trial in store.runs()[0]}
     write_page(findings, timelines, out.with_suffix(".html"))
     with out.with_suffix(".txt").open("w", encoding="utf-8") as file:
         show(findings, Console(file=file, width=_WIDE))
     return findings
+
+
+def findings_of(store: StoredRuns, baseline: dict[str, str], study: Study) -> Findings:
+    """Return what a file of records shows."""
+    trials, sweeps = store.runs()
+    question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
+    return find(trials, sweeps, question, __version__)
+
+
+def factorial() -> tuple[Findings, Study]:
+    """Return what the H100 factorial shows, and the study whose claims it tests."""
+    [study] = shipped()
+    return findings_of(StoredRuns(PackedRuns(RESULTS / "factorial.jsonl.gz")), BASELINE, study), study
 
 
 def picture(findings: Findings, study: Study) -> str:

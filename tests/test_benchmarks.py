@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
+from benchmarks import numbers
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
 
@@ -39,3 +40,22 @@ def test_the_rule_pages_two_states_of_each_large_parameter(tmp_path: Path) -> No
     by_optimizer = {name: paged_by_rule(tmp_path, name) * 2**30 for name in ("adamw_fused", "paged_adamw")}
     assert by_optimizer == {"adamw_fused": 0, "paged_adamw": 200_000}
     assert paged_by_rule(tmp_path, "paged_adamw_32bit") * 2**30 == 800_000
+
+
+@pytest.mark.parametrize("page", list(numbers.pages()), ids=lambda page: page.name)
+def test_numbers_on_a_page_are_those_of_the_stored_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert numbers.remade(text) == text, "python -m benchmarks.numbers makes it again"
+
+
+def test_a_stale_number_is_replaced_and_a_lone_mark_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "MADE", {"speed": lambda: "12 tokens/s"})
+    page = "before\n<!-- begin speed -->\n11 tokens/s\n<!-- end speed -->\nafter\n"
+    made = numbers.remade(page)
+    assert "11" not in made
+    assert made.startswith("before\n")
+    assert made.endswith("after\n")
+    assert numbers.remade(made) == made
+    for broken in (page.replace("end speed", "end sped"), page.replace("speed", "heat")):
+        with pytest.raises(ValueError, match=r"partner|heat"):
+            numbers.remade(broken)

@@ -31,7 +31,7 @@ def choose_for_another_card(trials: Sequence[Trial], wish: Wish) -> Choice:
         wish = replace(wish, vram_gib=usable(wish.vram_gib))
     if wish.model is not None:
         return _about_another_card(choose(trials, wish))
-    models = _largest_first(trials)
+    models = largest_first(trials)
     made = [choose(trials, replace(wish, model=model)) for model in models]
     chosen = next((choice for choice in made if choice.best is not None), made[-1])
     rest = [
@@ -55,7 +55,7 @@ def _about_another_card(choice: Choice) -> Choice:
     return replace(choice, another_card=True, sure=sure, remarks=())
 
 
-def _largest_first(trials: Sequence[Trial]) -> list[str]:
+def largest_first(trials: Sequence[Trial]) -> list[str]:
     """Return the models with measured trials, the one with most weights in its layers first."""
     sizes = {subject.model: _layers_size(subject.trials[0]) for subject in subjects(trials)}
     return sorted(sizes, key=lambda model: -sizes[model])
