@@ -1,6 +1,6 @@
 """The numbers in README.md and docs/*.md, each made from stored records: python -m benchmarks.numbers
 
-Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what the function of that name returns. To add one, write it
+Between `<!-- begin NAME -->` and `<!-- end NAME -->` is what the function of that name returns. To add one, write it
 into MADE. The command makes every block again. tests/test_benchmarks.py fails where a page has another text."""
 
 import re
