@@ -26,7 +26,7 @@ from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.numbers import format_short
 from lora_lab.report.writing.page.page import write_page
-from lora_lab.report.writing.terminal import show
+from lora_lab.report.writing.terminal import show_full
 from lora_lab.store.packed_runs import PackedRuns
 from lora_lab.store.stored_runs import StoredRuns
 
@@ -67,7 +67,7 @@ def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> 
     timelines = {trial.run_id: store.series(trial.run_id) for trial in store.runs()[0]}
     write_page(findings, timelines, out.with_suffix(".html"))
     with out.with_suffix(".txt").open("w", encoding="utf-8") as file:
-        show(findings, Console(file=file, width=_WIDE))
+        show_full(findings, Console(file=file, width=_WIDE))
     return findings
 
 

@@ -54,7 +54,7 @@ def format_estimate(
             return "the same in every trial" if not estimate.value else f"{change(estimate.value, measure)}, always"
         ends = interval(replace(estimate, low=lowest, high=highest), measure)
         return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None:
         would = detectable_text(estimate.detectable, measure)
@@ -68,7 +68,7 @@ def detectable_text(detectable: float, measure: Measure) -> str:
     return f"a ratio of {text[1:]}" if text.startswith("x") else text
 
 
-def _is_absurd(estimate: Estimate, measure: Measure) -> bool:
+def is_absurd(estimate: Estimate, measure: Measure) -> bool:
     """Return whether the interval is too wide to be worth printing.
 
     An interval that contains no difference may not reach beyond a factor of 10 either way. One that does not contain it
@@ -89,13 +89,13 @@ def interval_note(over: str, by_blocks: Estimate | None, measure: Measure) -> st
         return "some settings ran once: the interval also includes how the effect differs between settings"
     if over == "blocks":
         return "the difference varies between blocks: the interval is over blocks"
-    ends = interval(by_blocks, measure) if by_blocks is not None and not _is_absurd(by_blocks, measure) else ""
+    ends = interval(by_blocks, measure) if by_blocks is not None and not is_absurd(by_blocks, measure) else ""
     return f"interval over blocks: {ends}" if ends and by_blocks and by_blocks.low != by_blocks.high else ""
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:
     """Return the same in fewer words."""
-    if _is_absurd(estimate, measure):
+    if is_absurd(estimate, measure):
         return TOO_FEW
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
         return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"

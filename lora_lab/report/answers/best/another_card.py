@@ -52,7 +52,7 @@ def _about_another_card(choice: Choice) -> Choice:
         f"{repeats} on an {device} with random weights. Memory carries over to your card, speed does not. To measure "
         "both there within minutes, add model.weights=random data=random_tokens"
     )
-    return replace(choice, another_card=True, sure=sure, remarks=())
+    return replace(choice, another_card=True, sure=sure, remarks=(), left_out=())
 
 
 def largest_first(trials: Sequence[Trial]) -> list[str]:
