@@ -24,7 +24,7 @@ from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
-from lora_lab.report.writing.numbers import format_short
+from lora_lab.report.writing.numbers import change, interval
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.terminal import show_full
 from lora_lab.store.packed_runs import PackedRuns
@@ -85,6 +85,14 @@ def factorial() -> tuple[Findings, Study]:
 
 
 def picture(findings: Findings, study: Study) -> str:
+    """Return the drawing as SVG: the same bytes every time; text as paths, for any viewer."""
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "answer"}):
+        drawing(findings, study).savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def drawing(findings: Findings, study: Study) -> Figure:
     """Draw the study's ratios next to what the same change made here with all else equal."""
     rows: list[_Row] = []
     for factor, of, over, start, end in CLAIMED:
@@ -92,9 +100,13 @@ def picture(findings: Findings, study: Study) -> str:
         besides = [key for key in first if key != factor and first[key] != second[key]]
         ratio = math.log(_figure(study, end) / _figure(study, start))
         rows.append(_Row(text=f"{of} instead of {over}"))
-        rows.append(_Row(text=f"the study ({', '.join(besides)} changed too)", value=ratio))
+        rows.append(_Row(text=f"the study ({' and '.join(besides)} too)", value=ratio))
         rows += [
-            _Row(text=f"nothing else, {each.regime} H100 ({'AB'[machine]})", value=each.estimate.value, contrast=each)
+            _Row(
+                text=f"here, only this changed ({'AB'[machine]}, {each.regime})",
+                value=each.estimate.value,
+                contrast=each,
+            )
             for machine, found in enumerate(findings.groups)
             for each in found.contrasts
             if (each.factor, each.of, each.measure) == (factor, of, THROUGHPUT) and each.regime != "mixed"
@@ -102,11 +114,8 @@ def picture(findings: Findings, study: Study) -> str:
     figure = Figure(figsize=(9.8, 0.36 * len(rows) + 0.9))
     FigureCanvasSVG(figure)
     _draw(figure.add_axes((0.02, 0.15, 0.96, 0.75)), rows)
-    figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals over repeats", color=_GREY, fontsize=10)
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "answer"}):  # the same bytes every time; text as paths, for any viewer
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+    figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals", color=_GREY, fontsize=10)
+    return figure
 
 
 def _figure(study: Study, run: str) -> float:
@@ -129,9 +138,11 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
         if found.low is not None and found.high is not None:
             axes.plot([percent(found.low), percent(found.high)], [y, y], color=_HERE, lw=2.4)
         axes.plot([percent(row.value)], [y], "o", color=_HERE, ms=7)
-        axes.text(38, y, format_short(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
+        said = "no difference seen" if found.seen is False else change(found.value, row.contrast.measure)
+        said += f" ({interval(found, row.contrast.measure)})"
+        axes.text(38, y, said, va="center", fontsize=10, color=_HERE)
     axes.axvline(0, color=_INK, lw=0.8)
-    axes.set_xlim(-152, 175)
+    axes.set_xlim(-152, 135)
     axes.set_ylim(0.4, len(rows) + 0.6)
     axes.set_xticks([-40, -20, 0, 20], ["-40 %", "-20 %", "0", "+20 %"], fontsize=8.5, color=_GREY)
     axes.set_yticks([])

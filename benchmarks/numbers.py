@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.cards import cards
-from benchmarks.paper_table import paper
+from benchmarks.paper_table import paper, shape
 
 ROOT = Path(__file__).parents[1]
 MADE: dict[str, Callable[[], str]] = {
     "cards": cards,
     "paper": paper,
+    "shape": shape,
 }
 _BLOCK = re.compile(r"<!-- begin (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- end (?P=name) -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:begin|end) [\w-]+ -->")

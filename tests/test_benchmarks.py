@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
-from benchmarks import numbers
+from benchmarks import answers, numbers
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
 
@@ -59,3 +61,15 @@ def test_a_stale_number_is_replaced_and_a_lone_mark_refused(monkeypatch: pytest.
     for broken in (page.replace("end speed", "end sped"), page.replace("speed", "heat")):
         with pytest.raises(ValueError, match=r"partner|heat"):
             numbers.remade(broken)
+
+
+def test_no_text_of_the_picture_is_cut_off() -> None:
+    figure = answers.drawing(*answers.factorial())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert len(texts) > 10
+    for text in texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0, text.get_text()
+        assert box.x1 <= figure.bbox.width, text.get_text()
