@@ -62,7 +62,8 @@ def test_the_report_is_said_written_and_kept(store: str, capsys: pytest.CaptureF
     assert "1 out of memory" in out
     assert "Only 30 of the 31 planned trials have been run" in out
     assert "Left out: 1 trial" in out
-    full = run(capsys, store, "--full", "--out", str(tmp_path / "report.html"))[1]
+    code, full, err = run(capsys, store, "--full", "--out", str(tmp_path / "full.html"))
+    assert (code, err) == (0, "")
     assert "batch_size, seq_len, tokens per step" in full
     assert "left out: adamw fp16 1x512: killed: interrupted by Ctrl-C" in full
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

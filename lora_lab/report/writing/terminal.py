@@ -60,7 +60,8 @@ def show_full(findings: Findings, console: Console) -> None:
     """Print everything except timelines and environment, which only the page has."""
     _show_headline(findings, console)
     for note in notes(findings):
-        console.print(escape(note), highlight=False)
+        if note != dropped(findings.groups[0]):  # it stands below the table of contrasts
+            console.print(escape(note), highlight=False)
     for number, found in enumerate(findings.groups):
         _show_group(found, machine_name(number, [each.group.place for each in findings.groups]), console)
     for study, verdicts in findings.verdicts:

@@ -134,6 +134,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
         "breaks": breaks,
         "regime": regime_text,
         "first_sentence": first_sentence,
+        "upper_first": lambda text: text[:1].upper() + text[1:],
     }
     environment.globals |= {
         "count": count,
@@ -227,10 +228,7 @@ def _how_sure(found: GroupFindings) -> str:
     sure = "" if each[-1] > 1 else "; without repeats the uncertainty of a figure is not known"
     intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
     measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
-    meaning = (
-        " Host-bound: the GPU waited for the host; a faster GPU would change little." if "host-bound" in regimes else ""
-    )
-    return f"{measured_text}: {spread}{intervals}{sure}.{meaning}"
+    return f"{measured_text}: {spread}{intervals}{sure}."
 
 
 def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:
