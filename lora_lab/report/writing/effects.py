@@ -13,6 +13,8 @@ from lora_lab.report.statistics.factors import SHAPE
 from lora_lab.report.writing.labels import count, level_text
 from lora_lab.report.writing.numbers import change, detectable_text, interval, is_absurd
 
+_LARGE = math.log(1.25)
+"""A smallest difference that would have shown is not worth a number beyond this log ratio."""
 _TWICE = math.log(2)
 """From this log ratio on, "2.1 times as fast" is easier to read than percent."""
 
@@ -29,6 +31,11 @@ class Effect:
     is_shape: bool
     contrasts: tuple[Contrast, ...]
     """Of throughput, by regime."""
+
+    @property
+    def main(self) -> Contrast:
+        """Return the contrast of its largest difference that was seen; else the first."""
+        return max(self.contrasts, key=lambda each: abs(each.estimate.value) if each.estimate.seen else 0.0)
 
     @property
     def largest(self) -> float:
@@ -95,12 +102,19 @@ def sentence(effect: Effect, repeats: int) -> str:
     first, *rest = effect.contrasts
     if not rest:
         return f"{_said(effect, first, repeats)}."
-    if {first.estimate.seen, rest[0].estimate.seen} == {True}:
-        return (
-            f"{_said(effect, first, repeats)} in {first.regime} trials and {_size(rest[0])} in {rest[0].regime} ones."
-        )
-    parts = [f"in {each.regime} trials {_said(effect, each, repeats)}" for each in effect.contrasts[:2]]
-    return f"{parts[0][0].upper()}{parts[0][1:]}; {parts[1]}."
+    second = rest[0]
+    seen = [each for each in (first, second) if each.estimate.seen and not is_absurd(each.estimate, each.measure)]
+    unseen = [each for each in (first, second) if each.estimate.seen is False]
+    if len(seen) == 2:
+        return f"{_than(effect, first)} in {first.regime} trials and {_size(second)} in {second.regime} ones."
+    if len(unseen) == 2 and not any(is_absurd(each.estimate, each.measure) for each in unseen):
+        both = f"in {first.regime} or {second.regime} trials"
+        return f"no difference in speed was seen between {effect.of} and {effect.over} {both}."
+    if seen:
+        other = second if seen[0] is first else first
+        rest_said = "no difference was seen" if other in unseen else "there are too few repeats to say"
+        return f"{_than(effect, seen[0])} in {seen[0].regime} trials; in {other.regime} ones {rest_said}."
+    return f"{_said(effect, first, repeats)} in {first.regime} trials."
 
 
 def _said(effect: Effect, each: Contrast, repeats: int) -> str:
@@ -110,14 +124,17 @@ def _said(effect: Effect, each: Contrast, repeats: int) -> str:
     if found.seen is None:
         return f"{_than(effect, each)} in single trials, which may be chance"
     if not found.seen:
-        would = f"; {_detectable(found.detectable, each.measure)} would have shown" if found.detectable else ""
+        would = _would(found.detectable, each.measure)
         return f"no difference in speed was seen between {effect.of} and {effect.over}{would}"
     return _than(effect, each)
 
 
-def _detectable(value: float, measure: Measure) -> str:
-    text = detectable_text(value, measure)
-    return text if text.startswith("a ") else f"one of {text}"
+def _would(detectable: float | None, measure: Measure) -> str:
+    if not detectable:
+        return ""
+    if detectable > _LARGE:
+        return "; only a large one would have shown"
+    return f"; one of {detectable_text(detectable, measure)} would have shown"
 
 
 def _than(effect: Effect, each: Contrast) -> str:

@@ -41,7 +41,7 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
 
 
 def _mattered(found: GroupFindings) -> AnswerCard:
-    made = [effect for effect in effects(found) if not is_absurd(effect.contrasts[0].estimate, THROUGHPUT)]
+    made = [effect for effect in effects(found) if not is_absurd(effect.main.estimate, THROUGHPUT)]
     if not made:
         why = "nothing to compare with yet" if len(found.points) == 1 else "no effect can be named"
         return AnswerCard(title="What mattered", big="nothing yet", about=why, lines=())
@@ -55,12 +55,12 @@ def _mattered(found: GroupFindings) -> AnswerCard:
 
 
 def _about(effect: Effect) -> str:
-    regime = effect.contrasts[0].regime
+    regime = effect.main.regime
     return f"{effect.of} instead of {effect.over}" + ("" if regime == "not known" else f", {regime}")
 
 
 def _size(effect: Effect) -> str:
-    found = effect.contrasts[0].estimate
+    found = effect.main.estimate
     return "none seen" if found.seen is False else change(found.value, THROUGHPUT)
 
 
