@@ -8,6 +8,7 @@ from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.writing.effects import dropped, effects, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
 
@@ -48,6 +49,11 @@ def notes(findings: Findings) -> tuple[str, ...]:
     if others:
         said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
     return tuple(text for text in said if text)
+
+
+def confounded(found: GroupFindings) -> list[Confounded]:
+    """Return settings that cannot be separated, without the parts of the shape: those are one thing in every grid."""
+    return [each for each in found.design.confounded if not set(each.names) <= {*SHAPE, TOKENS}]
 
 
 def command(findings: Findings) -> str:

@@ -14,9 +14,8 @@ from lora_lab.report.findings import Findings, Fitted, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
-from lora_lab.report.statistics.factors import SHAPE, TOKENS
 from lora_lab.report.writing.effects import Row, dropped, real, real_contrasts, rows
-from lora_lab.report.writing.headline import command, notes, question, sentences
+from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
 from lora_lab.report.writing.labels import (
     count,
     level_text,
@@ -46,9 +45,8 @@ def show(findings: Findings, console: Console) -> None:
         console.print(f"\nthe claims of {escape(study.id)}:", highlight=False)
         for verdict in verdicts:
             console.print(f"  [bold]{verdict.verdict}[/bold]: {escape(verdict.says)}", highlight=False)
-    for confounded in main.design.confounded:
-        if not set(confounded.names) <= {*SHAPE, TOKENS}:  # these are one thing in every grid
-            console.print(f"Cannot be separated: {escape(', '.join(confounded.names))}.", highlight=False)
+    for each in confounded(main):
+        console.print(f"Cannot be separated: {escape(', '.join(each.names))}.", highlight=False)
     for note in notes(findings):
         console.print(escape(note), highlight=False)
     if main.group.excluded:
@@ -114,11 +112,9 @@ def _show_group(found: GroupFindings, machine: str, console: Console) -> None:
     console.print(_points_table(found))
     for measure, why in found.absent.items():
         console.print(f"no {measure}: {escape(why)}", highlight=False)
-    for confounded in found.design.confounded:
-        names = ", ".join(confounded.names)
-        console.print(
-            f"[yellow]cannot be separated[/yellow]: {escape(names)} ({escape(confounded.why)})", highlight=False
-        )
+    for each in found.design.confounded:
+        names = ", ".join(each.names)
+        console.print(f"[yellow]cannot be separated[/yellow]: {escape(names)} ({escape(each.why)})", highlight=False)
     for note in found.design.notes:
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
     if real_contrasts(found):

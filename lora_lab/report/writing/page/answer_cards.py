@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT
 from lora_lab.report.writing.effects import Effect, effects
-from lora_lab.report.writing.headline import best_point, command, most_repeats, point_text
+from lora_lab.report.writing.headline import best_point, most_repeats, point_text
 from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import change, is_absurd
 
@@ -20,7 +20,6 @@ class AnswerCard:
     big: str
     about: str
     lines: tuple[str, ...]
-    command: str = ""
 
 
 def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
@@ -35,7 +34,6 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
         big=figures[0],
         about=point_text(best, main),
         lines=tuple(figures[1:]),
-        command=command(findings),
     )
     return use, _mattered(main), _how_sure(main)
 

@@ -17,7 +17,7 @@ from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.writing.effects import dropped, real, real_contrasts, rows
-from lora_lab.report.writing.headline import notes, question, sentences
+from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
 from lora_lab.report.writing.labels import (
     count,
     level_text,
@@ -134,6 +134,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
         "breaks": breaks,
         "regime": regime_text,
         "first_sentence": first_sentence,
+        "small_unit": small_unit,
         "upper_first": lambda text: text[:1].upper() + text[1:],
     }
     environment.globals |= {
@@ -143,6 +144,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
         "level_text": level_text,
         "real": real,
         "dropped": dropped,
+        "confounded": confounded,
         "is_model": lambda model: isinstance(model, FactorialModel),
     }
     css, _, _ = loader.get_source(environment, "page.css")
@@ -154,6 +156,7 @@ def page(findings: Findings, timelines: Timelines) -> str:
         findings=findings,
         question=question(findings),
         cards=answer_cards(findings),
+        command=command(findings),
         sentences=sentences(findings),
         rows=rows(findings.groups[0], _ROWS),
         notes=notes(findings),
@@ -170,6 +173,12 @@ def typeset(text: str) -> str:
     text = re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
     text = re.sub(r"(?<!\w)x(?=\d)", "\N{MULTIPLICATION SIGN}", text)
     return re.sub(r"(?<=\d) (?=%|GiB\b|J/token|tokens/s)", "\N{NO-BREAK SPACE}", text)
+
+
+def small_unit(text: str) -> Markup:
+    """Return a figure with its unit in small type: "15,548 tokens/s"."""
+    number, space, unit = text.replace("\N{NO-BREAK SPACE}", " ").partition(" ")
+    return Markup("{}{}<small>{}</small>").format(number, space, unit)
 
 
 def first_sentence(text: str) -> str:
