@@ -4,6 +4,7 @@ and as a terminal shows them, and the picture that README begins with.
     python -m benchmarks.answers [DOCS]
 """
 
+import functools
 import io
 import math
 import sys
@@ -78,6 +79,7 @@ def findings_of(store: StoredRuns, baseline: dict[str, str], study: Study) -> Fi
     return find(trials, sweeps, question, __version__)
 
 
+@functools.cache
 def factorial() -> tuple[Findings, Study]:
     """Return what the H100 factorial shows, and the study whose claims it tests."""
     [study] = shipped()

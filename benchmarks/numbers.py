@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.cards import cards
-from benchmarks.paper_table import paper, shape
+from benchmarks.one_factor_table import one_factor
+from benchmarks.paper_table import covered, energy_agreement, paper, shape
 
 ROOT = Path(__file__).parents[1]
 MADE: dict[str, Callable[[], str]] = {
     "cards": cards,
     "paper": paper,
     "shape": shape,
+    "covered": covered,
+    "energy-agreement": energy_agreement,
+    "one-factor": one_factor,
 }
 _BLOCK = re.compile(r"<!-- begin (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- end (?P=name) -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:begin|end) [\w-]+ -->")

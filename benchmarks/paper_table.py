@@ -53,3 +53,26 @@ def shape() -> str:
         f"On machine A, going from {names[0]} to {names[1]} alone made the GPU's own work {ratio:.2f} times as fast\n"
         "per token, with the same optimizer and precision. That is more than the study's whole gain."
     )
+
+
+def covered() -> str:
+    """Return what trials the report is about."""
+    findings, _ = factorial()
+    trials = [trial for found in findings.groups for trial in found.group.trials]
+    finished = sum(trial.finished for trial in trials)
+    return (
+        f"The report covers {len(trials)} trials on {len(findings.groups)} machines: {finished} finished, "
+        f"{len(trials) - finished} out of memory."
+    )
+
+
+def energy_agreement() -> str:
+    """Return how far the energy counter and the integral of power are apart in the factorial's trials."""
+    findings, _ = factorial()
+    metrics = [trial.metrics for found in findings.groups for trial in found.group.measured]
+    apart = [100 * each["energy/power_disagreement"] for each in metrics if "energy/power_disagreement" in each]
+    seconds = [each["window/seconds"] for each in metrics]
+    return (
+        f"In the factorial's {len(apart)} trials, with windows of {min(seconds):.0f} to {max(seconds):.0f} s, the "
+        f"energy counter and the integral of power differ by {min(apart):+.1f} to {max(apart):+.1f} %. Both come from one sensor."
+    )
