@@ -74,5 +74,6 @@ def energy_agreement() -> str:
     seconds = [each["window/seconds"] for each in metrics]
     return (
         f"In the factorial's {len(apart)} trials, with windows of {min(seconds):.0f} to {max(seconds):.0f} s, the "
-        f"energy counter and the integral of power differ by {min(apart):+.1f} to {max(apart):+.1f} %. Both come from one sensor."
+        f"energy counter and the integral of power differ by {min(apart):+.1f} to {max(apart):+.1f} %. "
+        "Both come from one sensor."
     )

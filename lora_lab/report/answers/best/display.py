@@ -14,6 +14,7 @@ from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import MEASURES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
+from lora_lab.report.writing.numbers import TOO_FEW, is_absurd
 
 _RUNNERS_UP = 5
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
@@ -82,6 +83,8 @@ def _table(choice: Choice, objective: Measure) -> Table:
 
 def _beside(runner: RunnerUp, measure: Measure, all_lack: bool) -> str:
     found = runner.estimate
+    if is_absurd(found, measure):
+        return TOO_FEW
     value = _change(found.value, measure)
     if found.low is None or found.high is None:
         return value if all_lack else f"{value}; no interval: {found.why_no_interval}"
