@@ -11,6 +11,7 @@ from omegaconf import open_dict
 from safetensors.numpy import save_file
 
 from benchmarks import answers, numbers
+from benchmarks.cards import cards
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
 
@@ -73,3 +74,11 @@ def test_no_text_of_the_picture_is_cut_off() -> None:
         box = text.get_window_extent(canvas.get_renderer())
         assert box.x0 >= 0, text.get_text()
         assert box.x1 <= figure.bbox.width, text.get_text()
+
+
+def test_what_the_table_by_card_names_fits_and_leaves_the_reserve_free() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cards().splitlines() if " GB |" in line]
+    assert {row[0] for row in rows} == {"6 GB", "8 GB", "12 GB", "16 GB", "24 GB"}
+    for row in rows:
+        card, needs = float(row[0].removesuffix(" GB")), float(row[6])
+        assert 0.3 * card < needs <= 0.95 * card + 0.05  # rounded to a tenth; far below, something larger was not tried
