@@ -12,6 +12,8 @@ from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.writing.effects import dropped, effects, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
 
+GPU_WORK = "gpu_work"
+"""The name of the measure that says how long the GPU itself works, where it is among the measures."""
 _EFFECTS = 2
 """How many effects have a sentence. The others are in the tables."""
 
@@ -110,9 +112,11 @@ def _holds(found: GroupFindings) -> str:
     waited = regimes["host-bound"]
     if waited:
         share = "all" if waited == trials else f"{waited} of {trials}"
+        carries = any(each.measure.name == GPU_WORK for each in found.contrasts)
+        what = "; the GPU work below carries over to it" if carries else ""
         return (
-            f"In {share} trials the GPU waited for Python most of the time (host-bound), so a faster host or a slower "
-            "GPU may change the order."
+            f"In {share} trials the GPU waited for Python most of the time (host-bound), so another host may change "
+            f"the order{what}."
         )
     return "The GPU was busy most of the time, so expect a similar order on other hosts with this GPU."
 
