@@ -4,10 +4,10 @@ and as a terminal shows them, and the picture that README begins with.
     python -m benchmarks.answers [DOCS]
 """
 
+import functools
 import io
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
 from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
-from lora_lab.report.writing.numbers import format_short
+from lora_lab.report.writing.numbers import change, interval
 from lora_lab.report.writing.page.page import write_page
-from lora_lab.report.writing.terminal import show
-from lora_lab.store.records_file import unpack
-from lora_lab.store.stored_runs import open_store
+from lora_lab.report.writing.terminal import show_full
+from lora_lab.store.packed_runs import PackedRuns
+from lora_lab.store.stored_runs import StoredRuns
 
 RESULTS = Path(__file__).parent / "results/h100"
 BASELINE = {"optimizer": "adamw", "precision": "fp16"}
@@ -63,20 +63,38 @@ def main() -> None:
 
 def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> Findings:
     """Write OUT.html and OUT.txt about a file of records."""
-    with tempfile.TemporaryDirectory() as place:
-        unpack(RESULTS / f"{records}.jsonl.gz", Path(place) / "mlruns")
-        store = open_store(f"sqlite:///{place}/mlruns/mlflow.db")
-        trials, sweeps = store.runs()
-        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
-    question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
-    findings = find(trials, sweeps, question, __version__)
+    store = StoredRuns(PackedRuns(RESULTS / f"{records}.jsonl.gz"))
+    findings = findings_of(store, baseline, study)
+    timelines = {trial.run_id: store.series(trial.run_id) for trial in store.runs()[0]}
     write_page(findings, timelines, out.with_suffix(".html"))
     with out.with_suffix(".txt").open("w", encoding="utf-8") as file:
-        show(findings, Console(file=file, width=_WIDE))
+        show_full(findings, Console(file=file, width=_WIDE))
     return findings
 
 
+def findings_of(store: StoredRuns, baseline: dict[str, str], study: Study) -> Findings:
+    """Return what a file of records shows."""
+    trials, sweeps = store.runs()
+    question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
+    return find(trials, sweeps, question, __version__)
+
+
+@functools.cache
+def factorial() -> tuple[Findings, Study]:
+    """Return what the H100 factorial shows, and the study whose claims it tests."""
+    [study] = shipped()
+    return findings_of(StoredRuns(PackedRuns(RESULTS / "factorial.jsonl.gz")), BASELINE, study), study
+
+
 def picture(findings: Findings, study: Study) -> str:
+    """Return the drawing as SVG: the same bytes every time; text as paths, for any viewer."""
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "answer"}):
+        drawing(findings, study).savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def drawing(findings: Findings, study: Study) -> Figure:
     """Draw the study's ratios next to what the same change made here with all else equal."""
     rows: list[_Row] = []
     for factor, of, over, start, end in CLAIMED:
@@ -84,9 +102,13 @@ def picture(findings: Findings, study: Study) -> str:
         besides = [key for key in first if key != factor and first[key] != second[key]]
         ratio = math.log(_figure(study, end) / _figure(study, start))
         rows.append(_Row(text=f"{of} instead of {over}"))
-        rows.append(_Row(text=f"the study ({', '.join(besides)} changed too)", value=ratio))
+        rows.append(_Row(text=f"the study ({' and '.join(besides)} too)", value=ratio))
         rows += [
-            _Row(text=f"nothing else, {each.regime} H100 ({'AB'[machine]})", value=each.estimate.value, contrast=each)
+            _Row(
+                text=f"here, only this changed ({'AB'[machine]}, {each.regime})",
+                value=each.estimate.value,
+                contrast=each,
+            )
             for machine, found in enumerate(findings.groups)
             for each in found.contrasts
             if (each.factor, each.of, each.measure) == (factor, of, THROUGHPUT) and each.regime != "mixed"
@@ -94,11 +116,8 @@ def picture(findings: Findings, study: Study) -> str:
     figure = Figure(figsize=(9.8, 0.36 * len(rows) + 0.9))
     FigureCanvasSVG(figure)
     _draw(figure.add_axes((0.02, 0.15, 0.96, 0.75)), rows)
-    figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals over repeats", color=_GREY, fontsize=10)
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "answer"}):  # the same bytes every time; text as paths, for any viewer
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+    figure.text(0.02, 0.94, "Change in tokens/s, with 95 % intervals", color=_GREY, fontsize=10)
+    return figure
 
 
 def _figure(study: Study, run: str) -> float:
@@ -121,9 +140,11 @@ def _draw(axes: Any, rows: Sequence[_Row]) -> None:
         if found.low is not None and found.high is not None:
             axes.plot([percent(found.low), percent(found.high)], [y, y], color=_HERE, lw=2.4)
         axes.plot([percent(row.value)], [y], "o", color=_HERE, ms=7)
-        axes.text(38, y, format_short(found, row.contrast.measure), va="center", fontsize=10, color=_HERE)
+        said = "no difference seen" if found.seen is False else change(found.value, row.contrast.measure)
+        said += f" ({interval(found, row.contrast.measure)})"
+        axes.text(38, y, said, va="center", fontsize=10, color=_HERE)
     axes.axvline(0, color=_INK, lw=0.8)
-    axes.set_xlim(-152, 175)
+    axes.set_xlim(-152, 135)
     axes.set_ylim(0.4, len(rows) + 0.6)
     axes.set_xticks([-40, -20, 0, 20], ["-40 %", "-20 %", "0", "+20 %"], fontsize=8.5, color=_GREY)
     axes.set_yticks([])

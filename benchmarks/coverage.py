@@ -1,11 +1,11 @@
 """How often the report's intervals hold the truth, and how wide they are, in simulated sessions.
 
 python -m benchmarks.coverage           simulate (about five minutes of a CPU core), and store results/cpu/coverage
-python -m benchmarks.coverage docs      put the stored tables into docs, into their blocks
+
+The docs quote the tables: python -m benchmarks.numbers.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,9 +17,6 @@ from benchmarks.simulated import every
 from lora_lab.store.environment import environment
 
 OUT = Path(__file__).parent / "results/cpu"
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("report.md", "measurement.md")
-"""Pages of docs that quote the tables."""
 
 Rows = Sequence[Mapping[str, Any]]
 Content = Mapping[str, Rows]
@@ -30,14 +27,9 @@ def tables(content: Content) -> dict[str, str]:
     return {name: make(content[name.removeprefix("coverage-")]) for name, make in MADE.items()}
 
 
-def quoted(text: str, made: Mapping[str, str]) -> str:
-    """Return a page whose blocks, `<!-- begin NAME -->` to `<!-- end NAME -->`, hold these tables."""
-    for name, table in made.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
-    return text
+def quoted(name: str) -> str:
+    """Return the table of a block in docs, from the stored figures."""
+    return tables(stored())[name]
 
 
 def stored() -> Content:
@@ -46,11 +38,6 @@ def stored() -> Content:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["docs"]:
-        made = tables(stored())
-        for page in (DOCS / name for name in PAGES):
-            page.write_text(quoted(page.read_text(encoding="utf-8"), made), encoding="utf-8")
-        return
     content = every()
     origin = _origin()
     text = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables(content).items())

@@ -17,6 +17,9 @@ table() { # NAME [option ...]: of the sweep that ran last
 
 sweep cross cross
 table cross
+# what fits the card you own: put cards.jsonl.gz to lora_lab/shipped/h100.jsonl.gz, then python -m benchmarks.numbers
+sweep cards cards
+table cards
 sweep one_factor one_factor
 table one_factor
 sweep smollm2 smollm2

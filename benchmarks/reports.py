@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import TrialFolder
+from lora_lab.store.trials import Trial
 
 
 def finished_trials(sweep: Path) -> Iterator[tuple[TrialFolder, Record]]:
@@ -27,6 +29,14 @@ def provenance(tags: Mapping[str, str], command: str) -> dict[str, str]:
     LORA_LAB_COMMIT names the commit on a machine that has the files but not the history."""
     keep = {key: value for key, value in tags.items() if key.startswith(("version.", "device", "machine."))}
     return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
+
+
+def origin(trials: Sequence[Trial]) -> str:
+    """Return on which card, on which days and at which commits trials ran, in one sentence."""
+    cards = " and ".join(sorted({trial.place.device for trial in trials}))
+    days = sorted({f"{datetime.fromtimestamp(trial.started_ms / 1e3, UTC):%Y-%m-%d}" for trial in trials})
+    commits = ", ".join(dict.fromkeys(trial.tags["commit"][:7] for trial in trials))
+    return f"Measured on {cards}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, commit {commits}."
 
 
 def write_report(out: Path, name: str, title: str, origin: dict[str, str], text: str, content: dict[str, Any]) -> None:

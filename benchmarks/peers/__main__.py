@@ -3,7 +3,6 @@
     python -m benchmarks.peers OUT [--cells 1x512,2x2048c,8x2048cp] [--contenders plain,unsloth,graph] [--model MODEL]
     python -m benchmarks.peers join OUT FILE.json ...   the cells of several calls as one file
     python -m benchmarks.peers table FILE.json          a file's page, made again
-    python -m benchmarks.peers docs                     the tables in docs/peers.md, made again
 
 OUT/peers_METHOD_MODEL.json has every turn, the .md of that name the tables. A cell is written as soon as it is done;
 cells of several calls into one folder come together in one file. All contenders have the same random weights, adapters,
@@ -33,9 +32,6 @@ def main(arguments: list[str]) -> None:
         case ["join", out, *paths] if paths:
             content = stored.joined([stored.read(Path(path)) for path in paths])
             print(stored.write(stored.file_of(Path(out), content), content))
-        case ["docs"]:
-            for page in stored.PAGES:
-                page.write_text(stored.put_into(page.read_text(encoding="utf-8"), stored.RESULTS), encoding="utf-8")
         case _:
             _run(arguments)
 

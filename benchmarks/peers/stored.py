@@ -1,19 +1,29 @@
 """The files of results: read with today's names, joined, written, and put into the docs."""
 
 import json
-import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.plan import TUTORIAL, UNSLOTH, UNSLOTH_NO_CHECKPOINTING, Cell
 from benchmarks.peers.table import table
-from benchmarks.reports import write_report
+from benchmarks.reports import markdown, write_report
 
 _FORMAT = 2
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "h100"
-PAGES = (ROOT / "docs" / "peers.md",)
-NOT_MEASURED = "Not measured yet with the settings of this page."
+RESULTS = ROOT / "benchmarks" / "results"
+SUMMARISED = {
+    "Qwen2.5-1.5B": "h200/peers_qlora_qwen2_5_1_5b",
+    "Llama-3.1-8B": "h200/peers_qlora_llama3_1_8b",
+}
+"""The results in README.md."""
+COLUMNS = {
+    "plain": "plain HF",
+    "liger": "HF + Liger",
+    "unsloth": "Unsloth",
+    UNSLOTH_NO_CHECKPOINTING: "Unsloth, no checkpointing",
+    "graph": "`engine=graph`",
+}
 
 Content = dict[str, Any]
 
@@ -105,12 +115,32 @@ def _versions(content: Content) -> str:
     return f"Versions in the contenders' processes: {', '.join(sorted(versions))}."
 
 
-def put_into(page: str, results: Path) -> str:
-    """Return the page with the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made from NAME.json."""
+def page(name: str) -> str:
+    """Return the text of a stored file, by its path below results/ without the ending."""
+    return _text(read(RESULTS / f"{name}.json"))
 
-    def made(found: re.Match[str]) -> str:
-        path = results / f"{found[1]}.json"
-        text = _text(read(path)) if path.is_file() else NOT_MEASURED
-        return f"<!-- {found[1]}:begin -->\n{text}\n<!-- {found[1]}:end -->"
 
-    return re.sub(r"<!-- (peers_\w+):begin -->\n.*?<!-- \1:end -->", made, page, flags=re.DOTALL)
+def summary() -> str:
+    """Return the table of README.md: every cell's contenders by tokens/s and memory, both models."""
+    lines = []
+    for model, name in SUMMARISED.items():
+        content = read(RESULTS / f"{name}.json")
+        for cell, found in content["cells"].items():
+            columns = [_speed_and_memory(found.get(each)) for each in COLUMNS]
+            lines.append([model, cell, str(_rounds(found)), *columns])
+    heads = ["model", "shape", "rounds", *COLUMNS.values()]
+    origins = [origin for name in SUMMARISED.values() for origin in read(RESULTS / f"{name}.json")["origins"].values()]
+    where = sorted({f"{each['device']}, {each['date']}, commit {each['commit'][:7]}" for each in origins})
+    return f"{markdown(heads, lines)}\n\nTokens per second, median; GiB allocated in the window. {'; '.join(where)}."
+
+
+def _rounds(found: dict[str, Any]) -> int:
+    return min(len(result["turns"]) for result in found.values())
+
+
+def _speed_and_memory(result: dict[str, Any] | None) -> str:
+    if result is None or not result["turns"]:
+        return "-"
+    speed = statistics.median(turn["tokens_per_second"] for turn in result["turns"])
+    memory = statistics.median(turn["peak_allocated_gib"] for turn in result["turns"])
+    return f"{speed:,.0f} at {memory:.1f} GiB"

@@ -26,7 +26,7 @@ from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.writing.page.page import write_page
 from lora_lab.report.writing.page.page_file import choose_place
 from lora_lab.report.writing.table import FORMATS, make_table, print_table
-from lora_lab.report.writing.terminal import show
+from lora_lab.report.writing.terminal import show, show_full
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         findings = find(trials, sweeps, question, __version__)
         path, why = choose_place(_newest(trials, sweeps).tags, asked.out)
         _write(findings, store, trials, path)
-        show(findings, console)
+        (show_full if asked.full or asked.split else show)(findings, console)
         for study in question.studies if asked.claims else ():
             if all(study is not judged for judged, _ in findings.verdicts):
                 held = " ".join(f"{key}={value}" for key, value in study.held.items())
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=share, default=0.0, metavar="PERCENT", help="--against: how much worse is acceptable (2%%)"
     )
+    parser.add_argument("--full", action="store_true", help="print every table, not only the answer")
     parser.add_argument("--table", choices=FORMATS, help="print a table of the trials; nothing else is reported")
     parser.add_argument(
         "--columns",
@@ -134,7 +135,7 @@ def _check_table(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     """End with a usage error where an option would go unused."""
     unused, why = ["columns", "each"], "needs --table, as in --table md"
     if asked.table:
-        unused = ["baseline", "split", "claims", "against", "out"]
+        unused = ["baseline", "split", "claims", "against", "out", "full"]
         why = "does not go together with --table"
     for name in unused:
         if getattr(asked, name):

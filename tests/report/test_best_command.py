@@ -75,6 +75,7 @@ def test_codes_for_nothing_that_fits_and_for_what_cannot_be_told(
     assert code == 1
     assert "6.00 GiB" in out
     assert "vram_limit_gib=4" in out
+    assert "--shipped" in out
     code, _, err = run(store, capsys, ["--card", "4060"])
     assert code == 2
     assert "H100" in err

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import simulated
-from benchmarks.coverage import DOCS, PAGES, quoted, stored, tables
+from benchmarks.coverage import stored
 
 
 @pytest.mark.parametrize("block_sd", [0.0, 0.4])
@@ -34,10 +34,3 @@ def test_the_stored_coverage_is_within_a_point_and_the_width_within_a_tenth() ->
         assert 0.94 < row["sessions_like_it"] < 0.995, row
         assert abs(row["width_over_blocks"] - 1) < 0.1, row
         assert abs(row["width_sessions_like_it"] - 1) < 0.1, row
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_docs_quote_the_stored_tables(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    assert "<!-- begin coverage-" in text
-    assert quoted(text, tables(stored())) == text, "python -m benchmarks.coverage docs makes it again"

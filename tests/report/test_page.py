@@ -171,7 +171,9 @@ def test_places_are_shown_apart_and_never_averaged() -> None:
     found = _find([*_factorial(), *there])
     read = _Page(page(found, {}))
     assert len(found.groups) == 2
-    assert "shown separately" in read.text
+    assert "reported separately, not averaged in" in read.text
+    assert "All above is about machine A" in read.text
+    assert re.search(r"Machine [AB]: Another Card", read.text)
     assert "Another Card" in read.text
     assert "the code that ran is not in any commit" in read.text
     assert len(read.ids) == len(set(read.ids))

@@ -1,147 +1,175 @@
-"""The headline in three sentences: what was best, which factors had an effect, and what that means for claims."""
+"""The headline: a question, and its answer in five plain sentences. Figures with their intervals are in the table below
+it."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from lora_lab.report.answers.claims.study import Study
-from lora_lab.report.answers.claims.verdict import Verdict
+from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
-from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, Better, Measure
-from lora_lab.report.statistics.contrasts import Contrast
-from lora_lab.report.statistics.factors import SHAPE
-from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, usual_levels
-from lora_lab.report.writing.numbers import format_short
-from lora_lab.store.trials import Sweep
+from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
+from lora_lab.report.writing.effects import dropped, effects, sentence
+from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
+
+GPU_WORK = "gpu_work"
+"""The name of the measure that says how long the GPU itself works, where it is among the measures."""
+_EFFECTS = 2
+"""How many effects have a sentence. The others are in the tables."""
+
+
+def question(findings: Findings) -> str:
+    """Return the question that the report answers, as its title."""
+    configurations = len(findings.groups[0].points)
+    if configurations == 1:
+        return "What does this configuration take?"
+    which = f"hich of {configurations} configurations is best"
+    if findings.verdicts:
+        studies = " and ".join(study.id for study, _ in findings.verdicts)
+        return f"Do the claims of {studies} hold, and w{which}?"
+    return f"W{which}?"
 
 
 def sentences(findings: Findings) -> tuple[str, ...]:
-    """Return three sentences on the environment with most trials; others are only mentioned."""
-    groups, verdicts = findings.groups, findings.verdicts
-    main = groups[0]
-    last = _on_claims(main, verdicts) if verdicts else _on_regimes(main)
-    others = len(groups) - 1
-    apart = f" {count(others, 'other environment')} reported separately, not averaged in." if others else ""
-    return (_on_best(main) + _on_the_rest(groups, findings.sweeps), _on_effects(main), last + apart)
+    """Return at most five sentences on the machine with most trials: what was found, for whom it holds, what to do."""
+    main = findings.groups[0]
+    if best_point(main) is None:
+        return _nothing(main)
+    made = effects(main)
+    mattered = [sentence(effect, most_repeats(main)) for effect in made[:_EFFECTS]]
+    if not mattered and len(main.points) > 1:
+        mattered = ["No two trials differ in only one setting, so no setting's effect can be named."]
+    found = [_upper_first(text) for text in (_on_best(main), *mattered)]
+    return (*found, _holds(main), _to_do(main))
 
 
-def _on_the_rest(groups: Sequence[GroupFindings], sweeps: Sequence[Sweep]) -> str:
-    """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
-    over = Counter(trial.sweep for found in groups for trial in found.group.trials)
-    planned = sum(sweep.planned or 0 for sweep in sweeps)
-    done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in sweeps)
-    if done == planned:
-        return ""
-    return f" Only {done} of the {planned} planned trials have been run (resume=true runs the rest)."
+def notes(findings: Findings) -> tuple[str, ...]:
+    """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
+    main = findings.groups[0]
+    said = [_not_run(findings), _ended(main), dropped(main)]
+    others = len(findings.groups) - 1
+    if others:
+        said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
+    return tuple(text for text in said if text)
+
+
+def confounded(found: GroupFindings) -> list[Confounded]:
+    """Return settings that cannot be separated, without the parts of the shape: those are one thing in every grid."""
+    return [each for each in found.design.confounded if not set(each.names) <= {*SHAPE, TOKENS}]
+
+
+def command(findings: Findings) -> str:
+    """Return the command that runs the fastest configuration; "" where there is none."""
+    main = findings.groups[0]
+    best = best_point(main)
+    trials = [] if best is None else [trial for trial in best.trials if trial in main.group.measured]
+    return runnable(trials[-1], main.group.measured) if trials else ""
+
+
+def best_point(found: GroupFindings) -> Point | None:
+    """Return the point with the highest median throughput, or without any throughput one with figures."""
+    rated = [point for point in found.points if THROUGHPUT.name in point.figures]
+    if rated:
+        return _best(rated, THROUGHPUT)
+    return next((point for point in found.points if point.figures), None)
+
+
+def point_text(point: Point, found: GroupFindings) -> str:
+    """Return a point's name without what most points share."""
+    factors = found.design.factors
+    usual = usual_levels(found.points, factors)
+    return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"
+
+
+def most_repeats(found: GroupFindings) -> int:
+    """Return how often the most repeated point was measured."""
+    measured = {trial.run_id for trial in found.group.measured}
+    return max((sum(trial.run_id in measured for trial in point.trials) for point in found.points), default=0)
 
 
 def _on_best(found: GroupFindings) -> str:
-    device, points = found.group.place.device, [point for point in found.points if point.figures]
-    if not points:
-        ends = Counter(trial.outcome for trial in found.group.trials)
-        how = ", ".join(f"{number} {outcome_text(end)}" for end, number in ends.items()) or "all were cut short"
-        return f"On {device} no trial finished with figures that can be compared ({how})."
+    best = best_point(found)
+    assert best is not None
+    name, device = point_text(best, found), found.group.place.device
     if len(found.points) == 1:
-        figures = [m.write(points[0].figures[m.name][0]) for m in MEASURES if m.name in points[0].figures]
-        return f"On {device} {_name(points[0], found)} reached {', '.join(figures)}."
-    ended = Counter(outcome for point in found.points for outcome in point.outcomes if outcome != "finished")
-    others = ", ".join(f"{number} {outcome_text(outcome)}" for outcome, number in ended.items())
-    ran = f"{len(points)} of {len(found.points)} configurations ran to the end" + (f" ({others})" if others else "")
-    rated = [point for point in points if THROUGHPUT.name in point.figures]
-    if not rated:
-        return f"On {device} {ran}; none has a throughput."
-    fastest = _best(rated, THROUGHPUT)
-    rates = [point.figures[THROUGHPUT.name][0] for point in rated]
-    said = f"the fastest was {_name(fastest, found)} with {THROUGHPUT.write(max(rates))}"
-    said += f", {max(rates) / min(rates):.3g} times the slowest" if len(rates) > 1 else ""
-    if found.as_fast:
-        said += f" ({found.as_fast} of the {len(rates) - 1} others do not differ significantly from it)"
-    drawn = [point for point in points if ENERGY.name in point.figures]
-    if drawn:
-        thriftiest = _best(drawn, ENERGY)
-        figure = ENERGY.write(thriftiest.figures[ENERGY.name][0])
-        same = thriftiest is fastest
-        said += (
-            f", and least energy, {figure}"
-            if same
-            else f"; the least energy was used by {_name(thriftiest, found)}, {figure}"
-        )
-    learned = [point for point in points if LOSS.name in point.figures]
-    if len(learned) > 1:
-        least = _best(learned, LOSS)
-        said += (
-            f"; the lowest held-out loss is that of {_name(least, found)}, {LOSS.write(least.figures[LOSS.name][0])}"
-        )
-    return f"On {device}, {ran}; by their medians {said}."
+        figures = [m.write(best.figures[m.name][0]) for m in MEASURES if m.name in best.figures]
+        return f"{name} reached {', '.join(figures)} on {device}."
+    if THROUGHPUT.name not in best.figures:
+        return f"No configuration has a throughput on {device}."
+    rated = sum(THROUGHPUT.name in point.figures for point in found.points)
+    rate = THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
+    return f"{name} was the fastest of {count(rated, 'configuration')} on {device}, with {rate}."
 
 
-def _on_effects(found: GroupFindings) -> str:
-    if not found.contrasts:
-        return "Effects cannot be estimated: no two trials of one sweep and repeat differ in only one setting."
-    told = [f"In tokens/s, all else equal: {_effects(found, THROUGHPUT)}."]
-    if any(each.measure is LOSS and each.estimate.seen for each in found.contrasts):
-        told.append(f"In held-out loss: {_effects(found, LOSS)}.")
-    return " ".join(told)
-
-
-def _effects(found: GroupFindings, measure: Measure) -> str:
-    factors = {factor.name: factor for factor in found.compared}
-    shape = {factor.name for factor in found.compared if set(factor.keys) <= set(SHAPE)}
-    by_level: dict[tuple[str, str, str], list[Contrast]] = {}
-    made = [each for each in found.contrasts if each.measure is measure]
-    for each in made:
-        if each.factor not in shape:
-            by_level.setdefault((each.factor, each.of, each.over), []).append(each)
-    parts = []
-    for (name, of, over), those in by_level.items():
-        factor = factors[name]
-        tied = " together" if len(factor.keys) > 1 else ""
-        parts.append(f"{level_text(factor, of)}{tied} against {level_text(factor, over)} {_by_regime(those)}")
-    shapes = [each for each in made if each.factor in shape]
-    if shapes:
-        widest = max(shapes, key=lambda each: abs(each.estimate.value))
-        parts.append(f"{widest.of} (batch x seq) against {widest.over} {_by_regime([widest])}")
-    return "; ".join(parts) or f"no pair of trials has a {measure.title}"
-
-
-def _by_regime(those: Sequence[Contrast]) -> str:
-    """Return the effect per regime. Mixed regimes are left to the tables if there are others."""
-    clear = [each for each in those if each.regime != "mixed"] or those
-    several = len({each.regime for each in clear}) > 1 or clear[0].regime != "not known"
-    return ", ".join(format_short(c.estimate, c.measure) + (f" {c.regime}" if several else "") for c in clear)
-
-
-def _on_regimes(found: GroupFindings) -> str:
+def _holds(found: GroupFindings) -> str:
+    """Return for whom it holds, by what the trials waited for."""
     regimes = Counter(trial.regime for trial in found.group.measured)
+    trials = regimes.total()
     if set(regimes) <= {"not known"}:
-        return "It is not known whether the device or the host limited these trials: no sensor here could measure it."
-    told = ", ".join(f"{number} {regime}" for regime, number in regimes.most_common())
-    order = (
-        "; a faster host, or a slower card, may order host-bound trials differently" if "host-bound" in regimes else ""
-    )
-    return f"Of these trials {told}{order}."
+        if any("device.cpu" in trial.tags for trial in found.group.measured):
+            return "It ran on a CPU, which says little about a GPU."
+        return "No sensor could show whether the GPU or its host was the limit, so it holds for this machine only."
+    waited = regimes["host-bound"]
+    if waited:
+        share = "all" if waited == trials else f"{waited} of {trials}"
+        carries = any(each.measure.name == GPU_WORK for each in found.contrasts)
+        what = "; the GPU work below carries over to it" if carries else ""
+        return (
+            f"In {share} trials the GPU waited for Python most of the time (host-bound), so another host may change "
+            f"the order{what}."
+        )
+    return "The GPU was busy most of the time, so expect a similar order on other hosts with this GPU."
 
 
-def _on_claims(found: GroupFindings, verdicts: Sequence[tuple[Study, Sequence[Verdict]]]) -> str:
-    parts = []
-    for study, judged in verdicts:
-        words: dict[str, list[str]] = {}
-        for verdict in judged:
-            at = f" ({verdict.at})" if verdict.at else ""
-            words.setdefault(verdict.verdict, []).append(f"“{verdict.says}”{at}")
-        said = "; ".join(f"{verdict}: {', '.join(claims)}" for verdict, claims in words.items())
-        parts.append(f"Of the claims of {study.id}, {said}.")
-        if any(trial.regime == "host-bound" for trial in found.group.measured):
-            parts.append(f"(Host-bound figures of this card do not predict the speed of a GPU-bound {study.card}.)")
-    return " ".join(parts)
+def _to_do(found: GroupFindings) -> str:
+    best = best_point(found)
+    assert best is not None
+    name = point_text(best, found)
+    if most_repeats(found) < 2:
+        what = "the order" if len(found.points) > 1 else "the figures"
+        return f"Nothing was repeated: run it with repeats=5 before you rely on {what}."
+    if len(found.points) == 1:
+        return "There is nothing to compare it with yet: vary a setting, as in batch_size=1,2."
+    if found.as_fast:
+        others = count(found.as_fast, "other configuration")
+        verb = "is" if found.as_fast == 1 else "are"
+        return f"Use {name} if speed counts; {others} {verb} as fast as far as this can show."
+    return f"Use {name} if speed counts: every other configuration was slower beyond noise."
 
 
-def _name(point: Point, found: GroupFindings) -> str:
-    usual = usual_levels(found.points, found.design.factors)
-    factors = found.design.factors
-    return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"
+def _nothing(found: GroupFindings) -> tuple[str, ...]:
+    ends = Counter(trial.outcome for trial in found.group.trials)
+    how = ", ".join(f"{number} {outcome_text(end)}" for end, number in ends.items()) or "all were cut short"
+    text = f"No trial finished with figures that can be compared on {found.group.place.device}: {how}."
+    if ends.get("out_of_memory"):
+        return text, "To need less memory, try gradient_checkpointing=full, a smaller batch_size or a shorter seq_len."
+    return text, "The reasons are listed below."
+
+
+def _not_run(findings: Findings) -> str:
+    """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
+    over = Counter(trial.sweep for found in findings.groups for trial in found.group.trials)
+    planned = sum(sweep.planned or 0 for sweep in findings.sweeps)
+    done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in findings.sweeps)
+    if done == planned:
+        return ""
+    return f"Only {done} of the {planned} planned trials have been run; resume=true runs the rest."
+
+
+def _ended(found: GroupFindings) -> str:
+    ended = Counter(outcome for point in found.points for outcome in point.outcomes if outcome != "finished")
+    if not ended or not any(point.figures for point in found.points):
+        return ""
+    told = ", ".join(f"{number} {outcome_text(outcome)}" for outcome, number in ended.items())
+    return f"Of {len(found.points)} configurations not all ran to the end: {told}."
 
 
 def _best(among: Sequence[Point], measure: Measure) -> Point:
     choose = max if measure.better is Better.higher else min
     return choose(among, key=lambda point: point.figures[measure.name][0])
+
+
+def _upper_first(text: str) -> str:
+    """Return a sentence with a capital, unless it begins with a setting's own name."""
+    first = text.split(" ", 1)[0]
+    return text[0].upper() + text[1:] if first.isalpha() and first in ("no", "in") else text

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.statistics.factors import SHAPE, Factor
 from lora_lab.store.naming import OPTIONS, in_order, word
+from lora_lab.store.trials import Place
 
 
 def level_text(factor: Factor, level: str) -> str:
@@ -44,6 +45,23 @@ def _place(factor: Factor) -> int:
     """Return a factor's place in a name."""
     order = in_order([*OPTIONS, "shape", "other"])
     return order.index(factor.name if factor.name in order else "other")
+
+
+def machine_name(number: int, places: Sequence[Place]) -> str:
+    """Return the name of a machine: its device, and where there are several, a letter and the beginning of its id.
+
+    Args:
+        number: its position among `places`.
+    """
+    place = places[number]
+    if len(places) == 1:
+        return place.label
+    return f"Machine {_letter(number)}: {place.label}"
+
+
+def _letter(number: int) -> str:
+    """Return A for 0, Z for 25, then AA."""
+    return (_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
 
 
 def regime_text(regime: str) -> str:

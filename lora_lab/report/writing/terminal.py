@@ -16,30 +16,101 @@ from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.step_split import StepSplit
-from lora_lab.report.writing.headline import sentences
-from lora_lab.report.writing.labels import level_text, levels_text, regime_text, usual_levels
+from lora_lab.report.writing.effects import Row, dropped, real, real_contrasts, rows
+from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
+from lora_lab.report.writing.labels import (
+    count,
+    level_text,
+    levels_text,
+    machine_name,
+    outcome_text,
+    regime_text,
+    usual_levels,
+)
 from lora_lab.report.writing.numbers import change, format_estimate, interval_note
 from lora_lab.report.writing.sessions import pooled_table
 from lora_lab.report.writing.step import split_text
 
+_ROWS = 8
+"""Lines of the small table."""
+_POINTS = 6
+"""Configurations that fit on one screen with the rest."""
+
 
 def show(findings: Findings, console: Console) -> None:
+    """Print the answer on one screen: five sentences, two small tables, and what is left out."""
+    main = findings.groups[0]
+    _show_headline(findings, console)
+    if changes := rows(main, _ROWS):
+        console.print(_changes_table(changes))
+    if len(main.points) > 1:
+        console.print(_fastest_table(main))
+    for study, verdicts in findings.verdicts:
+        console.print(f"\nthe claims of {escape(study.id)}:", highlight=False)
+        for verdict in verdicts:
+            console.print(f"  [bold]{verdict.words}[/bold]: {escape(verdict.says)}", highlight=False)
+    for each in confounded(main):
+        console.print(f"Cannot be separated: {escape(', '.join(each.names))}.", highlight=False)
+    for note in notes(findings):
+        console.print(escape(note), highlight=False)
+    if main.group.excluded:
+        console.print(f"Left out: {count(len(main.group.excluded), 'trial')}.", highlight=False)
+    console.print("Everything else, with the reasons: add --full.", highlight=False)
+
+
+def show_full(findings: Findings, console: Console) -> None:
     """Print everything except timelines and environment, which only the page has."""
-    console.print(f"\n[bold]{escape(findings.title)}[/bold]\n")
-    for answer in answers(findings):
-        console.print(answer, highlight=False, markup=False)
-    for sentence in sentences(findings):
-        console.print(escape(sentence), highlight=False)
-    for found in findings.groups:
-        _show_group(found, console)
+    _show_headline(findings, console)
+    for note in notes(findings):
+        if note != dropped(findings.groups[0]):  # it stands below the table of contrasts
+            console.print(escape(note), highlight=False)
+    for number, found in enumerate(findings.groups):
+        _show_group(found, machine_name(number, [each.group.place for each in findings.groups]), console)
     if findings.pooled:
         console.print(pooled_table(findings.pooled))
     for study, verdicts in findings.verdicts:
         _show_verdicts(study, verdicts, console)
 
 
-def _show_group(found: GroupFindings, console: Console) -> None:
-    console.print(f"\n[bold]{escape(found.group.place.label)}[/bold]")
+def _show_headline(findings: Findings, console: Console) -> None:
+    console.print(f"\n[bold]{escape(question(findings))}[/bold]  [dim]{escape(findings.title)}[/dim]\n")
+    for answer in answers(findings):
+        console.print(answer, highlight=False, markup=False)
+    for sentence in sentences(findings):
+        console.print(f"- {escape(sentence)}", highlight=False)
+    if text := command(findings):
+        console.print(f"    {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _changes_table(changes: Sequence[Row]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=" ")
+    for head in ("measure", "change", "result", "95 % interval"):
+        table.add_column(head, overflow="fold")
+    for row in changes:
+        table.add_row(row.measure, escape(row.change), row.result, row.interval)
+    return table
+
+
+def _fastest_table(found: GroupFindings) -> Table:
+    """Return a table of the fastest configurations."""
+    shown = [measure for measure in MEASURES if measure.name not in found.absent]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=" ")
+    table.add_column("configuration", overflow="fold")
+    for measure in shown:
+        table.add_column(measure.unit, justify="right")
+    table.add_column("outcome")
+    ordered = sorted(found.points, key=lambda point: -point.figures.get(THROUGHPUT.name, (0.0,))[0])
+    for point in ordered[:_POINTS]:
+        figures = [m.form.format(point.figures[m.name][0]) if m.name in point.figures else "-" for m in shown]
+        outcomes = ", ".join(f"{number} {outcome_text(outcome)}" for outcome, number in point.outcomes.items())
+        table.add_row(escape(name_of(point.levels, found)), *figures, escape(outcomes))
+    if len(ordered) > _POINTS:
+        table.caption, table.caption_justify = f"and {len(ordered) - _POINTS} slower ones", "left"
+    return table
+
+
+def _show_group(found: GroupFindings, machine: str, console: Console) -> None:
+    console.print(f"\n[bold]{escape(machine)}[/bold]")
     console.print(
         f"{found.group.place.host}; {found.group.place.versions}; code {found.group.place.code}",
         highlight=False,
@@ -49,17 +120,17 @@ def _show_group(found: GroupFindings, console: Console) -> None:
     console.print(_points_table(found))
     for measure, why in found.absent.items():
         console.print(f"no {measure}: {escape(why)}", highlight=False)
-    for confounded in found.design.confounded:
-        names = ", ".join(confounded.names)
-        console.print(
-            f"[yellow]cannot be separated[/yellow]: {escape(names)} ({escape(confounded.why)})", highlight=False
-        )
+    for each in found.design.confounded:
+        names = ", ".join(each.names)
+        console.print(f"[yellow]cannot be separated[/yellow]: {escape(names)} ({escape(each.why)})", highlight=False)
     for note in found.design.notes:
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
-    if found.contrasts:
+    if real_contrasts(found):
         console.print(_contrasts_table(found))
+    if gone := dropped(found):
+        console.print(escape(gone), highlight=False)
     for fitted in found.models:
-        _show_model(fitted, console)
+        _show_model(fitted, found, console)
     for split in found.splits:
         _show_split(split, found, console)
     for needed in found.needed:
@@ -120,7 +191,7 @@ def _contrasts_table(found: GroupFindings) -> Table:
     )
     for head in ("measure", "of / over", "regime", "pairs", "change"):
         table.add_column(head, overflow="fold")
-    for each in found.contrasts:
+    for each in real_contrasts(found):
         of, over = (level_text(factors[each.factor], level) for level in (each.of, each.over))
         besides = f" (also changed: {'; '.join(each.also_changed)})" if each.also_changed else ""
         note = interval_note(each)
@@ -138,7 +209,7 @@ def _contrasts_table(found: GroupFindings) -> Table:
     return table
 
 
-def _show_model(fitted: Fitted, console: Console) -> None:
+def _show_model(fitted: Fitted, found: GroupFindings, console: Console) -> None:
     head = f"factorial model of {fitted.measure.title}, {regime_text(fitted.regime)}"
     head = escape(head + (f", run {fitted.sweep[:8]}" if fitted.sweep else ""))
     if not isinstance(fitted.model, FactorialModel):
@@ -152,7 +223,7 @@ def _show_model(fitted: Fitted, console: Console) -> None:
     )
     for name in ("averaged over the rest", "change"):
         table.add_column(name, overflow="fold")
-    for effect in model.effects:
+    for effect in real(found, model.effects):
         table.add_row(escape(f"{effect.of} / {effect.over}"), escape(format_estimate(effect.estimate, model.measure)))
     for each in model.interactions:
         size = change(each.largest, model.measure, signed=False)

@@ -31,7 +31,7 @@ def choose_for_another_card(trials: Sequence[Trial], wish: Wish) -> Choice:
         wish = replace(wish, vram_gib=usable(wish.vram_gib))
     if wish.model is not None:
         return _about_another_card(choose(trials, wish))
-    models = _largest_first(trials)
+    models = largest_first(trials)
     made = [choose(trials, replace(wish, model=model)) for model in models]
     chosen = next((choice for choice in made if choice.best is not None), made[-1])
     rest = [
@@ -52,10 +52,10 @@ def _about_another_card(choice: Choice) -> Choice:
         f"{repeats} on an {device} with random weights. Memory carries over to your card, speed does not. To measure "
         "both there within minutes, add model.weights=random data=random_tokens"
     )
-    return replace(choice, another_card=True, sure=sure, remarks=())
+    return replace(choice, another_card=True, sure=sure, remarks=(), left_out=())
 
 
-def _largest_first(trials: Sequence[Trial]) -> list[str]:
+def largest_first(trials: Sequence[Trial]) -> list[str]:
     """Return the models with measured trials, the one with most weights in its layers first."""
     sizes = {subject.model: _layers_size(subject.trials[0]) for subject in subjects(trials)}
     return sorted(sizes, key=lambda model: -sizes[model])

@@ -15,6 +15,12 @@ def recorded(trial: Trial) -> str:
     return f"{found}   (runs the whole sweep; an older version did not record this point's own command)"
 
 
+def runnable(trial: Trial, others: Sequence[Trial]) -> str:
+    """Return the recorded command of a trial, or a short one where the recorded one would run a whole sweep."""
+    found = trial.tags.get("command", "")
+    return found if found and " sweep=" not in found else short(trial, others)
+
+
 def short(trial: Trial, others: Sequence[Trial]) -> str:
     """Return a command of the settings that decide memory and speed, for a trial whose preset the user does not have.
 

@@ -14,6 +14,7 @@ from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
+from lora_lab.report.writing.numbers import TOO_FEW, is_absurd
 
 _RUNNERS_UP = 5
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
@@ -61,7 +62,9 @@ def _recommend(choice: Choice, best: Candidate, console: Console) -> None:
 def _table(choice: Choice, objective: Measure) -> Table:
     shown = choice.runners_up[:_RUNNERS_UP]
     more = len(choice.runners_up) - len(shown)
-    title = f"Runners-up{f' ({more} more not shown)' if more else ''}; mean difference from the best, 95 % intervals"
+    why = {runner.estimate.why_no_interval for runner in shown}
+    intervals = f"no intervals: {why.pop()}" if len(why) == 1 and "" not in why else "95 % intervals"
+    title = f"Runners-up{f' ({more} more not shown)' if more else ''}; mean difference from the best, {intervals}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="")
     table.add_column("configuration", overflow="fold")
     table.add_column(objective.unit, justify="right", no_wrap=True)
@@ -73,16 +76,18 @@ def _table(choice: Choice, objective: Measure) -> Table:
             escape(runner.candidate.label),
             objective.form.format(figure.median),
             str(figure.n),
-            escape(_beside(runner, objective)),
+            escape(_beside(runner, objective, intervals != "95 % intervals")),
         )
     return table
 
 
-def _beside(runner: RunnerUp, measure: Measure) -> str:
+def _beside(runner: RunnerUp, measure: Measure, all_lack: bool) -> str:
     found = runner.estimate
+    if is_absurd(found, measure):
+        return TOO_FEW
     value = _change(found.value, measure)
     if found.low is None or found.high is None:
-        return f"{value}; no interval: {found.why_no_interval}"
+        return value if all_lack else f"{value}; no interval: {found.why_no_interval}"
     return f"{value} ({_change(found.low, measure)} to {_change(found.high, measure)}): {_VERDICTS[found.seen]}"
 
 

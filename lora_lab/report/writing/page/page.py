@@ -16,15 +16,27 @@ from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
-from lora_lab.report.writing.headline import sentences
-from lora_lab.report.writing.labels import count, level_text, levels_text, outcome_text, regime_text, usual_levels
+from lora_lab.report.writing.effects import dropped, real, real_contrasts, rows
+from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
+from lora_lab.report.writing.labels import (
+    count,
+    level_text,
+    levels_text,
+    machine_name,
+    outcome_text,
+    regime_text,
+    usual_levels,
+)
 from lora_lab.report.writing.numbers import change, format_estimate
+from lora_lab.report.writing.page.answer_cards import answer_cards
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
 from lora_lab.report.writing.page.intervals import Bars, forests, waterfall
 from lora_lab.report.writing.page.plots import mark, trade_off
 from lora_lab.report.writing.page.timelines import HEIGHT, WIDTH, Series, Timeline, timeline
 from lora_lab.store.trials import Trial
 
+_ROWS = 8
+"""Lines of the small table at the top."""
 _FOLD_FROM = 12
 _OPEN_UP_TO = 3
 """Timelines are unfolded when there are no more trials than this."""
@@ -66,6 +78,7 @@ class Part:
     """One environment's findings, ready to be rendered."""
 
     found: GroupFindings
+    machine: str
     usual: Mapping[str, str]
     """Levels that names of points leave out."""
     sure: str
@@ -115,19 +128,38 @@ def page(findings: Findings, timelines: Timelines) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"typeset": typeset, "outcome": outcome_text, "breaks": breaks, "regime": regime_text}
+    environment.filters |= {
+        "typeset": typeset,
+        "outcome": outcome_text,
+        "breaks": breaks,
+        "regime": regime_text,
+        "first_sentence": first_sentence,
+        "small_unit": small_unit,
+        "upper_first": lambda text: text[:1].upper() + text[1:],
+    }
     environment.globals |= {
         "count": count,
         "format_estimate": format_estimate,
         "change": change,
         "level_text": level_text,
+        "real": real,
+        "dropped": dropped,
+        "confounded": confounded,
         "is_model": lambda model: isinstance(model, FactorialModel),
     }
     css, _, _ = loader.get_source(environment, "page.css")
-    parts = [_part(found, timelines, number) for number, found in enumerate(findings.groups)]
+    places = [found.group.place for found in findings.groups]
+    parts = [
+        _part(found, timelines, number, machine_name(number, places)) for number, found in enumerate(findings.groups)
+    ]
     return environment.get_template("page.html.j2").render(
         findings=findings,
+        question=question(findings),
+        cards=answer_cards(findings),
+        command=command(findings),
         sentences=sentences(findings),
+        rows=rows(findings.groups[0], _ROWS),
+        notes=notes(findings),
         parts=parts,
         css=Markup(css),
         measures={measure.name: measure for measure in MEASURES},
@@ -143,20 +175,33 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%|GiB\b|J/token|tokens/s)", "\N{NO-BREAK SPACE}", text)
 
 
+def small_unit(text: str) -> Markup:
+    """Return a figure with its unit in small type: "15,548 tokens/s"."""
+    number, space, unit = text.replace("\N{NO-BREAK SPACE}", " ").partition(" ")
+    return Markup("{}{}<small>{}</small>").format(number, space, unit)
+
+
+def first_sentence(text: str) -> str:
+    """Return a text up to the end of its first sentence or clause: a stop or a semicolon before a space."""
+    first = re.split(r"(?<=[a-z)\d])[.;] (?=\S)", text, maxsplit=1)[0]
+    return first if first.endswith(".") else f"{first}."
+
+
 def breaks(text: str) -> Markup:
     """Text whose long settings may be broken after "_", "=", "." and "/", but only where they don't fit on a line."""
     words = [re.sub(r"(?<=\w[_=./])(?=\w)", "<wbr>", str(escape(word))) for word in text.split(" ")]
     return Markup(" ".join(f'<span class="word">{word}</span>' if "<wbr>" in word else word for word in words))
 
 
-def _part(found: GroupFindings, timelines: Timelines, number: int) -> Part:
+def _part(found: GroupFindings, timelines: Timelines, number: int, machine: str) -> Part:
     factors, points = found.design.factors, found.points
     usual = usual_levels(points, factors)
     measures = [measure for measure in MEASURES if any(measure.name in point.figures for point in points)]
     budgets = tuple(dict.fromkeys(fit.budget_gib for fit in found.fits))
-    drawn = [(measure, tuple(forests(found.contrasts, found.compared, measure))) for measure in MEASURES]
+    drawn = [(measure, tuple(forests(real_contrasts(found), found.compared, measure))) for measure in MEASURES]
     return Part(
         found=found,
+        machine=machine,
         usual=usual,
         sure=_how_sure(found),
         one_point=points[0] if len(points) == 1 else None,
@@ -192,10 +237,7 @@ def _how_sure(found: GroupFindings) -> str:
     sure = "" if each[-1] > 1 else "; without repeats the uncertainty of a figure is not known"
     intervals = "; intervals are 95 %" if found.contrasts and not sure else ""
     measured_text = count(len(measured), "measured trial") + (f", {repeats}" if repeats else "")
-    meaning = (
-        " Host-bound: the GPU waited for the host; a faster GPU would change little." if "host-bound" in regimes else ""
-    )
-    return f"{measured_text}: {spread}{intervals}{sure}.{meaning}"
+    return f"{measured_text}: {spread}{intervals}{sure}."
 
 
 def _name(levels: Mapping[str, str], factors: Sequence[Factor], usual: Mapping[str, str]) -> str:

@@ -1,0 +1,60 @@
+"""README's table by card size: what fits the card you own, from the records that come with lora_lab."""
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.reports import markdown, origin
+from lora_lab.config import InvalidInput
+from lora_lab.report.answers.best.another_card import RESERVE, choose_for_another_card, largest_first
+from lora_lab.report.answers.best.candidates import Candidate, Wish
+from lora_lab.report.measures import THROUGHPUT, VRAM
+from lora_lab.store.packed_runs import SHIPPED, PackedRuns
+from lora_lab.store.stored_runs import StoredRuns
+from lora_lab.store.trials import Trial
+
+CARDS_GIB = (6, 8, 12, 16, 24)
+HEAD = [
+    "card",
+    "model",
+    "method",
+    "batch x length",
+    "checkpointing",
+    "engine",
+    "GiB on the card",
+    "tokens/s on an H100",
+]
+
+
+def cards() -> str:
+    """Return the table: for each card, model and method the fastest configuration that fits, as `best` chooses it."""
+    trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
+    rows = [_row(gib, best) for gib in CARDS_GIB for best in _best(trials, gib)]
+    how = f"One trial each, random weights, rows of full length. {100 * RESERVE:g} % of each card is left free."
+    return f"{markdown(HEAD, rows)}\n\n{origin(trials)} {how}"
+
+
+def _best(trials: Sequence[Trial], gib: int) -> Iterator[Candidate]:
+    """Yield what to use for each model and method that fits, the largest model last."""
+    for model in reversed(largest_first(trials)):
+        for method in ("qlora", "lora"):
+            some = [trial for trial in trials if (trial.params["model"], trial.params["method"]) == (model, method)]
+            try:
+                best = choose_for_another_card(some, Wish(objective=THROUGHPUT, vram_gib=gib, model=model)).best
+            except InvalidInput:  # none of them was measured
+                continue
+            if best is not None:
+                yield best
+
+
+def _row(gib: int, best: Candidate) -> list[str]:
+    params = best.trials[0].params
+    name = params["model.id"].rpartition("/")[2].removesuffix("-Instruct")
+    return [
+        f"{gib} GB",
+        name,
+        params["method"],
+        f"{params['batch_size']}x{params['seq_len']}",
+        params["gradient_checkpointing"],
+        params["engine"],
+        f"{best.figures[VRAM.name].high:.1f}",
+        f"{best.figures[THROUGHPUT.name].median:,.0f}",
+    ]

@@ -1,0 +1,67 @@
+"""The numbers in README.md and docs/*.md, each made from stored records: python -m benchmarks.numbers
+
+Between `<!-- begin NAME -->` and `<!-- end NAME -->` is what the function of that name returns. To add one, write it
+into MADE. The command makes every block again. tests/test_benchmarks.py fails where a page has another text."""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks import coverage
+from benchmarks.cards import cards
+from benchmarks.one_factor_table import one_factor
+from benchmarks.paper_table import covered, energy_agreement, paper, shape
+from benchmarks.peers import stored as peers
+
+ROOT = Path(__file__).parents[1]
+MADE: dict[str, Callable[[], str]] = {
+    "cards": cards,
+    "paper": paper,
+    "shape": shape,
+    "covered": covered,
+    "energy-agreement": energy_agreement,
+    "one-factor": one_factor,
+    **{name: partial(coverage.quoted, name) for name in coverage.MADE},
+    "peers-summary": peers.summary,
+    "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
+    "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),
+    "peers-before": partial(peers.page, "h100/peers_qlora"),
+}
+_BLOCK = re.compile(r"<!-- begin (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- end (?P=name) -->", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:begin|end) [\w-]+ -->")
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        made = remade(text)
+        if made != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"made again: {page.relative_to(ROOT)}")
+
+
+def pages() -> Iterator[Path]:
+    """Yield the pages that may have numbers."""
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").glob("*.md"))
+
+
+def remade(text: str) -> str:
+    """Return a page with every block made from the stored records.
+
+    Raises: ValueError when a mark has no partner, or a block's name is not in MADE."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in MADE:
+            raise ValueError(f"no function makes the block {name}. There are: {', '.join(MADE)}.")
+        return f"<!-- begin {name} -->\n\n{MADE[name]().strip()}\n\n<!-- end {name} -->"
+
+    if lone := _MARK.findall(_BLOCK.sub("", text)):
+        raise ValueError(f"{lone[0]} has no partner. A block is <!-- begin NAME -->, its text, <!-- end NAME -->.")
+    return _BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    main()

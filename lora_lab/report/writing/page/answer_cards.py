@@ -1,0 +1,79 @@
+"""The three cards that a page begins with: what to use, what mattered, how sure that is."""
+
+from dataclasses import dataclass
+
+from lora_lab.report.findings import Findings, GroupFindings
+from lora_lab.report.measures import MEASURES, THROUGHPUT
+from lora_lab.report.writing.effects import Effect, effects
+from lora_lab.report.writing.headline import best_point, most_repeats, point_text
+from lora_lab.report.writing.labels import count
+from lora_lab.report.writing.numbers import change, is_absurd
+
+_EFFECTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerCard:
+    """One number with what it is about."""
+
+    title: str
+    big: str
+    about: str
+    lines: tuple[str, ...]
+
+
+def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
+    """Return the cards of the machine with most trials; none where no trial has figures."""
+    main = findings.groups[0]
+    best = best_point(main)
+    if best is None:
+        return ()
+    figures = [measure.write(best.figures[measure.name][0]) for measure in MEASURES if measure.name in best.figures]
+    use = AnswerCard(
+        title="Use" if len(main.points) > 1 else "What it takes",
+        big=figures[0],
+        about=point_text(best, main),
+        lines=tuple(figures[1:]),
+    )
+    return use, _mattered(main), _how_sure(main)
+
+
+def _mattered(found: GroupFindings) -> AnswerCard:
+    made = [effect for effect in effects(found) if not is_absurd(effect.main.estimate, THROUGHPUT)]
+    if not made:
+        why = "nothing to compare with yet" if len(found.points) == 1 else "no effect can be named"
+        return AnswerCard(title="What mattered", big="nothing yet", about=why, lines=())
+    first, *rest = made
+    return AnswerCard(
+        title="What mattered for speed",
+        big=_size(first),
+        about=_about(first),
+        lines=tuple(f"{_about(effect)}: {_size(effect)}" for effect in rest[: _EFFECTS - 1]),
+    )
+
+
+def _about(effect: Effect) -> str:
+    regime = effect.main.regime
+    return f"{effect.of} instead of {effect.over}" + ("" if regime == "not known" else f", {regime}")
+
+
+def _size(effect: Effect) -> str:
+    found = effect.main.estimate
+    return "none seen" if found.seen is False else change(found.value, THROUGHPUT)
+
+
+def _how_sure(found: GroupFindings) -> AnswerCard:
+    repeats = most_repeats(found)
+    rated = sum(THROUGHPUT.name in point.figures for point in found.points)
+    lines = [f"on {found.group.place.device}, not on other cards or hosts"]
+    if repeats > 1 and rated > 1:
+        verb = "is" if found.as_fast == 1 else "are"
+        lines.insert(
+            0, f"{found.as_fast or 'none'} of {count(rated - 1, 'other')} {verb} as fast, as far as this can show"
+        )
+    about = (
+        "at most per configuration; intervals are 95 %"
+        if repeats > 1
+        else "nothing was repeated: the order may be chance"
+    )
+    return AnswerCard(title="How sure", big=count(repeats, "repeat"), about=about, lines=tuple(lines))
