@@ -244,6 +244,7 @@ def test_what_changes_no_result_is_no_factor():
         *("seed", "repeat", "repeats", "resume", "tracking", "timeout_minutes", "share_device", "cooldown_celsius"),
         *("measure.idle_seconds", "measure.board_power_watts", "measure.price_per_kwh", "measure.co2_grams_per_kwh"),
         *("device", "capacity"),
+        *("contrast", "margin", "budget_minutes", "first_pairs"),
     } == NO_EFFECT
     plain = {key.replace(".", "__"): "1" for key in NO_EFFECT - {"repeat"}}
     found = design([trial(tracking__root="here"), trial(tracking__root="there", **plain)])
