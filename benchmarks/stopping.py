@@ -2,9 +2,10 @@
 
     python -m benchmarks.stopping [OUT [SEEDS]]
 
-Each seed is a sweep of pairs in random order AB or BA. A trial's log speed is the effect plus noise: independent, or an
-AR(1) of 0.6 from trial to trial, or independent on top of a drift of 10 % over 20 pairs. Noise is given as the standard
-deviation of a pair's difference where trials are independent. Two rules are simulated beside the product's:
+Each seed is a sweep of pairs in random order AB or BA. A trial's log speed is the effect plus noise. Noise is independent,
+or an AR(1) of 0.6 from trial to trial, or independent on top of a drift of 10 % over 20 pairs, or on top of spells of six
+trials that are 20 % slower. It is given as the standard deviation of a pair's difference where trials are independent. Two
+rules are simulated beside the product's:
 
 - Stein's two stages (1945, A Two-Sample Test for a Linear Hypothesis Whose Power is Independent of the Variance). The
   first five pairs give the variance, that the number of pairs at which one of both tests must decide. One decision.
@@ -34,6 +35,8 @@ BUDGET_PAIRS = 10
 FIRST = 5
 LEVEL = 0.05
 AR, DRIFT = 0.6, 0.10 / 40
+SPELL_STARTS, SPELL_TRIALS, SPELL_SPEED = 0.02, 6, 0.8
+"""How often a slow spell of the host begins, how many trials it lasts, and the speed in it."""
 
 DOCS = Path(__file__).parents[1] / "docs/sweeps.md"
 """It quotes the results between two marks."""
@@ -67,6 +70,7 @@ SCENARIOS = (
     Scenario("host-bound", 0.08, 5.0),
     Scenario("host-bound", 0.08, 5.0, "AR(1)"),
     Scenario("host-bound", 0.08, 5.0, "drift"),
+    Scenario("host-bound", 0.08, 5.0, "slow spells"),
     Scenario("host-bound", 0.08, 1.0),
 )
 COMPARED = [_words(each) for each in SCENARIOS if each.noise == "independent"]
@@ -118,6 +122,12 @@ def differences(scenario: Scenario, effect: float, seeds: int, first_seed: int =
             noise[:, trial] += AR * noise[:, trial - 1]
     if scenario.noise == "drift":
         noise -= DRIFT * np.arange(trials)
+    if scenario.noise == "slow spells":
+        starts = rng.random((seeds, trials)) < SPELL_STARTS
+        slow = np.array(
+            [starts[:, max(0, trial - SPELL_TRIALS + 1) : trial + 1].any(axis=1) for trial in range(trials)]
+        )
+        noise += math.log(SPELL_SPEED) * slow.T
     later = noise[:, 1::2] - noise[:, ::2]
     order = rng.choice([-1.0, 1.0], size=later.shape)
     return effect + order * later
