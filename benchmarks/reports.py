@@ -35,8 +35,13 @@ def origin(trials: Sequence[Trial]) -> str:
     """Return on which card, on which days and at which commits trials ran, in one sentence."""
     cards = " and ".join(sorted({trial.place.device for trial in trials}))
     days = sorted({f"{datetime.fromtimestamp(trial.started_ms / 1e3, UTC):%Y-%m-%d}" for trial in trials})
-    commits = ", ".join(dict.fromkeys(trial.tags["commit"][:7] for trial in trials))
+    commits = ", ".join(dict.fromkeys(map(_commit, trials)))
     return f"Measured on {cards}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, commit {commits}."
+
+
+def _commit(trial: Trial) -> str:
+    changed = " with changes not yet committed" if trial.tags.get("dirty") == "true" else ""
+    return trial.tags["commit"][:7] + changed
 
 
 def write_report(out: Path, name: str, title: str, origin: dict[str, str], text: str, content: dict[str, Any]) -> None:

@@ -49,7 +49,11 @@ def _answer(rule: Rule, verdict: Verdict, used_minutes: float | None) -> str:
 
 
 def _missing(pairs: int, block_minutes: float | None) -> str:
-    return f"{pairs:,} more pairs" if block_minutes is None else _minutes(pairs * block_minutes, "more ")
+    return (
+        f"{pairs:,} more pair{'' if pairs == 1 else 's'}"
+        if block_minutes is None
+        else _minutes(pairs * block_minutes, "more ")
+    )
 
 
 def _change(interval: Interval, what: str) -> str:

@@ -1,5 +1,6 @@
 """A sweep with repeats=auto: what it refuses, how it goes on, and that a kill changes nothing."""
 
+import html
 import json
 import math
 import random
@@ -235,7 +236,10 @@ def test_the_command_line_answers_and_the_report_recomputes_it(tmp_path: Path) -
     assert "batch_size=1" in answer
     again = report()
     assert again.code == 0, again.text
-    assert answer.partition(" (")[0].partition(",")[0] in again.out
+    shown = answer.partition(" (")[0].partition(",")[0]
+    assert shown in again.out
+    [page] = tmp_path.glob("multirun/*/*/report.html")
+    assert shown.partition(":")[0] in html.unescape(page.read_text())
     refused = lab(*asked[:-1], "margin=3%", "resume=true", OMP_NUM_THREADS="1")
     assert refused.code == 2
     assert "margin=0.5%" in refused.err

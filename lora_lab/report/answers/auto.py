@@ -1,5 +1,7 @@
 """The answers of sweeps with repeats=auto, recomputed from their rule and trials."""
 
+from collections.abc import Sequence
+
 from lora_lab.comparison.judge import Run, judge
 from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.comparison.words import sentences
@@ -15,10 +17,11 @@ def answers(findings: Findings) -> list[str]:
         for found in findings.groups
         for trial in (*found.group.trials, *(excluded.trial for excluded in found.group.excluded))
     }
-    return [line for sweep in findings.sweeps for line in _answers(sweep, list(trials.values()))]
+    return [line for sweep in findings.sweeps for line in answers_of(sweep, list(trials.values()))]
 
 
-def _answers(sweep: Sweep, trials: list[Trial]) -> list[str]:
+def answers_of(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
+    """Return a sweep's answers in words, from these trials; none where it has no rule."""
     if RULE_TAG not in sweep.tags:
         return []
     try:
