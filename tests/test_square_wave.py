@@ -16,7 +16,7 @@ from benchmarks.square_wave import plant, read_readings, waves, write_readings
 from lora_lab.telemetry.sampler import Sample, Sampler
 
 HIGH, LOW = 500.0, 120.0
-BEFORE, SECONDS, AFTER = 1.2, 6.0, 0.8
+BEFORE, SECONDS, AFTER = 1.2, 4.5, 0.8
 PERIODS = (0.04, 0.07, 0.1, 0.15, 0.25, 0.4)
 DUTIES = (0.25, 0.5, 0.75)
 
