@@ -70,6 +70,7 @@ python3 -m benchmarks.overhead "$out"
 if command -v nvidia-smi > /dev/null; then
   # torch's counter stops at fused attention whose heads share keys and values
   python3 -m benchmarks.flop_check "$out" model=qwen2_5_1_5b model.architecture.num_key_value_heads=12
+  python3 -m benchmarks.square_wave "$out"
 else
   python3 -m benchmarks.flop_check "$out"
 fi

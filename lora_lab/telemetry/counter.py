@@ -1,9 +1,12 @@
 """Calculate how far a running energy counter moved between two moments, and how wrong that can be.
 
 A card's counter stands still and then jumps, every 100 ms on most; it is read more often than that, or less. For a
-value first seen by the reading at s, and not yet by the one before it at r, two things are certain: at most that value
-had been drawn by r, and at least that value by s. A lowest and a highest energy for any window follow from these
-alone, whatever the power did between the ticks.
+value first seen by the reading at s, and not yet by the one before it at r, two things are certain of a counter that
+sees all the time and is published at once: at most that value had been drawn by r, and at least that value by s. A
+lowest and a highest energy for any window follow from these alone, whatever the power did between the ticks.
+
+Neither assumption can be checked within a trial. A counter published L seconds late is further off by about
+L x |power at the end - power at the start|; benchmarks/square_wave.py tests a card for both.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,7 +25,8 @@ STILL_TICKS = 5
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Joules between two moments. `error_joules` is a bound: the true difference is no further away."""
+    """Joules between two moments. `error_joules` is a bound on what edges and sampling add: a prompt and complete
+    sensor's true difference is no further away."""
 
     joules: float
     error_joules: float

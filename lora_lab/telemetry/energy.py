@@ -27,8 +27,8 @@ class Energy:
 
     joules: float | None = None
     error_joules: float | None = None
-    """How far off `joules` can be because counter and power are known only at certain moments. The sensor's own
-    error (2 to 8 %, arXiv 2312.02741) is not included."""
+    """How far off `joules` can be because counter and power are known only at certain moments, if the sensor sees all
+    the time and is published at once. Its own error (2 to 8 %, arXiv 2312.02741) is not included."""
     source: str = "none"
     """counter, instant_power, average_power or none."""
     reason: str = ""
