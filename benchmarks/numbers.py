@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks import coverage
+from benchmarks import coverage, stopping
 from benchmarks.cards import cards
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
@@ -23,6 +23,7 @@ MADE: dict[str, Callable[[], str]] = {
     "energy-agreement": energy_agreement,
     "one-factor": one_factor,
     **{name: partial(coverage.quoted, name) for name in coverage.MADE},
+    "stopping": stopping.quoted,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),

@@ -46,10 +46,8 @@ def test_the_rule_pages_two_states_of_each_large_parameter(tmp_path: Path) -> No
     assert paged_by_rule(tmp_path, "paged_adamw_32bit") * 2**30 == 800_000
 
 
-def test_the_docs_quote_the_stored_error_rates_of_the_stopping_rule_and_these_are_as_stated() -> None:
+def test_the_stored_error_rates_of_the_stopping_rule_are_as_stated() -> None:
     stored = json.loads((BENCHMARKS / "results/cpu/stopping.json").read_text())
-    docs = stopping.DOCS.read_text(encoding="utf-8")
-    assert docs == stopping.in_docs(docs, stored["rows"], stored["families"])
     ours = [row["by_effect"] for row in stored["rows"] if row["rule"] == "repeats=auto"]
     assert len(ours) == len(stopping.SCENARIOS)
     assert all(each["0"]["changed"] <= stopping.LEVEL for each in ours)
