@@ -10,9 +10,16 @@ from pathlib import Path
 
 from benchmarks import coverage, stopping
 from benchmarks.cards import cards
+from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
+from benchmarks.eight_gib_table import eight_gib
+from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
+from benchmarks.raise_table import raising
+from benchmarks.steady_table import steady
+from benchmarks.trial_example import by_hand, recomputed
+from benchmarks.trusted_table import trusted
 
 ROOT = Path(__file__).parents[1]
 MADE: dict[str, Callable[[], str]] = {
@@ -22,6 +29,20 @@ MADE: dict[str, Callable[[], str]] = {
     "covered": covered,
     "energy-agreement": energy_agreement,
     "one-factor": one_factor,
+    "eight-gib": eight_gib,
+    "trusted": trusted,
+    "by-hand": by_hand,
+    "recomputed": recomputed,
+    "steady": steady,
+    "matmul-rate": matmul_rate,
+    "flop-check": flop_check,
+    "paged": paged,
+    "looking": looking,
+    "overhead": overhead,
+    "raising": raising,
+    "engines-ladder": ladder,
+    "engines-optimizers": optimizers,
+    "engines-losses": losses,
     **{name: partial(coverage.quoted, name) for name in coverage.MADE},
     "stopping": stopping.quoted,
     "peers-summary": peers.summary,
