@@ -83,6 +83,8 @@ def _column(trials: Steady) -> dict[str, str]:
         "spread of J/token": f"{100 * trials.spread(JOULES):.1f} %",
         "the error of J/token that a trial gives": _range(errors[1], ".5f"),
         "net J/token, median (lowest to highest)": _median(trials.values(NET), ".4f"),
+        "idle, W": _range(trials.values("energy/idle_watts"), ".0f"),
+        "its bound, W": _range(trials.values("energy/idle_watts_error"), ".1f"),
         "counter and integral of power apart, at most": f"{100 * trials.disagreement:.1f} %",
         "parts of 5 s and more": str(len(trials.parts)),
         "their J/token off the window's, median (at most)": (
