@@ -69,6 +69,11 @@ def pages() -> Iterator[Path]:
     yield from sorted((ROOT / "docs").glob("*.md"))
 
 
+def outside(text: str) -> str:
+    """Return a page without its blocks."""
+    return _BLOCK.sub("", text)
+
+
 def remade(text: str) -> str:
     """Return a page with every block made from the stored records.
 
@@ -80,7 +85,7 @@ def remade(text: str) -> str:
             raise ValueError(f"no function makes the block {name}. There are: {', '.join(MADE)}.")
         return f"<!-- begin {name} -->\n\n{MADE[name]().strip()}\n\n<!-- end {name} -->"
 
-    if lone := _MARK.findall(_BLOCK.sub("", text)):
+    if lone := _MARK.findall(outside(text)):
         raise ValueError(f"{lone[0]} has no partner. A block is <!-- begin NAME -->, its text, <!-- end NAME -->.")
     return _BLOCK.sub(block, text)
 

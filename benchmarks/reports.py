@@ -26,11 +26,12 @@ def finished_trials(sweep: Path) -> Iterator[tuple[TrialFolder, Record]]:
 
 
 def provenance(tags: Mapping[str, str], command: str) -> dict[str, str]:
-    """Return where figures come from: command, commit, card, versions.
+    """Return where figures come from: command, date, commit, card, versions.
 
     LORA_LAB_COMMIT names the commit on a machine that has the files but not the history."""
     keep = {key: value for key, value in tags.items() if key.startswith(("version.", "device", "machine."))}
-    return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
+    today = datetime.now(UTC).date().isoformat()
+    return {"command": command, "date": today, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def stored(name: str) -> dict[str, Any]:
 
 def where(origin: Mapping[str, str], started_ms: int | None = None) -> str:
     """Return on which machine a stored file was made, on which day if that is known, and at which commit."""
-    device = origin["device"] if "device" in origin else f"{origin['machine.cpu']}, {origin['machine.cpu_count']} cores"
+    cpu = f"{origin['machine.cpu_count']} cores of an {origin['machine.cpu']}" if "machine.cpu" in origin else ""
+    device = origin["device"] if "device.uuid" in origin else cpu
     unit = f" ({origin['device.uuid'][:12]})" if "device.uuid" in origin else ""
     day = origin.get("date") or (None if started_ms is None else date(started_ms))
     return ", ".join([f"{device}{unit}", *([day] if day else []), f"commit {origin['commit'][:7]}"])

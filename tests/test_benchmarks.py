@@ -1,6 +1,7 @@
 """What the benchmarks run is valid before somebody rents a card for it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,14 @@ def test_simulated_pairs_have_the_noise_and_the_change_that_were_planted(noise: 
 def test_numbers_on_a_page_are_those_of_the_stored_records(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert numbers.remade(text) == text, "python -m benchmarks.numbers makes it again"
+
+
+@pytest.mark.parametrize("page", list(numbers.pages()), ids=lambda page: page.name)
+def test_no_speed_memory_or_error_is_typed_by_hand(page: Path) -> None:
+    """Thresholds and invented examples are not meant: they have no such unit, or no decimals."""
+    measured = r"\d\s(?:tokens/s|J/token|TFLOP/s)|\d\.\d+\s(?:GiB|ms)\b|\d ± \d"
+    found = re.search(measured, numbers.outside(page.read_text(encoding="utf-8")))
+    assert found is None, f"{found[0]}: let a function of benchmarks/numbers.py make it from a stored record"
 
 
 def test_a_stale_number_is_replaced_and_a_lone_mark_refused(monkeypatch: pytest.MonkeyPatch) -> None:
