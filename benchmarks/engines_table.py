@@ -23,7 +23,12 @@ def ladder() -> str:
         return "; ".join(metric(key).form.format(trial.metrics[key]) if key in trial.metrics else "-" for key in SHOWN)
 
     table = _table(trials, "tokens/s; GiB; J/token", _shape, lambda trial: trial.params["engine"], figures)
-    return f"{table}\n\n{origin(trials)} Each point once."
+    by_shape: dict[str, list[float]] = {}
+    for trial in trials:
+        by_shape.setdefault(_shape(trial), []).append(trial.metrics["loss/train"])
+    apart = max(max(found) - min(found) for found in by_shape.values())
+    same = f"Mean training loss in the window is the same within {apart:.4f} nats per token at each shape."
+    return f"{table}\n\n{same} Each point once. {origin(trials)}"
 
 
 def optimizers() -> str:
@@ -44,7 +49,7 @@ def optimizers() -> str:
         return f"{trial.params['optimizer']} {trial.params['precision']}"
 
     table = _table(trials, "tokens/s; ms per step; ms of GPU work", line, column, figures)
-    return f"{table}\n\n{origin(trials)} Each point once."
+    return f"{table}\n\nEach point once. {origin(trials)}"
 
 
 def losses() -> str:
@@ -55,9 +60,9 @@ def losses() -> str:
         made.append(f"{model}: {where(content['origin'])}")
         for pair, apart in content["apart"].items():
             if pair.startswith("eager - ") or REFERENCE in pair:
-                after = apart["held_out"]
-                rows.append([model, pair, f"{apart['median']:.4f}", f"{apart['most']:.4f}", f"{after:.4f}"])
-    head = ["100 steps", "between", "steps apart, median", "at most", "held-out loss apart, after"]
+                figures = [f"{apart[key]:.4f}" for key in ("median", "most", "held_out")]
+                rows.append([model, *pair.split(" - "), *figures])
+    head = ["100 steps", "one", "the other", "steps apart, median", "at most", "held-out loss apart, after"]
     return f"{markdown(head, rows)}\n\nIn nats per token. {'; '.join(made)}."
 
 

@@ -42,11 +42,12 @@ def stored(name: str) -> dict[str, Any]:
 
 def where(origin: Mapping[str, str], started_ms: int | None = None) -> str:
     """Return on which machine a stored file was made, on which day if that is known, and at which commit."""
-    cpu = f"{origin['machine.cpu_count']} cores of an {origin['machine.cpu']}" if "machine.cpu" in origin else ""
-    device = origin["device"] if "device.uuid" in origin else cpu
-    unit = f" ({origin['device.uuid'][:12]})" if "device.uuid" in origin else ""
-    day = origin.get("date") or (None if started_ms is None else date(started_ms))
-    return ", ".join([f"{device}{unit}", *([day] if day else []), f"commit {origin['commit'][:7]}"])
+    if "device.uuid" in origin:
+        device = f"{origin['device']} ({origin['device.uuid'][:12]})"
+    else:
+        device = f"{origin['machine.cpu_count']} cores of an {origin['machine.cpu']}"
+    day = origin.get("date") if started_ms is None else date(started_ms)
+    return ", ".join([device, *([day] if day else []), f"commit {origin['commit'][:7]}"])
 
 
 def date(started_ms: int) -> str:
