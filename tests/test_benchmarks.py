@@ -71,6 +71,11 @@ def test_numbers_on_a_page_are_those_of_the_stored_records(page: Path) -> None:
     assert numbers.remade(text) == text, "python -m benchmarks.numbers makes it again"
 
 
+def test_every_block_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in numbers.pages())
+    assert [name for name in numbers.MADE if f"<!-- begin {name} -->" not in text] == []
+
+
 @pytest.mark.parametrize("page", list(numbers.pages()), ids=lambda page: page.name)
 def test_no_speed_memory_or_error_is_typed_by_hand(page: Path) -> None:
     """Thresholds and invented examples are not meant: they have no such unit, or no decimals."""

@@ -7,11 +7,9 @@ from typing import Any
 
 from benchmarks.peers.plan import TUTORIAL, UNSLOTH, UNSLOTH_NO_CHECKPOINTING, Cell
 from benchmarks.peers.table import ahead_after, median, ratios, table
-from benchmarks.reports import markdown, write_report
+from benchmarks.reports import RESULTS, markdown, write_report
 
 _FORMAT = 2
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 SUMMARISED = {
     "Qwen2.5-1.5B": "h200/peers_qlora_qwen2_5_1_5b",
     "Llama-3.1-8B": "h200/peers_qlora_llama3_1_8b",
