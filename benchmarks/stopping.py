@@ -5,7 +5,7 @@
 Each seed is a sweep of pairs in random order AB or BA. A trial's log speed is the effect plus noise. Noise is
 independent, or an AR(1) of 0.6 from trial to trial, or independent on top of a drift of 10 % over 20 pairs, or on top
 of spells of six trials that are 20 % slower. It is given as the standard deviation of a pair's difference where trials
-are independent. Two rules are simulated beside the product's:
+are independent. Two other rules are simulated with the product's:
 
 - Stein's two stages (1945, A Two-Sample Test for a Linear Hypothesis Whose Power is Independent of the Variance). The
   first five pairs give the variance, that the number of pairs at which one of both tests must decide. One decision.
