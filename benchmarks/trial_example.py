@@ -20,12 +20,13 @@ def by_hand() -> str:
     assert window is not None
     real = sum(step.real for step in window.steps)
     metrics, tags = record.metrics, record.tags
+    changed = " with changes not yet committed" if tags.get("dirty") == "true" else ""
     return (
         f"Its {len(window.steps)} steps of {window.steps[0].real} real tokens lie between WindowOpened at "
         f"{window.start:.3f} s and WindowClosed at {window.end:.3f} s, so\n{real:,} / {window.seconds:.3f} = "
         f"{metrics['throughput/tokens_per_second']:,.1f} tokens/s. In this time the energy counter rose by "
         f"{metrics['energy/joules']:,.1f} J, so {metrics['energy/joules_per_token']:.4f} J per token.\n"
-        f"({tags['device']}, {date(record.started_ms)}, commit {tags['commit'][:7]})"
+        f"({tags['device']}, {date(record.started_ms)}, commit {tags['commit'][:7]}{changed})"
     )
 
 
