@@ -28,8 +28,9 @@ def cards() -> str:
     """Return the table: for each card, model and method the fastest configuration that fits, as `best` chooses it."""
     trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
     rows = [_row(gib, best) for gib in CARDS_GIB for best in _best(trials, gib)]
+    failed = " ".join(_too_much(trial) for trial in trials if trial.outcome == "out_of_memory")
     how = f"One trial each, random weights, rows of full length. {100 * RESERVE:g} % of each card is left free."
-    return f"{markdown(HEAD, rows)}\n\n{origin(trials)} {how}"
+    return f"{markdown(HEAD, rows)}\n\n{origin(trials)} {how} {failed}".rstrip()
 
 
 def _best(trials: Sequence[Trial], gib: int) -> Iterator[Candidate]:
@@ -45,12 +46,22 @@ def _best(trials: Sequence[Trial], gib: int) -> Iterator[Candidate]:
                 yield best
 
 
+def _too_much(trial: Trial) -> str:
+    params = trial.params
+    setting = f"{params['method']}, {params['batch_size']}x{params['seq_len']}, rank {params['method.rank']}"
+    limit = float(params["vram_limit_gib"])
+    return f"{_name(trial)} ({setting}) ran out of memory within {limit:g} GiB."
+
+
+def _name(trial: Trial) -> str:
+    return trial.params["model.id"].rpartition("/")[2].removesuffix("-Instruct")
+
+
 def _row(gib: int, best: Candidate) -> list[str]:
     params = best.trials[0].params
-    name = params["model.id"].rpartition("/")[2].removesuffix("-Instruct")
     return [
         f"{gib} GB",
-        name,
+        _name(best.trials[0]),
         params["method"],
         f"{params['batch_size']}x{params['seq_len']}",
         params["gradient_checkpointing"],

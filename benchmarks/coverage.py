@@ -29,12 +29,18 @@ def tables(content: Content) -> dict[str, str]:
 
 def quoted(name: str) -> str:
     """Return the table of a block in docs, from the stored figures."""
-    return tables(stored())[name]
+    origin = _file()["origin"]
+    return f"{tables(stored())[name]}\n\nSimulated on {origin['date']}, commit {origin['commit'][:7]}."
 
 
 def stored() -> Content:
     """Read the stored figures."""
-    return {name: rows for name, rows in json.loads((OUT / "coverage.json").read_text()).items() if name != "origin"}
+    return {name: rows for name, rows in _file().items() if name != "origin"}
+
+
+def _file() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((OUT / "coverage.json").read_text(encoding="utf-8"))
+    return content
 
 
 def main() -> None:

@@ -8,11 +8,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks import coverage
+from benchmarks import coverage, stopping
+from benchmarks.auto_table import gpu_bound
 from benchmarks.cards import cards
+from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
+from benchmarks.eight_gib_table import eight_gib
+from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
+from benchmarks.raise_table import raising
+from benchmarks.steady_table import steady
+from benchmarks.trial_example import by_hand, recomputed
+from benchmarks.trusted_table import trusted
 
 ROOT = Path(__file__).parents[1]
 MADE: dict[str, Callable[[], str]] = {
@@ -22,7 +30,23 @@ MADE: dict[str, Callable[[], str]] = {
     "covered": covered,
     "energy-agreement": energy_agreement,
     "one-factor": one_factor,
+    "eight-gib": eight_gib,
+    "trusted": trusted,
+    "by-hand": by_hand,
+    "recomputed": recomputed,
+    "steady": steady,
+    "matmul-rate": matmul_rate,
+    "flop-check": flop_check,
+    "paged": paged,
+    "looking": looking,
+    "overhead": overhead,
+    "raising": raising,
+    "engines-ladder": ladder,
+    "engines-optimizers": optimizers,
+    "engines-losses": losses,
     **{name: partial(coverage.quoted, name) for name in coverage.MADE},
+    "stopping": stopping.quoted,
+    "auto-gpu-bound": gpu_bound,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),
@@ -47,6 +71,11 @@ def pages() -> Iterator[Path]:
     yield from sorted((ROOT / "docs").glob("*.md"))
 
 
+def outside(text: str) -> str:
+    """Return a page without its blocks."""
+    return _BLOCK.sub("", text)
+
+
 def remade(text: str) -> str:
     """Return a page with every block made from the stored records.
 
@@ -58,7 +87,7 @@ def remade(text: str) -> str:
             raise ValueError(f"no function makes the block {name}. There are: {', '.join(MADE)}.")
         return f"<!-- begin {name} -->\n\n{MADE[name]().strip()}\n\n<!-- end {name} -->"
 
-    if lone := _MARK.findall(_BLOCK.sub("", text)):
+    if lone := _MARK.findall(outside(text)):
         raise ValueError(f"{lone[0]} has no partner. A block is <!-- begin NAME -->, its text, <!-- end NAME -->.")
     return _BLOCK.sub(block, text)
 

@@ -1,10 +1,8 @@
 """docs/paper.md's table of one setting changed at a time, from one_factor.json."""
 
-import json
 from typing import Any
 
-from benchmarks.answers import RESULTS
-from benchmarks.reports import markdown
+from benchmarks.reports import markdown, stored, where
 from lora_lab.telemetry.metrics import metric
 
 KEYS = (
@@ -20,16 +18,15 @@ LEFT_OUT = ("adamw_fused", "8bit", "32bit", "adafactor", "dora", "fp4", "raise")
 
 def one_factor() -> str:
     """Return the table."""
-    stored = json.loads((RESULTS / "one_factor.json").read_text(encoding="utf-8"))
-    cells: list[tuple[str, dict[str, Any]]] = stored["cells"]
+    content = stored("h100/one_factor")
+    cells: list[tuple[str, dict[str, Any]]] = content["cells"]
     shown = [(name, cell) for name, cell in cells if not any(part in name for part in LEFT_OUT)]
     rows = [
         [name.replace("=false", "=none"), *(metric(key).form.format(cell["metrics"][key]) for key in KEYS)]
         for name, cell in shown
     ]
-    origin = stored["origin"]
     rates = [cell["metrics"][KEYS[0]] for name, cell in cells if name.startswith(("start", "optimizer"))]
     return (
-        f"{markdown(HEAD, rows)}\n\nMeasured on {origin['device']}, commit {origin['commit'][:7]}. All "
+        f"{markdown(HEAD, rows)}\n\nMeasured on {where(content['origin'])}. All "
         f"{len(rates)} optimizers lie between {min(rates):,.0f} and {max(rates):,.0f} tokens/s."
     )

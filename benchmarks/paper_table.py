@@ -69,11 +69,12 @@ def covered() -> str:
 def energy_agreement() -> str:
     """Return how far the energy counter and the integral of power are apart in the factorial's trials."""
     findings, _ = factorial()
-    metrics = [trial.metrics for found in findings.groups for trial in found.group.measured]
+    trials = [trial for found in findings.groups for trial in found.group.measured]
+    metrics = [trial.metrics for trial in trials]
     apart = [100 * each["energy/power_disagreement"] for each in metrics if "energy/power_disagreement" in each]
     seconds = [each["window/seconds"] for each in metrics]
     return (
         f"In the factorial's {len(apart)} trials, with windows of {min(seconds):.0f} to {max(seconds):.0f} s, the "
         f"energy counter and the integral of power differ by {min(apart):+.1f} to {max(apart):+.1f} %. "
-        "Both come from one sensor."
+        f"Both come from one sensor. {origin(trials)}"
     )

@@ -12,6 +12,8 @@ from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.store.trials import Trial
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def finished_trials(sweep: Path) -> Iterator[tuple[TrialFolder, Record]]:
     """Yield the trials of a sweep that finished, in the order in which its points were asked for."""
@@ -24,17 +26,39 @@ def finished_trials(sweep: Path) -> Iterator[tuple[TrialFolder, Record]]:
 
 
 def provenance(tags: Mapping[str, str], command: str) -> dict[str, str]:
-    """Return where figures come from: command, commit, card, versions.
+    """Return where figures come from: command, date, commit, card, versions.
 
     LORA_LAB_COMMIT names the commit on a machine that has the files but not the history."""
     keep = {key: value for key, value in tags.items() if key.startswith(("version.", "device", "machine."))}
-    return {"command": command, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
+    today = datetime.now(UTC).date().isoformat()
+    return {"command": command, "date": today, "commit": os.environ.get("LORA_LAB_COMMIT", tags["commit"]), **keep}
+
+
+def stored(name: str) -> dict[str, Any]:
+    """Return the content of results/NAME.json."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def where(origin: Mapping[str, str], started_ms: int | None = None) -> str:
+    """Return on which machine a stored file was made, on which day if that is known, and at which commit."""
+    if "device.uuid" in origin:
+        device = f"{origin['device']} ({origin['device.uuid'][:12]})"
+    else:
+        device = f"{origin['machine.cpu_count']} cores of an {origin['machine.cpu']}"
+    day = origin.get("date") if started_ms is None else date(started_ms)
+    return ", ".join([device, *([day] if day else []), f"commit {origin['commit'][:7]}"])
+
+
+def date(started_ms: int) -> str:
+    """Return the day on which a trial started (UTC)."""
+    return f"{datetime.fromtimestamp(started_ms / 1e3, UTC):%Y-%m-%d}"
 
 
 def origin(trials: Sequence[Trial]) -> str:
     """Return on which card, on which days and at which commits trials ran, in one sentence."""
     cards = " and ".join(sorted({trial.place.device for trial in trials}))
-    days = sorted({f"{datetime.fromtimestamp(trial.started_ms / 1e3, UTC):%Y-%m-%d}" for trial in trials})
+    days = sorted({date(trial.started_ms) for trial in trials})
     commits = ", ".join(dict.fromkeys(map(_commit, trials)))
     return f"Measured on {cards}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, commit {commits}."
 

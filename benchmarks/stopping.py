@@ -12,6 +12,7 @@ are independent. Two other rules are simulated with the product's:
 - The same two tests after every pair from the fifth on, at 5 % each time: what a person does who looks and waits.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +39,7 @@ AR, DRIFT = 0.6, 0.10 / 40
 SPELL_STARTS, SPELL_TRIALS, SPELL_SPEED = 0.02, 6, 0.8
 """How often a slow spell of the host begins, how many trials it lasts, and the speed in it."""
 
-DOCS = Path(__file__).parents[1] / "docs/sweeps.md"
-"""It quotes the results between two marks."""
+OUT = Path(__file__).parent / "results/cpu"
 
 Floats = NDArray[np.float64]
 Outcomes = list[tuple[Answer, int]]
@@ -80,7 +80,7 @@ EFFECTS = {"0": 0.0, "half": 0.5, "the margin": 1.0, "3 margins": 3.0}
 
 
 def main() -> None:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/cpu")
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else SEEDS
     rows = [simulated(scenario, rule, seeds) for scenario in SCENARIOS for rule in RULES]
     families = [family(scenario, seeds) for scenario in SCENARIOS if scenario.noise == "independent"]
@@ -88,18 +88,16 @@ def main() -> None:
     text = f"{table(rows)}\n\n{two}\n\n{of_families(families)}"
     title = f"How often repeats=auto is wrong, and after how many pairs: {seeds} simulated sweeps a figure"
     origin = provenance(environment(), "python -m benchmarks.stopping")
-    if len(sys.argv) == 1:
-        DOCS.write_text(in_docs(DOCS.read_text(encoding="utf-8"), rows, families), encoding="utf-8")
     write_report(out, "stopping", title, origin, text, {"seeds": seeds, "rows": rows, "families": families})
 
 
-def in_docs(text: str, rows: Sequence[Mapping[str, Any]], families: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text with the results between its marks."""
-    before, begin, rest = text.partition("<!-- stopping -->\n")
-    _, end, after = rest.partition("<!-- /stopping -->\n")
-    compared = [row for row in rows if row["rule"] == "repeats=auto" or row["scenario"] in COMPARED]
+def quoted() -> str:
+    """Return the block of docs/sweeps.md, from the stored figures."""
+    stored = json.loads((OUT / "stopping.json").read_text(encoding="utf-8"))
+    compared = [row for row in stored["rows"] if row["rule"] == "repeats=auto" or row["scenario"] in COMPARED]
     two = "Two contrasts in one sweep, both without effect or both at the margin:"
-    return f"{before}{begin}{table(compared)}\n\n{two}\n\n{of_families(families)}\n{end}{after}"
+    how = f"{stored['seeds']:,} simulated sweeps for each figure, commit {stored['origin']['commit'][:7]}."
+    return f"{table(compared)}\n\n{two}\n\n{of_families(stored['families'])}\n\n{how}"
 
 
 def simulated(scenario: Scenario, rule: str, seeds: int) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from benchmarks.peers.order import order
 from benchmarks.peers.plan import Cell, Setup, Turn, applies, missing_packages
 from benchmarks.peers.processes import Contender
 from benchmarks.peers.stacks import end_to_end
-from benchmarks.peers.stored import RESULTS, joined, read, write_page
+from benchmarks.peers.stored import joined, read, write_page
 from benchmarks.peers.table import ahead_after, loss_difference, ratios, table
 from benchmarks.peers.turn import energy
+from benchmarks.reports import RESULTS
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 

@@ -10,7 +10,6 @@ rows and Trainer settings: docs/peers.md.
 """
 
 import argparse
-import datetime
 import shlex
 import sys
 import tempfile
@@ -42,7 +41,6 @@ def _run(arguments: list[str]) -> None:
     placement = choose_placement(asked.device)
     shown = worker_environment(placement)
     origin = provenance(environment() | device_facts(placement), _command(arguments, asked))
-    origin["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     if asked.note:
         origin["note"] = asked.note
     settings = Settings(
