@@ -132,7 +132,8 @@ def summary() -> str:
     origins = [origin for name in SUMMARISED.values() for origin in read(RESULTS / f"{name}.json")["origins"].values()]
     where = sorted({f"{each['device']}, {each['date']}, commit {each['commit'][:7]}" for each in origins})
     units = "Tokens per second, median; GiB allocated in the window."
-    return f"{markdown(heads, lines)}\n\n{units} {'; '.join(where)}.\n\n{_gains()}"
+    notes = "".join(f" Meanwhile, {note}." for note in sorted({each["note"] for each in origins if "note" in each}))
+    return f"{markdown(heads, lines)}\n\n{units} {'; '.join(where)}.{notes}\n\n{_gains()}"
 
 
 def _gains() -> str:
