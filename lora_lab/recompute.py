@@ -167,6 +167,8 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
     """Find a trial's files and its recorded figures. Files of a run in the store are fetched to `place`.
 
     Raises: InvalidInput, TrackingFailed."""
+    if not run:
+        raise InvalidInput("RUN is empty. Name a trial by its folder, its id or the beginning of its id.")
     folder = Path(run) if Path(run).is_dir() else None
     if folder is None and store is None:
         folder = FolderRuns(experiment=None).trial_folder(run)

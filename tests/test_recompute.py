@@ -331,6 +331,7 @@ def test_an_id_is_looked_up_in_the_folders_before_the_store(
         if len(found) > 2:  # of two trials at least
             assert_refused(again(letter), "Give more characters")
     assert_refused(again("zzz"), "zzz")
+    assert_refused(again(""), "RUN is empty")
 
 
 def test_a_sweep_that_runs_still_is_no_trial_either(again: Again, made: Made) -> None:

@@ -63,7 +63,10 @@ class CommandServer:
         finally:
             for read in reads:
                 os.close(read)
-        return int(status.split()[1]), out.decode(), err.decode()
+        words = status.split()
+        if len(words) != 2:
+            raise RuntimeError(f"the command server ended while {module} ran:\n{err.decode()}")
+        return int(words[1]), out.decode(), err.decode()
 
     def start(self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> "Running":
         """Start `python -m module arguments` in a session of its own, its errors among its output."""
@@ -154,7 +157,9 @@ class Running:
 def _word(descriptor: int) -> bytes:
     """Read up to the next blank."""
     word = b""
-    while (letter := os.read(descriptor, 1)) not in (b"", b" "):
+    while (letter := os.read(descriptor, 1)) != b" ":
+        if not letter:
+            raise RuntimeError("the command server has ended")
         word += letter
     return word
 
