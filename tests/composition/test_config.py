@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
 from lora_lab.config import (
+    Attention,
+    Batching,
+    Checkpointing,
     DataSource,
+    EngineKind,
     ModelSource,
     OptimizerConfig,
     PackageConfig,
@@ -202,6 +206,21 @@ def test_what_is_too_much_together_is_refused() -> None:
     assert "batch_size=100" in faults(config)[0]
     config.batch_size, config.data.source, config.data.rows = 1, DataSource.random_tokens, 1000
     assert "data.rows=1000" in faults(config)[0]
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(1, False), (2, True)])
+def test_flash_attention_keeps_packed_documents_apart_in_one_row_only(rows: int, refused: bool) -> None:
+    config = changed("batch_size", rows)
+    config.attention, config.data.batching = Attention.flash_attention_2, Batching.packed
+    assert any("packed documents" in fault for fault in faults(config)) == refused
+
+
+@pytest.mark.parametrize("checkpointing", list(Checkpointing))
+def test_a_graph_has_no_dropout_with_checkpointing(checkpointing: Checkpointing) -> None:
+    config = changed("gradient_checkpointing", checkpointing)
+    config.engine.kind, config.method.dropout = EngineKind.graph, 0.1
+    refused = any("CUDA" in fault and "random numbers twice" in fault for fault in faults(config))
+    assert refused == (checkpointing is not Checkpointing.none)
 
 
 PACKAGE = PackageConfig(name="n", version="1", file="f", sha256="0")

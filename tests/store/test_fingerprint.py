@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -194,6 +195,19 @@ def test_conditions_change_with_a_local_models_files(tmp_path: Path, changed: st
     (tmp_path / changed).write_bytes(b"1" * 64)
     now = conditions(config, CPU)
     assert {key for key in before if before[key] != now[key]} == {"model"}
+
+
+def test_a_local_models_json_counts_by_content_and_its_weights_by_size_and_time(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 64)
+    config = local_model(tmp_path)
+    before = conditions(config, CPU)
+    for path in tmp_path.glob("*"):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+        same = conditions(config, CPU) == before
+        assert same == (path.suffix == ".json"), path.name
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def test_shapes_with_random_weights_need_no_folder(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_used_memory_is_what_was_there_before_and_the_allocators_and_managed_and
         rest = found.metrics["vram/other_gib"]
         assert before + reserved + paged + rest == pytest.approx(used, abs=1e-6)
         assert found.metrics["vram/optimizer_paged_gib"] == pytest.approx(paged, abs=1e-6)
+        assert (found.metrics["vram/optimizer_gib"], found.metrics["vram/optimizer_eligible_gib"]) == (1.0, 1.0)
     else:
         assert found.absent["vram/other_gib"]
 
@@ -170,3 +171,19 @@ def test_memory_that_the_card_does_not_hold_was_spilled(change: dict[str, int | 
         for event in story(TRAINING)
     ]
     assert memory(events, []).metrics.get("vram/spilled_gib") == gib
+
+
+@pytest.mark.parametrize(
+    ("seen", "peaks", "why"),
+    [
+        (replace(SEEN, card_bytes=None), {}, "GPUs only"),
+        (SEEN, {}, "gone before"),
+        (SEEN, {"model": (1.0, 1.0)}, "gone before"),
+    ],
+)
+def test_training_without_the_allocators_word_says_why(
+    seen: HostFacts, peaks: dict[str, tuple[float, float]], why: str
+) -> None:
+    found = memory(story(peaks), [], seen)
+    assert why in found.absent["vram/peak_allocated_gib"]
+    assert why in found.absent["vram/peak_reserved_gib"]

@@ -187,3 +187,13 @@ def test_a_driver_that_lists_nobody_has_not_seen_that_nobody_was_there() -> None
 def test_a_run_without_a_window_can_be_invalid() -> None:
     found = judged(card(processes=((WORKER, 1), (4242, 1))), events()[:-3])
     assert verdict(found)[0] == "invalid"
+
+
+def test_clocks_without_a_reading_of_their_reasons_are_looked_at_too() -> None:
+    drift = card(lambda at: {"sm_mhz": 1800.0 - 400 * at}, slowdowns=None, thermal_seconds=None, brake_seconds=None)
+    found = judged(drift)
+    assert "clock varied" in verdict(found)[1]
+    inside = [sample.sm_mhz for sample in drift if START <= sample.t <= START + SECONDS and sample.sm_mhz is not None]
+    spread = (max(inside) - min(inside)) / found.metrics["card/sm_mhz_median"]
+    assert 0.15 < spread < 0.3
+    assert found.metrics["card/sm_clock_spread"] == pytest.approx(spread)
