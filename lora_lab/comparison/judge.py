@@ -60,6 +60,12 @@ class Run:
         """Return whether its figures may be compared."""
         return self.outcome == Outcome.finished.value and self.tags.get("validity") != "invalid"
 
+    @property
+    def stand_ins(self) -> frozenset[str] | None:
+        """Return what ran instead of what was asked for; None where that was not recorded."""
+        known = self.tags.get("stand_ins")
+        return None if known is None else frozenset(known.split("; ")) - {"none"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -131,7 +137,10 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
     for run in sorted(runs, key=lambda run: run.block):
         blocks.setdefault(run.block, {})[run.point] = run
     there = list(blocks.values())
-    counted = [[block for block in there if _holds(block, contrast, rule)] for contrast in rule.contrasts]
+    counted = [
+        [] if _stand_in(contrast, there) else [block for block in there if _holds(block, contrast, rule)]
+        for contrast in rule.contrasts
+    ]
     found = [
         [_difference(block, contrast, lambda run: run.metrics[rule.measure]) for block in whole]
         for contrast, whole in zip(rule.contrasts, counted, strict=True)
@@ -208,7 +217,7 @@ def _holm(p: Mapping[int, float], size: int, level: float) -> dict[int, float]:
 
 def _open(rule: Rule, contrast: Contrast, differences: Sequence[float], blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Return the verdict on a contrast that no look has settled."""
-    why = _failure(contrast, blocks)
+    why = _stand_in(contrast, blocks) or _failure(contrast, blocks)
     if why:
         return Verdict(contrast=contrast, answer=Answer.incomparable, pairs=len(differences), why=why)
     if len(differences) < 2:
@@ -237,6 +246,17 @@ def _missing(rule: Rule, sample: _Sample) -> int:
         if within or abs(sample.mean) > float(stdtrit(pairs - 1, 1 - level / 2)) * error or pairs > _MOST_PAIRS:
             return pairs - there
     raise AssertionError("looks never end")
+
+
+def _stand_in(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
+    """Say which level did not run as asked where the other did, or had another stand-in; empty where none is known."""
+    for over_point, of_point in zip(contrast.over_points, contrast.of_points, strict=True):
+        for block in blocks:
+            over, of = (block[point].stand_ins if point in block else None for point in (over_point, of_point))
+            if over is not None and of is not None and over != of:
+                level, only = (contrast.of, of - over) if of - over else (contrast.over, over - of)
+                return f"{level} did not run as asked here ({'; '.join(sorted(only))})"
+    return ""
 
 
 def _failure(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:

@@ -174,6 +174,25 @@ def test_a_level_that_fails_twice_in_a_row_cannot_be_compared() -> None:
     assert once.answer is interrupted.answer is Answer.unsettled
 
 
+def test_a_stand_in_on_one_side_cannot_be_compared_however_clear_the_figures_are() -> None:
+    """fp16 on a CPU runs in fp32: its figures say nothing of fp16."""
+
+    def standing(**which: str) -> Verdict:
+        runs = pairs("x", [0.030, 0.031, 0.029, 0.030, 0.032])
+        [verdict] = judge(
+            rule_for("x"), [replace(each, tags={"stand_ins": which.get(each.point, "none")}) for each in runs]
+        )
+        return verdict
+
+    verdict = standing(x1="fp32 stands in; paged is plain", x0="paged is plain")
+    assert (verdict.answer, verdict.pairs) == (Answer.incomparable, 0)
+    assert "x1" in verdict.why
+    assert "fp32 stands in" in verdict.why
+    assert "paged" not in verdict.why, "both sides have it"
+    assert "x0" in standing(x0="fp32 stands in").why
+    assert standing().answer is standing(x0="same", x1="same").answer is Answer.faster
+
+
 def test_the_gpus_own_work_is_a_second_number_over_the_same_pairs() -> None:
     """Each step of x1 has twice the tokens and a little more than twice the work."""
 
