@@ -23,12 +23,8 @@ from scipy.special import stdtr, stdtrit
 from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.outcome import Outcome
 
-_FAILS = {each.value for each in (Outcome.failed, Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported)}
-_FAILS.add(Outcome.timed_out.value)
-"""How a trial ends that shows its point cannot be measured. A killed one shows nothing."""
-
 _IN_A_ROW = 2
-"""A level that failed this many times in a row is not tried again."""
+"""A point whose figures did not count this many times in a row is not tried again."""
 
 _MOST_PAIRS = 10**9
 
@@ -55,10 +51,16 @@ class Run:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
 
-    @property
-    def counts(self) -> bool:
-        """Return whether its figures may be compared."""
-        return self.outcome == Outcome.finished.value and self.tags.get("validity") != "invalid"
+    def why_not(self, measure: str) -> str:
+        """Return why its figure of the measure does not count; empty if it does."""
+        if self.outcome != Outcome.finished.value:
+            return f"{self.outcome.replace('_', ' ')}: {self.reason}".strip(": .")
+        if self.tags.get("validity") == "invalid":
+            return f"invalid: {self.tags.get('validity_reasons', 'no reason kept')}"
+        if measure not in self.metrics:
+            return self.tags.get(f"absent.{measure}", "no tokens/s recorded")
+        value = self.metrics[measure]
+        return "" if 0 < value < math.inf else f"{value:g} tokens/s"
 
     @property
     def stand_ins(self) -> frozenset[str] | None:
@@ -95,6 +97,10 @@ class Verdict:
     """About how many are missing, if mean and spread stay as they are."""
     why: str = ""
     """Why it cannot be compared."""
+    uncounted: int = 0
+    """How many pairs were begun and do not count, until the answer."""
+    why_uncounted: str = ""
+    """Why the latest of these does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +156,16 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
         settled.get(place) or _open(rule, contrast, found[place], there)
         for place, contrast in enumerate(rule.contrasts)
     ]
-    return tuple(_with_gpu(verdict, whole) for verdict, whole in zip(verdicts, counted, strict=True))
+    return tuple(
+        _with_uncounted(_with_gpu(verdict, whole), whole, there, rule)
+        for verdict, whole in zip(verdicts, counted, strict=True)
+    )
 
 
 def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:
     """Return whether the block has a whole pair of the contrast: each of its points, measured."""
-    runs = [block.get(point) for point in (*contrast.over_points, *contrast.of_points)]
-    return all(run is not None and run.counts and 0 < run.metrics.get(rule.measure, 0.0) < math.inf for run in runs)
+    runs = [block.get(point) for point in contrast.points]
+    return all(run is not None and not run.why_not(rule.measure) for run in runs)
 
 
 def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[Run], float]) -> float:
@@ -217,7 +226,7 @@ def _holm(p: Mapping[int, float], size: int, level: float) -> dict[int, float]:
 
 def _open(rule: Rule, contrast: Contrast, differences: Sequence[float], blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Return the verdict on a contrast that no look has settled."""
-    why = _stand_in(contrast, blocks) or _failure(contrast, blocks)
+    why = _stand_in(contrast, blocks) or _failure(rule, contrast, blocks)
     if why:
         return Verdict(contrast=contrast, answer=Answer.incomparable, pairs=len(differences), why=why)
     if len(differences) < 2:
@@ -259,25 +268,48 @@ def _stand_in(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
     return ""
 
 
-def _failure(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
-    """Say which level failed in the latest blocks in a row; empty where none did."""
+def _failure(rule: Rule, contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
+    """Say which level has a point whose latest figures in a row do not count; empty where none has.
+
+    A killed trial shows nothing of its point, so it is passed over."""
     for level, points in ((contrast.over, contrast.over_points), (contrast.of, contrast.of_points)):
-        ran = [[block[point] for point in points] for block in blocks if all(point in block for point in points)]
-        latest = [next((run for run in runs if run.outcome in _FAILS), None) for runs in ran][-_IN_A_ROW:]
-        if len(latest) == _IN_A_ROW and latest[-1] is not None and all(latest):
-            outcome, why = latest[-1].outcome.replace("_", " "), latest[-1].reason.rstrip(".")
-            return f"{level} failed {_IN_A_ROW} times in a row ({outcome}: {why})"
+        for point in points:
+            ran = [block[point] for block in blocks if point in block and block[point].outcome != Outcome.killed.value]
+            why = [run.why_not(rule.measure) for run in ran[-_IN_A_ROW:]]
+            if len(why) == _IN_A_ROW and all(why):
+                failed = "failed" if ran[-1].outcome != Outcome.finished.value else "gave no figure that counts"
+                return f"{level} {failed} {_IN_A_ROW} times in a row ({why[-1]})"
     return ""
 
 
 def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Add the change of the GPU's own work, with Student's interval over the verdict's pairs."""
     contrast = verdict.contrast
-    points = (*contrast.over_points, *contrast.of_points)
     used = [
-        block for block in blocks[: verdict.pairs] if all(0 < _gpu_work(block[point]) < math.inf for point in points)
+        block
+        for block in blocks[: verdict.pairs]
+        if all(0 < _gpu_work(block[point]) < math.inf for point in contrast.points)
     ]
     if len(used) < 2:
         return verdict
     gpu = _sample([_difference(block, contrast, _gpu_work) for block in used]).interval(0.025, 0.95)
     return replace(verdict, gpu=gpu)
+
+
+def _with_uncounted(
+    verdict: Verdict, whole: Sequence[Mapping[str, Run]], blocks: Sequence[Mapping[str, Run]], rule: Rule
+) -> Verdict:
+    """Add how many pairs do not count. Those after the last pair of an answer do not matter to it.
+
+    Args:
+        whole: the blocks whose pairs count.
+    """
+    contrast, latest = verdict.contrast, blocks
+    if verdict.answer not in (Answer.unsettled, Answer.incomparable):
+        latest = blocks[: blocks.index(whole[verdict.pairs - 1])]
+    begun = [[block[point] for point in contrast.points if point in block] for block in latest]
+    lost = [runs for runs, block in zip(begun, latest, strict=True) if runs and not _holds(block, contrast, rule)]
+    if not lost:
+        return verdict
+    why = next((why for run in lost[-1] if (why := run.why_not(rule.measure))), "a kill cut it off")
+    return replace(verdict, uncounted=len(lost), why_uncounted=why)

@@ -31,6 +31,11 @@ class Contrast:
     of_points: tuple[str, ...]
     """Digests of the points with the other level, each at the place of the point that else is the same."""
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Return the digests of all its points."""
+        return *self.over_points, *self.of_points
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:

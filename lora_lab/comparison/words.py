@@ -37,6 +37,8 @@ def _answer(rule: Rule, verdict: Verdict, used_minutes: float | None) -> str:
     after = f"{verdict.pairs} pair{'' if verdict.pairs == 1 else 's'}"
     if used_minutes is not None:
         after += f" in {_minutes(used_minutes)}"
+    if verdict.uncounted and verdict.answer is not Answer.incomparable:
+        after += f" ({verdict.uncounted} more did not count, the last one because: {verdict.why_uncounted})"
     change = "" if verdict.change is None else _change(verdict.change, "tokens/s")
     if verdict.answer in (Answer.faster, Answer.slower):
         return f"{of} is {verdict.answer.value} than {over}: {change}, {after}"

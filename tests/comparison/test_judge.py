@@ -174,6 +174,42 @@ def test_a_level_that_fails_twice_in_a_row_cannot_be_compared() -> None:
     assert once.answer is interrupted.answer is Answer.unsettled
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "why"),
+    [
+        ({"tags": {"validity": "invalid", "validity_reasons": "another process"}}, "invalid: another process"),
+        ({"metrics": {}, "tags": {f"absent.{TOKENS_PER_SECOND}": "no window"}}, "no window"),
+        ({"metrics": {TOKENS_PER_SECOND: math.nan}}, "nan tokens/s"),
+        ({"metrics": {TOKENS_PER_SECOND: 0.0}}, "0 tokens/s"),
+    ],
+)
+def test_a_level_without_figures_that_count_twice_in_a_row_cannot_be_compared(
+    spoilt: dict[str, object], why: str
+) -> None:
+    rule, runs = rule_for("x"), pairs("x", [-0.030, -0.028, -0.031])
+    bad = [replace(each, **spoilt) if each.point == "x1" and each.block else each for each in runs]  # type: ignore[arg-type]
+    [once], [twice] = judge(rule, bad[:4]), judge(rule, bad)
+    assert (once.answer, once.uncounted, once.why_uncounted) == (Answer.unsettled, 1, why)
+    assert (twice.answer, twice.pairs) == (Answer.incomparable, 1)
+    assert why in twice.why
+    killed = replace(run(2, "x1", outcome="killed"), reason="signal 9")
+    [passed_over] = judge(rule, [*bad[:4], run(2, "x0"), killed])
+    assert passed_over.answer is Answer.unsettled
+    [line] = sentences(rule, [passed_over])
+    assert "1 pair (2 more did not count" in line
+    assert "killed: signal 9" in line
+    [after_it] = judge(rule, [*bad[:4], run(2, "x0"), killed, run(3, "x0"), replace(bad[3], block=3)])
+    assert after_it.answer is Answer.incomparable
+
+
+def test_pairs_that_do_not_count_after_the_answer_do_not_change_it() -> None:
+    runs = pairs("x", [-0.030, -0.028, -0.031, -0.029, -0.033, -0.030, -0.030])
+    bad = [replace(each, tags={"validity": "invalid"}) if each.block in (1, 6) else each for each in runs]
+    [verdict] = judge(rule_for("x"), bad)
+    assert (verdict.answer, verdict.pairs, verdict.uncounted) == (Answer.slower, 5, 1)
+    assert judge(rule_for("x"), bad[:12]) == (verdict,)
+
+
 def test_a_stand_in_on_one_side_cannot_be_compared_however_clear_the_figures_are() -> None:
     """fp16 on a CPU runs in fp32: its figures say nothing of fp16."""
 
