@@ -9,7 +9,8 @@ A contrast keeps the answer of the first look that gives one. In a family of sev
 Holm's (1979, A Simple Sequentially Rejective Multiple Test Procedure) at each look.
 
 The difference of a pair is that of the logarithms. Where a block holds several pairs of a contrast, at other settings
-of the rest, their mean counts as the block's one pair.
+of the rest, their mean counts as the block's one pair. If the mean of one of these settings lies beyond the margin, the
+contrast is equivalent on average only.
 """
 
 import math
@@ -35,6 +36,8 @@ class Answer(Enum):
     faster = "faster"
     slower = "slower"
     equivalent = "equivalent"
+    mixed = "equivalent on average only"
+    """The average is, but the mean of one of the other settings lies beyond the margin."""
     unsettled = "not settled"
     incomparable = "cannot be compared"
 
@@ -91,6 +94,8 @@ class Verdict:
     """How many pairs the answer comes from."""
     change: Interval | None = None
     """Of the measure; None with fewer than two pairs."""
+    by_setting: tuple[float, ...] = ()
+    """The same mean for each of the other settings, where there are several."""
     gpu: Interval | None = None
     """Of the time that the GPU itself works for a token, over the same pairs; None where it was not measured."""
     more_pairs: int = 0
@@ -157,7 +162,7 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
         for place, contrast in enumerate(rule.contrasts)
     ]
     return tuple(
-        _with_uncounted(_with_gpu(verdict, whole), whole, there, rule)
+        _with_uncounted(_with_gpu(_with_settings(verdict, whole, rule), whole), whole, there, rule)
         for verdict, whole in zip(verdicts, counted, strict=True)
     )
 
@@ -280,6 +285,22 @@ def _failure(rule: Rule, contrast: Contrast, blocks: Sequence[Mapping[str, Run]]
                 failed = "failed" if ran[-1].outcome != Outcome.finished.value else "gave no figure that counts"
                 return f"{level} {failed} {_IN_A_ROW} times in a row ({why[-1]})"
     return ""
+
+
+def _with_settings(verdict: Verdict, blocks: Sequence[Mapping[str, Run]], rule: Rule) -> Verdict:
+    """Add the means by the other settings. What is equivalent on average is not equivalent if one of them is beyond the
+    margin."""
+    contrast, used = verdict.contrast, blocks[: verdict.pairs]
+    if len(contrast.of_points) < 2 or not used:
+        return verdict
+    means = tuple(
+        statistics.fmean(
+            math.log(block[of].metrics[rule.measure] / block[over].metrics[rule.measure]) for block in used
+        )
+        for over, of in zip(contrast.over_points, contrast.of_points, strict=True)
+    )
+    beyond = verdict.answer is Answer.equivalent and any(abs(mean) > rule.margin for mean in means)
+    return replace(verdict, answer=Answer.mixed if beyond else verdict.answer, by_setting=means)
 
 
 def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:

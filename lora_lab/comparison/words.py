@@ -39,15 +39,25 @@ def _answer(rule: Rule, verdict: Verdict, used_minutes: float | None) -> str:
         after += f" in {_minutes(used_minutes)}"
     if verdict.uncounted and verdict.answer is not Answer.incomparable:
         after += f" ({verdict.uncounted} more did not count, the last one because: {verdict.why_uncounted})"
-    change = "" if verdict.change is None else _change(verdict.change, "tokens/s")
+    change = "" if verdict.change is None else _change(verdict.change, "tokens/s") + _by_setting(verdict)
     if verdict.answer in (Answer.faster, Answer.slower):
         return f"{of} is {verdict.answer.value} than {over}: {change}, {after}"
     if verdict.answer is Answer.equivalent:
         return f"{of} and {over} are equivalent within {rule.margin_percent:g} %: {change}, {after}"
+    if verdict.answer is Answer.mixed:
+        within = f"within {rule.margin_percent:g} % on average, but not in each setting"
+        return f"{of} and {over} are {within}: {change}, {after}; compare them setting by setting"
     if verdict.answer is Answer.incomparable:
         return f"{of} and {over} cannot be compared: {verdict.why}; {after}"
     so_far = f": {change} so far" if change else ""
     return f"not settled between {of} and {over}{so_far}, {after}"
+
+
+def _by_setting(verdict: Verdict) -> str:
+    if not verdict.by_setting:
+        return ""
+    low, high = (100 * math.expm1(each(verdict.by_setting)) for each in (min, max))
+    return f" on average over {len(verdict.by_setting)} settings ({low:+.1f} to {high:+.1f} % by setting)"
 
 
 def _missing(pairs: int, block_minutes: float | None) -> str:

@@ -142,6 +142,23 @@ def test_a_pair_of_several_settings_counts_once_with_its_mean() -> None:
     assert (verdict.answer, verdict.pairs) == (Answer.faster, 5)
     assert verdict.change is not None
     assert verdict.change.value == pytest.approx(0.03)
+    assert verdict.by_setting == pytest.approx((0.0206, 0.0394))
+    assert "on average over 2 settings (+2.1 to +4.0 % by setting)" in sentences(rule, [verdict])[0]
+
+
+@pytest.mark.parametrize(("other", "answer"), [(0.08, Answer.mixed), (0.005, Answer.equivalent)])
+def test_settings_that_differ_beyond_the_margin_are_not_equivalent_for_cancelling_out(
+    other: float, answer: Answer
+) -> None:
+    contrast = Contrast(key="x", over="x0", of="x1", over_points=("a0", "b0"), of_points=("a1", "b1"))
+    rule = replace(rule_for("x"), contrasts=(contrast,))
+    steps = [0.0, 0.001, 0.002, -0.001, 0.001]
+    runs = [*pairs("a", [other + s for s in steps]), *pairs("b", [-other + s for s in steps])]
+    [verdict] = judge(rule, runs)
+    assert (verdict.answer, verdict.pairs) == (answer, 5)
+    [line] = sentences(rule, [verdict])
+    assert ("are equivalent" in line) == (answer is Answer.equivalent)
+    assert "on average over 2 settings" in line
 
 
 def test_a_pair_with_a_side_that_failed_or_is_invalid_does_not_count() -> None:
