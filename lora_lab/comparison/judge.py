@@ -49,6 +49,8 @@ class Run:
     block: int
     point: str
     """Digest of its config."""
+    name: str = ""
+    """Its point's name, for the user."""
     outcome: str
     reason: str
     tags: Mapping[str, str]
@@ -283,7 +285,12 @@ def _failure(rule: Rule, contrast: Contrast, blocks: Sequence[Mapping[str, Run]]
             why = [run.why_not(rule.measure) for run in ran[-_IN_A_ROW:]]
             if len(why) == _IN_A_ROW and all(why):
                 failed = "failed" if ran[-1].outcome != Outcome.finished.value else "gave no figure that counts"
-                return f"{level} {failed} {_IN_A_ROW} times in a row ({why[-1]})"
+                if len(points) == 1:
+                    return f"{level} {failed} {_IN_A_ROW} times in a row ({why[-1]})"
+                return (
+                    f"{level} {failed} {_IN_A_ROW} times in a row at one of the other settings, {ran[-1].name} "
+                    f"({why[-1]}); to compare in the others, leave that value out of the sweep"
+                )
     return ""
 
 

@@ -191,6 +191,18 @@ def test_a_level_that_fails_twice_in_a_row_cannot_be_compared() -> None:
     assert once.answer is interrupted.answer is Answer.unsettled
 
 
+def test_the_one_setting_that_fails_is_named() -> None:
+    """Where batch 8 does not fit, batch 1 could still be compared."""
+    contrast = Contrast(key="x", over="x0", of="x1", over_points=("a0", "b0"), of_points=("a1", "b1"))
+    rule = replace(rule_for("x"), contrasts=(contrast,))
+    runs = [*pairs("a", [0.0, 0.001]), *(run(block, "b0") for block in (0, 1))]
+    failing = [replace(run(block, "b1", outcome="out_of_memory"), name="x1 8x512") for block in (0, 1)]
+    [verdict] = judge(rule, [*runs, *failing])
+    assert verdict.answer is Answer.incomparable
+    assert "x1 8x512 (out of memory: no room)" in verdict.why
+    assert "leave that value out" in verdict.why
+
+
 @pytest.mark.parametrize(
     ("spoilt", "why"),
     [
