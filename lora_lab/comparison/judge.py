@@ -21,7 +21,7 @@ from enum import Enum
 
 from scipy.special import stdtr, stdtrit
 
-from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
+from lora_lab.comparison.rule import GPU_BUSY_SHARE, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.outcome import Outcome
 
 _IN_A_ROW = 2
@@ -182,8 +182,9 @@ def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[
 
 
 def _gpu_work(run: Run) -> float:
-    """Return the seconds that the GPU itself worked for a token; 0 where that was not measured."""
-    return run.metrics.get(GPU_SECONDS, 0.0) * run.metrics.get(STEPS_PER_SECOND, 0.0) / run.metrics[TOKENS_PER_SECOND]
+    """Return the seconds that the GPU itself worked for a token, its busy share / tokens per second, as the report has
+    them; 0 where that was not measured."""
+    return run.metrics.get(GPU_BUSY_SHARE, 0.0) / run.metrics[TOKENS_PER_SECOND]
 
 
 def _settled(rule: Rule, found: Sequence[Sequence[float]]) -> dict[int, Verdict]:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lora_lab.comparison.judge import Answer, Run, Verdict, judge
-from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
+from lora_lab.comparison.rule import GPU_BUSY_SHARE, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.comparison.words import sentences
+from lora_lab.report.measures import GPU_WORK
+from lora_lab.store.trials import Trial
 
 
 def rule_for(*names: str, margin: float = 1.0) -> Rule:
@@ -259,12 +261,14 @@ def test_a_stand_in_on_one_side_cannot_be_compared_however_clear_the_figures_are
 
 
 def test_the_gpus_own_work_is_a_second_number_over_the_same_pairs() -> None:
-    """Each step of x1 has twice the tokens and a little more than twice the work."""
-
     def with_gpu(each: Run) -> Run:
-        speed, tokens = each.metrics[TOKENS_PER_SECOND], 2 if each.point == "x1" else 1
-        work = tokens * (math.exp(0.001 + 1e-5 * each.block) if each.point == "x1" else 1.0)
-        return replace(each, metrics=each.metrics | {GPU_SECONDS: work, STEPS_PER_SECOND: speed / tokens})
+        work = math.exp(0.001 + 1e-5 * each.block) if each.point == "x1" else 1.0
+        metrics = {**each.metrics, GPU_BUSY_SHARE: work * each.metrics[TOKENS_PER_SECOND] / 200}
+        measured = Trial(
+            run_id="", name="", sweep=None, outcome="finished", params={}, metrics=metrics, tags={}, started_ms=0
+        )
+        assert GPU_WORK.of(measured) == pytest.approx(1e6 * work / 200), "the report's measure of the same name"
+        return replace(each, metrics=metrics)
 
     runs = [with_gpu(each) for each in pairs("x", [-0.030, -0.028, -0.031, -0.029, -0.033, 0.5])]
     [verdict] = judge(rule_for("x"), runs)
