@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from lora_lab.comparison.rule import Contrast, Rule, percent
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.settings import Effect, settings_of
 from lora_lab.store.mlflow_names import LONGEST_TAG
 from lora_lab.store.naming import word
 from lora_lab.sweep.plan import GridPoint, settings_of_points
+
+_RULE_SETTINGS = ("contrast", "margin", "budget_minutes", "first_pairs")
 
 
 def rule_of(points: Sequence[GridPoint]) -> Rule:
@@ -32,6 +34,20 @@ def rule_of(points: Sequence[GridPoint]) -> Rule:
     if len(rule_text(rule)) > LONGEST_TAG:
         raise InvalidInput(f"{len(points)} points are too many for one repeats=auto. Sweep fewer values.")
     return rule
+
+
+def check_typed(points: Sequence[GridPoint]) -> None:
+    """Raise InvalidInput when the points of a sweep with repeats=auto, as typed, have several rules. Such points are
+    twins, of which later only one stays."""
+    if all(point.config.repeats != AUTO for point in points):
+        return
+    for name in _RULE_SETTINGS:
+        values = list(dict.fromkeys(str(getattr(point.config, name)) for point in points))
+        if len(values) > 1:
+            raise InvalidInput(
+                f"{name}={','.join(values)} cannot be swept with repeats=auto, because a sweep has one rule. "
+                f"Give {name} one value."
+            )
 
 
 def rule_text(rule: Rule) -> str:

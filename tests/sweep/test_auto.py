@@ -5,7 +5,9 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import lab_in
@@ -20,7 +22,7 @@ from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.sweep.auto import judged, run_blocks
-from lora_lab.sweep.contrasts import check_same, rule_of
+from lora_lab.sweep.contrasts import check_same, check_typed, rule_of
 from lora_lab.sweep.plan import GridPoint, plan_trials
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts
@@ -85,6 +87,18 @@ def test_points_on_two_cards_are_refused() -> None:
     _, other = points(*PAIR, **{"device.uuid": "GPU-2"})
     with pytest.raises(InvalidInput, match="one device"):
         rule_of([one, other])
+
+
+@pytest.mark.parametrize("name", ["contrast", "margin", "budget_minutes", "first_pairs"])
+def test_a_rule_with_two_values_is_refused(name: str) -> None:
+    """Else one point of each pair of twins would be dropped, and its rule with it."""
+    one, other = points("optimizer=adamw", "optimizer=adamw")
+    values: dict[str, Any] = {"contrast": "precision", "margin": "2%"}
+    other = replace(one, config=replace(one.config, **{name: values.get(name, 7)}))
+    with pytest.raises(InvalidInput, match=f"{name}=.*one value"):
+        check_typed([one, other])
+    check_typed([one, one])
+    check_typed([replace(each, config=replace(each.config, repeats=3)) for each in (one, other)])
 
 
 def test_a_sweep_is_not_continued_by_another_rule_but_with_another_budget() -> None:
