@@ -5,6 +5,14 @@ from collections.abc import Sequence
 
 from lora_lab.comparison.judge import Answer, Interval, Verdict
 from lora_lab.comparison.rule import Rule
+from lora_lab.config import LONGEST_BUDGET_MINUTES
+
+_REACH = 10
+"""What would take this many times the budget, or the pairs so far, is out of reach."""
+_OUT_OF_REACH = "out of reach with this noise: use a wider margin or longer windows (measure.steps)"
+
+_WIDEST = math.log(10)
+"""How far an interval may reach to be worth printing, as a log ratio."""
 
 
 def sentences(
@@ -16,20 +24,31 @@ def sentences(
         used_minutes: what the sweep took so far, where that is known.
         block_minutes: what a block of its trials took on average, where that is known.
     """
-    more = max((verdict.more_pairs for verdict in verdicts), default=0)
+    missing = [v.more_pairs for v in verdicts if _within_reach(rule, v, used_minutes, block_minutes)]
     advice = ""
     if used_minutes is not None and block_minutes is not None:
-        budget = math.ceil(used_minutes + more * block_minutes)
-        advice = f" (add resume=true budget_minutes={budget})"
+        budget = math.ceil(used_minutes + max(missing, default=0) * block_minutes)
+        advice = f" (add resume=true budget_minutes={min(budget, LONGEST_BUDGET_MINUTES)})"
     said = []
     for verdict in verdicts:
         said.append(_answer(rule, verdict, used_minutes))
         if verdict.answer is Answer.unsettled:
-            said[-1] += f"; about {_missing(verdict.more_pairs, block_minutes)}{advice}"
+            reached = _within_reach(rule, verdict, used_minutes, block_minutes)
+            about = f"about {_missing(verdict.more_pairs, block_minutes)}{advice}"
+            said[-1] += f"; {about if reached else _OUT_OF_REACH}"
         said[-1] += "."
         if verdict.gpu is not None:
             said.append(f"  The GPU's own work per token: {_change(verdict.gpu, 'time')}.")
     return said
+
+
+def _within_reach(rule: Rule, verdict: Verdict, used_minutes: float | None, block_minutes: float | None) -> bool:
+    """Return whether what is missing is a guess worth a number: it comes from the spread of the few pairs so far."""
+    if verdict.change is None:
+        return True
+    if used_minutes is None or block_minutes is None:
+        return verdict.more_pairs <= _REACH * max(verdict.pairs, rule.first_pairs)
+    return verdict.more_pairs * block_minutes <= _REACH * max(used_minutes, rule.budget_minutes)
 
 
 def _answer(rule: Rule, verdict: Verdict, used_minutes: float | None) -> str:
@@ -69,6 +88,9 @@ def _missing(pairs: int, block_minutes: float | None) -> str:
 
 
 def _change(interval: Interval, what: str) -> str:
+    center = interval.value if interval.low * interval.high > 0 else 0.0
+    if max(center - interval.low, interval.high - center) > _WIDEST:
+        return f"{100 * math.expm1(interval.value):+.1f} % {what} (too noisy for an interval)"
     value, low, high = (100 * math.expm1(each) for each in (interval.value, interval.low, interval.high))
     digits = 1 if abs(high - low) >= 0.2 else 2
     written = [f"{each:+.{digits}f}" for each in (value, low, high)]

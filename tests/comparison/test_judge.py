@@ -307,5 +307,32 @@ def test_what_is_not_settled_says_what_it_would_take(changes: list[float], answe
     assert strict.more_pairs > verdict.more_pairs, "eight together are tested more strictly"
 
 
+def test_what_noise_puts_out_of_reach_has_no_budget_and_no_endless_interval() -> None:
+    rule, changes = rule_for("x"), [2.5, -1.9, 2.0, -0.7, 2.6]
+    [verdict] = judge(rule, pairs("x", changes))
+    assert verdict.more_pairs > 50
+    for known in ({}, {"used_minutes": 10.0, "block_minutes": 2.0}):
+        [line] = sentences(rule, [verdict], **known)
+        assert "out of reach" in line
+        assert "measure.steps" in line
+        assert "budget_minutes" not in line
+        assert "95 %" not in line, "it would reach from a tenth to the tenfold and beyond"
+    slow = judged([0.012, -0.012, 0.010, -0.010, 0.0001])
+    for minutes, reached in ((100 / slow.more_pairs, True), (1.01 * 100 / slow.more_pairs, False)):
+        [line] = sentences(rule, [slow], used_minutes=5.0, block_minutes=minutes)
+        assert ("budget_minutes=105" in line) == reached, "ten times the budget of 10 minutes"
+
+
+def test_a_large_change_with_a_narrow_interval_has_its_interval() -> None:
+    verdict = judged([3.0, 3.01, 2.99, 3.0, 3.02])
+    assert "(95 %: " in sentences(rule_for("x"), [verdict])[0]
+
+
+def test_no_advice_exceeds_what_the_setting_takes() -> None:
+    rule = replace(rule_for("x"), budget_minutes=1e6)
+    [line] = sentences(rule, [judged([0.01])], used_minutes=1e6, block_minutes=1e6)
+    assert "budget_minutes=1000000)" in line
+
+
 def test_before_two_pairs_those_of_the_first_look_are_missing() -> None:
     assert [judged([0.01] * count).more_pairs for count in (0, 1)] == [5, 4]
