@@ -18,7 +18,8 @@ _WIDEST = math.log(10)
 def sentences(
     rule: Rule, verdicts: Sequence[Verdict], used_minutes: float | None = None, block_minutes: float | None = None
 ) -> list[str]:
-    """Return a sentence for each verdict, and one for the GPU's own work where it was measured.
+    """Return a sentence for each verdict, one for the GPU's own work where it was measured, and one on what the answers
+    hold for.
 
     Args:
         used_minutes: what the sweep took so far, where that is known.
@@ -39,6 +40,8 @@ def sentences(
         said[-1] += "."
         if verdict.gpu is not None:
             said.append(f"  The GPU's own work per token: {_change(verdict.gpu, 'time')}.")
+    if any(verdict.answer not in (Answer.unsettled, Answer.incomparable) for verdict in verdicts):
+        said.append("  This holds for this machine in this session; another may differ.")
     return said
 
 

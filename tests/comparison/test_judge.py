@@ -158,7 +158,7 @@ def test_settings_that_differ_beyond_the_margin_are_not_equivalent_for_cancellin
     runs = [*pairs("a", [other + s for s in steps]), *pairs("b", [-other + s for s in steps])]
     [verdict] = judge(rule, runs)
     assert (verdict.answer, verdict.pairs) == (answer, 5)
-    [line] = sentences(rule, [verdict])
+    line, _ = sentences(rule, [verdict])
     assert ("are equivalent" in line) == (answer is Answer.equivalent)
     assert "on average over 2 settings" in line
 
@@ -275,7 +275,7 @@ def test_the_gpus_own_work_is_a_second_number_over_the_same_pairs() -> None:
     assert verdict.gpu is not None
     assert verdict.gpu.value == pytest.approx(0.001 + 1e-5 * 2), "of the first five pairs"
     assert verdict.gpu.low < verdict.gpu.value < verdict.gpu.high
-    answer, gpu = sentences(rule_for("x"), [verdict], used_minutes=7.2)
+    answer, gpu, _ = sentences(rule_for("x"), [verdict], used_minutes=7.2)
     assert answer == "x1 is slower than x0: -3.0 % tokens/s (95 %: -3.3 to -2.7), 5 pairs in 7 minutes."
     assert "+0.10 % time (95 %: +0.10 to +0.10)" in gpu
 
@@ -321,6 +321,13 @@ def test_what_noise_puts_out_of_reach_has_no_budget_and_no_endless_interval() ->
     for minutes, reached in ((100 / slow.more_pairs, True), (1.01 * 100 / slow.more_pairs, False)):
         [line] = sentences(rule, [slow], used_minutes=5.0, block_minutes=minutes)
         assert ("budget_minutes=105" in line) == reached, "ten times the budget of 10 minutes"
+
+
+def test_what_answers_hold_for_is_said_once_and_only_with_an_answer() -> None:
+    open_, settled = judged([0.01]), judged([0.030, 0.031, 0.029, 0.030, 0.032])
+    said = sentences(rule_for("x"), [settled, open_, settled])
+    assert ["session" in line for line in said] == [False, False, False, True]
+    assert not any("session" in line for line in sentences(rule_for("x"), [open_]))
 
 
 def test_a_large_change_with_a_narrow_interval_has_its_interval() -> None:
