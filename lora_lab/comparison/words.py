@@ -41,7 +41,7 @@ def sentences(
         if verdict.gpu is not None:
             said.append(f"  The GPU's own work per token: {_change(verdict.gpu, 'time')}.")
     if any(verdict.answer not in (Answer.unsettled, Answer.incomparable) for verdict in verdicts):
-        said.append("  This holds for this machine in this session; another may differ.")
+        said.append("  The speeds hold for this machine in this session; another may differ.")
     return said
 
 

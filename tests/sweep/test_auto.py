@@ -128,7 +128,15 @@ def test_a_sweep_is_not_continued_by_another_rule_but_with_another_budget() -> N
 class Sweep:
     """A sweep in a folder, whose trials take a minute each and are as fast as their repeat and point decide."""
 
-    def __init__(self, path: Path, budget_minutes: float = 1000.0, outcomes: dict[str, Outcome] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        budget_minutes: float = 1000.0,
+        outcomes: dict[str, Outcome] | None = None,
+        stand_ins: str = "",
+        absent: str = "",
+    ) -> None:
+        self.paged_ran, self.paged_has_no_speed = stand_ins or "none", absent
         self.points = points(*PAIR)
         for each in self.points:
             each.config.budget_minutes = budget_minutes
@@ -157,11 +165,16 @@ class Sweep:
         effect = 0.02 if trial.settings["optimizer"] == "adamw" else 0.0
         speed = 1000 * math.exp(effect + random.Random(trial.fingerprint).gauss(0, 0.01))
         record = Record(name=trial.name, params={}, started_ms=0, ended_ms=60_000, outcome=outcome.value)
+        paged = trial.settings["optimizer"] != "adamw"
+        record.tags["stand_ins"] = self.paged_ran if paged else "none"
         folder = TrialFolder(self.folder.path / self.folder.next_attempt(trial))
         asked = Manifest(owner=this_process(), t=0.0, tracking=TrackingConfig(), record=record)
         folder.begin(asked, TrialConfig(), {}, HostFacts())
         metrics = {TOKENS_PER_SECOND: speed} if outcome is Outcome.finished else {}
-        folder.write_end(record, Summary(metrics=metrics), End(outcome=outcome, reason="no room"), HostFacts())
+        summary = Summary(metrics=metrics)
+        if paged and self.paged_has_no_speed:
+            summary = Summary(absent={TOKENS_PER_SECOND: self.paged_has_no_speed})
+        folder.write_end(record, summary, End(outcome=outcome, reason="no room"), HostFacts())
 
     def run(self, launch: Callable[[list[Planned]], int] | None = None) -> int:
         def all_of(block: list[Planned]) -> int:
@@ -238,6 +251,16 @@ def test_a_level_that_always_fails_ends_the_sweep(tmp_path: Path) -> None:
     assert sweep.run() == 0
     assert sweep.answer() == (Answer.incomparable, 0)
     assert len(sweep.ran()) == 4
+
+
+def test_a_stand_in_ends_the_sweep_after_one_pair_and_two_trials_without_a_speed_after_two(tmp_path: Path) -> None:
+    for number, (blocks, why) in enumerate([(1, {"stand_ins": "plain memory"}), (2, {"absent": "no window"})]):
+        sweep = Sweep(tmp_path / str(number), **why)
+        assert sweep.run() == 0
+        assert sweep.answer() == (Answer.incomparable, 0)
+        assert len(sweep.ran()) == 2 * blocks
+        [line] = judged(sweep.folder, sweep.folder.read()).lines
+        assert next(iter(why.values())) in line
 
 
 def test_a_trial_that_is_refused_ends_the_sweep(tmp_path: Path) -> None:
