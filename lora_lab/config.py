@@ -121,6 +121,9 @@ _FLOAT = 3.4e38
 _LONGEST_WAIT_MINUTES = 30_000
 """poll(2) counts milliseconds in 32 bits: 35,791 minutes."""
 
+LONGEST_BUDGET_MINUTES = 10**6
+"""The most that `budget_minutes` takes: two years."""
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -373,7 +376,7 @@ class TrialConfig:
         "with repeats=auto, no trials begin that would probably end later; time before a resume counts",
         effect=Effect.none,
         above=0,
-        most=10**6,
+        most=LONGEST_BUDGET_MINUTES,
     )
     first_pairs: int = setting(
         5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000

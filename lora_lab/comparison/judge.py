@@ -9,7 +9,8 @@ A contrast keeps the answer of the first look that gives one. In a family of sev
 Holm's (1979, A Simple Sequentially Rejective Multiple Test Procedure) at each look.
 
 The difference of a pair is that of the logarithms. Where a block holds several pairs of a contrast, at other settings
-of the rest, their mean counts as the block's one pair.
+of the rest, their mean counts as the block's one pair. If the mean of one of these settings lies beyond the margin, the
+contrast is equivalent on average only.
 """
 
 import math
@@ -20,15 +21,11 @@ from enum import Enum
 
 from scipy.special import stdtr, stdtrit
 
-from lora_lab.comparison.rule import GPU_SECONDS, STEPS_PER_SECOND, TOKENS_PER_SECOND, Contrast, Rule
+from lora_lab.comparison.rule import GPU_BUSY_SHARE, TOKENS_PER_SECOND, Contrast, Rule
 from lora_lab.outcome import Outcome
 
-_FAILS = {each.value for each in (Outcome.failed, Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported)}
-_FAILS.add(Outcome.timed_out.value)
-"""How a trial ends that shows its point cannot be measured. A killed one shows nothing."""
-
 _IN_A_ROW = 2
-"""A level that failed this many times in a row is not tried again."""
+"""A point whose figures did not count this many times in a row is not tried again."""
 
 _MOST_PAIRS = 10**9
 
@@ -39,6 +36,8 @@ class Answer(Enum):
     faster = "faster"
     slower = "slower"
     equivalent = "equivalent"
+    mixed = "equivalent on average only"
+    """The average is, but the mean of one of the other settings lies beyond the margin."""
     unsettled = "not settled"
     incomparable = "cannot be compared"
 
@@ -50,15 +49,29 @@ class Run:
     block: int
     point: str
     """Digest of its config."""
+    name: str = ""
+    """Its point's name, for the user."""
     outcome: str
     reason: str
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
 
+    def why_not(self, measure: str) -> str:
+        """Return why its figure of the measure does not count; empty if it does."""
+        if self.outcome != Outcome.finished.value:
+            return f"{self.outcome.replace('_', ' ')}: {self.reason}".strip(": .")
+        if self.tags.get("validity") == "invalid":
+            return f"invalid: {self.tags.get('validity_reasons', 'no reason kept')}"
+        if measure not in self.metrics:
+            return self.tags.get(f"absent.{measure}", "no tokens/s recorded")
+        value = self.metrics[measure]
+        return "" if 0 < value < math.inf else f"{value:g} tokens/s"
+
     @property
-    def counts(self) -> bool:
-        """Return whether its figures may be compared."""
-        return self.outcome == Outcome.finished.value and self.tags.get("validity") != "invalid"
+    def stand_ins(self) -> frozenset[str] | None:
+        """Return what ran instead of what was asked for; None where that was not recorded."""
+        known = self.tags.get("stand_ins")
+        return None if known is None else frozenset(known.split("; ")) - {"none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +96,18 @@ class Verdict:
     """How many pairs the answer comes from."""
     change: Interval | None = None
     """Of the measure; None with fewer than two pairs."""
+    by_setting: tuple[float, ...] = ()
+    """The same mean for each of the other settings, where there are several."""
     gpu: Interval | None = None
     """Of the time that the GPU itself works for a token, over the same pairs; None where it was not measured."""
     more_pairs: int = 0
     """About how many are missing, if mean and spread stay as they are."""
     why: str = ""
     """Why it cannot be compared."""
+    uncounted: int = 0
+    """How many pairs were begun and do not count, until the answer."""
+    why_uncounted: str = ""
+    """Why the latest of these does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +150,10 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
     for run in sorted(runs, key=lambda run: run.block):
         blocks.setdefault(run.block, {})[run.point] = run
     there = list(blocks.values())
-    counted = [[block for block in there if _holds(block, contrast, rule)] for contrast in rule.contrasts]
+    counted = [
+        [] if _stand_in(contrast, there) else [block for block in there if _holds(block, contrast, rule)]
+        for contrast in rule.contrasts
+    ]
     found = [
         [_difference(block, contrast, lambda run: run.metrics[rule.measure]) for block in whole]
         for contrast, whole in zip(rule.contrasts, counted, strict=True)
@@ -141,13 +163,16 @@ def judge(rule: Rule, runs: Iterable[Run]) -> tuple[Verdict, ...]:
         settled.get(place) or _open(rule, contrast, found[place], there)
         for place, contrast in enumerate(rule.contrasts)
     ]
-    return tuple(_with_gpu(verdict, whole) for verdict, whole in zip(verdicts, counted, strict=True))
+    return tuple(
+        _with_uncounted(_with_gpu(_with_settings(verdict, whole, rule), whole), whole, there, rule)
+        for verdict, whole in zip(verdicts, counted, strict=True)
+    )
 
 
 def _holds(block: Mapping[str, Run], contrast: Contrast, rule: Rule) -> bool:
     """Return whether the block has a whole pair of the contrast: each of its points, measured."""
-    runs = [block.get(point) for point in (*contrast.over_points, *contrast.of_points)]
-    return all(run is not None and run.counts and 0 < run.metrics.get(rule.measure, 0.0) < math.inf for run in runs)
+    runs = [block.get(point) for point in contrast.points]
+    return all(run is not None and not run.why_not(rule.measure) for run in runs)
 
 
 def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[Run], float]) -> float:
@@ -157,8 +182,9 @@ def _difference(block: Mapping[str, Run], contrast: Contrast, figure: Callable[[
 
 
 def _gpu_work(run: Run) -> float:
-    """Return the seconds that the GPU itself worked for a token; 0 where that was not measured."""
-    return run.metrics.get(GPU_SECONDS, 0.0) * run.metrics.get(STEPS_PER_SECOND, 0.0) / run.metrics[TOKENS_PER_SECOND]
+    """Return the seconds that the GPU itself worked for a token, its busy share / tokens per second, as the report has
+    them; 0 where that was not measured."""
+    return run.metrics.get(GPU_BUSY_SHARE, 0.0) / run.metrics[TOKENS_PER_SECOND]
 
 
 def _settled(rule: Rule, found: Sequence[Sequence[float]]) -> dict[int, Verdict]:
@@ -208,7 +234,7 @@ def _holm(p: Mapping[int, float], size: int, level: float) -> dict[int, float]:
 
 def _open(rule: Rule, contrast: Contrast, differences: Sequence[float], blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Return the verdict on a contrast that no look has settled."""
-    why = _failure(contrast, blocks)
+    why = _stand_in(contrast, blocks) or _failure(rule, contrast, blocks)
     if why:
         return Verdict(contrast=contrast, answer=Answer.incomparable, pairs=len(differences), why=why)
     if len(differences) < 2:
@@ -239,25 +265,80 @@ def _missing(rule: Rule, sample: _Sample) -> int:
     raise AssertionError("looks never end")
 
 
-def _failure(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
-    """Say which level failed in the latest blocks in a row; empty where none did."""
-    for level, points in ((contrast.over, contrast.over_points), (contrast.of, contrast.of_points)):
-        ran = [[block[point] for point in points] for block in blocks if all(point in block for point in points)]
-        latest = [next((run for run in runs if run.outcome in _FAILS), None) for runs in ran][-_IN_A_ROW:]
-        if len(latest) == _IN_A_ROW and latest[-1] is not None and all(latest):
-            outcome, why = latest[-1].outcome.replace("_", " "), latest[-1].reason.rstrip(".")
-            return f"{level} failed {_IN_A_ROW} times in a row ({outcome}: {why})"
+def _stand_in(contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
+    """Say which level did not run as asked where the other did, or had another stand-in; empty where none is known."""
+    for over_point, of_point in zip(contrast.over_points, contrast.of_points, strict=True):
+        for block in blocks:
+            over, of = (block[point].stand_ins if point in block else None for point in (over_point, of_point))
+            if over is not None and of is not None and over != of:
+                level, only = (contrast.of, of - over) if of - over else (contrast.over, over - of)
+                return f"{level} did not run as asked here ({'; '.join(sorted(only))})"
     return ""
+
+
+def _failure(rule: Rule, contrast: Contrast, blocks: Sequence[Mapping[str, Run]]) -> str:
+    """Say which level has a point whose latest figures in a row do not count; empty where none has.
+
+    A killed trial shows nothing of its point, so it is passed over."""
+    for level, points in ((contrast.over, contrast.over_points), (contrast.of, contrast.of_points)):
+        for point in points:
+            ran = [block[point] for block in blocks if point in block and block[point].outcome != Outcome.killed.value]
+            why = [run.why_not(rule.measure) for run in ran[-_IN_A_ROW:]]
+            if len(why) == _IN_A_ROW and all(why):
+                failed = "failed" if ran[-1].outcome != Outcome.finished.value else "gave no figure that counts"
+                if len(points) == 1:
+                    return f"{level} {failed} {_IN_A_ROW} times in a row ({why[-1]})"
+                return (
+                    f"{level} {failed} {_IN_A_ROW} times in a row at one of the other settings, {ran[-1].name} "
+                    f"({why[-1]}); to compare in the others, leave that value out of the sweep"
+                )
+    return ""
+
+
+def _with_settings(verdict: Verdict, blocks: Sequence[Mapping[str, Run]], rule: Rule) -> Verdict:
+    """Add the means by the other settings. What is equivalent on average is not equivalent if one of them is beyond the
+    margin."""
+    contrast, used = verdict.contrast, blocks[: verdict.pairs]
+    if len(contrast.of_points) < 2 or not used:
+        return verdict
+    means = tuple(
+        statistics.fmean(
+            math.log(block[of].metrics[rule.measure] / block[over].metrics[rule.measure]) for block in used
+        )
+        for over, of in zip(contrast.over_points, contrast.of_points, strict=True)
+    )
+    beyond = verdict.answer is Answer.equivalent and any(abs(mean) > rule.margin for mean in means)
+    return replace(verdict, answer=Answer.mixed if beyond else verdict.answer, by_setting=means)
 
 
 def _with_gpu(verdict: Verdict, blocks: Sequence[Mapping[str, Run]]) -> Verdict:
     """Add the change of the GPU's own work, with Student's interval over the verdict's pairs."""
     contrast = verdict.contrast
-    points = (*contrast.over_points, *contrast.of_points)
     used = [
-        block for block in blocks[: verdict.pairs] if all(0 < _gpu_work(block[point]) < math.inf for point in points)
+        block
+        for block in blocks[: verdict.pairs]
+        if all(0 < _gpu_work(block[point]) < math.inf for point in contrast.points)
     ]
     if len(used) < 2:
         return verdict
     gpu = _sample([_difference(block, contrast, _gpu_work) for block in used]).interval(0.025, 0.95)
     return replace(verdict, gpu=gpu)
+
+
+def _with_uncounted(
+    verdict: Verdict, whole: Sequence[Mapping[str, Run]], blocks: Sequence[Mapping[str, Run]], rule: Rule
+) -> Verdict:
+    """Add how many pairs do not count. Those after the last pair of an answer do not matter to it.
+
+    Args:
+        whole: the blocks whose pairs count.
+    """
+    contrast, latest = verdict.contrast, blocks
+    if verdict.answer not in (Answer.unsettled, Answer.incomparable):
+        latest = blocks[: blocks.index(whole[verdict.pairs - 1])]
+    begun = [[block[point] for point in contrast.points if point in block] for block in latest]
+    lost = [runs for runs, block in zip(begun, latest, strict=True) if runs and not _holds(block, contrast, rule)]
+    if not lost:
+        return verdict
+    why = next((why for run in lost[-1] if (why := run.why_not(rule.measure))), "a kill cut it off")
+    return replace(verdict, uncounted=len(lost), why_uncounted=why)

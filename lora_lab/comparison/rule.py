@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from lora_lab.config import InvalidInput
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
-STEPS_PER_SECOND = "throughput/steps_per_second"
-GPU_SECONDS = "throughput/gpu_busy_seconds_per_step"
+GPU_BUSY_SHARE = "throughput/gpu_busy_share"
 
 RULE_TAG = "stopping_rule"
 """The tag of a sweep that has its rule as JSON."""
@@ -30,6 +29,11 @@ class Contrast:
     """Digests of the points with the first level."""
     of_points: tuple[str, ...]
     """Digests of the points with the other level, each at the place of the point that else is the same."""
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Return the digests of all its points."""
+        return *self.over_points, *self.of_points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

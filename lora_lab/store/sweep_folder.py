@@ -121,7 +121,8 @@ class Attempt:
     metrics: dict[str, float]
     warnings: list[str]
     tags: dict[str, str] = field(default_factory=dict)
-    """Facts for judging the figures, such as validity and its reasons."""
+    """Facts for judging the figures, as the store has them: validity and its reasons, stand-ins, why figures are
+    absent."""
 
     @property
     def done(self) -> bool:
@@ -225,8 +226,9 @@ class SweepFolder:
         found = _outline(TrialFolder(self.path / name))
         if found is None:
             return None
-        names = ("outcome", "reason", "seconds", "metrics", "warnings", "tags")
-        return Attempt(**{name: found[name] for name in names})
+        names = ("outcome", "reason", "seconds", "metrics", "warnings")
+        absent = {f"absent.{name}": why for name, why in found["absent"].items()}
+        return Attempt(**{name: found[name] for name in names}, tags=found["tags"] | absent)
 
     def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
         """Complete the record above the trials.

@@ -200,7 +200,7 @@ class TrialFolder:
                 write_text(self.path / "traceback.txt", end.traceback)
             write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
-            write_json(self.path / "summary.json", _outline(record) | asdict(summary))
+            write_json(self.path / "summary.json", _outline(record, summary))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
@@ -295,7 +295,8 @@ class TrialFolder:
         return [path for path in there if path.exists() and not path.is_symlink()]
 
 
-def _outline(record: Record) -> dict[str, Any]:
+def _outline(record: Record, summary: Summary) -> dict[str, Any]:
+    ran = {key: value for key, value in record.tags.items() if key == "stand_ins"}
     return {
         "name": record.name,
         "outcome": record.outcome,
@@ -303,4 +304,6 @@ def _outline(record: Record) -> dict[str, Any]:
         "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
         "point": record.tags.get("point", ""),
         "device": record.tags.get("device", ""),
+        **asdict(summary),
+        "tags": summary.tags | ran,
     }

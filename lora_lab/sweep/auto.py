@@ -101,6 +101,7 @@ def _runs(folder: SweepFolder, plan: Plan) -> list[Run]:
                 Run(
                     block=trial.repeat,
                     point=trial.point,
+                    name=trial.label,
                     outcome=attempt.outcome,
                     reason=attempt.reason,
                     tags=attempt.tags,

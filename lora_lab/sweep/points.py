@@ -15,6 +15,7 @@ from lora_lab.composition.compose import load
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.store.fingerprint import conditions, point_digest
+from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
 from lora_lab.trial.devices import choose_placement
@@ -88,6 +89,7 @@ def compose_points(loader: ConfigLoader, config: DictConfig, found: Sequence[lis
         digest = point_digest(composed)
         points.append(GridPoint(overrides=overrides, config=composed, digest=digest, conditions=now))
     raise_faults(faults, len(found))
+    check_typed(points)
     return without_twins(points)
 
 

@@ -117,6 +117,9 @@ def test_several_contrasts_are_one_text_and_no_sweep(typed: Type) -> None:
         said = typed(*grid, written)
         assert len(said.configs) == 4, said.said
         assert {config.contrast for config in said.configs} == {"optimizer,precision"}
+    swept = typed(*grid, "contrast=optimizer", "margin=1%,2%")
+    assert swept.code == 2, "else the points of one margin would be dropped as twins"
+    assert "margin=1%,2%" in swept.said
 
 
 VALUES = [

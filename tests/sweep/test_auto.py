@@ -5,7 +5,9 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import lab_in
@@ -20,7 +22,7 @@ from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Plan, Planned, SweepFolder
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.sweep.auto import judged, run_blocks
-from lora_lab.sweep.contrasts import check_same, rule_of
+from lora_lab.sweep.contrasts import check_same, check_typed, rule_of
 from lora_lab.sweep.plan import GridPoint, plan_trials
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts
@@ -66,7 +68,7 @@ def test_levels_of_a_number_are_named_with_their_setting() -> None:
     ("lines", "contrast", "says"),
     [
         (PAIR, "precision", "precision=A,B"),
-        (PAIR, "optimiser", "optimiser=A,B"),
+        (PAIR, "optimiser", "Did you mean optimizer"),
         (PAIR[:1], "optimizer", "optimizer=A,B"),
         ((*PAIR, "optimizer=lion_8bit"), "optimizer", "optimizer=adamw,paged_adamw"),
         (("seed=1", "seed=2"), "seed", "Compare another setting"),
@@ -87,20 +89,54 @@ def test_points_on_two_cards_are_refused() -> None:
         rule_of([one, other])
 
 
+@pytest.mark.parametrize("name", ["contrast", "margin", "budget_minutes", "first_pairs"])
+def test_a_rule_with_two_values_is_refused(name: str) -> None:
+    """Else one point of each pair of twins would be dropped, and its rule with it."""
+    one, other = points("optimizer=adamw", "optimizer=adamw")
+    values: dict[str, Any] = {"contrast": "precision", "margin": "2%"}
+    other = replace(one, config=replace(one.config, **{name: values.get(name, 7)}))
+    with pytest.raises(InvalidInput, match=f"{name}=.*one value"):
+        check_typed([one, other])
+    check_typed(points(*CROSS))
+    check_typed([replace(each, config=replace(each.config, repeats=3)) for each in (one, other)])
+
+
+@pytest.mark.parametrize(
+    ("lines", "contrast", "says"),
+    [
+        (("optimizer=adamw", "optimizer=adamw"), "optimizer", "the same: adamw"),
+        (("learning_rate=1e-4", "learning_rate=0.0001"), "optimizer,learning_rate", "the same: 1e-4, 0.0001"),
+    ],
+)
+def test_two_values_that_are_the_same_are_refused(lines: tuple[str, ...], contrast: str, says: str) -> None:
+    one, other = points(*lines, contrast=contrast)
+    with pytest.raises(InvalidInput, match=says):
+        check_typed([one, replace(other, config=one.config, digest=one.digest)])
+    check_typed([one, other])
+
+
 def test_a_sweep_is_not_continued_by_another_rule_but_with_another_budget() -> None:
     then = rule_of(points(*PAIR))
     longer = Rule(**{name: getattr(then, name) for name in Rule.__slots__} | {"budget_minutes": 24.0})
     check_same(then, longer)
     with pytest.raises(InvalidInput, match="margin=1%"):
         check_same(then, rule_of(points(*PAIR, margin="2%")))
-    with pytest.raises(InvalidInput, match="contrast=optimizer"):
+    with pytest.raises(InvalidInput, match=r"contrast=optimizer .*\(adamw, paged_adamw: .* hydra.sweep.dir=FOLDER"):
         check_same(then, rule_of(points(*PAIR[::-1])))
 
 
 class Sweep:
     """A sweep in a folder, whose trials take a minute each and are as fast as their repeat and point decide."""
 
-    def __init__(self, path: Path, budget_minutes: float = 1000.0, outcomes: dict[str, Outcome] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        budget_minutes: float = 1000.0,
+        outcomes: dict[str, Outcome] | None = None,
+        stand_ins: str = "",
+        absent: str = "",
+    ) -> None:
+        self.paged_ran, self.paged_has_no_speed = stand_ins or "none", absent
         self.points = points(*PAIR)
         for each in self.points:
             each.config.budget_minutes = budget_minutes
@@ -129,11 +165,16 @@ class Sweep:
         effect = 0.02 if trial.settings["optimizer"] == "adamw" else 0.0
         speed = 1000 * math.exp(effect + random.Random(trial.fingerprint).gauss(0, 0.01))
         record = Record(name=trial.name, params={}, started_ms=0, ended_ms=60_000, outcome=outcome.value)
+        paged = trial.settings["optimizer"] != "adamw"
+        record.tags["stand_ins"] = self.paged_ran if paged else "none"
         folder = TrialFolder(self.folder.path / self.folder.next_attempt(trial))
         asked = Manifest(owner=this_process(), t=0.0, tracking=TrackingConfig(), record=record)
         folder.begin(asked, TrialConfig(), {}, HostFacts())
         metrics = {TOKENS_PER_SECOND: speed} if outcome is Outcome.finished else {}
-        folder.write_end(record, Summary(metrics=metrics), End(outcome=outcome, reason="no room"), HostFacts())
+        summary = Summary(metrics=metrics)
+        if paged and self.paged_has_no_speed:
+            summary = Summary(absent={TOKENS_PER_SECOND: self.paged_has_no_speed})
+        folder.write_end(record, summary, End(outcome=outcome, reason="no room"), HostFacts())
 
     def run(self, launch: Callable[[list[Planned]], int] | None = None) -> int:
         def all_of(block: list[Planned]) -> int:
@@ -212,6 +253,16 @@ def test_a_level_that_always_fails_ends_the_sweep(tmp_path: Path) -> None:
     assert len(sweep.ran()) == 4
 
 
+def test_a_stand_in_ends_the_sweep_after_one_pair_and_two_trials_without_a_speed_after_two(tmp_path: Path) -> None:
+    for number, (blocks, why) in enumerate([(1, {"stand_ins": "plain memory"}), (2, {"absent": "no window"})]):
+        sweep = Sweep(tmp_path / str(number), **why)
+        assert sweep.run() == 0
+        assert sweep.answer() == (Answer.incomparable, 0)
+        assert len(sweep.ran()) == 2 * blocks
+        [line] = judged(sweep.folder, sweep.folder.read()).lines
+        assert next(iter(why.values())) in line
+
+
 def test_a_trial_that_is_refused_ends_the_sweep(tmp_path: Path) -> None:
     """It leaves no record, so its block would be run again for ever."""
     sweep, launched = Sweep(tmp_path / "sweep"), []
@@ -231,9 +282,8 @@ def test_the_command_line_answers_and_the_report_recomputes_it(tmp_path: Path) -
     rule = json.loads(sweep["record"]["tags"][RULE_TAG])
     assert rule == sweep["rule"]
     assert (rule["margin_percent"], rule["first_pairs"], rule["budget_minutes"]) == (0.5, 2, 0.1)
-    answer = said.out.strip().splitlines()[-1]
-    assert "batch_size=4" in answer
-    assert "batch_size=1" in answer
+    answer = [line for line in said.out.splitlines() if "batch_size=4" in line and "batch_size=1" in line][-1]
+    assert " pairs in " in answer
     again = report()
     assert again.code == 0, again.text
     shown = answer.partition(" (")[0].partition(",")[0]

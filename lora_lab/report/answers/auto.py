@@ -32,6 +32,7 @@ def answers_of(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
         Run(
             block=trial.repeat,
             point=trial.tags.get("point", ""),
+            name=trial.name.removesuffix(f" #{trial.repeat + 1}"),
             outcome=trial.outcome,
             reason=trial.tags.get("reason", ""),
             tags=trial.tags,
