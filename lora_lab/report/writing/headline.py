@@ -1,6 +1,7 @@
 """The headline: a question, and its answer in five plain sentences. Figures with their intervals are in the table below
 it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,9 +39,9 @@ def sentences(findings: Findings) -> tuple[str, ...]:
     made = effects(main)
     mattered = [sentence(effect, most_repeats(main)) for effect in made[:_EFFECTS]]
     if not mattered and len(main.points) > 1:
-        mattered = ["No two trials differ in only one setting, so no setting's effect can be named."]
+        mattered = [_why_no_effect(main)]
     found = [_upper_first(text) for text in (_on_best(main), *mattered)]
-    return (*found, _holds(main), _to_do(main))
+    return tuple(text for text in (*found, _holds(main), _to_do(main)) if text)
 
 
 def notes(findings: Findings) -> tuple[str, ...]:
@@ -96,9 +97,27 @@ def _on_best(found: GroupFindings) -> str:
         return f"{name} reached {', '.join(figures)} on {device}."
     if THROUGHPUT.name not in best.figures:
         return f"No configuration has a throughput on {device}."
-    rated = sum(THROUGHPUT.name in point.figures for point in found.points)
-    rate = THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
+    rated, rate = _rated(found), THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
+    if rated == 1:
+        return f"Only {name} of {len(found.points)} configurations has a throughput on {device}: {rate}."
     return f"{name} was the fastest of {count(rated, 'configuration')} on {device}, with {rate}."
+
+
+def _rated(found: GroupFindings) -> int:
+    """Return how many points have a throughput."""
+    return sum(THROUGHPUT.name in point.figures for point in found.points)
+
+
+def _why_no_effect(found: GroupFindings) -> str:
+    """Return why no effect on the throughput can be named; "" where the note on stand-ins says it."""
+    if dropped(found):
+        return ""
+    pairs = itertools.combinations([list(point.levels.values()) for point in found.points], 2)
+    if any(sum(a != b for a, b in zip(one, other, strict=True)) == 1 for one, other in pairs):
+        why = "no repeat has figures on both sides of a change of one setting"
+    else:
+        why = "no two trials differ in only one setting"
+    return f"No setting's effect on the throughput can be named: {why}."
 
 
 def _holds(found: GroupFindings) -> str:
@@ -125,6 +144,8 @@ def _to_do(found: GroupFindings) -> str:
     best = best_point(found)
     assert best is not None
     name = point_text(best, found)
+    if len(found.points) > 1 and _rated(found) < 2:
+        return ""
     if most_repeats(found) < 2:
         what = "the order" if len(found.points) > 1 else "the figures"
         return f"Nothing was repeated: run it with repeats=5 before you rely on {what}."
