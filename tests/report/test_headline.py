@@ -1,14 +1,22 @@
 """What the headline may conclude, and from which figures."""
 
+import dataclasses
+import io
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 from planted import trial
+from rich.console import Console
 
+from lora_lab.comparison.rule import RULE_TAG, Contrast, Rule
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import THROUGHPUT
-from lora_lab.report.writing.headline import sentences
-from lora_lab.store.trials import Trial
+from lora_lab.report.writing.headline import notes, sentences
+from lora_lab.report.writing.page.page import page
+from lora_lab.report.writing.terminal import show
+from lora_lab.store.trials import Sweep, Trial
 
 
 def found(trials: list[Trial]) -> Findings:
@@ -55,3 +63,47 @@ def test_points_that_differ_in_two_settings_are_not_neighbours() -> None:
         for optimizer, method, rate in (("adamw", "lora", 900.0), ("paged_adamw", "qlora", 1000.0))
     ]
     assert "figures on both sides" not in " ".join(sentences(found(trials)))
+
+
+def auto(trials: list[Trial]) -> Findings:
+    """Return the findings of a sweep with repeats=auto that compares the optimizers."""
+    contrast = Contrast(
+        key="optimizer", over="adamw", of="paged_adamw", over_points=("adamw",), of_points=("paged_adamw",)
+    )
+    rule = Rule(contrasts=(contrast,), margin_percent=1.0, budget_minutes=5.0, first_pairs=3)
+    sweep = Sweep(
+        run_id="sweep0",
+        name="auto",
+        outcome="finished",
+        params={},
+        tags={RULE_TAG: json.dumps(asdict(rule))},
+        started_ms=0,
+    )
+    tagged = [dataclasses.replace(each, tags={**each.tags, "point": each.params["optimizer"]}) for each in trials]
+    return find(tagged, [sweep], Question(), "0")
+
+
+@pytest.mark.parametrize(("repeats", "answer"), [(9, "equivalent"), (2, "not settled"), (1, "not settled")])
+def test_beside_the_answer_of_a_rule_nothing_else_judges_its_contrast(repeats: int, answer: str) -> None:
+    findings = auto(pairs((1000.0, 997.0), repeats=repeats))
+    text = io.StringIO()
+    show(findings, Console(file=text, width=200))
+    for told in (text.getvalue(), page(findings, {}).partition("Every configuration")[0]):
+        assert answer in told
+        assert "paged_adamw was" not in told
+        assert "paged_adamw instead of" not in told
+        assert "beyond noise" not in told
+        assert "as fast" not in told
+        assert "repeats=5" not in told
+    assert any("repeats=auto" in note for note in notes(findings))
+
+
+def test_what_the_rule_does_not_compare_is_still_reported() -> None:
+    trials = pairs((1000.0, 997.0)) + [
+        dataclasses.replace(each, run_id=f"{each.run_id}b", params={**each.params, "batch_size": "2"},
+                            metrics={THROUGHPUT.key: 1.5 * each.metrics[THROUGHPUT.key]})
+        for each in pairs((1000.0, 997.0))
+    ]  # fmt: skip
+    told = " ".join(sentences(auto(trials)))
+    assert "2x512 was 50.0 % faster" in told
+    assert "paged_adamw was" not in told

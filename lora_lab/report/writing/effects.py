@@ -29,6 +29,8 @@ class Effect:
     over: str
     of: str
     is_shape: bool
+    is_judged: bool
+    """Whether repeats=auto answers it."""
     contrasts: tuple[Contrast, ...]
     """Of throughput, by regime."""
 
@@ -88,7 +90,13 @@ def effects(found: GroupFindings) -> list[Effect]:
     for those in by_levels.values():
         over, of = _names(found, those[0])
         clear = [each for each in those if each.regime in _CLEAR] or those
-        effect = Effect(over=over, of=of, is_shape=_is_shape(found, those[0]), contrasts=tuple(clear))
+        effect = Effect(
+            over=over,
+            of=of,
+            is_shape=_is_shape(found, those[0]),
+            is_judged=(those[0].factor, those[0].of, those[0].over) in found.judged,
+            contrasts=tuple(clear),
+        )
         by_factor.setdefault(those[0].factor, []).append(effect)
     made = [max(those, key=lambda effect: effect.largest) for those in by_factor.values()]
     return sorted(made, key=lambda effect: (effect.is_shape, -effect.largest))
@@ -150,9 +158,12 @@ def _size(each: Contrast) -> str:
 
 
 def rows(found: GroupFindings, most: int) -> list[Row]:
-    """Return the small table: the largest effects, each with what it did to every measure."""
-    order = [each for effect in effects(found) for each in effect.contrasts]
-    kept = {(each.factor, each.of, each.over, each.regime) for each in order}
+    """Return the small table: the largest effects, each with what it did to every measure.
+
+    Not what repeats=auto answers: that has its own interval."""
+    all_ = effects(found)
+    kept = {(each.factor, each.of, each.over, each.regime) for effect in all_ for each in effect.contrasts}
+    order = [each for effect in all_ if not effect.is_judged for each in effect.contrasts]
     others = [each for measure in MEASURES for each in real_contrasts(found) if each.measure is measure]
     order += [
         each

@@ -37,17 +37,21 @@ def sentences(findings: Findings) -> tuple[str, ...]:
     if best_point(main) is None:
         return _nothing(main)
     made = effects(main)
-    mattered = [sentence(effect, most_repeats(main)) for effect in made[:_EFFECTS]]
-    if not mattered and len(main.points) > 1:
+    told = [effect for effect in made if not effect.is_judged]
+    mattered = [sentence(effect, most_repeats(main)) for effect in told[:_EFFECTS]]
+    if not made and len(main.points) > 1:
         mattered = [_why_no_effect(main)]
-    found = [_upper_first(text) for text in (_on_best(main), *mattered)]
-    return tuple(text for text in (*found, _holds(main), _to_do(main)) if text)
+    is_judged = bool(findings.answers)  # the answer of repeats=auto is the advice, and may not be contradicted
+    found = [_upper_first(text) for text in (_on_best(main, is_judged), *mattered)]
+    return tuple(text for text in (*found, _holds(main), "" if is_judged else _to_do(main)) if text)
 
 
 def notes(findings: Findings) -> tuple[str, ...]:
     """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
     main = findings.groups[0]
     said = [_not_run(findings), _ended(main), dropped(main)]
+    if findings.answers:
+        said.append("Only the answer at the top counts the looks of repeats=auto; other 95 % intervals may miss more.")
     others = len(findings.groups) - 1
     if others:
         said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
@@ -88,7 +92,7 @@ def most_repeats(found: GroupFindings) -> int:
     return max((sum(trial.run_id in measured for trial in point.trials) for point in found.points), default=0)
 
 
-def _on_best(found: GroupFindings) -> str:
+def _on_best(found: GroupFindings, is_judged: bool) -> str:
     best = best_point(found)
     assert best is not None
     name, device = point_text(best, found), found.group.place.device
@@ -100,7 +104,8 @@ def _on_best(found: GroupFindings) -> str:
     rated, rate = _rated(found), THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
     if rated == 1:
         return f"Only {name} of {len(found.points)} configurations has a throughput on {device}: {rate}."
-    return f"{name} was the fastest of {count(rated, 'configuration')} on {device}, with {rate}."
+    first = "had the highest median" if is_judged else "was the fastest"
+    return f"{name} {first} of {count(rated, 'configuration')} on {device}, with {rate}."
 
 
 def _rated(found: GroupFindings) -> int:

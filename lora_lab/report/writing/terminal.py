@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_lab.report.answers.auto import answers
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
@@ -74,7 +73,7 @@ def show_full(findings: Findings, console: Console) -> None:
 
 def _show_headline(findings: Findings, console: Console) -> None:
     console.print(f"\n[bold]{escape(question(findings))}[/bold]  [dim]{escape(findings.title)}[/dim]\n")
-    for answer in answers(findings):
+    for answer in findings.answers:
         console.print(answer, highlight=False, markup=False)
     for sentence in sentences(findings):
         console.print(f"- {escape(sentence)}", highlight=False)
