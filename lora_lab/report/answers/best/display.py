@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from lora_lab.report.answers.best.another_card import RESERVE
 from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
 from lora_lab.report.answers.best.command import recorded, short
@@ -20,9 +21,21 @@ _RUNNERS_UP = 5
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
 
 
+def show_context(choice: Choice, console: Console) -> None:
+    """Print in one sentence which trials answer, and for another card how much of its memory may be used."""
+    text = count(len(choice.subject.measured), "measured trial")
+    if choice.another_card:
+        text += " that come with lora_lab"
+    if choice.is_largest_model:
+        text += f", of the largest model {'among them' if choice.wish.vram_gib is None else 'that fits'}"
+    _say(console, f"From {text}: {choice.subject.text}.")
+    if choice.another_card and choice.wish.vram_gib is not None:
+        usable = choice.wish.vram_gib
+        _say(console, f"Of {usable / (1 - RESERVE):g} GiB, {usable:.4g} may be used: {100 * RESERVE:g} % stay free.")
+
+
 def show_choice(choice: Choice, console: Console) -> None:
     """Print the best configuration with its figures, the runners-up, and last what to type and one line of doubt."""
-    _say(console, f"Of {count(len(choice.subject.measured), 'measured trial')}: {choice.subject.text}.")
     if choice.best is None:
         _show_nothing_fits(choice, console)
     else:
