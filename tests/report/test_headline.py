@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from lora_lab.comparison.rule import RULE_TAG, Contrast, Rule
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.measures import THROUGHPUT
+from lora_lab.report.measures import BUSY_SHARE, THROUGHPUT
 from lora_lab.report.writing.headline import notes, sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.report.writing.terminal import show
@@ -107,3 +109,23 @@ def test_what_the_rule_does_not_compare_is_still_reported() -> None:
     told = " ".join(sentences(auto(trials)))
     assert "2x512 was 50.0 % faster" in told
     assert "paged_adamw was" not in told
+
+
+@pytest.mark.parametrize(("idle", "gpu", "carries"), [(0.03, 0.001, False), (0.001, 0.03, True)])
+@pytest.mark.parametrize("make", [found, auto])
+def test_a_difference_of_idle_time_is_not_expected_on_another_host(
+    make: Callable[[list[Trial]], Findings], idle: float, gpu: float, carries: bool
+) -> None:
+    trials = []
+    for repeat, optimizer in itertools.product(range(5), ("adamw", "paged_adamw")):
+        paged = optimizer == "paged_adamw"
+        step = 1.0 + 1e-4 * ((repeat * 7 + paged * 2) % 3 - 1) + (idle + gpu) * paged
+        figures = {
+            THROUGHPUT.key: 4096 / step,
+            "throughput/steps_per_second": 1 / step,
+            BUSY_SHARE: (0.95 + gpu * paged) / step,
+        }
+        trials.append(trial(figures, repeat=repeat, optimizer=optimizer))
+    told = " ".join(sentences(make(trials)))
+    assert ("similar order on other hosts" in told) is carries
+    assert ("idle time" in told) is not carries

@@ -10,6 +10,7 @@ from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.statistics.factorial import Effect as ModelEffect
 from lora_lab.report.statistics.factors import SHAPE
+from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.labels import count, level_text
 from lora_lab.report.writing.numbers import change, detectable_text, interval, is_absurd
 
@@ -100,6 +101,14 @@ def effects(found: GroupFindings) -> list[Effect]:
         by_factor.setdefault(those[0].factor, []).append(effect)
     made = [max(those, key=lambda effect: effect.largest) for those in by_factor.values()]
     return sorted(made, key=lambda effect: (effect.is_shape, -effect.largest))
+
+
+def is_mostly_idle(effect: Effect) -> bool:
+    """Return whether what was seen to change in a step, or what repeats=auto answers, is mostly idle time."""
+    split = effect.main.split
+    if not isinstance(split, StepSplit) or not (effect.is_judged or effect.main.estimate.seen):
+        return False
+    return abs(split.idle.value) > abs(split.gpu.value)
 
 
 def sentence(effect: Effect, repeats: int) -> str:

@@ -10,7 +10,7 @@ from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
-from lora_lab.report.writing.effects import dropped, effects, sentence
+from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
 
 GPU_WORK = "gpu_work"
@@ -43,7 +43,8 @@ def sentences(findings: Findings) -> tuple[str, ...]:
         mattered = [_why_no_effect(main)]
     is_judged = bool(findings.answers)  # the answer of repeats=auto is the advice, and may not be contradicted
     found = [_upper_first(text) for text in (_on_best(main, is_judged), *mattered)]
-    return tuple(text for text in (*found, _holds(main), "" if is_judged else _to_do(main)) if text)
+    holds = _holds(main, [effect for effect in made if effect.is_judged or effect in told[:_EFFECTS]])
+    return tuple(text for text in (*found, holds, "" if is_judged else _to_do(main)) if text)
 
 
 def notes(findings: Findings) -> tuple[str, ...]:
@@ -125,8 +126,8 @@ def _why_no_effect(found: GroupFindings) -> str:
     return f"No setting's effect on the throughput can be named: {why}."
 
 
-def _holds(found: GroupFindings) -> str:
-    """Return for whom it holds, by what the trials waited for."""
+def _holds(found: GroupFindings, named: Sequence[Effect]) -> str:
+    """Return for whom it holds, by what the trials waited for, and by what the named effects consist of."""
     regimes = Counter(trial.regime for trial in found.group.measured)
     trials = regimes.total()
     if set(regimes) <= {"not known"}:
@@ -141,6 +142,12 @@ def _holds(found: GroupFindings) -> str:
         return (
             f"In {share} trials the GPU waited for Python most of the time (host-bound), so another host may change "
             f"the order{what}."
+        )
+    if idle := [effect for effect in named if is_mostly_idle(effect)]:
+        which = " and ".join(f"{effect.of} and {effect.over}" for effect in idle)
+        return (
+            f"The GPU was busy most of the time, but the difference between {which} is mostly idle time, which another "
+            "host may not have."
         )
     return "The GPU was busy most of the time, so expect a similar order on other hosts with this GPU."
 
