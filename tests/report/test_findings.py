@@ -15,7 +15,7 @@ from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
-from lora_lab.report.writing.headline import sentences
+from lora_lab.report.writing.headline import best_point, sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.report.writing.terminal import show, show_full
 from lora_lab.store.trials import Trial
@@ -74,7 +74,8 @@ def any_trial(draw: st.DrawFn) -> Trial:
 def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Trial]) -> None:
     findings = found(trials)
     text = said(findings)
-    assert 2 <= len(sentences(findings)) <= 5
+    most = 5 if best_point(findings.groups[0]) else 8  # where nothing has figures, the reasons are listed
+    assert 2 <= len(sentences(findings)) <= most
     assert not re.search(r"\(95 %|no interval", " ".join(sentences(findings)))
     assert not re.search(r"(nan|inf|None) ?(%|GiB|J|tokens)", text)
     page(findings, {})

@@ -129,3 +129,24 @@ def test_a_difference_of_idle_time_is_not_expected_on_another_host(
     told = " ".join(sentences(make(trials)))
     assert ("similar order on other hosts" in told) is carries
     assert ("idle time" in told) is not carries
+
+
+def test_where_nothing_has_figures_each_reason_is_given_once() -> None:
+    findings = found(
+        [
+            *(trial({}, outcome="out_of_memory", repeat=n, tags={"reason": "no room"}) for n in range(3)),
+            trial({}, outcome="failed", method="lora", tags={"reason": "no model_id at all"}),
+            trial({THROUGHPUT.key: 9.0}, batch_size="2", validity="invalid", tags={"validity_reasons": "heat"}),
+            trial({THROUGHPUT.key: math.nan}, batch_size="3"),
+        ]
+    )
+    for told in (" ".join(sentences(findings)), page(findings, {})):
+        for reason in ("no room", "no model_id at all", "heat", "without figures"):
+            assert reason in told
+    assert len(sentences(findings)) == 6
+    assert sum("no room" in line and "3 times" in line for line in sentences(findings)) == 1
+
+
+def test_of_many_reasons_a_few_are_given() -> None:
+    trials = [trial({}, outcome="failed", tags={"reason": f"fault {n}"}) for n in range(30)]
+    assert len(sentences(found(trials))) < 10

@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
@@ -12,15 +13,20 @@ from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
+from lora_lab.store.trials import Trial
 
 GPU_WORK = "gpu_work"
 """The name of the measure that says how long the GPU itself works, where it is among the measures."""
+_REASONS = 5
+"""How many reasons have a line, where no trial has figures."""
 _EFFECTS = 2
 """How many effects have a sentence. The others are in the tables."""
 
 
 def question(findings: Findings) -> str:
     """Return the question that the report answers, as its title."""
+    if best_point(findings.groups[0]) is None:
+        return "Why did no trial give figures?"
     configurations = len(findings.groups[0].points)
     if configurations == 1:
         return "What does this configuration take?"
@@ -32,7 +38,9 @@ def question(findings: Findings) -> str:
 
 
 def sentences(findings: Findings) -> tuple[str, ...]:
-    """Return at most five sentences on the machine with most trials: what was found, for whom it holds, what to do."""
+    """Return at most five sentences on the machine with most trials: what was found, for whom it holds, what to do.
+
+    Where no trial has figures: the reasons."""
     main = findings.groups[0]
     if best_point(main) is None:
         return _nothing(main)
@@ -171,12 +179,28 @@ def _to_do(found: GroupFindings) -> str:
 
 
 def _nothing(found: GroupFindings) -> tuple[str, ...]:
-    ends = Counter(trial.outcome for trial in found.group.trials)
-    how = ", ".join(f"{number} {outcome_text(end)}" for end, number in ends.items()) or "all were cut short"
-    text = f"No trial finished with figures that can be compared on {found.group.place.device}: {how}."
-    if ends.get("out_of_memory"):
-        return text, "To need less memory, try gradient_checkpointing=full, a smaller batch_size or a shorter seq_len."
-    return text, "The reasons are listed below."
+    trials = {trial.run_id: trial for trial in found.group.trials}
+    trials |= {each.trial.run_id: each.trial for each in found.group.excluded}
+    reasons = Counter(f"{trial.name}: {_ended_by(trial)}" for trial in trials.values())
+    said = [f"No trial finished with figures that can be compared on {found.group.place.device}."]
+    for reason, number in reasons.most_common(_REASONS):
+        times = f" ({number} times)" if number > 1 else ""
+        said.append(f"{reason.rstrip('.')}{times}.")
+    if len(reasons) > _REASONS:
+        said.append(f"And {len(reasons) - _REASONS} more: add --full.")
+    if any(trial.outcome == Outcome.out_of_memory.value for trial in found.group.trials):
+        said.append("To need less memory, try gradient_checkpointing=full, a smaller batch_size or a shorter seq_len.")
+    return tuple(said)
+
+
+def _ended_by(trial: Trial) -> str:
+    """Return how a trial without figures ended, and why."""
+    if trial.finished and trial.tags.get("validity") == "invalid":
+        return f"invalid: {trial.tags.get('validity_reasons', 'no reason kept')}"
+    if trial.finished:
+        return "finished without figures that can be compared"
+    reason = trial.tags.get("reason", "")
+    return outcome_text(trial.outcome) + (f": {reason}" if reason else "")
 
 
 def _not_run(findings: Findings) -> str:
