@@ -162,7 +162,8 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
 
 
 def _as_fast(found: Sequence[Point], group: Group) -> int:
-    """Count the points not significantly different from the fastest, by the same estimate that `best` uses."""
+    """Count the points not significantly different from the fastest, by the same estimates that `best` uses: all of
+    them together hold with 95 %."""
     by_run = {each.trial.run_id: each for each in figures(group.measured, THROUGHPUT)}
     rated = [
         (
@@ -177,7 +178,7 @@ def _as_fast(found: Sequence[Point], group: Group) -> int:
     fastest = max(rated, key=lambda one: one[0])
     noise = pooled_noise(values for _, values in rated)
     others = (difference(one[1], fastest[1]) for one in rated if one is not fastest)
-    return sum(not each.estimate(noise).seen for each in others)
+    return sum(not each.estimate(noise, among=len(rated) - 1).seen for each in others)
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -150,3 +150,21 @@ def test_where_nothing_has_figures_each_reason_is_given_once() -> None:
 def test_of_many_reasons_a_few_are_given() -> None:
     trials = [trial({}, outcome="failed", tags={"reason": f"fault {n}"}) for n in range(30)]
     assert len(sentences(found(trials))) < 10
+
+
+def test_that_every_other_is_slower_is_said_of_all_of_them_together() -> None:
+    """A difference whose own interval just leaves out 0 is no longer seen as one of six."""
+
+    def repeats(optimizer: str, changes: list[float]) -> list[Trial]:
+        return [
+            trial({THROUGHPUT.key: 1000 * math.exp(change)}, repeat=repeat, optimizer=optimizer)
+            for repeat, change in enumerate(changes)
+        ]
+
+    fast = repeats("adamw", [0.0] * 5)
+    close = repeats("paged_adamw", [-0.01 + 0.007 * each for each in (-1.26, -0.63, 0.0, 0.63, 1.26)])  # t = 3.2
+    [alone] = found([*fast, *close]).groups
+    assert alone.as_fast == 0
+    slow = [each for n in range(5) for each in repeats(f"slow{n}", [-1.0, -1.01, -1.0, -0.99, -1.0])]
+    [among_six] = found([*fast, *close, *slow]).groups
+    assert among_six.as_fast == 1

@@ -18,6 +18,7 @@ from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import TOO_FEW, is_absurd
 
 _RUNNERS_UP = 5
+_INTERVALS = "joint 95 % intervals"
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
 
 
@@ -76,7 +77,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
     shown = choice.runners_up[:_RUNNERS_UP]
     more = len(choice.runners_up) - len(shown)
     why = {runner.estimate.why_no_interval for runner in shown}
-    intervals = f"no intervals: {why.pop()}" if len(why) == 1 and "" not in why else "95 % intervals"
+    intervals = f"no intervals: {why.pop()}" if len(why) == 1 and "" not in why else _INTERVALS
     title = f"Runners-up{f' ({more} more not shown)' if more else ''}; mean difference from the best, {intervals}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="")
     table.add_column("configuration", overflow="fold")
@@ -89,7 +90,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
             escape(runner.candidate.label),
             objective.form.format(figure.median),
             str(figure.n),
-            escape(_beside(runner, objective, intervals != "95 % intervals")),
+            escape(_beside(runner, objective, intervals != _INTERVALS)),
         )
     return table
 
