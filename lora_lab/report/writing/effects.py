@@ -12,7 +12,7 @@ from lora_lab.report.statistics.factorial import Effect as ModelEffect
 from lora_lab.report.statistics.factors import SHAPE
 from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.labels import count, level_text
-from lora_lab.report.writing.numbers import change, detectable_text, interval, is_absurd
+from lora_lab.report.writing.numbers import LESS_NOISE, change, detectable_text, interval, is_absurd
 
 _LARGE = math.log(1.25)
 """A smallest difference that would have shown is not worth a number beyond this log ratio."""
@@ -129,7 +129,7 @@ def sentence(effect: Effect, repeats: int) -> str:
         return f"no difference in speed was seen between {effect.of} and {effect.over} {both}."
     if seen:
         other = second if seen[0] is first else first
-        rest_said = "no difference was seen" if other in unseen else "there are too few repeats to say"
+        rest_said = "no difference was seen" if other in unseen else "the figures are too noisy to say"
         return f"{_than(effect, seen[0])} in {seen[0].regime} trials; in {other.regime} ones {rest_said}."
     return f"{_said(effect, first, repeats)} in {first.regime} trials."
 
@@ -137,7 +137,8 @@ def sentence(effect: Effect, repeats: int) -> str:
 def _said(effect: Effect, each: Contrast, repeats: int) -> str:
     found = each.estimate
     if is_absurd(found, each.measure):
-        return f"{count(repeats, 'repeat')} are too few to compare {effect.of} with {effect.over}; run repeats=5"
+        with_repeats = f"with {count(repeats, 'repeat')}"
+        return f"{effect.of} and {effect.over} are too noisy to compare {with_repeats}; {LESS_NOISE}"
     if found.seen is None:
         return f"{_than(effect, each)} in single trials, which may be chance"
     if not found.seen:
@@ -188,7 +189,7 @@ def _row(found: GroupFindings, each: Contrast) -> Row:
     estimate, measure = each.estimate, each.measure
     ends = interval(estimate, measure)
     if is_absurd(estimate, measure):
-        result, ends = "too few repeats", "run repeats=5"
+        result, ends = "too noisy", LESS_NOISE
     elif estimate.low == estimate.high and estimate.low is not None:
         result, ends = (change(estimate.value, measure) if estimate.value else "the same"), "the same in every repeat"
     elif estimate.seen is False:

@@ -186,7 +186,8 @@ def _figure(point: Point, measure: Measure) -> str:
 def _contrasts_table(found: GroupFindings) -> Table:
     factors = {factor.name: factor for factor in found.compared}
     table = Table(
-        title="one factor changed, all else equal (95 % intervals, for sessions like these)", title_justify="left"
+        title="one factor changed, all else equal (95 % intervals; a row says if one holds for its session alone)",
+        title_justify="left",
     )
     for head in ("measure", "of / over", "regime", "pairs", "change"):
         table.add_column(head, overflow="fold")

@@ -15,7 +15,7 @@ from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
-from lora_lab.report.writing.numbers import TOO_FEW, is_absurd
+from lora_lab.report.writing.numbers import TOO_NOISY, is_absurd
 
 _RUNNERS_UP = 5
 _INTERVALS = "joint 95 % intervals"
@@ -98,7 +98,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
 def _beside(runner: RunnerUp, measure: Measure, all_lack: bool) -> str:
     found = runner.estimate
     if is_absurd(found, measure):
-        return TOO_FEW
+        return TOO_NOISY
     value = _change(found.value, measure)
     if found.low is None or found.high is None:
         return value if all_lack else f"{value}; no interval: {found.why_no_interval}"
