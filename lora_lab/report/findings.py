@@ -162,8 +162,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
 
 
 def _as_fast(found: Sequence[Point], group: Group) -> int:
-    """Count the points not significantly different from the fastest, by the same estimates that `best` uses: all of
-    them together hold with 95 %."""
+    """Count the points that are not seen to differ from the fastest. The others are, all together with 95 %."""
     by_run = {each.trial.run_id: each for each in figures(group.measured, THROUGHPUT)}
     rated = [
         (
@@ -178,7 +177,7 @@ def _as_fast(found: Sequence[Point], group: Group) -> int:
     fastest = max(rated, key=lambda one: one[0])
     noise = pooled_noise(values for _, values in rated)
     others = (difference(one[1], fastest[1]) for one in rated if one is not fastest)
-    return sum(not each.estimate(noise, among=len(rated) - 1).seen for each in others)
+    return sum(not each.is_seen(noise, among=len(rated) - 1) for each in others)
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -468,10 +468,10 @@ def test_each_caveat_stands_where_its_reason_does(
 @pytest.mark.parametrize(
     ("rates", "sure"),
     [
-        (CLEAR, "significantly better than each of 1 other (joint 95 % intervals)"),
+        (CLEAR, "significantly better than each of 1 other (separate 95 % intervals)"),
         (
             ([2000], CLEAR[1]),
-            "significantly better than each of 1 other (joint 95 % intervals; for single trials",
+            "significantly better than each of 1 other (separate 95 % intervals; for single trials",
         ),
         (([1000, 1100, 1200], [1090, 1000, 1105]), "no significant difference between the best and 1 of 1 others"),
         (([1000], [900]), "one trial each: without an interval"),

@@ -134,8 +134,10 @@ def test_a_stand_in_is_compared_with_nothing_and_the_reason_is_given() -> None:
     assert "2x512 was" in said(findings)
 
 
-def test_the_report_counts_as_many_ties_as_best() -> None:
-    """Where both name the same point: by blocks another may be ahead of the one with the highest median."""
+def test_the_report_counts_all_ties_of_best() -> None:
+    """Where both name the same point: by blocks another may be ahead of the one with the highest median.
+
+    It may count more, because what it calls slower holds for all together."""
     ties = []
     for seed in range(12):
         trials = factorial(LEVELS, {"shape=2x2048": 0.02}, noise=0.01, drift=0.1, random=seed)
@@ -145,7 +147,7 @@ def test_the_report_counts_as_many_ties_as_best() -> None:
         assert choice.best is not None
         if choice.best.trials[0] in fastest.trials:
             ties.append(group.as_fast)
-            assert ties[-1] == sum(runner.estimate.seen is False for runner in choice.runners_up)
+            assert ties[-1] >= sum(runner.estimate.seen is False for runner in choice.runners_up)
     assert len(set(ties)) > 1
 
 

@@ -24,7 +24,7 @@ def sure(best: Candidate, runners_up: Sequence[RunnerUp]) -> str:
     if not close and not better:
         lone = any(len(one.trials) == 1 for one in (best, *(runner.candidate for runner in runners_up)))
         borrowed = "; for single trials the noise of the repeated ones is used" if lone else ""
-        parts = [f"significantly better than each of {count(len(seen), 'other')} (joint 95 % intervals{borrowed})"]
+        parts = [f"significantly better than each of {count(len(seen), 'other')} (separate 95 % intervals{borrowed})"]
     return "; ".join(filter(None, parts))
 
 

@@ -18,7 +18,7 @@ from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import TOO_NOISY, is_absurd
 
 _RUNNERS_UP = 5
-_INTERVALS = "joint 95 % intervals"
+_INTERVALS = "separate 95 % intervals"
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
 
 

@@ -49,18 +49,16 @@ def ranked(candidates: Sequence[Candidate], measure: Measure) -> tuple[Candidate
     """Return the best, and the others compared with it.
 
     No candidate is better than the best by the estimates shown. They are paired by block, because medians over
-    different blocks also differ by the blocks. All intervals together hold with 95 %. A single trial wins only if it
-    differs significantly from the candidates with repeats, by their noise: of many single trials the luckiest looks
-    best (the winner's curse; Efron 2011, "Tweedie's formula and selection bias")."""
+    different blocks also differ by the blocks. A single trial wins only if it differs significantly from the
+    candidates with repeats, by their noise: of many single trials the luckiest looks best (the winner's curse;
+    Efron 2011, "Tweedie's formula and selection bias")."""
     rated = _rated(sorted(candidates, key=_order(measure)), measure)
     noise = pooled_noise(one.values for one in rated)
-    among = len(rated) - 1
     best = _unbeaten(rated, measure)
     if not best.repeated:
-        against = [(one, _runner_up(best, one, noise, measure, among)) for one in rated if one.repeated]
-        safer = [one for one, runner in against if not runner.estimate.seen]
+        safer = [one for one in rated if one.repeated and not _runner_up(best, one, noise, measure).estimate.seen]
         best = _unbeaten(safer, measure) if safer else best
-    others = [_runner_up(best, other, noise, measure, among) for other in rated if other is not best]
+    others = [_runner_up(best, other, noise, measure) for other in rated if other is not best]
     gain = _sign(measure)
     return best.candidate, tuple(sorted(others, key=lambda runner: -gain * runner.estimate.value))
 
@@ -103,9 +101,9 @@ def _apart(best: _Rated, other: _Rated) -> float:
     return 0.0 if best is other else difference(other.values, best.values).value
 
 
-def _runner_up(best: _Rated, other: _Rated, noise: Noise | None, measure: Measure, among: int) -> RunnerUp:
+def _runner_up(best: _Rated, other: _Rated, noise: Noise | None, measure: Measure) -> RunnerUp:
     apart = difference(other.values, best.values)
-    found = with_resolution(apart.estimate(noise, among), measure, best.candidate.figures[measure.name].median)
+    found = with_resolution(apart.estimate(noise), measure, best.candidate.figures[measure.name].median)
     return RunnerUp(
         candidate=other.candidate,
         estimate=found,
