@@ -522,6 +522,8 @@ def test_for_another_card_what_has_no_figure_of_the_objective_is_named_too() -> 
     found = [*repeats(8, [900.0]), *(trial(without, method__rank=str(rank), tags=why) for rank in (16, 32))]
     choice = choose_for_another_card(found, Wish(objective=ENERGY))
     assert rank_of(choice) == 8
+    assert "nor this order" in choice.sure
+    assert "order" not in choose_for_another_card(found, Wish(objective=VRAM)).sure
     [line] = choice.left_out
     assert "2 configurations" in line
     assert "4 ticks" in line

@@ -6,6 +6,7 @@ from dataclasses import replace
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.cohort import subjects
+from lora_lab.report.measures import VRAM
 from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Trial
 
@@ -48,9 +49,10 @@ def _about_another_card(choice: Choice) -> Choice:
         return replace(choice, another_card=True)
     device = choice.subject.place.device
     repeats = count(len(choice.best.trials), "trial")
+    order = "speed does not" if choice.wish.objective is VRAM else "neither the speed nor this order does"
     sure = (
-        f"{repeats} on an {device} with random weights. Memory carries over to your card, neither the speed nor this "
-        "order does. To measure all there within minutes, add model.weights=random data=random_tokens"
+        f"{repeats} on an {device} with random weights. Memory carries over to your card, {order}. To measure all "
+        "there within minutes, add model.weights=random data=random_tokens"
     )
     return replace(choice, another_card=True, sure=sure, remarks=())
 
