@@ -154,7 +154,7 @@ def _holds(found: GroupFindings, named: Sequence[Effect]) -> str:
     if idle := [effect for effect in named if is_mostly_idle(effect)]:
         which = " and ".join(f"{effect.of} and {effect.over}" for effect in idle)
         return (
-            f"The GPU was busy most of the time, but the difference between {which} is mostly idle time, which another "
+            f"The GPU was busy most of the time, but most of what differs between {which} is idle time, which another "
             "host may not have."
         )
     return "The GPU was busy most of the time, so expect a similar order on other hosts with this GPU."
