@@ -27,10 +27,23 @@ HEAD = [
 def cards() -> str:
     """Return the table: for each card, model and method the fastest configuration that fits, as `best` chooses it."""
     trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
-    rows = [_row(gib, best) for gib in CARDS_GIB for best in _best(trials, gib)]
-    failed = " ".join(_too_much(trial) for trial in trials if trial.outcome == "out_of_memory")
+    chosen = [(gib, best) for gib in CARDS_GIB for best in _best(trials, gib)]
+    rows = [_row(gib, best) for gib, best in chosen]
     how = f"One trial each, random weights, rows of full length. {100 * RESERVE:g} % of each card is left free."
-    return f"{markdown(HEAD, rows)}\n\n{origin(trials)} {how} {failed}".rstrip()
+    failed = " ".join(_too_much(trial) for trial in trials if trial.outcome == "out_of_memory")
+    said = f"{origin(trials)} {how} {failed}".rstrip()
+    return f"{markdown(HEAD, rows)}\n\n{said}{_footnote([best for _, best in chosen])}"
+
+
+def _unknown(best: Candidate) -> list[str]:
+    """Return why the validity of its figures is not known; empty where it is."""
+    return [trial.tags["validity_reasons"] for trial in best.trials if trial.tags["validity"] == "unknown"]
+
+
+def _footnote(chosen: Sequence[Candidate]) -> str:
+    """Return what the asterisk of a row means; "" where none has one."""
+    why = "; ".join(dict.fromkeys(reason for best in chosen for reason in _unknown(best)))
+    return f"\n\n\\* Not known to be valid: {why}." if why else ""
 
 
 def _best(trials: Sequence[Trial], gib: int) -> Iterator[Candidate]:
@@ -67,5 +80,5 @@ def _row(gib: int, best: Candidate) -> list[str]:
         params["gradient_checkpointing"],
         params["engine"],
         f"{best.figures[VRAM.name].high:.1f}",
-        f"{best.figures[THROUGHPUT.name].median:,.0f}",
+        f"{best.figures[THROUGHPUT.name].median:,.0f}{' *' if _unknown(best) else ''}",
     ]

@@ -14,15 +14,16 @@ from rich.console import Console
 from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.report.answers.best.another_card import RESERVE, choose_for_another_card, usable
+from lora_lab.report.answers.best.another_card import choose_for_another_card
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
-from lora_lab.report.answers.best.display import show_choice
+from lora_lab.report.answers.best.display import show_choice, show_context
 from lora_lab.report.arguments import share
 from lora_lab.report.measures import OBJECTIVES
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.packed_runs import SHIPPED, PackedRuns
 from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
+from lora_lab.store.trials import Trial
 
 EXIT_NOTHING_FITS = 1
 
@@ -42,48 +43,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     console = Console()
     try:
-        choice = _of_shipped(wish, console) if asked.shipped else _of_own(asked, wish, console)
+        choice, note = (_of_shipped(wish), "") if asked.shipped else _of_own(asked, wish)
     except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
+    show_context(choice, console)
+    if note:
+        print(note, file=sys.stderr)
     show_choice(choice, console)
     if choice.best is None and not choice.another_card:
         console.print("\nThe records that come with lora_lab may have more: add --shipped.", highlight=False)
     return EXIT_NOTHING_FITS if choice.best is None else 0
 
 
-def _of_own(asked: argparse.Namespace, wish: Wish, console: Console) -> Choice:
-    """Choose among the own trials. Where they cannot answer, choose among the shipped ones, unless the user named
-    a store or a sweep.
+def _of_own(asked: argparse.Namespace, wish: Wish) -> tuple[Choice, str]:
+    """Choose among the own trials. Where they cannot answer, choose among the shipped ones and say why, unless the
+    user named a store or a sweep.
 
     Raises: InvalidInput, TrackingFailed."""
+    trials: Sequence[Trial] = ()
     try:
         store = open_store(asked.store)
         trials, _ = store.of(asked.sweep) if asked.sweep else store.runs()
-        return choose(trials, wish)
+        return choose(trials, wish), ""
     except InvalidInput as refusal:
         if asked.store or asked.sweep:
             raise
         own = refusal
     try:
-        choice = _of_shipped(wish, console)
+        choice = _of_shipped(wish)
     except InvalidInput as shipped:
         raise InvalidInput(f"{own}\nThe records that come with lora_lab do not answer either: {shipped}") from None
-    print(f"Your own trials do not answer this: {own}", file=sys.stderr)
-    return choice
+    return choice, f"Your own trials do not answer this: {own}" if trials else "You have no trials of your own here."
 
 
-def _of_shipped(wish: Wish, console: Console) -> Choice:
+def _of_shipped(wish: Wish) -> Choice:
     """Choose among the records that come with lora_lab.
 
     Raises: InvalidInput when they cannot answer."""
     trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
-    choice = choose_for_another_card(trials, wish)
-    text = "From the records that come with lora_lab: memory carries over to your card, speed does not."
-    if wish.vram_gib is not None:
-        text += f" Of {wish.vram_gib:g} GiB, {usable(wish.vram_gib):.4g} may be used: {100 * RESERVE:g} % stay free."
-    console.print(text, highlight=False, markup=False)
-    return choice
+    return choose_for_another_card(trials, wish)
 
 
 def _parser() -> argparse.ArgumentParser:

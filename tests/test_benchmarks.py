@@ -16,6 +16,9 @@ from benchmarks import answers, numbers, stopping
 from benchmarks.cards import cards
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
+from lora_lab.report.measures import THROUGHPUT
+from lora_lab.store.packed_runs import SHIPPED, PackedRuns
+from lora_lab.store.stored_runs import StoredRuns
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SWEEPS = sorted(path.stem for path in (BENCHMARKS / "sweep").glob("*.yaml") if "MULTIRUN" in path.read_text())
@@ -115,3 +118,8 @@ def test_what_the_table_by_card_names_fits_and_leaves_the_reserve_free() -> None
     for row in rows:
         card, needs = float(row[0].removesuffix(" GB")), float(row[6])
         assert 0.3 * card < needs <= 0.95 * card + 0.05  # rounded to a tenth; far below, something larger was not tried
+    trials, _ = StoredRuns(PackedRuns(SHIPPED)).runs()
+    doubted = {f"{THROUGHPUT.of(t):,.0f}" for t in trials if t.tags["validity"] != "valid" and THROUGHPUT.of(t)}
+    assert doubted
+    for row in rows:
+        assert row[7].endswith(" *") is (row[7].removesuffix(" *") in doubted)

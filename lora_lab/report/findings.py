@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_lab.config import InvalidInput
+from lora_lab.report.answers.auto import Judged, answers_of, judged_contrasts
 from lora_lab.report.answers.claims.judge import judge
 from lora_lab.report.answers.claims.required_effect import Needed, needed
 from lora_lab.report.answers.claims.study import Study
@@ -45,6 +46,8 @@ class GroupFindings:
     """The factors that contrasts are about: those of the design, split where pairs separate their settings."""
     contrasts: tuple[Contrast, ...]
     """Of every measure that has figures."""
+    judged: Judged
+    """Those that repeats=auto answers. Their 95 % intervals take no account of its looks."""
     models: tuple[Fitted, ...]
     splits: tuple[Split, ...]
     needed: tuple[Needed, ...]
@@ -63,6 +66,8 @@ class Findings:
 
     title: str
     sweeps: tuple[Sweep, ...]
+    answers: tuple[str, ...]
+    """Of the sweeps with repeats=auto, in words."""
     groups: tuple[GroupFindings, ...]
     """By place, the one with most measured trials first."""
     pooled: tuple[PooledContrast, ...]
@@ -101,6 +106,7 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
     return Findings(
         title=_title(trials, sweeps),
         sweeps=tuple(sweeps),
+        answers=tuple(line for sweep in sweeps for line in answers_of(sweep, trials)),
         groups=found,
         pooled=tuple(pooled_contrasts(_sessions(found), [measure for measure in MEASURES if measure is not VRAM])),
         verdicts=verdicts,
@@ -144,6 +150,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         points=tuple(found),
         compared=compared,
         contrasts=tuple(each for measure in measures for each in contrasts(group.measured, compared, measure)),
+        judged=judged_contrasts(sweeps, group.trials, compared),
         models=tuple(_models(group, found, factors, measures)),
         splits=splits,
         needed=how_much,
@@ -155,7 +162,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
 
 
 def _as_fast(found: Sequence[Point], group: Group) -> int:
-    """Count the points not significantly different from the fastest, by the same estimate that `best` uses."""
+    """Count the points that are not seen to differ from the fastest. The others are, all together with 95 %."""
     by_run = {each.trial.run_id: each for each in figures(group.measured, THROUGHPUT)}
     rated = [
         (
@@ -170,7 +177,7 @@ def _as_fast(found: Sequence[Point], group: Group) -> int:
     fastest = max(rated, key=lambda one: one[0])
     noise = pooled_noise(values for _, values in rated)
     others = (difference(one[1], fastest[1]) for one in rated if one is not fastest)
-    return sum(not each.estimate(noise).seen for each in others)
+    return sum(not each.is_seen(noise, among=len(rated) - 1) for each in others)
 
 
 def _compared(group: Group, factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -136,7 +136,7 @@ def test_a_limit_on_the_command_line_beats_a_capacity() -> None:
     assert composed("capacity=8gib", "vram_limit_gib=3").vram_limit_gib == 3
 
 
-SWEEPS = {"engines": (16, 3), "paper": (3, 3), "paper_factorial": (24, 3), "rank_lr": (9, 3)}
+SWEEPS = {"engines": (16, 5), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}
 """Points and repeats, as their first lines promise."""
 
 

@@ -507,6 +507,23 @@ def test_for_another_card_the_largest_model_that_fits_is_chosen_and_some_memory_
         assert choice.best is not None
         assert choice.subject.model == model
         assert choice.another_card
-    assert choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=6.2)).best is None
+        assert choice.is_largest_model
+    nothing = choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=6.2))
+    assert nothing.best is None
+    assert not nothing.is_largest_model
     named = choose_for_another_card(found, Wish(objective=THROUGHPUT, vram_gib=24.0, model="small"))
     assert named.subject.model == "small"
+    assert not named.is_largest_model
+
+
+def test_for_another_card_what_has_no_figure_of_the_objective_is_named_too() -> None:
+    without = {key: value for key, value in figures().items() if key != ENERGY.key}
+    why = {f"absent.{ENERGY.key}": "the window holds 4 ticks"}
+    found = [*repeats(8, [900.0]), *(trial(without, method__rank=str(rank), tags=why) for rank in (16, 32))]
+    choice = choose_for_another_card(found, Wish(objective=ENERGY))
+    assert rank_of(choice) == 8
+    assert "nor this order" in choice.sure
+    assert "order" not in choose_for_another_card(found, Wish(objective=VRAM)).sure
+    [line] = choice.left_out
+    assert "2 configurations" in line
+    assert "4 ticks" in line

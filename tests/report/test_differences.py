@@ -232,3 +232,18 @@ def test_mean_widths_are_those_of_the_exact_formula(size: int) -> None:
     borrowed = statistics.fmean(half(unpaired(blocks([0.0]), side("s")).estimate(each)) for each in noise)
     expected = stats.t.isf(0.025, 2 * size - 2) * 0.01 * math.sqrt(1 + 1 / size) * c4(2 * size - 1)
     assert borrowed == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("repeats", [3, 5])
+def test_of_many_equal_points_seldom_any_is_seen_to_differ(repeats: int) -> None:
+    draw = np.random.default_rng(1)
+    draws, others, wrong, found = 300, 12, 0, 0
+    for _ in range(draws):
+        figures = [blocks(list(draw.normal(size=repeats))) for _ in range(others + 1)]
+        noise = pooled_noise(figures)
+        apart = [difference(each, figures[0]) for each in figures[1:]]
+        wrong += any(each.is_seen(noise, others) for each in apart)
+        far = {block: value + 5 for block, value in figures[1].items()}
+        found += difference(far, figures[0]).is_seen(noise, others)
+    assert 0.005 < wrong / draws < 0.07  # 5 %, within three standard errors
+    assert found / draws > 0.95

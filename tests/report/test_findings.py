@@ -15,7 +15,7 @@ from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
 from lora_lab.report.findings import Findings, Question, find
 from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
-from lora_lab.report.writing.headline import sentences
+from lora_lab.report.writing.headline import best_point, sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.report.writing.terminal import show, show_full
 from lora_lab.store.trials import Trial
@@ -74,7 +74,8 @@ def any_trial(draw: st.DrawFn) -> Trial:
 def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Trial]) -> None:
     findings = found(trials)
     text = said(findings)
-    assert 2 <= len(sentences(findings)) <= 5
+    most = 5 if best_point(findings.groups[0]) else 8  # where nothing has figures, the reasons are listed
+    assert 2 <= len(sentences(findings)) <= most
     assert not re.search(r"\(95 %|no interval", " ".join(sentences(findings)))
     assert not re.search(r"(nan|inf|None) ?(%|GiB|J|tokens)", text)
     page(findings, {})
@@ -107,8 +108,8 @@ def test_two_noisy_repeats_give_no_ratio_of_thousands() -> None:
         for repeat, rate in enumerate(those)
     ]
     text = said(found(trials))
-    assert "2 repeats are too few" in text
-    assert "repeats=5" in text
+    assert "too noisy to compare with 2 repeats" in text
+    assert "measure.steps" in text
     assert not re.search(r"x[\d,]{4,}|\d,\d{3},\d{3}", text)
 
 
@@ -133,8 +134,10 @@ def test_a_stand_in_is_compared_with_nothing_and_the_reason_is_given() -> None:
     assert "2x512 was" in said(findings)
 
 
-def test_the_report_counts_as_many_ties_as_best() -> None:
-    """Where both name the same point: by blocks another may be ahead of the one with the highest median."""
+def test_the_report_counts_all_ties_of_best() -> None:
+    """Where both name the same point: by blocks another may be ahead of the one with the highest median.
+
+    It may count more, because what it calls slower holds for all together."""
     ties = []
     for seed in range(12):
         trials = factorial(LEVELS, {"shape=2x2048": 0.02}, noise=0.01, drift=0.1, random=seed)
@@ -144,7 +147,7 @@ def test_the_report_counts_as_many_ties_as_best() -> None:
         assert choice.best is not None
         if choice.best.trials[0] in fastest.trials:
             ties.append(group.as_fast)
-            assert ties[-1] == sum(runner.estimate.seen is False for runner in choice.runners_up)
+            assert ties[-1] >= sum(runner.estimate.seen is False for runner in choice.runners_up)
     assert len(set(ties)) > 1
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.statistics.estimates import Estimate
-from lora_lab.report.writing.numbers import TOO_FEW, format_estimate, format_short
+from lora_lab.report.writing.numbers import TOO_NOISY, format_estimate, format_short
 
 
 def ratios(value: float, low: float, high: float) -> Estimate:
@@ -15,7 +15,7 @@ def ratios(value: float, low: float, high: float) -> Estimate:
 
 @pytest.mark.parametrize("write", [format_estimate, format_short])
 @pytest.mark.parametrize(
-    ("estimate", "is_too_few"),
+    ("estimate", "is_too_noisy"),
     [
         (ratios(3.0, 2.3e-6, 4.3e6), True),
         (ratios(1.0, 0.09, 2.0), True),
@@ -25,8 +25,8 @@ def ratios(value: float, low: float, high: float) -> Estimate:
         (ratios(15.0, 1.2, 190.0), True),
     ],
 )
-def test_an_interval_beyond_a_factor_of_ten_asks_for_repeats(write, estimate: Estimate, is_too_few: bool) -> None:
-    assert (write(estimate, THROUGHPUT) == TOO_FEW) is is_too_few
+def test_an_interval_beyond_a_factor_of_ten_asks_for_less_noise(write, estimate: Estimate, is_too_noisy: bool) -> None:
+    assert (write(estimate, THROUGHPUT) == TOO_NOISY) is is_too_noisy
 
 
 def test_differences_that_are_not_ratios_are_always_written() -> None:

@@ -11,7 +11,6 @@ from lora_lab.report.measures import GPU_WORK, THROUGHPUT
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.statistics.step_split import StepSplit
-from lora_lab.report.writing.step import step_sentence
 from lora_lab.store.trials import Trial
 
 OPTIMIZER = Factor(name="optimizer", keys=("optimizer",), levels=("adamw", "paged_adamw"))
@@ -94,19 +93,3 @@ def test_a_settings_regime_is_that_of_its_mean_busy_share() -> None:
     assert only([run(1.0, share, 0, level) for level, share in (("adamw", 0.95), ("paged_adamw", 0.4))]).regime == (
         "GPU-bound to host-bound"
     )
-
-
-@pytest.mark.parametrize(
-    ("steps", "gpu", "said"),
-    [
-        (0.028, 0.0009, ("Steps are 28 ms longer", "the GPU works 0.9 ms longer", "the rest is idle time")),
-        (-0.016, -0.0155, ("Steps are 16 ms shorter", "nearly all of it the GPU's work")),
-        (0.02, 0.05, ("Steps are 20 ms longer", "the GPU works 50 ms longer", "idle time is 30 ms shorter")),
-        (0.0, 0.001, ("No difference in step time was seen", "the GPU works 1.0 ms longer")),
-    ],
-)
-def test_a_sentence_says_what_carries_over(steps: float, gpu: float, said: tuple[str, ...]) -> None:
-    found = only(pairs(steps=steps, gpu=gpu, repeats=6, noise=1e-4 if steps else 0.02, seed=1)).split
-    assert isinstance(found, StepSplit)
-    sentence = step_sentence(found)
-    assert all(part in sentence for part in said), sentence

@@ -6,28 +6,21 @@ from lora_lab.comparison.judge import Run, judge
 from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.comparison.words import sentences
 from lora_lab.reading import Damaged, parsed, typed
-from lora_lab.report.findings import Findings
+from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.trials import Sweep, Trial
 
-
-def answers(findings: Findings) -> list[str]:
-    """Return the answers in words; none where no sweep has a rule."""
-    trials = {
-        trial.run_id: trial
-        for found in findings.groups
-        for trial in (*found.group.trials, *(excluded.trial for excluded in found.group.excluded))
-    }
-    return [line for sweep in findings.sweeps for line in answers_of(sweep, list(trials.values()))]
+Judged = frozenset[tuple[str, str, str]]
+"""Contrasts that a rule answers: name of the factor, and both levels in either order."""
 
 
 def answers_of(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
     """Return a sweep's answers in words, from these trials; none where it has no rule."""
-    if RULE_TAG not in sweep.tags:
-        return []
     try:
-        rule = typed(Rule, parsed(sweep.tags[RULE_TAG]))
+        rule = _rule(sweep)
     except Damaged as damaged:
         return [f"the tag {RULE_TAG} of {sweep.name} cannot be used: {damaged}"]
+    if rule is None:
+        return []
     runs = [
         Run(
             block=trial.repeat,
@@ -42,3 +35,28 @@ def answers_of(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
         if trial.sweep == sweep.run_id
     ]
     return sentences(rule, judge(rule, runs))
+
+
+def judged_contrasts(sweeps: Sequence[Sweep], trials: Sequence[Trial], factors: Sequence[Factor]) -> Judged:
+    """Return which changes of one factor the sweeps' rules answer."""
+    found: set[tuple[str, str, str]] = set()
+    for sweep in sweeps:
+        try:
+            rule = _rule(sweep)
+        except Damaged:  # answers_of says so
+            continue
+        for contrast in rule.contrasts if rule else ():
+            for factor in (each for each in factors if contrast.key in each.keys):
+                level = {trial.tags.get("point"): factor.level(trial) for trial in trials}
+                for points in zip(contrast.over_points, contrast.of_points, strict=True):
+                    if set(points) <= level.keys():
+                        over, of = (level[point] for point in points)
+                        found |= {(factor.name, of, over), (factor.name, over, of)}
+    return frozenset(found)
+
+
+def _rule(sweep: Sweep) -> Rule | None:
+    """Return the sweep's rule; None where it has none.
+
+    Raises: Damaged."""
+    return typed(Rule, parsed(sweep.tags[RULE_TAG])) if RULE_TAG in sweep.tags else None

@@ -76,6 +76,18 @@ class Difference:
             return estimate(self.value, math.sqrt(noise.variance * self.error_scale), noise.df, among)
         return Estimate(value=self.value, why_no_interval=ONE_PAIR if self.is_paired else ONE_EACH)
 
+    def is_seen(self, noise: Noise | None, among: int) -> bool:
+        """Return whether there is a difference, where `among` such statements together hold with 95 % (Bonferroni).
+
+        By its own noise or by the pooled noise of single figures, each at half the level: few repeats say too little of
+        their own noise for many statements, and the pooled one is too coarse for pairs that agree closely."""
+        if self.estimate(among=2 * among).seen:
+            return True
+        if noise is None:
+            return False
+        scale = 2 * self.error_scale if self.is_paired else self.error_scale  # a pair's difference has two figures
+        return estimate(self.value, math.sqrt(noise.variance * scale), noise.df, 2 * among).seen is True
+
     def basis(self, noise: Noise | None = None) -> str:
         """Say what the interval is made of; "" without one."""
         if self.is_paired:

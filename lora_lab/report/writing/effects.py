@@ -10,8 +10,9 @@ from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.statistics.factorial import Effect as ModelEffect
 from lora_lab.report.statistics.factors import SHAPE
+from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.labels import count, level_text
-from lora_lab.report.writing.numbers import change, detectable_text, interval, is_absurd
+from lora_lab.report.writing.numbers import LESS_NOISE, change, detectable_text, interval, is_absurd
 
 _LARGE = math.log(1.25)
 """A smallest difference that would have shown is not worth a number beyond this log ratio."""
@@ -29,6 +30,8 @@ class Effect:
     over: str
     of: str
     is_shape: bool
+    is_judged: bool
+    """Whether repeats=auto answers it."""
     contrasts: tuple[Contrast, ...]
     """Of throughput, by regime."""
 
@@ -88,10 +91,24 @@ def effects(found: GroupFindings) -> list[Effect]:
     for those in by_levels.values():
         over, of = _names(found, those[0])
         clear = [each for each in those if each.regime in _CLEAR] or those
-        effect = Effect(over=over, of=of, is_shape=_is_shape(found, those[0]), contrasts=tuple(clear))
+        effect = Effect(
+            over=over,
+            of=of,
+            is_shape=_is_shape(found, those[0]),
+            is_judged=(those[0].factor, those[0].of, those[0].over) in found.judged,
+            contrasts=tuple(clear),
+        )
         by_factor.setdefault(those[0].factor, []).append(effect)
     made = [max(those, key=lambda effect: effect.largest) for those in by_factor.values()]
     return sorted(made, key=lambda effect: (effect.is_shape, -effect.largest))
+
+
+def is_mostly_idle(effect: Effect) -> bool:
+    """Return whether what was seen to change in a step, or what repeats=auto answers, is mostly idle time."""
+    split = effect.main.split
+    if not isinstance(split, StepSplit) or not (effect.is_judged or effect.main.estimate.seen):
+        return False
+    return abs(split.idle.value) > abs(split.gpu.value)
 
 
 def sentence(effect: Effect, repeats: int) -> str:
@@ -112,7 +129,7 @@ def sentence(effect: Effect, repeats: int) -> str:
         return f"no difference in speed was seen between {effect.of} and {effect.over} {both}."
     if seen:
         other = second if seen[0] is first else first
-        rest_said = "no difference was seen" if other in unseen else "there are too few repeats to say"
+        rest_said = "no difference was seen" if other in unseen else "the figures are too noisy to say"
         return f"{_than(effect, seen[0])} in {seen[0].regime} trials; in {other.regime} ones {rest_said}."
     return f"{_said(effect, first, repeats)} in {first.regime} trials."
 
@@ -120,7 +137,8 @@ def sentence(effect: Effect, repeats: int) -> str:
 def _said(effect: Effect, each: Contrast, repeats: int) -> str:
     found = each.estimate
     if is_absurd(found, each.measure):
-        return f"{count(repeats, 'repeat')} are too few to compare {effect.of} with {effect.over}; run repeats=5"
+        with_repeats = f"with {count(repeats, 'repeat')}"
+        return f"{effect.of} and {effect.over} are too noisy to compare {with_repeats}; {LESS_NOISE}"
     if found.seen is None:
         return f"{_than(effect, each)} in single trials, which may be chance"
     if not found.seen:
@@ -150,9 +168,12 @@ def _size(each: Contrast) -> str:
 
 
 def rows(found: GroupFindings, most: int) -> list[Row]:
-    """Return the small table: the largest effects, each with what it did to every measure."""
-    order = [each for effect in effects(found) for each in effect.contrasts]
-    kept = {(each.factor, each.of, each.over, each.regime) for each in order}
+    """Return the small table: the largest effects, each with what it did to every measure.
+
+    Not what repeats=auto answers: that has its own interval."""
+    all_ = effects(found)
+    kept = {(each.factor, each.of, each.over, each.regime) for effect in all_ for each in effect.contrasts}
+    order = [each for effect in all_ if not effect.is_judged for each in effect.contrasts]
     others = [each for measure in MEASURES for each in real_contrasts(found) if each.measure is measure]
     order += [
         each
@@ -168,7 +189,7 @@ def _row(found: GroupFindings, each: Contrast) -> Row:
     estimate, measure = each.estimate, each.measure
     ends = interval(estimate, measure)
     if is_absurd(estimate, measure):
-        result, ends = "too few repeats", "run repeats=5"
+        result, ends = "too noisy", LESS_NOISE
     elif estimate.low == estimate.high and estimate.low is not None:
         result, ends = (change(estimate.value, measure) if estimate.value else "the same"), "the same in every repeat"
     elif estimate.seen is False:

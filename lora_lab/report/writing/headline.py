@@ -1,25 +1,32 @@
 """The headline: a question, and its answer in five plain sentences. Figures with their intervals are in the table below
 it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
-from lora_lab.report.writing.effects import dropped, effects, sentence
+from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
+from lora_lab.store.trials import Trial
 
 GPU_WORK = "gpu_work"
 """The name of the measure that says how long the GPU itself works, where it is among the measures."""
+_REASONS = 5
+"""How many reasons have a line, where no trial has figures."""
 _EFFECTS = 2
 """How many effects have a sentence. The others are in the tables."""
 
 
 def question(findings: Findings) -> str:
     """Return the question that the report answers, as its title."""
+    if best_point(findings.groups[0]) is None:
+        return "Why did no trial give figures?"
     configurations = len(findings.groups[0].points)
     if configurations == 1:
         return "What does this configuration take?"
@@ -31,22 +38,29 @@ def question(findings: Findings) -> str:
 
 
 def sentences(findings: Findings) -> tuple[str, ...]:
-    """Return at most five sentences on the machine with most trials: what was found, for whom it holds, what to do."""
+    """Return at most five sentences on the machine with most trials: what was found, for whom it holds, what to do.
+
+    Where no trial has figures: the reasons."""
     main = findings.groups[0]
     if best_point(main) is None:
         return _nothing(main)
     made = effects(main)
-    mattered = [sentence(effect, most_repeats(main)) for effect in made[:_EFFECTS]]
-    if not mattered and len(main.points) > 1:
-        mattered = ["No two trials differ in only one setting, so no setting's effect can be named."]
-    found = [_upper_first(text) for text in (_on_best(main), *mattered)]
-    return (*found, _holds(main), _to_do(main))
+    told = [effect for effect in made if not effect.is_judged]
+    mattered = [sentence(effect, most_repeats(main)) for effect in told[:_EFFECTS]]
+    if not made and len(main.points) > 1:
+        mattered = [_why_no_effect(main)]
+    is_judged = bool(findings.answers)  # the answer of repeats=auto is the advice, and may not be contradicted
+    found = [_upper_first(text) for text in (_on_best(main, is_judged), *mattered)]
+    holds = _holds(main, [effect for effect in made if effect.is_judged or effect in told[:_EFFECTS]])
+    return tuple(text for text in (*found, holds, "" if is_judged else _to_do(main)) if text)
 
 
 def notes(findings: Findings) -> tuple[str, ...]:
     """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
     main = findings.groups[0]
     said = [_not_run(findings), _ended(main), dropped(main)]
+    if findings.answers:
+        said.append("Only the answer at the top counts the looks of repeats=auto; other 95 % intervals may miss more.")
     others = len(findings.groups) - 1
     if others:
         said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
@@ -87,7 +101,7 @@ def most_repeats(found: GroupFindings) -> int:
     return max((sum(trial.run_id in measured for trial in point.trials) for point in found.points), default=0)
 
 
-def _on_best(found: GroupFindings) -> str:
+def _on_best(found: GroupFindings, is_judged: bool) -> str:
     best = best_point(found)
     assert best is not None
     name, device = point_text(best, found), found.group.place.device
@@ -96,13 +110,32 @@ def _on_best(found: GroupFindings) -> str:
         return f"{name} reached {', '.join(figures)} on {device}."
     if THROUGHPUT.name not in best.figures:
         return f"No configuration has a throughput on {device}."
-    rated = sum(THROUGHPUT.name in point.figures for point in found.points)
-    rate = THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
-    return f"{name} was the fastest of {count(rated, 'configuration')} on {device}, with {rate}."
+    rated, rate = _rated(found), THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
+    if rated == 1:
+        return f"Only {name} of {len(found.points)} configurations has a throughput on {device}: {rate}."
+    first = "had the highest median" if is_judged else "was the fastest"
+    return f"{name} {first} of {count(rated, 'configuration')} on {device}, with {rate}."
 
 
-def _holds(found: GroupFindings) -> str:
-    """Return for whom it holds, by what the trials waited for."""
+def _rated(found: GroupFindings) -> int:
+    """Return how many points have a throughput."""
+    return sum(THROUGHPUT.name in point.figures for point in found.points)
+
+
+def _why_no_effect(found: GroupFindings) -> str:
+    """Return why no effect on the throughput can be named; "" where the note on stand-ins says it."""
+    if dropped(found):
+        return ""
+    pairs = itertools.combinations([list(point.levels.values()) for point in found.points], 2)
+    if any(sum(a != b for a, b in zip(one, other, strict=True)) == 1 for one, other in pairs):
+        why = "no repeat has figures on both sides of a change of one setting"
+    else:
+        why = "no two trials differ in only one setting"
+    return f"No setting's effect on the throughput can be named: {why}."
+
+
+def _holds(found: GroupFindings, named: Sequence[Effect]) -> str:
+    """Return for whom it holds, by what the trials waited for, and by what the named effects consist of."""
     regimes = Counter(trial.regime for trial in found.group.measured)
     trials = regimes.total()
     if set(regimes) <= {"not known"}:
@@ -118,6 +151,12 @@ def _holds(found: GroupFindings) -> str:
             f"In {share} trials the GPU waited for Python most of the time (host-bound), so another host may change "
             f"the order{what}."
         )
+    if idle := [effect for effect in named if is_mostly_idle(effect)]:
+        which = " and ".join(f"{effect.of} and {effect.over}" for effect in idle)
+        return (
+            f"The GPU was busy most of the time, but most of what differs between {which} is idle time, which another "
+            "host may not have."
+        )
     return "The GPU was busy most of the time, so expect a similar order on other hosts with this GPU."
 
 
@@ -125,6 +164,8 @@ def _to_do(found: GroupFindings) -> str:
     best = best_point(found)
     assert best is not None
     name = point_text(best, found)
+    if len(found.points) > 1 and _rated(found) < 2:
+        return ""
     if most_repeats(found) < 2:
         what = "the order" if len(found.points) > 1 else "the figures"
         return f"Nothing was repeated: run it with repeats=5 before you rely on {what}."
@@ -138,12 +179,28 @@ def _to_do(found: GroupFindings) -> str:
 
 
 def _nothing(found: GroupFindings) -> tuple[str, ...]:
-    ends = Counter(trial.outcome for trial in found.group.trials)
-    how = ", ".join(f"{number} {outcome_text(end)}" for end, number in ends.items()) or "all were cut short"
-    text = f"No trial finished with figures that can be compared on {found.group.place.device}: {how}."
-    if ends.get("out_of_memory"):
-        return text, "To need less memory, try gradient_checkpointing=full, a smaller batch_size or a shorter seq_len."
-    return text, "The reasons are listed below."
+    trials = {trial.run_id: trial for trial in found.group.trials}
+    trials |= {each.trial.run_id: each.trial for each in found.group.excluded}
+    reasons = Counter(f"{trial.name}: {_ended_by(trial)}" for trial in trials.values())
+    said = [f"No trial finished with figures that can be compared on {found.group.place.device}."]
+    for reason, number in reasons.most_common(_REASONS):
+        times = f" ({number} times)" if number > 1 else ""
+        said.append(f"{reason.rstrip('.')}{times}.")
+    if len(reasons) > _REASONS:
+        said.append(f"And {len(reasons) - _REASONS} more: add --full.")
+    if any(trial.outcome == Outcome.out_of_memory.value for trial in found.group.trials):
+        said.append("To need less memory, try gradient_checkpointing=full, a smaller batch_size or a shorter seq_len.")
+    return tuple(said)
+
+
+def _ended_by(trial: Trial) -> str:
+    """Return how a trial without figures ended, and why."""
+    if trial.finished and trial.tags.get("validity") == "invalid":
+        return f"invalid: {trial.tags.get('validity_reasons', 'no reason kept')}"
+    if trial.finished:
+        return "finished without figures that can be compared"
+    reason = trial.tags.get("reason", "")
+    return outcome_text(trial.outcome) + (f": {reason}" if reason else "")
 
 
 def _not_run(findings: Findings) -> str:

@@ -8,9 +8,10 @@ from lora_lab.report.statistics.contrasts import Contrast
 from lora_lab.report.statistics.estimates import Estimate, percent
 
 _ABSURD = math.log(10)
-"""An interval that reaches further than this log ratio says only that there are too few repeats."""
+"""An interval that reaches further than this log ratio says only that there is too much noise for so few repeats."""
 
-TOO_FEW = "too few repeats to tell; run repeats=5"
+LESS_NOISE = "use longer windows (measure.steps) or more repeats"
+TOO_NOISY = f"too noisy to tell; {LESS_NOISE}"
 
 _LARGE = math.log(2)
 """From this log ratio on, a factor is easier to read than percent."""
@@ -57,7 +58,7 @@ def format_estimate(
         ends = interval(replace(estimate, low=lowest, high=highest), measure)
         return f"{change(estimate.value, measure)} ({ends} by setting, the same in every repeat)"
     if is_absurd(estimate, measure):
-        return TOO_FEW
+        return TOO_NOISY
     if estimate.seen is False and estimate.detectable is not None:
         would = detectable_text(estimate.detectable, measure)
         return f"no difference seen (95 %: {ends}); {would} would have been detected (80 % power)"
@@ -90,14 +91,14 @@ def interval_note(contrast: Contrast) -> str:
         "" if is_absurd(contrast.this_session, contrast.measure) else interval(contrast.this_session, contrast.measure)
     )
     if contrast.sessions_like_it is None:
-        return "for this session alone: it takes three repeats to say more" if ends else ""
+        return "this interval holds for this session alone; three repeats give one for others" if ends else ""
     return f"for this session alone: {ends}" if ends and contrast.interval_over == "blocks" else ""
 
 
 def format_short(estimate: Estimate, measure: Measure) -> str:
     """Return the same in fewer words."""
     if is_absurd(estimate, measure):
-        return TOO_FEW
+        return TOO_NOISY
     if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
         return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"
     ends = interval(estimate, measure)

@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_lab.report.answers.auto import answers
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
@@ -74,7 +73,7 @@ def show_full(findings: Findings, console: Console) -> None:
 
 def _show_headline(findings: Findings, console: Console) -> None:
     console.print(f"\n[bold]{escape(question(findings))}[/bold]  [dim]{escape(findings.title)}[/dim]\n")
-    for answer in answers(findings):
+    for answer in findings.answers:
         console.print(answer, highlight=False, markup=False)
     for sentence in sentences(findings):
         console.print(f"- {escape(sentence)}", highlight=False)
@@ -187,7 +186,8 @@ def _figure(point: Point, measure: Measure) -> str:
 def _contrasts_table(found: GroupFindings) -> Table:
     factors = {factor.name: factor for factor in found.compared}
     table = Table(
-        title="one factor changed, all else equal (95 % intervals, for sessions like these)", title_justify="left"
+        title="one factor changed, all else equal (95 % intervals; a row says if one holds for its session alone)",
+        title_justify="left",
     )
     for head in ("measure", "of / over", "regime", "pairs", "change"):
         table.add_column(head, overflow="fold")

@@ -1,4 +1,4 @@
-"""Answer for a card that the trials did not run on: their memory carries over to it, their speed does not."""
+"""Answer for a card that the trials did not run on: memory carries over, neither speed nor order does."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.cohort import subjects
+from lora_lab.report.measures import VRAM
 from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Trial
 
@@ -39,7 +40,7 @@ def choose_for_another_card(trials: Sequence[Trial], wish: Wish) -> Choice:
         for model, choice in zip(models, made, strict=True)
         if choice is not chosen
     ]
-    return _about_another_card(replace(chosen, others=tuple(rest)))
+    return _about_another_card(replace(chosen, others=tuple(rest), is_largest_model=chosen.best is not None))
 
 
 def _about_another_card(choice: Choice) -> Choice:
@@ -48,11 +49,12 @@ def _about_another_card(choice: Choice) -> Choice:
         return replace(choice, another_card=True)
     device = choice.subject.place.device
     repeats = count(len(choice.best.trials), "trial")
+    order = "speed does not" if choice.wish.objective is VRAM else "neither the speed nor this order does"
     sure = (
-        f"{repeats} on an {device} with random weights. Memory carries over to your card, speed does not. To measure "
-        "both there within minutes, add model.weights=random data=random_tokens"
+        f"{repeats} on an {device} with random weights. Memory carries over to your card, {order}. To measure all "
+        "there within minutes, add model.weights=random data=random_tokens"
     )
-    return replace(choice, another_card=True, sure=sure, remarks=(), left_out=())
+    return replace(choice, another_card=True, sure=sure, remarks=())
 
 
 def largest_first(trials: Sequence[Trial]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -90,11 +91,11 @@ def candidates(subject: Subject, wish: Wish) -> tuple[list[Candidate], list[str]
     measured = {trial.run_id for trial in subject.measured}
     run = {point: [trial for trial in told if trial.run_id in measured] for point, told in points.items()}
     points = {point: told for point, told in points.items() if run[point]}
-    found, left_out, without = [], [], 0
+    found, left_out, without = [], [], Counter[str]()
     for (point, told), label in zip(points.items(), labels(list(points)), strict=True):
         made = _candidate(label, told, run[point], wish)
         if made is None:
-            without += 1
+            without[wish.objective.why_absent(run[point][-1])] += 1
             continue
         if failed := _failed(made, told, wish):
             ended = " and ".join(dict.fromkeys(outcome_text(trial.outcome) for trial in failed))
@@ -102,7 +103,10 @@ def candidates(subject: Subject, wish: Wish) -> tuple[list[Candidate], list[str]
             continue
         found.append(made)
     if without:
-        left_out.append(f"{count(without, 'configuration')} without {wish.objective.title}")
+        [(why, _)] = without.most_common(1)
+        several = "for example, " if len(without) > 1 else ""
+        number = count(without.total(), "configuration")
+        left_out.append(f"{number} without {wish.objective.title}: {several}{why}")
     if not found:
         raise InvalidInput(
             f"no configuration has {wish.objective.title} with all of its trials finished. {subject.text}: "

@@ -35,6 +35,8 @@ class Choice:
     """Other cohorts, and how to choose them."""
     another_card: bool = False
     """Whether it is about a card that the trials did not run on."""
+    is_largest_model: bool = False
+    """Whether no larger model fits, of several that were measured."""
 
 
 def choose(trials: Sequence[Trial], wish: Wish) -> Choice:

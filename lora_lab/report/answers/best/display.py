@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from lora_lab.report.answers.best.another_card import RESERVE
 from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
 from lora_lab.report.answers.best.command import recorded, short
@@ -14,15 +15,28 @@ from lora_lab.report.answers.best.ranking import RunnerUp
 from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
-from lora_lab.report.writing.numbers import TOO_FEW, is_absurd
+from lora_lab.report.writing.numbers import TOO_NOISY, is_absurd
 
 _RUNNERS_UP = 5
+_INTERVALS = "separate 95 % intervals"
 _VERDICTS = {True: "significant", False: "no significant difference from the best", None: "not known"}
+
+
+def show_context(choice: Choice, console: Console) -> None:
+    """Print in one sentence which trials answer, and for another card how much of its memory may be used."""
+    text = count(len(choice.subject.measured), "measured trial")
+    if choice.another_card:
+        text += " that come with lora_lab"
+    if choice.is_largest_model:
+        text += f", of the largest model {'among them' if choice.wish.vram_gib is None else 'that fits'}"
+    _say(console, f"From {text}: {choice.subject.text}.")
+    if choice.another_card and choice.wish.vram_gib is not None:
+        usable = choice.wish.vram_gib
+        _say(console, f"Of {usable / (1 - RESERVE):g} GiB, {usable:.4g} may be used: {100 * RESERVE:g} % stay free.")
 
 
 def show_choice(choice: Choice, console: Console) -> None:
     """Print the best configuration with its figures, the runners-up, and last what to type and one line of doubt."""
-    _say(console, f"Of {count(len(choice.subject.measured), 'measured trial')}: {choice.subject.text}.")
     if choice.best is None:
         _show_nothing_fits(choice, console)
     else:
@@ -63,7 +77,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
     shown = choice.runners_up[:_RUNNERS_UP]
     more = len(choice.runners_up) - len(shown)
     why = {runner.estimate.why_no_interval for runner in shown}
-    intervals = f"no intervals: {why.pop()}" if len(why) == 1 and "" not in why else "95 % intervals"
+    intervals = f"no intervals: {why.pop()}" if len(why) == 1 and "" not in why else _INTERVALS
     title = f"Runners-up{f' ({more} more not shown)' if more else ''}; mean difference from the best, {intervals}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="")
     table.add_column("configuration", overflow="fold")
@@ -76,7 +90,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
             escape(runner.candidate.label),
             objective.form.format(figure.median),
             str(figure.n),
-            escape(_beside(runner, objective, intervals != "95 % intervals")),
+            escape(_beside(runner, objective, intervals != _INTERVALS)),
         )
     return table
 
@@ -84,7 +98,7 @@ def _table(choice: Choice, objective: Measure) -> Table:
 def _beside(runner: RunnerUp, measure: Measure, all_lack: bool) -> str:
     found = runner.estimate
     if is_absurd(found, measure):
-        return TOO_FEW
+        return TOO_NOISY
     value = _change(found.value, measure)
     if found.low is None or found.high is None:
         return value if all_lack else f"{value}; no interval: {found.why_no_interval}"

@@ -30,16 +30,19 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
         return ()
     figures = [measure.write(best.figures[measure.name][0]) for measure in MEASURES if measure.name in best.figures]
     use = AnswerCard(
-        title="Use" if len(main.points) > 1 else "What it takes",
+        title="What it takes" if len(main.points) == 1 else "Highest median" if findings.answers else "Use",
         big=figures[0],
         about=point_text(best, main),
         lines=tuple(figures[1:]),
     )
-    return use, _mattered(main), _how_sure(main)
+    return use, _mattered(main), _how_sure(main, bool(findings.answers))
 
 
 def _mattered(found: GroupFindings) -> AnswerCard:
-    made = [effect for effect in effects(found) if not is_absurd(effect.main.estimate, THROUGHPUT)]
+    there = effects(found)
+    made = [each for each in there if not each.is_judged and not is_absurd(each.main.estimate, THROUGHPUT)]
+    if any(each.is_judged for each in there) and not made:
+        return AnswerCard(title="What mattered", big="see above", about="the answer of repeats=auto", lines=())
     if not made:
         why = "nothing to compare with yet" if len(found.points) == 1 else "no effect can be named"
         return AnswerCard(title="What mattered", big="nothing yet", about=why, lines=())
@@ -62,17 +65,17 @@ def _size(effect: Effect) -> str:
     return "none seen" if found.seen is False else change(found.value, THROUGHPUT)
 
 
-def _how_sure(found: GroupFindings) -> AnswerCard:
+def _how_sure(found: GroupFindings, is_judged: bool) -> AnswerCard:
     repeats = most_repeats(found)
     rated = sum(THROUGHPUT.name in point.figures for point in found.points)
     lines = [f"on {found.group.place.device}, not on other cards or hosts"]
-    if repeats > 1 and rated > 1:
+    if repeats > 1 and rated > 1 and not is_judged:
         verb = "is" if found.as_fast == 1 else "are"
         lines.insert(
             0, f"{found.as_fast or 'none'} of {count(rated - 1, 'other')} {verb} as fast, as far as this can show"
         )
     about = (
-        "at most per configuration; intervals are 95 %"
+        f"at most per configuration{'' if is_judged else '; intervals are 95 %'}"
         if repeats > 1
         else "nothing was repeated: the order may be chance"
     )

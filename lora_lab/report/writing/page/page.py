@@ -9,7 +9,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lora_lab.report.answers.auto import answers
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
@@ -156,7 +155,6 @@ def page(findings: Findings, timelines: Timelines) -> str:
     return environment.get_template("page.html.j2").render(
         findings=findings,
         question=question(findings),
-        answers=answers(findings),
         cards=answer_cards(findings),
         command=command(findings),
         sentences=sentences(findings),
