@@ -20,4 +20,5 @@ def gpu_bound() -> str:
     if not said:
         raise InvalidInput("the stored sweep has no answer")
     command = sweep.tags["command"].replace("python -m lora_lab", "lora-lab")
-    return f"    {command}\n\n" + "\n".join(f"> {line.strip()}" for line in said) + f"\n\n{origin(trials)}"
+    lines = "\n".join(line.strip() for line in said)
+    return f"```\n$ {command}\n{lines}\n```\n\n{origin(trials)}"
