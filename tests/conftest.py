@@ -36,7 +36,11 @@ settings.load_profile("push")
 
 SECONDS = 300
 
+FAKES = Path(__file__).parent / "fakes"
+
 SERVER = CommandServer()
+WITH_FAKES = CommandServer()
+"""One that has imported the fakes, for commands whose PYTHONPATH begins with them."""
 
 LONG = (
     "test_trial.py",
@@ -68,13 +72,20 @@ KILLS = pytest.StashKey[dict[str, Counter[str]]]()
 """What the rounds of test_kills.py hit."""
 
 
+def with_fakes() -> str:
+    """Return a PYTHONPATH that begins with the fakes."""
+    return os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")]))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="at how many instants test_kills.py kills a sweep")
+    parser.addoption("--nightly", action="store_true", help="also run what is marked nightly")
     parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
+    config.addinivalue_line("markers", "nightly: takes long for what it adds to other tests")
     config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")
     if config.option.markexpr != "gpu":
         for name, value in ON_FEW_CORES.items():
@@ -83,9 +94,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    WITH_FAKES.environment = SERVER.environment | {"PYTHONPATH": with_fakes()}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
@@ -97,6 +111,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     SERVER.stop()
+    WITH_FAKES.stop()
     if hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
@@ -166,8 +181,9 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
 
     def run(*arguments: str, cwd: Path = folder, **environment: str) -> Said:
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-        if not real and SERVER.serves(environment):
-            return Said(*SERVER.run(module, arguments, cwd, variables, SECONDS))
+        server = WITH_FAKES if environment.get("PYTHONPATH") == WITH_FAKES.environment["PYTHONPATH"] else SERVER
+        if not real and server.serves(environment):
+            return Said(*server.run(module, arguments, cwd, variables, SECONDS))
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=cwd,

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import sqlite3
 import sys
 import sysconfig
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Lab, Said
+from conftest import FAKES, Lab, Said, with_fakes
 from filelock import FileLock
 
 from lora_lab.config import EngineConfig, EngineKind, InvalidInput, TrialConfig
@@ -20,7 +19,6 @@ from lora_lab.placement import Placement
 from lora_lab.telemetry import nvml
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 
-FAKES = Path(__file__).parent / "fakes"
 UUIDS = [f"GPU-{index:08x}-0000-0000-0000-000000000000" for index in range(2)]
 ROW = '{"instruction": "a", "output": "b"}\n'
 
@@ -62,8 +60,7 @@ def assert_refused_by_worker(said: Said, folder: Path, *words: str) -> None:
 def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment of a command that sees fake cards in place of this machine's."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    path = os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "FAKE_NVML_CARDS": "2"}
+    return {"PYTHONPATH": with_fakes(), "FAKE_NVML_CARDS": "2"}
 
 
 def test_an_unknown_option_lists_the_options(lab: Lab, tmp_path: Path) -> None:

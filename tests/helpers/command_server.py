@@ -28,8 +28,9 @@ from typing import NoReturn
 
 from unsynced_stores import leave_stores_unsynced
 
-_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME"}
-"""Variables that no module reads while it is imported."""
+_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES"}
+"""Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
+_FAKE_DRIVER = "FAKE_NVML_"
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -46,7 +47,10 @@ class CommandServer:
 
     def serves(self, variables: Mapping[str, str]) -> bool:
         """Whether a command with these variables of its own may be forked: libraries read some while being imported."""
-        return all(name in _READ_LATE or self.environment.get(name) == value for name, value in variables.items())
+        return all(
+            name in _READ_LATE or name.startswith(_FAKE_DRIVER) or self.environment.get(name) == value
+            for name, value in variables.items()
+        )
 
     def run(
         self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float

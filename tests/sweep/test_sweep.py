@@ -4,7 +4,6 @@ import contextlib
 import csv
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Lab, Said, lab_in, records_in, save_tiny, started, store_of
+from conftest import Lab, Said, lab_in, records_in, save_tiny, started, store_of, with_fakes
 from filelock import FileLock
 from mlflow.entities import Run
 
@@ -459,7 +458,6 @@ def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(tmp_pat
 
 # --- the idle draw of a card
 
-FAKES = Path(__file__).parents[1] / "fakes"
 AT_REST = {"1": "measure.idle_seconds=1.5", "2": "measure.idle_seconds=1.5", "3": "share_device=true", "4": ""}
 """Batch size and what else tells a point from the others; by default nothing is measured."""
 
@@ -484,10 +482,9 @@ def at_rest(tmp_path_factory: pytest.TempPathFactory) -> list[Rested]:
     preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"points": points}}}
     (folder / "own" / "sweep").mkdir(parents=True)
     (folder / "own" / "sweep" / "resting.yaml").write_text("# @package _global_\n" + yaml.safe_dump(preset))
-    path = os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")]))
     said = quick_lab(folder)(
         *("--config-dir", "own", "sweep=resting", *FAST, "repeats=2", "tracking=none"),
-        PYTHONPATH=path,
+        PYTHONPATH=with_fakes(),
         CUDA_VISIBLE_DEVICES="0",
     )
     assert said.code == 1, said.text

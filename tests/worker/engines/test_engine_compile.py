@@ -35,12 +35,15 @@ APART = 2e-2
 Said = dict[str, list[list[Event]]]
 
 
+NAMES = ["qlora", pytest.param("selective", marks=pytest.mark.nightly)]
+
+
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
+def said(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Said:
     """What eager and compile said in each case; two processes share the work and torch's own cache of kernels."""
     folder = tmp_path_factory.mktemp("compiled")
     running = []
-    for names in (["qlora"], ["selective"]):
+    for names in [["qlora"], *([["selective"]] if request.config.getoption("--nightly") else [])]:
         home = folder / names[0]
         home.mkdir()
         trials = []
@@ -63,7 +66,7 @@ def of(events: list[Event], kind: type) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_it_finishes_and_trains_as_eager_does(said: Said, name: str) -> None:
     for events in said[name]:
         [end] = of(events, Ended)
@@ -78,7 +81,7 @@ def test_it_finishes_and_trains_as_eager_does(said: Said, name: str) -> None:
     assert held[0][1] < held[0][0] - 0.03, "enough was learned for a wrong gradient to show"
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_compiled_while_it_trains(said: Said, name: str) -> None:
     eager, compiled = said[name]
     [done] = of(compiled, EngineDone)
@@ -91,7 +94,7 @@ def test_nothing_is_compiled_while_it_trains(said: Said, name: str) -> None:
     assert late == []
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_what_ran_is_read_back(said: Said, name: str) -> None:
     eager, compiled = (of(events, Ran)[0].facts for events in said[name])
     assert eager.pop("attention_masks") == "as needed"
@@ -103,7 +106,7 @@ def test_what_ran_is_read_back(said: Said, name: str) -> None:
     assert compiled == eager
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_tokens_are_counted_but_for_padding(said: Said, name: str) -> None:
     eager, compiled = ([(s.rows, s.real, s.trained) for s in of(events, Step)] for events in said[name])
     assert compiled == eager

@@ -165,6 +165,7 @@ def test_a_cache_that_cannot_be_used_harms_nobody(cache: Path, broken: str) -> N
 
 
 @compiles
+@pytest.mark.nightly
 def test_a_trial_finishes_after_one_that_was_killed_while_it_compiled(
     cache: Path, tmp_path: Path, empty_store: Path
 ) -> None:

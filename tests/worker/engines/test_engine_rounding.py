@@ -14,6 +14,7 @@ from lora_lab.worker.engines.compiled import compile_layers
 
 pytestmark = [
     compiles,
+    pytest.mark.nightly,
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
