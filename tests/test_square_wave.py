@@ -165,7 +165,7 @@ def test_waves_are_planted_as_planned_and_their_energy_is_found_again_from_the_f
     found = {row["duty_asked"]: row for row in rows(planted, sampler.samples)}
     wave = found[0.5]
     assert wave["seconds"] > 0.499
-    assert wave["period"] >= 0.02  # longer where others keep this machine busy
+    assert wave["period"] > 0.0199  # longer where others keep this machine busy
     assert 0 == found[0.0]["duty"] < wave["duty"] < found[1.0]["duty"] <= 1
     assert wave["counter_ratio"] == pytest.approx(1, abs=0.1)
     assert wave["sm_mhz"] == 1500.0
