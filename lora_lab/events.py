@@ -207,7 +207,7 @@ class Profiled:
     kernel_seconds: float | None = None
     """Sum of the times of all kernels and copies."""
     busy_seconds_each: list[float] = field(default_factory=list)
-    """The same for each of those steps; empty where they could not be told apart."""
+    """The same for each of those steps; empty where the clocks do not separate them."""
     top: list[list[str | int | float]] = field(default_factory=list)
     """Kernels and copies that took the most time: [name, count, seconds], over all those steps."""
 
