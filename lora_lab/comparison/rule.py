@@ -77,5 +77,7 @@ def percent(text: str) -> float:
     except ValueError:
         found = math.nan
     if not 0 < found < 100:
-        raise InvalidInput(f"margin={text} is not a percentage between 0 and 100. Write for example margin=1%.")
+        raise InvalidInput(
+            f"margin={text} has to be more than 0% and less than 100%, with the % sign: for example margin=1%."
+        )
     return found
