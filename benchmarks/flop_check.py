@@ -28,7 +28,8 @@ from transformers import TrainerCallback
 
 from benchmarks.compose import compose
 from benchmarks.reports import provenance, write_report
-from lora_lab.config import Checkpointing, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.options import Checkpointing
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.trial.devices import choose_placement

@@ -5,115 +5,23 @@ from the yaml files under conf/.
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from lora_lab.options import (
+    Attention,
+    Batching,
+    Checkpointing,
+    DataSource,
+    DType,
+    EngineKind,
+    Isolation,
+    ModelSource,
+    Quantization,
+    TrackingKind,
+    Weights,
+)
 from lora_lab.secrets import without_secrets
 from lora_lab.settings import Effect, setting
-
-
-class DType(Enum):
-    """A floating-point format; the value is torch's name for it."""
-
-    fp32 = "float32"
-    fp16 = "float16"
-    bf16 = "bfloat16"
-
-
-class Quantization(Enum):
-    """Storage formats of the frozen linear layers (bitsandbytes' names)."""
-
-    none = "none"
-    nf4 = "nf4"
-    fp4 = "fp4"
-
-
-class ModelSource(Enum):
-    """Source of weights and tokenizer."""
-
-    hub = "hub"
-    local = "local"
-    package = "package"
-    tiny = "tiny"
-
-
-class Weights(Enum):
-    """Values of the model's weights. `random` builds the model's shapes without a download, and the byte-level
-    tokenizer."""
-
-    pretrained = "pretrained"
-    random = "random"
-
-
-class DataSource(Enum):
-    """Source of the rows."""
-
-    shipped = "shipped"
-    hub = "hub"
-    jsonl = "jsonl"
-    random_tokens = "random_tokens"
-
-
-class Batching(Enum):
-    """Ways to lay out rows of different lengths as one rectangle of token slots."""
-
-    longest = "longest"
-    seq_len = "seq_len"
-    packed = "packed"
-
-
-class TrackingKind(Enum):
-    """Kinds of store for the results."""
-
-    local = "local"
-    server = "server"
-    none = "none"
-
-
-class Attention(Enum):
-    """transformers' attention implementations that a trial may ask for."""
-
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-
-
-class EngineKind(Enum):
-    """Ways to compute the training step; the mathematics is the same."""
-
-    eager = "eager"
-    """Operation by operation, as in PyTorch, transformers and PEFT."""
-    liger = "liger"
-    """With the kernels of the package liger-kernel."""
-    compile = "compile"
-    """Every decoder layer by torch.compile."""
-    graph = "graph"
-    """Compiled layers; forward and backward recorded once as a CUDA graph and replayed."""
-
-
-class Checkpointing(Enum):
-    """Decoder layers that compute their forward again in the backward, instead of keeping its results."""
-
-    none = "none"
-    full = "full"
-    selective = "selective"
-    """Every other layer."""
-    offloaded = "offloaded"
-    """Like full, and each layer's input goes to host memory in between."""
-
-    @property
-    def by_trainer(self) -> bool:
-        """Return whether Trainer's own arguments switch it on."""
-        return self in (Checkpointing.full, Checkpointing.selective)
-
-
-class Isolation(Enum):
-    """Process of a trial. `process`: one worker process per trial. `inline`: everything in one process, for
-    debuggers."""
-
-    process = "process"
-    inline = "inline"
-
 
 _FLOAT = 3.4e38
 """The largest float32."""

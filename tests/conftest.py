@@ -339,7 +339,8 @@ def save_tiny(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from lora_lab.composition.compose import CONF
-    from lora_lab.config import ModelConfig, ModelSource, Weights
+    from lora_lab.config import ModelConfig
+    from lora_lab.options import ModelSource, Weights
     from lora_lab.worker.models import load_architecture
     from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 

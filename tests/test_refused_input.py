@@ -13,7 +13,8 @@ import pytest
 from conftest import FAKES, Lab, Said, with_fakes
 from filelock import FileLock
 
-from lora_lab.config import EngineConfig, EngineKind, InvalidInput, TrialConfig
+from lora_lab.config import EngineConfig, InvalidInput, TrialConfig
+from lora_lab.options import EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.placement import Placement
 from lora_lab.telemetry import nvml

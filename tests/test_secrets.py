@@ -10,8 +10,9 @@ import pytest
 from conftest import give_store, lab_in
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, TrackingKind, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import Warned, decode, encode
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import end_of
 from lora_lab.secrets import clean, without_secrets
 from lora_lab.store.errors import TrackingFailed

@@ -1,6 +1,7 @@
 """Check the numbers of a config against the limits of their settings, alone and together."""
 
-from lora_lab.config import DataSource, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.options import DataSource
 from lora_lab.settings import settings_of
 
 _MOST_TOKENS = 10**9

@@ -7,22 +7,17 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import (
-    AUTO,
+from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.options import (
     Attention,
     Batching,
     Checkpointing,
     DataSource,
     EngineKind,
-    InvalidInput,
     Isolation,
-    MethodConfig,
-    ModelConfig,
     ModelSource,
-    OptimizerConfig,
     Quantization,
     TrackingKind,
-    TrialConfig,
     Weights,
 )
 from lora_lab.secrets import without_secrets

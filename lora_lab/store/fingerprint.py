@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import DataSource, ModelSource, TrialConfig, Weights
+from lora_lab.config import TrialConfig
 from lora_lab.dataset.rows import SHIPPED
+from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
 from lora_lab.settings import Effect, settings_of
 from lora_lab.store.environment import device_facts, environment

@@ -4,7 +4,8 @@ import contextlib
 import os
 from pathlib import Path
 
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig
+from lora_lab.options import TrackingKind
 from lora_lab.paths import MULTIRUN
 from lora_lab.store.heartbeat import HEARTBEAT
 from lora_lab.store.sweep_folder import PLAN, SweepFolder

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import read_json
+from lora_lab.options import TrackingKind
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets

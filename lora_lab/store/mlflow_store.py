@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.config import TrackingConfig
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.store import mlflow_names
 from lora_lab.store.description import NOTE, description

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from lora_lab.config import EngineKind, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.options import EngineKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.secrets import without_secrets
 from lora_lab.store.naming import OPTIONS, point_name

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.config import TrackingConfig
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import Outcome
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged, text_of

@@ -23,7 +23,8 @@ from rich.console import Console
 from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
-from lora_lab.config import AUTO, InvalidInput, Isolation
+from lora_lab.config import AUTO, InvalidInput
+from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged

@@ -7,7 +7,8 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from lora_lab.config import Checkpointing, DType, EngineKind, InvalidInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.placement import Placement
 from lora_lab.telemetry.nvml import Card, visible_cards

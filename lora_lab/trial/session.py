@@ -8,18 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_lab.config import (
-    DataSource,
-    InvalidInput,
-    Isolation,
-    MeasureConfig,
-    ModelSource,
-    TrackingKind,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
 from lora_lab.dataset.rows import SHIPPED, check_row_count, read_jsonl
 from lora_lab.events import Event, Ran
+from lora_lab.options import DataSource, Isolation, ModelSource, TrackingKind, Weights
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement

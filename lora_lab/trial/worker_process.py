@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from lora_lab.config import Isolation, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event, PhaseMemory, Ready, Warned, decode, encode
 from lora_lab.look import Look
+from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
 from lora_lab.secrets import clean
 from lora_lab.trial import forkserver

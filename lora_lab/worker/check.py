@@ -5,8 +5,9 @@ A trial begins with the same functions, so that a sweep's check of its points an
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_lab.config import DataSource, InvalidInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.look import Look
+from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import Examples, check_token_ids, load_examples, pad_id
 from lora_lab.worker.models import check_model, load_architecture, load_tokenizer

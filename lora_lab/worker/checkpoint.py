@@ -12,7 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import Attention, InvalidInput, MethodConfig, ModelConfig, ModelSource, Quantization, TrialConfig
+from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.options import Attention, ModelSource, Quantization
 from lora_lab.packages import converted_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

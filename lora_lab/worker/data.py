@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.config import Batching, DataConfig, DataSource, EngineKind, InvalidInput, TrialConfig
+from lora_lab.config import DataConfig, InvalidInput, TrialConfig
 from lora_lab.dataset.rows import SHIPPED, Row, check_row_count, read_jsonl, split_rows
+from lora_lab.options import Batching, DataSource, EngineKind
 from lora_lab.worker.conversation import Conversations, Losses, Turn
 from lora_lab.worker.hub_rows import hub_rows
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_lab.config import DType
+from lora_lab.options import DType
 from lora_lab.worker.data import Collator, Example, TokenCounts
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import evaluation_mode

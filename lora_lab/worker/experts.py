@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_lab.config import MethodConfig, Quantization
+from lora_lab.config import MethodConfig
+from lora_lab.options import Quantization
 
 
 def expert_weights(model: Any) -> Iterator[tuple[str, nn.Module, str]]:

@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lora_lab.config import (
-    Checkpointing,
-    DType,
-    InvalidInput,
-    MethodConfig,
-    ModelConfig,
-    ModelSource,
-    Quantization,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.options import Checkpointing, DType, ModelSource, Quantization, Weights
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.worker.checkpoint import (
     check_files,

@@ -13,7 +13,8 @@ from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_lab.config import InvalidInput, ModelConfig, ModelSource, PackageConfig
+from lora_lab.config import InvalidInput, ModelConfig, PackageConfig
+from lora_lab.options import ModelSource
 from lora_lab.packages import converted_folder, locate
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_lab.config import Batching, InvalidInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import Batching
 from lora_lab.worker.data import Example, pack, train_collator
 from lora_lab.worker.quantised import evaluation_mode
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from lora_lab.config import DType, Quantization, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import OptimizerMemory
+from lora_lab.options import DType, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.models import working_dtype

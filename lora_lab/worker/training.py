@@ -7,7 +7,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lora_lab.config import Checkpointing, DType, EngineKind, InvalidInput, OptimizerConfig, TrialConfig
+from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
+from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import trainer_arguments
 

@@ -17,7 +17,8 @@ from transformers.training_args import OptimizerNames
 
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.composition.keys import GROUPS, help_text
-from lora_lab.config import Checkpointing, InvalidInput, ModelConfig, TrialConfig, Weights
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.options import Checkpointing, Weights
 from lora_lab.settings import settings_of
 from lora_lab.worker.models import load_architecture
 

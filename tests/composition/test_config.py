@@ -9,18 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import (
+from lora_lab.config import OptimizerConfig, PackageConfig, TrialConfig
+from lora_lab.options import (
     Attention,
     Batching,
     Checkpointing,
     DataSource,
     EngineKind,
     ModelSource,
-    OptimizerConfig,
-    PackageConfig,
     Quantization,
     TrackingKind,
-    TrialConfig,
     Weights,
 )
 

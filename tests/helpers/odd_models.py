@@ -9,16 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lora_lab.config import (
-    Attention,
-    DType,
-    MethodConfig,
-    ModelConfig,
-    ModelSource,
-    PrecisionConfig,
-    Quantization,
-    TrialConfig,
-)
+from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.options import Attention, DType, ModelSource, Quantization
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,
@@ -83,7 +75,7 @@ def trial(name: str, folder: Path | None = None, **method: Any) -> TrialConfig:
     """A trial of the model in fp32 on the CPU: of a folder, or with random weights."""
     model = ModelConfig(source=ModelSource.local, path=str(folder) if folder else None)
     if folder is None:
-        from lora_lab.config import Weights
+        from lora_lab.options import Weights
 
         model = ModelConfig(source=ModelSource.hub, weights=Weights.random, architecture=shapes(name))
     return TrialConfig(

@@ -7,18 +7,15 @@ import yaml
 from lora_lab.composition.compose import CONF
 from lora_lab.config import (
     DataConfig,
-    DataSource,
-    DType,
     MeasureConfig,
     MethodConfig,
     ModelConfig,
-    ModelSource,
     OptimizerConfig,
     PrecisionConfig,
     TrialConfig,
-    Weights,
 )
 from lora_lab.events import Ended, Event
+from lora_lab.options import DataSource, DType, ModelSource, Weights
 
 
 def tiny_config(eval_rows: int = 2, **method: Any) -> TrialConfig:

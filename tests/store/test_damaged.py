@@ -12,8 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from lora_lab import recompute
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import InvalidInput, TrackingConfig, TrialConfig
 from lora_lab.events import Ended, Event, PhaseBegan, Step, decode, encode
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.placement import Placement
 from lora_lab.reading import Damaged

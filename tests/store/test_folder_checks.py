@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import Lab, store_of
 
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig
+from lora_lab.options import TrackingKind
 from lora_lab.paths import MULTIRUN
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder, check_trial_folder, check_working_folder
 from lora_lab.store.process_id import this_process

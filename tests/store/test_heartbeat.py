@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import until
 
-from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.options import TrackingKind
 from lora_lab.paths import MULTIRUN
 from lora_lab.store import heartbeat
 from lora_lab.store.heartbeat import HEARTBEAT, LIMIT_SECONDS, Heartbeat, gone

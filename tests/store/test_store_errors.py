@@ -16,7 +16,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.finishing import finish

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
-from lora_lab.config import InvalidInput, TrackingConfig, TrackingKind
+from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import write_json
+from lora_lab.options import TrackingKind
 from lora_lab.store import local_store
 from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.mlflow_runs import MlflowRuns

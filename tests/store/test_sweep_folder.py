@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.config import TrackingConfig, TrackingKind, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.finishing import finish
 from lora_lab.store.process_id import this_process

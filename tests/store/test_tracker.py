@@ -12,7 +12,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lora_lab.config import TrackingConfig, TrackingKind
+from lora_lab.config import TrackingConfig
+from lora_lab.options import TrackingKind
 from lora_lab.store.description import NOTE
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
 from lora_lab.store.mlflow_names import SERIES, read_back

@@ -20,8 +20,9 @@ import pytest
 from conftest import Lab, record_of
 from fakes import workers
 
-from lora_lab.config import Isolation, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event, PhaseBegan, Ready, Warned
+from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome
 from lora_lab.trial import forkserver, worker_process
 from lora_lab.trial.worker_process import check_trials, run_workers

@@ -14,7 +14,8 @@ from mlflow.tracking import MlflowClient
 from peft import PeftModel
 
 from lora_lab.composition.keys import GROUPS
-from lora_lab.config import ModelConfig, ModelSource, Weights
+from lora_lab.config import ModelConfig
+from lora_lab.options import ModelSource, Weights
 from lora_lab.worker.models import load_architecture
 
 TINY = ("model=tiny", "measure=quick", "seq_len=128")

@@ -17,18 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import (
-    Batching,
-    DataSource,
-    DType,
-    MeasureConfig,
-    ModelSource,
-    OptimizerConfig,
-    PrecisionConfig,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import MeasureConfig, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.events import Ended, Event, Phase, PhaseBegan, Profiled, Step, WindowClosed, WindowOpened
+from lora_lab.options import Batching, DataSource, DType, ModelSource, Weights
 from lora_lab.worker.callback import TelemetryCallback
 from lora_lab.worker.data import Collator, Example, pack, train_collator
 from lora_lab.worker.models import load_architecture, load_model

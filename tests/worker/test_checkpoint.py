@@ -11,7 +11,8 @@ import torch
 from odd_models import NO_SDPA, edit, make, trial
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_lab.config import Attention, DType, InvalidInput, Quantization, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import Attention, DType, Quantization
 from lora_lab.worker.checkpoint import check_quantized_share
 from lora_lab.worker.models import check_model, load_architecture, load_model
 

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from lora_lab.config import DataSource, InvalidInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.dataset.rows import SHIPPED, Row
+from lora_lab.options import DataSource
 from lora_lab.worker.conversation import Conversations, Losses, Lost
 from lora_lab.worker.data import IGNORED, check_token_ids, load_examples, pad_id, tokenize
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer

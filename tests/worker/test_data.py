@@ -14,19 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import (
-    Attention,
-    Batching,
-    DataSource,
-    DType,
-    InvalidInput,
-    ModelSource,
-    OptimizerConfig,
-    PrecisionConfig,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import InvalidInput, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.dataset.rows import Row
+from lora_lab.options import Attention, Batching, DataSource, DType, ModelSource, Weights
 from lora_lab.worker.data import IGNORED, Example, TokenCounts, load_examples, pack, tokenize, train_collator
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer

@@ -7,16 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import (
-    DType,
-    MethodConfig,
-    ModelSource,
-    OptimizerConfig,
-    PrecisionConfig,
-    Quantization,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.options import DType, ModelSource, Quantization, Weights
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.models import load_architecture, load_model

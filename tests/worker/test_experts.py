@@ -9,7 +9,7 @@ from odd_models import make, trial
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import Quantization
+from lora_lab.options import Quantization
 from lora_lab.worker.experts import expert_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import quantised_share

@@ -5,17 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_lab.config import (
-    Attention,
-    DType,
-    MethodConfig,
-    ModelConfig,
-    ModelSource,
-    PrecisionConfig,
-    Quantization,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.options import Attention, DType, ModelSource, Quantization, Weights
 from lora_lab.worker.models import load_architecture, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

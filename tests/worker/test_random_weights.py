@@ -8,7 +8,7 @@ import torch
 from odd_models import SHAPES, trial
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import Quantization
+from lora_lab.options import Quantization
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.random_weights import RandomTensor, random_state
 

@@ -13,18 +13,9 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import (
-    Attention,
-    DType,
-    MethodConfig,
-    ModelSource,
-    OptimizerConfig,
-    PrecisionConfig,
-    Quantization,
-    TrialConfig,
-    Weights,
-)
+from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.events import ModelCounted
+from lora_lab.options import Attention, DType, ModelSource, Quantization, Weights
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.weight_counts import Uncountable, count_model

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_lab.config import Checkpointing
+from lora_lab.options import Checkpointing
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
 from lora_lab.worker.trainables.trainable import base_of

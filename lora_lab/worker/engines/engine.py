@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_lab.config import Attention, Batching, Checkpointing, EngineKind, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Compiled, EngineDone, Phase, Warned
+from lora_lab.options import Attention, Batching, Checkpointing, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.data import IGNORED, Collator, Example

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_lab.config import EngineKind
+from lora_lab.options import EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
 from lora_lab.worker.engines.graph_step import GraphStep

@@ -2,8 +2,9 @@
 
 import time
 
-from lora_lab.config import DataSource, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import DataCounted, Phase
+from lora_lab.options import DataSource
 from lora_lab.worker.check import checked_architecture, checked_examples
 from lora_lab.worker.data import Examples
 from lora_lab.worker.stages.stage import Stage, TrialContext

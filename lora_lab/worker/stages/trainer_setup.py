@@ -2,8 +2,8 @@
 
 import time
 
-from lora_lab.config import Attention
 from lora_lab.events import Ran
+from lora_lab.options import Attention
 from lora_lab.worker.callback import TelemetryCallback
 from lora_lab.worker.data import train_collator
 from lora_lab.worker.engines.engine import Engine, shapes

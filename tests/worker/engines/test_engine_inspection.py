@@ -10,7 +10,8 @@ from conftest import compiles, lab_in
 from engine_models import adapted, padded
 from transformers import Trainer
 
-from lora_lab.config import Checkpointing, EngineKind, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.options import Checkpointing, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.engines import graph_step

@@ -12,7 +12,8 @@ import torch
 from engine_models import adapted, loss_and_gradients, padded
 from torch import Tensor
 
-from lora_lab.config import Checkpointing, EngineKind, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.options import Checkpointing, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.engines import offloaded_checkpoints
