@@ -16,7 +16,9 @@ from lora_lab.options import (
     EngineKind,
     Isolation,
     ModelSource,
+    OnSpike,
     Quantization,
+    Schedule,
     TrackingKind,
     Weights,
 )
@@ -197,6 +199,44 @@ class MeasureConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The user's whole training, a job. Without `epochs` and `max_steps` a trial is a measured window and no more."""
+
+    epochs: float | None = setting(None, "train this often on every row", above=0, most=10**6)
+    max_steps: int | None = setting(None, "train this many optimizer steps", above=0, most=10**9)
+    schedule: Schedule = setting(Schedule.cosine, "course of the learning rate in a job: constant, linear or cosine")
+    warmup: float = setting(
+        0.03,
+        "the learning rate rises from 0 over this part of a job; from 1 on, over this many steps",
+        least=0,
+        most=10**9,
+    )
+    eval_every: float = setting(
+        0.5,
+        "evaluate the held-out rows after this part of an epoch; above 1, after this many steps",
+        above=0,
+        most=10**9,
+    )
+    checkpoint_every: float = setting(
+        0.5, "save a checkpoint after this part of an epoch; above 1, after this many steps", above=0, most=10**9
+    )
+    keep_checkpoints: int = setting(2, "the newest checkpoints that are kept, and the best", above=0, most=10**6)
+    keep_best: bool = setting(True, "the saved adapter is the one with the lowest held-out loss, not the last")
+    early_stopping: int | None = setting(
+        None, "end after this many evaluations in a row without a lower held-out loss", above=0, most=10**6
+    )
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of B is this many times that of A", above=0, most=10**6
+    )
+    on_spike: OnSpike = setting(OnSpike.stop, "when the loss rises by measure.loss_spike: stop or lower_lr")
+
+    @property
+    def is_job(self) -> bool:
+        """Return whether a whole training was asked for."""
+        return self.epochs is not None or self.max_steps is not None
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """The store in which the trial is recorded."""
 
@@ -219,6 +259,7 @@ class TrialConfig:
     model: ModelConfig = setting(factory=ModelConfig)
     data: DataConfig = setting(factory=DataConfig)
     measure: MeasureConfig = setting(factory=MeasureConfig)
+    train: TrainConfig = setting(factory=TrainConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig, effect=Effect.none)
     batch_size: int = setting(2, "rows in a micro-batch", above=0, most=10**6)
     grad_accum_steps: int = setting(1, "micro-batches in an optimizer step", above=0, most=10**6)
@@ -226,7 +267,7 @@ class TrialConfig:
     gradient_checkpointing: Checkpointing = setting(
         Checkpointing.none, "none, or recompute activations for less memory: full, selective, offloaded"
     )
-    learning_rate: float = setting(2e-4, "constant over the trial", above=0, most=_FLOAT)
+    learning_rate: float = setting(2e-4, "constant in a measured window; the highest of a job", above=0, most=_FLOAT)
     max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0 is off", least=0, most=_FLOAT)
     seed: int = setting(
         0,

@@ -12,7 +12,8 @@ from lora_lab.secrets import without_secrets
 
 
 class Phase(Enum):
-    """A worker's phases, in this order. Conversion happens only when weights are used for the first time."""
+    """A worker's phases, in this order. Conversion happens only when weights are used for the first time. A job goes
+    from `window` to `evaluation` or `checkpoint` and back, again and again."""
 
     start = "start"
     matmul_rate = "matmul_rate"
@@ -25,6 +26,10 @@ class Phase(Enum):
     """Only with engine=compile and graph: a step of each shape is compiled, and recorded."""
     warm_up = "warm_up"
     window = "window"
+    evaluation = "evaluation"
+    """In a job: the held-out rows, between two steps."""
+    checkpoint = "checkpoint"
+    """In a job: what is needed to go on from here is saved."""
     profile = "profile"
     """A few steps after the window under torch's profiler: how long the GPU itself works on a step."""
     evaluation_after = "evaluation_after"
@@ -221,6 +226,8 @@ class Evaluated:
     loss: float
     rows: int
     tokens: int
+    step: int | None = None
+    """The step of a job after which it was calculated; None before and after training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +257,54 @@ class Step:
     """Host time between the step before and this one, in which its batch was read, laid out and sent to the device."""
     adapter: str = ""
     """Name of the trained adapter; empty where there is only one."""
+    learning_rate: float | None = None
+    """The first parameter group's, in a job; None in a window, where it is constant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlanned:
+    """Length of a job, sent before its first step."""
+
+    t: float
+    steps: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointed:
+    """A complete checkpoint: training can go on from it."""
+
+    t: float
+    step: int
+    folder: str
+    """Below the trial's folder."""
+    total_bytes: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """A job goes on from a checkpoint: in a new worker after a kill, or in the same one after a spike. Steps after
+    `step` that were sent before do not count any more."""
+
+    t: float
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spiked:
+    """The loss of a job rose by more than `measure.loss_spike`."""
+
+    t: float
+    step: int
+    reason: str
+    action: str
+    """An OnSpike."""
+    learning_rate: float | None = None
+    """The highest of the schedule from now on; None when the job stops."""
+    rows: list[int] = field(default_factory=list)
+    """The training rows of that step, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +367,10 @@ Event = (
     | Profiled
     | Evaluated
     | Step
+    | JobPlanned
+    | Checkpointed
+    | Resumed
+    | Spiked
     | WindowOpened
     | WindowClosed
     | Warned

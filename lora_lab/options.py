@@ -104,3 +104,21 @@ class Isolation(Enum):
 
     process = "process"
     inline = "inline"
+
+
+class Schedule(Enum):
+    """Course of the learning rate over a job, after its warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    """Falls to 0 in a straight line."""
+    cosine = "cosine"
+    """Falls to 0 along half a cosine."""
+
+
+class OnSpike(Enum):
+    """What a job does when its loss has risen by `measure.loss_spike`."""
+
+    stop = "stop"
+    lower_lr = "lower_lr"
+    """Go back to the last checkpoint and continue at a lower learning rate."""

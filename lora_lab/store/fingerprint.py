@@ -27,6 +27,8 @@ def point_digest(config: TrialConfig) -> str:
             for group in groups:
                 node = node[group]
             del node[name]
+    if not config.train.is_job:
+        del decisive["train"]  # settings of a job change nothing in a window
     return digest(decisive)
 
 

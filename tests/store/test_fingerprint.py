@@ -45,6 +45,7 @@ def full() -> TrialConfig:
     """With every block there that can be."""
     config = TrialConfig()
     config.model.package = PackageConfig(name="n", version="1", file="f", sha256="0")
+    config.train.max_steps = 10
     return config
 
 
@@ -86,6 +87,14 @@ def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_
     beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
     auto = {"contrast", "margin", "budget_minutes", "first_pairs"}
     assert ignored == tracking | beside | auto | {"timeout_minutes", "repeats", "resume"}
+
+
+def test_settings_of_a_job_change_nothing_in_a_window() -> None:
+    window, job = TrialConfig(), TrialConfig()
+    window.train.warmup = 0.5
+    assert point_digest(window) == point_digest(TrialConfig())
+    job.train.epochs = 1.0
+    assert point_digest(job) != point_digest(TrialConfig())
 
 
 def test_a_package_that_is_named_makes_another_point() -> None:
