@@ -9,12 +9,21 @@ from lora_lab.report.answers.auto import answers_of
 from lora_lab.store.packed_runs import PackedRuns
 from lora_lab.store.stored_runs import StoredRuns
 
-RESULTS = Path(__file__).parent / "results" / "h100"
+RESULTS = Path(__file__).parent / "results" / "h200"
 
 
 def gpu_bound() -> str:
-    """Return the question's command and its answer, GPU-bound."""
-    trials, sweeps = StoredRuns(PackedRuns(RESULTS / "auto_gpu_bound.jsonl.gz")).runs()
+    """Return a question's command and its answer, GPU-bound."""
+    return _asked("auto_gpu_bound")
+
+
+def host_bound() -> str:
+    """Return the same question where the GPU waits for the host."""
+    return _asked("auto_host_bound")
+
+
+def _asked(name: str) -> str:
+    trials, sweeps = StoredRuns(PackedRuns(RESULTS / f"{name}.jsonl.gz")).runs()
     [sweep] = [sweep for sweep in sweeps if RULE_TAG in sweep.tags]
     said = answers_of(sweep, trials)
     if not said:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import coverage, stopping
-from benchmarks.auto_table import gpu_bound
+from benchmarks.auto_table import gpu_bound, host_bound
 from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
 from benchmarks.eight_gib_table import eight_gib
@@ -18,6 +18,7 @@ from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
 from benchmarks.raise_table import raising
+from benchmarks.square_table import square_wave
 from benchmarks.steady_table import steady
 from benchmarks.trial_example import by_hand, recomputed
 from benchmarks.trusted_table import trusted
@@ -47,6 +48,8 @@ MADE: dict[str, Callable[[], str]] = {
     **{name: partial(coverage.quoted, name) for name in coverage.MADE},
     "stopping": stopping.quoted,
     "auto-gpu-bound": gpu_bound,
+    "auto-host-bound": host_bound,
+    "square-wave": square_wave,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),

@@ -200,6 +200,11 @@ def by_period(seen: Sequence[Row], sensor: str) -> list[Row]:
 
 def page(seen: Sequence[Row]) -> str:
     """Return the sentences and the tables of the report."""
+    return "\n\n".join([summary(seen), _all(seen)])
+
+
+def summary(seen: Sequence[Row]) -> str:
+    """Return what the counter is off and late by, and the table of sensors by period."""
     waves = [row for row in seen if 0 < row["duty_asked"] < 1 and row["counter_ratio"] is not None]
     beyond = sum(abs(r["counter"]["joules"] - r["expected_joules"]) > r["counter"]["error_joules"] for r in waves)
     delays = {row["repeat"]: row["delay_seconds"] for row in seen if row["delay_seconds"] is not None}
@@ -214,7 +219,7 @@ def page(seen: Sequence[Row]) -> str:
         for sensor in SENSORS
         for each in by_period(seen, sensor)
     ]
-    return "\n\n".join([said, markdown(head, lines), _all(seen)])
+    return f"{said}\n\n{markdown(head, lines)}"
 
 
 def _all(seen: Sequence[Row]) -> str:
