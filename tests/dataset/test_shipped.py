@@ -25,7 +25,7 @@ def test_every_conversation_has_roles_in_order_and_ends_with_the_assistant() -> 
 
 def test_no_two_conversations_begin_with_the_same_question() -> None:
     first = [next(turn["content"] for turn in turns if turn["role"] == "user") for turns in chats()]
-    assert len(set(first)) == len(first) == 231
+    assert len(set(first)) == len(first) == 251
 
 
 def test_passages_of_general_text_are_distinct_and_of_the_stated_length() -> None:
