@@ -1,6 +1,6 @@
 """Write lora_lab's maths rows: grade-school problems with worked solutions and exact answers, from reasoning-gym.
 
-reasoning-gym is no dependency of lora_lab. Install it into a folder of its own, and write the rows with it:
+reasoning-gym is not a dependency of lora_lab. Install it into a folder of its own, and write the rows with it:
   pip install --no-deps --target GYM reasoning-gym==0.1.25 bfi==1.0.4 cellpylib==2.4.0 magiccube==0.3.0 \
       pyfiglet==1.0.2 zss==1.2.0 pytz sympy mpmath tabulate
   PYTHONPATH=GYM python -m benchmarks.maths_rows lora_lab/dataset/data
