@@ -39,8 +39,6 @@ SECONDS = 300
 FAKES = Path(__file__).parent / "fakes"
 
 SERVER = CommandServer()
-WITH_FAKES = CommandServer()
-"""One that has imported the fakes, for commands whose PYTHONPATH begins with them."""
 
 LONG = (
     "test_trial.py",
@@ -94,7 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    WITH_FAKES.environment = SERVER.environment | {"PYTHONPATH": with_fakes()}
+    if getattr(config.option, "numprocesses", None):  # this process starts those of pytest-xdist
+        SERVER.share(f"{tempfile.mkdtemp(prefix='commands-')}/socket")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,7 +110,6 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     SERVER.stop()
-    WITH_FAKES.stop()
     if hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
@@ -181,9 +179,8 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
 
     def run(*arguments: str, cwd: Path = folder, **environment: str) -> Said:
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-        server = WITH_FAKES if environment.get("PYTHONPATH") == WITH_FAKES.environment["PYTHONPATH"] else SERVER
-        if not real and server.serves(environment):
-            return Said(*server.run(module, arguments, cwd, variables, SECONDS))
+        if not real and SERVER.serves(environment):
+            return Said(*SERVER.run(module, arguments, cwd, variables, SECONDS))
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=cwd,
