@@ -39,6 +39,14 @@ _ADDRESS = "LORA_LAB_TESTS_SERVER"
 
 _MESSAGE_BYTES = 1 << 20
 
+_OFTEN = (
+    (),
+    ("model=tiny", "measure=quick"),
+    ("model=tiny", "data=random_tokens", "measure=quick"),
+    ("precision=fp32", "method=lora", "model=tiny", "data=random_tokens", "measure=quick"),
+)
+"""Options that most tests choose."""
+
 
 class CommandServer:
     """The server, started at the first command."""
@@ -221,17 +229,23 @@ def _import_everything() -> None:
     import hydra._internal.core_plugins.basic_sweeper
     import hydra._internal.core_plugins.file_config_source  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    import sqlalchemy.orm
 
     import lora_lab.sweep.sweeper
     import lora_lab.worker.preload  # noqa: F401
+    from lora_lab.composition import command, compose
     from lora_lab.store import local_store
     from lora_lab.store.environment import environment
 
-    for command in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
-        importlib.import_module(command)
-        del sys.modules[command]  # it is to be run
+    for name in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
+        importlib.import_module(name)
+        del sys.modules[name]  # it is to be run
     environment()
+    compose.register_schema()
+    for words in _OFTEN:
+        command._composed(words, ())  # what most trials' commands are compared with
     leave_stores_unsynced()
+    sqlalchemy.orm.configure_mappers()
     local_store.LOCKED_SECONDS = 0.5  # tests lock a store for a whole sweep; each delivery waits
     gc.collect()
     gc.freeze()
