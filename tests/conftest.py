@@ -62,7 +62,7 @@ LONG = (
 ON_FEW_CORES = {
     "OMP_NUM_THREADS": "1",  # two threads a core wait for each other longer than they calculate
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes that import torch first
-    "TORCHINDUCTOR_VEC_ISA_OK": "0",  # g++ takes longer where it makes vectors; whole trials are compiled with them
+    "TORCHINDUCTOR_VEC_ISA_OK": "0",  # g++ takes longer where it makes vectors, as users have them and nightly tests
 }
 """What makes tests quick on two cores."""
 
@@ -151,6 +151,18 @@ compiles = pytest.mark.skipif(
     reason="torch can't compile for a CPU without g++ and Python.h, or where there is a space in its folder",
 )
 """For tests that compile in earnest."""
+
+
+@pytest.fixture
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch.compile trace, guard and differentiate as ever, but call the traced operations: machine code for the
+    CPU, which takes g++ a second a kernel, is made by night, and in the whole trials of test_engine_compile.py."""
+    import functools
+
+    import torch
+
+    if not request.config.getoption("--nightly"):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @dataclass(frozen=True)
@@ -397,9 +409,9 @@ def _answers(address: str) -> bool:
     return False
 
 
-def until(happened: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def until(happened: Callable[[], bool], what: str, seconds: float = 120, pause: float = 0.1) -> None:
     """Wait until something is seen."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"not seen within {seconds:.0f} s: {what}"
-        time.sleep(0.1)
+        time.sleep(pause)
