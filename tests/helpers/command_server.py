@@ -96,10 +96,22 @@ class CommandServer:
             raise RuntimeError(f"the command server ended while {module} ran:\n{err.decode()}")
         return int(status), out.decode(), err.decode()
 
-    def start(self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> "Running":
-        """Start `python -m module arguments` in a session of its own, its errors among its output."""
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: Mapping[str, str],
+        kept: Sequence[int] = (),
+    ) -> "Running":
+        """Start `python -m module arguments` in a session of its own, its errors among its output.
+
+        Args:
+            kept: descriptors that it has too, under the same numbers.
+        """
         (status, status_end), (out, out_end) = os.pipe(), os.pipe()
-        self._ask(module, arguments, cwd, environment, [status_end, out_end, out_end], closed=[status_end, out_end])
+        ends = [status_end, out_end, out_end]
+        self._ask(module, arguments, cwd, environment, ends, closed=[status_end, out_end], kept=kept)
         return Running(status, out)
 
     def _ask(
@@ -110,13 +122,15 @@ class CommandServer:
         environment: Mapping[str, str],
         ends: Sequence[int],
         closed: Sequence[int] | None = None,
+        kept: Sequence[int] = (),
     ) -> None:
         """Have the server fork a command that writes to these ends of pipes, and close them here."""
         if self._socket is None:
             self._connect()
         assert self._socket is not None
         request = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
-        socket.send_fds(self._socket, [json.dumps(request | {"session": closed is not None}).encode()], ends)
+        request |= {"session": closed is not None, "kept": list(kept)}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [*ends, *kept])
         for end in ends if closed is None else closed:
             os.close(end)
 
@@ -273,14 +287,14 @@ def _serve(tests: socket.socket, listener: socket.socket | None) -> dict[str, ob
                 os.close(ready)
                 os.close(status)
                 continue
-            message, descriptors, _, _ = socket.recv_fds(ready, _MESSAGE_BYTES, 3)
+            message, descriptors, _, _ = socket.recv_fds(ready, _MESSAGE_BYTES, 16)
             if ready is tests and not message:
                 raise SystemExit(0)
             if not message:
                 asking.remove(ready)
                 ready.close()
                 continue
-            status, out, err = descriptors
+            status, out, err, *kept = descriptors
             pid = os.fork()
             if pid == 0:
                 for each in (*asking, *listening):
@@ -293,11 +307,12 @@ def _serve(tests: socket.socket, listener: socket.socket | None) -> dict[str, ob
                     os.dup2(descriptor, standard)
                     os.close(descriptor)
                 request = dict(json.loads(message))
+                _renumber(kept, request["kept"])
                 if request["session"]:
                     os.setsid()
                 return request
-            os.close(out)
-            os.close(err)
+            for descriptor in (out, err, *kept):
+                os.close(descriptor)
             _say(status, pid)
             running[os.pidfd_open(pid)] = (pid, status)
 
@@ -337,18 +352,23 @@ def _become_server_of_workers(requests: socket.socket) -> None:
         os._exit(0)  # the command needed no worker
     requests.close()
     request = json.loads(message)
-    above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
-    for descriptor in received:
-        os.close(descriptor)
-    for descriptor, number in zip(above, request["descriptors"], strict=True):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
+    _renumber(received, request["descriptors"])
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     with contextlib.suppress(SystemExit):  # how multiprocessing's server ends
         exec(request["code"], {})
     _leave(0)
+
+
+def _renumber(received: Sequence[int], numbers: Sequence[int]) -> None:
+    """Have these descriptors under the numbers that they have where they come from."""
+    above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
+    for descriptor in received:
+        os.close(descriptor)
+    for descriptor, number in zip(above, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
 
 
 def _fork_instead_of_spawning(spare: _Spare) -> None:
