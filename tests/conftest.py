@@ -396,13 +396,6 @@ class Server:
         self.stop(signal.SIGTERM)
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback; its address."""
-    with Server(tmp_path / "server") as server:
-        yield server.uri
-
-
 def _answers(address: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2):
         return True

@@ -31,7 +31,10 @@ from typing import NoReturn
 
 from unsynced_stores import leave_stores_unsynced
 
-_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"}
+_READ_LATE = {
+    *("COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"),
+    *("CXX", "TORCHINDUCTOR_CACHE_DIR"),  # by what is looked at before a worker is asked for; torch reads CXX early
+}
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
 _ADDRESS = "LORA_LAB_TESTS_SERVER"
