@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from command_server import CommandServer, Running
+from command_server import ADDRESS, CommandServer, Running
 from hypothesis import settings
 from unsynced_stores import leave_stores_unsynced
 
@@ -93,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     if getattr(config.option, "numprocesses", None):  # this process starts those of pytest-xdist
-        SERVER.share(f"{tempfile.mkdtemp(prefix='commands-')}/socket")
+        SERVER.share()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -336,7 +336,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     own = f"--basetemp={pyfuncitem.funcargs['tmp_path']}/again"
     done = subprocess.run(
-        ["unshare", "-rm", *again, own], cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
+        ["unshare", "-rm", *again, own],
+        cwd=pyfuncitem.config.rootpath,
+        env={name: value for name, value in os.environ.items() if name != ADDRESS},  # which sees nothing of this
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return True

@@ -37,8 +37,8 @@ _READ_LATE = {
 }
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
-_ADDRESS = "LORA_LAB_TESTS_SERVER"
-"""Where the workers of pytest-xdist find the server that they share."""
+ADDRESS = "LORA_LAB_TESTS_SERVER"
+"""Where the workers of pytest-xdist find the server that they share: the name of an abstract socket."""
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -61,12 +61,12 @@ class CommandServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def share(self, address: str) -> None:
+    def share(self) -> None:
         """Start the server, which imports nothing before the first of this process's children asks for something."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(address)
+            os.environ[ADDRESS] = f"lora_lab-tests-{os.getpid()}"
+            listener.bind(f"\0{os.environ[ADDRESS]}")
             listener.listen()
-            os.environ[_ADDRESS] = address
             self._start(listener)
 
     def serves(self, variables: Mapping[str, str]) -> bool:
@@ -149,11 +149,11 @@ class CommandServer:
             self._process = None
 
     def _connect(self) -> None:
-        if _ADDRESS not in os.environ:
-            return self._start()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.connect(os.environ[_ADDRESS])
-        return None
+        if ADDRESS in os.environ:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.connect(f"\0{os.environ[ADDRESS]}")
+        else:
+            self._start()
 
     def _start(self, *listeners: socket.socket) -> None:
         from lora_lab.trial.variables import of_server

@@ -1,6 +1,6 @@
 """SIGKILL at random instants of a sweep, then the same command again: nothing is lost and nothing is there twice.
 
-`--kills N` sets how many instants; each is a test of its own, which runs by night.
+`--nightly --kills N` sets how many instants; each is a test of its own.
 """
 
 import contextlib
