@@ -371,24 +371,28 @@ class Server:
             self._port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self._port}"
         self._home = home
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Running | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._home}/server.db"]
-        command += ["--artifacts-destination", str(self._home / "artifacts")]
-        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-        quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five processes that import MLflow, for jobs of GenAI's
-        with (self._home / "log").open("a") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self._home, env=quiet, stdout=log, stderr=log, start_new_session=True
-            )
+        """Start what `mlflow server` starts, with the variables that it sets."""
+        from mlflow.server import constants
+
+        asked = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # five processes that import MLflow, for jobs of GenAI's
+            constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{self._home}/server.db",
+            constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+            constants.ARTIFACTS_DESTINATION_ENV_VAR: str(self._home / "artifacts"),
+            constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+        }
+        command = ["mlflow.server.fastapi_app:app", "--port", str(self._port), "--log-level", "error"]
+        self._process = SERVER.start("uvicorn", command, self._home, {**SERVER.environment, **asked})
         until(lambda: _answers(f"{self.uri}/health"), "the tracking server answers", seconds=90)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, how)
-            self._process.wait(timeout=30)
+            self._process.communicate(timeout=30)
             self._process = None
 
     def __enter__(self) -> "Server":
