@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from command_server import CommandServer, Running
+from command_server import ADDRESS, CommandServer, Running
 from hypothesis import settings
 from unsynced_stores import leave_stores_unsynced
 
@@ -39,8 +39,6 @@ SECONDS = 300
 FAKES = Path(__file__).parent / "fakes"
 
 SERVER = CommandServer()
-WITH_FAKES = CommandServer()
-"""One that has imported the fakes, for commands whose PYTHONPATH begins with them."""
 
 LONG = (
     "test_trial.py",
@@ -64,7 +62,7 @@ LONG = (
 ON_FEW_CORES = {
     "OMP_NUM_THREADS": "1",  # two threads a core wait for each other longer than they calculate
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes that import torch first
-    "TORCHINDUCTOR_VEC_ISA_OK": "0",  # g++ takes longer where it makes vectors; whole trials are compiled with them
+    "TORCHINDUCTOR_VEC_ISA_OK": "0",  # g++ takes longer where it makes vectors, as users have them and nightly tests
 }
 """What makes tests quick on two cores."""
 
@@ -94,7 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # trials queue for a device by a lock in the temporary folder: those of another worker are not to be waited for
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
     SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    WITH_FAKES.environment = SERVER.environment | {"PYTHONPATH": with_fakes()}
+    if getattr(config.option, "numprocesses", None):  # this process starts those of pytest-xdist
+        SERVER.share()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,7 +110,6 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     SERVER.stop()
-    WITH_FAKES.stop()
     if hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
@@ -155,6 +153,18 @@ compiles = pytest.mark.skipif(
 """For tests that compile in earnest."""
 
 
+@pytest.fixture
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch.compile trace, guard and differentiate as ever, but call the traced operations: machine code for the
+    CPU, which takes g++ a second a kernel, is made by night, and in the whole trials of test_engine_compile.py."""
+    import functools
+
+    import torch
+
+    if not request.config.getoption("--nightly"):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 @dataclass(frozen=True)
 class Said:
     """What a command said and how it left."""
@@ -181,9 +191,8 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
 
     def run(*arguments: str, cwd: Path = folder, **environment: str) -> Said:
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-        server = WITH_FAKES if environment.get("PYTHONPATH") == WITH_FAKES.environment["PYTHONPATH"] else SERVER
-        if not real and server.serves(environment):
-            return Said(*server.run(module, arguments, cwd, variables, SECONDS))
+        if not real and SERVER.serves(environment):
+            return Said(*SERVER.run(module, arguments, cwd, variables, SECONDS))
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=cwd,
@@ -327,7 +336,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     own = f"--basetemp={pyfuncitem.funcargs['tmp_path']}/again"
     done = subprocess.run(
-        ["unshare", "-rm", *again, own], cwd=pyfuncitem.config.rootpath, capture_output=True, text=True
+        ["unshare", "-rm", *again, own],
+        cwd=pyfuncitem.config.rootpath,
+        env={name: value for name, value in os.environ.items() if name != ADDRESS},  # which sees nothing of this
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
@@ -359,24 +372,28 @@ class Server:
             self._port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self._port}"
         self._home = home
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Running | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._home}/server.db"]
-        command += ["--artifacts-destination", str(self._home / "artifacts")]
-        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-        quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # five processes that import MLflow, for jobs of GenAI's
-        with (self._home / "log").open("a") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self._home, env=quiet, stdout=log, stderr=log, start_new_session=True
-            )
+        """Start what `mlflow server` starts, with the variables that it sets."""
+        from mlflow.server import constants
+
+        asked = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # five processes that import MLflow, for jobs of GenAI's
+            constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{self._home}/server.db",
+            constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+            constants.ARTIFACTS_DESTINATION_ENV_VAR: str(self._home / "artifacts"),
+            constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+        }
+        command = ["mlflow.server.fastapi_app:app", "--port", str(self._port), "--log-level", "error"]
+        self._process = SERVER.start("uvicorn", command, self._home, {**SERVER.environment, **asked})
         until(lambda: _answers(f"{self.uri}/health"), "the tracking server answers", seconds=90)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, how)
-            self._process.wait(timeout=30)
+            self._process.communicate(timeout=30)
             self._process = None
 
     def __enter__(self) -> "Server":
@@ -388,22 +405,15 @@ class Server:
         self.stop(signal.SIGTERM)
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback; its address."""
-    with Server(tmp_path / "server") as server:
-        yield server.uri
-
-
 def _answers(address: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2):
         return True
     return False
 
 
-def until(happened: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def until(happened: Callable[[], bool], what: str, seconds: float = 120, pause: float = 0.1) -> None:
     """Wait until something is seen."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"not seen within {seconds:.0f} s: {what}"
-        time.sleep(0.1)
+        time.sleep(pause)

@@ -6,11 +6,14 @@ import sys
 from collections import Counter
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command_server import Running
+from conftest import SERVER
 
-from benchmarks.peers import plan
+from benchmarks.peers import plan, processes
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.contender import answered
 from benchmarks.peers.material import rows_of
@@ -26,12 +29,20 @@ from benchmarks.reports import RESULTS
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
+def forked(command: list[str], env: dict[str, str], cwd: Path, pass_fds: list[int], **_: Any) -> Running:
+    """What subprocess.Popen is to a contender, without the ten seconds of its imports."""
+    return SERVER.start(command[2], command[3:], cwd, env, kept=pass_fds)
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A dry run of packed rows: three stacks that train, one that can't (a CUDA graph on a CPU), one not installed."""
     out = tmp_path_factory.mktemp("peers")
     line = "--model tiny --cells 2x32p --contenders plain,plain_tutorial,eager,graph,unsloth --rounds 2 --steps 2"
-    main([str(out), *line.split(), "--warmup", "1", "--window-seconds", "0", "--device", "cpu", "--note", "a test"])
+    short = ("--warmup", "1", "--window-seconds", "0", "--device", "cpu", "--note", "a test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", SimpleNamespace(**{**vars(processes.subprocess), "Popen": forked}))
+        main([str(out), *line.split(), *short])
     found: dict[str, Any] = json.loads((out / "peers_qlora_tiny.json").read_text(encoding="utf-8"))
     found["folder"] = out
     return found

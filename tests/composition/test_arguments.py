@@ -201,30 +201,41 @@ def test_a_grid_on_the_command_line_is_a_preset_of_ones_own(typed: Type, params:
 PRESET = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    {}\n"
 
 
+FAULTS_IN_YAML = [
+    ("optimizer/mine.yaml", "optim: [a\nb: c\n", "mine.yaml, line 2"),
+    ("optimizer/mine.yaml", "optim:\tx\n", "mine.yaml, line 1"),
+    ("optimizer/mine.yaml", "optim: a\noptim: b\n", "mine.yaml, line 2: found duplicate key optim"),
+    ("optimizer/mine.yaml", "optim: !!python/object:os.system x\n", "mine.yaml, line 1"),
+    ("optimizer/mine.yaml", "- a\n- b\n", "mine.yaml: Merge error: list"),
+    ("optimizer/mine.yaml", "text\n", "mine.yaml, optimizer.text"),
+    ("optimizer/mine.yaml", "3", "mine.yaml: not a yaml with keys"),
+    ("optimizer/mine.yaml", b"optim: caf\xe9\n", "mine.yaml: not a yaml with keys and values in UTF-8"),
+    ("optimizer/mine.yaml", "optim: x\nweight_decay: heavy\n", "mine.yaml, line 2: Value 'heavy'"),
+    ("optimizer/mine.yaml", "optim: x\n\nweight_decai: 1\n", "mine.yaml, line 3: Key 'weight_decai'"),
+    ("optimizer/mine.yaml", "optim: ${nowhere}\n", "optimizer.optim: Interpolation key 'nowhere' not found"),
+    ("sweep/mine.yaml", "# @package _global_\nbatch_size: two\n", "mine.yaml, line 2: Value 'two'"),
+    ("sweep/mine.yaml", PRESET.format("points: batch_size=1"), "mine.yaml, line 5"),
+    ("sweep/mine.yaml", PRESET.format("params: batch_size=1"), "mine.yaml, line 5"),
+    ("sweep/mine.yaml", PRESET.format("points: [a b]"), "'a' has no value"),
+    ("sweep/mine.yaml", PRESET.format("points: ['seed=\"1']"), "can't be split"),
+    ("sweep/mine.yaml", PRESET.format("params: {batch_size: [1, 2]}"), "batch_size=[1,2]"),
+    ("sweep/mine.yaml", "# @package _global_\ndefaults: 3\n", "'sweep/mine', defaults must be a list"),
+]
+SWEEP = ["-m", "seed=1,2"]
+
+
 @pytest.mark.parametrize(
-    ("file", "content", "why"),
+    ("mode", "file", "content", "why"),
     [
-        ("optimizer/mine.yaml", "optim: [a\nb: c\n", "mine.yaml, line 2"),
-        ("optimizer/mine.yaml", "optim:\tx\n", "mine.yaml, line 1"),
-        ("optimizer/mine.yaml", "optim: a\noptim: b\n", "mine.yaml, line 2: found duplicate key optim"),
-        ("optimizer/mine.yaml", "optim: !!python/object:os.system x\n", "mine.yaml, line 1"),
-        ("optimizer/mine.yaml", "- a\n- b\n", "mine.yaml: Merge error: list"),
-        ("optimizer/mine.yaml", "text\n", "mine.yaml, optimizer.text"),
-        ("optimizer/mine.yaml", "3", "mine.yaml: not a yaml with keys"),
-        ("optimizer/mine.yaml", b"optim: caf\xe9\n", "mine.yaml: not a yaml with keys and values in UTF-8"),
-        ("optimizer/mine.yaml", "optim: x\nweight_decay: heavy\n", "mine.yaml, line 2: Value 'heavy'"),
-        ("optimizer/mine.yaml", "optim: x\n\nweight_decai: 1\n", "mine.yaml, line 3: Key 'weight_decai'"),
-        ("optimizer/mine.yaml", "optim: ${nowhere}\n", "optimizer.optim: Interpolation key 'nowhere' not found"),
-        ("sweep/mine.yaml", "# @package _global_\nbatch_size: two\n", "mine.yaml, line 2: Value 'two'"),
-        ("sweep/mine.yaml", PRESET.format("points: batch_size=1"), "mine.yaml, line 5"),
-        ("sweep/mine.yaml", PRESET.format("params: batch_size=1"), "mine.yaml, line 5"),
-        ("sweep/mine.yaml", PRESET.format("points: [a b]"), "'a' has no value"),
-        ("sweep/mine.yaml", PRESET.format("points: ['seed=\"1']"), "can't be split"),
-        ("sweep/mine.yaml", PRESET.format("params: {batch_size: [1, 2]}"), "batch_size=[1,2]"),
-        ("sweep/mine.yaml", "# @package _global_\ndefaults: 3\n", "'sweep/mine', defaults must be a list"),
+        *(pytest.param([], *fault, id=f"trial-{fault[2]}") for fault in FAULTS_IN_YAML),
+        *(pytest.param(SWEEP, *fault, id=f"sweep-{fault[2]}") for fault in FAULTS_IN_YAML[::4]),
+        *(
+            pytest.param(SWEEP, *f, id=f"sweep-{f[2]}", marks=pytest.mark.nightly)
+            for f in FAULTS_IN_YAML
+            if f not in FAULTS_IN_YAML[::4]
+        ),
     ],
 )
-@pytest.mark.parametrize("mode", [[], ["-m", "seed=1,2"]], ids=["trial", "sweep"])
 def test_a_fault_in_a_yaml_names_the_file_and_the_line(
     typed: Type, tmp_path: Path, mode: list[str], file: str, content: str | bytes, why: str
 ) -> None:

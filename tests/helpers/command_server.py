@@ -4,6 +4,8 @@ Starting Python and importing torch, transformers and MLflow takes ten seconds o
 looks at a trial's record, tables or messages learns nothing from them. The child differs from `python -m` in its
 imports alone: it runs the same module as `__main__`, in its own folder, with its own pipes, and ends as an interpreter
 ends.
+
+The workers of pytest-xdist share the server of the process that started them.
 """
 
 import atexit
@@ -20,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,11 +31,24 @@ from typing import NoReturn
 
 from unsynced_stores import leave_stores_unsynced
 
-_READ_LATE = {"COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES"}
+_READ_LATE = {
+    *("COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"),
+    *("CXX", "TORCHINDUCTOR_CACHE_DIR"),  # by what is looked at before a worker is asked for; torch reads CXX early
+}
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
+ADDRESS = "LORA_LAB_TESTS_SERVER"
+"""Where the workers of pytest-xdist find the server that they share: the name of an abstract socket."""
 
 _MESSAGE_BYTES = 1 << 20
+
+_OFTEN = (
+    (),
+    ("model=tiny", "measure=quick"),
+    ("model=tiny", "data=random_tokens", "measure=quick"),
+    ("precision=fp32", "method=lora", "model=tiny", "data=random_tokens", "measure=quick"),
+)
+"""Options that most tests choose."""
 
 
 class CommandServer:
@@ -45,10 +61,21 @@ class CommandServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
+    def share(self) -> None:
+        """Start the server, which imports nothing before the first of this process's children asks for something."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            os.environ[ADDRESS] = f"lora_lab-tests-{os.getpid()}"
+            listener.bind(f"\0{os.environ[ADDRESS]}")
+            listener.listen()
+            self._start(listener)
+
     def serves(self, variables: Mapping[str, str]) -> bool:
         """Whether a command with these variables of its own may be forked: libraries read some while being imported."""
         return all(
-            name in _READ_LATE or name.startswith(_FAKE_DRIVER) or self.environment.get(name) == value
+            name in _READ_LATE
+            or name.startswith(_FAKE_DRIVER)
+            or self.environment.get(name) == value
+            or (name == "PYTHONPATH" and value.endswith(self.environment.get(name, "")))
             for name, value in variables.items()
         )
 
@@ -59,23 +86,35 @@ class CommandServer:
         pipes = [os.pipe() for _ in ("status", "out", "err")]
         reads = [read for read, _ in pipes]
         self._ask(module, arguments, cwd, environment, [write for _, write in pipes])
+        pid = int(_word(reads[0]))
         try:
             status, out, err = _read_all(reads, seconds)
         except TimeoutError:
-            self.stop()
+            os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired([module, *arguments], seconds) from None
         finally:
             for read in reads:
                 os.close(read)
-        words = status.split()
-        if len(words) != 2:
+        if not status:
             raise RuntimeError(f"the command server ended while {module} ran:\n{err.decode()}")
-        return int(words[1]), out.decode(), err.decode()
+        return int(status), out.decode(), err.decode()
 
-    def start(self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> "Running":
-        """Start `python -m module arguments` in a session of its own, its errors among its output."""
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: Mapping[str, str],
+        kept: Sequence[int] = (),
+    ) -> "Running":
+        """Start `python -m module arguments` in a session of its own, its errors among its output.
+
+        Args:
+            kept: descriptors that it has too, under the same numbers.
+        """
         (status, status_end), (out, out_end) = os.pipe(), os.pipe()
-        self._ask(module, arguments, cwd, environment, [status_end, out_end, out_end], closed=[status_end, out_end])
+        ends = [status_end, out_end, out_end]
+        self._ask(module, arguments, cwd, environment, ends, closed=[status_end, out_end], kept=kept)
         return Running(status, out)
 
     def _ask(
@@ -86,36 +125,48 @@ class CommandServer:
         environment: Mapping[str, str],
         ends: Sequence[int],
         closed: Sequence[int] | None = None,
+        kept: Sequence[int] = (),
     ) -> None:
         """Have the server fork a command that writes to these ends of pipes, and close them here."""
-        if self._process is None:
-            self._start()
+        if self._socket is None:
+            self._connect()
         assert self._socket is not None
         request = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
-        socket.send_fds(self._socket, [json.dumps(request | {"session": closed is not None}).encode()], ends)
+        request |= {"session": closed is not None, "kept": list(kept)}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [*ends, *kept])
         for end in ends if closed is None else closed:
             os.close(end)
 
     def stop(self) -> None:
-        """End the server and the command that it runs."""
-        if self._process is not None and self._socket is not None:
+        """End the server and the commands that it runs, or leave the one that is shared."""
+        if self._socket is not None:
             self._socket.close()
+            self._socket = None
+        if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
+    def _connect(self) -> None:
+        if ADDRESS in os.environ:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.connect(f"\0{os.environ[ADDRESS]}")
+        else:
+            self._start()
+
+    def _start(self, *listeners: socket.socket) -> None:
         from lora_lab.trial.variables import of_server
 
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            descriptors = [theirs.fileno(), *(listener.fileno() for listener in listeners)]
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, *map(str, descriptors)],
                 env={**self.environment, **{name: value for name, value in of_server().items() if value is not None}},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 start_new_session=True,
             )
 
@@ -195,41 +246,62 @@ def _import_everything() -> None:
     import hydra._internal.core_plugins.basic_sweeper
     import hydra._internal.core_plugins.file_config_source  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    import sqlalchemy.orm
 
     import lora_lab.sweep.sweeper
     import lora_lab.worker.preload  # noqa: F401
+    from lora_lab.composition import command, compose
     from lora_lab.store import local_store
     from lora_lab.store.environment import environment
 
-    for command in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
-        importlib.import_module(command)
-        del sys.modules[command]  # it is to be run
+    for name in ("lora_lab.best", "lora_lab.recompute", "lora_lab.report.__main__"):
+        importlib.import_module(name)
+        del sys.modules[name]  # it is to be run
     environment()
+    compose.register_schema()
+    for words in _OFTEN:
+        command._composed(words, ())  # what most trials' commands are compared with
     leave_stores_unsynced()
+    sqlalchemy.orm.configure_mappers()
     local_store.LOCKED_SECONDS = 0.5  # tests lock a store for a whole sweep; each delivery waits
     gc.collect()
     gc.freeze()
 
 
-def _serve(requests: socket.socket) -> dict[str, object]:
-    """Fork a child per request, and say its pid and how it ended; returns in the child, with its request."""
+def _serve(tests: socket.socket, listener: socket.socket | None) -> dict[str, object]:
+    """Fork a child per request, and say its pid and how it ended; returns in the child, with its request.
+
+    Args:
+        tests: closed by the process that started the server when the tests are over; it may ask for commands too.
+        listener: where its children connect to ask for commands.
+    """
+    asking = [tests]
+    listening = [listener] if listener else []
     running: dict[int, tuple[int, int]] = {}  # by the descriptor that becomes readable with its end: pid, status pipe
     while True:
-        for ready in select.select([requests, *running], [], [])[0]:
-            if ready is not requests:
+        for ready in select.select([*asking, *listening, *running], [], [])[0]:
+            if ready in listening:
+                asking.append(ready.accept()[0])
+                continue
+            if ready in running:
                 pid, status = running.pop(ready)
                 _, how = os.waitpid(pid, 0)
                 _say(status, os.waitstatus_to_exitcode(how))
                 os.close(ready)
                 os.close(status)
                 continue
-            message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
+            message, descriptors, _, _ = socket.recv_fds(ready, _MESSAGE_BYTES, 16)
+            if ready is tests and not message:
+                raise SystemExit(0)
             if not message:
-                raise SystemExit(0)  # the tests are over
-            status, out, err = descriptors
+                asking.remove(ready)
+                ready.close()
+                continue
+            status, out, err, *kept = descriptors
             pid = os.fork()
             if pid == 0:
-                requests.close()
+                for each in (*asking, *listening):
+                    each.close()
                 os.close(status)
                 for watched, (_, other) in running.items():
                     os.close(watched)
@@ -238,11 +310,12 @@ def _serve(requests: socket.socket) -> dict[str, object]:
                     os.dup2(descriptor, standard)
                     os.close(descriptor)
                 request = dict(json.loads(message))
+                _renumber(kept, request["kept"])
                 if request["session"]:
                     os.setsid()
                 return request
-            os.close(out)
-            os.close(err)
+            for descriptor in (out, err, *kept):
+                os.close(descriptor)
             _say(status, pid)
             running[os.pidfd_open(pid)] = (pid, status)
 
@@ -282,17 +355,23 @@ def _become_server_of_workers(requests: socket.socket) -> None:
         os._exit(0)  # the command needed no worker
     requests.close()
     request = json.loads(message)
-    above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
-    for descriptor in received:
-        os.close(descriptor)
-    for descriptor, number in zip(above, request["descriptors"], strict=True):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
+    _renumber(received, request["descriptors"])
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    exec(request["code"], {})
-    raise SystemExit(0)
+    with contextlib.suppress(SystemExit):  # how multiprocessing's server ends
+        exec(request["code"], {})
+    _leave(0)
+
+
+def _renumber(received: Sequence[int], numbers: Sequence[int]) -> None:
+    """Have these descriptors under the numbers that they have where they come from."""
+    above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 512) for descriptor in received]
+    for descriptor in received:
+        os.close(descriptor)
+    for descriptor, number in zip(above, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
 
 
 def _fork_instead_of_spawning(spare: _Spare) -> None:
@@ -310,25 +389,45 @@ def _fork_instead_of_spawning(spare: _Spare) -> None:
     util.spawnv_passfds = start  # type: ignore[assignment]
 
 
+def _take_from_path(path: Sequence[str]) -> None:
+    """Have what lies in folders that the server's PYTHONPATH lacks stand for modules that it has imported, and run what
+    an interpreter runs at its start: tests/fakes."""
+    before = [folder for folder in path if folder and folder not in sys.path]
+    sys.path[1:1] = before
+    for file in (file for folder in before for file in Path(folder).glob("*.py")):
+        stale = sys.modules.pop(file.stem, None)
+        if stale is not None or file.stem == "sitecustomize":
+            fresh = importlib.import_module(file.stem)
+            for module in list(sys.modules.values()):
+                if stale is not None and vars(module).get(file.stem) is stale:
+                    setattr(module, file.stem, fresh)
+
+
 def _main() -> None:
+    tests, *listeners = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    select.select([tests, *listeners], [], [])
     _import_everything()
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        assert threading.active_count() == 1, "a server with threads must not fork"
-        request = _serve(requests)
+    assert threading.active_count() == 1, "a server with threads must not fork"
+    request = _serve(tests, listeners[0] if listeners else None)
     sys.path[0] = str(request["cwd"])
     os.chdir(str(request["cwd"]))
+    environment = dict(request["environment"])  # type: ignore[call-overload]
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # it is asked for while things are imported, and each worker of pytest-xdist has its own
+    _take_from_path(environment.get("PYTHONPATH", "").split(os.pathsep))
     spare = _Spare()
     _fork_instead_of_spawning(spare)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(request["environment"])  # type: ignore[arg-type]
     sys.argv[1:] = request["arguments"]  # type: ignore[assignment]
+    code: str | int | None = 0
     try:
         runpy.run_module(str(request["module"]), run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        if isinstance(end.code, str):
+        code = end.code
+        if isinstance(code, str):
             raise
-        _leave(end.code or 0)
+    _leave(code or 0)
 
 
 def _leave(code: int) -> NoReturn:

@@ -206,6 +206,7 @@ def test_a_server_that_stops_midway_costs_nothing(tmp_path: Path) -> None:
         runs = list(client.search_runs([client.get_experiment_by_name("shared").experiment_id]))
         assert len(runs) == 5
         refuse_half_a_sweep(client, runs)
+        assert not (tmp_path / "mlruns").exists()
 
 
 def test_a_database_deleted_midway_costs_nothing(tmp_path: Path, empty_store: Path) -> None:

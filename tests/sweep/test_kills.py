@@ -1,6 +1,6 @@
 """SIGKILL at random instants of a sweep, then the same command again: nothing is lost and nothing is there twice.
 
-`--kills N` sets how many instants (1 by default); each is a test of its own.
+`--nightly --kills N` sets how many instants; each is a test of its own.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import KILLS, give_store, store_of, until
+from conftest import KILLS, give_store, lab_in, started, store_of, until
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 SEED = 20
 RATES = ("1e-4", "2e-4", "3e-4", "4e-4", "5e-4")
 SWEEP = ("-m", "model=tiny", "measure=quick", "seq_len=32", "data=random_tokens", "data.rows=16", "measure.steps=1")
-COMMAND = (sys.executable, "-m", "lora_lab", *SWEEP, f"learning_rate={','.join(RATES)}")
+COMMAND = (*SWEEP, f"learning_rate={','.join(RATES)}")
 MARKER = "LORA_LAB_TEST"
 """In the environment of every process of a round."""
 LONGEST_SECONDS = 200
@@ -92,7 +92,7 @@ class Round:
         own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", MARKER: self.mark, "TMPDIR": str(self.temporary)}
         with (self.folder / "said.txt").open("ab") as said:
             return subprocess.Popen(
-                [*COMMAND, *more],
+                [sys.executable, "-m", "lora_lab", *COMMAND, *more],
                 cwd=self.folder,
                 env={**os.environ, **own},
                 stdout=said,
@@ -193,6 +193,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("number", range(metafunc.config.getoption("--kills")))
 
 
+@pytest.mark.nightly
 def test_a_sweep_killed_at_any_instant_is_taken_up_where_it_stopped(
     number: int, round_: Round, empty_store: Path
 ) -> None:
@@ -213,13 +214,17 @@ def test_a_sweep_killed_at_any_instant_is_taken_up_where_it_stopped(
     until(lambda: not round_.processes(), "the end of every process of the round", seconds=60)
 
 
-def test_a_sweep_killed_after_its_last_trial_is_finished_by_the_next_start(round_: Round, empty_store: Path) -> None:
-    give_store(round_.folder, empty_store)
-    sweep = round_.start()
-    round_.kill_at(sweep, Instant("a record", 0), len(RATES))
-    assert sweep.wait(LONGEST_SECONDS) == -signal.SIGKILL, told(round_)
-    assert round_.start("resume=true").wait(LONGEST_SECONDS) == 0, told(round_)
-    refuse_losses(round_)
+def test_a_sweep_killed_after_its_last_trial_is_finished_by_the_next_start(tmp_path: Path, empty_store: Path) -> None:
+    give_store(tmp_path, empty_store)
+    count = SEEN["a record"][0]
+    with started(tmp_path, *COMMAND) as sweep:
+        until(lambda: count(tmp_path) == len(RATES), "the last record", pause=0.002)
+        sweep.kill()
+        assert sweep.wait() == -signal.SIGKILL
+    resumed = lab_in(tmp_path)(*COMMAND, "resume=true")
+    (tmp_path / "said.txt").write_text(resumed.text)
+    assert resumed.code == 0, resumed.text
+    refuse_losses(Round(tmp_path, tmp_path))
 
 
 def told(round_: Round) -> str:

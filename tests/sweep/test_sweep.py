@@ -438,10 +438,17 @@ def test_a_sweep_of_which_nothing_could_finish_says_so_by_its_exit_code(lab: Lab
     assert [record["outcome"] for record in records_in(tmp_path)] == ["unsupported"] * 2
 
 
-def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(tmp_path: Path) -> None:
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+"""Each of its two processes imports everything, and so does the server of each one's workers: 20 s of a core."""
+
+
+@pytest.mark.parametrize("launcher", [(), pytest.param(JOBLIB, marks=pytest.mark.nightly)], ids=["alone", "joblib"])
+def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(
+    tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
     """Two sweeps in an empty folder, one of them with two trials at a time."""
-    sizes = {("1", "2", "4"): ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), ("3", "5"): ()}
-    commands = [("-m", *launcher, *FAST, f"batch_size={','.join(some)}") for some, launcher in sizes.items()]
+    sizes = {("1", "2", "4"): launcher, ("3", "5"): ()}
+    commands = [("-m", *more, *FAST, f"batch_size={','.join(some)}") for some, more in sizes.items()]
     with contextlib.ExitStack() as stack:
         both = [stack.enter_context(started(tmp_path, *command)) for command in commands]
         said = [process.communicate()[0] for process in both]

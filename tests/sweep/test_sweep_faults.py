@@ -223,15 +223,15 @@ def test_what_was_measured_before_the_end_is_kept(harmed: Look) -> None:
 
 
 def test_no_worker_is_left_behind(harmed: Look) -> None:
-    until(lambda: not still_there(harmed.folder / "sabotage.json"), "the end of every process", seconds=30)
+    until(lambda: not still_there(harmed.folder), "the end of every process", seconds=30)
 
 
-def still_there(plan: Path) -> list[psutil.Process]:
-    """Processes that have inherited the saboteur's plan; a dead one has no environment."""
+def still_there(folder: Path) -> list[psutil.Process]:
+    """Processes that were started in this folder; a dead one is nowhere."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SABOTAGE") == str(plan):
+            if process.cwd() == str(folder):
                 found.append(process)
     return found
 

@@ -74,6 +74,15 @@ def worker() -> Iterator[Any]:
         started.join()
 
 
+def test_the_start_method_that_joblib_sets_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "loky")
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda method, **_: chosen.append(method))
+    monkeypatch.setattr(forkserver.forkserver, "ensure_running", lambda: None)
+    forkserver.prepare()
+    assert chosen == ["forkserver"], "Python can't start a process by a method that it does not know"
+
+
 def test_a_server_that_is_stopped_is_replaced(worker: Any, no_interrupt: Connection) -> None:
     before = stopped_server()
     assert forkserver.start(worker, no_interrupt, SECONDS) == ""

@@ -1,5 +1,5 @@
-"""Runs trials one after another in a process of its own: the folder and the overrides of each, as JSON, are its
-argument; what they said goes to FOLDER/NUMBER.jsonl."""
+"""Runs trials one after another in one process: the folder and the overrides of each, as JSON, are its arguments; what
+they said goes to FOLDER/NUMBER.jsonl."""
 
 import json
 import os
@@ -9,8 +9,6 @@ from pathlib import Path
 
 def main() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")  # two such processes share two cores
-    os.environ.pop("TORCHINDUCTOR_VEC_ISA_OK", None)  # vectors, as users have them
     from hydra import compose, initialize_config_dir
 
     from lora_lab.composition.compose import CONF, load, register_schema

@@ -1,13 +1,12 @@
 """engine=compile in whole trials on the CPU: it trains as engine=eager does, and compiles nothing while it trains."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compiles
+from conftest import compiles, lab_in
 
 from lora_lab.events import Compiled, Ended, EngineDone, Evaluated, Event, Ran, Step, Warned, decode
 
@@ -40,25 +39,16 @@ NAMES = ["qlora", pytest.param("selective", marks=pytest.mark.nightly)]
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Said:
-    """What eager and compile said in each case; two processes share the work and torch's own cache of kernels."""
-    folder = tmp_path_factory.mktemp("compiled")
-    running = []
-    for names in [["qlora"], *([["selective"]] if request.config.getoption("--nightly") else [])]:
-        home = folder / names[0]
-        home.mkdir()
-        trials = []
-        for name in names:
-            trials += [[*COMMON, *CASES[name], f"engine={kind}"] for kind in ("eager", "compile")]
-        script = str(Path(__file__).parent / "engine_trials.py")
-        command = [sys.executable, script, str(home), json.dumps(trials)]
-        with (home / "log").open("w") as log:
-            running.append((names, home, subprocess.Popen(command, cwd=home, stdout=log, stderr=log)))
+    """What eager and compile said in each case."""
     found: Said = {}
-    for names, home, process in running:
-        assert process.wait(timeout=280) == 0, (home / "log").read_text()[-4000:]
-        for number, name in enumerate(names):
-            files = [home / f"{2 * number + i}.jsonl" for i in (0, 1)]
-            found[name] = [[decode(line) for line in file.read_text().splitlines()] for file in files]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    for name in ["qlora", *(["selective"] if request.config.getoption("--nightly") else [])]:
+        home = tmp_path_factory.mktemp(name)
+        trials = [[*COMMON, *CASES[name], f"engine={kind}"] for kind in ("eager", "compile")]
+        said = lab_in(home, "engine_trials")(str(home), json.dumps(trials), PYTHONPATH=path)
+        assert said.code == 0, said.text[-4000:]
+        files = [home / f"{number}.jsonl" for number in (0, 1)]
+        found[name] = [[decode(line) for line in file.read_text().splitlines()] for file in files]
     return found
 
 

@@ -74,6 +74,7 @@ def test_loss_and_gradients_are_pefts(kind: str, packed: bool, width: int) -> No
 
 
 @compiles
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("values", [4, 2], ids=["whole blocks of scales", "blocks across layers"])
@@ -107,7 +108,7 @@ def test_packed_weights_lie_in_one_and_stay_what_they_were(nested: bool, values:
 
 @compiles
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("ways", "traced")
 def test_one_compilation_serves_all_layers() -> None:
     took = []
     batch = padded([40, 33], 40)
@@ -129,6 +130,7 @@ def test_one_compilation_serves_all_layers() -> None:
 
 
 @compiles
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("compiled", [False, True])

@@ -181,7 +181,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+BY_NIGHT = {"bf16", "fp32, four micro-batches", "clipped", "cosine", "fused", "weight decay", "chunked, evaluated"}
+"""Each of their settings is in another case or test too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if name in BY_NIGHT else []) for name in CASES]
+)
 def test_training_is_bit_for_bit_that_of_an_untouched_model(tmp_path: Path, name: str) -> None:
     eager = run(tmp_path / "eager", False, **CASES[name])
     static = run(tmp_path / "static", True, **CASES[name])

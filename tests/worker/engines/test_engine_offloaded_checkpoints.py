@@ -46,6 +46,7 @@ def test_loss_and_gradients_are_those_without(kind: str) -> None:
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_layers_are_still_compiled() -> None:
     made, plain = offloaded(compiled=True), adapted(num_hidden_layers=4)
     assert all(map(is_compiled, decoder_layers(made)))
