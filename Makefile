@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Some images forbid Python to keep what it compiled. Every process would then compile torch and all the rest for itself.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: run test check clean
 
