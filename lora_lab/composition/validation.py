@@ -179,7 +179,7 @@ def _train_faults(config: TrialConfig) -> list[str]:
     elif train.max_steps is not None and 1 <= train.warmup >= train.max_steps:
         found.append(
             f"train.warmup={train.warmup:g} steps is not shorter than the job, train.max_steps={train.max_steps}: the "
-            f"learning rate would never reach learning_rate={config.learning_rate:g}. Use fewer; train.warmup=0 has none."
+            f"learning rate would never reach learning_rate={config.learning_rate:g}. Use fewer, or train.warmup=0."
         )
     for name, what in (
         ("warmup", "a part of the job (below 1)"),
