@@ -35,7 +35,8 @@ def too_long_a_warm_up(config: TrialConfig) -> None:
 
 
 def more_evaluations_than_steps(config: TrialConfig) -> None:
-    config.train = TrainConfig(epochs=3.0, warmup=0, eval_every=0.5, checkpoint_every=0.5)
+    config.data.rows, config.batch_size = 8, 2
+    config.train = TrainConfig(epochs=3.0, warmup=0, eval_every=0.25, checkpoint_every=0.25)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ def test_a_part_of_an_epoch_comes_that_often_and_at_each_epochs_end(per_epoch: i
     )
 
 
+def test_an_epoch_of_one_step_has_no_parts() -> None:
+    made = plan(1, epochs=3.0)
+    assert [step for step in range(1, 4) if made.evaluates_after(step)] == [1, 2, 3]
+
+
 def test_above_1_are_steps() -> None:
     made = plan(100, epochs=1.0, eval_every=30.0, checkpoint_every=2.0)
     assert [step for step in range(1, 101) if made.evaluates_after(step)] == [30, 60, 90]
