@@ -44,7 +44,7 @@ class Job:
 
         Raises: Diverged for a spike after which the job stops."""
         self._checkpoints.remove_torn()
-        checkpoint = self._first_checkpoint() if self._trial.config.resume else None
+        checkpoint = self._first_checkpoint()
         plan = self._plan
         self._trial.emit(JobPlanned(t=time.monotonic(), steps=plan.steps, steps_per_epoch=plan.steps_per_epoch))
         while True:
@@ -62,6 +62,9 @@ class Job:
             self._trainer.save_start()
 
     def _first_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from; None to start from the beginning."""
+        if not (self._trial.config.resume and self._checkpoints.are_of_earlier):
+            return None
         found = self._checkpoints.newest()
         if found is None:
             self._trial.warn("no complete checkpoint was found: the job starts from the beginning")
