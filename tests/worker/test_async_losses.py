@@ -1,5 +1,6 @@
 """Losses on their way out, and the watch over them."""
 
+import json
 import math
 import random
 import re
@@ -110,12 +111,37 @@ def test_the_threshold_is_the_one_that_was_set() -> None:
     assert watched(losses, spike=3.5) is None
 
 
+@given(losses=st.lists(st.floats(0, 9), min_size=12, max_size=60), cut=st.integers(0, 60))
+def test_a_watch_goes_on_from_what_another_had_seen(losses: list[float], cut: int) -> None:
+    first, second = DivergenceWatch(SPIKE), DivergenceWatch(SPIKE)
+    for step, loss in enumerate(losses, 1):
+        if step == cut + 1:
+            second.restore(json.loads(json.dumps(first.state())))
+        said: list[bool] = []
+        for watch in (first, second) if step > cut else (first,):
+            try:
+                watch.see(step, loss)
+                said.append(False)
+            except Diverged:
+                said.append(True)
+        assert len(set(said)) == 1
+        if said[0]:
+            return
+
+
 COUNTS = TokenCounts(2, 64, 50, 20)
+
+
+def test_more_steps_than_there_is_memory_for_arrive_all_the_same() -> None:
+    relay = LossRelay(torch.device("cpu"))
+    for step in range(1, 3001):
+        relay.push(step, torch.tensor(float(step)), COUNTS)
+    assert [(record.step, record.loss) for record in relay.arrived()] == [(n, float(n)) for n in range(1, 3001)]
 
 
 @given(losses=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), data=st.data())
 def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float], data: st.DataObject) -> None:
-    relay = LossRelay(torch.device("cpu"), len(losses))
+    relay = LossRelay(torch.device("cpu"))
     arrived: list[Step] = []
     for step, loss in enumerate(losses, 1):
         tensor = torch.tensor(loss)
@@ -132,7 +158,7 @@ def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float],
 
 
 def test_a_step_takes_the_time_since_the_one_before() -> None:
-    relay = LossRelay(torch.device("cpu"), 5)
+    relay = LossRelay(torch.device("cpu"))
     for step in range(1, 6):
         relay.push(step, torch.tensor(1.0), COUNTS)
     records = relay.arrived()
@@ -143,7 +169,7 @@ def test_a_step_takes_the_time_since_the_one_before() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_loss_that_is_no_number_arrives_as_such_in_any_format(dtype: torch.dtype) -> None:
-    relay = LossRelay(torch.device("cpu"), 2)
+    relay = LossRelay(torch.device("cpu"))
     relay.push(1, torch.tensor(math.nan, dtype=dtype), COUNTS)
     relay.push(2, torch.tensor(math.inf, dtype=dtype), COUNTS)
     nan, inf = relay.arrived()
@@ -156,7 +182,7 @@ def test_a_step_that_a_grad_scaler_skipped_is_seen_also_with_fused_optimizers(fu
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    relay = LossRelay(torch.device("cpu"), 2, first_scale=scaler.get_scale())
+    relay = LossRelay(torch.device("cpu"), first_scale=scaler.get_scale())
     for step, factor in enumerate((1.0, math.inf), 1):
         scaler.scale((weight * factor).sum()).backward()
         scaler.step(optimizer)
