@@ -15,11 +15,13 @@ from lora_lab.options import (
     DType,
     EngineKind,
     Isolation,
+    Layout,
     ModelSource,
     OnSpike,
     Quantization,
     Schedule,
     TrackingKind,
+    TrainOn,
     Weights,
 )
 from lora_lab.secrets import without_secrets
@@ -114,15 +116,6 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ColumnsConfig:
-    """Names of the columns that hold a row's text (Alpaca's by default)."""
-
-    instruction: str = setting("instruction", "column of the question")
-    input: str = setting("input", "column of an optional context; a row may lack it")
-    output: str = setting("output", "column of the answer")
-
-
-@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The rows to train on and how they are laid out in batches."""
 
@@ -133,7 +126,17 @@ class DataConfig:
     rows: int | None = setting(
         None, "use only the first rows; for random_tokens, how many rows to make", above=0, most=10**9
     )
-    columns: ColumnsConfig = setting(factory=ColumnsConfig)
+    layout: Layout = setting(
+        Layout.auto, "kind of row: chat, instruct, completion or text; auto finds it from the columns"
+    )
+    map: dict[str, str] = setting(
+        factory=dict,
+        help="columns of other names, for example {instruction: question, output: answer}; also messages, input, "
+        "prompt, completion, text",
+    )
+    train_on: TrainOn = setting(
+        TrainOn.answers, "what of a conversation is trained: answers (every one), last_answer or everything"
+    )
     holdout: float = setting(
         0.1, "share of the rows that is never trained on; which rows does not depend on `seed`", above=0, below=1
     )

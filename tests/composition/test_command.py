@@ -83,7 +83,7 @@ SETTINGS = [
     st.tuples(st.just("measure"), st.just("quick")),
     st.tuples(st.just("measure.steps"), st.integers(1, 100)),
     st.tuples(st.just("measure.price_per_kwh"), st.just(0.3)),
-    st.tuples(st.just("data.columns.output"), st.sampled_from(["answer", "'the answer'", "2"])),
+    st.tuples(st.just("data.map"), st.sampled_from(["{output: answer}", "{output: 'the answer'}", "{text: '2'}"])),
     st.tuples(st.just("seed"), st.integers(0, 9)),
     st.tuples(st.just("timeout_minutes"), st.integers(1, 9)),
     st.tuples(st.just("tracking"), st.just("none")),

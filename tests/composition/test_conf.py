@@ -270,7 +270,7 @@ def test_the_helps_examples_compose(command: str) -> None:
         ("+batchsize=2", "batch_size"),
         ("+method.rnk=8", "method.rank"),
         ("+model.package.versoin=1", "model.package.version"),
-        ("+data.columns.respnse=a", "data.columns"),
+        ("+data.columns.output=a", "data.map"),
     ],
 )
 def test_an_appended_typo_is_refused_and_the_right_key_named(override: str, near: str) -> None:
