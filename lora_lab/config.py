@@ -4,7 +4,7 @@ Plain data: the worker reads it without Hydra and the parent without torch. `lor
 from the yaml files under conf/.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_lab.options import (
@@ -116,6 +116,24 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class MapConfig:
+    """Names of the columns that hold a row's parts, where they are not the usual ones."""
+
+    messages: str | None = setting(None, "column of a conversation's messages")
+    instruction: str | None = setting(None, "column of the question")
+    input: str | None = setting(None, "column of an optional context of the question; a row may lack it")
+    output: str | None = setting(None, "column of the answer")
+    prompt: str | None = setting(None, "column of the text that is only read, before a completion")
+    completion: str | None = setting(None, "column of the text that is trained after a prompt")
+    text: str | None = setting(None, "column of plain text")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Return the parts whose columns are named."""
+        return {part: column for part, column in asdict(self).items() if column is not None}
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The rows to train on and how they are laid out in batches."""
 
@@ -129,11 +147,7 @@ class DataConfig:
     layout: Layout = setting(
         Layout.auto, "kind of row: chat, instruct, completion or text; auto finds it from the columns"
     )
-    map: dict[str, str] = setting(
-        factory=dict,
-        help="columns of other names, for example {instruction: question, output: answer}; also messages, input, "
-        "prompt, completion, text",
-    )
+    map: MapConfig = setting(factory=MapConfig)
     train_on: TrainOn = setting(
         TrainOn.answers, "what of a conversation is trained: answers (every one), last_answer or everything"
     )

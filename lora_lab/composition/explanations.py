@@ -27,7 +27,7 @@ COMPOSITION_ERRORS = (
 )
 """Errors that Hydra and OmegaConf raise for an odd command line or yaml; they check little before they use it."""
 
-_OPEN = ("optimizer.args", "model.architecture", "data.map", "hydra.sweeper.params")
+_OPEN = ("optimizer.args", "model.architecture", "hydra.sweeper.params")
 """Dictionaries that take any keys."""
 
 

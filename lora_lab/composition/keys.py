@@ -32,7 +32,7 @@ _ELSEWHERE = {
     "bf16": "precision=bf16",
     "fp16": "precision=fp16",
     "dataset": "data.path",
-    "columns": "data.map={instruction: question, output: answer}",
+    "columns": "data.map",
     "model_name_or_path": "model.path",
 }
 """What other trainers call a setting, where the spelling alone would not lead to ours."""

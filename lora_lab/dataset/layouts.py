@@ -1,5 +1,6 @@
 """Recognise by its columns how a record holds a row, and turn it into one."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def format_of(record: object, data: DataConfig) -> Format | None:
     Raises: InvalidInput for data of another kind of training."""
     if not isinstance(record, dict):
         return None
-    if data.map:
+    if data.map.named:
         return _mapped(data)
     for columns, what in _UNSUPPORTED if data.layout is Layout.auto else ():
         if set(columns) <= record.keys():
@@ -94,25 +95,25 @@ def format_of(record: object, data: DataConfig) -> Format | None:
 
 
 def _mapped(data: DataConfig) -> Format:
-    """Return the format that data.map makes, of the given layout or of the first that has all of its names."""
+    """Return the format that data.map makes, of the given layout or of the first that has all of its parts."""
+    named = data.map.named
     layouts = PARTS if data.layout is Layout.auto else (data.layout,)
-    layout = next(layout for layout in layouts if set(data.map) <= set(PARTS[layout]))
+    layout = next(layout for layout in layouts if named.keys() <= {*PARTS[layout]})
     usual = next(each for each in FORMATS if each.layout is layout)
-    # data.map={instruction: input} leaves the usual name of the context behind; nothing is to stand there twice
-    left = {part: name for part, name in usual.columns.items() if part in data.map or name not in data.map.values()}
-    return Format("data.map", layout, left | data.map)
+    # data.map.instruction=input leaves the usual name of the context behind; nothing is to stand there twice
+    left = {part: column for part, column in usual.columns.items() if part in named or column not in named.values()}
+    return Format("data.map", layout, left | named)
 
 
 def map_fault(data: DataConfig) -> str:
     """Say what is wrong with data.map; empty when nothing is."""
+    named = data.map.named
     layouts = [layout for layout in PARTS if data.layout in (Layout.auto, layout)]
-    if data.map and not any(set(data.map) <= set(PARTS[layout]) for layout in layouts):
+    if named and not any(named.keys() <= {*PARTS[layout]} for layout in layouts):
         known = "; ".join(f"{layout.name}: {', '.join(PARTS[layout])}" for layout in layouts)
-        return f"data.map names {', '.join(data.map)}, and no layout has all of these. The names are, for {known}."
-    twice = [column for column in data.map.values() if list(data.map.values()).count(column) > 1]
-    if twice:
-        return f"data.map gives the column {twice[0]} twice; name two columns."
-    return ""
+        return f"data.map names {', '.join(named)}, and no layout has all of these. The names are, for {known}."
+    twice = next((column for column, count in Counter(named.values()).items() if count > 1), None)
+    return f"data.map gives the column {twice} twice; name two columns." if twice is not None else ""
 
 
 def unknown(record: object, data: DataConfig) -> str:

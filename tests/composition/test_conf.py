@@ -28,7 +28,7 @@ ACROSS = {"capacity", "sweep"}
 NEEDED = {
     ("model", "hub"): ["model.id=owner/name"],
     ("model", "local"): ["model.path=folder"],
-    ("data", "jsonl"): ["data.path=rows.jsonl"],
+    **{("data", layout): ["data.path=rows.jsonl"] for layout in ("jsonl", "chat", "instruct", "completion", "text")},
     ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
 }
 """What an option cannot know by itself."""

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import DataConfig, InvalidInput, MapConfig
 from lora_lab.dataset.row import Conversation, Row
 from lora_lab.dataset.rows import SHIPPED, Split, check_row_count, heldout_indices, read_jsonl, rows_of, split_rows
 
@@ -35,7 +35,7 @@ def written(folder: Path, *lines: str | bytes) -> Path:
 
 
 def row_of(fields: dict[str, object], **columns: str) -> Row:
-    [row] = rows_of([(1, fields)], DataConfig(map=columns), "rows.jsonl", "line")
+    [row] = rows_of([(1, fields)], DataConfig(map=MapConfig(**columns)), "rows.jsonl", "line")
     return row
 
 
