@@ -1,9 +1,8 @@
 """Chat templates of well-known models, written for these tests after the formats that the models publish.
 
-Source: chat_template in tokenizer_config.json of the named model, and its card. The jinja is our own (Apache-2.0, as the
-rest of the project): it gives the same text for turns of system, user and assistant, and leaves out tools and pictures.
-The formats' owners: ChatML OpenAI; Llama 3 Meta; Mistral Mistral AI (Apache-2.0); Gemma Google; Phi-3 Microsoft (MIT);
-Qwen Alibaba (Apache-2.0); Zephyr Hugging Face (MIT); DeepSeek (MIT).
+Source of each format: the named model's card, and chat_template in its tokenizer_config.json. The jinja is our own and
+has the project's licence (Apache-2.0); no model's file was copied. It gives the same text for turns of system, user and
+assistant, and leaves out tools and pictures. R1's special tokens have plain characters here.
 """
 
 import functools
@@ -48,9 +47,10 @@ CHATML = Published(
 LLAMA_3 = Published(
     "meta-llama/Llama-3.2-1B-Instruct",
     _SYSTEM_APART + "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% endif %}"
-    "{{ bos_token ~ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' ~"
-    " (date_string or today) ~ '\n\n' ~ (system or '') | trim ~ '<|eot_id|>' }}"
-    "{% for m in turns %}{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}"
+    "{{ bos_token ~ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' ~"
+    " 'Today Date: ' ~ (date_string or today) ~ '\n\n' ~ (system or '') | trim ~ '<|eot_id|>' }}"
+    "{% for m in turns %}"
+    "{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "<|eot_id|>",
@@ -69,7 +69,8 @@ MISTRAL = Published(  # the system prompt stands before the question only if tha
 MISTRAL_1 = Published(  # no system prompt; an end of turn that is followed by a space
     "mistralai/Mistral-7B-Instruct-v0.1",
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 is even) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ ' [/INST]' }}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ ' [/INST]' }}"
     "{% else %}{{ m.content ~ eos_token ~ ' ' }}{% endif %}{% endfor %}",
     ("<s>", "</s>"),
     "</s>",
@@ -79,7 +80,8 @@ GEMMA = Published(
     "google/gemma-2-2b-it",
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% set turns = messages %}" + _ALTERNATE + "{% for m in turns %}"
-    "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' ~ m.content | trim ~ '<end_of_turn>\n' }}"
+    "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}"
+    "{{ m.content | trim ~ '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
     ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
     "<eos>",
@@ -108,10 +110,12 @@ QWEN_3 = Published(  # thoughts are left out of answers before the last question
     "{% for m in messages %}{% if m.role != 'assistant' %}"
     + _IM
     + "{% else %}{% set said = m.content %}{% set thought = '' %}"
-    "{% if '</think>' in said %}{% set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% if '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if loop.index0 > at.last and (loop.last or thought) %}"
-    "{{ '<|im_start|>assistant\n<think>\n' ~ thought.strip('\n') ~ '\n</think>\n\n' ~ said.lstrip('\n') ~ '<|im_end|>\n' }}"
+    "{{ '<|im_start|>assistant\n<think>\n' ~ thought.strip('\n') ~ '\n</think>\n\n' }}"
+    "{{ said.lstrip('\n') ~ '<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>assistant\n' ~ said ~ '<|im_end|>\n' }}{% endif %}{% endif %}{% endfor %}" + _IM_ASK,
     ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     "<|im_end|>",
@@ -127,7 +131,8 @@ ZEPHYR = Published(  # the roles' names are plain text
 LLAMA_2 = Published(
     "meta-llama/Llama-2-7b-chat-hf",
     _SYSTEM_APART + _ALTERNATE + "{% for m in turns %}{% if m.role == 'user' %}{{ bos_token ~ '[INST] ' ~ "
-    "('<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n' if loop.first and system is defined else '') ~ m.content | trim ~ ' [/INST]' }}"
+    "('<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n' if loop.first and system is defined else '') ~ "
+    "m.content | trim ~ ' [/INST]' }}"
     "{% else %}{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}",
     ("<s>", "</s>"),
     "</s>",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from lora_lab.dataset.row import Conversation, Passage, Role, Turn
 from lora_lab.options import TrainOn
@@ -144,9 +145,7 @@ FORMATS = {  # what stands before the first turn, a question, an answer
     R1: ("<|begin|>", "<|User|>{}<|Assistant|>", "«{}<|end|>»"),
 }
 SAID = st.one_of(
-    st.sampled_from(
-        ["a", "user", "assistant", "model", "Yes", "Yes", "-", "lora lab answers", "[INST", "</", "system"]
-    ),
+    st.sampled_from(["a", "user", "assistant", "model", "Yes", "-", "lora lab answers", "[INST", "</", "system"]),
     st.text("ab .\nü漢", min_size=1, max_size=12).map(str.strip).filter(bool),
 )
 
@@ -267,9 +266,7 @@ def test_a_passage_has_no_template_and_one_end(train_on: TrainOn, expected: str)
 
 
 def test_a_passage_begins_as_the_tokenizer_begins_a_text() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tokenizer_of.__wrapped__(LLAMA_3)
+    tokenizer = tokenizer_of.__wrapped__(LLAMA_3)  # its own, which is changed
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
