@@ -10,7 +10,6 @@ from typing import Any
 
 from lora_lab.dataset.row import Passage, Row
 
-
 _INVISIBLE = dict.fromkeys([*range(0x21), 0x7F])
 """Spaces and control characters of ASCII, for str.translate."""
 
