@@ -227,7 +227,7 @@ def test_a_base_model_without_a_template_takes_passages_only(tmp_path: Path, row
     tokenizer: Any = tiny_tokenizer()
     tokenizer.chat_template = None
     config = jsonl(tmp_path, [(5, n) for n in range(1, 21)])
-    with pytest.raises(InvalidInput, match="no chat template.*data=completion"):
+    with pytest.raises(InvalidInput, match=r"no chat template.*data=completion"):
         load_examples(config, tokenizer, 272)
     rows = [{name: f"{number} {text}" for name, text in row.items()} for number in range(20)]
     Path(str(config.data.path)).write_text("\n".join(map(json.dumps, rows)))
