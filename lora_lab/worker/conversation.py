@@ -17,6 +17,9 @@ from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.laid_out import LaidOut, Lost, bare, holds, spaceless
 from lora_lab.worker.tokens import encode, tokens_of
 
+_LONGEST_START = 100
+"""Characters of an answer that a prompt may have already."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
@@ -102,6 +105,8 @@ class Conversations:
         opening = template.unused.strip()
         if whole.startswith(prompt):
             final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
+            if spaceless(last.text) not in spaceless(whole[final.start :]):
+                turns[-1] = Turn(Role.assistant, _beyond(prompt, last.text))
         elif opening and last.text.startswith(opening):
             # R1's prompt opens the reasoning itself: an answer that brings its own goes on from there
             rest = last.text.removeprefix(opening).removeprefix(template.unused[len(template.unused.rstrip()) :])
@@ -208,6 +213,13 @@ def _lost(
     seen = plain(read)
     if not holds(seen, others) or not all(text in seen for text in system):
         yield Lost.question
+
+
+def _beyond(prompt: str, answer: str) -> str:
+    """Return an answer without the start that its prompt has already: <think>, where a prompt opens the thoughts."""
+    begun = prompt.rstrip()
+    longest = 0 if answer[0].isalnum() else min(len(answer) - 1, _LONGEST_START)  # a tag, no part of a word
+    return answer[next((size for size in range(longest, 0, -1) if begun.endswith(answer[:size])), 0) :]
 
 
 def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
