@@ -105,8 +105,6 @@ class Conversations:
         opening = template.unused.strip()
         if whole.startswith(prompt):
             final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
-            if spaceless(last.text) not in spaceless(whole[final.start :]):
-                turns[-1] = Turn(Role.assistant, _beyond(prompt, last.text))
         elif opening and last.text.startswith(opening):
             # R1's prompt opens the reasoning itself: an answer that brings its own goes on from there
             rest = last.text.removeprefix(opening).removeprefix(template.unused[len(template.unused.rstrip()) :])
@@ -124,6 +122,9 @@ class Conversations:
             place = self._earlier(turns, turn, whole, found[-1].end if found else 0)
             if place is not None and place.end <= final.start:
                 found.append(place)
+        for each in (*found, final):
+            if spaceless(turns[each.turn].text) not in spaceless(whole[each.start : each.end]):
+                turns[each.turn] = Turn(Role.assistant, _beyond(whole[: each.start], turns[each.turn].text))
         if self._ends_in_text:  # a marker in plain text is trained, but not the space after it
             marker = template.end.rstrip()
             found = [replace(each, end=each.end + len(marker)) for each in found if whole.startswith(marker, each.end)]

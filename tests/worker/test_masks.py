@@ -249,7 +249,9 @@ def test_only_a_start_that_the_prompt_has_may_be_missing_from_an_answer(reply: s
         "{% if add_generation_prompt %}{{ 'assistant\n<think>\n' }}{% endif %}"
     )
     conversations = Conversations(tokenizer)
-    assert (Lost.answer in conversations.lay_out(Conversation((TURNS[0], Turn(Role.assistant, reply)))).lost) == lost
+    said = (TURNS[0], Turn(Role.assistant, reply))
+    for turns in (said, (*said, TURNS[2], Turn(Role.assistant, "Yes."))):
+        assert (Lost.answer in conversations.lay_out(Conversation(turns)).lost) == lost
 
 
 def test_calls_of_tools_are_trained_and_their_results_read() -> None:
