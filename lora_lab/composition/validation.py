@@ -8,6 +8,7 @@ from typing import Any
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
 from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.dataset.layouts import map_fault
 from lora_lab.options import (
     Attention,
     Batching,
@@ -154,10 +155,8 @@ def _data_faults(config: TrialConfig) -> list[str]:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
-    columns = data.columns
-    if columns.instruction == columns.output:
-        return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
-    return []
+    fault = map_fault(data)
+    return [fault] if fault else []
 
 
 def _train_faults(config: TrialConfig) -> list[str]:

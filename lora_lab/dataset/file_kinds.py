@@ -5,7 +5,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from lora_lab.config import ColumnsConfig, InvalidInput
+from lora_lab.config import InvalidInput
 from lora_lab.files import lfs_pointer
 
 _HEAD_BYTES = 4096
@@ -49,7 +49,7 @@ _ICONV = {
 """json's name for an encoding, and iconv's."""
 
 
-def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
+def check_file_kind(path: Path) -> None:
     """Raise InvalidInput, with what to type, unless `path` is a file that begins as text in UTF-8 and is no table."""
     try:
         mode = path.stat().st_mode
@@ -80,7 +80,7 @@ def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
         raise InvalidInput(
             f"data.path={path} is a web page. Where a site shows a file, its own address is often the one named raw."
         )
-    found = _other_kind(path.suffix, head, text, columns)
+    found = _other_kind(path.suffix, head, text)
     if found:
         what, command = found
         raise InvalidInput(
@@ -89,7 +89,7 @@ def check_file_kind(path: Path, columns: ColumnsConfig) -> None:
         )
 
 
-def _other_kind(suffix: str, head: bytes, text: str, columns: ColumnsConfig) -> tuple[str, str] | None:
+def _other_kind(suffix: str, head: bytes, text: str) -> tuple[str, str] | None:
     """Return what the file is and the command that turns it into jsonl; None for what may be jsonl."""
     for first, found in _BY_FIRST_BYTES.items():
         if head.startswith(first):
@@ -100,7 +100,7 @@ def _other_kind(suffix: str, head: bytes, text: str, columns: ColumnsConfig) -> 
     heading = text.partition("\n")[0]
     separator = max(",;\t", key=heading.count)
     cells = {cell.strip().strip('"') for cell in heading.split(separator)}
-    if text[:1] not in ("{", "[") and (suffix in (".csv", ".tsv") or {columns.instruction, columns.output} <= cells):
+    if text[:1] not in ("{", "[") and (suffix in (".csv", ".tsv") or {"instruction", "output"} <= cells):
         options = f"sep={separator!r}, dtype=str, keep_default_na=False"
         return "a table of separated values", _BY_PANDAS.format(read=f"read_csv(sys.argv[1], {options})")
     return None

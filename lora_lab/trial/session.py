@@ -132,7 +132,7 @@ def check_inputs(config: TrialConfig) -> None:
     """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
     if config.data.source in (DataSource.jsonl, DataSource.shipped):
         shipped = config.data.source is DataSource.shipped
-        rows = read_jsonl(SHIPPED if shipped else Path(str(config.data.path)), config.data.columns, config.data.rows)
+        rows = read_jsonl(SHIPPED if shipped else Path(str(config.data.path)), config.data, config.data.rows)
         check_row_count(len(rows), config.data.holdout, config.batch_size * config.grad_accum_steps)
     if config.model.weights is Weights.pretrained:
         package = config.model.package

@@ -21,8 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import ColumnsConfig, InvalidInput
-from lora_lab.dataset.rows import SHIPPED, Row, Split, check_row_count, heldout_indices, read_jsonl, row_of, split_rows
+from lora_lab.config import DataConfig, InvalidInput, MapConfig
+from lora_lab.dataset.row import Conversation, Row
+from lora_lab.dataset.rows import SHIPPED, Split, check_row_count, heldout_indices, read_jsonl, rows_of, split_rows
 
 GOOD = '{"instruction": "Why?", "output": "Because."}'
 
@@ -33,9 +34,14 @@ def written(folder: Path, *lines: str | bytes) -> Path:
     return path
 
 
-def refusal(path: Path, columns: ColumnsConfig | None = None, limit: int | None = None) -> str:
+def row_of(fields: dict[str, object], **columns: str) -> Row:
+    [row] = rows_of([(1, fields)], DataConfig(map=MapConfig(**columns)), "rows.jsonl", "line")
+    return row
+
+
+def refusal(path: Path, limit: int | None = None) -> str:
     with pytest.raises(InvalidInput) as info:
-        read_jsonl(path, columns or ColumnsConfig(), limit)
+        read_jsonl(path, DataConfig(), limit)
     return str(info.value)
 
 
@@ -64,8 +70,8 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(tmp_path: Path, broken
 def test_of_many_broken_lines_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
     told = refusal(written(tmp_path, GOOD, *["{"] * 9))
     assert "9 broken line(s)" in told
-    assert [f"line {n}:" in told for n in range(1, 11)] == [n in range(2, 7) for n in range(1, 11)]
-    assert "4 more" in told
+    assert "lines 2, 3, 4, 5, 6 and 4 more: not JSON" in told
+    assert told.count("not JSON") == 1, "one fault is said once"
 
 
 def test_text_in_another_encoding_is_named_by_its_line_far_into_a_file(tmp_path: Path) -> None:
@@ -86,31 +92,31 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
-    assert len(read_jsonl(written(tmp_path, GOOD, "", GOOD, "{"), ColumnsConfig(), 2)) == 2
+    assert len(read_jsonl(written(tmp_path, GOOD, "", GOOD, "{"), DataConfig(), 2)) == 2
 
 
 def test_line_separators_inside_text_do_not_end_a_line(tmp_path: Path) -> None:
     answer = "one\u2028two\u0085three"
     line = json.dumps({"instruction": "Why?", "output": answer}, ensure_ascii=False)
-    assert read_jsonl(written(tmp_path, line), ColumnsConfig()) == [Row("Why?", answer)]
+    assert read_jsonl(written(tmp_path, line), DataConfig()) == [Conversation.of("Why?", answer)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
-    rows = read_jsonl(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"), ColumnsConfig())
-    assert rows == [Row("Why?", "Because.")] * 2
+    rows = read_jsonl(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"), DataConfig())
+    assert rows == [Conversation.of("Why?", "Because.")] * 2
 
 
 def test_columns_by_other_names_and_an_optional_input() -> None:
-    columns = ColumnsConfig(instruction="q", input="context", output="a")
-    assert row_of({"q": " Why? ", "a": "So."}, columns) == Row("Why?", "So.")
-    assert row_of({"q": "Why?", "context": None, "a": "So."}, columns) == Row("Why?", "So.")
-    assert row_of({"q": "Why?", "context": " this ", "a": "So."}, columns) == Row("Why?\n\nthis", "So.")
+    columns = {"instruction": "q", "input": "context", "output": "a"}
+    assert row_of({"q": " Why? ", "a": "So."}, **columns) == Conversation.of("Why?", "So.")
+    assert row_of({"q": "Why?", "context": None, "a": "So."}, **columns) == Conversation.of("Why?", "So.")
+    assert row_of({"q": "Why?", "context": " this ", "a": "So."}, **columns) == Conversation.of("Why?\n\nthis", "So.")
     with pytest.raises(InvalidInput, match=r"no column a; found q, output"):
-        row_of({"q": "Why?", "output": "So."}, columns)
+        row_of({"q": "Why?", "output": "So."}, **columns)
 
 
 def test_the_shipped_rows_are_sound_and_none_comes_twice() -> None:
-    rows = read_jsonl(SHIPPED, ColumnsConfig())
+    rows = read_jsonl(SHIPPED, DataConfig())
     assert len(rows) >= 300
     assert len(set(rows)) == len(rows)
 
@@ -150,7 +156,7 @@ def test_too_few_rows_means_that_one_step_cannot_be_filled(count: int, share: fl
 def test_no_row_that_is_held_out_is_trained_on_however_often_it_comes(
     copies: list[int], share: float, seed: int
 ) -> None:
-    rows = [Row(str(number), "a") for number, count in enumerate(copies) for _ in range(count)]
+    rows = [Conversation.of(str(number), "a") for number, count in enumerate(copies) for _ in range(count)]
     random.Random(seed).shuffle(rows)
     room = max(1, round(len(rows) * share))
     if room < min(copies):
@@ -165,19 +171,21 @@ def test_no_row_that_is_held_out_is_trained_on_however_often_it_comes(
 
 def test_rows_that_are_all_equal_are_refused() -> None:
     with pytest.raises(InvalidInput, match="all 20 rows are equal"):
-        split_rows([Row("a", "b")] * 20, 0.1)
+        split_rows([Conversation.of("a", "b")] * 20, 0.1)
 
 
 def test_a_split_counts_what_it_cannot_keep_apart() -> None:
-    assert split_rows([Row(str(i), "a") for i in range(20)], 0.1) == Split(heldout_indices(range(20), 0.1), 0, 0)
-    repeated = split_rows([Row(str(i % 10), "a") for i in range(20)], 0.2)
+    assert split_rows([Conversation.of(str(i), "a") for i in range(20)], 0.1) == Split(
+        heldout_indices(range(20), 0.1), 0, 0
+    )
+    repeated = split_rows([Conversation.of(str(i % 10), "a") for i in range(20)], 0.2)
     assert (repeated.repeated, repeated.prompts_trained, len(repeated.held)) == (10, 0, 4)
-    asked_again = split_rows([Row("the same", str(i)) for i in range(20)], 0.1)
+    asked_again = split_rows([Conversation.of("the same", str(i)) for i in range(20)], 0.1)
     assert (asked_again.repeated, asked_again.prompts_trained) == (0, 2)
 
 
 def test_the_shipped_rows_are_held_out_as_in_older_trials() -> None:
-    rows = read_jsonl(SHIPPED, ColumnsConfig())
+    rows = read_jsonl(SHIPPED, DataConfig())
     assert heldout_indices(rows, 0.1) == set(random.Random(0).sample(range(len(rows)), round(0.1 * len(rows))))
 
 
@@ -188,33 +196,29 @@ FIELDS = {"instruction": "Why?", "input": "this", "output": "Because."}
 @pytest.mark.parametrize("value", [0, 0.0, 5, math.nan, False, True, [], {}, ["a"], {"a": "b"}], ids=repr)
 def test_what_is_no_text_is_refused_whether_python_holds_it_for_empty_or_not(column: str, value: object) -> None:
     with pytest.raises(InvalidInput, match=f"{column} must be text"):
-        row_of(FIELDS | {column: value}, ColumnsConfig())
+        row_of(FIELDS | {column: value})
 
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
 def test_only_absent_null_and_blank_text_are_an_empty_input(value: str | None) -> None:
     without = {name: text for name, text in FIELDS.items() if name != "input"}
-    assert (
-        row_of(FIELDS | {"input": value}, ColumnsConfig())
-        == row_of(without, ColumnsConfig())
-        == Row("Why?", "Because.")
-    )
+    assert row_of(FIELDS | {"input": value}) == row_of(without) == Conversation.of("Why?", "Because.")
 
 
 @pytest.mark.parametrize("column", FIELDS)
 @pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d"], ids=ascii)
 def test_half_a_character_is_refused_in_what_is_used_and_nowhere_else(column: str, half: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{column} holds \\ud"):
-        row_of(FIELDS | {column: f"ok {half} done"}, ColumnsConfig())
-    assert row_of(FIELDS | {"more": half}, ColumnsConfig()) == row_of(FIELDS, ColumnsConfig())
+        row_of(FIELDS | {column: f"ok {half} done"})
+    assert row_of(FIELDS | {"more": half}) == row_of(FIELDS)
     with pytest.raises(InvalidInput) as info:
-        row_of({half: 1}, ColumnsConfig())
+        row_of({half: 1})
     assert str(info.value).isascii(), "a terminal gets it"
 
 
 def test_no_text_stands_in_a_prompt_twice_and_no_answer_in_a_prompt() -> None:
-    assert row_of(FIELDS, ColumnsConfig(instruction="input", output="output")) == Row("this", "Because.")
-    assert row_of(FIELDS, ColumnsConfig(instruction="instruction", output="input")) == Row("Why?", "this")
+    assert row_of(FIELDS, instruction="input", output="output") == Conversation.of("this", "Because.")
+    assert row_of(FIELDS, instruction="instruction", output="input") == Conversation.of("Why?", "this")
 
 
 @pytest.mark.parametrize(
@@ -242,15 +246,15 @@ def test_a_line_that_python_stumbles_over_is_named_like_any_other(tmp_path: Path
 
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(3)]
-AS_ROWS = [Row(f"question {i}", f"answer {i}") for i in range(3)]
+AS_ROWS = [Conversation.of(f"question {i}", f"answer {i}") for i in range(3)]
 
 
 @pytest.mark.parametrize("indent", [None, 0, 4])
 @pytest.mark.parametrize("before", ["", "\ufeff", "\n \n"], ids=ascii)
 def test_one_list_of_objects_is_read_as_rows(tmp_path: Path, indent: int | None, before: str) -> None:
     path = written(tmp_path, before + json.dumps(ROWS, indent=indent))
-    assert read_jsonl(path, ColumnsConfig()) == AS_ROWS
-    assert read_jsonl(path, ColumnsConfig(), 2) == AS_ROWS[:2]
+    assert read_jsonl(path, DataConfig()) == AS_ROWS
+    assert read_jsonl(path, DataConfig(), 2) == AS_ROWS[:2]
 
 
 def test_a_fault_in_a_list_is_named_by_its_line(tmp_path: Path) -> None:
@@ -285,7 +289,7 @@ def test_the_encoding_is_named_and_the_command_for_it_helps(tmp_path: Path, enco
     path.write_bytes((mark + "\n".join(map(json.dumps, ROWS))).encode(encoding))
     _, _, command = refusal(path).partition("\n")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert read_jsonl(tmp_path / "rows.jsonl", ColumnsConfig()) == AS_ROWS
+    assert read_jsonl(tmp_path / "rows.jsonl", DataConfig()) == AS_ROWS
 
 
 def as_parquet(path: Path) -> None:
@@ -343,7 +347,7 @@ def test_a_file_of_another_kind_is_called_so(
     if helps:
         command = told.partition("\n")[2].replace("python", sys.executable, 1)
         subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-        assert read_jsonl(tmp_path / "rows.jsonl", ColumnsConfig()) == AS_ROWS
+        assert read_jsonl(tmp_path / "rows.jsonl", DataConfig()) == AS_ROWS
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "device"])
