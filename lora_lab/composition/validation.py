@@ -7,7 +7,16 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.config import (
+    AUTO,
+    DataConfig,
+    InvalidInput,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrialConfig,
+)
 from lora_lab.options import (
     Attention,
     Batching,
@@ -21,6 +30,7 @@ from lora_lab.options import (
     Weights,
 )
 from lora_lab.secrets import without_secrets
+from lora_lab.settings import settings_of
 from lora_lab.store.server_address import fault_of_address
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
@@ -147,8 +157,10 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
 
 def _data_faults(config: TrialConfig) -> list[str]:
     data = config.data
-    if data.source is DataSource.jsonl and not data.path:
-        return ["data.path is missing; give a jsonl file, for example data.path=my_rows.jsonl."]
+    if data.source is DataSource.file and not data.path and not data.sources:
+        return ["data.path is missing; give a file or folder, for example data.path=my_rows.jsonl."]
+    if data.sources:
+        return _source_faults(data)
     if data.source is DataSource.hub and not data.id:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
@@ -157,6 +169,20 @@ def _data_faults(config: TrialConfig) -> list[str]:
     if columns.instruction == columns.output:
         return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
     return []
+
+
+def _source_faults(data: DataConfig) -> list[str]:
+    if data.source is not DataSource.file:
+        return [f"data.sources needs data.source=file, and it is {data.source.name}; use data=jsonl, for example."]
+    if data.path or data.split:
+        which = "path" if data.path else "split"
+        return [f"data.{which} and data.sources are both set; leave data.{which} out, and name it in data.sources."]
+    weights = [source.weight for source in data.sources]
+    if None in weights and any(weights):
+        return ["data.sources gives some sources a weight and others none; give each one, or none to use every row."]
+    key = "data.sources.weight"
+    limits = next(each.limits for each in settings_of(SourceConfig, "data.sources.") if each.limits is not None)
+    return [fault for weight in weights if weight is not None and (fault := limits.fault(key, weight))]
 
 
 def _place_faults(config: TrialConfig) -> list[str]:

@@ -157,6 +157,13 @@ _ALL = (
             "rows_apart": "rows tokenised in two parts",
             "rows_repeated": "repeated rows",
             "rows_heldout_prompt_trained": "held-out rows whose prompt is trained on",
+            "rows_near_repeated": "nearly repeated rows",
+            "rows_dropped": "repeated rows left out",
+            "rows_in_both": "rows left out because they are held out",
+            "length_median": "tokens of a row, median",
+            "length_p95": "tokens of a row, 95 % have no more",
+            "length_max": "tokens of the longest row",
+            "tokens_cut": "tokens beyond seq_len",
         }.items()
     ),
     Metric("efficientllm/amu", "AMU", "", "{:.3f}"),

@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lab.config import DataConfig, InvalidInput, TrialConfig
-from lora_lab.dataset.rows import SHIPPED, Row, check_row_count, read_jsonl, split_rows
+from lora_lab.dataset.rows import Row
+from lora_lab.dataset.selection import Selected, check_left, select
+from lora_lab.dataset.sources import file_rows
+from lora_lab.dataset.split import check_row_count, split_rows
 from lora_lab.options import Batching, DataSource, EngineKind
 from lora_lab.worker.conversation import Conversations, Losses, Turn
 from lora_lab.worker.hub_rows import hub_rows
@@ -72,6 +74,14 @@ class Examples:
     rows_without_labels: int
     rows_repeated: int
     rows_heldout_prompt_trained: int
+    rows_near_repeated: int | None = None
+    """Rows that nearly equal an earlier one; None where that was not looked for."""
+    rows_dropped: int = 0
+    """Rows that are not used because they equal an earlier one, or nearly so."""
+    rows_in_both: int = 0
+    """Rows that are not trained on because the file of held-out rows has them."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of every row before it was cut; empty for random tokens."""
     rows_lost: int = 0
     """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
     rows_apart: int = 0
@@ -97,14 +107,20 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
-        rows, empty = [Row(prompt=str(number), response="") for number in range(len(made))], 0  # no two are equal
-        losses, end_of_turn, remarks = Losses(), "", []
+        chosen = Selected(rows=[Row(prompt=str(number), response="") for number in range(len(made))])  # none are equal
+        rows, empty = chosen.rows, 0
+        lengths = list[int]()
+        losses, end_of_turn, remarks = Losses(), "", list[str]()
     else:
-        rows, empty = _read_rows(config.data)
+        read, empty, remarks = _read_rows(config.data)
+        chosen = select(config.data, read)
+        rows = [*chosen.rows, *chosen.heldout]
         conversations = Conversations(tokenizer, vocab_size)
         turns, losses = _lay_out(rows, conversations, tokenizer)
+        lengths = [len(turn.ids) for turn in turns]
         made = [_example(turn, config.seq_len) for turn in turns]
-        end_of_turn, remarks = conversations.end_of_turn, _remarks(conversations, losses)
+        end_of_turn = conversations.end_of_turn
+        remarks = [*remarks, *chosen.remarks, *_remarks(conversations, losses)]
     usable = [example for example in made if example.trained > 0]
     usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
     if not usable:
@@ -115,9 +131,14 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     per_step = config.batch_size * config.grad_accum_steps
     needed = 1 if config.data.batching is Batching.packed else per_step
     which = f"rows with something to train on at seq_len={config.seq_len}"
-    check_row_count(len(usable), config.data.holdout, needed, which)
-    split = split_rows(usable_rows, config.data.holdout)
-    train = [example for i, example in enumerate(usable) if i not in split.held]
+    own = sum(example.trained > 0 for example in made[len(chosen.rows) :])
+    if chosen.heldout:
+        check_left(len(usable) - own, own, needed, which)
+    else:
+        check_row_count(len(usable), config.data.holdout, needed, which)
+    split = split_rows(usable_rows, config.data.holdout, own)
+    held = set(split.held)
+    train = [example for i, example in enumerate(usable) if i not in held]
     if config.data.batching is Batching.packed:
         train = pack(train, config.seq_len)
         if len(train) < per_step:
@@ -127,26 +148,30 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
             )
     return Examples(
         train=train,
-        heldout=[usable[i] for i in sorted(split.held)],
-        rows_read=len(made) + empty,
+        heldout=[usable[i] for i in split.held],
+        rows_read=len(made) + empty + chosen.dropped + chosen.in_both,
         rows_truncated=sum(example.truncated for example in made),
         rows_without_labels=len(made) - len(usable) + empty,
         rows_lost=losses.lost,
         rows_apart=losses.apart,
         end_of_turn=end_of_turn,
         remarks=remarks,
-        rows_repeated=split.repeated,
+        rows_repeated=chosen.repeated,
+        rows_near_repeated=chosen.near_repeated,
+        rows_dropped=chosen.dropped,
+        rows_in_both=chosen.in_both,
         rows_heldout_prompt_trained=split.prompts_trained,
+        lengths=lengths,
     )
 
 
-def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
-    """Return the rows, and how many of a hub's data set had an empty answer (alpaca has some)."""
-    if data.source is DataSource.shipped:
-        return read_jsonl(SHIPPED, data.columns, data.rows), 0
-    if data.source is DataSource.jsonl:
-        return read_jsonl(Path(str(data.path)), data.columns, data.rows), 0
-    return hub_rows(data)
+def _read_rows(data: DataConfig) -> tuple[list[Row], int, list[str]]:
+    """Return the rows, how many of a hub's data set had an empty answer (alpaca has some), and what the user should
+    know."""
+    if data.source is DataSource.hub:
+        return *hub_rows(data), []
+    found = file_rows(data)
+    return found.rows, 0, found.remarks
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
