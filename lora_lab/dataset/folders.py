@@ -46,11 +46,13 @@ def files_of_folder(folder: Path, split: str | None, key: str) -> tuple[list[Dat
         if split is not None:
             raise InvalidInput(f"{name} was saved as one data set without splits. Leave data.split={split} out.")
         return _saved(folder, key), ""
+    if any(folder.glob("*.safetensors")):
+        raise InvalidInput(f"{name} is a model's folder, which model.path takes. Give the folder or file of the rows.")
     found = sorted(_data_files(folder, name))
     if not found:
-        what = "is a model's folder" if (folder / "config.json").is_file() else "is a folder without data files"
         raise InvalidInput(
-            f"{name} {what}. Give a folder with files named {', '.join(_ENDINGS)}, or one that was saved."
+            f"{name} is a folder without data files. Give a folder of files that end in {', '.join(_ENDINGS)}, or one "
+            "that save_to_disk made."
         )
     splits: dict[str, list[Path]] = {}
     for path in found:

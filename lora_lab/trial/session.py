@@ -130,8 +130,7 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
 
 def check_inputs(config: TrialConfig) -> None:
     """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
-    if config.data.source in (DataSource.file, DataSource.shipped):
-        check_rows(config.data, config.batch_size * config.grad_accum_steps)
+    check_data(config)
     if config.model.weights is Weights.pretrained:
         package = config.model.package
         if config.model.source is ModelSource.package and package and not converted_folder(package).is_dir():
@@ -143,6 +142,12 @@ def check_inputs(config: TrialConfig) -> None:
             )
     if config.tracking.kind is TrackingKind.local:
         check_writable(config.tracking)
+
+
+def check_data(config: TrialConfig) -> None:
+    """Raise InvalidInput for rows in files that cannot be read, or are too few."""
+    if config.data.source in (DataSource.file, DataSource.shipped):
+        check_rows(config.data, config.batch_size * config.grad_accum_steps)
 
 
 def check_folder_name(folder: Path) -> None:

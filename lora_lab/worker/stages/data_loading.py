@@ -17,12 +17,13 @@ def _load(trial: TrialContext) -> None:
     for remark in remarks:
         trial.warn(remark)
     trial.examples, trial.padding = checked_examples(config, trial.architecture)
-    trial.emit(_counted(trial.examples, config.seq_len))
-    for warning in _warnings(config, trial.examples):
+    trial.emit(counted(trial.examples, config.seq_len))
+    for warning in warnings_of(config, trial.examples):
         trial.warn(warning)
 
 
-def _counted(examples: Examples, seq_len: int) -> DataCounted:
+def counted(examples: Examples, seq_len: int) -> DataCounted:
+    """Return what is recorded of the rows."""
     lengths = lengths_of(examples, seq_len)
     return DataCounted(
         t=time.monotonic(),
@@ -49,7 +50,8 @@ def _counted(examples: Examples, seq_len: int) -> DataCounted:
     )
 
 
-def _warnings(config: TrialConfig, examples: Examples) -> list[str]:
+def warnings_of(config: TrialConfig, examples: Examples) -> list[str]:
+    """Return what the user should know of the rows."""
     if config.data.source is DataSource.random_tokens:
         return []
     warnings = list(examples.remarks)
