@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     never_end_for_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(f"usage: lora-lab data [group=option ...] [key=value ...]\n\n{__doc__}")
         return 0
     try:
         config = compose_once(arguments)

@@ -81,7 +81,7 @@ def preview(config: TrialConfig) -> Preview:
             Batching.seq_len.name: 1 - real / (len(some) * config.seq_len),
             Batching.packed.name: 1 - real / (len(pack(some, config.seq_len)) * config.seq_len),
         },
-        scripts=_scripts(text for example in some for text in _trained_texts(example, tokenizer)),
+        scripts=_scripts(_answers(example, tokenizer) for example in some),
         estimated_from=len(some),
     )
 
@@ -104,8 +104,11 @@ def _pieces(example: "Example", tokenizer: Any) -> list[Piece]:
     return pieces
 
 
-def _trained_texts(example: "Example", tokenizer: Any) -> list[str]:
-    return [piece.text for piece in _pieces(example, tokenizer) if piece.trained]
+def _answers(example: "Example", tokenizer: Any) -> str:
+    """Return the text that is trained, without the marks of a chat template."""
+    trained = [label for label in example.labels if label >= 0]
+    text: str = tokenizer.decode(trained, skip_special_tokens=True)
+    return text
 
 
 def _scripts(texts: Iterable[str]) -> dict[str, float]:
