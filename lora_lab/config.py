@@ -4,7 +4,7 @@ Plain data: the worker reads it without Hydra and the parent without torch. `lor
 from the yaml files under conf/.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_lab.options import (
@@ -16,11 +16,13 @@ from lora_lab.options import (
     Duplicates,
     EngineKind,
     Isolation,
+    Layout,
     ModelSource,
     OnSpike,
     Quantization,
     Schedule,
     TrackingKind,
+    TrainOn,
     Weights,
 )
 from lora_lab.secrets import without_secrets
@@ -115,12 +117,21 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ColumnsConfig:
-    """Names of the columns that hold a row's text (Alpaca's by default)."""
+class MapConfig:
+    """Names of the columns that hold a row's parts, where they are not the usual ones."""
 
-    instruction: str = setting("instruction", "column of the question")
-    input: str = setting("input", "column of an optional context; a row may lack it")
-    output: str = setting("output", "column of the answer")
+    messages: str | None = setting(None, "column of a conversation's messages")
+    instruction: str | None = setting(None, "column of the question")
+    input: str | None = setting(None, "column of an optional context of the question; a row may lack it")
+    output: str | None = setting(None, "column of the answer")
+    prompt: str | None = setting(None, "column of the text that is only read, before a completion")
+    completion: str | None = setting(None, "column of the text that is trained after a prompt")
+    text: str | None = setting(None, "column of plain text")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Return the parts whose columns are named."""
+        return {part: column for part, column in asdict(self).items() if column is not None}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,7 +172,13 @@ class DataConfig:
     rows: int | None = setting(
         None, "use only the first rows; for random_tokens, how many rows to make", above=0, most=10**9
     )
-    columns: ColumnsConfig = setting(factory=ColumnsConfig)
+    layout: Layout = setting(
+        Layout.auto, "kind of row: chat, instruct, completion or text; auto finds it from the columns"
+    )
+    map: MapConfig = setting(factory=MapConfig)
+    train_on: TrainOn = setting(
+        TrainOn.answers, "what of a conversation is trained: answers (every one), last_answer or everything"
+    )
     holdout: float = setting(
         0.1, "share of the rows that is never trained on; their content decides which, not `seed`", above=0, below=1
     )

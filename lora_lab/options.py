@@ -46,6 +46,26 @@ class DataSource(Enum):
     random_tokens = "random_tokens"
 
 
+class Layout(Enum):
+    """Kinds of row, and what a record needs to be one."""
+
+    auto = "auto"
+    """Found from the columns."""
+    chat = "chat"
+    instruct = "instruct"
+    completion = "completion"
+    text = "text"
+
+
+class TrainOn(Enum):
+    """The part of a conversation that is trained. Of a passage it is all but its prompt, or everything."""
+
+    answers = "answers"
+    """Every turn of the assistant."""
+    last_answer = "last_answer"
+    everything = "everything"
+
+
 class Duplicates(Enum):
     """What is done about rows that are there more than once."""
 

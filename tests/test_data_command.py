@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -48,11 +49,12 @@ def test_what_is_trained_is_shown_and_nothing_else_is_marked(shown: list[tuple[P
     assert data.main(["model=tiny", "data=jsonl", written(rows), "seq_len=512"]) == 0
     [found] = shown
     text = printed(found, coloured=False)
-    for number in range(3):
-        assert f"question {number}<|im_end|>" in text
+    numbers = re.findall(r"question (\d+)<\|im_end\|>", text)
+    assert len(numbers) == 3
+    for number in numbers:
         assert f"[[answer {number}, the {number}th<|im_end|>]]" in text
     assert text.count("[[answer") == 3
-    assert "\x1b[1;32manswer 0, the 0th<|im_end|>\x1b[0m" in printed(found, coloured=True)
+    assert f"\x1b[1;32manswer {numbers[0]}, the {numbers[0]}th<|im_end|>\x1b[0m" in printed(found, coloured=True)
     assert "43 read" in text
     assert "1 of 43" in text, "equal, and nearly equal"
     counted = found[0].counted

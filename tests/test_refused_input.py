@@ -195,10 +195,13 @@ def test_what_cannot_go_together_is_refused(lab: Lab, tmp_path: Path, arguments:
             (ROW + "not json\n" + ROW + "[1]\n" + '{"instruction": 1, "output": "b"}\n').encode(),
             ["3 broken line(s)", "line 2: not JSON", "line 4: expected a JSON object, found list", "line 5:", "text"],
         ),
-        (b"{\n" * 8, ["8 broken line(s)", "line 1:", "line 5:", "and 3 more"]),
+        (b"{\n" * 8, ["8 broken line(s)", "lines 1, 2, 3, 4, 5 and 3 more:"]),
         (
-            b'{"question": "a", "answer": "b"}\n',
-            ["line 1: no column instruction and no column output", "found question, answer", "data.columns.output="],
+            b'{"frage": "a", "antwort": "b"}\n',
+            [
+                "line 1: no layout has the columns found: frage, antwort",
+                "data.map={instruction: frage, output: antwort}",
+            ],
         ),
         (
             ROW.encode() * 1000 + b'{"instruction": "caf\xe9", "output": "b"}\n',

@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "bf16": "precision=bf16",
     "fp16": "precision=fp16",
     "dataset": "data.path",
+    "columns": "data.map",
     "model_name_or_path": "model.path",
 }
 """What other trainers call a setting, where the spelling alone would not lead to ours."""
@@ -46,7 +47,7 @@ def unknown_key(key: str) -> str:
     """Say that a setting does not exist, and which one is near."""
     if key.partition(".")[0] == "hydra":
         return f"'{key}' is not a setting of Hydra. python -m lora_lab --cfg hydra lists them."
-    meant = _ELSEWHERE.get(key.rpartition(".")[2])
+    meant = _ELSEWHERE.get("columns" if key.startswith("data.columns") else key.rpartition(".")[2])
     if meant is not None:
         return f"'{key}' is not a setting of lora_lab. Did you mean {meant}?"
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.6)

@@ -17,6 +17,7 @@ from lora_lab.config import (
     SourceConfig,
     TrialConfig,
 )
+from lora_lab.dataset.layouts import map_fault
 from lora_lab.options import (
     Attention,
     Batching,
@@ -159,16 +160,14 @@ def _data_faults(config: TrialConfig) -> list[str]:
     data = config.data
     if data.source is DataSource.file and not data.path and not data.sources:
         return ["data.path is missing; give a file or folder, for example data.path=my_rows.jsonl."]
-    if data.sources:
-        return _source_faults(data)
+    if data.sources and (found := _source_faults(data)):
+        return found
     if data.source is DataSource.hub and not data.id:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
-    columns = data.columns
-    if columns.instruction == columns.output:
-        return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
-    return []
+    fault = map_fault(data)
+    return [fault] if fault else []
 
 
 def _source_faults(data: DataConfig) -> list[str]:

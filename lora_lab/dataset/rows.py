@@ -1,85 +1,86 @@
 """Turn records into rows of text, before any tokenizer or model is loaded."""
 
-import json
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-from lora_lab.config import ColumnsConfig, InvalidInput
+from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.json_records import Numbered
+from lora_lab.dataset.layouts import Format, NothingToTrain, format_of, unknown
+from lora_lab.dataset.row import Row
 
 SHIPPED = Path(__file__).resolve().parent / "data" / "lab_qa.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One question and its answer."""
-
-    prompt: str
-    response: str
+_MOST_SHOWN = 5
+"""Faults that a message names, and records of each."""
 
 
-def rows_of(records: Numbered, columns: ColumnsConfig, source: str, unit: str, limit: int | None = None) -> list[Row]:
-    """Turn records into rows, at most `limit`.
+def rows_of(
+    records: Numbered,
+    data: DataConfig,
+    source: str,
+    unit: str,
+    limit: int | None = None,
+    leave_out_empty: bool = False,
+) -> list[Row]:
+    """Turn the records of one source into rows of one layout, at most `limit`.
 
-    Raises: InvalidInput naming the first few that are broken, by `unit` (line, row) and number."""
+    Args:
+        leave_out_empty: a record without an answer is no fault; there is no row for it.
+
+    Raises: InvalidInput for records of no known layout, and naming each fault by `unit` (line, row) and number."""
+    numbered = iter(islice(records, limit))
+    before: list[tuple[int, object]] = []
+    layout = None
+    try:
+        while layout is None and (found := next(numbered, None)) is not None:
+            before.append(found)
+            layout = format_of(found[1], data)
+    except InvalidInput as foreign:
+        raise InvalidInput(f"{source}: {foreign}") from foreign
     rows: list[Row] = []
-    broken: list[str] = []
-    for number, fields in islice(records, limit):
+    faults: dict[str, list[int]] = {}
+    for number, fields in chain(before, numbered):
         try:
             if isinstance(fields, InvalidInput):
                 raise fields
-            rows.append(row_of(fields, columns))
+            if layout is None:
+                raise InvalidInput(unknown(fields, data))
+            rows.append(layout.row_of(fields))
         except InvalidInput as error:
-            broken.append(f"{unit} {number}: {error}")
-    if broken:
-        shown = "\n  ".join(broken[:5])
-        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise InvalidInput(f"{source} has {len(broken)} broken {unit}(s):\n  {shown}{more}")
+            if not (leave_out_empty and isinstance(error, NothingToTrain)):
+                faults.setdefault(_mixed(fields, layout, data) or str(error), []).append(number)
+    if faults:
+        raise InvalidInput(_refusal(faults, source, unit))
     return rows
 
 
-def row_of(fields: object, columns: ColumnsConfig) -> Row:
-    """Turn one record into a row: the instruction, then the optional input after a blank line.
-
-    Raises: InvalidInput when it is not an object, lacks a column, or a column holds something other than text.
-    """
-    if not isinstance(fields, dict):
-        raise InvalidInput(f"expected a JSON object, found {type(fields).__name__}")
-    missing = [name for name in (columns.instruction, columns.output) if name not in fields]
-    if missing:
-        found = (str(name) if str(name).isprintable() else ascii(name) for name in fields)
-        raise InvalidInput(
-            f"no column {' and no column '.join(missing)}; found {', '.join(found) or 'none'}. "
-            "Name yours with data.columns.instruction=... data.columns.output=..."
-        )
-    # data.columns.instruction=input leaves the default name of the context behind; nothing is to stand there twice
-    has_context = columns.input not in (columns.instruction, columns.output) and fields.get(columns.input) is not None
-    context = _text(fields, columns.input) if has_context else ""
-    instruction, output = _text(fields, columns.instruction), _text(fields, columns.output)
-    if not instruction or not output:
-        raise InvalidInput("instruction and output must not be empty")
-    return Row(prompt=f"{instruction}\n\n{context}" if context else instruction, response=output)
-
-
-def _text(fields: dict[Any, Any], column: str) -> str:
-    """Return a column's text without the space around it.
-
-    Raises: InvalidInput for anything that is not text, also for 0, false and [], and for half a character."""
-    text = fields[column]
-    if not isinstance(text, str):
-        raise InvalidInput(f"{column} must be text, and is {_written(text)}")
+def _mixed(fields: object, layout: Format | None, data: DataConfig) -> str:
+    """Say that a record has another layout than those before; empty when it has none or the same."""
+    if layout is None or not isinstance(fields, dict) or layout.fits(fields):
+        return ""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(
-            f"{column} holds {ascii(text[error.start])[1:-1]} alone, half of a character. Write the whole one."
-        ) from error
-    return text.strip()
+        other = format_of(fields, data)
+    except InvalidInput as foreign:
+        return str(foreign)
+    if other is None or other == layout:
+        return ""
+    return (
+        f"this is {other.name} ({', '.join(other.needed)}), and others are {layout.name} "
+        f"({', '.join(layout.needed)}). One source has one layout: make a file of each."
+    )
 
 
-def _written(value: object) -> str:
-    """Return a value of another kind as the file has it; lists and objects only by that word."""
-    kinds: dict[type, str] = {list: "a list", dict: "an object"}
-    return kinds.get(type(value)) or json.dumps(value, default=lambda other: type(other).__name__)[:40]
+def _refusal(faults: dict[str, list[int]], source: str, unit: str) -> str:
+    """Name the first faults, each once, with the first records that have it."""
+    shown = [f"{_numbered(numbers, unit)}: {fault}" for fault, numbers in faults.items()]
+    more = [f"and {len(shown) - _MOST_SHOWN} more faults"] if len(shown) > _MOST_SHOWN else []
+    count = sum(map(len, faults.values()))
+    return "\n  ".join([f"{source} has {count} broken {unit}(s):", *shown[:_MOST_SHOWN], *more])
+
+
+def _numbered(numbers: list[int], unit: str) -> str:
+    if len(numbers) == 1:
+        return f"{unit} {numbers[0]}"
+    more = f" and {len(numbers) - _MOST_SHOWN} more" if len(numbers) > _MOST_SHOWN else ""
+    return f"{unit}s {', '.join(map(str, numbers[:_MOST_SHOWN]))}{more}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.duplicates import without_duplicates
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Row
 from lora_lab.dataset.sources import file_rows, heldout_rows
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Duplicates

@@ -10,7 +10,8 @@ from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.file_kinds import FileKind, kind_of
 from lora_lab.dataset.folders import files_of_folder
 from lora_lab.dataset.json_records import Numbered, read_json
-from lora_lab.dataset.rows import SHIPPED, Row, rows_of
+from lora_lab.dataset.row import Row
+from lora_lab.dataset.rows import SHIPPED, rows_of
 from lora_lab.dataset.table_records import read_cells, read_columns
 from lora_lab.options import DataSource
 
@@ -87,7 +88,7 @@ def _rows_of_path(path: str, split: str | None, key: str, data: DataConfig, limi
 
 def _rows_of_file(file: DataFile, data: DataConfig, limit: int | None) -> list[Row]:
     records, unit = read_records(file)
-    return rows_of(records, data.columns, file.name, unit, limit)
+    return rows_of(records, data, file.name, unit, limit)
 
 
 def _mixed(data: DataConfig) -> Found:

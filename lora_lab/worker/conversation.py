@@ -1,268 +1,215 @@
-"""Lay out a row by the model's chat template: the tokens that the model reads, and which of them are trained.
+"""Lay out a conversation by the model's chat template: the tokens that the model reads, and which of them are trained.
 
-The whole conversation is tokenised once and cut where the answer begins. Each row is then checked: its question and its
-answer must be whole in the tokens, and exactly one end of turn must be trained, as the last token.
+The whole conversation is tokenised once, and each answer is found in it: the prompt for an answer, rendered by itself,
+must be a prefix of the whole. Where it is not, the answer is looked for behind its question. Each row is then checked:
+its texts must be whole in the tokens, and every trained answer must end in exactly one end of turn. A row in which an
+answer is not found counts as lost.
 """
 
-import contextlib
-import datetime
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers.utils import chat_template_utils
-
-from lora_lab.config import InvalidInput
-from lora_lab.dataset.rows import Row
-
-_CLOCK = datetime.datetime(2024, 7, 26, 12)
-"""The date that templates get as today, so that rows have the same tokens every day: Llama 3's own default."""
-
-_QUESTION, _ANSWER = "lora lab asks", "lora lab answers"
-"""Texts to try a template with, before any row."""
-
-_RENDERING = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
-"""What a template can raise: its own exception, and errors in its expressions."""
-
-
-class Lost(Enum):
-    """What can be wrong with a row's tokens, in words that follow 'in N of M rows'."""
-
-    answer = "the answer is not whole in the trained tokens"
-    question = "the question is not whole in the tokens before the answer"
-    end = "the end of the turn is not trained exactly once, as the last token"
+from lora_lab.dataset.row import Conversation, Role, Turn
+from lora_lab.options import TrainOn
+from lora_lab.worker.chat_template import ChatTemplate
+from lora_lab.worker.laid_out import LaidOut, Lost, bare, holds, spaceless
+from lora_lab.worker.tokens import encode, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One row as token ids. The first `prompt` of `ids` are read only, the rest is trained."""
+class _Answer:
+    """An answer's place in the text of its conversation."""
 
-    ids: list[int]
-    prompt: int
-    lost: frozenset[Lost] = frozenset()
-    apart: bool = False
-    """A token spans the end of the prompt, so prompt and answer were tokenised separately."""
+    turn: int
+    start: int
+    end: int
+    """Without the end of the turn."""
     unopened: bool = False
-    """The generation prompt ends in text that this row is trained without."""
-
-
-@dataclass(slots=True)
-class Losses:
-    """How many rows are not laid out as they should be, with the first row of each kind."""
-
-    rows: int = 0
-    lost: int = 0
-    """Rows with at least one fault."""
-    apart: int = 0
-    unopened: int = 0
-    kinds: Counter[Lost] = field(default_factory=Counter)
-    examples: dict[Lost, str] = field(default_factory=dict)
-
-    def count(self, row: Row, turn: Turn, tokenizer: Any) -> None:
-        """Count one row."""
-        self.rows += 1
-        self.lost += bool(turn.lost)
-        self.apart += turn.apart
-        self.unopened += turn.unopened
-        for kind in turn.lost:
-            self.kinds[kind] += 1
-            if kind not in self.examples:
-                read = tokenizer.decode(turn.ids[: turn.prompt])
-                trained = tokenizer.decode(turn.ids[turn.prompt :])
-                self.examples[kind] = (
-                    f"row {self.rows} has the question {_short(row.prompt)} and the answer {_short(row.response)}; "
-                    f"the model reads {_short(read)} and is trained on {_short(trained)}"
-                )
-
-    def sentences(self) -> list[str]:
-        """Return what the user should know of each kind of fault."""
-        return [
-            f"in {self.kinds[kind]} of {self.rows} rows {kind.value}. For example, {self.examples[kind]}"
-            for kind in Lost
-            if self.kinds[kind]
-        ]
 
 
 class Conversations:
-    """Lays out rows with one tokenizer and its chat template."""
+    """Lays out conversations with one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
-        """Try the template with a question and an answer of our own.
+    def __init__(self, tokenizer: Any, vocab_size: int | None = None, train_on: TrainOn = TrainOn.answers) -> None:
+        """Try the template.
 
         Args:
             vocab_size: ids from here on have no embedding, and are not used as an end of turn; None where unknown.
 
-        Raises: InvalidInput when the template raises, or does not show both texts.
+        Raises: InvalidInput when the template can't lay out a question and its answer.
         """
         self._tokenizer = tokenizer
-        self._as_parts = False
-        self._tail = self._choose_form()
+        self._train_on = train_on
+        self._template = ChatTemplate(tokenizer)
         self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         eos = tokenizer.eos_token_id
         self._eos = eos if eos is not None and (vocab_size is None or eos < vocab_size) else None
-        tail_ids = self._encode(self._tail)
-        self._ends = next((token for token in tail_ids if token in self._special), None)
+        tail = self._template.tail
+        self._ends = next((token for token in encode(tokenizer, tail) if token in self._special), None)
+        self._ends_in_text = self._ends is None and bool(tail.strip())
 
     @property
     def end_of_turn(self) -> str:
         """Return the token that ends an answer, or the text where it is not a single token; empty when nothing does."""
         if self._ends is not None:
             return str(self._tokenizer.convert_ids_to_tokens(self._ends))
-        if self._tail.strip():
-            return self._tail.strip()
+        if self._ends_in_text:
+            return self._template.tail.strip()
         return "" if self._eos is None else str(self._tokenizer.eos_token)
 
     @property
     def end_is_ours(self) -> bool:
         """Return True where the template ends no turn, so the tokenizer's end of text is added to each answer."""
-        return self._ends is None and not self._tail.strip() and self._eos is not None
+        return self._ends is None and not self._ends_in_text and self._eos is not None
 
-    def turn(self, row: Row) -> Turn:
+    def lay_out(self, row: Conversation) -> LaidOut:
         """Lay out one row.
 
         Raises: InvalidInput when the template raises."""
-        whole, start, answer, unopened = self._laid_out(row)
-        end = len(whole) - len(self._tail) if whole.endswith(self._tail) else len(whole)
-        if self._ends is None:  # a marker in plain text is trained, but not the space after it
-            whole = whole.rstrip() if self._tail.strip() else whole[:end]
-        ids, prompt, ended, apart = self._tokens(whole, start, end)
-        if self._ends is not None:
-            # what follows the end of the turn is never generated, so it is not trained
-            stop = next((i for i, token in enumerate(ids[ended:]) if token in self._special), len(ids))
-            ids = ids[: ended + stop + 1]
-        elif self._eos is not None and self.end_is_ours:
-            ids = [*ids, self._eos]
-        lost = set(self._look(Row(row.prompt, answer), ids, prompt))
-        if _spaceless(answer) not in _spaceless(whole[start:]):
-            lost.add(Lost.answer)
-        if _spaceless(row.prompt) not in _spaceless(whole[:start]):
-            lost.add(Lost.question)
-        return Turn(ids, prompt, frozenset(lost), apart, unopened)
+        row, merged = self._with_system(row)
+        chosen = row.answers[-1:] if self._train_on is TrainOn.last_answer else row.answers
+        turns, whole, answers = self._places(row, chosen)
+        made = tokens_of(self._tokenizer, whole, [each.start for each in answers], [each.end for each in answers])
+        edges = [(made.before[each.start], made.before[each.end]) for each in answers]
+        ids, spans = self._ended(made.ids, edges)
+        laid = LaidOut(ids, tuple(spans), apart=made.apart, merged=merged, unopened=any(a.unopened for a in answers))
+        places = [each.turn for each in answers]
+        texts = [whole[each.start : each.end] for each in answers]
+        read = "".join(_outside(whole, [(each.start, each.end) for each in answers]))
+        lost = {
+            *_lost(turns, chosen, dict(zip(places, texts, strict=True)), read, spaceless),
+            *self._lost_tokens(laid, turns, chosen, places),
+        }
+        kept = ((0, len(ids)),) if self._train_on is TrainOn.everything else laid.spans
+        return replace(laid, spans=kept, lost=frozenset(lost))
 
-    def _choose_form(self) -> str:
-        """Find out whether content is a string or a list of parts; returns what follows an answer."""
-        row, faults = Row(_QUESTION, _ANSWER), []
-        for self._as_parts in (False, True):
-            try:
-                prompt, whole = self._render(row, True), self._render(row, False)
-            except _RENDERING as error:
-                faults.append(str(error).strip() or type(error).__name__)
-                continue
-            quoted = any(f"{mark}{_ANSWER}{mark}" in whole for mark in "'\"")  # a list shown as a list
-            if _QUESTION in prompt and _QUESTION in whole.partition(_ANSWER)[0] and _ANSWER in whole and not quoted:
-                return whole.rpartition(_ANSWER)[2]
-        if faults:
-            raise InvalidInput(
-                f"the model's chat template can't lay out a question and its answer: {faults[0]}. Use a model with "
-                "another template, or change chat_template in the model's folder."
-            )
-        raise InvalidInput(
-            "the model's chat template leaves out the question or the answer, whether they are given as text or as "
-            "parts. Use a model with another template."
-        )
+    def _with_system(self, row: Conversation) -> tuple[Conversation, bool]:
+        """Put the system prompt at the start of the first question where the template has no place for it, as Gemma 3's
+        own template does."""
+        system, *rest = row.turns
+        if system.role is not Role.system or self._template.has_system:
+            return row, False
+        first = Turn(Role.user, f"{system.text}\n\n{rest[0].text}")
+        return Conversation((first, *rest[1:]), max(0, row.given - 1)), True
 
-    def _laid_out(self, row: Row) -> tuple[str, int, str, bool]:
-        """Return the text of the conversation, where its trained part starts, the answer that this part must hold, and
-        whether the generation prompt ends in text that the conversation does not have."""
-        try:
-            prompt, whole = self._render(row, True), self._render(row, False)
-        except _RENDERING as error:
-            raise InvalidInput(
-                f"the model's chat template can't lay out the row with the question {_short(row.prompt)}: {error}. "
-                "Change the row, or use a model with another template."
-            ) from error
+    def _places(self, row: Conversation, chosen: list[int]) -> tuple[list[Turn], str, list[_Answer]]:
+        """Return the turns as they are trained, their text, and where the chosen answers are in it."""
+        turns = [*row.turns]
+        template, last = self._template, turns[-1]
+        whole, prompt = template.render(turns), template.render(turns[:-1], for_generation=True)
+        opening = template.unused.strip()
         if whole.startswith(prompt):
-            return whole, len(prompt), row.response, False
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-        opening = prompt[shared:]
-        if opening.strip() and row.response.startswith(opening.strip()):
+            final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
+        elif opening and last.text.startswith(opening):
             # R1's prompt opens the reasoning itself: an answer that brings its own goes on from there
-            rest = row.response.removeprefix(opening.strip()).removeprefix(opening[len(opening.rstrip()) :])
-            return prompt + rest + self._tail, len(prompt), rest, False
-        found = whole.rfind(row.response, 0, len(whole) - len(self._tail))
-        start = shared if found < 0 else min(shared, found)
-        return whole, start, row.response, bool(opening.strip())
-
-    def _render(self, row: Row, for_generation: bool) -> str:
-        turns = [("user", row.prompt)] if for_generation else [("user", row.prompt), ("assistant", row.response)]
-        messages = [{"role": role, "content": self._content(text)} for role, text in turns]
-        with _clock_held_still():
-            rendered: str = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=for_generation,
-                date_string=_CLOCK.strftime("%d %b %Y"),
-            )
-        return rendered
-
-    def _content(self, text: str) -> Any:
-        return [{"type": "text", "text": text}] if self._as_parts else text
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _tokens(self, whole: str, start: int, end: int) -> tuple[list[int], int, int, bool]:
-        """Tokenise `whole`: its ids, how many come before `start` and before `end`, and if a token spans `start`."""
-        if getattr(self._tokenizer, "is_fast", False):
-            made = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-            spans = made["offset_mapping"]
-            prompt = sum(first < start for first, _ in spans)
-            if not any(first < start < last for first, last in spans):
-                return made["input_ids"], prompt, prompt + sum(first < end for first, _ in spans[prompt:]), False
+            rest = last.text.removeprefix(opening).removeprefix(template.unused[len(template.unused.rstrip()) :])
+            turns[-1] = Turn(Role.assistant, rest)
+            whole = prompt + rest + template.tail
+            final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
+        elif opening and whole.startswith(opened := prompt.removesuffix(template.unused)):
+            final = _Answer(len(turns) - 1, len(opened), self._end_of(whole), unopened=True)
         else:
-            before, ids, answered = self._encode(whole[:start]), self._encode(whole), self._encode(whole[:end])
-            if ids[: len(before)] == before:
-                ended = len(answered) if ids[: len(answered)] == answered else len(ids)
-                return ids, len(before), ended, False
-        before, answer, rest = (self._encode(text) for text in (whole[:start], whole[start:end], whole[end:]))
-        return [*before, *answer, *rest], len(before), len(before) + len(answer), True
+            # Mistral's template shows the system prompt in a prompt only, so the whole is made from that
+            whole = prompt + template.lead + last.text + template.tail
+            final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
+        found: list[_Answer] = []
+        for turn in chosen[:-1]:
+            place = self._earlier(turns, turn, whole, found[-1].end if found else 0)
+            if place is not None and place.end <= final.start:
+                found.append(place)
+        if self._ends_in_text:  # a marker in plain text is trained, but not the space after it
+            marker = template.end.rstrip()
+            found = [replace(each, end=each.end + len(marker)) for each in found if whole.startswith(marker, each.end)]
+            whole = whole.rstrip()
+            final = replace(final, end=len(whole))
+        elif self._ends is None:
+            whole = whole[: final.end]
+        return turns, whole, [*found, final]
 
-    def _look(self, row: Row, ids: list[int], prompt: int) -> Iterator[Lost]:
+    def _end_of(self, whole: str) -> int:
+        tail = self._template.tail
+        return len(whole) - len(tail) if whole.endswith(tail) else len(whole)
+
+    def _earlier(self, turns: Sequence[Turn], turn: int, whole: str, after: int) -> _Answer | None:
+        """Find an answer before the last one; None where it is not in the text as it is in the row."""
+        template, text = self._template, turns[turn].text
+        prompt = template.render(turns[:turn], for_generation=True)
+        opened = prompt.removesuffix(template.unused)
+        leads = dict.fromkeys(["", *(joint.lead for joint in template.joints)])
+        if whole.startswith(opened):
+            unopened = bool(template.unused.strip()) and not whole.startswith(prompt)
+            start = len(opened if unopened else prompt)
+            for lead in leads:
+                if whole.startswith(lead + text, start):
+                    return _Answer(turn, start, start + len(lead + text), unopened)
+            shown = template.render(turns[: turn + 1]).removesuffix(template.tail)  # trimmed or escaped, perhaps
+            return _Answer(turn, start, len(shown), unopened) if whole.startswith(shown) else None
+        question = turns[turn - 1].text
+        for joint in template.joints:
+            at = whole.find(question + joint.opening + joint.lead + text, after)
+            if at >= 0:
+                start = at + len(question + joint.opening)
+                return _Answer(turn, start, start + len(joint.lead + text))
+        return None
+
+    def _ended(self, ids: list[int], edges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Give each answer its end of turn.
+
+        Returns: the ids up to the last one, since what follows is never generated; where the trained ids are."""
+        if self._ends is not None:
+            spans = []
+            limits = [*(start for start, _ in edges[1:]), len(ids)]
+            for (start, end), limit in zip(edges, limits, strict=True):
+                stop = next((place for place in range(end, limit) if ids[place] in self._special), None)
+                spans.append((start, (end if limit < len(ids) else limit) if stop is None else stop + 1))
+            return ids[: spans[-1][1]], spans
+        if self._ends_in_text or self._eos is None:
+            return ids[: edges[-1][1]], edges
+        made: list[int] = []
+        spans, done = [], 0
+        for start, end in edges:
+            made += [*ids[done:end], self._eos]
+            spans.append((len(made) - 1 - (end - start), len(made)))
+            done = end
+        return made, spans
+
+    def _lost_tokens(
+        self, laid: LaidOut, turns: Sequence[Turn], chosen: Sequence[int], places: Sequence[int]
+    ) -> Iterator[Lost]:
         """Compare the tokens with the row's own text."""
-        if _bare(row.response) not in _bare(self._tokenizer.decode(ids[prompt:])):
-            yield Lost.answer
-        if _bare(row.prompt) not in _bare(self._tokenizer.decode(ids[:prompt])):
-            yield Lost.question
-        ends = self._eos if self.end_is_ours else self._ends
-        if ends is not None and (ids[prompt:].count(ends) != 1 or ids[-1] != ends):
+        decode, spans = self._tokenizer.decode, [laid.ids[start:end] for start, end in laid.spans]
+        answers = {place: decode(span) for place, span in zip(places, spans, strict=True)}
+        yield from _lost(turns, chosen, answers, decode(laid.read), bare)
+        end = self._eos if self.end_is_ours else self._ends
+        if end is not None and any(span.count(end) != 1 or span[-1] != end for span in spans):
             yield Lost.end
 
 
-@contextlib.contextmanager
-def _clock_held_still() -> Iterator[None]:
-    """Fix the date for templates. They ask transformers' strftime_now, which reads its module's clock."""
-    real = chat_template_utils.datetime
+def _lost(
+    turns: Sequence[Turn], chosen: Sequence[int], answers: dict[int, str], read: str, plain: Callable[[str], str]
+) -> Iterator[Lost]:
+    """Compare a row's turns with what is made of them.
 
-    class Still(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> "Still":
-            return cls(*_CLOCK.timetuple()[:6], tzinfo=tz)
-
-    chat_template_utils.datetime = Still
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = real
-
-
-def _spaceless(text: str) -> str:
-    """Remove the spaces that templates trim and add."""
-    return "".join(text.split())
-
-
-def _bare(text: str) -> str:
-    """Remove what tokenizers change on purpose: spaces, case, and the several ways to write one character."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(
-        c for c in folded if not c.isspace() and c != "\u2581" and unicodedata.category(c) not in ("Cc", "Cf")
-    )
+    Args:
+        answers: what is trained, by turn.
+        plain: removes from a text what may differ.
+    """
+    if any(plain(turns[turn].text) not in plain(answers.get(turn, "")) for turn in chosen):
+        yield Lost.answer
+    # templates put a system prompt where they like, and leave the thoughts out of answers before the last
+    system = [plain(turn.text) for turn in turns if turn.role is Role.system]
+    others = [
+        plain(turn.text.rpartition("</think>")[2] if turn.role is Role.assistant else turn.text)
+        for place, turn in enumerate(turns)
+        if place not in chosen and turn.role is not Role.system
+    ]
+    seen = plain(read)
+    if not holds(seen, others) or not all(text in seen for text in system):
+        yield Lost.question
 
 
-def _short(text: str) -> str:
-    """Quote a text for a message."""
-    return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}")
+def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    edges = [0, *(place for span in spans for place in span), len(text)]
+    return [text[start:end] for start, end in [*pairwise(edges)][::2]]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_lab.config import DataConfig, InvalidInput, TrialConfig
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Passage, Row
 from lora_lab.dataset.selection import Selected, check_left, select
 from lora_lab.dataset.sources import file_rows
 from lora_lab.dataset.split import check_row_count, split_rows
-from lora_lab.options import Batching, DataSource, EngineKind
-from lora_lab.worker.conversation import Conversations, Losses, Turn
+from lora_lab.options import Batching, DataSource, EngineKind, TrainOn
 from lora_lab.worker.hub_rows import hub_rows
+from lora_lab.worker.laid_out import LaidOut, Losses
+from lora_lab.worker.layouts import Layouts
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
@@ -83,9 +84,9 @@ class Examples:
     lengths: list[int] = field(default_factory=list)
     """Tokens of every row before it was cut; empty for random tokens."""
     rows_lost: int = 0
-    """Rows whose text is not whole in the tokens, or whose end of turn is not trained once."""
+    """Rows whose text is not whole in the tokens, or in which an answer does not end in one end of turn."""
     rows_apart: int = 0
-    """Rows whose prompt and answer had to be tokenised separately."""
+    """Rows whose parts had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does, and for random tokens."""
     remarks: list[str] = field(default_factory=list)
@@ -107,7 +108,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
-        chosen = Selected(rows=[Row(prompt=str(number), response="") for number in range(len(made))])  # none are equal
+        chosen = Selected(rows=[Passage(prompt="", text=str(number)) for number in range(len(made))])  # none are equal
         rows, empty = chosen.rows, 0
         lengths = list[int]()
         losses, end_of_turn, remarks = Losses(), "", list[str]()
@@ -115,12 +116,12 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         read, empty, remarks = _read_rows(config.data)
         chosen = select(config.data, read)
         rows = [*chosen.rows, *chosen.heldout]
-        conversations = Conversations(tokenizer, vocab_size)
-        turns, losses = _lay_out(rows, conversations, tokenizer)
-        lengths = [len(turn.ids) for turn in turns]
-        made = [_example(turn, config.seq_len) for turn in turns]
-        end_of_turn = conversations.end_of_turn
-        remarks = [*remarks, *chosen.remarks, *_remarks(conversations, losses)]
+        layouts = Layouts(tokenizer, vocab_size, config.data.train_on)
+        laid, losses = _lay_out(rows, layouts)
+        lengths = [len(each.ids) for each in laid]
+        made = [_example(each, config.seq_len) for each in laid]
+        end_of_turn = layouts.end_of_turn
+        remarks = [*remarks, *chosen.remarks, *layouts.remarks(losses)]
     usable = [example for example in made if example.trained > 0]
     usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
     if not usable:
@@ -174,33 +175,36 @@ def _read_rows(data: DataConfig) -> tuple[list[Row], int, list[str]]:
     return found.rows, 0, found.remarks
 
 
-def tokenize(row: Row, tokenizer: Any, seq_len: int) -> Example:
-    """Put one row through the model's chat template; only the response and its end of turn are trained.
+def tokenize(row: Row, tokenizer: Any, seq_len: int, train_on: TrainOn = TrainOn.answers) -> Example:
+    """Turn one row into tokens, of which the answers and their ends of turn are trained.
 
-    Raises: InvalidInput when the template can't lay it out."""
-    return _example(Conversations(tokenizer).turn(row), seq_len)
-
-
-def _example(turn: Turn, seq_len: int) -> Example:
-    labels = [IGNORED] * turn.prompt + turn.ids[turn.prompt :]
-    return Example(turn.ids[:seq_len], labels[:seq_len], truncated=len(turn.ids) > seq_len)
+    Raises: InvalidInput when the model's chat template can't lay it out."""
+    return _example(Layouts(tokenizer, None, train_on).lay_out(row), seq_len)
 
 
-def _lay_out(rows: list[Row], conversations: Conversations, tokenizer: Any) -> tuple[list[Turn], Losses]:
+def _example(laid: LaidOut, seq_len: int) -> Example:
+    labels = [IGNORED] * len(laid.ids)
+    for start, end in laid.spans:
+        labels[start:end] = laid.ids[start:end]
+    return Example(laid.ids[:seq_len], labels[:seq_len], truncated=len(laid.ids) > seq_len)
+
+
+def _lay_out(rows: list[Row], layouts: Layouts) -> tuple[list[LaidOut], Losses]:
     """Lay out every row.
 
     Raises: InvalidInput when most rows lose text or their end of turn."""
-    turns, losses = [], Losses()
+    made, losses = [], Losses()
     for row in rows:
-        turns.append(conversations.turn(row))
-        losses.count(row, turns[-1], tokenizer)
+        made.append(layouts.lay_out(row))
+        losses.count(row, made[-1], layouts.tokenizer)
     if losses.lost * 2 > losses.rows:
         raise InvalidInput(
             *losses.sentences(),
             "The model would not be trained on your rows. Change the rows, change chat_template in the model's folder, "
             "or use another model.",
+            *layouts.remedies(rows),
         )
-    return turns, losses
+    return made, losses
 
 
 def check_token_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None:
@@ -212,26 +216,6 @@ def check_token_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None
             f"the rows hold the token {tokenizer.convert_ids_to_tokens(beyond)!r}, whose id is {beyond}: the tokenizer "
             f"knows {len(tokenizer)} tokens, the model {vocab_size}. Use the tokenizer that belongs to the model."
         )
-
-
-def _remarks(conversations: Conversations, losses: Losses) -> list[str]:
-    found = losses.sentences()
-    if losses.unopened:
-        found.append(
-            f"the chat template's generation prompt ends in text (the start of a reasoning, as a rule) without which "
-            f"{losses.unopened} of {losses.rows} rows are trained"
-        )
-    if conversations.end_is_ours:
-        found.append(
-            f"the chat template ends no turn: the tokenizer's end of text ({conversations.end_of_turn}) is trained "
-            "after each answer"
-        )
-    elif not conversations.end_of_turn:
-        found.append(
-            "no end of turn is trained, since neither the chat template nor the tokenizer has one: the model does not "
-            "learn to stop"
-        )
-    return found
 
 
 def pad_id(tokenizer: Any, vocab_size: int) -> int:

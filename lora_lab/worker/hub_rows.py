@@ -4,7 +4,9 @@ import re
 from typing import Any
 
 from lora_lab.config import DataConfig, InvalidInput
-from lora_lab.dataset.rows import Row, row_of, rows_of
+from lora_lab.dataset.layouts import format_of, unknown
+from lora_lab.dataset.row import Row
+from lora_lab.dataset.rows import rows_of
 
 
 def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
@@ -12,8 +14,8 @@ def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
 
     Raises: InvalidInput when the data set could not be loaded, lacks a column, or a row is broken."""
     records = _records(data)
-    answered = [(number, fields) for number, fields in records if str(fields[data.columns.output]).strip()]
-    return rows_of(answered, data.columns, f"data.id={data.id}", "row"), len(records) - len(answered)
+    rows = rows_of(records, data, f"data.id={data.id}", "row", leave_out_empty=True)
+    return rows, len(records) - len(rows)
 
 
 def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
@@ -21,15 +23,15 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
     from datasets.exceptions import DatasetsError
 
     split = data.split or "train"
-    columns = data.columns
     try:
         part = f"{split}[:{data.rows}]" if data.rows else split
         loaded = datasets.load_dataset(data.id, data.config, revision=data.revision, split=part)
-        names = loaded.column_names
-        if not {columns.instruction, columns.output} <= set(names):
-            row_of(dict.fromkeys(names), columns)  # raises, naming the columns that exist
+        names = dict.fromkeys(loaded.column_names)
+        layout = format_of(names, data)
+        if layout is None:
+            raise InvalidInput(unknown(names, data))
         # other columns, pictures perhaps, need not be decoded
-        texts = loaded.select_columns(sorted({columns.instruction, columns.input, columns.output} & set(names)))
+        texts = loaded.select_columns([name for name in names if name in layout.columns.values()])
         return [(number, dict(fields)) for number, fields in enumerate(texts, start=1)]
     except InvalidInput as refusal:
         raise InvalidInput(f"data.id={data.id}: {refusal}") from refusal
@@ -51,9 +53,7 @@ def _refusal(data: DataConfig, split: str, error: Exception) -> str:
     if "Config name is missing" in text:
         return f"data.id={name} has several configurations{found}. Choose with data.config=NAME."
     if re.search(r"BuilderConfig .* not found", text):
-        return (
-            f"data.id={name} has no configuration {data.config}{found}. Choose with data.config=NAME, or leave it out."
-        )
+        return f"data.id={name} has no configuration {data.config}{found}. Choose with data.config=NAME."
     if re.search(r"(Unknown|Bad) split", text):
         return f"data.id={name} has no split {split}{found}. Choose with data.split=NAME."
     if "scripts are no longer supported" in text:

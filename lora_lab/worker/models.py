@@ -34,10 +34,6 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if model.weights is Weights.random:
         return tiny_tokenizer()
     tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise InvalidInput(
-            f"{model_name(model)} has no chat template, so text can't be laid out for it. Use an instruct model."
-        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InvalidInput(
             f"the tokenizer of {model_name(model)} names neither a padding token nor an end of text. Set eos_token in "

@@ -52,7 +52,7 @@ def assert_comes_back(words: list[str]) -> str:
 
 OPTIONS = sorted((path.parent.name, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 NEEDED = {
-    ("data", "jsonl"): ["data.path=rows.jsonl"],
+    **{("data", layout): ["data.path=rows.jsonl"] for layout in ("jsonl", "chat", "instruct", "completion", "text")},
     ("model", "hub"): ["model.id=owner/name"],
     ("model", "local"): ["model.path=here"],
     ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
@@ -83,7 +83,8 @@ SETTINGS = [
     st.tuples(st.just("measure"), st.just("quick")),
     st.tuples(st.just("measure.steps"), st.integers(1, 100)),
     st.tuples(st.just("measure.price_per_kwh"), st.just(0.3)),
-    st.tuples(st.just("data.columns.output"), st.sampled_from(["answer", "'the answer'", "2"])),
+    st.tuples(st.just("data.map.output"), st.sampled_from(["answer", "'the answer'", "2"])),
+    st.tuples(st.just("data.map"), st.just("{instruction: question, output: answer}")),
     st.tuples(st.just("seed"), st.integers(0, 9)),
     st.tuples(st.just("timeout_minutes"), st.integers(1, 9)),
     st.tuples(st.just("tracking"), st.just("none")),

@@ -28,7 +28,7 @@ ACROSS = {"capacity", "sweep"}
 NEEDED = {
     ("model", "hub"): ["model.id=owner/name"],
     ("model", "local"): ["model.path=folder"],
-    ("data", "jsonl"): ["data.path=rows.jsonl"],
+    **{("data", layout): ["data.path=rows.jsonl"] for layout in ("jsonl", "chat", "instruct", "completion", "text")},
     ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
 }
 """What an option cannot know by itself."""
@@ -270,7 +270,7 @@ def test_the_helps_examples_compose(command: str) -> None:
         ("+batchsize=2", "batch_size"),
         ("+method.rnk=8", "method.rank"),
         ("+model.package.versoin=1", "model.package.version"),
-        ("+data.columns.respnse=a", "data.columns"),
+        ("+data.columns.output=a", "data.map"),
     ],
 )
 def test_an_appended_typo_is_refused_and_the_right_key_named(override: str, near: str) -> None:

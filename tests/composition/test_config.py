@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import OptimizerConfig, PackageConfig, TrialConfig
+from lora_lab.config import MapConfig, OptimizerConfig, PackageConfig, TrialConfig
 from lora_lab.options import (
     Attention,
     Batching,
@@ -89,7 +89,8 @@ def test_the_config_that_the_other_tests_break_has_no_fault() -> None:
         ("data.source", DataSource.jsonl, "data.path="),
         ("data.source", DataSource.hub, "data.id="),
         ("data.source", DataSource.random_tokens, "data.rows="),
-        ("data.columns.output", "instruction", "data.columns.instruction and data.columns.output"),
+        ("data.map", MapConfig(instruction="a", output="a"), "the column a twice"),
+        ("data.map", MapConfig(instruction="a", text="b"), "data.map names instruction, text"),
         ("optimizer.optim", None, "optimizer=adamw"),
         ("optimizer.target", "torch.optim.SGD", "optimizer.optim=null"),
         ("optimizer.args", {"momentum": 0.9}, "optimizer.target"),

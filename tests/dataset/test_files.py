@@ -20,13 +20,13 @@ import pytest
 
 from lora_lab.config import DataConfig, InvalidInput, SourceConfig
 from lora_lab.dataset.content import by_content
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Conversation, Row
 from lora_lab.dataset.selection import check_rows, select
 from lora_lab.dataset.sources import Found, file_rows
 from lora_lab.options import DataSource, Duplicates
 
 ROWS = [{"instruction": f"question {i}, é", "output": f'answer {i}:\n"so"'} for i in range(3)]
-AS_ROWS = [Row(f"question {i}, é", f'answer {i}:\n"so"') for i in range(3)]
+AS_ROWS = [Conversation.of(f"question {i}, é", f'answer {i}:\n"so"') for i in range(3)]
 TABLE = pandas.DataFrame(ROWS)
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
 
@@ -233,7 +233,7 @@ def many(folder: Path, name: str, count: int) -> Path:
 
 
 def of(rows: list[Row], name: str) -> list[Row]:
-    return [row for row in rows if row.prompt.startswith(name)]
+    return [row for row in rows if row.prompt[0].text.startswith(name)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows from a file: what is broken is named, what is held out does not move."""
+"""Rows from a file: what is broken is named."""
 
 import json
 import math
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.config import ColumnsConfig, DataConfig, InvalidInput
-from lora_lab.dataset.rows import SHIPPED, Row, row_of
+from lora_lab.config import DataConfig, InvalidInput, MapConfig
+from lora_lab.dataset.row import Conversation, Row
+from lora_lab.dataset.rows import SHIPPED, rows_of
 from lora_lab.dataset.sources import file_rows
 from lora_lab.options import DataSource
 
@@ -21,13 +22,18 @@ def written(folder: Path, *lines: str | bytes) -> Path:
     return path
 
 
-def read_jsonl(path: Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
-    return file_rows(DataConfig(source=DataSource.file, path=str(path), columns=columns, rows=limit)).rows
+def row_of(fields: dict[str, object], **columns: str) -> Row:
+    [row] = rows_of([(1, fields)], DataConfig(map=MapConfig(**columns)), "rows.jsonl", "line")
+    return row
 
 
-def refusal(path: Path, columns: ColumnsConfig | None = None, limit: int | None = None) -> str:
+def read(path: Path, limit: int | None = None) -> list[Row]:
+    return file_rows(DataConfig(source=DataSource.file, path=str(path), rows=limit)).rows
+
+
+def refusal(path: Path, limit: int | None = None) -> str:
     with pytest.raises(InvalidInput) as info:
-        read_jsonl(path, columns or ColumnsConfig(), limit)
+        read(path, limit)
     return str(info.value)
 
 
@@ -56,8 +62,8 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(tmp_path: Path, broken
 def test_of_many_broken_lines_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
     told = refusal(written(tmp_path, GOOD, *["{"] * 9))
     assert "9 broken line(s)" in told
-    assert [f"line {n}:" in told for n in range(1, 11)] == [n in range(2, 7) for n in range(1, 11)]
-    assert "4 more" in told
+    assert "lines 2, 3, 4, 5, 6 and 4 more: not JSON" in told
+    assert told.count("not JSON") == 1, "one fault is said once"
 
 
 def test_text_in_another_encoding_is_named_by_its_line_far_into_a_file(tmp_path: Path) -> None:
@@ -73,31 +79,31 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, lines: list[str]) -> Non
 
 
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
-    assert len(read_jsonl(written(tmp_path, GOOD, "", GOOD, "{"), ColumnsConfig(), 2)) == 2
+    assert len(read(written(tmp_path, GOOD, "", GOOD, "{"), 2)) == 2
 
 
 def test_line_separators_inside_text_do_not_end_a_line(tmp_path: Path) -> None:
     answer = "one\u2028two\u0085three"
     line = json.dumps({"instruction": "Why?", "output": answer}, ensure_ascii=False)
-    assert read_jsonl(written(tmp_path, line), ColumnsConfig()) == [Row("Why?", answer)]
+    assert read(written(tmp_path, line)) == [Conversation.of("Why?", answer)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
-    rows = read_jsonl(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"), ColumnsConfig())
-    assert rows == [Row("Why?", "Because.")] * 2
+    rows = read(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"))
+    assert rows == [Conversation.of("Why?", "Because.")] * 2
 
 
 def test_columns_by_other_names_and_an_optional_input() -> None:
-    columns = ColumnsConfig(instruction="q", input="context", output="a")
-    assert row_of({"q": " Why? ", "a": "So."}, columns) == Row("Why?", "So.")
-    assert row_of({"q": "Why?", "context": None, "a": "So."}, columns) == Row("Why?", "So.")
-    assert row_of({"q": "Why?", "context": " this ", "a": "So."}, columns) == Row("Why?\n\nthis", "So.")
+    columns = {"instruction": "q", "input": "context", "output": "a"}
+    assert row_of({"q": " Why? ", "a": "So."}, **columns) == Conversation.of("Why?", "So.")
+    assert row_of({"q": "Why?", "context": None, "a": "So."}, **columns) == Conversation.of("Why?", "So.")
+    assert row_of({"q": "Why?", "context": " this ", "a": "So."}, **columns) == Conversation.of("Why?\n\nthis", "So.")
     with pytest.raises(InvalidInput, match=r"no column a; found q, output"):
-        row_of({"q": "Why?", "output": "So."}, columns)
+        row_of({"q": "Why?", "output": "So."}, **columns)
 
 
 def test_the_shipped_rows_are_sound_and_none_comes_twice() -> None:
-    rows = read_jsonl(SHIPPED, ColumnsConfig())
+    rows = read(SHIPPED)
     assert len(rows) >= 300
     assert len(set(rows)) == len(rows)
 
@@ -109,33 +115,29 @@ FIELDS = {"instruction": "Why?", "input": "this", "output": "Because."}
 @pytest.mark.parametrize("value", [0, 0.0, 5, math.nan, False, True, [], {}, ["a"], {"a": "b"}], ids=repr)
 def test_what_is_no_text_is_refused_whether_python_holds_it_for_empty_or_not(column: str, value: object) -> None:
     with pytest.raises(InvalidInput, match=f"{column} must be text"):
-        row_of(FIELDS | {column: value}, ColumnsConfig())
+        row_of(FIELDS | {column: value})
 
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
 def test_only_absent_null_and_blank_text_are_an_empty_input(value: str | None) -> None:
     without = {name: text for name, text in FIELDS.items() if name != "input"}
-    assert (
-        row_of(FIELDS | {"input": value}, ColumnsConfig())
-        == row_of(without, ColumnsConfig())
-        == Row("Why?", "Because.")
-    )
+    assert row_of(FIELDS | {"input": value}) == row_of(without) == Conversation.of("Why?", "Because.")
 
 
 @pytest.mark.parametrize("column", FIELDS)
 @pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d"], ids=ascii)
 def test_half_a_character_is_refused_in_what_is_used_and_nowhere_else(column: str, half: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{column} holds \\ud"):
-        row_of(FIELDS | {column: f"ok {half} done"}, ColumnsConfig())
-    assert row_of(FIELDS | {"more": half}, ColumnsConfig()) == row_of(FIELDS, ColumnsConfig())
+        row_of(FIELDS | {column: f"ok {half} done"})
+    assert row_of(FIELDS | {"more": half}) == row_of(FIELDS)
     with pytest.raises(InvalidInput) as info:
-        row_of({half: 1}, ColumnsConfig())
+        row_of({half: 1})
     assert str(info.value).isascii(), "a terminal gets it"
 
 
 def test_no_text_stands_in_a_prompt_twice_and_no_answer_in_a_prompt() -> None:
-    assert row_of(FIELDS, ColumnsConfig(instruction="input", output="output")) == Row("this", "Because.")
-    assert row_of(FIELDS, ColumnsConfig(instruction="instruction", output="input")) == Row("Why?", "this")
+    assert row_of(FIELDS, instruction="input", output="output") == Conversation.of("this", "Because.")
+    assert row_of(FIELDS, instruction="instruction", output="input") == Conversation.of("Why?", "this")
 
 
 @pytest.mark.parametrize(
@@ -163,15 +165,15 @@ def test_a_line_that_python_stumbles_over_is_named_like_any_other(tmp_path: Path
 
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(3)]
-AS_ROWS = [Row(f"question {i}", f"answer {i}") for i in range(3)]
+AS_ROWS = [Conversation.of(f"question {i}", f"answer {i}") for i in range(3)]
 
 
 @pytest.mark.parametrize("indent", [None, 0, 4])
 @pytest.mark.parametrize("before", ["", "\ufeff", "\n \n"], ids=ascii)
 def test_one_list_of_objects_is_read_as_rows(tmp_path: Path, indent: int | None, before: str) -> None:
     path = written(tmp_path, before + json.dumps(ROWS, indent=indent))
-    assert read_jsonl(path, ColumnsConfig()) == AS_ROWS
-    assert read_jsonl(path, ColumnsConfig(), 2) == AS_ROWS[:2]
+    assert read(path) == AS_ROWS
+    assert read(path, 2) == AS_ROWS[:2]
 
 
 def test_a_fault_in_a_list_is_named_by_its_line(tmp_path: Path) -> None:

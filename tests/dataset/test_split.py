@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.config import InvalidInput
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Conversation
 from lora_lab.dataset.split import check_row_count, heldout_indices, split_rows
 
 
@@ -89,8 +89,8 @@ def test_rows_that_are_all_equal_are_refused() -> None:
         split_rows([row("a", "b")] * 20, 0.1)
 
 
-def row(question: str, answer: str) -> Row:
-    return Row(question, answer)
+def row(question: str, answer: str) -> Conversation:
+    return Conversation.of(question, answer)
 
 
 def test_a_split_counts_what_it_cannot_keep_apart() -> None:

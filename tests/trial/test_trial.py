@@ -167,10 +167,10 @@ def test_a_users_own_yaml_is_one_more_option(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_users_own_rows(lab: Lab, tmp_path: Path) -> None:
-    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
+    rows = [{"asked": f"What is {n} + 1?", "answered": str(n + 1)} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    columns = ("data.columns.instruction=question", "data.columns.output=answer")
-    said = lab(*TINY, "data=jsonl", "data.path=rows.jsonl", *columns, "tracking=none")
+    columns = "data.map={instruction: asked, output: answered}"
+    said = lab(*TINY, "data=jsonl", "data.path=rows.jsonl", columns, "tracking=none")
     assert said.code == 0, said.text
     assert record_of(tmp_path)["metrics"]["data/rows_train"] == 36
 

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.rows import SHIPPED, Row
+from lora_lab.dataset.row import Conversation
+from lora_lab.dataset.rows import SHIPPED
 from lora_lab.options import DataSource
-from lora_lab.worker.conversation import Conversations, Losses, Lost
+from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, check_token_ids, load_examples, pad_id, tokenize
+from lora_lab.worker.laid_out import Losses, Lost
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = [json.loads(line)["output"] for line in SHIPPED.read_text().splitlines()[:80]]
@@ -89,14 +91,14 @@ LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-ROW = Row("Why is the sky blue?", "Because of the air. It is so!")
+ROW = Conversation.of("Why is the sky blue?", "Because of the air. It is so!")
 
 
-def trained(tokenizer: Any, row: Row = ROW) -> str:
+def trained(tokenizer: Any, row: Conversation = ROW) -> str:
     return str(tokenizer.decode([label for label in tokenize(row, tokenizer, 10_000).labels if label != IGNORED]))
 
 
-def read(tokenizer: Any, row: Row = ROW) -> str:
+def read(tokenizer: Any, row: Conversation = ROW) -> str:
     made = tokenize(row, tokenizer, 10_000)
     return str(tokenizer.decode(made.ids[: len(made.ids) - sum(label != IGNORED for label in made.labels)]))
 
@@ -120,11 +122,11 @@ def read(tokenizer: Any, row: Row = ROW) -> str:
 @given(answer=st.text("abc .,!?éß漢字\n-'\"", min_size=1, max_size=30).map(str.strip).filter(bool))
 def test_the_answer_and_one_end_are_trained_whatever_the_template(tokenizer: Any, end: str, answer: str) -> None:
     conversations = Conversations(tokenizer)
-    row = Row("Why is the sky blue?", answer)
-    turn = conversations.turn(row)
-    said = tokenizer.decode(turn.ids[turn.prompt :])
+    row = Conversation.of("Why is the sky blue?", answer)
+    turn = conversations.lay_out(row)
+    said = tokenizer.decode(turn.trained)
     assert said.replace(" ", "") == (answer + end).replace(" ", "")
-    assert "Why is the sky blue?" in tokenizer.decode(turn.ids[: turn.prompt])
+    assert "Why is the sky blue?" in tokenizer.decode(turn.read)
     assert not turn.lost
     assert conversations.end_of_turn == end.strip()
 
@@ -135,9 +137,9 @@ def test_the_answer_and_one_end_are_trained_whatever_the_template(tokenizer: Any
 def test_ids_are_those_of_the_whole_conversation(make: Any, layout: str, answer: str) -> None:
     """A SentencePiece tokenizer puts a space before a text of its own: the answer must not get one."""
     tokenizer = make(layout) if make is sentencepiece else byte_level(layout, bos_token="<|user|>")
-    turn = [{"role": "user", "content": ROW.prompt}, {"role": "assistant", "content": answer}]
+    turn = [{"role": "user", "content": ROW.turns[0].text}, {"role": "assistant", "content": answer}]
     whole = tokenizer(tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]
-    made = tokenize(Row(ROW.prompt, answer), tokenizer, 10_000)
+    made = tokenize(Conversation.of(ROW.turns[0].text, answer), tokenizer, 10_000)
     kept = made.ids if tokenizer.decode(whole) != tokenizer.decode(made.ids[:-1]) else made.ids[:-1]
     assert whole[: len(kept)] == kept
 
@@ -153,48 +155,52 @@ def test_a_token_that_spans_the_edge_is_cut_there_and_counted() -> None:
         if len(tokenizer(whole[:i] + whole[i:])["input_ids"])
         < len(tokenizer(whole[:i])["input_ids"] + tokenizer(whole[i:])["input_ids"])
     )
-    turn = Conversations(tokenizer).turn(Row(whole[:spanning], whole[spanning:]))
+    turn = Conversations(tokenizer).lay_out(Conversation.of(whole[:spanning], whole[spanning:]))
     assert turn.apart
-    assert tokenizer.decode(turn.ids[: turn.prompt]) == whole[:spanning]
-    assert tokenizer.decode(turn.ids[turn.prompt :]) == whole[spanning:] + "<|end|>"
+    assert tokenizer.decode(turn.read) == whole[:spanning]
+    assert tokenizer.decode(turn.trained) == whole[spanning:] + "<|end|>"
 
 
 def test_an_answer_that_opens_as_the_prompt_does_goes_on_from_there() -> None:
     tokenizer = byte_level(template(answer=NO_THOUGHTS, ask="<think>\n"))
-    row = Row("Why?", "<think>\nhm\n</think>\n\nSo.")
+    row = Conversation.of("Why?", "<think>\nhm\n</think>\n\nSo.")
     assert trained(tokenizer, row) == "hm\n</think>\n\nSo.<|end|>"
     assert read(tokenizer, row).endswith("<|assistant|><think>\n")
-    assert not Conversations(tokenizer).turn(row).lost
+    assert not Conversations(tokenizer).lay_out(row).lost
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "row", "lost"),
     [
-        (byte_level(template(answer=NO_THOUGHTS)), Row("Why?", "<think>hm</think>So."), Lost.answer),
+        (byte_level(template(answer=NO_THOUGHTS)), Conversation.of("Why?", "<think>hm</think>So."), Lost.answer),
         (
             byte_level(template(answer="{{ m.content[:20] }}")),
-            Row("Why?", "Because it is, and it will be."),
+            Conversation.of("Why?", "Because it is, and it will be."),
             Lost.answer,
         ),
         (
             byte_level(template(question="{{ m.content[:15] }}")),
-            Row("Why is the sky as blue as it is?", "So."),
+            Conversation.of("Why is the sky as blue as it is?", "So."),
             Lost.question,
         ),
-        (byte_level(template(answer="{{ m.content | replace('B', 'A') }}")), Row("Why?", "Because."), Lost.answer),
-        (byte_level(template(question="{{ m.content | e }}")), Row("Is 1 < 2?", "Yes."), Lost.question),
-        (byte_level(PLAIN), Row("Why?", "It <|end|> is."), Lost.end),
-        (words_only(PLAIN), Row("why is it so", "because 漢字"), Lost.answer),
-        (words_only(PLAIN), Row("why is 漢字", "because"), Lost.question),
+        (
+            byte_level(template(answer="{{ m.content | replace('B', 'A') }}")),
+            Conversation.of("Why?", "Because."),
+            Lost.answer,
+        ),
+        (byte_level(template(question="{{ m.content | e }}")), Conversation.of("Is 1 < 2?", "Yes."), Lost.question),
+        (byte_level(PLAIN), Conversation.of("Why?", "It <|end|> is."), Lost.end),
+        (words_only(PLAIN), Conversation.of("why is it so", "because 漢字"), Lost.answer),
+        (words_only(PLAIN), Conversation.of("why is 漢字", "because"), Lost.question),
     ],
 )
-def test_text_that_does_not_reach_the_model_is_seen(tokenizer: Any, row: Row, lost: Lost) -> None:
+def test_text_that_does_not_reach_the_model_is_seen(tokenizer: Any, row: Conversation, lost: Lost) -> None:
     conversations, losses = Conversations(tokenizer), Losses()
-    turn = conversations.turn(row)
+    turn = conversations.lay_out(row)
     assert turn.lost == {lost}
     losses.count(row, turn, tokenizer)
     assert (losses.rows, losses.lost, losses.kinds[lost]) == (1, 1, 1)
-    assert repr(row.response)[:10] in losses.sentences()[0]
+    assert repr(row.turns[-1].text)[:10] in losses.sentences()[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_lab.composition.compose import CONF
 from lora_lab.config import InvalidInput, OptimizerConfig, PrecisionConfig, TrialConfig
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Conversation
 from lora_lab.options import Attention, Batching, DataSource, DType, ModelSource, Weights
 from lora_lab.worker.data import IGNORED, Example, TokenCounts, load_examples, pack, tokenize, train_collator
 from lora_lab.worker.models import load_architecture, load_model
@@ -192,7 +192,7 @@ def test_the_tiny_tokenizers_special_tokens_are_one_token_each_and_fit_the_tiny_
 
 @given(prompt=TEXT, response=TEXT)
 def test_exactly_the_response_and_its_end_are_trained(prompt: str, response: str) -> None:
-    made = tokenize(Row(prompt, response), TOKENIZER, seq_len=10_000)
+    made = tokenize(Conversation.of(prompt, response), TOKENIZER, seq_len=10_000)
     predicted = [label for label in made.labels if label != IGNORED]
     assert TOKENIZER.decode(predicted) == response + END
     assert made.labels[-len(predicted) :] == predicted == made.ids[-len(predicted) :]
@@ -205,8 +205,8 @@ def test_exactly_the_response_and_its_end_are_trained(prompt: str, response: str
 
 @given(prompt=TEXT, response=TEXT, seq_len=st.integers(1, 150))
 def test_a_row_is_cut_at_its_end_and_says_so(prompt: str, response: str, seq_len: int) -> None:
-    whole = tokenize(Row(prompt, response), TOKENIZER, seq_len=10_000)
-    cut = tokenize(Row(prompt, response), TOKENIZER, seq_len)
+    whole = tokenize(Conversation.of(prompt, response), TOKENIZER, seq_len=10_000)
+    cut = tokenize(Conversation.of(prompt, response), TOKENIZER, seq_len)
     assert cut.ids == whole.ids[:seq_len]
     assert cut.labels == whole.labels[:seq_len]
     assert cut.truncated == (len(whole.ids) > seq_len)
@@ -218,7 +218,7 @@ def test_a_template_that_does_not_continue_its_prompt_is_refused() -> None:
     tokenizer: Any = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} ->{% endif %}"
     with pytest.raises(InvalidInput, match="chat template"):
-        tokenize(Row("Why?", "Because."), tokenizer, 100)
+        tokenize(Conversation.of("Why?", "Because."), tokenizer, 100)
 
 
 def jsonl(folder: Path, lengths: list[tuple[int, int]]) -> TrialConfig:

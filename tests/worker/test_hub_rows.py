@@ -7,7 +7,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from lora_lab.config import DataConfig, InvalidInput
-from lora_lab.dataset.rows import Row
+from lora_lab.dataset.row import Conversation
 from lora_lab.worker.hub_rows import hub_rows
 
 ROW = {"instruction": "Why?", "output": "Because."}
@@ -29,9 +29,9 @@ def data_set(folder: Path, **files: str | list[dict[str, object]]) -> DataConfig
 
 def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
     data = data_set(tmp_path, train_jsonl=[ROW, ROW | {"output": " "}, ROW, ROW])
-    assert hub_rows(data) == ([Row("Why?", "Because.")] * 3, 1)
+    assert hub_rows(data) == ([Conversation.of("Why?", "Because.")] * 3, 1)
     data.rows = 2
-    assert hub_rows(data) == ([Row("Why?", "Because.")], 1)
+    assert hub_rows(data) == ([Conversation.of("Why?", "Because.")], 1)
 
 
 def test_configuration_and_split_are_chosen(tmp_path: Path) -> None:
@@ -63,10 +63,13 @@ def test_configuration_and_split_are_chosen(tmp_path: Path) -> None:
         ({"a_jsonl": '{"instr'}, ["could not be loaded", "JSON parse error"]),
         ({"a_jsonl": [ROW], "b_jsonl": [ROW | {"more": 1}]}, ["could not be loaded", "CastError"]),
         ({"a_parquet": "version https://git-lfs.github.com/spec/v1\n"}, ["could not be loaded", "Parquet"]),
-        ({"train_jsonl": [{"q": "Why?", "a": "So."}]}, ["no column instruction", "found q, a", "data.columns.output="]),
+        (
+            {"train_jsonl": [{"q": "Why?", "a": "So."}]},
+            ["no layout has the columns found: q, a", "data.map={instruction: q, output: a}"],
+        ),
         (
             {"train_jsonl": [ROW, ROW | {"input": [1]}, ROW | {"input": [2]}]},
-            ["2 broken row(s)", "row 2: input must be text", "row 3:"],
+            ["2 broken row(s)", "rows 2, 3: input must be text"],
         ),
     ],
     ids=["split", "configurations", "script", "empty", "torn", "unlike", "lfs", "columns", "list"],
