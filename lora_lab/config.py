@@ -185,6 +185,13 @@ class DataConfig:
     duplicates: Duplicates = setting(
         Duplicates.keep, "keep, or drop rows that are equal to an earlier one (exact) or nearly so (near)"
     )
+    min_perplexity: float | None = setting(
+        None,
+        "drop rows that the model knows before training: their perplexity, per trained token, is below this (3, for "
+        "example); takes one pass over all rows",
+        least=1,
+        most=10**6,
+    )
     batching: Batching = setting(Batching.longest, "longest, seq_len or packed")
 
 

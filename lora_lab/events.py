@@ -21,6 +21,8 @@ class Phase(Enum):
     conversion = "conversion"
     data = "data"
     model = "model"
+    screening = "screening"
+    """Only with data.min_perplexity: how well the model knows each row before it is trained."""
     evaluation_before = "evaluation_before"
     compilation = "compilation"
     """Only with engine=compile and graph: a step of each shape is compiled, and recorded."""
@@ -119,6 +121,8 @@ class DataCounted:
     """Rows that data.duplicates left out."""
     rows_in_both: int | None = None
     """Rows that are not trained on because data.heldout_path has them."""
+    rows_low_perplexity: int | None = None
+    """Rows that data.min_perplexity left out. With it, DataCounted is sent again after the screening."""
     length_median: int | None = None
     """Tokens of half of the rows before they are cut, or fewer; None for random tokens."""
     length_p95: int | None = None

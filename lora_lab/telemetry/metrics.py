@@ -160,6 +160,7 @@ _ALL = (
             "rows_near_repeated": "nearly repeated rows",
             "rows_dropped": "repeated rows left out",
             "rows_in_both": "rows left out because they are held out",
+            "rows_low_perplexity": "rows left out for their low perplexity",
             "length_median": "tokens of a row, median",
             "length_p95": "tokens of a row, 95 % have no more",
             "length_max": "tokens of the longest row",

@@ -81,6 +81,8 @@ class Examples:
     """Rows that are not used because they equal an earlier one, or nearly so."""
     rows_in_both: int = 0
     """Rows that are not trained on because the file of held-out rows has them."""
+    rows_low_perplexity: int = 0
+    """Rows that data.min_perplexity left out."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of every row before it was cut; empty for random tokens."""
     rows_lost: int = 0
@@ -140,15 +142,8 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     split = split_rows(usable_rows, config.data.holdout, own)
     held = set(split.held)
     train = [example for i, example in enumerate(usable) if i not in held]
-    if config.data.batching is Batching.packed:
-        train = pack(train, config.seq_len)
-        if len(train) < per_step:
-            raise InvalidInput(
-                f"packed to seq_len={config.seq_len} the data makes {len(train)} rows, but one step needs {per_step} "
-                "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
-            )
     return Examples(
-        train=train,
+        train=packed_rows(config, train) if config.data.min_perplexity is None else train,
         heldout=[usable[i] for i in split.held],
         rows_read=len(made) + empty + chosen.dropped + chosen.in_both,
         rows_truncated=sum(example.truncated for example in made),
@@ -164,6 +159,27 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         rows_heldout_prompt_trained=split.prompts_trained,
         lengths=lengths,
     )
+
+
+def packed_rows(config: TrialConfig, train: list[Example]) -> list[Example]:
+    """Pack rows if data.batching asks for that.
+
+    Raises: InvalidInput when the packed ones do not fill one optimizer step."""
+    if config.data.batching is not Batching.packed:
+        return train
+    packed = pack(train, config.seq_len)
+    check_filled(config, len(packed), f"rows when packed to seq_len={config.seq_len}")
+    return packed
+
+
+def check_filled(config: TrialConfig, count: int, which: str) -> None:
+    """Raise InvalidInput unless `count` rows fill one optimizer step."""
+    needed = config.batch_size * config.grad_accum_steps
+    if count < needed:
+        raise InvalidInput(
+            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps). Use more rows "
+            "or a smaller batch_size."
+        )
 
 
 def _read_rows(data: DataConfig) -> tuple[list[Row], int, list[str]]:

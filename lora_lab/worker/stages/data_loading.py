@@ -43,6 +43,7 @@ def counted(examples: Examples, seq_len: int) -> DataCounted:
         rows_near_repeated=examples.rows_near_repeated,
         rows_dropped=examples.rows_dropped,
         rows_in_both=examples.rows_in_both,
+        rows_low_perplexity=examples.rows_low_perplexity,
         length_median=lengths.median,
         length_p95=lengths.p95,
         length_max=lengths.most,
