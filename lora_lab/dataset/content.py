@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 _Row = TypeVar("_Row", bound=Hashable)
 
@@ -12,7 +12,7 @@ _Row = TypeVar("_Row", bound=Hashable)
 def row_digest(row: Hashable) -> bytes:
     """Return a digest of all text of a row, roles included. It is the same in every process, and whatever else the
     row's class holds."""
-    return hashlib.sha256("\0".join(_texts(_plain(row))).encode()).digest()
+    return hashlib.sha256("\0".join(_texts(row)).encode()).digest()
 
 
 def by_content(rows: Sequence[_Row]) -> list[_Row]:
@@ -22,16 +22,15 @@ def by_content(rows: Sequence[_Row]) -> list[_Row]:
 
 def text_of(row: Hashable) -> str:
     """Return all text of a row without roles, one piece per line."""
-    return "\n".join(text for text in _texts(_plain(row)) if not isinstance(text, Enum))
+    return "\n".join(text for text in _texts(row) if not isinstance(text, Enum))
 
 
-def _plain(row: Hashable) -> Any:
-    return dataclasses.astuple(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
-
-
-def _texts(node: Any) -> Iterator[str]:
+def _texts(node: object) -> Iterator[str]:
     if isinstance(node, str):
         yield node
     elif isinstance(node, (tuple, list)):
         for inner in node:
             yield from _texts(inner)
+    elif dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            yield from _texts(getattr(node, field.name))
