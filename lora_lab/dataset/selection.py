@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.content import by_content
+from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.duplicates import without_duplicates
 from lora_lab.dataset.row import Row
-from lora_lab.dataset.sources import file_rows, heldout_rows
+from lora_lab.dataset.sources import file_rows, files_of, heldout_rows
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Duplicates
 
@@ -61,14 +63,38 @@ def check_rows(data: DataConfig, needed: int) -> None:
         needed: the rows of one optimizer step.
 
     Raises: InvalidInput."""
+    key = f"{data} {[_state(file) for file in files_of(data)]}"
+    if key not in _COUNTED:
+        _COUNTED[key] = _counts(data)
+    count, heldout = _COUNTED[key]
+    if heldout is None:
+        check_row_count(count, data.holdout, needed)
+    else:
+        check_left(count, heldout, needed)
+
+
+_COUNTED: dict[str, tuple[int, int | None]] = {}
+"""By config and state of the files: the points of a sweep read their rows once."""
+
+
+def _state(file: DataFile) -> tuple[Path, int, int]:
+    """Return what changes when a file does; nothing for one that cannot be looked at, which reading will name."""
+    try:
+        status = file.path.stat()
+    except (OSError, ValueError):
+        return file.path, 0, 0
+    return file.path, status.st_size, status.st_mtime_ns
+
+
+def _counts(data: DataConfig) -> tuple[int, int | None]:
+    """Count the rows to train on, and those of data.heldout_path where there is one."""
     rows = file_rows(data).rows
     if data.duplicates is not Duplicates.keep:
         rows = list(dict.fromkeys(rows))
     if data.heldout_path is None:
-        check_row_count(len(rows), data.holdout, needed)
-    else:
-        heldout = heldout_rows(data).rows
-        check_left(len(_without(rows, heldout)), len(heldout), needed)
+        return len(rows), None
+    heldout = heldout_rows(data).rows
+    return len(_without(rows, heldout)), len(heldout)
 
 
 def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> None:

@@ -15,6 +15,9 @@ from lora_lab.dataset.rows import SHIPPED, rows_of
 from lora_lab.dataset.table_records import read_cells, read_columns
 from lora_lab.options import DataSource
 
+_SOURCE, _HELDOUT = "data.sources.path", "data.heldout_path"
+"""What messages call these files by; the others by data.path."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -39,7 +42,7 @@ def heldout_rows(data: DataConfig) -> Found:
     """Read the rows of `data.heldout_path`.
 
     Raises: InvalidInput."""
-    return _rows_of_path(str(data.heldout_path), None, "data.heldout_path", data, None)
+    return _rows_of_path(str(data.heldout_path), None, _HELDOUT, data, None)
 
 
 def read_records(file: DataFile) -> tuple[Numbered, str]:
@@ -66,6 +69,21 @@ def files_of_path(path: Path, split: str | None, key: str) -> tuple[list[DataFil
             "or of a data set on the hub."
         )
     return [DataFile(path, key)], ""
+
+
+def files_of(data: DataConfig) -> list[DataFile]:
+    """Return every file that rows are read from.
+
+    Raises: InvalidInput for a folder that is no data set."""
+    if data.source is DataSource.shipped:
+        files = [DataFile(SHIPPED)]
+    elif data.sources:
+        files = [file for each in data.sources for file in files_of_path(Path(each.path), each.split, _SOURCE)[0]]
+    else:
+        files, _ = files_of_path(Path(str(data.path)), data.split, "data.path")
+    if data.heldout_path is not None:
+        files = [*files, *files_of_path(Path(data.heldout_path), None, _HELDOUT)[0]]
+    return files
 
 
 def _is_folder(path: Path) -> bool:
@@ -96,7 +114,7 @@ def _mixed(data: DataConfig) -> Found:
 
     Which rows are drawn and their order depend on their content alone."""
     _check_different(data.sources)
-    found = [_rows_of_path(each.path, each.split, "data.sources.path", data, None) for each in data.sources]
+    found = [_rows_of_path(each.path, each.split, _SOURCE, data, None) for each in data.sources]
     remarks = [remark for each in found for remark in each.remarks]
     counts = shares([len(each.rows) for each in found], [each.weight for each in data.sources], data.rows)
     drawn = [row for each, count in zip(found, counts, strict=True) for row in by_content(each.rows)[:count]]

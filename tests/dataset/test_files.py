@@ -301,3 +301,23 @@ def test_rows_that_are_dropped_do_not_count_as_enough(tmp_path: Path) -> None:
     check_rows(config_of(path, holdout=0.2), 3)
     with pytest.raises(InvalidInput, match="has 3 rows, 2 after"):
         check_rows(config_of(path, holdout=0.2, duplicates=Duplicates.exact), 3)
+
+
+def test_the_points_of_a_sweep_read_their_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[DataConfig] = []
+
+    def counted(data: DataConfig) -> Found:
+        read.append(data)
+        return file_rows(data)
+
+    monkeypatch.setattr("lora_lab.dataset.selection.file_rows", counted)
+    path = many(tmp_path, "a", 10)
+    for needed in (1, 9):
+        check_rows(config_of(path), needed)
+    with pytest.raises(InvalidInput, match="has 10 rows, 9 after"):
+        check_rows(config_of(path), 10)
+    assert len(read) == 1
+    check_rows(config_of(path, holdout=0.2), 8)
+    many(tmp_path, "a", 20)
+    check_rows(config_of(path), 18)
+    assert len(read) == 3
