@@ -108,8 +108,8 @@ class Conversations:
             turns[-1] = Turn(Role.assistant, rest)
             whole = prompt + rest + template.tail
             final = _Answer(len(turns) - 1, len(prompt), self._end_of(whole))
-        elif opening and whole.startswith(opened := prompt.removesuffix(template.unused)):
-            final = _Answer(len(turns) - 1, len(opened), self._end_of(whole), unopened=True)
+        elif template.unused and whole.startswith(opened := prompt.removesuffix(template.unused)):
+            final = _Answer(len(turns) - 1, len(opened), self._end_of(whole), unopened=bool(opening))
         else:
             # Mistral's template shows the system prompt in a prompt only, so the whole is made from that
             whole = prompt + template.lead + last.text + template.tail

@@ -10,6 +10,9 @@ from typing import Any
 
 from lora_lab.dataset.row import Passage, Row
 
+_INVISIBLE = dict.fromkeys([*range(0x21), 0x7F])
+"""Spaces and control characters of ASCII, for str.translate."""
+
 
 class Lost(Enum):
     """What can be wrong with a row's tokens, in words that follow 'in N of M rows'."""
@@ -110,6 +113,8 @@ def spaceless(text: str) -> str:
 
 def bare(text: str) -> str:
     """Remove what tokenizers change on purpose: spaces, case, and the several ways to write one character."""
+    if text.isascii():  # as below, in a tenth of the time
+        return text.translate(_INVISIBLE).lower()
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(
         c for c in folded if not c.isspace() and c != "\u2581" and unicodedata.category(c) not in ("Cc", "Cf")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.row import Conversation
+from lora_lab.dataset.row import Conversation, Role, Turn
 from lora_lab.dataset.rows import SHIPPED
 from lora_lab.options import DataSource
 from lora_lab.worker.conversation import Conversations
@@ -103,21 +103,21 @@ def read(tokenizer: Any, row: Conversation = ROW) -> str:
     return str(tokenizer.decode(made.ids[: len(made.ids) - sum(label != IGNORED for label in made.labels)]))
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "end"),
-    [
-        (byte_level(PLAIN), "<|end|>"),
-        (byte_level(template(PARTS, PARTS)), "<|end|>"),
-        (byte_level(template(end="<|end|>\n<|eot|>")), "<|end|>"),  # nothing after the end of the turn
-        (byte_level(template(end="<|eot|>\n")), "<|eot|>"),  # an end of turn that is not the end of text
-        (byte_level(template(end="")), "<|end|>"),  # no end of turn: the end of text is added
-        (byte_level(template(end="\n### Stop\n")), "\n### Stop"),  # an end in plain text
-        (byte_level(template(ask="<think>\n")), "<|end|>"),
-        (sentencepiece(ZEPHYR), "</s>"),
-        (sentencepiece(LLAMA_2), "</s>"),
-    ],
-    ids=["plain", "parts", "two ends", "another end", "no end", "text end", "opened", "zephyr", "llama 2"],
-)
+TOKENIZERS = [
+    (byte_level(PLAIN), "<|end|>"),
+    (byte_level(template(PARTS, PARTS)), "<|end|>"),
+    (byte_level(template(end="<|end|>\n<|eot|>")), "<|end|>"),  # nothing after the end of the turn
+    (byte_level(template(end="<|eot|>\n")), "<|eot|>"),  # an end of turn that is not the end of text
+    (byte_level(template(end="")), "<|end|>"),  # no end of turn: the end of text is added
+    (byte_level(template(end="\n### Stop\n")), "\n### Stop"),  # an end in plain text
+    (byte_level(template(ask="<think>\n")), "<|end|>"),
+    (sentencepiece(ZEPHYR), "</s>"),
+    (sentencepiece(LLAMA_2), "</s>"),
+]
+NAMES = ["plain", "parts", "two ends", "another end", "no end", "text end", "opened", "zephyr", "llama 2"]
+
+
+@pytest.mark.parametrize(("tokenizer", "end"), TOKENIZERS, ids=NAMES)
 @settings(max_examples=25)
 @given(answer=st.text("abc .,!?éß漢字\n-'\"", min_size=1, max_size=30).map(str.strip).filter(bool))
 def test_the_answer_and_one_end_are_trained_whatever_the_template(tokenizer: Any, end: str, answer: str) -> None:
@@ -129,6 +129,17 @@ def test_the_answer_and_one_end_are_trained_whatever_the_template(tokenizer: Any
     assert "Why is the sky blue?" in tokenizer.decode(turn.read)
     assert not turn.lost
     assert conversations.end_of_turn == end.strip()
+
+
+@pytest.mark.parametrize(("tokenizer", "end"), TOKENIZERS, ids=NAMES)
+def test_every_answer_of_a_longer_conversation_has_its_end(tokenizer: Any, end: str) -> None:
+    said = [("Why is it so?", "So."), ("So?", "So it is."), ("Why?", "So.")]
+    turns = tuple(turn for pair in said for turn in map(Turn, (Role.user, Role.assistant), pair))
+    laid = Conversations(tokenizer).lay_out(Conversation(turns))
+    assert not laid.lost
+    spans = [tokenizer.decode(laid.ids[start:stop]).replace(" ", "") for start, stop in laid.spans]
+    assert spans == [(answer + end).replace(" ", "") for _, answer in said]
+    assert laid.spans[-1][1] == len(laid.ids)
 
 
 @pytest.mark.parametrize("layout", [ZEPHYR, LLAMA_2, PLAIN, template(end="")])

@@ -20,6 +20,7 @@ from lora_lab.options import Attention, Batching, DataSource, DType, ModelSource
 from lora_lab.worker.data import IGNORED, Example, TokenCounts, load_examples, pack, tokenize, train_collator
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.chat_templates import GEMMA, tokenizer_of
 
 # peft 0.21 still asks transformers 5.23 by the older name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -219,6 +220,31 @@ def test_a_template_that_does_not_continue_its_prompt_is_refused() -> None:
     tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} ->{% endif %}"
     with pytest.raises(InvalidInput, match="chat template"):
         tokenize(Conversation.of("Why?", "Because."), tokenizer, 100)
+
+
+@pytest.mark.parametrize("row", [{"text": "Once."}, {"prompt": "2 + 2 =", "completion": " 4"}])
+def test_a_base_model_without_a_template_takes_passages_only(tmp_path: Path, row: dict[str, str]) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = None
+    config = jsonl(tmp_path, [(5, n) for n in range(1, 21)])
+    with pytest.raises(InvalidInput, match=r"no chat template.*data=completion"):
+        load_examples(config, tokenizer, 272)
+    rows = [{name: f"{number} {text}" for name, text in row.items()} for number in range(20)]
+    Path(str(config.data.path)).write_text("\n".join(map(json.dumps, rows)))
+    made = load_examples(config, tokenizer, 272)
+    assert (made.rows_read, made.rows_lost, made.end_of_turn) == (20, 0, END)
+    assert made.rows_heldout_prompt_trained == 0, "texts have no prompt that could be in both splits"
+    assert all(tokenizer.decode(each.ids).endswith(END) for each in (*made.train, *made.heldout))
+
+
+def test_a_system_prompt_that_has_no_place_is_said_to_be_moved(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
+    rows = [{"messages": [{"role": role, "content": f"{text} {n}"} for role, text in turns]} for n in range(20)]
+    config = jsonl(tmp_path, [])
+    Path(str(config.data.path)).write_text("\n".join(map(json.dumps, rows)))
+    made = load_examples(config, tokenizer_of(GEMMA), 10_000)
+    assert made.rows_lost == 0
+    assert any("no system prompt: in 20 of 20 rows" in remark for remark in made.remarks)
 
 
 def jsonl(folder: Path, lengths: list[tuple[int, int]]) -> TrialConfig:
