@@ -116,7 +116,8 @@ class DataCounted:
     rows_heldout_prompt_trained: int | None = None
     """Held-out rows whose prompt is trained on too, with another answer."""
     rows_near_repeated: int | None = None
-    """Rows that are not equal to an earlier one, but nearly; None where that was not looked for."""
+    """Rows that are not equal to an earlier one, but nearly, or nearly to one of data.heldout_path; None where that was
+    not looked for."""
     rows_dropped: int | None = None
     """Rows that data.duplicates left out."""
     rows_in_both: int | None = None

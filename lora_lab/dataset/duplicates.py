@@ -34,17 +34,23 @@ class Distinct(Generic[_Row]):
     repeated: int
     """How many were equal to an earlier one, dropped or not."""
     near_repeated: int | None
-    """How many more were nearly equal to an earlier one, dropped or not; None where that was not looked for."""
+    """How many more were nearly equal to an earlier or a held-out one, dropped or not; None where that was not looked
+    for."""
     dropped: int
 
 
-def without_duplicates(rows: Sequence[_Row], duplicates: Duplicates) -> Distinct[_Row]:
-    """Drop the duplicates that are not to be kept, and count all of them."""
+def without_duplicates(rows: Sequence[_Row], duplicates: Duplicates, heldout: Sequence[_Row] = ()) -> Distinct[_Row]:
+    """Drop the duplicates that are not to be kept, and count all of them.
+
+    Args:
+        heldout: rows of a file of their own. They come before all others here, so that what nearly equals one of them
+            is a near duplicate."""
     different = list(dict.fromkeys(rows))
     near = set[int]()
     looked = duplicates is Duplicates.near or len(rows) <= MOST_COUNTED
     if looked:
-        near = near_duplicates([text_of(row) for row in different])
+        texts = [text_of(row) for row in (*heldout, *different)]
+        near = {place - len(heldout) for place in near_duplicates(texts) if place >= len(heldout)}
     kept = list(rows) if duplicates is Duplicates.keep else different
     if duplicates is Duplicates.near:
         kept = [row for index, row in enumerate(different) if index not in near]

@@ -34,8 +34,7 @@ def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
     """Apply `data.duplicates` and `data.heldout_path`.
 
     Raises: InvalidInput when the held-out rows cannot be read, or leave nothing to train on."""
-    distinct = without_duplicates(rows, data.duplicates)
-    kept, apart, remarks = distinct.rows, list[Row](), list[str]()
+    kept, apart, remarks = list(rows), list[Row](), list[str]()
     if data.heldout_path is not None:
         found = heldout_rows(data)
         apart, remarks = by_content(found.rows), found.remarks
@@ -45,13 +44,14 @@ def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
                 f"data.heldout_path={data.heldout_path} holds every row of the data, so that none is left to train on. "
                 "Give a file of other rows, or leave data.heldout_path out: then data.holdout splits them."
             )
+    distinct = without_duplicates(kept, data.duplicates, apart)
     return Selected(
-        rows=kept,
+        rows=distinct.rows,
         heldout=apart,
         repeated=distinct.repeated,
         near_repeated=distinct.near_repeated,
         dropped=distinct.dropped,
-        in_both=len(distinct.rows) - len(kept),
+        in_both=len(rows) - len(kept),
         remarks=remarks,
     )
 

@@ -296,6 +296,17 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
         check_rows(data, 1)
 
 
+def test_what_nearly_equals_a_held_out_row_is_a_near_duplicate(tmp_path: Path) -> None:
+    texts = [" ".join(f"word{number * word}" for word in range(1, 30)) for number in range(1, 6)]
+    path, apart = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    written(path, "\n".join(json.dumps({"text": text.upper()}) for text in texts))
+    written(apart, "\n".join(json.dumps({"text": text}) for text in texts[:2]))
+    data = config_of(path, heldout_path=str(apart), duplicates=Duplicates.near)
+    chosen = select(data, file_rows(data).rows)
+    assert (len(chosen.rows), len(chosen.heldout)) == (3, 2)
+    assert (chosen.near_repeated, chosen.dropped, chosen.in_both) == (2, 2, 0)
+
+
 def test_rows_that_are_dropped_do_not_count_as_enough(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", "\n".join([*map(json.dumps, ROWS), json.dumps(ROWS[0])]))
     check_rows(config_of(path, holdout=0.2), 3)

@@ -93,8 +93,8 @@ def _about_duplicates(duplicates: Duplicates, examples: Examples) -> list[str]:
         )
     if near and duplicates is not Duplicates.near:
         said.append(
-            f"{near} of {read} rows have nearly the same words as an earlier one, so that held-out rows may have been "
-            "seen in training (data.duplicates=near drops them)"
+            f"{near} of {read} rows have nearly the same words as an earlier or a held-out one, so that held-out rows "
+            "may have been seen in training (data.duplicates=near drops them)"
         )
     return said
 
