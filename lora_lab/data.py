@@ -19,6 +19,8 @@ from rich.text import Text
 
 from lora_lab.composition.once import compose_once
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.events import DataCounted
+from lora_lab.options import DataSource
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.trial.session import check_data
@@ -31,8 +33,10 @@ _MOST_TOKENS = 400
 _TRAINED = "bold green"
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-"""Characters that would steer a terminal, and their pictures."""
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
+"""Characters that would steer a terminal, and what is shown instead: their pictures, or the sign for an unknown one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,12 +146,7 @@ def _counts(found: Preview, config: TrialConfig) -> list[tuple[str, str]]:
         ("rows with nothing to train on", _of(counted.rows_without_labels, read)),
         ("rows that lose text in the template", _of(counted.rows_lost or 0, read)),
         ("rows equal to an earlier one", _of(counted.rows_repeated or 0, read)),
-        (
-            "rows nearly equal to an earlier one",
-            "not counted: too many rows (data.duplicates=near counts and drops them)"
-            if counted.rows_near_repeated is None
-            else _of(counted.rows_near_repeated, read),
-        ),
+        ("rows nearly equal to an earlier one", _near(counted, config)),
         (
             "held-out rows whose prompt is trained too",
             _of(counted.rows_heldout_prompt_trained or 0, counted.rows_heldout),
@@ -164,6 +163,14 @@ def _counts(found: Preview, config: TrialConfig) -> list[tuple[str, str]]:
     rows.append(("scripts of what is trained", (", ".join(scripts[:6]) or "no letters") + estimate))
     rows.append(("an answer ends with", counted.end_of_turn or "nothing"))
     return rows
+
+
+def _near(counted: DataCounted, config: TrialConfig) -> str:
+    if counted.rows_near_repeated is not None:
+        return _of(counted.rows_near_repeated, counted.rows_read)
+    if config.data.source is DataSource.random_tokens:
+        return "not counted: the tokens are random"
+    return "not counted: too many rows (data.duplicates=near counts and drops them)"
 
 
 def _of(count: int, total: int) -> str:
