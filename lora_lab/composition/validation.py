@@ -167,7 +167,24 @@ def _data_faults(config: TrialConfig) -> list[str]:
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
     fault = map_fault(data)
-    return [fault] if fault else []
+    return [fault] if fault else _unused_faults(config)
+
+
+def _unused_faults(config: TrialConfig) -> list[str]:
+    """Find settings of the data that would have no effect."""
+    data, found = config.data, []
+    if data.config is not None and data.source is not DataSource.hub:
+        found.append(f"data.config={data.config} chooses a part of a data set on the hub. Leave it out.")
+    if data.split is not None and data.source in (DataSource.shipped, DataSource.random_tokens):
+        found.append(f"data.split={data.split} chooses a part of a folder or of a data set on the hub. Leave it out.")
+    if data.heldout_path is not None and data.source is DataSource.random_tokens:
+        found.append("data.heldout_path has no effect with random tokens. Leave it out.")
+    if data.min_perplexity is not None and config.model.weights is Weights.random:
+        found.append(
+            f"data.min_perplexity={data.min_perplexity:g} asks what the model knows, and model.weights=random knows "
+            "nothing. Leave it out, or use pretrained weights."
+        )
+    return found
 
 
 def _source_faults(data: DataConfig) -> list[str]:

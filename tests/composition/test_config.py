@@ -279,12 +279,23 @@ def test_a_config_from_before_other_files_were_read_means_the_same() -> None:
         ({"sources": [SourceConfig(path="a", weight=1), SourceConfig(path="b")]}, "others none"),
         ({"sources": [SourceConfig(path="a", weight=0)]}, "data.sources.weight=0 must be greater than 0"),
         ({"sources": [SourceConfig(path="a")], "source": DataSource.hub, "id": "me/it"}, "needs data.source=file"),
+        ({"path": "a", "config": "b"}, "data.config=b chooses"),
+        ({"source": DataSource.shipped, "split": "test"}, "data.split=test chooses"),
+        ({"source": DataSource.random_tokens, "rows": 9, "heldout_path": "b"}, "no effect with random tokens"),
         ({"path": "a", "min_perplexity": 0.5}, "data.min_perplexity=0.5 must be at least 1"),
         ({"sources": [SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=3)]}, ""),
     ],
 )
-def test_sources_that_cannot_be_mixed_are_named(settings: dict[str, Any], words: str) -> None:
+def test_sources_that_cannot_work_are_named(settings: dict[str, Any], words: str) -> None:
     config = sound()
     config.data = dataclasses.replace(config.data, **{"source": DataSource.file, **settings})
     found = faults(config)
     assert (len(found), words in "".join(found)) == (1 if words else 0, True), found
+
+
+def test_random_weights_know_no_row() -> None:
+    config = sound()
+    config.data.min_perplexity = 3.0
+    assert faults(config) == []
+    config.model.source, config.model.weights, config.model.architecture = ModelSource.tiny, Weights.random, {"a": 1}
+    assert "knows nothing" in "".join(faults(config))
