@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.composition.arguments import in_shell, quoted, unreadable
-from lora_lab.composition.keys import GROUPS, unknown_key
+from lora_lab.composition.keys import GROUPS, known_keys, unknown_key
 from lora_lab.config import InvalidInput, TrialConfig
 
 _HYDRA_ASIDES = re.compile(r"\n(Config search path:(\n\t.*)*|Set the environment variable HYDRA_FULL_ERROR.*)")
@@ -78,7 +78,7 @@ def _of_composition(refusal: str) -> str:
     within = re.search(r"\nKey '(.+)' (?:not in '|is not in struct)", refusal)
     if unknown and (unknown[1] in _OPEN or unknown[1].rpartition(".")[0] in _OPEN):
         return f"'{unknown[1]}' is not set yet; to add it, write +{unknown[1]}=..."
-    if unknown and unknown[1] in GROUPS and within:
+    if unknown and unknown[1] in known_keys() and within:
         return unknown_key(f"{unknown[1]}.{within[1]}")
     if unknown and unknown[1] not in GROUPS:
         return unknown_key(unknown[1])

@@ -120,27 +120,28 @@ def unknown(record: object, data: DataConfig) -> str:
     """Say that a record is none of the known kinds, and what to type."""
     if not isinstance(record, dict):
         return f"expected a JSON object, found {type(record).__name__}"
-    names = [str(name) for name in record if str(name).isidentifier()]
-    which = "no layout" if data.layout is Layout.auto else f"data.layout={data.layout.name}: no such row"
-    parts = PARTS[Layout.instruct if data.layout is Layout.auto else data.layout]
-    wanted = [part for part in parts if part not in _OPTIONAL]
-    other = [each for each in FORMATS if each.fits(record)]
-    if other and data.layout is not Layout.auto:
+    other = next((each for each in FORMATS if each.fits(record)), None)
+    if other is not None:
         return (
-            f"data.layout={data.layout.name}, and these are {other[0].name} ({', '.join(other[0].needed)}). "
-            f"Use data.layout={other[0].layout.name}, or name the columns with data.map."
+            f"data.layout={data.layout.name}, and these are {other.name} ({', '.join(other.needed)}). "
+            f"Use data.layout={other.layout.name}, or name the columns with data.map."
         )
-    example = ", ".join(f"{part}: {name}" for part, name in zip(wanted, [*names, *["..."] * 2], strict=False))
-    return (
-        f"{which} has the columns found: {_listed(record)}. {SUPPORTED}\n  Name yours, for example: "
-        f'"data.map={{{example}}}"'
+    given = data.layout is not Layout.auto
+    parts = [part for part in PARTS[data.layout if given else Layout.instruct] if part not in _OPTIONAL]
+    texts = [name for name, value in record.items() if given or value is None or isinstance(value, str)]
+    columns = [*(str(name) for name in texts if str(name).isidentifier()), *["..."] * len(parts)]
+    example = ", ".join(f"{part}: {column}" for part, column in zip(parts, columns, strict=False))
+    what = (
+        f"data.layout={data.layout.name} needs {' and '.join(parts)}; these are the" if given else "no layout has the"
     )
+    return f'{what} columns found: {_listed(record)}. {SUPPORTED}\n  Name yours, for example: "data.map={{{example}}}"'
 
 
 def _foreign(columns: tuple[str, ...], what: str, record: dict[object, object]) -> str:
     remedy = ""
     if "chosen" in columns:
-        parts = "messages: chosen" if isinstance(record["chosen"], list) else "instruction: prompt, output: chosen"
+        pair = "instruction: prompt, output: chosen" if "prompt" in record else "text: chosen"
+        parts = "messages: chosen" if isinstance(record["chosen"], list) else pair
         remedy = f' To train on the chosen answers alone: "data.map={{{parts}}}".'
     return f"this is {what} ({', '.join(columns)}), which is not supported. {SUPPORTED}{remedy}"
 

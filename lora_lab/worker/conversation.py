@@ -17,6 +17,9 @@ from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.laid_out import LaidOut, Lost, bare, holds, spaceless
 from lora_lab.worker.tokens import encode, tokens_of
 
+_LONGEST_START = 100
+"""Characters of an answer that a prompt may have already."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
@@ -119,6 +122,9 @@ class Conversations:
             place = self._earlier(turns, turn, whole, found[-1].end if found else 0)
             if place is not None and place.end <= final.start:
                 found.append(place)
+        for each in (*found, final):
+            if spaceless(turns[each.turn].text) not in spaceless(whole[each.start : each.end]):
+                turns[each.turn] = Turn(Role.assistant, _beyond(whole[: each.start], turns[each.turn].text))
         if self._ends_in_text:  # a marker in plain text is trained, but not the space after it
             marker = template.end.rstrip()
             found = [replace(each, end=each.end + len(marker)) for each in found if whole.startswith(marker, each.end)]
@@ -208,6 +214,13 @@ def _lost(
     seen = plain(read)
     if not holds(seen, others) or not all(text in seen for text in system):
         yield Lost.question
+
+
+def _beyond(prompt: str, answer: str) -> str:
+    """Return an answer without the start that its prompt has already: <think>, where a prompt opens the thoughts."""
+    begun = prompt.rstrip()
+    longest = 0 if answer[0].isalnum() else min(len(answer) - 1, _LONGEST_START)  # a tag, no part of a word
+    return answer[next((size for size in range(longest, 0, -1) if begun.endswith(answer[:size])), 0) :]
 
 
 def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:

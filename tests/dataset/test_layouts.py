@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from lora_lab.config import DataConfig, InvalidInput, MapConfig
+from lora_lab.dataset.layouts import map_fault
 from lora_lab.dataset.row import Conversation, Passage, Role, Row, Turn
 from lora_lab.dataset.rows import rows_of
 from lora_lab.options import Layout
@@ -133,6 +134,7 @@ def test_columns_of_other_names(columns: dict[str, str], record: dict[str, objec
     ("record", "words"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["preference data", "{instruction: prompt, output: chosen}"]),
+        ({"chosen": "a", "rejected": "b"}, ["preference data", "data.map={text: chosen}"]),
         ({"chosen": [], "rejected": []}, ["preference data", "data.map={messages: chosen}"]),
         ({"prompt": "a", "completion": "b", "label": True}, ["preference data without pairs"]),
         ({"input_ids": [1], "labels": [1]}, ["tokenised already"]),
@@ -150,6 +152,22 @@ def test_unknown_columns_are_said_once_with_the_setting_that_names_them() -> Non
     assert "60 broken line(s)" in told
     assert told.count("frage, antwort.") == 1
     assert '"data.map={instruction: frage, output: antwort}"' in told
+
+
+def test_columns_that_could_hold_text_are_offered_for_the_layout_that_is_wanted() -> None:
+    told = refusal({"id": 1, "frage": "a", "tags": [], "antwort": "b"})
+    assert '"data.map={instruction: frage, output: antwort}"' in told
+    told = refusal({"dialog": []}, layout=Layout.chat)
+    assert "data.layout=chat needs messages" in told
+    assert '"data.map={messages: dialog}"' in told
+
+
+def test_a_map_is_of_one_layout() -> None:
+    assert map_fault(DataConfig()) == ""
+    assert map_fault(DataConfig(map=MapConfig(prompt="a"), layout=Layout.completion)) == ""
+    told = map_fault(DataConfig(map=MapConfig(prompt="a"), layout=Layout.chat))
+    assert "data.map names prompt" in told
+    assert told.endswith("for chat: messages.")
 
 
 def test_mixed_layouts_are_named_by_their_rows() -> None:

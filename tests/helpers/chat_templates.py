@@ -7,7 +7,7 @@ assistant, and leaves out tools and pictures. R1's special tokens have plain cha
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -119,6 +119,13 @@ QWEN_3 = Published(  # thoughts are left out of answers before the last question
     "{% else %}{{ '<|im_start|>assistant\n' ~ said ~ '<|im_end|>\n' }}{% endif %}{% endif %}{% endfor %}" + _IM_ASK,
     ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     "<|im_end|>",
+)
+QWEN_3_THINKING = replace(  # its generation prompt opens the thoughts, which earlier answers do not have
+    QWEN_3,
+    model="Qwen/Qwen3-4B-Thinking-2507",
+    template=QWEN_3.template.replace(
+        _IM_ASK, "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
 )
 ZEPHYR = Published(  # the roles' names are plain text
     "HuggingFaceH4/zephyr-7b-beta",

@@ -27,6 +27,7 @@ from tests.helpers.chat_templates import (
     PHI_3,
     QWEN_2_5,
     QWEN_3,
+    QWEN_3_THINKING,
     R1,
     ZEPHYR,
     Published,
@@ -227,6 +228,30 @@ def test_reasoning_that_the_prompt_opens_goes_on_in_the_last_answer() -> None:
     assert marked(tokenizer, laid).endswith("<|Assistant|><think>\n«hm\n</think>\n\nYes.<|end|>»")
     assert marked(tokenizer, laid).startswith("<|begin|><|User|>Hi there<|Assistant|>«Hello!<|end|>»")
     assert not laid.lost
+
+
+def test_an_earlier_answer_without_the_thoughts_that_its_prompt_opens_is_found_behind_its_question() -> None:
+    tokenizer = tokenizer_of(QWEN_3_THINKING)
+    laid = Conversations(tokenizer).lay_out(Conversation((*TURNS[:3], Turn(Role.assistant, THOUGHT + "Yes."))))
+    assert marked(tokenizer, laid) == (
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n«Hello!<|im_end|>»\n"
+        "<|im_start|>user\nIs 2 + 2 4?<|im_end|>\n<|im_start|>assistant\n<think>\n«hm\n</think>\n\nYes.<|im_end|>»"
+    )
+    assert not laid.lost
+
+
+@pytest.mark.parametrize(("reply", "lost"), [("t", True), ("<think>", True), ("<think>hm", False), ("think>hm", True)])
+def test_only_a_start_that_the_prompt_has_may_be_missing_from_an_answer(reply: str, lost: bool) -> None:
+    tokenizer = tokenizer_of.__wrapped__(QWEN_3_THINKING)  # its own, which is changed
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role ~ '\n' }}{% if m.role == 'assistant' %}{{ '<think>\n' ~ m.content"
+        ".replace('<think>', '').replace('t', '') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n<think>\n' }}{% endif %}"
+    )
+    conversations = Conversations(tokenizer)
+    said = (TURNS[0], Turn(Role.assistant, reply))
+    for turns in (said, (*said, TURNS[2], Turn(Role.assistant, "Yes."))):
+        assert (Lost.answer in conversations.lay_out(Conversation(turns)).lost) == lost
 
 
 def test_calls_of_tools_are_trained_and_their_results_read() -> None:
