@@ -10,6 +10,7 @@ RUN = "run"
 COMMANDS = {
     "report": "lora_lab.report.__main__",
     "best": "lora_lab.best",
+    "data": "lora_lab.data",
     "recompute": "lora_lab.recompute",
     "records": "lora_lab.records",
     "ui": "lora_lab.ui",

@@ -13,6 +13,7 @@ from lora_lab.options import (
     Checkpointing,
     DataSource,
     DType,
+    Duplicates,
     EngineKind,
     Isolation,
     Layout,
@@ -134,13 +135,40 @@ class MapConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One of several files or folders that rows are drawn from."""
+
+    path: str = setting(help="a file or folder, as for data.path")
+    weight: float | None = setting(
+        None,
+        "its share of the rows, among all weights; without any weight every row is used",
+        above=0,
+        most=10**9,
+    )
+    split: str | None = setting(None, "which split of a folder is read")
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The rows to train on and how they are laid out in batches."""
 
-    source: DataSource = setting(DataSource.shipped, "shipped, hub, jsonl or random_tokens")
-    id: str | None = setting(None, "name of a data set on the Hugging Face hub (its train split is read)")
+    source: DataSource = setting(DataSource.shipped, "shipped, hub, file or random_tokens")
+    id: str | None = setting(None, "name of a data set on the Hugging Face hub")
     revision: str | None = setting(None, "commit, tag or branch on the hub")
-    path: str | None = setting(None, "a jsonl file: one JSON object per line, or one JSON list of objects")
+    config: str | None = setting(None, "configuration of a data set on the hub that has several")
+    split: str | None = setting(
+        None,
+        "which split of a data set on the hub or of a folder is read; null is train, in a folder also the only one",
+    )
+    path: str | None = setting(
+        None, "a file (jsonl, json, csv, tsv, Parquet or Arrow, gzipped or not), or a folder of such files"
+    )
+    sources: list[SourceConfig] = setting(
+        factory=list, help="several files with weights instead of `path`: [{path: a.jsonl, weight: 0.7},...]"
+    )
+    heldout_path: str | None = setting(
+        None, "a file or folder of the held-out rows, instead of `holdout`; none of them is trained on"
+    )
     rows: int | None = setting(
         None, "use only the first rows; for random_tokens, how many rows to make", above=0, most=10**9
     )
@@ -152,7 +180,17 @@ class DataConfig:
         TrainOn.answers, "what of a conversation is trained: answers (every one), last_answer or everything"
     )
     holdout: float = setting(
-        0.1, "share of the rows that is never trained on; which rows does not depend on `seed`", above=0, below=1
+        0.1, "share of the rows that is never trained on; their content decides which, not `seed`", above=0, below=1
+    )
+    duplicates: Duplicates = setting(
+        Duplicates.keep, "keep, or drop rows that are equal to an earlier one (exact) or nearly so (near)"
+    )
+    min_perplexity: float | None = setting(
+        None,
+        "drop rows that the model knows before training: their perplexity, per trained token, is below this (3, for "
+        "example); takes one pass over all rows",
+        least=1,
+        most=10**6,
     )
     batching: Batching = setting(Batching.longest, "longest, seq_len or packed")
 

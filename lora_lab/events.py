@@ -21,6 +21,8 @@ class Phase(Enum):
     conversion = "conversion"
     data = "data"
     model = "model"
+    screening = "screening"
+    """Only with data.min_perplexity: how well the model knows each row before it is trained."""
     evaluation_before = "evaluation_before"
     compilation = "compilation"
     """Only with engine=compile and graph: a step of each shape is compiled, and recorded."""
@@ -113,6 +115,22 @@ class DataCounted:
     """Usable rows that are equal to an earlier one; None in trials from before this was counted."""
     rows_heldout_prompt_trained: int | None = None
     """Held-out rows whose prompt is trained on too, with another answer."""
+    rows_near_repeated: int | None = None
+    """Rows that are not equal to an earlier one, but nearly, or nearly to one of data.heldout_path; None where that was
+    not looked for."""
+    rows_dropped: int | None = None
+    """Rows that data.duplicates left out."""
+    rows_in_both: int | None = None
+    """Rows that are not trained on because data.heldout_path has them."""
+    rows_low_perplexity: int | None = None
+    """Rows that data.min_perplexity left out. With it, DataCounted is sent again after the screening."""
+    length_median: int | None = None
+    """Tokens of half of the rows before they are cut, or fewer; None for random tokens."""
+    length_p95: int | None = None
+    """Tokens of 95 % of the rows before they are cut, or fewer."""
+    length_max: int | None = None
+    tokens_cut: int | None = None
+    """Tokens beyond seq_len, of all rows together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

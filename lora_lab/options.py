@@ -41,7 +41,8 @@ class DataSource(Enum):
 
     shipped = "shipped"
     hub = "hub"
-    jsonl = "jsonl"
+    file = "file"
+    jsonl = "file"  # its name in configs from before other kinds of file were read
     random_tokens = "random_tokens"
 
 
@@ -63,6 +64,16 @@ class TrainOn(Enum):
     """Every turn of the assistant."""
     last_answer = "last_answer"
     everything = "everything"
+
+
+class Duplicates(Enum):
+    """What is done about rows that are there more than once."""
+
+    keep = "keep"
+    exact = "exact"
+    """Of equal rows the first is kept."""
+    near = "near"
+    """Of rows with nearly the same words the first is kept."""
 
 
 class Batching(Enum):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 class Effect(Enum):
@@ -111,7 +111,9 @@ class Setting:
 
     @property
     def group(self) -> Any:
-        """Return the dataclass of a group, also of an optional one; None for a setting."""
+        """Return the dataclass of a group, also of an optional one; None for a setting, which a list of them is too."""
+        if get_origin(self.field.type) is list:
+            return None
         return next(
             (part for part in (self.field.type, *get_args(self.field.type)) if dataclasses.is_dataclass(part)), None
         )

@@ -188,8 +188,8 @@ def test_what_cannot_go_together_is_refused(lab: Lab, tmp_path: Path, arguments:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, ["there is no such file", "Give a jsonl file"]),
-        (b"", ["is empty", "one JSON object a line"]),
+        (None, ["there is no such file", "Check its name"]),
+        (b"", ["is empty", "one JSON object per line"]),
         (b"\n  \n", ["is empty"]),
         (
             (ROW + "not json\n" + ROW + "[1]\n" + '{"instruction": 1, "output": "b"}\n').encode(),

@@ -47,7 +47,8 @@ def load(composed: DictConfig) -> TrialConfig:
 
 def _expand_home(config: TrialConfig) -> None:
     """Expand ~/ at the start of a path from a yaml; on the command line it is expanded already."""
-    for group, key in ((config.data, "path"), (config.model, "path"), (config.tracking, "root")):
+    paths = [(config.data, "path"), (config.data, "heldout_path"), (config.model, "path"), (config.tracking, "root")]
+    for group, key in [*paths, *((source, "path") for source in config.data.sources)]:
         path = getattr(group, key)
         if path and path.startswith("~/"):
             with suppress(RuntimeError):  # nobody knows where home is

@@ -31,6 +31,12 @@ _OPEN = ("optimizer.args", "model.architecture", "hydra.sweeper.params")
 """Dictionaries that take any keys."""
 
 
+_SOURCES = (
+    "data.sources is a list of files, each with its path, and perhaps with a weight and a split. Write for example "
+    "'data.sources=[{path: a.jsonl, weight: 0.7}, {path: b.csv, weight: 0.3}]'."
+)
+
+
 def explain(error: Exception) -> str:
     """Say in plain words what was wrong with a command line, or with a yaml that it names."""
     text = str(error).strip()
@@ -66,6 +72,8 @@ def _of_composition(refusal: str) -> str:
 
     `+key=value` would only fail one step later, so name the nearest existing key instead.
     """
+    if re.search(r"(Could not override '|Error merging override )data\.sources", refusal):
+        return _SOURCES
     unknown = re.search(r"Could not override '([^']*)'", refusal)
     within = re.search(r"\nKey '(.+)' (?:not in '|is not in struct)", refusal)
     if unknown and (unknown[1] in _OPEN or unknown[1].rpartition(".")[0] in _OPEN):

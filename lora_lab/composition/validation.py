@@ -7,7 +7,17 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.config import (
+    AUTO,
+    DataConfig,
+    InvalidInput,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from lora_lab.dataset.layouts import map_fault
 from lora_lab.options import (
     Attention,
@@ -22,6 +32,7 @@ from lora_lab.options import (
     Weights,
 )
 from lora_lab.secrets import without_secrets
+from lora_lab.settings import settings_of
 from lora_lab.store.server_address import fault_of_address
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
@@ -149,14 +160,47 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
 
 def _data_faults(config: TrialConfig) -> list[str]:
     data = config.data
-    if data.source is DataSource.jsonl and not data.path:
-        return ["data.path is missing; give a jsonl file, for example data.path=my_rows.jsonl."]
+    if data.source is DataSource.file and not data.path and not data.sources:
+        return ["data.path is missing; give a file or folder, for example data.path=my_rows.jsonl."]
+    if data.sources and (found := _source_faults(data)):
+        return found
     if data.source is DataSource.hub and not data.id:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
     fault = map_fault(data)
-    return [fault] if fault else []
+    return [fault] if fault else _unused_faults(config)
+
+
+def _unused_faults(config: TrialConfig) -> list[str]:
+    """Find settings of the data that would have no effect."""
+    data, found = config.data, []
+    if data.config is not None and data.source is not DataSource.hub:
+        found.append(f"data.config={data.config} chooses a part of a data set on the hub. Leave it out.")
+    if data.split is not None and data.source in (DataSource.shipped, DataSource.random_tokens):
+        found.append(f"data.split={data.split} chooses a part of a folder or of a data set on the hub. Leave it out.")
+    if data.heldout_path is not None and data.source is DataSource.random_tokens:
+        found.append("data.heldout_path has no effect with random tokens. Leave it out.")
+    if data.min_perplexity is not None and config.model.weights is Weights.random:
+        found.append(
+            f"data.min_perplexity={data.min_perplexity:g} asks what the model knows, and model.weights=random knows "
+            "nothing. Leave it out, or use pretrained weights."
+        )
+    return found
+
+
+def _source_faults(data: DataConfig) -> list[str]:
+    if data.source is not DataSource.file:
+        return [f"data.sources needs data.source=file, and it is {data.source.name}; use data=jsonl, for example."]
+    if data.path or data.split:
+        which = "path" if data.path else "split"
+        return [f"data.{which} and data.sources are both set; leave data.{which} out, and name it in data.sources."]
+    weights = [source.weight for source in data.sources]
+    if None in weights and any(weights):
+        return ["data.sources gives some sources a weight and others none; give each one, or none to use every row."]
+    key = "data.sources.weight"
+    limits = next(each.limits for each in settings_of(SourceConfig, "data.sources.") if each.limits is not None)
+    return [fault for weight in weights if weight is not None and (fault := limits.fault(key, weight))]
 
 
 def _train_faults(config: TrialConfig) -> list[str]:

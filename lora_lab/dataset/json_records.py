@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.config import InvalidInput
+from lora_lab.dataset.data_files import DataFile
 
 _Read = TypeVar("_Read")
 
@@ -18,43 +18,44 @@ Numbered = Iterable[tuple[int, object]]
 """Records with their numbers, from 1; an InvalidInput stands for one that cannot be read."""
 
 
-def read_records(path: Path) -> Numbered:
-    """Read every record of a file; blank lines are skipped.
+def read_json(file: DataFile) -> Numbered:
+    """Read every record of a file, each with the line that it begins in; blank lines are skipped.
 
     Raises: InvalidInput for a file of another encoding, a list that breaks off, and objects over several lines."""
-    with path.open("rb") as lines:
+    with file.opened() as lines:
         texts = (line.decode("utf-8-sig", errors="replace").strip() for line in lines)
         first, *more = [*islice(filter(None, texts), 2)] or [""]
     if more and not isinstance(_value(first), InvalidInput):
-        return _lines(path)
+        return _lines(file)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with file.opened() as opened:
+            text = opened.read().decode("utf-8-sig")
     except UnicodeDecodeError:
-        return _lines(path)  # which says where
+        return _lines(file)  # which says where
     if first.startswith("["):
-        return _elements(path, text)
-    _check_one_object_per_line(path, text)
-    return _lines(path)
+        return _elements(file, text)
+    _check_one_object_per_line(file, text)
+    return _lines(file)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, object]]:
-    with path.open("rb") as lines:
+def _lines(file: DataFile) -> Iterator[tuple[int, object]]:
+    with file.opened() as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                _check_encoding(path, number)
+                _check_encoding(file, number)
                 yield number, InvalidInput(f"not UTF-8 (the byte {line[error.start]:#04x} at {error.start + 1})")
                 continue
             if text.strip():
                 yield number, _value(text)
 
 
-def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
+def _elements(file: DataFile, text: str) -> Iterator[tuple[int, object]]:
     """Return the elements of one list, with the lines they begin in."""
 
     def broken(why: object) -> InvalidInput:
-        return InvalidInput(f"data.path={path} is one JSON list, which breaks at line {line}: {why}")
+        return InvalidInput(f"{file.name} is one JSON list, which breaks at line {line}: {why}")
 
     before, at, line = 0, _after_space(text, text.index("[") + 1), 1
     while text[at : at + 1] != "]":
@@ -74,7 +75,7 @@ def _elements(path: Path, text: str) -> Iterator[tuple[int, object]]:
         raise broken("something stands behind its closing ]")
 
 
-def _check_one_object_per_line(path: Path, text: str) -> None:
+def _check_one_object_per_line(file: DataFile, text: str) -> None:
     """Raise InvalidInput, with jq's command, when objects are printed over several lines, or the rows lie within one
     object. Accept any other file."""
     values: list[object] = []
@@ -97,8 +98,8 @@ def _check_one_object_per_line(path: Path, text: str) -> None:
             return
     what = "one JSON object" if len(values) == 1 else f"{len(values)} JSON objects over several lines"
     raise InvalidInput(
-        f"data.path={path} is {what}, not one object a line. Convert it, for example:\n"
-        f"  jq -c {shlex.quote(program)} {shlex.quote(str(path))} > rows.jsonl"
+        f"{file.name} is {what}, not one object per line. Convert it, for example:\n"
+        f"  {file.piped_to(f'jq -c {shlex.quote(program)}')} > rows.jsonl"
     )
 
 
@@ -142,14 +143,14 @@ def _readable(read: Callable[[], _Read]) -> _Read | InvalidInput:
         return InvalidInput("a number has too many digits")
 
 
-def _check_encoding(path: Path, number: int) -> None:
+def _check_encoding(file: DataFile, number: int) -> None:
     """Raise InvalidInput when no line has a character beyond ASCII in UTF-8: then it is another encoding throughout."""
-    with path.open("rb") as lines:
+    with file.opened() as lines:
         if any(not line.isascii() and _is_utf8(line) for line in lines):
             return
     raise InvalidInput(
-        f"data.path={path} is not UTF-8 text (line {number}). Convert it; Western European text, for example, with:\n"
-        f"  iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > utf8.jsonl"
+        f"{file.name} is not UTF-8 text (line {number}). Convert it; Western European text, for example, with:\n"
+        f"  {file.piped_to('iconv -f WINDOWS-1252 -t UTF-8')} > utf8.jsonl"
     )
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import InvalidInput, SourceConfig, TrialConfig
 from lora_lab.dataset.rows import SHIPPED
+from lora_lab.dataset.sources import files_of_path
 from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
 from lora_lab.settings import Effect, settings_of
@@ -48,16 +49,30 @@ def _contents(config: TrialConfig) -> dict[str, str]:
     found = {}
     if config.data.source is DataSource.shipped:
         found["data"] = _file_digest(SHIPPED)
-    elif config.data.source is DataSource.jsonl:
-        found["data"] = _file_digest(Path(str(config.data.path)))
+    elif config.data.source is DataSource.file:
+        sources = config.data.sources or [SourceConfig(path=str(config.data.path), split=config.data.split)]
+        each = [_path_digest(source.path, source.split) for source in sources]
+        found["data"] = each[0] if len(each) == 1 else digest(each)
     elif config.data.source is DataSource.hub:
         found["data"] = _hub_commit("dataset", str(config.data.id), config.data.revision)
+    if config.data.heldout_path is not None:
+        found["data.heldout"] = _path_digest(config.data.heldout_path, None)
     if config.model.weights is Weights.pretrained:
         if config.model.source is ModelSource.local:
             found["model"] = _folder_digest(Path(str(config.model.path)))
         elif config.model.source is ModelSource.hub:
             found["model"] = _hub_commit("model", str(config.model.id), config.model.revision)
     return found
+
+
+def _path_digest(path: str, split: str | None) -> str:
+    """Return the digest of a file, or of the files that a folder is read from, whatever they are called."""
+    try:
+        files, _ = files_of_path(Path(path), split, "data.path")
+    except InvalidInput:
+        return "missing"
+    each = [_file_digest(file.path) for file in files]
+    return each[0] if len(each) == 1 else digest(each)
 
 
 def _file_digest(path: Path) -> str:

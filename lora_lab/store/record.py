@@ -145,7 +145,7 @@ def complete(
         record.metrics |= {
             f"data/{key}": float(value)
             for key, value in dataclasses.asdict(counted).items()
-            if key.startswith("rows") and value is not None
+            if key.startswith(("rows", "length", "tokens")) and value is not None
         }
         record.tags["data_digest"] = counted.digest
         if counted.end_of_turn:

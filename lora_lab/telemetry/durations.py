@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from lora_lab.events import FIRST_STEP, Event, Phase
 from lora_lab.telemetry.phases import spans
 
-_WORK = (Phase.matmul_rate, Phase.conversion, Phase.model, Phase.evaluation_before, Phase.compilation)
+_WORK = (
+    Phase.matmul_rate,
+    Phase.conversion,
+    Phase.model,
+    Phase.screening,
+    Phase.evaluation_before,
+    Phase.compilation,
+)
 """What any trial needs before its first step, or once per machine. The rest of the time before it is overhead."""
 
 

@@ -26,6 +26,7 @@ _DOING = {
     Phase.conversion.value: "converting the weights (first time only)",
     Phase.data.value: "reading and tokenising the rows",
     Phase.model.value: "loading the model",
+    Phase.screening.value: "looking for rows that the model knows already",
     Phase.evaluation_before.value: "held-out loss before",
     Phase.compilation.value: "compiling the training step",
     Phase.warm_up.value: "warm-up",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
-from lora_lab.dataset.rows import SHIPPED, check_row_count, read_jsonl
+from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
 from lora_lab.options import DataSource, Isolation, ModelSource, TrackingKind, Weights
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
@@ -130,10 +130,7 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
 
 def check_inputs(config: TrialConfig) -> None:
     """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
-    if config.data.source in (DataSource.jsonl, DataSource.shipped):
-        shipped = config.data.source is DataSource.shipped
-        rows = read_jsonl(SHIPPED if shipped else Path(str(config.data.path)), config.data, config.data.rows)
-        check_row_count(len(rows), config.data.holdout, config.batch_size * config.grad_accum_steps)
+    check_data(config)
     if config.model.weights is Weights.pretrained:
         package = config.model.package
         if config.model.source is ModelSource.package and package and not converted_folder(package).is_dir():
@@ -145,6 +142,12 @@ def check_inputs(config: TrialConfig) -> None:
             )
     if config.tracking.kind is TrackingKind.local:
         check_writable(config.tracking)
+
+
+def check_data(config: TrialConfig) -> None:
+    """Raise InvalidInput for rows in files that cannot be read, or are too few."""
+    if config.data.source in (DataSource.file, DataSource.shipped):
+        check_rows(config.data, config.batch_size * config.grad_accum_steps)
 
 
 def check_folder_name(folder: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from lora_lab.config import DataConfig, InvalidInput, TrialConfig
 from lora_lab.dataset.row import Passage, Row
-from lora_lab.dataset.rows import SHIPPED, check_row_count, read_jsonl, split_rows
+from lora_lab.dataset.selection import Selected, check_left, select
+from lora_lab.dataset.sources import file_rows
+from lora_lab.dataset.split import check_row_count, split_rows
 from lora_lab.options import Batching, DataSource, EngineKind, TrainOn
 from lora_lab.worker.hub_rows import hub_rows
 from lora_lab.worker.laid_out import LaidOut, Losses
@@ -74,6 +75,16 @@ class Examples:
     rows_without_labels: int
     rows_repeated: int
     rows_heldout_prompt_trained: int
+    rows_near_repeated: int | None = None
+    """Rows that nearly equal an earlier one; None where that was not looked for."""
+    rows_dropped: int = 0
+    """Rows that are not used because they equal an earlier one, or nearly so."""
+    rows_in_both: int = 0
+    """Rows that are not trained on because the file of held-out rows has them."""
+    rows_low_perplexity: int = 0
+    """Rows that data.min_perplexity left out."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of every row before it was cut; empty for random tokens."""
     rows_lost: int = 0
     """Rows whose text is not whole in the tokens, or in which an answer does not end in one end of turn."""
     rows_apart: int = 0
@@ -99,14 +110,20 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     """
     if config.data.source is DataSource.random_tokens:
         made = _random_examples(config.data.rows or 0, config.seq_len, vocab_size, config.seed)
-        rows: list[Row] = [Passage(prompt="", text=str(number)) for number in range(len(made))]  # no two are equal
-        empty, losses, end_of_turn, remarks = 0, Losses(), "", []
+        chosen = Selected(rows=[Passage(prompt="", text=str(number)) for number in range(len(made))])  # none are equal
+        rows, empty = chosen.rows, 0
+        lengths = list[int]()
+        losses, end_of_turn, remarks = Losses(), "", list[str]()
     else:
-        rows, empty = _read_rows(config.data)
+        read, empty, remarks = _read_rows(config.data)
+        chosen = select(config.data, read)
+        rows = [*chosen.rows, *chosen.heldout]
         layouts = Layouts(tokenizer, vocab_size, config.data.train_on)
         laid, losses = _lay_out(rows, layouts)
+        lengths = [len(each.ids) for each in laid]
         made = [_example(each, config.seq_len) for each in laid]
-        end_of_turn, remarks = layouts.end_of_turn, layouts.remarks(losses)
+        end_of_turn = layouts.end_of_turn
+        remarks = [*remarks, *chosen.remarks, *layouts.remarks(losses)]
     usable = [example for example in made if example.trained > 0]
     usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
     if not usable:
@@ -117,38 +134,61 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
     per_step = config.batch_size * config.grad_accum_steps
     needed = 1 if config.data.batching is Batching.packed else per_step
     which = f"rows with something to train on at seq_len={config.seq_len}"
-    check_row_count(len(usable), config.data.holdout, needed, which)
-    split = split_rows(usable_rows, config.data.holdout)
-    train = [example for i, example in enumerate(usable) if i not in split.held]
-    if config.data.batching is Batching.packed:
-        train = pack(train, config.seq_len)
-        if len(train) < per_step:
-            raise InvalidInput(
-                f"packed to seq_len={config.seq_len} the data makes {len(train)} rows, but one step needs {per_step} "
-                "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
-            )
+    own = sum(example.trained > 0 for example in made[len(chosen.rows) :])
+    if chosen.heldout:
+        check_left(len(usable) - own, own, needed, which)
+    else:
+        check_row_count(len(usable), config.data.holdout, needed, which)
+    split = split_rows(usable_rows, config.data.holdout, own)
+    held = set(split.held)
+    train = [example for i, example in enumerate(usable) if i not in held]
     return Examples(
-        train=train,
-        heldout=[usable[i] for i in sorted(split.held)],
-        rows_read=len(made) + empty,
+        train=packed_rows(config, train) if config.data.min_perplexity is None else train,
+        heldout=[usable[i] for i in split.held],
+        rows_read=len(made) + empty + chosen.dropped + chosen.in_both,
         rows_truncated=sum(example.truncated for example in made),
         rows_without_labels=len(made) - len(usable) + empty,
         rows_lost=losses.lost,
         rows_apart=losses.apart,
         end_of_turn=end_of_turn,
         remarks=remarks,
-        rows_repeated=split.repeated,
+        rows_repeated=chosen.repeated,
+        rows_near_repeated=chosen.near_repeated,
+        rows_dropped=chosen.dropped,
+        rows_in_both=chosen.in_both,
         rows_heldout_prompt_trained=split.prompts_trained,
+        lengths=lengths,
     )
 
 
-def _read_rows(data: DataConfig) -> tuple[list[Row], int]:
-    """Return the rows, and how many of a hub's data set had an empty answer (alpaca has some)."""
-    if data.source is DataSource.shipped:
-        return read_jsonl(SHIPPED, data, data.rows), 0
-    if data.source is DataSource.jsonl:
-        return read_jsonl(Path(str(data.path)), data, data.rows), 0
-    return hub_rows(data)
+def packed_rows(config: TrialConfig, train: list[Example]) -> list[Example]:
+    """Pack rows if data.batching asks for that.
+
+    Raises: InvalidInput when the packed ones do not fill one optimizer step."""
+    if config.data.batching is not Batching.packed:
+        return train
+    packed = pack(train, config.seq_len)
+    check_filled(config, len(packed), f"rows when packed to seq_len={config.seq_len}")
+    return packed
+
+
+def check_filled(config: TrialConfig, count: int, which: str) -> None:
+    """Raise InvalidInput unless `count` rows fill one optimizer step."""
+    needed = config.batch_size * config.grad_accum_steps
+    if count < needed:
+        raise InvalidInput(
+            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps). Use more rows "
+            "or a smaller batch_size."
+        )
+
+
+def _read_rows(data: DataConfig) -> tuple[list[Row], int, list[str]]:
+    """Return the rows, how many of a hub's data set had an empty answer (alpaca has some), and what the user should
+    know."""
+    if data.source is DataSource.hub:
+        return *hub_rows(data), []
+    found = file_rows(data)
+    return found.rows, 0, found.remarks
 
 
 def tokenize(row: Row, tokenizer: Any, seq_len: int, train_on: TrainOn = TrainOn.answers) -> Example:

@@ -10,7 +10,7 @@ from lora_lab.dataset.rows import rows_of
 
 
 def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
-    """Read the train split's rows, and count those with an empty answer, which are left out (alpaca has some).
+    """Read the rows of a split, and count those with an empty answer, which are left out (alpaca has some).
 
     Raises: InvalidInput when the data set could not be loaded, lacks a column, or a row is broken."""
     records = _records(data)
@@ -22,9 +22,10 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    split = f"train[:{data.rows}]" if data.rows else "train"
+    split = data.split or "train"
     try:
-        loaded = datasets.load_dataset(data.id, revision=data.revision, split=split)
+        part = f"{split}[:{data.rows}]" if data.rows else split
+        loaded = datasets.load_dataset(data.id, data.config, revision=data.revision, split=part)
         names = dict.fromkeys(loaded.column_names)
         layout = format_of(names, data)
         if layout is None:
@@ -35,11 +36,12 @@ def _records(data: DataConfig) -> list[tuple[int, dict[str, Any]]]:
     except InvalidInput as refusal:
         raise InvalidInput(f"data.id={data.id}: {refusal}") from refusal
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, DatasetsError) as error:
-        raise InvalidInput(_refusal(str(data.id), error)) from error
+        raise InvalidInput(_refusal(data, split, error)) from error
 
 
-def _refusal(name: str, error: Exception) -> str:
+def _refusal(data: DataConfig, split: str, error: Exception) -> str:
     """Say what to do about an error of the package datasets, most of which differ by their text alone."""
+    name = str(data.id)
     text = str(error.__cause__ or error)
     listed = re.search(r"\[(.*?)\]", text)
     found = f" (it has {listed[1]})" if listed else ""
@@ -49,11 +51,11 @@ def _refusal(name: str, error: Exception) -> str:
             "hf auth login, or use data=lab_qa."
         )
     if "Config name is missing" in text:
-        export = _export(name, "'CONFIGURATION', split='train'")
-        return f"data.id={name} has several configurations{found}. {export}"
+        return f"data.id={name} has several configurations{found}. Choose with data.config=NAME."
+    if re.search(r"BuilderConfig .* not found", text):
+        return f"data.id={name} has no configuration {data.config}{found}. Choose with data.config=NAME."
     if re.search(r"(Unknown|Bad) split", text):
-        export = _export(name, "split='SPLIT'")
-        return f"data.id={name} has no train split{found}. {export}"
+        return f"data.id={name} has no split {split}{found}. Choose with data.split=NAME."
     if "scripts are no longer supported" in text:
         return f"data.id={name} is a script, which the package datasets no longer runs. Use another copy of the data."
     if "Revision" in text:
@@ -63,11 +65,4 @@ def _refusal(name: str, error: Exception) -> str:
         f"data.id={name} could not be loaded from the Hugging Face hub "
         f"({type(error.__cause__ or error).__name__}: {said}). "
         "Check the name and the connection, or use data=lab_qa or data=jsonl data.path=FILE."
-    )
-
-
-def _export(name: str, which: str) -> str:
-    return (
-        "Save the rows as a file, and use data=jsonl data.path=rows.jsonl:\n"
-        f"  python -c \"import datasets; datasets.load_dataset('{name}', {which}).to_json('rows.jsonl')\""
     )

@@ -106,6 +106,7 @@ def test_any_settings_come_back(asked: list[tuple[str, object]]) -> None:
         ["model.architecture.rope_parameters.rope_theta=2e4", "+model.architecture.kinds={a:1.5,b:default}"],
         ["model.architecture=null", "model.package=null", "model=hub", "model.id=a/b"],
         ["data=jsonl", "data.path='my rows, here\\'s one.jsonl'"],
+        ["data=chat", "data.sources=[{path: 'my rows, a.jsonl', weight: 0.7}, {path: '~/b', weight: 2, split: test}]"],
     ],
 )
 def test_dictionaries_and_odd_text_come_back(words: list[str]) -> None:

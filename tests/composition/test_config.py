@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import MapConfig, OptimizerConfig, PackageConfig, TrainConfig, TrialConfig
+from lora_lab.config import (
+    DataConfig,
+    MapConfig,
+    OptimizerConfig,
+    PackageConfig,
+    SourceConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from lora_lab.options import (
     Attention,
     Batching,
@@ -22,6 +30,8 @@ from lora_lab.options import (
     TrackingKind,
     Weights,
 )
+from lora_lab.reading import typed
+from lora_lab.store.record import plain
 
 
 def sound() -> TrialConfig:
@@ -305,3 +315,41 @@ def test_a_model_without_fault_says_where_its_weights_come_from(
         config.model, source=source, weights=weights, id=name, path=path, package=package, architecture=architecture
     )
     assert faults(config) or origin(config)
+
+
+def test_a_config_from_before_other_files_were_read_means_the_same() -> None:
+    new = {"config", "split", "sources", "heldout_path", "duplicates", "min_perplexity"}
+    stored = {key: value for key, value in plain(TrialConfig())["data"].items() if key not in new}
+    read = typed(DataConfig, stored | {"source": "jsonl", "path": "rows.jsonl"})
+    assert (read.source, read.sources, read.min_perplexity) == (DataSource.file, [], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "data.path is missing"),
+        ({"sources": [SourceConfig(path="a")], "path": "b"}, "leave data.path out"),
+        ({"sources": [SourceConfig(path="a")], "split": "b"}, "leave data.split out"),
+        ({"sources": [SourceConfig(path="a", weight=1), SourceConfig(path="b")]}, "others none"),
+        ({"sources": [SourceConfig(path="a", weight=0)]}, "data.sources.weight=0 must be greater than 0"),
+        ({"sources": [SourceConfig(path="a")], "source": DataSource.hub, "id": "me/it"}, "needs data.source=file"),
+        ({"path": "a", "config": "b"}, "data.config=b chooses"),
+        ({"source": DataSource.shipped, "split": "test"}, "data.split=test chooses"),
+        ({"source": DataSource.random_tokens, "rows": 9, "heldout_path": "b"}, "no effect with random tokens"),
+        ({"path": "a", "min_perplexity": 0.5}, "data.min_perplexity=0.5 must be at least 1"),
+        ({"sources": [SourceConfig(path="a", weight=1), SourceConfig(path="b", weight=3)]}, ""),
+    ],
+)
+def test_sources_that_cannot_work_are_named(settings: dict[str, Any], words: str) -> None:
+    config = sound()
+    config.data = dataclasses.replace(config.data, **{"source": DataSource.file, **settings})
+    found = faults(config)
+    assert (len(found), words in "".join(found)) == (1 if words else 0, True), found
+
+
+def test_random_weights_know_no_row() -> None:
+    config = sound()
+    config.data.min_perplexity = 3.0
+    assert faults(config) == []
+    config.model.source, config.model.weights, config.model.architecture = ModelSource.tiny, Weights.random, {"a": 1}
+    assert "knows nothing" in "".join(faults(config))

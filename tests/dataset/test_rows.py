@@ -1,29 +1,17 @@
-"""Rows from a file: what is broken is named, what is held out does not move."""
+"""Rows from a file: what is broken is named."""
 
-import bz2
-import contextlib
-import gzip
 import json
-import lzma
 import math
-import os
-import random
 import shlex
-import sqlite3
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-import pandas
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lora_lab.config import DataConfig, InvalidInput, MapConfig
 from lora_lab.dataset.row import Conversation, Row
-from lora_lab.dataset.rows import SHIPPED, Split, check_row_count, heldout_indices, read_jsonl, rows_of, split_rows
+from lora_lab.dataset.rows import SHIPPED, rows_of
+from lora_lab.dataset.sources import file_rows
+from lora_lab.options import DataSource
 
 GOOD = '{"instruction": "Why?", "output": "Because."}'
 
@@ -39,9 +27,13 @@ def row_of(fields: dict[str, object], **columns: str) -> Row:
     return row
 
 
+def read(path: Path, limit: int | None = None) -> list[Row]:
+    return file_rows(DataConfig(source=DataSource.file, path=str(path), rows=limit)).rows
+
+
 def refusal(path: Path, limit: int | None = None) -> str:
     with pytest.raises(InvalidInput) as info:
-        read_jsonl(path, DataConfig(), limit)
+        read(path, limit)
     return str(info.value)
 
 
@@ -86,23 +78,18 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, lines: list[str]) -> Non
     assert "empty" in refusal(written(tmp_path, *lines))
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    assert "no such file" in refusal(tmp_path / "nowhere.jsonl")
-    assert "no such file" in refusal(tmp_path)
-
-
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
-    assert len(read_jsonl(written(tmp_path, GOOD, "", GOOD, "{"), DataConfig(), 2)) == 2
+    assert len(read(written(tmp_path, GOOD, "", GOOD, "{"), 2)) == 2
 
 
 def test_line_separators_inside_text_do_not_end_a_line(tmp_path: Path) -> None:
     answer = "one\u2028two\u0085three"
     line = json.dumps({"instruction": "Why?", "output": answer}, ensure_ascii=False)
-    assert read_jsonl(written(tmp_path, line), DataConfig()) == [Conversation.of("Why?", answer)]
+    assert read(written(tmp_path, line)) == [Conversation.of("Why?", answer)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
-    rows = read_jsonl(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"), DataConfig())
+    rows = read(written(tmp_path, b"\xef\xbb\xbf" + GOOD.encode() + b"\r", GOOD + "\r"))
     assert rows == [Conversation.of("Why?", "Because.")] * 2
 
 
@@ -116,77 +103,9 @@ def test_columns_by_other_names_and_an_optional_input() -> None:
 
 
 def test_the_shipped_rows_are_sound_and_none_comes_twice() -> None:
-    rows = read_jsonl(SHIPPED, DataConfig())
+    rows = read(SHIPPED)
     assert len(rows) >= 300
     assert len(set(rows)) == len(rows)
-
-
-@given(count=st.integers(1, 2000), share=st.floats(0, 1, exclude_min=True, exclude_max=True), seed=st.integers())
-def test_what_is_held_out_depends_on_nothing_but_the_count(count: int, share: float, seed: int) -> None:
-    first = heldout_indices(range(count), share)
-    random.seed(seed)
-    state = random.getstate()
-    assert heldout_indices(range(count), share) == first
-    assert random.getstate() == state, "the seeded order of the rows would change"
-    assert 1 <= len(first) <= count
-    assert abs(len(first) - count * share) <= 1
-    assert first <= set(range(count))
-
-
-def test_held_out_losses_of_older_trials_stay_comparable() -> None:
-    assert heldout_indices(range(20), 0.2) == {12, 13, 1, 8}
-
-
-def test_held_out_rows_come_from_everywhere() -> None:
-    tenths = {index // 100 for index in heldout_indices(range(1000), 0.1)}
-    assert tenths == set(range(10))
-
-
-@given(count=st.integers(1, 300), share=st.floats(0.001, 0.999), needed=st.integers(1, 300))
-def test_too_few_rows_means_that_one_step_cannot_be_filled(count: int, share: float, needed: int) -> None:
-    remain = count - len(heldout_indices(range(count), share))
-    if remain >= needed:
-        check_row_count(count, share, needed)
-    else:
-        with pytest.raises(InvalidInput, match=f"{count} rows, {remain} after"):
-            check_row_count(count, share, needed)
-
-
-@given(copies=st.lists(st.integers(1, 6), min_size=2, max_size=60), share=st.floats(0.01, 0.9), seed=st.integers())
-def test_no_row_that_is_held_out_is_trained_on_however_often_it_comes(
-    copies: list[int], share: float, seed: int
-) -> None:
-    rows = [Conversation.of(str(number), "a") for number, count in enumerate(copies) for _ in range(count)]
-    random.Random(seed).shuffle(rows)
-    room = max(1, round(len(rows) * share))
-    if room < min(copies):
-        with pytest.raises(InvalidInput, match=r"data\.holdout=0\.\d+ or more"):
-            heldout_indices(rows, share)
-        return
-    held = heldout_indices(rows, share)
-    assert 1 <= len(held) <= room, "check_row_count counts on it"
-    assert not {rows[i] for i in held} & {row for i, row in enumerate(rows) if i not in held}
-    assert heldout_indices(rows, share) == held
-
-
-def test_rows_that_are_all_equal_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="all 20 rows are equal"):
-        split_rows([Conversation.of("a", "b")] * 20, 0.1)
-
-
-def test_a_split_counts_what_it_cannot_keep_apart() -> None:
-    assert split_rows([Conversation.of(str(i), "a") for i in range(20)], 0.1) == Split(
-        heldout_indices(range(20), 0.1), 0, 0
-    )
-    repeated = split_rows([Conversation.of(str(i % 10), "a") for i in range(20)], 0.2)
-    assert (repeated.repeated, repeated.prompts_trained, len(repeated.held)) == (10, 0, 4)
-    asked_again = split_rows([Conversation.of("the same", str(i)) for i in range(20)], 0.1)
-    assert (asked_again.repeated, asked_again.prompts_trained) == (0, 2)
-
-
-def test_the_shipped_rows_are_held_out_as_in_older_trials() -> None:
-    rows = read_jsonl(SHIPPED, DataConfig())
-    assert heldout_indices(rows, 0.1) == set(random.Random(0).sample(range(len(rows)), round(0.1 * len(rows))))
 
 
 FIELDS = {"instruction": "Why?", "input": "this", "output": "Because."}
@@ -253,8 +172,8 @@ AS_ROWS = [Conversation.of(f"question {i}", f"answer {i}") for i in range(3)]
 @pytest.mark.parametrize("before", ["", "\ufeff", "\n \n"], ids=ascii)
 def test_one_list_of_objects_is_read_as_rows(tmp_path: Path, indent: int | None, before: str) -> None:
     path = written(tmp_path, before + json.dumps(ROWS, indent=indent))
-    assert read_jsonl(path, DataConfig()) == AS_ROWS
-    assert read_jsonl(path, DataConfig(), 2) == AS_ROWS[:2]
+    assert read(path) == AS_ROWS
+    assert read(path, 2) == AS_ROWS[:2]
 
 
 def test_a_fault_in_a_list_is_named_by_its_line(tmp_path: Path) -> None:
@@ -280,82 +199,3 @@ def test_a_list_that_breaks_off_is_said_to(tmp_path: Path, cut: int) -> None:
 )
 def test_other_json_gets_the_command_that_makes_lines_of_it(tmp_path: Path, content: str, program: str) -> None:
     assert f"jq -c {shlex.quote(program)} {tmp_path}/rows.jsonl" in refusal(written(tmp_path, content))
-
-
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["bare", "mark"])
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-def test_the_encoding_is_named_and_the_command_for_it_helps(tmp_path: Path, encoding: str, mark: str) -> None:
-    path = tmp_path / "rows in.jsonl"
-    path.write_bytes((mark + "\n".join(map(json.dumps, ROWS))).encode(encoding))
-    _, _, command = refusal(path).partition("\n")
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert read_jsonl(tmp_path / "rows.jsonl", DataConfig()) == AS_ROWS
-
-
-def as_parquet(path: Path) -> None:
-    pandas.DataFrame(ROWS).to_parquet(path)
-
-
-def as_zip(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("rows.jsonl", GOOD)
-
-
-def as_sqlite(path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as store:
-        store.execute("create table rows (instruction text, output text)")
-
-
-def packed_by(pack: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: write(path, pack("\n".join(map(json.dumps, ROWS)).encode()))
-
-
-def write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("make", "what", "helps"),
-    [
-        (packed_by(gzip.compress), "gzip", True),
-        (packed_by(bz2.compress), "bzip2", False),
-        (packed_by(lzma.compress), "xz", False),
-        (as_zip, "zip", False),
-        (as_parquet, "Parquet", True),
-        (as_sqlite, "SQLite", False),
-        (lambda path: pandas.DataFrame(ROWS).to_csv(path, index=False), "separated values", True),
-        (lambda path: pandas.DataFrame(ROWS).to_csv(path, sep="\t", index=False), "separated values", True),
-        (
-            lambda path: write(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-            "git lfs pull",
-            False,
-        ),
-        (lambda path: write(path, b"<!DOCTYPE html><html>"), "web page", False),
-        (lambda path: write(path, bytes(5000)), "NUL", False),
-    ],
-    ids=["gzip", "bzip2", "xz", "zip", "parquet", "sqlite", "csv", "tsv", "lfs", "html", "zeros"],
-)
-def test_a_file_of_another_kind_is_called_so(
-    tmp_path: Path, make: Callable[[Path], None], what: str, helps: bool
-) -> None:
-    """Where `helps`, the command is run; the others need a program that may not be there."""
-    path = tmp_path / "my rows.txt"
-    make(path)
-    told = refusal(path)
-    assert what in told
-    assert "broken line" not in told
-    if helps:
-        command = told.partition("\n")[2].replace("python", sys.executable, 1)
-        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-        assert read_jsonl(tmp_path / "rows.jsonl", DataConfig()) == AS_ROWS
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "device"])
-def test_what_never_ends_is_not_begun(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    make(tmp_path / "rows.jsonl")
-    assert "pipe or a device" in refusal(tmp_path / "rows.jsonl")
-
-
-@pytest.mark.parametrize("path", ["x" * 5000, "a/" * 3000, "good\0.jsonl"], ids=["long_name", "long_path", "nul"])
-def test_a_path_that_no_file_can_have_is_no_such_file(path: str) -> None:
-    assert "no such file" in refusal(Path(path))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import PackageConfig, TrialConfig
+from lora_lab.config import PackageConfig, SourceConfig, TrialConfig
 from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
 from lora_lab.store import fingerprint
@@ -25,6 +25,8 @@ CARD = Card(index=0, uuid="GPU-1", name="Card", total_bytes=8 * 2**30, compute_c
 
 
 def dataclass_in(hint: Any) -> Any:
+    if typing.get_origin(hint) is list:
+        return None
     return next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
 
 
@@ -179,6 +181,24 @@ def test_conditions_change_with_the_rows_and_not_with_where_they_lie(tmp_path: P
     assert conditions(config, CPU) == before, "the same rows again are the same rows"
     path.unlink()
     assert conditions(config, CPU)["data"] == "missing"
+
+
+def test_every_source_and_the_held_out_file_are_conditions(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    paths = [tmp_path / "a.jsonl", tmp_path / "folder" / "b.jsonl", tmp_path / "folder" / "c.jsonl", tmp_path / "held"]
+    for path in paths:
+        path.write_text(ROW)
+    sources = [SourceConfig(path=str(path)) for path in (paths[0], tmp_path / "folder")]
+    config = config_of(DataSource.file, sources=sources, heldout_path=str(paths[3]))
+    before = conditions(config, CPU)
+    for path, key in zip(paths, ["data", "data", "data", "data.heldout"], strict=True):
+        path.write_text(ROW.replace("b", "c"))
+        changed = conditions(config, CPU)
+        assert {name for name in before if before[name] != changed[name]} == {key}
+        path.write_text(ROW)
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    config.data.sources[1].path = str(tmp_path / "moved")
+    assert conditions(config, CPU) == before
 
 
 def test_the_shipped_rows_are_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from lora_lab.events import Ended, Event, Phase, PhaseBegan, Ready
 from lora_lab.telemetry.durations import durations
 
 FIRST_STEP, OVERHEAD = "time/asked_to_first_step_seconds", "overhead/before_first_step_seconds"
-WORK = {"matmul_rate", "conversion", "model", "evaluation_before", "compilation"}
+WORK = {"matmul_rate", "conversion", "model", "screening", "evaluation_before", "compilation"}
 
 SECONDS = st.floats(0, 1e4)
 TAKEN = st.lists(SECONDS, min_size=len(Phase), max_size=len(Phase))

@@ -34,13 +34,29 @@ def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
     assert hub_rows(data) == ([Conversation.of("Why?", "Because.")], 1)
 
 
+def test_configuration_and_split_are_chosen(tmp_path: Path) -> None:
+    files = {
+        "README_md": CONFIGS.replace("a.jsonl", "\n  - split: test\n    path: t.jsonl"),
+        "t_jsonl": [ROW],
+        "b_jsonl": [ROW, ROW],
+    }
+    data = data_set(tmp_path, **files)
+    data.config, data.split = "one", "test"
+    assert len(hub_rows(data)[0]) == 1
+    data.config, data.split = "two", None
+    assert len(hub_rows(data)[0]) == 2
+    data.config = "three"
+    with pytest.raises(InvalidInput, match=r"no configuration three \(it has 'one', 'two'\)"):
+        hub_rows(data)
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"test_jsonl": [ROW]}, ["has no train split", "'test'", "split='SPLIT'", "to_json"]),
+        ({"test_jsonl": [ROW]}, ["has no split train", "'test'", "data.split=NAME"]),
         (
             {"README_md": CONFIGS, "a_jsonl": [ROW], "b_jsonl": [ROW]},
-            ["several configurations", "'one', 'two'", "'CONFIGURATION', split='train'"],
+            ["several configurations", "'one', 'two'", "data.config=NAME"],
         ),
         ({"set_py": "x = 1\n"}, ["is a script"]),
         ({}, ["could not be loaded", "data=lab_qa"]),

@@ -7,6 +7,7 @@ from lora_lab.worker.stages import (
     model_loading,
     preparation,
     saving,
+    screening,
     trainer_setup,
     training_steps,
 )
@@ -17,6 +18,7 @@ STAGES: tuple[Stage, ...] = (
     conversion.STAGE,
     data_loading.STAGE,
     model_loading.STAGE,
+    screening.STAGE,
     trainer_setup.STAGE,
     heldout.BEFORE,
     training_steps.STAGE,

@@ -4,10 +4,11 @@ import time
 
 from lora_lab.config import TrialConfig
 from lora_lab.events import DataCounted, Phase
-from lora_lab.options import DataSource
+from lora_lab.options import DataSource, Duplicates
 from lora_lab.worker.check import checked_architecture, checked_examples
 from lora_lab.worker.data import Examples
 from lora_lab.worker.job_plan import plan_job
+from lora_lab.worker.lengths import lengths_of
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
@@ -19,8 +20,8 @@ def _load(trial: TrialContext) -> None:
     trial.examples, trial.padding = checked_examples(config, trial.architecture)
     if config.train.is_job:
         trial.plan = plan_job(config, len(trial.examples.train))
-    trial.emit(_counted(trial.examples))
-    for warning in _warnings(config, trial.examples):
+    trial.emit(counted(trial.examples, config.seq_len))
+    for warning in warnings_of(config, trial.examples):
         trial.warn(warning)
     if trial.plan is not None and trial.plan.rows_left_out:
         trial.warn(
@@ -29,7 +30,9 @@ def _load(trial: TrialContext) -> None:
         )
 
 
-def _counted(examples: Examples) -> DataCounted:
+def counted(examples: Examples, seq_len: int) -> DataCounted:
+    """Return what is recorded of the rows."""
+    lengths = lengths_of(examples, seq_len)
     return DataCounted(
         t=time.monotonic(),
         rows_read=examples.rows_read,
@@ -45,10 +48,19 @@ def _counted(examples: Examples) -> DataCounted:
         end_of_turn=examples.end_of_turn,
         rows_repeated=examples.rows_repeated,
         rows_heldout_prompt_trained=examples.rows_heldout_prompt_trained,
+        rows_near_repeated=examples.rows_near_repeated,
+        rows_dropped=examples.rows_dropped,
+        rows_in_both=examples.rows_in_both,
+        rows_low_perplexity=examples.rows_low_perplexity,
+        length_median=lengths.median,
+        length_p95=lengths.p95,
+        length_max=lengths.most,
+        tokens_cut=lengths.cut,
     )
 
 
-def _warnings(config: TrialConfig, examples: Examples) -> list[str]:
+def warnings_of(config: TrialConfig, examples: Examples) -> list[str]:
+    """Return what the user should know of the rows."""
     if config.data.source is DataSource.random_tokens:
         return []
     warnings = list(examples.remarks)
@@ -64,10 +76,10 @@ def _warnings(config: TrialConfig, examples: Examples) -> list[str]:
         )
     if config.data.rows and examples.rows_read < config.data.rows:
         warnings.append(f"data.rows={config.data.rows}, and the data has only {examples.rows_read} rows")
-    if examples.rows_repeated:
+    warnings += _about_duplicates(config.data.duplicates, examples)
+    if examples.rows_in_both:
         warnings.append(
-            f"{examples.rows_repeated} of {examples.rows_read} rows are equal to an earlier one; equal rows are held "
-            "out together, or trained on together"
+            f"{examples.rows_in_both} of {examples.rows_read} rows are in data.heldout_path too and are not trained on"
         )
     if examples.rows_heldout_prompt_trained:
         warnings.append(
@@ -75,6 +87,24 @@ def _warnings(config: TrialConfig, examples: Examples) -> list[str]:
             "trained on too, with another answer"
         )
     return warnings
+
+
+def _about_duplicates(duplicates: Duplicates, examples: Examples) -> list[str]:
+    repeated, near, read = examples.rows_repeated, examples.rows_near_repeated, examples.rows_read
+    said = []
+    if duplicates is not Duplicates.keep and examples.rows_dropped:
+        said.append(f"data.duplicates={duplicates.name} left out {examples.rows_dropped} of {read} rows")
+    elif repeated:
+        said.append(
+            f"{repeated} of {read} rows are equal to an earlier one; equal rows are held out together, or trained on "
+            "together (data.duplicates=exact drops them)"
+        )
+    if near and duplicates is not Duplicates.near:
+        said.append(
+            f"{near} of {read} rows have nearly the same words as an earlier or a held-out one, so that held-out rows "
+            "may have been seen in training (data.duplicates=near drops them)"
+        )
+    return said
 
 
 STAGE = Stage(Phase.data, _load)

@@ -1,0 +1,36 @@
+"""What a row holds, whatever its class: a digest that orders rows, and its text."""
+
+import dataclasses
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from enum import Enum
+from typing import TypeVar
+
+_Row = TypeVar("_Row", bound=Hashable)
+
+
+def row_digest(row: Hashable) -> bytes:
+    """Return a digest of all text of a row, roles included. It is the same in every process, and whatever else the
+    row's class holds."""
+    return hashlib.sha256("\0".join(_texts(row)).encode()).digest()
+
+
+def by_content(rows: Sequence[_Row]) -> list[_Row]:
+    """Return the rows in the order of their digests: shuffled, and by nothing except their content."""
+    return sorted(rows, key=row_digest)
+
+
+def text_of(row: Hashable) -> str:
+    """Return all text of a row without roles, one piece per line."""
+    return "\n".join(text for text in _texts(row) if not isinstance(text, Enum))
+
+
+def _texts(node: object) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (tuple, list)):
+        for inner in node:
+            yield from _texts(inner)
+    elif dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            yield from _texts(getattr(node, field.name))

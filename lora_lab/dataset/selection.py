@@ -1,0 +1,114 @@
+"""Choose among the rows that were read: drop duplicates, and keep a file of held-out rows apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.dataset.content import by_content
+from lora_lab.dataset.data_files import DataFile
+from lora_lab.dataset.duplicates import without_duplicates
+from lora_lab.dataset.row import Row
+from lora_lab.dataset.sources import file_rows, files_of, heldout_rows
+from lora_lab.dataset.split import check_row_count
+from lora_lab.options import Duplicates
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The rows that are used, and what was counted on the way."""
+
+    rows: list[Row]
+    heldout: list[Row] = field(default_factory=list)
+    """The rows of `data.heldout_path`; empty where the held-out rows are split off `rows`."""
+    repeated: int = 0
+    near_repeated: int | None = None
+    dropped: int = 0
+    """Duplicates that are not used."""
+    in_both: int = 0
+    """Rows that are not trained on because the file of held-out rows has them too."""
+    remarks: list[str] = field(default_factory=list)
+
+
+def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
+    """Apply `data.duplicates` and `data.heldout_path`.
+
+    Raises: InvalidInput when the held-out rows cannot be read, or leave nothing to train on."""
+    kept, apart, remarks = list(rows), list[Row](), list[str]()
+    if data.heldout_path is not None:
+        found = heldout_rows(data)
+        apart, remarks = by_content(found.rows), found.remarks
+        kept = _without(kept, apart)
+        if not kept:
+            raise InvalidInput(
+                f"data.heldout_path={data.heldout_path} holds every row of the data, so that none is left to train on. "
+                "Give a file of other rows, or leave data.heldout_path out: then data.holdout splits them."
+            )
+    distinct = without_duplicates(kept, data.duplicates, apart)
+    return Selected(
+        rows=distinct.rows,
+        heldout=apart,
+        repeated=distinct.repeated,
+        near_repeated=distinct.near_repeated,
+        dropped=distinct.dropped,
+        in_both=len(rows) - len(kept),
+        remarks=remarks,
+    )
+
+
+def check_rows(data: DataConfig, needed: int) -> None:
+    """Read the rows of files, and check that they are enough; near duplicates are not looked for.
+
+    Args:
+        needed: the rows of one optimizer step.
+
+    Raises: InvalidInput."""
+    key = f"{data} {[_state(file) for file in files_of(data)]}"
+    if key not in _COUNTED:
+        _COUNTED[key] = _counts(data)
+    count, heldout = _COUNTED[key]
+    if heldout is None:
+        check_row_count(count, data.holdout, needed)
+    else:
+        check_left(count, heldout, needed)
+
+
+_COUNTED: dict[str, tuple[int, int | None]] = {}
+"""By config and state of the files: the points of a sweep read their rows once."""
+
+
+def _state(file: DataFile) -> tuple[Path, int, int]:
+    """Return what changes when a file does; nothing for one that cannot be looked at, which reading will name."""
+    try:
+        status = file.path.stat()
+    except (OSError, ValueError):
+        return file.path, 0, 0
+    return file.path, status.st_size, status.st_mtime_ns
+
+
+def _counts(data: DataConfig) -> tuple[int, int | None]:
+    """Count the rows to train on, and those of data.heldout_path where there is one."""
+    rows = file_rows(data).rows
+    if data.duplicates is not Duplicates.keep:
+        rows = list(dict.fromkeys(rows))
+    if data.heldout_path is None:
+        return len(rows), None
+    heldout = heldout_rows(data).rows
+    return len(_without(rows, heldout)), len(heldout)
+
+
+def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> None:
+    """Raise InvalidInput unless `count` rows besides those of data.heldout_path fill one optimizer step, and it has
+    some."""
+    if not heldout:
+        raise InvalidInput(f"data.heldout_path holds no {which}. Give another file, or leave it out.")
+    if count < needed:
+        raise InvalidInput(
+            f"the data has {count} {which} that data.heldout_path does not hold, but one step needs {needed} "
+            "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
+        )
+
+
+def _without(rows: Sequence[Row], apart: Sequence[Row]) -> list[Row]:
+    there = set(apart)
+    return [row for row in rows if row not in there]

@@ -1,0 +1,146 @@
+"""Read the rows that a config names: from one path, or from several with weights."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_lab.config import DataConfig, InvalidInput, SourceConfig
+from lora_lab.dataset.content import by_content
+from lora_lab.dataset.data_files import DataFile
+from lora_lab.dataset.file_kinds import FileKind, kind_of
+from lora_lab.dataset.folders import files_of_folder
+from lora_lab.dataset.json_records import Numbered, read_json
+from lora_lab.dataset.row import Row
+from lora_lab.dataset.rows import SHIPPED, rows_of
+from lora_lab.dataset.table_records import read_cells, read_columns
+from lora_lab.options import DataSource
+
+_SOURCE, _HELDOUT = "data.sources.path", "data.heldout_path"
+"""What messages call these files by; the others by data.path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows that were read, and what the user should know of them."""
+
+    rows: list[Row]
+    remarks: list[str] = field(default_factory=list)
+
+
+def file_rows(data: DataConfig) -> Found:
+    """Read the rows of `data.path`, of `data.sources` or the shipped ones.
+
+    Raises: InvalidInput for whatever cannot be read, naming file and line."""
+    if data.source is DataSource.shipped:
+        return Found(_rows_of_file(DataFile(SHIPPED), data, data.rows))
+    if data.sources:
+        return _mixed(data)
+    return _rows_of_path(str(data.path), data.split, "data.path", data, data.rows)
+
+
+def heldout_rows(data: DataConfig) -> Found:
+    """Read the rows of `data.heldout_path`.
+
+    Raises: InvalidInput."""
+    return _rows_of_path(str(data.heldout_path), None, _HELDOUT, data, None)
+
+
+def read_records(file: DataFile) -> tuple[Numbered, str]:
+    """Return a file's records with their numbers, and what a number counts: line or row.
+
+    Raises: InvalidInput when the file is of a kind that is not read."""
+    kind = kind_of(file)
+    if kind is FileKind.json:
+        return read_json(file), "line"
+    if kind is FileKind.table:
+        return read_cells(file), "line"
+    return read_columns(file, kind), "row"
+
+
+def files_of_path(path: Path, split: str | None, key: str) -> tuple[list[DataFile], str]:
+    """Return the files that a path names, and what the user should know of a folder's splits.
+
+    Raises: InvalidInput."""
+    if _is_folder(path):
+        return files_of_folder(path, split, key)
+    if split is not None:
+        raise InvalidInput(
+            f"{key}={path} is a file, which has no splits. Leave data.split={split} out; it chooses a part of a folder "
+            "or of a data set on the hub."
+        )
+    return [DataFile(path, key)], ""
+
+
+def files_of(data: DataConfig) -> list[DataFile]:
+    """Return every file that rows are read from.
+
+    Raises: InvalidInput for a folder that is no data set."""
+    if data.source is DataSource.shipped:
+        files = [DataFile(SHIPPED)]
+    elif data.sources:
+        files = [file for each in data.sources for file in files_of_path(Path(each.path), each.split, _SOURCE)[0]]
+    else:
+        files, _ = files_of_path(Path(str(data.path)), data.split, "data.path")
+    if data.heldout_path is not None:
+        files = [*files, *files_of_path(Path(data.heldout_path), None, _HELDOUT)[0]]
+    return files
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # no file can have this name
+        return False
+
+
+def _rows_of_path(path: str, split: str | None, key: str, data: DataConfig, limit: int | None) -> Found:
+    files, remark = files_of_path(Path(path), split, key)
+    rows: list[Row] = []
+    for file in files:
+        if limit is None or len(rows) < limit:
+            rows += _rows_of_file(file, data, None if limit is None else limit - len(rows))
+    if not rows:
+        raise InvalidInput(f"{key}={path} is empty; it needs rows, for example one JSON object per line.")
+    return Found(rows, [remark] if remark else [])
+
+
+def _rows_of_file(file: DataFile, data: DataConfig, limit: int | None) -> list[Row]:
+    records, unit = read_records(file)
+    return rows_of(records, data, file.name, unit, limit)
+
+
+def _mixed(data: DataConfig) -> Found:
+    """Draw the rows of each source by its weight, as many as the scarcest source allows, and no row twice.
+
+    Which rows are drawn and their order depend on their content alone."""
+    _check_different(data.sources)
+    found = [_rows_of_path(each.path, each.split, _SOURCE, data, None) for each in data.sources]
+    remarks = [remark for each in found for remark in each.remarks]
+    counts = shares([len(each.rows) for each in found], [each.weight for each in data.sources], data.rows)
+    drawn = [row for each, count in zip(found, counts, strict=True) for row in by_content(each.rows)[:count]]
+    used = (
+        f"{count:,} of {len(each.rows):,} rows of {source.path}"
+        for source, each, count in zip(data.sources, found, counts, strict=True)
+    )
+    unused = [source.path for source, count in zip(data.sources, counts, strict=True) if not count]
+    if unused:
+        raise InvalidInput(
+            f"data.sources: no row of {', '.join(unused)} would be used, so small is its share of the rows that there "
+            "are. Use a larger weight, more rows of the others, or leave it out."
+        )
+    return Found(by_content(drawn), [*remarks, f"data.sources: {'; '.join(used)} are used"])
+
+
+def shares(counts: list[int], weights: list[float | None], limit: int | None) -> list[int]:
+    """Return how many rows of each source are used: all of them without weights, else as many as the weights allow
+    while none is repeated. At most `limit` together."""
+    known = [weight if weight is not None else count for count, weight in zip(counts, weights, strict=True)]
+    total = min(count / weight for count, weight in zip(counts, known, strict=True)) * sum(known)
+    total = min(total, limit) if limit is not None else total
+    return [int(total * weight / sum(known) + 1e-9) for weight in known]
+
+
+def _check_different(sources: list[SourceConfig]) -> None:
+    (twice, count), *_ = Counter((Path(each.path).resolve(), each.split) for each in sources).most_common(1)
+    if count > 1:
+        raise InvalidInput(f"data.sources names {twice[0]} {count} times, and no row is used twice. Name it once.")

@@ -1,0 +1,103 @@
+"""Rows that the model knows: their losses row by row, and what is left out before training."""
+
+import math
+from pathlib import Path
+
+import pytest
+from test_evaluation import CPU, PAD, examples, tiny
+from tiny_trials import ended, tiny_config
+
+from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Warned
+from lora_lab.options import Batching, DType
+from lora_lab.worker.data import IGNORED, Example
+from lora_lab.worker.evaluation import heldout_loss
+from lora_lab.worker.screening import row_losses, screen
+from lora_lab.worker.trial import run_trial
+
+pytestmark = [
+    # peft 0.21 still asks transformers 5.23 by the older name
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # transformers 5.23 has a newer name for the setting, 5.17 has not
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+def losses_of(model: object, most_tokens: int) -> list[float]:
+    done: list[tuple[int, int]] = []
+    found = row_losses(model, examples(), most_tokens, PAD, DType.fp32, CPU, lambda a, b: done.append((a, b)))
+    assert done[-1] == (7, 7)
+    return found
+
+
+def test_each_rows_loss_is_the_held_out_loss_of_that_row_alone() -> None:
+    model = tiny(DType.fp32)
+    for batches in (losses_of(model, 64), losses_of(model, 1000)):
+        for example, loss in zip(examples(), batches, strict=True):
+            alone, _ = heldout_loss(model, [example], 1, PAD, DType.fp32, CPU, lambda *_: None)
+            assert loss == pytest.approx(alone, rel=1e-5)
+    assert model.training
+
+
+def row(length: int) -> Example:
+    ids = list(range(length))
+    return Example(ids, [IGNORED, *ids[1:]])
+
+
+def test_the_perplexity_of_a_token_decides_and_not_the_length_of_a_row() -> None:
+    rows = [row(2), row(100), row(2), row(100)]
+    found = screen(rows, [math.log(2.9), math.log(2.9), math.log(3.1), math.log(3.1)], 3.0)
+    assert (found.dropped, found.kept) == (rows[:2], rows[2:])
+    assert found.median == pytest.approx(math.sqrt(2.9 * 3.1))
+    assert "left out 2 of 4 rows" in found.sentence(3.0)
+    assert "trained tokens 50, of the others' 50" in found.sentence(3.0)
+
+
+def screened(folder: Path, least: float, batching: Batching = Batching.longest) -> list[Event]:
+    config = tiny_config()
+    config.data.rows, config.data.min_perplexity, config.data.batching = 40, least, batching
+    events: list[Event] = []
+    run_trial(config, folder, events.append)
+    return events
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A perplexity that some of the random rows have and others do not."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return math.exp(math.log(272) + 0.05)
+
+
+def counts(events: list[Event]) -> list[DataCounted]:
+    return [event for event in events if isinstance(event, DataCounted)]
+
+
+def test_rows_below_the_mark_are_not_trained_on_and_the_held_out_ones_stay(tmp_path: Path, between: float) -> None:
+    events = screened(tmp_path, between)
+    assert ended(events) == ("finished", "")
+    before, after = counts(events)
+    assert after.rows_low_perplexity is not None
+    assert 0 < after.rows_low_perplexity < before.rows_train
+    assert after.rows_train == before.rows_train - after.rows_low_perplexity
+    assert (after.rows_heldout, after.rows_read) == (before.rows_heldout, before.rows_read)
+    assert after.digest != before.digest
+    assert any(isinstance(each, Warned) and f"left out {after.rows_low_perplexity} of" in each.text for each in events)
+    assert Phase.screening.value in [event.phase for event in events if isinstance(event, PhaseBegan)]
+
+
+def test_rows_are_packed_after_the_screening(tmp_path: Path, between: float) -> None:
+    before, after = counts(screened(tmp_path, between, Batching.packed))
+    assert after.rows_low_perplexity is not None
+    assert after.rows_train == before.rows_train - after.rows_low_perplexity, "each fills a row by itself"
+
+
+def test_nothing_left_is_refused(tmp_path: Path, between: float) -> None:
+    outcome, reason = ended(screened(tmp_path, 10**6))
+    assert outcome == "refused"
+    assert "0 rows whose perplexity is data.min_perplexity=1e+06 or more" in reason
+
+
+def test_without_the_setting_nothing_is_screened(tmp_path: Path, between: float) -> None:
+    events: list[Event] = []
+    run_trial(tiny_config(), tmp_path, events.append)
+    [counted] = counts(events)
+    assert counted.rows_low_perplexity == 0
