@@ -19,6 +19,7 @@ from lora_lab.config import (
     TrialConfig,
 )
 from lora_lab.dataset.layouts import map_fault
+from lora_lab.dataset.shipped import shipped_names
 from lora_lab.options import (
     Attention,
     Batching,
@@ -168,6 +169,11 @@ def _data_faults(config: TrialConfig) -> list[str]:
         return ["data.id is missing; name a data set on the hub, for example data.id=tatsu-lab/alpaca."]
     if data.source is DataSource.random_tokens and not data.rows:
         return ["data.rows is missing; say how many rows of random tokens to make, for example data.rows=256."]
+    if data.source is DataSource.shipped and data.path is not None and data.path not in shipped_names():
+        return [
+            f"data.path={data.path} is not among the rows that come with lora_lab. For rows of your own add data=chat, "
+            "instruct, completion or text (data=jsonl finds out which)."
+        ]
     fault = map_fault(data)
     return [fault] if fault else _unused_faults(config)
 

@@ -1,15 +1,11 @@
 """Turn records into rows of text, before any tokenizer or model is loaded."""
 
 from itertools import chain, islice
-from pathlib import Path
 
 from lora_lab.config import DataConfig, InvalidInput
 from lora_lab.dataset.json_records import Numbered
 from lora_lab.dataset.layouts import Format, NothingToTrain, format_of, unknown
 from lora_lab.dataset.row import Row
-
-SHIPPED = Path(__file__).resolve().parent / "data" / "lab_qa.jsonl"
-
 
 _MOST_SHOWN = 5
 """Faults that a message names, and records of each."""

@@ -11,7 +11,8 @@ from lora_lab.dataset.file_kinds import FileKind, kind_of
 from lora_lab.dataset.folders import files_of_folder
 from lora_lab.dataset.json_records import Numbered, read_json
 from lora_lab.dataset.row import Row
-from lora_lab.dataset.rows import SHIPPED, rows_of
+from lora_lab.dataset.rows import rows_of
+from lora_lab.dataset.shipped import shipped_file, shipped_names
 from lora_lab.dataset.table_records import read_cells, read_columns
 from lora_lab.options import DataSource
 
@@ -32,7 +33,7 @@ def file_rows(data: DataConfig) -> Found:
 
     Raises: InvalidInput for whatever cannot be read, naming file and line."""
     if data.source is DataSource.shipped:
-        return Found(_rows_of_file(DataFile(SHIPPED), data, data.rows))
+        return Found(_rows_of_file(DataFile(shipped_file(data.path)), data, data.rows))
     if data.sources:
         return _mixed(data)
     return _rows_of_path(str(data.path), data.split, "data.path", data, data.rows)
@@ -42,7 +43,7 @@ def heldout_rows(data: DataConfig) -> Found:
     """Read the rows of `data.heldout_path`.
 
     Raises: InvalidInput."""
-    return _rows_of_path(str(data.heldout_path), None, _HELDOUT, data, None)
+    return _rows_of_path(str(heldout_file(data)), None, _HELDOUT, data, None)
 
 
 def read_records(file: DataFile) -> tuple[Numbered, str]:
@@ -76,14 +77,20 @@ def files_of(data: DataConfig) -> list[DataFile]:
 
     Raises: InvalidInput for a folder that is no data set."""
     if data.source is DataSource.shipped:
-        files = [DataFile(SHIPPED)]
+        files = [DataFile(shipped_file(data.path))]
     elif data.sources:
         files = [file for each in data.sources for file in files_of_path(Path(each.path), each.split, _SOURCE)[0]]
     else:
         files, _ = files_of_path(Path(str(data.path)), data.split, "data.path")
     if data.heldout_path is not None:
-        files = [*files, *files_of_path(Path(data.heldout_path), None, _HELDOUT)[0]]
+        files = [*files, *files_of_path(heldout_file(data), None, _HELDOUT)[0]]
     return files
+
+
+def heldout_file(data: DataConfig) -> Path:
+    """Return where the held-out rows are: for shipped rows it may be a shipped file."""
+    name = str(data.heldout_path)
+    return shipped_file(name) if data.source is DataSource.shipped and name in shipped_names() else Path(name)
 
 
 def _is_folder(path: Path) -> bool:

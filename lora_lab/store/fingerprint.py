@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.config import InvalidInput, SourceConfig, TrialConfig
-from lora_lab.dataset.rows import SHIPPED
-from lora_lab.dataset.sources import files_of_path
+from lora_lab.dataset.shipped import shipped_file
+from lora_lab.dataset.sources import files_of_path, heldout_file
 from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
 from lora_lab.settings import Effect, settings_of
@@ -48,7 +48,7 @@ def digest(content: object) -> str:
 def _contents(config: TrialConfig) -> dict[str, str]:
     found = {}
     if config.data.source is DataSource.shipped:
-        found["data"] = _file_digest(SHIPPED)
+        found["data"] = _file_digest(shipped_file(config.data.path))
     elif config.data.source is DataSource.file:
         sources = config.data.sources or [SourceConfig(path=str(config.data.path), split=config.data.split)]
         each = [_path_digest(source.path, source.split) for source in sources]
@@ -56,7 +56,7 @@ def _contents(config: TrialConfig) -> dict[str, str]:
     elif config.data.source is DataSource.hub:
         found["data"] = _hub_commit("dataset", str(config.data.id), config.data.revision)
     if config.data.heldout_path is not None:
-        found["data.heldout"] = _path_digest(config.data.heldout_path, None)
+        found["data.heldout"] = _path_digest(str(heldout_file(config.data)), None)
     if config.model.weights is Weights.pretrained:
         if config.model.source is ModelSource.local:
             found["model"] = _folder_digest(Path(str(config.model.path)))

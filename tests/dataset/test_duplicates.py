@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab.config import DataConfig
 from lora_lab.dataset.duplicates import NEAR, near_duplicates, runs_of_words, without_duplicates
-from lora_lab.dataset.rows import SHIPPED
+from lora_lab.dataset.shipped import SHIPPED
 from lora_lab.dataset.sources import file_rows
 from lora_lab.options import Duplicates
 

@@ -9,7 +9,8 @@ import pytest
 
 from lora_lab.config import DataConfig, InvalidInput, MapConfig
 from lora_lab.dataset.row import Conversation, Row
-from lora_lab.dataset.rows import SHIPPED, rows_of
+from lora_lab.dataset.rows import rows_of
+from lora_lab.dataset.shipped import SHIPPED
 from lora_lab.dataset.sources import file_rows
 from lora_lab.options import DataSource
 

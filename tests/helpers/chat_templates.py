@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_lab.dataset.rows import SHIPPED
+from lora_lab.dataset.shipped import SHIPPED
 
 
 @dataclass(frozen=True, slots=True)

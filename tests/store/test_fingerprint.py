@@ -202,10 +202,13 @@ def test_every_source_and_the_held_out_file_are_conditions(tmp_path: Path) -> No
 
 
 def test_the_shipped_rows_are_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = conditions(config_of(DataSource.shipped), CPU)
+    config = config_of(DataSource.shipped)
+    before = conditions(config, CPU)
+    config.data.path = "lab_chat.jsonl"
+    assert conditions(config, CPU)["data"] != before["data"]
     (tmp_path / "rows.jsonl").write_text(ROW)
-    monkeypatch.setattr(fingerprint, "SHIPPED", tmp_path / "rows.jsonl")
-    assert conditions(config_of(DataSource.shipped), CPU)["data"] != before["data"]
+    monkeypatch.setattr(fingerprint, "shipped_file", lambda _: tmp_path / "rows.jsonl")
+    assert conditions(config, CPU)["data"] not in (before["data"], "missing")
 
 
 def local_model(folder: Path) -> TrialConfig:

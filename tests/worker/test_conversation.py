@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.dataset.row import Conversation, Role, Turn
-from lora_lab.dataset.rows import SHIPPED
+from lora_lab.dataset.shipped import SHIPPED
 from lora_lab.options import DataSource
 from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, check_token_ids, load_examples, pad_id, tokenize
