@@ -34,7 +34,8 @@ def resumption(folder: Path, asked: TrialConfig, choices: dict[str, str], overri
     Raises: InvalidInput when no job can go on there, or the command line asks for another training; Damaged."""
     there = TrialFolder(folder)
     before = _manifest(there)
-    config = dataclasses.replace(stored_config(folder / "config.yaml"), tracking=before.tracking, resume=False)
+    tracking = dataclasses.replace(before.tracking)  # the recorded one stays as it is
+    config = dataclasses.replace(stored_config(folder / "config.yaml"), tracking=tracking, resume=False)
     _check_resumable(there, before, config)
     faults = [*_apply(config, asked, choices, overrides, before.record.params)]
     if faults:

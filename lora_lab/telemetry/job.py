@@ -8,7 +8,7 @@ the job take again are counted in hours and energy, and not in steps and tokens.
 import math
 from collections.abc import Sequence
 
-from lora_lab.events import Checkpointed, Evaluated, Event, JobPlanned, Phase, PhaseBegan, Spiked, Step
+from lora_lab.events import Checkpointed, Evaluated, Event, JobPlanned, Phase, PhaseBegan, Resumed, Spiked, Step
 from lora_lab.telemetry.attempts import counting, with_samples
 from lora_lab.telemetry.energy import Energy, energy_of
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH, of_card
@@ -48,7 +48,7 @@ def add_job(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]
         "job/epochs": last / planned.steps_per_epoch,
         "job/tokens": float(real),
         "job/trained_tokens": float(sum(step.trained for step in steps)),
-        "job/checkpoints": float(sum(isinstance(event, Checkpointed) for event in kept)),
+        "job/checkpoints": float(len(_checkpoints(events))),
         "job/spikes": float(sum(isinstance(event, Spiked) for event in events)),
     }
     _add_evaluations(summary, kept)
@@ -63,6 +63,18 @@ def _trained(said: Sequence[Event]) -> tuple[float, float] | None:
     """Return from when to when an attempt trained: from its warm-up's beginning to its last event."""
     begin = next((e.t for e in said if isinstance(e, PhaseBegan) and e.phase == Phase.warm_up.value), None)
     return None if begin is None else (begin, max(event.t for event in said))
+
+
+def _checkpoints(events: Sequence[Event]) -> set[int]:
+    """Return the steps at which there was a checkpoint. One that was complete just before a kill is known by the
+    attempt that went on from it."""
+    found: set[int] = set()
+    for event in events:
+        if isinstance(event, Resumed):
+            found = {step for step in found if step <= event.step} | ({event.step} if event.folder else set())
+        elif isinstance(event, Checkpointed):
+            found.add(event.step)
+    return found
 
 
 def _add_evaluations(summary: Summary, kept: Sequence[Event]) -> None:
