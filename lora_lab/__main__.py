@@ -76,6 +76,7 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.resume import resumption
     from lora_lab.store.folder_checks import check_chdir, leave_empty
     from lora_lab.store.sweep_folder import Membership
+    from lora_lab.store.trial_folder import TrialFolder
     from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
@@ -96,13 +97,15 @@ def job(composed: "DictConfig") -> int:
                 command = shortest_command(config, choices, hydra_config.runtime.config_sources)
             except COMPOSITION_ERRORS:  # a label must not stop a trial
                 command = " ".join(["python -m lora_lab", *hydra_config.overrides.task])
+            member = typed(Membership, parsed(handed)) if handed else None
             request = Request(
                 config=config,
                 choices=choices,
                 command=command,
                 folder=folder,
                 in_sweep=in_sweep,
-                member=typed(Membership, parsed(handed)) if handed else None,
+                member=member,
+                resumed=TrialFolder(folder).manifest() if member else None,  # the sweep chose the folder of a job
             )
         code = run_session(request).exit_code
     except (InvalidInput, Damaged) as refusal:

@@ -205,7 +205,8 @@ class TrialFolder:
 
         Raises: OSError, Damaged."""
         number = max(self._attempts(), default=0)
-        if not number or whole(Manifest, self.path / ATTEMPTS / str(number) / MANIFEST) != asked:
+        last = whole(Manifest, self.path / ATTEMPTS / str(number) / MANIFEST)
+        if last is None or (last.owner, last.t) != (asked.owner, asked.t):
             number += 1
         place = self.path / ATTEMPTS / str(number)
         place.mkdir(parents=True, exist_ok=True)
@@ -216,6 +217,13 @@ class TrialFolder:
         for name in _OF_AN_END:
             (self.path / name).unlink(missing_ok=True)
         return number + 1
+
+    @property
+    def can_go_on(self) -> bool:
+        """Return whether a job was cut off here after it had saved a checkpoint."""
+        with contextlib.suppress(Damaged):
+            return self.manifest() is not None and any(self.path.glob("checkpoints/*/complete.json"))
+        return False
 
     def earlier(self) -> tuple[list[Inputs], list[Damaged]]:
         """Return what the earlier attempts at a job left, in order, and what is wrong with damaged parts of it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lab, give_store, lab_in, started, store_of
+from conftest import Lab, give_store, lab_in, started, store_of, until
 
 from lora_lab.store import tracker
 
@@ -141,6 +141,27 @@ def refuse_two_runs(folder: Path, record: dict[str, Any]) -> None:
         return  # this store keeps a trial that was over as it was
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
     assert run.data.metrics["job/steps"] == STEPS
+
+
+@pytest.mark.nightly
+def test_a_sweeps_job_goes_on_in_its_own_folder(lab: Lab, tmp_path: Path, empty_store: Path, unbroken: Trained) -> None:
+    give_store(tmp_path, empty_store)
+    sweep = ("-m", *JOB, "learning_rate=2e-4,1e-4", "hydra.sweep.dir=sweep")
+    with started(tmp_path, *sweep) as parent:
+        until(
+            lambda: any("Checkpointed" in path.read_text() for path in tmp_path.glob("sweep/*/events.jsonl")), "saved"
+        )
+        parent.kill()
+        parent.wait(LONGEST_SECONDS)
+    said = lab(*sweep, "resume=true")
+    assert said.code == 0, said.text
+    assert sorted(path.name for path in tmp_path.glob("sweep/[0-9]*")) == ["0000", "0001"]
+    assert [path.parts[-3] for path in tmp_path.glob("sweep/*/attempts/1")] != []
+    found = [trained(path) for path in tmp_path.glob("sweep/[0-9]*")]
+    assert [each.record["outcome"] for each in found] == ["finished"] * 2
+    assert unbroken.losses in [each.losses for each in found]
+    ids = [run.data.tags["record_id"] for run in store_of(tmp_path)[1] if "mlflow.parentRunId" in run.data.tags]
+    assert sorted(ids) == sorted(each.record["id"] for each in found)
 
 
 def test_what_cannot_be_resumed_is_refused_and_stays_as_it_is(lab: Lab, tmp_path: Path, unbroken: Trained) -> None:
