@@ -141,6 +141,9 @@ def refuse_two_runs(folder: Path, record: dict[str, Any]) -> None:
         return  # this store keeps a trial that was over as it was
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
     assert run.data.metrics["job/steps"] == STEPS
+    store = f"sqlite:///{folder}/mlruns/mlflow.db"
+    again = lab_in(folder, "lora_lab.recompute")(run.info.run_id, "--store", store)
+    assert again.code == 0, again.text
 
 
 @pytest.mark.nightly
