@@ -162,23 +162,6 @@ def complete(
     record.series = thinned([*_step_series(kept, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)])
 
 
-MOST_POINTS_PER_KEY = 2000
-"""A store shows no more points of a series than this; events.jsonl has all of them."""
-
-
-def thinned(series: Sequence[Point], most: int = MOST_POINTS_PER_KEY) -> list[Point]:
-    """Return at most `most` points of each series, evenly, the first and the last among them."""
-    lengths = Counter(point.key for point in series)
-    kept = {key: {round(n * (length - 1) / (most - 1)) for n in range(most)} for key, length in lengths.items()}
-    places: Counter[str] = Counter()
-    found: list[Point] = []
-    for point in series:
-        if lengths[point.key] <= most or places[point.key] in kept[point.key]:
-            found.append(point)
-        places[point.key] += 1
-    return found
-
-
 def _step_series(events: Sequence[Event], offset: float) -> Iterator[Point]:
     for step in (event for event in events if isinstance(event, Step)):
         t_ms = round((step.t + offset) * 1e3)
@@ -204,3 +187,20 @@ def _card_series(samples: Sequence[Sample], offset: float) -> Iterator[Point]:
         every = max(1, len(told) // _MOST_POINTS)  # the whole series is in samples.jsonl
         for number, (t, value) in enumerate(told[::every]):
             yield Point(key=key, value=value, step=number, t_ms=round((t + offset) * 1e3))
+
+
+MOST_POINTS_PER_KEY = 2000
+"""A store shows no more points of a series than this; events.jsonl has all of them."""
+
+
+def thinned(series: Sequence[Point], most: int = MOST_POINTS_PER_KEY) -> list[Point]:
+    """Return at most `most` points of each series, evenly, the first and the last among them."""
+    lengths = Counter(point.key for point in series)
+    kept = {key: {round(n * (length - 1) / (most - 1)) for n in range(most)} for key, length in lengths.items()}
+    places: Counter[str] = Counter()
+    found: list[Point] = []
+    for point in series:
+        if lengths[point.key] <= most or places[point.key] in kept[point.key]:
+            found.append(point)
+        places[point.key] += 1
+    return found

@@ -13,6 +13,7 @@ from lora_lab.events import (
     Checkpointed,
     Evaluated,
     Event,
+    JobPlanned,
     Phase,
     PhaseBegan,
     Ready,
@@ -59,12 +60,17 @@ def with_samples(events: Sequence[Event], samples: Sequence[Sample]) -> list[tup
 
 
 def counting(events: Sequence[Event]) -> list[Event]:
-    """Return the events without steps, windows, evaluations and checkpoints that a later Resumed takes back."""
+    """Return the events without steps, windows, evaluations and checkpoints that a later Resumed takes back. An attempt
+    that plans its job without one takes back everything: it begins with the first step."""
     kept: list[Event] = []
-    for event in events:
-        if isinstance(event, Resumed):
-            kept = [earlier for earlier in kept if not _is_after(earlier, event.step)]
-        kept.append(event)
+    for attempt in split(events):
+        resumed = False
+        for event in attempt:
+            if isinstance(event, Resumed) or (isinstance(event, JobPlanned) and not resumed):
+                step = event.step if isinstance(event, Resumed) else 0
+                kept = [earlier for earlier in kept if not _is_after(earlier, step)]
+                resumed = True
+            kept.append(event)
     return kept
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from synthetic import SyntheticJob
+from synthetic_job import SyntheticJob
 
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Event

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import ROUNDING, Constant, SyntheticCard, SyntheticJob, squares, step, synthetic_cards
+from synthetic import ROUNDING, Constant, SyntheticCard, squares, step, synthetic_cards
+from synthetic_job import SyntheticJob
 
 from lora_lab.events import Event, WindowClosed
 from lora_lab.telemetry.attempts import counting, split
@@ -177,7 +178,7 @@ def broken_jobs(draw: st.DrawFn) -> Taken:
     job, done = SyntheticJob(), 0
     for attempt in range(draw(st.integers(1, 4))):
         back = draw(st.integers(0, done))
-        job.start(resumed=back if attempt else None)
+        job.start(resumed=back if attempt and (back or draw(st.booleans())) else None)
         done = back
         for _ in range(draw(st.integers(0, 3))):
             more = draw(st.integers(1, 4))
