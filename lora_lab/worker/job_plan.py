@@ -63,8 +63,9 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
 
 
 def _in_steps(every: float, steps_per_epoch: int) -> float:
-    """Convert a part of an epoch, or above 1 a number of steps, into steps."""
-    return every if every > 1 else every * steps_per_epoch
+    """Convert a part of an epoch, or above 1 a number of steps, into steps. An epoch of one step has no parts."""
+    in_steps = every if every > 1 else every * steps_per_epoch
+    return max(1.0, in_steps) if steps_per_epoch == 1 else in_steps
 
 
 def _faults(config: TrialConfig, plan: JobPlan) -> list[str]:
