@@ -33,6 +33,14 @@ def joined(earlier: list[Inputs], latest: Inputs) -> Inputs:
     )
 
 
+def seconds_between(earlier: list[Inputs], latest: Inputs) -> float:
+    """Return how long no attempt ran: from the last event of each to when the next one was asked for."""
+    every = [*earlier, latest]
+    ends = [max((e.t for e in one.events), default=one.asked.t) + one.asked.unix_minus_monotonic for one in every]
+    begins = [one.asked.t + one.asked.unix_minus_monotonic for one in every]
+    return sum(max(0.0, begin - end) for end, begin in zip(ends, begins[1:], strict=False))
+
+
 def _seen(earlier: list[HostFacts], latest: HostFacts) -> HostFacts:
     """Return what the parents of all attempts saw: the latest one's, and what it lacks or adds to."""
     every = [*earlier, latest]

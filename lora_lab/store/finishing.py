@@ -5,7 +5,7 @@ import time
 from lora_lab.events import Ended, Event
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.reading import Damaged
-from lora_lab.store.attempts import joined
+from lora_lab.store.attempts import joined, seconds_between
 from lora_lab.store.record import Record, complete
 from lora_lab.store.trial_folder import NOT_SEEN, SEEN, SENSELESS, Inputs, Manifest, TrialFolder
 from lora_lab.telemetry.figures import Summary
@@ -30,12 +30,13 @@ def finish(
     """
     record = asked.record
     earlier, damaged = folder.earlier()
-    every = joined(earlier, Inputs(asked=asked, events=events, samples=samples, seen=seen))
+    latest = Inputs(asked=asked, events=events, samples=samples, seen=seen)
+    every = joined(earlier, latest)
     summary = summarise(every.events, every.samples, every.seen, every.asked.t)
     summary.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record.ended_ms = over_ms or round(time.time() * 1e3)
     complete(record, end, every.events, every.samples, summary, asked.unix_minus_monotonic)
-    folder.write_end(record, summary, end, seen)
+    folder.write_end(record, summary, end, seen, seconds_between(earlier, latest))
     return record, summary
 
 

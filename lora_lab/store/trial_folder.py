@@ -170,10 +170,16 @@ class TrialFolder:
             if name not in (*LEFT_OVER, "adapter", ATTEMPTS):
                 (self.path / name).unlink(missing_ok=True)
 
-    def write_end(self, record: Record, summary: Summary, end: End, seen: HostFacts) -> None:
+    def write_end(
+        self, record: Record, summary: Summary, end: End, seen: HostFacts, between_seconds: float = 0.0
+    ) -> None:
         """Write a trial that is over to disk. `record.json` comes last.
 
-        If the disk is full, the record stays in memory, with a warning: the store can still take it."""
+        If the disk is full, the record stays in memory, with a warning: the store can still take it.
+
+        Args:
+            between_seconds: how long a job lay between its attempts; that is not how long it took.
+        """
         try:
             clean(self.path / "worker.log")
             for journal in self._journals:
@@ -182,7 +188,7 @@ class TrialFolder:
                 write_text(self.path / "traceback.txt", end.traceback)
             write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
-            write_json(self.path / "summary.json", _outline(record, summary))
+            write_json(self.path / "summary.json", _outline(record, summary, between_seconds))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
@@ -336,13 +342,13 @@ def _noted(journal: Journal | None) -> bytes | None:
     return None
 
 
-def _outline(record: Record, summary: Summary) -> dict[str, Any]:
+def _outline(record: Record, summary: Summary, between_seconds: float) -> dict[str, Any]:
     ran = {key: value for key, value in record.tags.items() if key == "stand_ins"}
     return {
         "name": record.name,
         "outcome": record.outcome,
         "reason": record.tags.get("reason", ""),
-        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
+        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3 - between_seconds,
         "point": record.tags.get("point", ""),
         "device": record.tags.get("device", ""),
         **asdict(summary),

@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from synthetic import Constant, SyntheticCard
 from synthetic_job import SyntheticJob
 
 from lora_lab.config import TrackingConfig, TrialConfig
@@ -17,13 +19,13 @@ from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Point, Record, thinned
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts
-from lora_lab.telemetry.sampler import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
 
+CARD = SyntheticCard(power=Constant(300.0), phase=0.3, read_jitter=0.3)
 FINISHED = End(outcome=Outcome.finished, reason="")
 UNIX = 1.7e9
-FACTS = HostFacts(no_sensor="no card", warnings=["warm"], metrics={"time/waiting_seconds": 3.0})
+FACTS = HostFacts(warnings=["warm"], metrics={"time/waiting_seconds": 3.0})
 
 
 def first_attempt() -> list[Event]:
@@ -51,8 +53,8 @@ def killed(folder: Path) -> TrialFolder:
     there.begin(asked_at(UNIX), TrialConfig(), {}, FACTS)
     for event in first_attempt():
         there.note_event(event)
-    for second in range(30):
-        there.note_sample(Sample(t=10.0 + second, used_bytes=second))
+    for sample in CARD.samples(50.0):
+        there.note_sample(sample)
     return there
 
 
@@ -63,12 +65,14 @@ def resumed(folder: Path, t: float) -> tuple[TrialFolder, Record]:
     there = TrialFolder(folder)
     assert there.set_aside(before) == 2
     asked = asked_at(UNIX + 3600.0, t, before.record)
-    there.begin(asked, TrialConfig(), {}, HostFacts(no_sensor="no card"))
+    there.begin(asked, TrialConfig(), {}, HostFacts())
     for event in second_attempt(t + 2.0):
         there.note_event(event)
+    for sample in replace(CARD, already=1.0).samples(45.0):  # the counter began again with the driver
+        there.note_sample(replace(sample, t=sample.t + t))
     events, samples, damaged = there.read_lines()
     assert damaged == []
-    return there, finish(there, asked, FINISHED, events, samples, HostFacts(no_sensor="no card"))[0]
+    return there, finish(there, asked, FINISHED, events, samples, HostFacts())[0]
 
 
 @pytest.mark.parametrize("t", [8.0, 5000.0, 3.0])
@@ -79,6 +83,14 @@ def test_attempts_on_other_clocks_make_one_job(tmp_path: Path, t: float) -> None
     metrics = record.metrics
     assert (metrics["job/attempts"], metrics["job/steps"], metrics["window/steps"]) == (2.0, 30.0, 30.0)
     assert metrics["throughput/tokens_per_second"] == pytest.approx(1000.0)
+    assert metrics["energy/joules"] == pytest.approx(300.0 * 30, abs=metrics["energy/joules_error"])
+    first, second = 10.0 + 3.0 + 10.0 + 7.0 + 4.0, 10.0 + 7.0 + 10.0 + 2.0
+    assert metrics["job/hours"] * 3600 == pytest.approx(first + second)
+    assert metrics["job/kwh"] * 3.6e6 == pytest.approx(300.0 * (first + second), abs=metrics["job/kwh_error"] * 3.6e6)
+    assert metrics["job/kwh_error"] * 3.6e6 < 2 * 300.0 * 1.5
+    outline = there.outline()
+    assert outline is not None
+    assert outline["seconds"] < 600.0 < ((record.ended_ms or 0) - record.started_ms) / 1e3
     assert metrics["time/waiting_seconds"] == 3.0
     assert metrics["time/asked_to_first_step_seconds"] == pytest.approx(7.0)
     losses = [point for point in record.series if point.key == "step/loss"]

@@ -17,7 +17,8 @@ from conftest import Lab, give_store, lab_in, started, store_of, until
 
 from lora_lab.store import tracker
 
-SEED = 19
+SEED = 2999
+"""With it both rounds of a push hit the middle of the training."""
 STEPS = 12
 JOB = (
     *("model=tiny", "measure=quick", "seq_len=32", "data=random_tokens", "data.rows=16", "precision=fp32"),
@@ -30,7 +31,7 @@ JOB = (
     ),
 )
 RESUME = ("resume=true", "hydra.run.dir=job")
-LINES = 70
+LINES = 64
 """About as many events has the job."""
 LONGEST_SECONDS = 200
 
