@@ -17,7 +17,7 @@ from conftest import Lab, give_store, lab_in, started, store_of, until
 
 from lora_lab.store import tracker
 
-SEED = 2999
+SEED = 154
 """With it both rounds of a push hit the middle of the training."""
 STEPS = 12
 JOB = (
