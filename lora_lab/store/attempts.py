@@ -1,5 +1,6 @@
 """Join what all attempts at a job left into the inputs of its figures."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_lab.events import Event
@@ -7,6 +8,9 @@ from lora_lab.store.trial_folder import Inputs
 from lora_lab.telemetry.attempts import moved, moved_samples
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
+
+_PLACE = ("device", "device.uuid", "device.driver", "machine.cpu", "code")
+"""Tags that say where an attempt ran, besides the versions."""
 
 _WAITING = "time/waiting_seconds"
 
@@ -31,6 +35,13 @@ def joined(earlier: list[Inputs], latest: Inputs) -> Inputs:
         samples=samples + latest.samples,
         seen=_seen([attempt.seen for attempt in earlier], latest.seen),
     )
+
+
+def moved_from(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return what differs between the places of two attempts, by their tags; empty where nothing does."""
+    names = [name for name in {**before, **now} if name in _PLACE or name.startswith("version.")]
+    differ = [name for name in names if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in differ)
 
 
 def seconds_between(earlier: list[Inputs], latest: Inputs) -> float:

@@ -18,6 +18,7 @@ from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
+from lora_lab.store.attempts import moved_from
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.finishing import finish
@@ -192,7 +193,9 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
                 record = _new_record(request, facts)
             else:
                 facts["attempt"] = str(folder.set_aside(request.resumed))
-                record = replace(request.resumed.record, tags=request.resumed.record.tags | facts)
+                before = request.resumed.record.tags
+                kept = {name: text for name, text in before.items() if not name.startswith("device.")}
+                record = replace(request.resumed.record, tags=kept | facts)
             asked = Manifest(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
             folder.begin(asked, config, facts, seen)
     except OSError as error:
@@ -205,7 +208,11 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
     steps = config.measure.warmup_steps + config.measure.steps
     sweep = SweepFolder(request.folder.parent) if member else None
     display = Display(record.name, steps, sampler, sweep)
-    return TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
+    state = TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
+    changes = moved_from(request.resumed.record.tags, facts) if request.resumed is not None else ""
+    if changes:
+        state.warn(f"this attempt is at another place than the one before, and their figures are joined: {changes}")
+    return state
 
 
 def _new_record(request: Request, facts: dict[str, str]) -> Record:

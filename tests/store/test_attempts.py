@@ -14,6 +14,7 @@ from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Event
 from lora_lab.outcome import End, Outcome
 from lora_lab.recompute import main
+from lora_lab.store.attempts import moved_from
 from lora_lab.store.finishing import finish, finish_for_dead
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Point, Record, thinned
@@ -165,3 +166,10 @@ def test_a_long_series_is_thinned_evenly_with_both_its_ends() -> None:
     assert (len(steps), steps[0], steps[-1]) == (2000, 0, 19_999)
     assert {after - before for before, after in pairwise(steps)} <= {10, 11}
     assert [point for point in found if point.key == "b"] == short
+
+
+def test_what_differs_between_the_places_of_two_attempts_is_named() -> None:
+    before = {"device": "H100", "device.uuid": "GPU-1", "version.torch": "2.9", "process.pid": "7", "folder": "here"}
+    assert moved_from(before, before | {"process.pid": "8", "folder": "there"}) == ""
+    now = {"device": "cpu", "version.torch": "2.10"}
+    assert moved_from(before, now) == "device H100 -> cpu, device.uuid GPU-1 -> none, version.torch 2.9 -> 2.10"
