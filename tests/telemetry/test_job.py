@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from synthetic import ROUNDING, Constant, SyntheticCard, squares, step, synthetic_cards
 from synthetic_job import SyntheticJob
 
-from lora_lab.events import Event, WindowClosed
+from lora_lab.events import Event, Phase, PhaseBegan, Resumed, WindowClosed
 from lora_lab.telemetry.attempts import counting, split
 from lora_lab.telemetry.host_facts import HostFacts, Idle, Stated
 from lora_lab.telemetry.sampler import Sample
@@ -178,7 +178,10 @@ def broken_jobs(draw: st.DrawFn) -> Taken:
     job, done = SyntheticJob(), 0
     for attempt in range(draw(st.integers(1, 4))):
         back = draw(st.integers(0, done))
-        job.start(resumed=back if attempt and (back or draw(st.booleans())) else None)
+        if attempt and draw(st.booleans()):  # a spike, in the same worker
+            job.say(Resumed(t=job.t, step=back, folder="")).say(PhaseBegan(t=job.t, phase=Phase.warm_up.value))
+        else:
+            job.start(resumed=back if attempt and (back or draw(st.booleans())) else None)
         done = back
         for _ in range(draw(st.integers(0, 3))):
             more = draw(st.integers(1, 4))
