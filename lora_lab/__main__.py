@@ -73,8 +73,10 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.reading import Damaged, parsed, typed
+    from lora_lab.resume import resumption
     from lora_lab.store.folder_checks import check_chdir, leave_empty
     from lora_lab.store.sweep_folder import Membership
+    from lora_lab.store.trial_folder import TrialFolder
     from lora_lab.trial.session import Request, run_session
 
     COMPOSING.over()
@@ -85,21 +87,26 @@ def job(composed: "DictConfig") -> int:
     try:
         check_chdir(hydra_config.job.chdir)
         config = load(composed)
-        if not in_sweep and (config.repeats != 1 or config.resume):
-            raise InvalidInput("repeats and resume apply to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
+        if not in_sweep and config.repeats != 1:
+            raise InvalidInput("repeats applies to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
-        try:
-            command = shortest_command(config, choices, hydra_config.runtime.config_sources)
-        except COMPOSITION_ERRORS:  # a label must not stop a trial
-            command = " ".join(["python -m lora_lab", *hydra_config.overrides.task])
-        request = Request(
-            config=config,
-            choices=choices,
-            command=command,
-            folder=folder,
-            in_sweep=in_sweep,
-            member=typed(Membership, parsed(handed)) if handed else None,
-        )
+        if config.resume and not in_sweep:
+            request = resumption(folder, config, choices, hydra_config.overrides.task)
+        else:
+            try:
+                command = shortest_command(config, choices, hydra_config.runtime.config_sources)
+            except COMPOSITION_ERRORS:  # a label must not stop a trial
+                command = " ".join(["python -m lora_lab", *hydra_config.overrides.task])
+            member = typed(Membership, parsed(handed)) if handed else None
+            request = Request(
+                config=config,
+                choices=choices,
+                command=command,
+                folder=folder,
+                in_sweep=in_sweep,
+                member=member,
+                resumed=TrialFolder(folder).manifest() if member else None,  # the sweep chose the folder of a job
+            )
         code = run_session(request).exit_code
     except (InvalidInput, Damaged) as refusal:
         print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)

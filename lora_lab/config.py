@@ -385,7 +385,12 @@ class TrialConfig:
     first_pairs: int = setting(
         5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000
     )
-    resume: bool = setting(False, "in a sweep, continue the newest one that has these points", effect=Effect.none)
+    resume: bool = setting(
+        False,
+        "go on with the job in hydra.run.dir from its last checkpoint; in a sweep, continue the newest one that has "
+        "these points",
+        effect=Effect.none,
+    )
 
 
 AUTO = "auto"

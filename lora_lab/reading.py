@@ -5,6 +5,7 @@ dataclass whose every field has its type, or `Damaged`, which names the file.
 """
 
 import contextlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -54,19 +55,23 @@ def whole(kind: type[T], path: Path, without: str = "") -> T | None:
         return typed(kind, found)
 
 
-def lines(path: Path, read: Callable[[bytes], T]) -> tuple[list[T], Damaged | None]:
+def lines(path: Path, read: Callable[[bytes], T], content: bytes | None = None) -> tuple[list[T], Damaged | None]:
     """Read every complete line up to the first damaged one, and say what is wrong with that. A torn last line does not
-    count: a kill or a full disk leaves one."""
+    count: a kill or a full disk leaves one.
+
+    Args:
+        content: what is in the file, where that is known.
+    """
     found: list[T] = []
     try:
-        there = (_bytes_of(path) or b"").split(b"\n")
+        there = (_bytes_of(path) or b"") if content is None else content
     except Damaged as damaged:
         return found, damaged
-    if there[-1] == b"" or _torn(there[-1]):
-        there.pop()
-    for number, line in enumerate(there, 1):
+    for number, line in enumerate(io.BytesIO(there), 1):
+        if not line.endswith(b"\n") and _torn(line):
+            break
         try:
-            found.append(read(line))
+            found.append(read(line.rstrip(b"\n")))
         except Damaged as damaged:
             return found, Damaged(path, f"line {number}{damaged.field and ', '}{damaged.field}", damaged.what)
     return found, None

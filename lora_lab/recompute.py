@@ -19,6 +19,7 @@ from lora_lab.config import InvalidInput
 from lora_lab.outcome import EXIT_REFUSED, End, Outcome
 from lora_lab.output import never_end_for_output
 from lora_lab.reading import Damaged
+from lora_lab.store.attempts import joined
 from lora_lab.store.environment import environment
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.folder_runs import FolderRuns
@@ -26,7 +27,7 @@ from lora_lab.store.local_store import local_address
 from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.record import Record, complete
 from lora_lab.store.stored_runs import open_store
-from lora_lab.store.trial_folder import IDLE, MANIFEST, SEEN, SENSELESS, TrialFolder
+from lora_lab.store.trial_folder import ATTEMPTS, IDLE, MANIFEST, SEEN, SENSELESS, Inputs, TrialFolder
 from lora_lab.telemetry.figures import TAGS
 from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
@@ -89,10 +90,13 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
     if watched is not None:
         seen.idle = _idle_anew(*watched)
     record = Record(name=asked.record.name, params={})
+    earlier, faults = folder.earlier()
+    every = joined(earlier, Inputs(asked=asked, events=events, samples=samples, seen=seen))
+    damaged += faults
     try:
-        summary = summarise(events, samples, seen, asked.t)
+        summary = summarise(every.events, every.samples, every.seen, every.asked.t)
         end = End(outcome=Outcome(outcome), reason="")
-        complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
+        complete(record, end, every.events, every.samples, summary, asked.unix_minus_monotonic)
     except SENSELESS as error:
         raise InvalidInput(
             f"no figures can be calculated from the files of {recorded.name} ({type(error).__name__}: {error})."
@@ -103,7 +107,7 @@ def compare(folder: TrialFolder, recorded: Recorded) -> Comparison:
         here = {name: text for name, text in here.items() if not _newer(name, there)}
     names = sorted(here.keys() | there.keys())
     apart = [(name, there.get(name, ""), here.get(name, "")) for name in names if here.get(name) != there.get(name)]
-    return Comparison(len(names), len(events), len(samples), apart, [str(fault) for fault in damaged])
+    return Comparison(len(names), len(every.events), len(every.samples), apart, [str(fault) for fault in damaged])
 
 
 def _of_this_code(recorded: Recorded) -> bool:
@@ -180,7 +184,7 @@ def _find(run: str, store: str | None, place: Path) -> tuple[TrialFolder, Record
         raise InvalidInput(f"{run} is neither a folder nor the id of a trial under multirun/, and {missing}") from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
-    metrics, tags = fetch_run(store, run, (*NEEDED, IDLE), place)
+    metrics, tags = fetch_run(store, run, (*NEEDED, IDLE, ATTEMPTS), place)
     if "outcome" not in tags or "sweep/trials" in metrics:
         raise InvalidInput(f"run {run} is not a trial of lora_lab; for a sweep, name one of its trials.")
     return TrialFolder(place), Recorded(run, metrics, tags)

@@ -45,6 +45,7 @@ LONG = (
     "test_outbox.py",
     "test_sweep.py",
     "test_kills.py",
+    "test_job_kills.py",
     "test_faults.py",
     "test_engine_compile.py",
     "test_engine_compile_cache.py",
@@ -76,7 +77,7 @@ def with_fakes() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=1, help="at how many instants test_kills.py kills a sweep")
+    parser.addoption("--kills", type=int, default=1, help="at how many instants sweeps and jobs are killed")
     parser.addoption("--nightly", action="store_true", help="also run what is marked nightly")
     parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations")
 

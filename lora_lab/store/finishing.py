@@ -5,8 +5,9 @@ import time
 from lora_lab.events import Ended, Event
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.reading import Damaged
+from lora_lab.store.attempts import joined, seconds_between
 from lora_lab.store.record import Record, complete
-from lora_lab.store.trial_folder import NOT_SEEN, SEEN, SENSELESS, Manifest, TrialFolder
+from lora_lab.store.trial_folder import NOT_SEEN, SEEN, SENSELESS, Inputs, Manifest, TrialFolder
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
@@ -22,16 +23,20 @@ def finish(
     seen: HostFacts,
     over_ms: int | None = None,
 ) -> tuple[Record, Summary]:
-    """Summarise a trial, complete its record, and write both into its folder.
+    """Summarise a trial, complete its record, and write both into its folder. A job's earlier attempts are joined.
 
     Args:
         over_ms: when it was over (Unix time), if no event says so. The default is now.
     """
     record = asked.record
-    summary = summarise(events, samples, seen, asked.t)
+    earlier, damaged = folder.earlier()
+    latest = Inputs(asked=asked, events=events, samples=samples, seen=seen)
+    every = joined(earlier, latest)
+    summary = summarise(every.events, every.samples, every.seen, every.asked.t)
+    summary.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record.ended_ms = over_ms or round(time.time() * 1e3)
-    complete(record, end, events, samples, summary, asked.unix_minus_monotonic)
-    folder.write_end(record, summary, end, seen)
+    complete(record, end, every.events, every.samples, summary, asked.unix_minus_monotonic)
+    folder.write_end(record, summary, end, seen, seconds_between(earlier, latest))
     return record, summary
 
 

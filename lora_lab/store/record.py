@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +15,9 @@ from lora_lab.options import EngineKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.secrets import without_secrets
 from lora_lab.store.naming import OPTIONS, point_name
+from lora_lab.telemetry.attempts import counting
 from lora_lab.telemetry.figures import GIB, Summary
+from lora_lab.telemetry.phases import TRAINING
 from lora_lab.telemetry.sampler import Sample
 
 RUNNING = "running"
@@ -134,8 +137,8 @@ def complete(
     if end.reason:
         record.tags["reason"] = end.reason
     step = end.step if end.outcome is not Outcome.finished else None
-    if step is None and end.outcome is not Outcome.finished and phase in (Phase.warm_up.value, Phase.window.value):
-        step = 1 + max((event.step for event in events if isinstance(event, Step)), default=0)
+    if step is None and end.outcome is not Outcome.finished and phase in TRAINING:
+        step = 1 + max((event.step for event in counting(events) if isinstance(event, Step)), default=0)
     if step is not None:
         record.tags["step"] = str(step)
     for ran in (event for event in events if isinstance(event, Ran)):
@@ -155,7 +158,8 @@ def complete(
     record.tags |= summary.tags
     if summary.warnings:
         record.tags["warnings"] = "; ".join(summary.warnings)
-    record.series = [*_step_series(events, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)]
+    kept = counting(events)
+    record.series = thinned([*_step_series(kept, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)])
 
 
 def _step_series(events: Sequence[Event], offset: float) -> Iterator[Point]:
@@ -183,3 +187,20 @@ def _card_series(samples: Sequence[Sample], offset: float) -> Iterator[Point]:
         every = max(1, len(told) // _MOST_POINTS)  # the whole series is in samples.jsonl
         for number, (t, value) in enumerate(told[::every]):
             yield Point(key=key, value=value, step=number, t_ms=round((t + offset) * 1e3))
+
+
+MOST_POINTS_PER_KEY = 2000
+"""A store shows no more points of a series than this; events.jsonl has all of them."""
+
+
+def thinned(series: Sequence[Point], most: int = MOST_POINTS_PER_KEY) -> list[Point]:
+    """Return at most `most` points of each series, evenly, the first and the last among them."""
+    lengths = Counter(point.key for point in series)
+    kept = {key: {round(n * (length - 1) / (most - 1)) for n in range(most)} for key, length in lengths.items()}
+    places: Counter[str] = Counter()
+    found: list[Point] = []
+    for point in series:
+        if lengths[point.key] <= most or places[point.key] in kept[point.key]:
+            found.append(point)
+        places[point.key] += 1
+    return found

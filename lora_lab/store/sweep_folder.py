@@ -192,8 +192,12 @@ class SweepFolder:
         return bool(self._attempts(trial))
 
     def next_attempt(self, trial: Planned) -> str:
-        """Return the name of a folder for one more attempt. The folders of earlier attempts stay."""
-        return _name(trial, max(self._attempts(trial), default=0) + 1)
+        """Return the name of a folder for one more attempt. The folders of earlier attempts stay. A job that saved a
+        checkpoint goes on in its own folder."""
+        last = max(self._attempts(trial), default=0)
+        if last and TrialFolder(self.path / _name(trial, last)).can_go_on:
+            return _name(trial, last)
+        return _name(trial, last + 1)
 
     def attempt(self, trial: Planned) -> Attempt | None:
         """Return how the latest attempt that is over ended; None when there is none that can be read."""

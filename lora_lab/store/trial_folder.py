@@ -18,6 +18,7 @@ from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged, lines, whole
 from lora_lab.secrets import clean
 from lora_lab.store.adapter_card import write_card
+from lora_lab.store.journal import Journal
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record, plain
 from lora_lab.store.tracker import Which
@@ -30,6 +31,8 @@ SEEN = "seen.json"
 IDLE = "idle.jsonl"
 RECORD = "record.json"
 DELIVERED = "delivered.json"
+ATTEMPTS = "attempts"
+"""The folder of the earlier attempts at a job: one folder each, by their number from 1."""
 SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
 """The errors of computing figures from numbers that have the right type but impossible values."""
 NOT_SEEN = "the facts about the machine are missing (seen.json): another version made this trial, or its disk failed"
@@ -48,9 +51,15 @@ _ARTIFACTS = (
         "traceback.txt",
         "summary.json",
     ),
-    "adapter",
+    *("adapter", ATTEMPTS),
 )
 """What a trial writes and the store keeps with its run. record.json is not among them, because it is the run itself."""
+
+_OF_AN_ATTEMPT = ("events.jsonl", "samples.jsonl", SEEN, IDLE)
+"""What a resumed job keeps of the attempt before, with its manifest."""
+
+_OF_AN_END = (RECORD, DELIVERED, "summary.json", "traceback.txt")
+"""What a resumed job writes again at its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,40 +99,14 @@ class _Outline:
     tags: dict[str, str] = field(default_factory=dict)
 
 
-class _Journal:
-    """A file that is written one line at a time, each before the next thing happens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the figures of one attempt are computed from."""
 
-    A full disk does not stop the trial. What did not fit is kept in memory, and written at the end if there is room
-    then."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: list[str] = []
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        self._fault = False
-
-    def add(self, line: str) -> None:
-        self._lines.append(line + "\n")
-        if self._fault:
-            return
-        try:
-            self._file.write(self._lines[-1])
-        except OSError:
-            self._fault = True
-
-    def close(self) -> None:
-        """Close the file. Never raise."""
-        try:
-            self._file.close()
-        except OSError:
-            self._fault = True
-
-    def complete(self) -> None:
-        """Write again what did not fit before. Call this after `close`.
-
-        Raises: OSError when it still does not fit."""
-        if self._fault:
-            write_text(self._path, "".join(self._lines))
+    asked: Manifest
+    events: list[Event]
+    samples: list[Sample]
+    seen: HostFacts
 
 
 class TrialFolder:
@@ -131,8 +114,8 @@ class TrialFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._events: _Journal | None = None
-        self._samples: _Journal | None = None
+        self._events: Journal | None = None
+        self._samples: Journal | None = None
 
     def begin(self, asked: Manifest, config: TrialConfig, facts: dict[str, str], seen: HostFacts) -> None:
         """Write what was asked for, and open the files for events and samples.
@@ -143,7 +126,7 @@ class TrialFolder:
         write_json(self.path / "environment.json", facts)
         write_json(self.path / SEEN, asdict(seen))
         write_json(self.path / MANIFEST, asdict(asked))
-        self._events, self._samples = _Journal(self.path / "events.jsonl"), _Journal(self.path / "samples.jsonl")
+        self._events, self._samples = Journal(self.path / "events.jsonl"), Journal(self.path / "samples.jsonl")
 
     def note_event(self, event: Event) -> None:
         """Keep an event."""
@@ -184,32 +167,89 @@ class TrialFolder:
         """Remove the files of a trial whose input was refused, except those that show how far it came."""
         self._close()
         for name in _ARTIFACTS:
-            if name not in LEFT_OVER and name != "adapter":
+            if name not in (*LEFT_OVER, "adapter", ATTEMPTS):
                 (self.path / name).unlink(missing_ok=True)
 
-    def write_end(self, record: Record, summary: Summary, end: End, seen: HostFacts) -> None:
+    def write_end(
+        self, record: Record, summary: Summary, end: End, seen: HostFacts, between_seconds: float = 0.0
+    ) -> None:
         """Write a trial that is over to disk. `record.json` comes last.
 
-        If the disk is full, the record stays in memory, with a warning: the store can still take it."""
-        journals = self._close()
+        If the disk is full, the record stays in memory, with a warning: the store can still take it.
+
+        Args:
+            between_seconds: how long a job lay between its attempts; that is not how long it took.
+        """
         try:
             clean(self.path / "worker.log")
-            for journal in journals:
+            for journal in self._journals:
                 journal.complete()
             if end.traceback:
                 write_text(self.path / "traceback.txt", end.traceback)
             write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
-            write_json(self.path / "summary.json", _outline(record, summary))
+            write_json(self.path / "summary.json", _outline(record, summary, between_seconds))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
+        finally:
+            self._close()
 
-    def _close(self) -> list[_Journal]:
-        journals = [journal for journal in (self._events, self._samples) if journal is not None]
-        for journal in journals:
+    @property
+    def _journals(self) -> list[Journal]:
+        return [journal for journal in (self._events, self._samples) if journal is not None]
+
+    def _close(self) -> None:
+        for journal in self._journals:
             journal.close()
-        return journals
+
+    def set_aside(self, asked: Manifest) -> int:
+        """Move the latest attempt at a job into a folder of its own, so that another one can begin here. A kill
+        meanwhile loses nothing: the next call goes on with it.
+
+        Return the number of the attempt that begins, from 2.
+
+        Raises: OSError, Damaged."""
+        number = max(self._attempts(), default=0)
+        last = whole(Manifest, self.path / ATTEMPTS / str(number) / MANIFEST)
+        if last is None or (last.owner, last.t) != (asked.owner, asked.t):
+            number += 1
+        place = self.path / ATTEMPTS / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / MANIFEST, asdict(asked))
+        for name in _OF_AN_ATTEMPT:
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).rename(place / name)
+        for name in _OF_AN_END:
+            (self.path / name).unlink(missing_ok=True)
+        return number + 1
+
+    @property
+    def can_go_on(self) -> bool:
+        """Return whether a job was cut off here after it had saved a checkpoint."""
+        with contextlib.suppress(Damaged):
+            return self.manifest() is not None and any(self.path.glob("checkpoints/*/complete.json"))
+        return False
+
+    def earlier(self) -> tuple[list[Inputs], list[Damaged]]:
+        """Return what the earlier attempts at a job left, in order, and what is wrong with damaged parts of it."""
+        found: list[Inputs] = []
+        faults: list[Damaged] = []
+        for number in sorted(self._attempts()):
+            there = TrialFolder(self.path / ATTEMPTS / str(number))
+            try:
+                asked = there.manifest()
+                events, samples, seen, damaged = there.read_inputs()
+            except Damaged as fault:
+                faults.append(fault)
+                continue
+            faults += damaged
+            if asked is not None:
+                found.append(Inputs(asked=asked, events=events, samples=samples, seen=seen))
+        return found, faults
+
+    def _attempts(self) -> list[int]:
+        return [int(path.name) for path in (self.path / ATTEMPTS).glob("[1-9]*") if path.name.isdecimal()]
 
     def manifest(self) -> Manifest | None:
         """Return what was asked for here; None when no trial began, or one of an older version.
@@ -253,9 +293,9 @@ class TrialFolder:
 
     def read_lines(self) -> tuple[list[Event], list[Sample], list[Damaged]]:
         """Return the events and samples, and what is wrong with damaged lines. Lines after a damaged one are not
-        read."""
-        events, fault = lines(self.path / "events.jsonl", decode)
-        samples, other = lines(self.path / "samples.jsonl", Sample.decode)
+        read. While the trial runs in this process, lines that did not fit on the disk are among them."""
+        events, fault = lines(self.path / "events.jsonl", decode, _noted(self._events))
+        samples, other = lines(self.path / "samples.jsonl", Sample.decode, _noted(self._samples))
         return events, samples, [one for one in (fault, other) if one is not None]
 
     @property
@@ -295,13 +335,20 @@ class TrialFolder:
         return [path for path in there if path.exists() and not path.is_symlink()]
 
 
-def _outline(record: Record, summary: Summary) -> dict[str, Any]:
+def _noted(journal: Journal | None) -> bytes | None:
+    """Return what was noted in this process; None where nothing was, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):  # a closed file is a ValueError
+        return None if journal is None else journal.read()
+    return None
+
+
+def _outline(record: Record, summary: Summary, between_seconds: float) -> dict[str, Any]:
     ran = {key: value for key, value in record.tags.items() if key == "stand_ins"}
     return {
         "name": record.name,
         "outcome": record.outcome,
         "reason": record.tags.get("reason", ""),
-        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3,
+        "seconds": ((record.ended_ms or record.started_ms) - record.started_ms) / 1e3 - between_seconds,
         "point": record.tags.get("point", ""),
         "device": record.tags.get("device", ""),
         **asdict(summary),

@@ -30,6 +30,8 @@ class Measured:
 
     joules: float
     error_joules: float
+    points: int = FEWEST_TICKS
+    """Ticks of the counter, or readings of power, between the two moments."""
 
 
 class CounterFault(ValueError):
@@ -53,11 +55,12 @@ class _Tick:
         return (self.before + self.seen) / 2
 
 
-def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -> Measured:
+def between(start: float, end: float, readings: Sequence[tuple[float, float]], fewest: int = FEWEST_TICKS) -> Measured:
     """Return the joules from `start` to `end`, interpolated between the ticks on either side of each.
 
     Args:
         readings: (seconds, joules) in order of time.
+        fewest: how many ticks there must be from `start` to `end`.
 
     Raises: CounterFault when it ran backwards, stood still, or was not read on both sides; TooFewTicks.
     """
@@ -75,12 +78,12 @@ def between(start: float, end: float, readings: Sequence[tuple[float, float]]) -
     if first < 0 or last == len(ticks):
         raise CounterFault("the energy counter was not read on both sides of the window")
     inside = sum(start <= tick.seen <= end for tick in near)
-    if inside < FEWEST_TICKS:
-        raise TooFewTicks(f"the window holds {inside} ticks of the energy counter, fewer than {FEWEST_TICKS}")
+    if inside < fewest:
+        raise TooFewTicks(f"the window holds {inside} ticks of the energy counter, fewer than {fewest}")
     low_start, start_joules, high_start = _at(start, ticks)
     low_end, end_joules, high_end = _at(end, ticks)
     joules = end_joules - start_joules
-    return Measured(joules, max(high_end - low_start - joules, joules - (low_end - high_start)))
+    return Measured(joules, max(high_end - low_start - joules, joules - (low_end - high_start)), inside)
 
 
 def _check_counter_moves(

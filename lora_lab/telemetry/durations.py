@@ -18,18 +18,21 @@ _WORK = (
 
 
 def durations(events: Sequence[Event], asked_t: float, waiting_seconds: float = 0.0) -> dict[str, float]:
-    """Return the seconds of each completed phase, and the time to the first step.
+    """Return the seconds of each phase, as often as it was completed, and the time to the first step.
 
     Args:
         asked_t: time.monotonic() seconds when the trial was asked for.
         waiting_seconds: how long it then waited for the device and measured idle power. That is not overhead.
     """
     phases = spans(events)
-    over = {phase: end - t for phase, (t, end) in phases.items() if end < math.inf and phase != FIRST_STEP}
-    found = {f"time/{phase}_seconds": seconds for phase, seconds in over.items()}
+    over = {
+        phase: [end - t for t, end in each if end < math.inf] for phase, each in phases.items() if phase != FIRST_STEP
+    }
+    found = {f"time/{phase}_seconds": sum(seconds) for phase, seconds in over.items() if seconds}
     if Phase.warm_up.value in phases:
-        first, _ = phases[Phase.warm_up.value]
-        work = sum(over.get(phase.value, 0.0) for phase in _WORK)
+        first, _ = phases[Phase.warm_up.value][0]
+        before = [span for phase in _WORK for span in phases.get(phase.value, []) if span[0] < first]
+        work = sum(end - t for t, end in before if end < math.inf)
         found["time/asked_to_first_step_seconds"] = first - asked_t
         found["overhead/before_first_step_seconds"] = first - asked_t - waiting_seconds - work
     return found

@@ -20,7 +20,7 @@ def add_efficientllm(
 ) -> None:
     """Add AMU, PCU, AL, ST, AEC and MCR, each where its parts are known."""
     metrics = summary.metrics
-    used = [s.used_bytes for s in samples if s.used_bytes is not None and window.start <= s.t <= window.end]
+    used = [s.used_bytes for s in window.inside(samples) if s.used_bytes is not None]
     if used and seen.card_bytes:
         metrics["efficientllm/amu"] = mean(used) / seen.card_bytes
     if "throughput/gpu_busy_share" in metrics:

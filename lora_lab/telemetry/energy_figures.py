@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_lab.telemetry.energy import DISAGREEMENT_TOLD, Energy, cpu_energy, window_energy
+from lora_lab.telemetry.energy import DISAGREEMENT_TOLD, Energy, cpu_energy, energy_of
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
@@ -10,7 +10,7 @@ from lora_lab.telemetry.window import Window
 
 _GROSS, _NET, _CPU = "energy/joules_per_token", "energy/net_joules_per_token", "energy/cpu_joules_per_token"
 _NO_WINDOW = "the measured window was not completed"
-_JOULES_PER_KWH = 3.6e6
+JOULES_PER_KWH = 3.6e6
 
 
 def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample], seen: HostFacts) -> None:
@@ -22,7 +22,7 @@ def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample
         _add_stated(summary, window, 0, seen)
         return
     real = sum(step.real for step in window.steps)
-    _add_card(summary, window, real, samples, seen)
+    _add_card(summary, window, samples, seen)
     cpu = cpu_energy(window, samples)
     if isinstance(cpu, str):
         summary.absent[_CPU] = seen.no_cpu_sensor or cpu
@@ -35,21 +35,34 @@ def add_energy(summary: Summary, window: Window | None, samples: Sequence[Sample
     _add_stated(summary, window, real, seen)
 
 
-def _add_card(summary: Summary, window: Window, real: int, samples: Sequence[Sample], seen: HostFacts) -> None:
-    of_card = [s for s in samples if (s.energy_joules, s.instant_watts, s.average_watts) != (None, None, None)]
-    if not of_card:
+def of_card(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that hold a reading of a card's energy or power."""
+    return [s for s in samples if (s.energy_joules, s.instant_watts, s.average_watts) != (None, None, None)]
+
+
+def _add_card(summary: Summary, whole: Window, samples: Sequence[Sample], seen: HostFacts) -> None:
+    read = of_card(samples)
+    if not read:
         summary.without((_GROSS, _NET), seen.no_sensor or "no power sensor was read")
         return
-    energy = window_energy(window.start, window.end, of_card)
+    energy, window = energy_of(whole, read)
+    real = sum(step.real for step in window.steps)
     if energy.power is not None:
         summary.metrics["energy/power_integral_joules"] = energy.power.joules
         summary.metrics["energy/power_integral_joules_error"] = energy.power.error_joules
     if energy.joules is None or energy.error_joules is None:
-        watched = of_card[-1].t >= window.end  # or a sensor that failed on the way is why
+        watched = read[-1].t >= window.end  # or a sensor that failed on the way is why
         summary.without((_GROSS, _NET), energy.reason if watched else seen.no_sensor or energy.reason)
         return
     summary.tags["energy_source"] = energy.source
     _tell_source(summary, energy)
+    left_out = len(whole.stretches) - len(window.stretches)
+    if left_out:
+        summary.metrics["energy/stretches_left_out"] = float(left_out)
+        summary.warnings.append(
+            f"the energy of {left_out} of {len(whole.stretches)} stretches of training is not known, and is left out "
+            "with their steps"
+        )
     summary.metrics |= {
         "energy/joules": energy.joules,
         "energy/joules_error": energy.error_joules,
@@ -102,5 +115,5 @@ def _add_stated(summary: Summary, window: Window | None, real: int, seen: HostFa
     }
     for name, per_kwh in asked.items():
         if per_kwh is not None:
-            found = None if measured is None else measured * 1e6 / _JOULES_PER_KWH * per_kwh
+            found = None if measured is None else measured * 1e6 / JOULES_PER_KWH * per_kwh
             summary.add(name, found, summary.absent.get(_GROSS, ""))

@@ -3,11 +3,18 @@
 from collections.abc import Sequence
 
 from lora_lab.events import Event, Ready
+from lora_lab.telemetry.attempts import with_samples
 from lora_lab.telemetry.sampler import Sample
 
 
+def worker_pids(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> set[int]:
+    """Return the pids of the workers of all attempts, of those that the driver lists."""
+    found = (worker_pid(said, seen, parent_pid) for said, seen in with_samples(events, samples))
+    return {pid for pid in found if pid is not None}
+
+
 def worker_pid(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> int | None:
-    """Return the worker's pid as the driver lists it; None when it was never listed.
+    """Return the pid of one attempt's worker as the driver lists it; None when it was never listed.
 
     In a container the driver lists processes by numbers of the host. The worker is then the one process that
     came onto the card after the sampling had begun.
@@ -24,6 +31,6 @@ def worker_pid(events: Sequence[Event], samples: Sequence[Sample], parent_pid: i
 
 
 def foreign_pids(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> set[int]:
-    """Return the processes that computed on the card during the trial and are not its worker."""
+    """Return the processes that computed on the card during the trial and are not one of its workers."""
     listed = {pid for sample in samples for pid, _ in sample.processes or ()}
-    return listed - {worker_pid(events, samples, parent_pid), parent_pid}
+    return listed - worker_pids(events, samples, parent_pid) - {parent_pid}

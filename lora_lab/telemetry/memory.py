@@ -1,20 +1,21 @@
 """Report device memory by phase: what torch's allocator held, what card and process showed, and the rest."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lora_lab.events import FIRST_STEP, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.gpu_processes import worker_pid
+from lora_lab.telemetry.gpu_processes import worker_pids
 from lora_lab.telemetry.host_facts import HostFacts
-from lora_lab.telemetry.phases import Span, spans
+from lora_lab.telemetry.phases import TRAINING, Span, spans, training_spans
 from lora_lab.telemetry.sampler import Sample
+from lora_lab.telemetry.window import between
 
-_PARTS = {
+_PARTS: dict[str, tuple[Phase | str, ...]] = {
     "load": (Phase.model,),
     "first_step": (FIRST_STEP,),
     "steady": (Phase.window,),
-    "evaluation": (Phase.evaluation_before, Phase.evaluation_after),
+    "evaluation": (Phase.evaluation_before, Phase.evaluation, Phase.evaluation_after),
 }
 _PARTS_BY_NAME = {
     part: tuple(phase.value if isinstance(phase, Phase) else phase for phase in phases)
@@ -26,35 +27,45 @@ _SPILL_SLACK_BYTES = 256 * 2**20
 
 def add_memory(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], seen: HostFacts) -> None:
     """Add peaks over training, peaks of each phase, the optimizer's state, and what remains unaccounted for."""
-    told = {event.phase: event for event in events if isinstance(event, PhaseMemory)}
+    told = _told(events)
     phases = spans(events)
-    pid = worker_pid(events, samples, seen.parent_pid)
-    _add_training(summary, events, told, samples, seen, pid)
+    pids = worker_pids(events, samples, seen.parent_pid)
+    _add_training(summary, events, told, samples, seen, pids)
     for part, names in _PARTS_BY_NAME.items():
         there = [told[name] for name in names if name in told]
-        inside = [s for name in names if name in phases for s in _within(samples, phases[name])]
+        inside = [s for name in names for span in phases.get(name, []) for s in between(samples, *span)]
         figures = {
             "allocated": max((memory.peak_allocated_bytes for memory in there), default=None),
             "reserved": max((memory.peak_reserved_bytes for memory in there), default=None),
             "device": _peak_used(inside),
-            "process": _peak_process(inside, pid),
+            "process": _peak_process(inside, pids),
         }
         summary.metrics |= {f"vram/{part}_{kind}_gib": b / GIB for kind, b in figures.items() if b is not None}
     _add_optimizer(summary, events, told, phases, samples, seen)
     _add_spill(summary, told, seen)
 
 
-def _within(samples: Sequence[Sample], span: Span) -> list[Sample]:
-    return [sample for sample in samples if span[0] <= sample.t <= span[1]]
+def _told(events: Sequence[Event]) -> dict[str, PhaseMemory]:
+    """Return the allocator's memory by phase: the highest peaks of a phase that came again and again."""
+    told: dict[str, PhaseMemory] = {}
+    for event in events:
+        if isinstance(event, PhaseMemory):
+            before = told.get(event.phase, event)
+            told[event.phase] = replace(
+                event,
+                peak_allocated_bytes=max(event.peak_allocated_bytes, before.peak_allocated_bytes),
+                peak_reserved_bytes=max(event.peak_reserved_bytes, before.peak_reserved_bytes),
+            )
+    return told
 
 
 def _peak_used(samples: Sequence[Sample]) -> int | None:
     return max((sample.used_bytes for sample in samples if sample.used_bytes is not None), default=None)
 
 
-def _peak_process(samples: Sequence[Sample], pid: int | None) -> int | None:
-    used = [dict(sample.processes).get(pid) for sample in samples if sample.processes] if pid is not None else []
-    return max((b for b in used if b is not None), default=None)
+def _peak_process(samples: Sequence[Sample], pids: set[int]) -> int | None:
+    used = [b for sample in samples for pid, b in sample.processes or () if pid in pids and b is not None]
+    return max(used, default=None)
 
 
 def _add_training(
@@ -63,11 +74,11 @@ def _add_training(
     told: dict[str, PhaseMemory],
     samples: Sequence[Sample],
     seen: HostFacts,
-    pid: int | None,
+    pids: set[int],
 ) -> None:
-    """Add the peaks from the first step to the end of the window: what a card must have."""
+    """Add the peaks from the first step to the end of the window, or of a whole job: what a card must have."""
     begun = {event.phase for event in events if isinstance(event, PhaseBegan)}
-    training = begun & {Phase.warm_up.value, Phase.window.value}
+    training = begun & {*TRAINING}
     if seen.card_bytes is None and not told:
         why = "torch's allocator reports on GPUs only"
     elif training <= told.keys():
@@ -80,32 +91,24 @@ def _add_training(
     reserved = max((memory.peak_reserved_bytes / GIB for memory in whole), default=None)
     summary.add("vram/peak_allocated_gib", allocated, why)
     summary.add("vram/peak_reserved_gib", reserved, why)
-    span = _training_span(events)
-    inside = _within(samples, span)
+    trained = training_spans(events)
+    inside = [sample for span in trained for sample in between(samples, *span)]
     # a sensor that failed on the way has not seen the rest of the training
-    watched = not seen.no_sensor or (bool(samples) and samples[-1].t >= span[1])
+    watched = not seen.no_sensor or (bool(samples and trained) and samples[-1].t >= trained[-1][1])
     used = _peak_used(inside) if watched else None
     no_reading = seen.no_sensor or "no reading of used memory fell into training"
     summary.add("vram/peak_device_gib", None if used is None else used / GIB, no_reading)
-    of_worker = _peak_process(inside, pid) if watched else None
+    of_worker = _peak_process(inside, pids) if watched else None
     if used is not None and of_worker is None:
         no_reading = "the driver does not list the worker's process, or not its memory"
     summary.add("vram/peak_process_gib", None if of_worker is None else of_worker / GIB, no_reading)
-
-
-def _training_span(events: Sequence[Event]) -> Span:
-    """Return when training began and ended, in seconds; loading, profiling and evaluation lie outside."""
-    begins = {event.phase: event.t for event in events if isinstance(event, PhaseBegan)}
-    start = begins.get(Phase.warm_up.value, math.inf)
-    after = [t for t in begins.values() if t > begins.get(Phase.window.value, start)]
-    return start, min(after, default=math.inf)
 
 
 def _add_optimizer(
     summary: Summary,
     events: Sequence[Event],
     told: dict[str, PhaseMemory],
-    phases: dict[str, Span],
+    phases: dict[str, list[Span]],
     samples: Sequence[Sample],
     seen: HostFacts,
 ) -> None:
@@ -126,7 +129,7 @@ def _add_optimizer(
     if window is None or state is None:
         summary.absent[name] = "the allocator's or the optimizer's share is not known"
         return
-    used = _peak_used(_within(samples, phases[Phase.window.value]))
+    used = _peak_used([s for span in phases[Phase.window.value] for s in between(samples, *span)])
     if used is None or seen.used_before_bytes is None:
         summary.absent[name] = seen.no_sensor or "the card's memory was not read before the trial and in the window"
         return

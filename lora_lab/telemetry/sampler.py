@@ -4,14 +4,24 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
+from typing import overload
 
 from lora_lab.reading import parsed, typed
 
 RATE_HZ = 20.0
 """Samples of energy and power per second: two per tick of a counter that moves every 100 ms."""
+
+LONG_AFTER_SECONDS = 600.0
+LONG_RATE_HZ = 2.0
+"""The rate of a job from ten minutes on. A counter loses no energy by it, but sharp edges: where a stretch begins and
+ends is known to half a second instead of a tenth."""
+
+RECENT = 5000
+"""As many samples of a job are kept in memory: 40 minutes at the lower rate."""
 
 SLOW_EVERY = 5
 """Memory, processes, temperature, clocks and slowdowns are read with every fifth sample: four times a second."""
@@ -71,6 +81,30 @@ class Sample:
         return typed(cls, parsed(line))
 
 
+class Recent(Sequence[Sample]):
+    """The newest samples, of a sampler that runs for hours. It never gets shorter, so that another thread may look
+    through it at any time."""
+
+    def __init__(self, most: int = RECENT) -> None:
+        self._samples: deque[Sample] = deque(maxlen=most)
+
+    def extend(self, samples: Iterable[Sample]) -> None:
+        """Add samples; the oldest make room."""
+        self._samples.extend(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        return list(self._samples.copy())[place] if isinstance(place, slice) else self._samples[place]
+
+
 class SensorFailed(RuntimeError):
     """A sensor did not answer."""
 
@@ -84,20 +118,25 @@ class Sampler:
         read: Callable[[bool], Sequence[Sample]] | None,
         keep: Callable[[Sample], None] = lambda _: None,
         rate_hz: float = RATE_HZ,
+        recent: int | None = None,
     ) -> None:
         """Get ready.
 
         Args:
             read: takes one sample per card, of the slow sensors too when its argument is True; None without sensors.
             keep: called with each sample at once, from the sampler's thread.
+            recent: keep only as many of the newest samples in memory, and lower the rate from ten minutes on.
         """
         self._read = read
         self._keep = keep
-        self._interval = 1.0 / rate_hz
+        self._rate_hz = rate_hz
+        self._is_long = recent is not None
         self._stop = threading.Event()
         self._paused = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="sampler")
-        self.samples: list[Sample] = []
+        self.samples: list[Sample] | Recent = [] if recent is None else Recent(recent)
+        self.taken = 0
+        """How many samples there were."""
         self.fault: str | None = None
         self.cpu_seconds = 0.0
         """CPU time that the samples have taken."""
@@ -132,7 +171,8 @@ class Sampler:
                     samples = self._read(readings % SLOW_EVERY == 0)
                     if self._stop.is_set():
                         return  # a driver can hang for longer than anybody waits; the trial's files are closed by now
-                    self.samples += samples
+                    self.samples.extend(samples)
+                    self.taken += len(samples)
                     for sample in samples:
                         self._keep(sample)
                     faults = 0
@@ -148,6 +188,7 @@ class Sampler:
             now = time.monotonic()
             self.seconds = now - began
             # not quite evenly: a load that swings in step with the readings would show one side of it alone
-            interval = self._interval * random.uniform(1 - JITTER, 1 + JITTER)
+            rate_hz = LONG_RATE_HZ if self._is_long and self.seconds > LONG_AFTER_SECONDS else self._rate_hz
+            interval = random.uniform(1 - JITTER, 1 + JITTER) / rate_hz
             due = max(due + interval, now + cost * (1 / BUSY_SHARE - 1))
             self._stop.wait(due - now)

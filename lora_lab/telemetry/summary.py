@@ -15,6 +15,7 @@ from lora_lab.events import (
     Warned,
 )
 from lora_lab.outcome import Outcome
+from lora_lab.telemetry.attempts import counting, split
 from lora_lab.telemetry.durations import durations
 from lora_lab.telemetry.efficientllm import add_efficientllm
 from lora_lab.telemetry.energy_figures import add_energy
@@ -22,6 +23,7 @@ from lora_lab.telemetry.engine import add_engine
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.flops import flops, repeated_share
 from lora_lab.telemetry.host_facts import HostFacts
+from lora_lab.telemetry.job import add_job
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.throughput import add_busy_share, add_kernel_time, throughput
@@ -33,11 +35,12 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     """Return the figures of one trial.
 
     Args:
-        events: all events of the worker, in order.
+        events: all events of the worker, in order; of a job, those of its attempts one after the other.
         samples: all samples of the sensors; empty without sensors.
         asked_t: time.monotonic() seconds when the trial was asked for.
     """
-    summary = Summary(warnings=[event.text for event in events if isinstance(event, Warned)])
+    said = dict.fromkeys(event.text for event in events if isinstance(event, Warned))  # each attempt says them again
+    summary = Summary(warnings=[*said])
     whole = find_window(events)
     window = None if whole is None else steady(whole)
     _add_throughput(summary, window)
@@ -52,6 +55,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     if window is not None:
         add_efficientllm(summary, window, events, samples, seen)
     add_validity(summary, events, window, samples, seen)
+    add_job(summary, events, samples, seen)
     _add_losses(summary, events, whole)
     summary.metrics |= durations(events, asked_t, seen.metrics.get("time/waiting_seconds", 0.0))
     _add_limits(summary, events, samples)
@@ -88,7 +92,7 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
 
 def _add_limits(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]) -> None:
     """Add the peak of the whole trial, not of training alone, and for an out-of-memory error the last request."""
-    ended = next((event for event in events if isinstance(event, Ended)), None)
+    ended = next((event for event in split(events)[-1] if isinstance(event, Ended)), None) if events else None
     if ended is not None and ended.peak_host_bytes is not None:
         summary.metrics["host/peak_gib"] = ended.peak_host_bytes / GIB
     if ended is None or ended.outcome != Outcome.out_of_memory.value:
@@ -124,11 +128,13 @@ def _add_throughput(summary: Summary, window: Window | None) -> None:
 
 
 def _add_losses(summary: Summary, events: Sequence[Event], window: Window | None) -> None:
-    losses = {event.phase: event.loss for event in events if isinstance(event, Evaluated)}
+    told = [event for event in events if isinstance(event, Evaluated)]
+    before = next((event.loss for event in told if event.phase == Phase.evaluation_before.value), None)
+    after = next((event.loss for event in reversed(told) if event.phase == Phase.evaluation_after.value), None)
     reason = "no held-out rows were evaluated (measure.eval_rows=0, or the trial stopped before)"
-    summary.add("loss/eval_before", losses.get(Phase.evaluation_before.value), reason)
-    summary.add("loss/eval", losses.get(Phase.evaluation_after.value), reason)
-    steps = window.steps if window else tuple(event for event in events if isinstance(event, Step))
+    summary.add("loss/eval_before", before, reason)
+    summary.add("loss/eval", after, reason)
+    steps = window.steps if window else tuple(event for event in counting(events) if isinstance(event, Step))
     trained = sum(step.trained for step in steps)
     mean = sum(step.loss * step.trained for step in steps) / trained if trained else None
     summary.add("loss/train", mean, "no training step was finished")

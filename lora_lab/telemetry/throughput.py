@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lora_lab.events import Event, Profiled, Step
+from lora_lab.events import Event, JobPlanned, Profiled, Step
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.window import Window
 
@@ -124,6 +124,8 @@ def _profiled(window: Window | None, events: Sequence[Event]) -> tuple[Profiled 
     if window is None:
         return None, "the measured window was not completed"
     profiled = next((event for event in events if isinstance(event, Profiled)), None)
+    if profiled is None and any(isinstance(event, JobPlanned) for event in events):
+        return None, "the steps of a job are not profiled"
     if profiled is None:
         return None, "no step was profiled: that takes a GPU, measure.profile_steps, and a trial that gets so far"
     if not profiled.kernels:

@@ -37,11 +37,12 @@ def add_validity(
     if "vram/spilled_gib" in summary.metrics:
         gib = summary.metrics["vram/spilled_gib"]
         invalid.append(f"{gib:.1f} GiB of device memory lay in main memory (the driver of a WSL2 host does that)")
-    inside = [] if window is None else [s for s in samples if window.start <= s.t <= window.end]
-    slow = [sample for sample in inside if sample.slowdowns is not None or sample.sm_mhz is not None]
+    watched = [s for s in samples if s.slowdowns is not None or s.sm_mhz is not None]
+    parts = [] if window is None else [part.inside(watched) for part in window.stretches]
+    slow = [sample for part in parts for sample in part]
     if len(slow) >= 2:
-        _add_slowdowns(summary, slow, invalid)
-        _add_drift(summary, slow, doubtful)
+        _add_slowdowns(summary, parts, invalid)
+        _add_drift(summary, slow, doubtful, is_job=len(parts) > 1)
     known = window is not None and len(slow) >= 2
     verdict = "invalid" if invalid else "doubtful" if doubtful else "valid" if known else "unknown"
     summary.tags["validity"] = verdict
@@ -69,10 +70,10 @@ def _add_neighbours(
 
 
 def _add_retries(summary: Summary, events: Sequence[Event], doubtful: list[str]) -> None:
-    told = {event.phase: event.retries for event in events if isinstance(event, PhaseMemory)}
-    if Phase.window.value not in told:
+    told = [e.retries for e in events if isinstance(e, PhaseMemory) and e.phase == Phase.window.value]
+    if not told:
         return
-    retries = told[Phase.window.value]
+    retries = sum(told)
     summary.metrics["vram/allocator_retries"] = float(retries)
     if retries:
         doubtful.append(
@@ -81,10 +82,10 @@ def _add_retries(summary: Summary, events: Sequence[Event], doubtful: list[str])
         )
 
 
-def _add_slowdowns(summary: Summary, slow: Sequence[Sample], invalid: list[str]) -> None:
-    thermal = _share(slow, lambda s: s.thermal_seconds, _THERMAL)
-    brake = _share(slow, lambda s: s.brake_seconds, _BRAKE)
-    power = _share(slow, lambda s: s.power_cap_seconds, _POWER_CAP)
+def _add_slowdowns(summary: Summary, parts: Sequence[Sequence[Sample]], invalid: list[str]) -> None:
+    thermal = _share(parts, lambda s: s.thermal_seconds, _THERMAL)
+    brake = _share(parts, lambda s: s.brake_seconds, _BRAKE)
+    power = _share(parts, lambda s: s.power_cap_seconds, _POWER_CAP)
     shares = {"thermal_share": thermal, "brake_share": brake, "power_cap_share": power}
     summary.metrics |= {f"card/{name}": share for name, share in shares.items() if share is not None}
     for share, what in ((thermal, "heat"), (brake, "a power brake signal")):
@@ -92,22 +93,31 @@ def _add_slowdowns(summary: Summary, slow: Sequence[Sample], invalid: list[str])
             invalid.append(f"{what} held the clocks down for {share:.0%} of the window")
 
 
-def _share(slow: Sequence[Sample], counter: Callable[[Sample], float | None], bit: int) -> float | None:
-    """Return the share of the time between the first and last sample: by the card's own counter, or by samples."""
-    told = [(sample.t, seconds) for sample in slow if (seconds := counter(sample)) is not None]
-    if len(told) >= 2 and all(after[1] >= before[1] for before, after in pairwise(told)):
-        (t0, first), (t1, last) = told[0], told[-1]
-        return min(1.0, (last - first) / (t1 - t0))
-    masks = [sample.slowdowns for sample in slow if sample.slowdowns is not None]
+def _share(parts: Sequence[Sequence[Sample]], counter: Callable[[Sample], float | None], bit: int) -> float | None:
+    """Return the share of the time between the first and last sample of each stretch: by the card's own counter, or by
+    samples."""
+    held = watched = 0.0
+    for part in parts:
+        told = [(sample.t, seconds) for sample in part if (seconds := counter(sample)) is not None]
+        if len(told) >= 2 and all(after[1] >= before[1] for before, after in pairwise(told)):
+            (t0, first), (t1, last) = told[0], told[-1]
+            held, watched = held + (last - first), watched + (t1 - t0)
+    if watched:
+        return min(1.0, held / watched)
+    masks = [sample.slowdowns for part in parts for sample in part if sample.slowdowns is not None]
     return sum(bool(mask & bit) for mask in masks) / len(masks) if masks else None
 
 
-def _add_drift(summary: Summary, slow: Sequence[Sample], doubtful: list[str]) -> None:
+def _add_drift(summary: Summary, slow: Sequence[Sample], doubtful: list[str], is_job: bool) -> None:
+    """Add how temperature and clocks changed.
+
+    A job heats its card up, and a longer warm-up would not change that. Over hours some reading of the clock is an
+    outlier: the spread of a job leaves out a hundredth at either end."""
     degrees = [sample.temperature_celsius for sample in slow if sample.temperature_celsius is not None]
     if degrees:
         drift = degrees[-1] - degrees[0]
         summary.metrics |= {"card/window_end_celsius": degrees[-1], "card/temperature_drift_celsius": drift}
-        if abs(drift) > DRIFT_CELSIUS:
+        if abs(drift) > DRIFT_CELSIUS and not is_job:
             doubtful.append(
                 f"the card's temperature changed by {drift:+.0f} degrees within the window; a longer warm-up would "
                 "have steadied it"
@@ -115,7 +125,9 @@ def _add_drift(summary: Summary, slow: Sequence[Sample], doubtful: list[str]) ->
     clocks = [sample.sm_mhz for sample in slow if sample.sm_mhz is not None]
     if clocks:
         usual = median(clocks)
-        spread = (max(clocks) - min(clocks)) / usual if usual else 0.0
+        ordered = sorted(clocks)
+        outliers = len(clocks) // 100 if is_job else 0
+        spread = (ordered[-1 - outliers] - ordered[outliers]) / usual if usual else 0.0
         summary.metrics |= {"card/sm_mhz_median": usual, "card/sm_clock_spread": spread}
         capped = summary.metrics.get("card/power_cap_share", 0.0) > THROTTLED_SHARE
         if spread > CLOCK_SPREAD and not capped:  # under a power cap clocks follow the load: that is how it caps

@@ -5,8 +5,10 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
 from lora_lab.dataset.selection import check_rows
@@ -16,6 +18,7 @@ from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
+from lora_lab.store.attempts import moved_from
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.finishing import finish
@@ -32,7 +35,7 @@ from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.host_facts import HostFacts, Stated
 from lora_lab.telemetry.rapl import Rapl
-from lora_lab.telemetry.sampler import Sampler
+from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
@@ -57,6 +60,8 @@ class Request:
     """Whether Hydra runs it as part of a sweep. This includes other sweepers, which plan nothing."""
     member: Membership | None = None
     """Its place in a planned sweep; None for a single trial."""
+    resumed: Manifest | None = None
+    """The latest attempt at the job that goes on in `folder`; None for a trial that begins."""
 
 
 @dataclass(slots=True)
@@ -72,13 +77,11 @@ class TrialState:
     seen: HostFacts
     sweep: SweepFolder | None
     """The sweep whose progress is shown; None for a single trial."""
-    events: list[Event] = field(default_factory=list)
     before: Before = field(default_factory=Before)
 
     def on_event(self, event: Event) -> None:
         """Record and show an event of the worker."""
         self.folder.note_event(event)
-        self.events.append(event)
         self.display.show(event)
 
     def warn(self, text: str) -> None:
@@ -98,7 +101,8 @@ def run_session(request: Request) -> Outcome:
     config = request.config
     check_inputs(config)
     check_folder_name(request.folder)
-    check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
+    if request.resumed is None:
+        check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
     placement = choose_placement(config.device)
     if config.isolation is Isolation.process:
         worker_process.prepare()  # imports torch in the background while MLflow is imported here
@@ -118,7 +122,7 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
         interrupted = error
         end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
     if end.outcome is Outcome.refused:
-        if state.request.member is None:
+        if state.request.member is None and state.request.resumed is None:
             state.folder.give_up()
             raise InvalidInput(end.reason)
         end = End(outcome=Outcome.failed, reason=f"refused: {end.reason}")
@@ -171,12 +175,52 @@ def look_after_earlier_runs(store: Outbox) -> None:
 
 
 def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState:
-    """Write down what was asked and where it runs."""
+    """Write down what was asked and where it runs. A job that goes on keeps its record's id, name and start."""
     config, member = request.config, request.member
     owner = this_process()
     facts = environment() | device_facts(placement) | owner_tags(owner, request.folder)
     facts["point"] = point_digest(config)
     facts["command"] = without_secrets(request.command)
+    if member is not None:
+        facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
+    if config.vram_limit_gib is not None:
+        facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
+    folder, rapl = TrialFolder(request.folder), Rapl()
+    seen = _seen_so_far(config.measure, placement, rapl)
+    if member is None:
+        remember_outside(request.folder)
+        point_latest(request.folder)
+    try:
+        with _claimed(request):
+            if request.resumed is None:
+                record = _new_record(request, facts)
+            else:
+                facts["attempt"] = str(folder.set_aside(request.resumed))
+                before = request.resumed.record.tags
+                kept = {name: text for name, text in before.items() if not name.startswith("device.")}
+                record = replace(request.resumed.record, tags=kept | facts)
+            asked = Manifest(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
+            folder.begin(asked, config, facts, seen)
+    except OSError as error:
+        raise InvalidInput(
+            f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
+            "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
+        ) from error
+    recent = RECENT if config.train.is_job else None
+    sampler = Sampler(reader(placement.cards, rapl), folder.note_sample, recent=recent)
+    steps = config.measure.warmup_steps + config.measure.steps
+    sweep = SweepFolder(request.folder.parent) if member else None
+    display = Display(record.name, steps, sampler, sweep)
+    state = TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
+    changes = moved_from(request.resumed.record.tags, facts) if request.resumed is not None else ""
+    if changes:
+        state.warn(f"this attempt is at another place than the one before, and their figures are joined: {changes}")
+    return state
+
+
+def _new_record(request: Request, facts: dict[str, str]) -> Record:
+    """Return the record of a trial that begins."""
+    config, member = request.config, request.member
     record = Record(
         name=run_name(config, request.choices),
         params=params(config, request.choices),
@@ -186,27 +230,24 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
     if member is not None:
         record.name, record.parent = member.name, member.parent
         record.params["repeat"] = str(member.repeat)
-        facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
-    if config.vram_limit_gib is not None:
-        facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
-    asked = Manifest(owner=owner, t=asked_t, tracking=absolute(config.tracking), record=record)
-    folder, rapl = TrialFolder(request.folder), Rapl()
-    seen = _seen_so_far(config.measure, placement, rapl)
-    if member is None:
-        remember_outside(request.folder)
-        point_latest(request.folder)
+    return record
+
+
+@contextlib.contextmanager
+def _claimed(request: Request) -> Iterator[None]:
+    """Hold the folder of a job that goes on, until it names this process as its owner.
+
+    Raises: InvalidInput when another process has resumed the job meanwhile."""
+    if request.resumed is None:
+        yield
+        return
     try:
-        folder.begin(asked, config, facts, seen)
-    except OSError as error:
-        raise InvalidInput(
-            f"nothing can be written to {request.folder} ({error.strerror}). Make room there, or give another folder "
-            "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
-        ) from error
-    sampler = Sampler(reader(placement.cards, rapl), folder.note_sample)
-    steps = config.measure.warmup_steps + config.measure.steps
-    sweep = SweepFolder(request.folder.parent) if member else None
-    display = Display(record.name, steps, sampler, sweep)
-    return TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
+        with FileLock(request.folder / ".resume.lock", timeout=0):
+            if TrialFolder(request.folder).manifest() != request.resumed:
+                raise Timeout(str(request.folder))
+            yield
+    except Timeout:
+        raise InvalidInput(f"another process goes on with the job in {request.folder} now. Wait for it.") from None
 
 
 def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> HostFacts:
@@ -233,7 +274,11 @@ def _measure(state: TrialState) -> End:
         check_capable(config, placement)
         with state.display, _device(state), state.sampler:
             end = worker_process.run_workers(
-                config, worker_environment(placement), state.folder.path, state.on_event, placement.world_size
+                replace(config, resume=state.request.resumed is not None),
+                worker_environment(placement),
+                state.folder.path,
+                state.on_event,
+                placement.world_size,
             )
     except (Unsupported, InvalidInput, OSError) as error:
         return end_of(error)
@@ -304,7 +349,8 @@ def _within_capacity(state: TrialState, end: End) -> End:
     if limit is None or not before or None in before:
         return end
     state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, with its speed and power")
-    rises = (sample.used_bytes - (before[sample.card] or 0) for sample in state.sampler.samples if sample.used_bytes)
+    _, samples, _ = state.folder.read_lines()
+    rises = (sample.used_bytes - (before[sample.card] or 0) for sample in samples if sample.used_bytes)
     peak_gib = max(rises, default=0) / GIB
     if end.outcome is not Outcome.finished or peak_gib <= limit:
         return end
@@ -322,8 +368,10 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
-        seen.metrics["sampler/readings_per_second"] = len(sampler.samples) / sampler.seconds
-    record, summary = finish(state.folder, state.asked, end, state.events, sampler.samples, seen)
+        seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
+    events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
+    seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
+    record, summary = finish(state.folder, state.asked, end, events, samples, seen)
     run_id = store.deliver_trial(state.folder, record)
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
@@ -331,5 +379,8 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         show_line(state.sweep, record, end, summary)
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
-    stand_ins = [stand_in for event in state.events if isinstance(event, Ran) for stand_in in event.stand_ins]
+    if state.request.config.train.is_job and end.outcome is not Outcome.finished:
+        where = shlex.quote(str(state.folder.path))
+        places.append(f"to go on from its last checkpoint: python -m lora_lab resume=true hydra.run.dir={where}")
+    stand_ins = [stand_in for event in events if isinstance(event, Ran) for stand_in in event.stand_ins]
     show_result(end, summary, stand_ins, places)

@@ -292,12 +292,12 @@ def _end_of_silence(exit_code: int | None, log: Path, begun: bool) -> End:
 def _run_inline(
     config: TrialConfig, environment: dict[str, str], folder: Path, on_event: Callable[[Event], None]
 ) -> End:
-    events: list[Event] = []
+    last: Event | None = None
 
     def emit(event: Event) -> None:
-        event = decode(encode(event))  # as it would arrive from a process
-        events.append(event)
-        on_event(event)
+        nonlocal last
+        last = decode(encode(event))  # as it would arrive from a process
+        on_event(last)
 
     with forkserver.changed_environment({**without_launchers(), **environment}):
         try:
@@ -305,6 +305,5 @@ def _run_inline(
         except (ImportError, OSError, RuntimeError) as error:
             return end_of(error)
         run_trial(config, folder, emit)
-    last = events[-1]
     assert isinstance(last, Ended)
     return end_said(last)

@@ -334,6 +334,19 @@ def test_a_journal_that_found_the_disk_full_is_written_whole_at_the_end(
     assert lines_of(path / "samples.jsonl") == [s.encode() for s in [*SAMPLES, sample(8)]]
 
 
+def test_a_journal_goes_on_as_soon_as_there_is_room_and_knows_all_its_lines_meanwhile(tmp_path: Path) -> None:
+    there = begun(tmp_path)
+    with files_of_at_most(700):
+        told(there, EVENTS, SAMPLES)
+        events, samples, damaged = there.read_lines()
+        assert (events, samples, damaged) == (EVENTS, SAMPLES, [])
+    assert (tmp_path / "events.jsonl").stat().st_size == 700
+    there.note_event(step(99))
+    assert TrialFolder(tmp_path).read_lines()[0] == [*EVENTS, step(99)]
+    (tmp_path / "events.jsonl").unlink()
+    assert there.read_lines()[0] == [*EVENTS, step(99)], "of a folder that was removed, too"
+
+
 def test_a_disk_that_stays_full_costs_no_figure_and_is_warned_of(tmp_path: Path) -> None:
     asked = asked_for()
     there = begun(tmp_path, asked)

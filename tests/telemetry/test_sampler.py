@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_lab.telemetry import sampler as sampler_module
 from lora_lab.telemetry.sampler import BUSY_SHARE, RATE_HZ, SLOW_EVERY, Sample, Sampler, SensorFailed
 
 RATE = 2000.0
@@ -270,3 +271,20 @@ COUNTS = st.none() | st.integers(0, 2**40)
 )
 def test_a_sample_on_disk_is_the_same_sample(sample: Sample) -> None:
     assert Sample.decode(sample.encode()) == sample
+
+
+def test_a_sampler_of_hours_keeps_its_newest_samples_and_reads_less_often_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampler_module, "LONG_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(sampler_module, "LONG_RATE_HZ", 20.0)
+    kept: list[Sample] = []
+    with Sampler(reading, kept.append, rate_hz=RATE, recent=5) as sampler:
+        view = sampler.samples
+        wait_until(lambda: kept != [] and kept[-1].t > kept[0].t + 0.8)
+    assert sampler.taken == len(kept) > 20
+    assert sampler.samples is view, "who looks through it sees new ones"
+    assert list(view) == kept[-5:]
+    assert (view[-1], view[:-3:-1], len(view)) == (kept[-1], [kept[-1], kept[-2]], 5)
+    late = [after - before for before, after in pairwise(s.t for s in kept if s.t > kept[0].t + 0.4)]
+    assert min(late) > 0.8 / 20 - 0.01, "a fifth earlier at most"
