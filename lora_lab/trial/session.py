@@ -21,6 +21,7 @@ from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.finishing import finish
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.heartbeat import Heartbeat
+from lora_lab.store.live_run import LiveRun
 from lora_lab.store.local_store import check_writable
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
@@ -74,12 +75,15 @@ class TrialState:
     """The sweep whose progress is shown; None for a single trial."""
     events: list[Event] = field(default_factory=list)
     before: Before = field(default_factory=Before)
+    live: LiveRun | None = None
 
     def on_event(self, event: Event) -> None:
         """Record and show an event of the worker."""
         self.folder.note_event(event)
         self.events.append(event)
         self.display.show(event)
+        if self.live is not None:
+            self.live.see(event)
 
     def warn(self, text: str) -> None:
         """Show a warning to the user, and keep it for the record."""
@@ -112,6 +116,7 @@ def run_session(request: Request) -> Outcome:
 def _run(state: TrialState, store: Outbox) -> Outcome:
     """Measure a prepared trial, and record it."""
     interrupted: KeyboardInterrupt | None = None
+    state.live = store.follow(state.asked, state.sampler.samples, state.display.note)
     try:
         end = _measure(state)
     except KeyboardInterrupt as error:
