@@ -58,7 +58,8 @@ class LiveSeries:
             self._pending.append(self._arrived.popleft())
         steps = _evenly([event for event in self._pending if isinstance(event, Step)])
         self._pending = [*steps, *(event for event in self._pending if isinstance(event, Evaluated))]
-        return list(event_series(self._pending, self._samples, self._offset))
+        samples = self._samples[:]  # the sampler's thread adds to them meanwhile
+        return list(event_series(self._pending, samples, self._offset))
 
     def sent(self) -> None:
         """Forget what `points` has returned: the store has it."""

@@ -38,8 +38,9 @@ from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
-from lora_lab.trial.display import Display, show_result
+from lora_lab.trial.display import Display
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
+from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
 
 
@@ -205,9 +206,8 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
             "with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
         ) from error
     sampler = Sampler(reader(placement.cards, rapl), folder.note_sample)
-    steps = config.measure.warmup_steps + config.measure.steps
     sweep = SweepFolder(request.folder.parent) if member else None
-    display = Display(record.name, steps, sampler, sweep)
+    display = Display(record.name, config, sampler, sweep)
     return TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
 
 

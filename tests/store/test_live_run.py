@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from conftest import give_store, store_of, until
 from mlflow.tracking import MlflowClient
+from synthetic import job_of
 
 from lora_lab.config import TrackingConfig, TrialConfig
-from lora_lab.events import Evaluated, Event, JobPlanned, Step
+from lora_lab.events import Event, Step
 from lora_lab.outcome import End, Outcome
 from lora_lab.store import live_run, local_store, outbox
 from lora_lab.store.finishing import finish
@@ -34,27 +35,6 @@ DEAD = 2**22 + 1
 """A pid that no process can have."""
 
 
-def job(steps: int, begun: float, evaluate_every: int = 10) -> Iterator[Event]:
-    """What the worker of a job says that took a tenth of a second for a step and is over by now."""
-    yield JobPlanned(t=begun, steps=steps, steps_per_epoch=steps)
-    for step in range(1, steps + 1):
-        yield Step(
-            t=begun + step / 10,
-            step=step,
-            seconds=0.1,
-            loss=3 - step / steps,
-            rows=2,
-            slots=200,
-            real=150,
-            trained=70,
-            skipped=False,
-            learning_rate=1e-4,
-        )
-        if step % evaluate_every == 0:
-            t = begun + step / 10 + 0.01
-            yield Evaluated(t=t, phase="evaluation", loss=3 - step / steps, rows=4, tokens=99, step=step)
-
-
 class Lab:
     """One job, from what was asked to its record in the store."""
 
@@ -64,10 +44,10 @@ class Lab:
         self.folder = TrialFolder(folder / "multirun" / "today" / "now")
         owner = this_process() if pid is None else replace(this_process(), pid=pid)
         record = Record(name="a job", params={"learning_rate": "1e-4"}, tags=owner_tags(owner, self.folder.path))
-        self.begun = time.monotonic() - 3 - steps / 10
+        self.begun = time.monotonic() - 10 - steps / 10
         self.asked = Manifest(owner=owner, t=self.begun, tracking=self.tracking, record=record)
         self.folder.begin(self.asked, TrialConfig(), {}, HostFacts())
-        self.events = list(job(steps, self.begun))
+        self.events = list(job_of(steps, self.begun))
         self.samples = [Sample(t=self.begun + n / 20, instant_watts=100.0 + n) for n in range(2 * steps)]
         self.outbox = Outbox(self.tracking)
         self.said: list[str] = []
@@ -232,7 +212,7 @@ def test_a_job_that_is_resumed_runs_again_in_the_same_run(lab: Lab) -> None:
 def test_what_is_sent_of_a_job_is_bounded_in_all_and_at_once(steps: int) -> None:
     series = LiveSeries([], 0.0)
     sent, most = 0, 0
-    for event in job(steps, 0.0, evaluate_every=steps // 10):
+    for event in job_of(steps, every=steps // 10):
         series.see(event)
         if isinstance(event, Step) and event.step % (steps // 50) == 0:
             points = [point for point in series.points(event.t + 10) if point.key == "step/loss"]
@@ -244,7 +224,7 @@ def test_what_is_sent_of_a_job_is_bounded_in_all_and_at_once(steps: int) -> None
 
 def test_what_a_store_has_not_taken_is_offered_again_and_stays_small() -> None:
     series = LiveSeries([], 0.0)
-    for event in job(3_000, 0.0, evaluate_every=1_000):
+    for event in job_of(3_000, every=1_000):
         series.see(event)
     first = series.points(1e6)
     steps = [point.step for point in first if point.key == "step/loss"]
