@@ -334,4 +334,4 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     stand_ins = [stand_in for event in state.events if isinstance(event, Ran) for stand_in in event.stand_ins]
-    show_result(end, summary, stand_ins, places)
+    show_result(end, summary, stand_ins, places, state.folder.path)

@@ -1,9 +1,13 @@
 """What a person reads when a trial is over."""
 
 import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+from lora_lab.base_weights import BaseWeights
+from lora_lab.files import write_json
 from lora_lab.outcome import End, Outcome
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.metrics import metric
@@ -30,9 +34,11 @@ UNMISSED = ("throughput/seconds_per_10k_tokens", "energy/net_joules_per_token")
 TAGS = {"regime": "host-bound", "energy_source": "counter", "validity": "valid"}
 
 
-def shown(capsys: pytest.CaptureFixture[str], summary: Summary, end: End = FINISHED) -> dict[str, str]:
+def shown(
+    capsys: pytest.CaptureFixture[str], summary: Summary, end: End = FINISHED, folder: Path = Path()
+) -> dict[str, str]:
     """Each row's text by its label; a row without one continues the one above."""
-    show_result(end, summary, [], [])
+    show_result(end, summary, [], [], folder)
     rows: dict[str, str] = {}
     label = ""
     for line in capsys.readouterr().out.splitlines():
@@ -115,3 +121,46 @@ def test_a_trial_that_did_not_finish_says_why_and_warns(capsys: pytest.CaptureFi
     end = End(outcome=Outcome.out_of_memory, reason="no [room] left")
     rows = shown(capsys, Summary(warnings=["one", "two [of] them"]), end)
     assert rows == {"why": "no [room] left", "warning": "one two [of] them"}
+
+
+JOB = {
+    "job/hours": 7.25,
+    "job/kwh": 1.5,
+    "job/cost": 0.45,
+    "job/best_heldout_loss": 1.7,
+    "job/best_step": 1200.0,
+}
+
+
+def test_the_result_of_a_job_leads_with_what_it_brought_and_cost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = shown(capsys, Summary(metrics=FIGURES | JOB, tags=TAGS), folder=tmp_path)
+    losses, hours, kwh, cost = list(rows.values())[:4]
+    for figure in ("2.5000 before", "1.7500 after", "1.7000 after step 1,200"):
+        assert figure in losses
+    assert [metric(key).form.format(JOB[key]) for key in ("job/hours", "job/kwh", "job/cost")] == [
+        figure.split()[0] for figure in (hours, kwh, cost)
+    ]
+    assert sum("1.7500" in row for row in rows.values()) == 1
+
+
+def test_a_job_without_a_sensor_or_held_out_rows_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    absent = {"loss/eval": "measure.eval_rows=0", "loss/eval_before": "measure.eval_rows=0", "job/kwh": "no card"}
+    rows = shown(capsys, Summary(metrics={"job/hours": 1.0}, absent=absent, tags=TAGS), folder=tmp_path)
+    assert "absent: measure.eval_rows=0" in list(rows.values())[0]
+    assert "absent: no card" in rows.values()
+
+
+def test_the_end_of_a_job_says_how_to_load_its_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    summary = Summary(metrics={"job/hours": 1.0}, tags=TAGS)
+    show_result(FINISHED, summary, [], [], tmp_path)
+    assert "python" not in capsys.readouterr().out, "there is no adapter"
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    weights = BaseWeights(source="hub", id="org/model", commit="c0ffee", folder="/cache/c0ffee")
+    write_json(tmp_path / "weights.json", asdict(weights))
+    show_result(FINISHED, summary, [], [], tmp_path)
+    out = capsys.readouterr().out
+    assert weights.command(tmp_path) in out
+    assert "org/model at commit c0ffee" in out

@@ -9,6 +9,7 @@ from lora_lab.worker.stages import (
     saving,
     trainer_setup,
     training_steps,
+    weights_noting,
 )
 from lora_lab.worker.stages.stage import Stage
 
@@ -17,6 +18,7 @@ STAGES: tuple[Stage, ...] = (
     conversion.STAGE,
     data_loading.STAGE,
     model_loading.STAGE,
+    weights_noting.STAGE,
     trainer_setup.STAGE,
     heldout.BEFORE,
     training_steps.STAGE,
