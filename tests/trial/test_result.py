@@ -148,7 +148,7 @@ def test_the_result_of_a_job_leads_with_what_it_brought_and_cost(
 def test_a_job_without_a_sensor_or_held_out_rows_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     absent = {"loss/eval": "measure.eval_rows=0", "loss/eval_before": "measure.eval_rows=0", "job/kwh": "no card"}
     rows = shown(capsys, Summary(metrics={"job/hours": 1.0}, absent=absent, tags=TAGS), folder=tmp_path)
-    assert "absent: measure.eval_rows=0" in list(rows.values())[0]
+    assert "absent: measure.eval_rows=0" in next(iter(rows.values()))
     assert "absent: no card" in rows.values()
 
 
