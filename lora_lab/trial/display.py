@@ -28,7 +28,7 @@ _DOING = {
     Phase.compilation.value: "compiling the training step",
     Phase.warm_up.value: "warm-up",
     Phase.window.value: "measured window",
-    Phase.evaluation.value: "held-out loss",
+    Phase.evaluation.value: "evaluating",
     Phase.checkpoint.value: "saving a checkpoint",
     Phase.profile.value: "profiling a few steps",
     Phase.evaluation_after.value: "held-out loss after",
