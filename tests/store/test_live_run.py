@@ -99,7 +99,7 @@ def test_a_job_is_seen_while_it_runs_and_its_end_is_that_of_a_job_that_was_not(
     lab: Lab, tmp_path: Path, empty_store: Path
 ) -> None:
     live = lab.live()
-    lab.see(live, lab.events[:15])
+    lab.see(live, lab.events[:20])
     until(lambda: shown(lab, 10), "the first steps")
     assert lab.status() == "RUNNING"
     assert store_of(lab.home)[1][0].data.tags["outcome"] == "running"
@@ -107,7 +107,7 @@ def test_a_job_is_seen_while_it_runs_and_its_end_is_that_of_a_job_that_was_not(
     running = lab.histories()
     assert [step for step, _, _ in running["Steps/heldout_loss"]] == [10]
     assert running["Steps/power_watts"]
-    lab.see(live, lab.events[15:])
+    lab.see(live, lab.events[20:])
     until(lambda: shown(lab, 30), "the last step")
     lab.finish()
     assert lab.status() == "FINISHED"
