@@ -101,7 +101,8 @@ class LiveRun:
             asked = self._asked.record
             begun = replace(asked, outcome=RUNNING, tags={**asked.tags, "outcome": RUNNING}, metrics={}, series=[])
             self._run_id = tracker.deliver(begun, [])
-            self._say("where", "\n".join(tracker.where(self._run_id)))
+            if asked.parent is None:  # a sweep says it once, at its end
+                self._say("where", "\n".join(tracker.where(self._run_id)))
         points = self._series.points(time.monotonic())
         if points and not self._over.is_set():
             tracker.extend(self._run_id, points)

@@ -14,8 +14,9 @@ from lora_lab import events as said
 from lora_lab.config import TrialConfig
 from lora_lab.events import Event, Phase
 from lora_lab.store.sweep_folder import SweepFolder
-from lora_lab.telemetry.sampler import Sampler
-from lora_lab.trial.job_progress import JobProgress, card_figures
+from lora_lab.telemetry.figures import GIB
+from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
+from lora_lab.trial.job_progress import JobProgress, newest_watts
 from lora_lab.trial.standing import clock, standing
 
 _DOING = {
@@ -206,7 +207,14 @@ class Display:
         if seconds:
             real = sum(s.real for s in self._recent if s.seconds is not None)
             figures.append(f"{real / sum(seconds):,.0f} tokens/s")
-        return "  ".join([*figures, *card_figures(self._sampler.samples)])
+        last = self._sampler.samples[: -SLOW_EVERY - 1 : -1]
+        used = next((sample.used_bytes for sample in last if sample.used_bytes is not None), None)
+        watts = newest_watts(self._sampler.samples)
+        if used is not None:
+            figures.append(f"{used / GIB:.1f} GiB")
+        if watts is not None:
+            figures.append(f"{watts:.0f} W")
+        return "  ".join(figures)
 
     def _line(self, force: bool = False) -> None:
         """Print a line per phase and one every few seconds, where there is no terminal."""

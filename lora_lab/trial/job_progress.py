@@ -8,7 +8,6 @@ from itertools import islice
 
 from lora_lab.events import Checkpointed, Evaluated, Event, JobPlanned, Phase, PhaseBegan, Resumed, Spiked, Step
 from lora_lab.options import OnSpike
-from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sample
 from lora_lab.trial.standing import clock
 
@@ -116,14 +115,16 @@ class JobProgress:
             loss = statistics.fmean(step.loss for step in islice(reversed(self._recent), _SMOOTHED_STEPS))
             yield f"loss {loss:.3f}"
         if self._evaluated:
-            yield f"held-out loss {self._evaluated[-1].loss:.4f}"
+            yield f"held-out {self._evaluated[-1].loss:.4f}"
         elif self._before is not None:
-            yield f"held-out loss {self._before.loss:.4f} before"
+            yield f"held-out {self._before.loss:.4f} before"
         timed = self._timed()
         if timed:
             rate = sum(step.real for step in timed) / sum(step.seconds or 0.0 for step in timed)
             yield f"{rate:,.0f} tokens/s"
-        yield from card_figures(self._samples)
+        watts = newest_watts(self._samples)
+        if watts is not None:
+            yield f"{watts:.0f} W"
         joules = self._drawn.joules
         if joules is not None:
             yield f"{joules / _JOULES_PER_KWH:.3f} kWh"
@@ -163,15 +164,10 @@ class JobProgress:
         )
 
 
-def card_figures(samples: Sequence[Sample]) -> Iterator[str]:
-    """Yield the card's memory in use and its power by the newest readings, as far as there are any."""
+def newest_watts(samples: Sequence[Sample]) -> float | None:
+    """Return the card's power by the newest readings; None where they have none."""
     last = samples[: -SLOW_EVERY - 1 : -1]
-    used = next((sample.used_bytes for sample in last if sample.used_bytes is not None), None)
-    watts = next((sample.average_watts for sample in last if sample.average_watts is not None), None)
-    if used is not None:
-        yield f"{used / GIB:.1f} GiB"
-    if watts is not None:
-        yield f"{watts:.0f} W"
+    return next((sample.average_watts for sample in last if sample.average_watts is not None), None)
 
 
 class _Drawn:

@@ -58,7 +58,7 @@ def test_a_log_of_a_job_has_a_line_a_minute_at_most_which_says_everything(monkey
     lines = screen.show(list(job_of(2000, seconds=0.9, every=10**6)))[1:]
     assert 25 <= len(lines) <= 30, "the job takes half an hour"
     middle = lines[len(lines) // 2]
-    for figure in (r"step 1,\d+/2,000", r"epoch \d\.\d\d/2", r"loss 2\.\d", "held-out loss 3.0000", r"1,111 tokens/s"):
+    for figure in (r"step 1,\d+/2,000", r"epoch \d\.\d\d/2", r"loss 2\.\d", "held-out 3.0000", r"1,111 tokens/s"):
         assert re.search(figure, middle), middle
     for figure in (r"360 W", r"min left", r"0\.\d\d\d kWh", r"cost 0\.\d\d"):
         assert re.search(figure, middle), middle
@@ -99,7 +99,7 @@ def test_on_a_terminal_a_job_has_one_bar_and_its_figures_below(monkeypatch: pyte
                 bar, figures = rows.splitlines()[:2]
                 assert f"step {event.step}/40" in bar
                 assert "left" in bar
-                assert "held-out loss 2.5000" in figures
+                assert "held-out 2.5000" in figures
     lines = [line for line in screen.out.getvalue().splitlines() if re.search(rf"{CLOCK} \w", line)]
     assert sum("held-out loss" in line for line in lines) == sum(isinstance(e, Evaluated) for e in events[1:])
     assert not any("checkpoint" in line for line in lines)
