@@ -58,8 +58,6 @@ class LiveRun:
         self._tracker: Tracker | None = None
         self._run_id: str | None = None
         self._said: set[str] = set()
-        self.cpu_seconds = 0.0
-        """CPU time that the thread has taken."""
 
     def see(self, event: Event) -> None:
         """Take in one event. This returns at once."""
@@ -89,7 +87,6 @@ class LiveRun:
                 self._tracker = self._run_id = None  # both may be others the next time
                 self._say("fault", f"the store does not show all of this job while it runs: {fault}")
                 wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-            self.cpu_seconds = time.thread_time()
             self._over.wait(wait)
 
     def _send(self) -> None:

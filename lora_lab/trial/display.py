@@ -190,12 +190,11 @@ class Display:
 
     def _tell(self, event: Event, text: str) -> None:
         """Print what a user wants to know of an event of a job. What is out of the ordinary begins with its kind."""
-        if not text or (isinstance(event, said.Checkpointed) and self._console.is_terminal):
+        in_short = self._console.is_terminal or self._sweep is not None
+        if not text or (in_short and isinstance(event, said.Checkpointed)):
             return
         which = "" if self._sweep is None else f"{escape(self._name)}: "
-        kind = {said.Spiked: "[bold red]spike:[/bold red] ", said.Resumed: "[yellow]resumed:[/yellow] "}.get(
-            type(event)
-        )
+        kind = _STANDS_OUT.get(type(event))
         left = self._job.left if self._job is not None and kind is None else ""
         line = f"{kind or '  '}{_now()} {which}{escape(text)}" + (f"  {left}" if left else "")
         self._console.print(line, highlight=False, soft_wrap=True)
