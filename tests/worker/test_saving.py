@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tiny_trials import ended, tiny_config
 from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.config import DataConfig, ModelConfig, PackageConfig, TrialConfig
 from lora_lab.events import Event, Warned
+from lora_lab.files import write_json
 from lora_lab.options import DataSource, ModelSource
 from lora_lab.reading import whole
 from lora_lab.worker.exact_weights import exact_weights
@@ -164,3 +165,13 @@ def test_another_byte_in_a_folder_is_another_digest(model_folder: Path, tmp_path
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     other = exact_weights(ModelConfig(source=ModelSource.local, path=str(copy)), digest=True).sha256
     assert one == same != other
+
+
+def test_a_job_does_not_go_on_with_other_weights(tmp_path: Path) -> None:
+    events: list[Event] = []
+    write_json(tmp_path / WEIGHTS, asdict(BaseWeights(source="hub", id="org/model", commit="c0ffee")))
+    run_trial(replace(tiny_config(), resume=True), tmp_path, events.append)
+    outcome, why = ended(events)
+    assert outcome == "refused"
+    assert "org/model at commit c0ffee" in why
+    assert "random weights" in why
