@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import give_store, store_of, until
+from conftest import SmallDisk, give_store, store_of, until
 from mlflow.tracking import MlflowClient
 from synthetic import job_of
 
@@ -144,6 +144,25 @@ def test_a_locked_store_holds_nothing_up_and_has_everything_in_the_end(
     assert sum("database is locked" in line for line in lab.said) == 1
     assert lab.finish() is not None
     assert [step for step, _, _ in lab.histories()["Steps/loss"]] == list(range(1, 31))
+
+
+@pytest.mark.mounts
+def test_a_full_disk_below_the_store_holds_nothing_up_either(lab: Lab, tmp_path: Path, empty_store: Path) -> None:
+    with SmallDisk(tmp_path / "disk", "16m") as disk:
+        root = give_store(disk.path, empty_store).parent
+        lab.tracking = lab.outbox.tracking = TrackingConfig(root=str(root))
+        lab.home = disk.path
+        live = lab.live()
+        lab.see(live, lab.events[:20])
+        until(lambda: shown(lab, 10), "the first steps")
+        disk.fill()
+        lab.see(live, lab.events[20:])
+        until(lambda: any("is full" in line for line in lab.said), "the fault")
+        disk.empty()
+        until(lambda: shown(lab, 30), "the job is shown after all")
+        assert lab.finish() is not None
+        assert [step for step, _, _ in lab.histories()["Steps/loss"]] == list(range(1, 31))
+        assert lab.status() == "FINISHED"
 
 
 def test_a_request_that_hangs_leaves_the_record_to_the_next_start(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
