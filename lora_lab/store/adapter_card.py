@@ -2,12 +2,15 @@
 
 The card describes the adapter and reveals nothing about the machine."""
 
+import contextlib
 import shlex
 from pathlib import Path
 
 import yaml
 
+from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.files import write_text
+from lora_lab.reading import Damaged, whole
 from lora_lab.secrets import without_secrets
 from lora_lab.store.record import Record
 
@@ -36,11 +39,15 @@ def write_card(adapter: Path, record: Record) -> None:
     """Write the card over PEFT's template. Write nothing when there is no adapter.
 
     Raises: OSError."""
-    if (adapter / "adapter_config.json").is_file():
-        write_text(adapter / "README.md", without_secrets(card(record)))
+    if not (adapter / "adapter_config.json").is_file():
+        return
+    weights = None
+    with contextlib.suppress(Damaged):  # then the card says nothing of them
+        weights = whole(BaseWeights, adapter.parent / WEIGHTS)
+    write_text(adapter / "README.md", without_secrets(card(record, weights)))
 
 
-def card(record: Record) -> str:
+def card(record: Record, weights: BaseWeights | None = None) -> str:
     """Return the card's text."""
     base, data = _base_model(record), record.params.get("data", "not recorded")
     head = {
@@ -59,6 +66,7 @@ def card(record: Record) -> str:
         "",
         f"A LoRA adapter for {base or _unnamed_base(record)}, trained and measured by lora_lab.",
         "",
+        *([] if weights is None else [f"- Trained on: {weights.named()}"]),
         f"- Data: {_data(record, data)}",
         f"- Held-out loss: {_loss(record)}",
         f"- Outcome: {record.outcome}",

@@ -53,7 +53,8 @@ def store_errors() -> Iterator[None]:
             f"the driver for this kind of store is not installed ({error.name})", f"Install it: pip install {package}"
         ) from error
     except (MlflowException, SQLAlchemyError, CommandError, ParseError, sqlite3.Error, OSError) as error:
-        lines = str(error).splitlines() or [""]
+        # SQLAlchemy's advice on a flush comes before what happened
+        lines = [line for line in str(error).splitlines() if "Query-invoked autoflush" not in line] or [""]
         known = ((line, remedy) for line in lines for words, remedy in _REMEDIES.items() if words in line)
         said, remedy = next(known, (lines[0], ""))
         raise TrackingFailed(f"{type(error).__name__}: {said}", remedy) from error

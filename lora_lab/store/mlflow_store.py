@@ -22,9 +22,9 @@ from lora_lab.store.local_store import (
     has_content,
 )
 from lora_lab.store.mlflow_client import keep_view, look, set_up_mlflow, ui_address
-from lora_lab.store.record import ORPHAN, RUNNING, Record
+from lora_lab.store.record import ORPHAN, RUNNING, Point, Record
 from lora_lab.store.saved_view import run_page, runs_page
-from lora_lab.store.tracker import InMemoryTracker, Tracker, Which
+from lora_lab.store.tracker import InMemoryTracker, Tracker, Which, attempt_in
 from lora_lab.store.tracking_server import check_reachable
 
 _METRICS_A_CALL = 1000
@@ -61,21 +61,24 @@ class MlflowTracker:
 
         ended_ms = record.ended_ms or round(time.time() * 1e3)
         points = [Metric(key, value, ended_ms, 0) for key, value in mlflow_names.metrics(record).items()]
-        points += [Metric(mlflow_names.SERIES.get(p.key, p.key), p.value, p.t_ms, p.step) for p in record.series]
+        points += _series(record.series)
         with store_errors():
             self._check_present()
             found = self._find(record.id)
             if found is not None and _is_over(found) and not record.is_sweep:
-                return str(found.info.run_id)
+                if attempt_in(record.tags) <= attempt_in(found.data.tags):
+                    return str(found.info.run_id)
+                # first of all: a delivery that is cut off after this is gone on with
+                self._client.update_run(found.info.run_id, status="RUNNING")
             run_id = str(found.info.run_id) if found is not None else self._create(record)
-            if found is not None and ORPHAN in found.data.tags:
-                self._client.delete_tag(run_id, ORPHAN)
+            if found is not None:
+                for tag in {ORPHAN, *_OF_AN_END} & found.data.tags.keys() - _tags(record).keys():
+                    self._client.delete_tag(run_id, tag)
             tags = [RunTag(key, value) for key, value in _tags(record).items()]
             if not record.is_sweep or found is None or NOTE not in found.data.tags:  # the user may have written one
                 tags.append(RunTag(NOTE, _text(description(record))[: mlflow_names.LONGEST_TAG]))
             self._client.log_batch(run_id, params=_params(record), tags=tags)
-            for start in range(0, len(points), _METRICS_A_CALL):
-                self._client.log_batch(run_id, metrics=points[start : start + _METRICS_A_CALL])
+            self._log(run_id, points)
             for path in files:
                 if path.is_dir():
                     self._client.log_artifacts(run_id, str(path), path.name)
@@ -86,6 +89,16 @@ class MlflowTracker:
             else:
                 self._client.set_terminated(run_id, _STATUS.get(record.outcome, "FAILED"), ended_ms)
         return run_id
+
+    def extend(self, run_id: str, points: Sequence[Point]) -> None:
+        """Add the points. MLflow keeps one of those with the same key, step, time and value."""
+        with store_errors():
+            self._check_present()
+            self._log(run_id, _series(points))
+
+    def _log(self, run_id: str, metrics: Sequence[Any]) -> None:
+        for start in range(0, len(metrics), _METRICS_A_CALL):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_CALL])
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark runs in the state RUNNING as KILLED when their process is gone. Return how many there were."""
@@ -183,6 +196,16 @@ class MlflowTracker:
             if found is None:
                 raise
             return str(found.experiment_id)
+
+
+def _series(points: Sequence[Point]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(mlflow_names.SERIES.get(p.key, p.key), p.value, p.t_ms, p.step) for p in points]
+
+
+_OF_AN_END = ("reason", "step", "absent", "warnings")
+"""Tags of a trial's end. A job that goes on after it may have none of them."""
 
 
 def _tags_of(run: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 A record is delivered at once, or by a later start if that was not possible."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.reading import Damaged
 from lora_lab.store import heartbeat
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
+from lora_lab.store.live_run import ENDING_SECONDS, LiveRun
 from lora_lab.store.mlflow_store import open_tracker
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.tracker import Tracker, Which
-from lora_lab.store.trial_folder import TrialFolder
+from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.sampler import Sample
 
 
 def owner_tags(owner: Owner, folder: Path) -> dict[str, str]:
@@ -58,6 +61,12 @@ class Outbox:
         """Whether the user has to do something before it can succeed."""
         self.out_of_reach = False
         """Whether the store could not even be opened."""
+        self._live: LiveRun | None = None
+
+    def follow(self, asked: Manifest, samples: Sequence[Sample], tell: Callable[[str], None]) -> LiveRun:
+        """Return what shows a job in the store while it runs, see LiveRun. The next delivery ends it."""
+        self._live = LiveRun(self.tracking, asked, samples, tell)
+        return self._live
 
     def open(self) -> Tracker | None:
         """Return the tracker; None with `fault` when it cannot be opened now."""
@@ -169,6 +178,9 @@ class Outbox:
         """Deliver a record. Return the run's id; None with `fault`.
 
         Raises: SweepUnknown."""
+        if self._live is not None and not self._live.ended():
+            self.fault, self._needs_remedy = f"the store has not answered for {ENDING_SECONDS:g} s", False
+            return None
         tracker = self.open()
         if tracker is None:
             return None

@@ -3,14 +3,15 @@
 import dataclasses
 import time
 import uuid
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.events import DataCounted, Evaluated, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.options import EngineKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.secrets import without_secrets
@@ -158,22 +159,58 @@ def complete(
     record.tags |= summary.tags
     if summary.warnings:
         record.tags["warnings"] = "; ".join(summary.warnings)
-    kept = counting(events)
-    record.series = thinned([*_step_series(kept, unix_minus_monotonic), *_card_series(samples, unix_minus_monotonic)])
+    series = [
+        *event_series(counting(events), samples, unix_minus_monotonic),
+        *_card_series(samples, unix_minus_monotonic),
+    ]
+    record.series = thinned(series)
 
 
-def _step_series(events: Sequence[Event], offset: float) -> Iterator[Point]:
-    for step in (event for event in events if isinstance(event, Step)):
-        t_ms = round((step.t + offset) * 1e3)
-        yield Point(key="step/loss", value=step.loss, step=step.step, t_ms=t_ms)
-        if step.seconds:
-            yield Point(key="step/seconds", value=step.seconds, step=step.step, t_ms=t_ms)
-            rate = step.real / step.seconds
-            yield Point(key="step/tokens_per_second", value=rate, step=step.step, t_ms=t_ms)
+def event_series(events: Iterable[Event], samples: Sequence[Sample], offset: float) -> Iterator[Point]:
+    """Yield the points of each step, and of each evaluation between two steps. A point depends on its own event and the
+    readings before it alone, so that a running job can send it ahead of its record.
+
+    Args:
+        offset: seconds that turn an event's `t` into Unix time.
+    """
+    for event in events:
+        if isinstance(event, Step):
+            yield from _of_step(event, samples, round((event.t + offset) * 1e3))
+        elif isinstance(event, Evaluated) and event.step is not None:
+            t_ms = round((event.t + offset) * 1e3)
+            yield Point(key="heldout/loss", value=event.loss, step=event.step, t_ms=t_ms)
+
+
+def _of_step(step: Step, samples: Sequence[Sample], t_ms: int) -> Iterator[Point]:
+    yield Point(key="step/loss", value=step.loss, step=step.step, t_ms=t_ms)
+    if step.seconds:
+        yield Point(key="step/seconds", value=step.seconds, step=step.step, t_ms=t_ms)
+        rate = step.real / step.seconds
+        yield Point(key="step/tokens_per_second", value=rate, step=step.step, t_ms=t_ms)
+    if step.learning_rate is None:
+        return  # the step of a window
+    yield Point(key="step/learning_rate", value=step.learning_rate, step=step.step, t_ms=t_ms)
+    watts = _watts_at(step.t, samples)
+    if watts is not None:
+        yield Point(key="step/power_watts", value=watts, step=step.step, t_ms=t_ms)
+
+
+def _watts_at(t: float, samples: Sequence[Sample]) -> float | None:
+    """Return the card's power by the last reading before `t`; None when the readings with power end long before."""
+    last = bisect_right(samples, t, key=lambda sample: sample.t)
+    readings = (samples[number] for number in range(last - 1, max(-1, last - 1 - _READINGS_BACK), -1))
+    return next((watts for sample in readings if (watts := _watts(sample)) is not None), None)
+
+
+_READINGS_BACK = 10
+
+
+def _watts(sample: Sample) -> float | None:
+    return sample.average_watts if sample.instant_watts is None else sample.instant_watts
 
 
 _CARD_SERIES: dict[str, Callable[[Sample], float | None]] = {
-    "card/power_watts": lambda s: s.average_watts if s.instant_watts is None else s.instant_watts,
+    "card/power_watts": _watts,
     "card/used_gib": lambda s: None if s.used_bytes is None else s.used_bytes / GIB,
     "card/celsius": lambda s: s.temperature_celsius,
     "card/sm_mhz": lambda s: s.sm_mhz,

@@ -1,11 +1,21 @@
 """The tracker protocol, which says how results are kept, and a tracker in memory."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_lab.store.record import RUNNING, Record
+from lora_lab.store.record import RUNNING, Point, Record
+
+ATTEMPT = "attempt"
+"""The tag that counts the attempts at a trial, from 1; a job that was resumed has 2. A record of a later attempt
+replaces what the store has, although the trial was over there."""
+
+
+def attempt_in(tags: Mapping[str, str]) -> int:
+    """Return the number of the attempt that a record or a run is of."""
+    text = tags.get(ATTEMPT, "")
+    return int(text) if text.isdecimal() else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +33,8 @@ class Tracker(Protocol):
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Record everything, or go on with a run that has part of it.
 
-        Delivering twice is the same as delivering once. A trial that is over in the store stays as it is.
+        Delivering twice is the same as delivering once. A trial that is over in the store stays as it is, unless the
+        record is of a later attempt.
 
         Args:
             files: files and folders to keep with the run.
@@ -32,6 +43,11 @@ class Tracker(Protocol):
 
         Raises: SweepUnknown when the sweep above a trial must be delivered first; TrackingFailed.
         """
+
+    def extend(self, run_id: str, points: Sequence[Point]) -> None:
+        """Add points to the series of a run. Adding a point twice is the same as adding it once.
+
+        Raises: TrackingFailed."""
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark runs as killed that the store lists as running though their process is gone.
@@ -61,9 +77,15 @@ class InMemoryTracker:
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Remember the record."""
         there = self.records.get(record.id)
-        if there is None or there.outcome == RUNNING or record.is_sweep:
-            self.records[record.id] = record
+        later = there is not None and attempt_in(record.tags) > attempt_in(there.tags)
+        if there is None or there.outcome == RUNNING or record.is_sweep or later:
+            self.records[record.id] = replace(record, series=list(record.series))
         return record.id
+
+    def extend(self, run_id: str, points: Sequence[Point]) -> None:
+        """Remember the points."""
+        series = self.records[run_id].series
+        series += [point for point in points if point not in series]
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Return 0: nothing here outlives its process."""

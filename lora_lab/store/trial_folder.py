@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lora_lab.base_weights import WEIGHTS
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Event, decode, encode
 from lora_lab.files import write_json, write_text
@@ -50,6 +51,7 @@ _ARTIFACTS = (
         IDLE,
         "traceback.txt",
         "summary.json",
+        WEIGHTS,
     ),
     *("adapter", ATTEMPTS),
 )

@@ -1,23 +1,22 @@
-"""Show a trial to the user, while it runs and when it is over."""
+"""Show a trial to the user while it runs."""
 
 import statistics
-import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from lora_lab import events as said
+from lora_lab.config import TrialConfig
 from lora_lab.events import Event, Phase
-from lora_lab.outcome import End, Outcome
 from lora_lab.store.sweep_folder import SweepFolder
-from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.metrics import Metric, metric
+from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
+from lora_lab.trial.job_progress import JobProgress, newest_watts
 from lora_lab.trial.standing import clock, standing
 
 _DOING = {
@@ -31,48 +30,67 @@ _DOING = {
     Phase.compilation.value: "compiling the training step",
     Phase.warm_up.value: "warm-up",
     Phase.window.value: "measured window",
-    Phase.evaluation.value: "held-out loss",
+    Phase.evaluation.value: "evaluating",
     Phase.checkpoint.value: "saving a checkpoint",
     Phase.profile.value: "profiling a few steps",
     Phase.evaluation_after.value: "held-out loss after",
     Phase.saving.value: "saving the adapter",
 }
+_OF_A_JOB = {Phase.warm_up.value, Phase.window.value, Phase.evaluation.value, Phase.checkpoint.value}
+"""The phases between which a job alternates. They share one bar."""
+
+_STANDS_OUT = {said.Spiked: "[bold red]spike:[/bold red] ", said.Resumed: "[yellow]resumed:[/yellow] "}
+"""The beginning of a line about an event that is out of the ordinary."""
+
 _SWEEP = "sweep"
 _QUIET_SECONDS = 5.0
 """How often a line is printed where no live bar can be drawn."""
 
-_QUIET_SECONDS_IN_SWEEP = 60.0
-"""The same in a sweep, which prints a line per trial anyway."""
+_QUIET_SECONDS_OF_LONG = 60.0
+"""The same in a job, and in a sweep, which prints a line per trial anyway."""
+
+_REFRESH_SECONDS = 0.1
 
 
 class _TrialTimeLeft(TimeRemainingColumn):
-    """Column with a trial's time left. It is empty for the sweep's bar, whose own text has the time left: the column
-    cannot estimate from a few unequal steps."""
+    """Column with a trial's time left. It is empty for the bars of a sweep and of a job, whose own text has the time
+    left: the column cannot estimate from a few unequal steps, nor does it know of evaluations."""
 
     def render(self, task: Task) -> Text:
-        return Text() if task.description == _SWEEP else super().render(task)
+        return Text() if task.description == _SWEEP or task.fields.get("below") else super().render(task)
+
+
+class _Bars(Progress):
+    """Bars, each with a line of text below it where its task has one."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields.get("below"):
+                yield Text(f"  {task.fields['below']}", no_wrap=True, overflow="ellipsis")
 
 
 class Display:
     """A live bar on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self, name: str, steps: int, sampler: Sampler, sweep: SweepFolder | None = None) -> None:
+    def __init__(self, name: str, config: TrialConfig, sampler: Sampler, sweep: SweepFolder | None = None) -> None:
         """Prepare the bar.
 
         Args:
-            steps: how many optimizer steps the trial takes.
             sweep: the sweep that the trial is part of; a second bar shows its progress.
         """
         self._console = Console(stderr=True)
         self._name = name
-        self._quiet_seconds = _QUIET_SECONDS if sweep is None else _QUIET_SECONDS_IN_SWEEP
+        is_job = config.train.is_job
+        self._quiet_seconds = _QUIET_SECONDS if sweep is None and not is_job else _QUIET_SECONDS_OF_LONG
         self._sweep = sweep
-        self._steps = steps
+        self._job = JobProgress(sampler.samples, config.measure.price_per_kwh) if is_job else None
+        self._steps = config.measure.warmup_steps + config.measure.steps
         self._sampler = sampler
         self._phase = Phase.start.value
         self._recent: list[said.Step] = []
-        self._printed = 0.0
-        self._bar = Progress(
+        self._printed = self._drawn = 0.0
+        self._bar = _Bars(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -82,7 +100,7 @@ class Display:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="")
+        self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="", below="")
 
     def __enter__(self) -> "Display":
         if self._sweep is None:
@@ -103,14 +121,16 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Take in one event."""
+        if self._job is not None:
+            self._job.see(event)
+            self._tell(event, self._job.told(event))
         if isinstance(event, said.PhaseBegan):
-            if (self._phase, event.phase) != (Phase.warm_up.value, Phase.window.value):
-                self._bar.reset(self._task, total=None, figures="")
-            self._phase = event.phase
-            self._bar.update(self._task, description=_DOING[event.phase])
-            self._line(force=True)
+            self._enter(event.phase)
         elif isinstance(event, said.Progress):
-            self._bar.update(self._task, completed=event.done, total=event.total)
+            self._advance(event)
+        elif isinstance(event, said.Step) and self._job is not None:
+            self._draw_job()
+            self._line()
         elif isinstance(event, said.Step):
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
@@ -126,7 +146,60 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""
-        self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False)
+        when = "" if self._job is None else f"{_now()} "
+        self._console.print(f"[yellow]warning:[/yellow] {when}{escape(text)}", highlight=False, soft_wrap=True)
+
+    @property
+    def _in_job(self) -> bool:
+        return self._job is not None and self._job.planned is not None and self._phase in _OF_A_JOB
+
+    def _enter(self, phase: str) -> None:
+        was_in_job, before = self._in_job, self._phase
+        self._phase = phase
+        stays = (was_in_job and self._in_job) or (before, phase) == (Phase.warm_up.value, Phase.window.value)
+        if not stays:
+            self._bar.reset(self._task, total=None, figures="", below="")
+        self._bar.update(self._task, description=self._doing)
+        if not self._in_job:
+            self._line(force=True)
+
+    @property
+    def _doing(self) -> str:
+        """Return the present phase in words."""
+        return "training" if self._in_job and self._phase == Phase.window.value else _DOING[self._phase]
+
+    def _advance(self, event: said.Progress) -> None:
+        if self._in_job:
+            self._bar.update(self._task, description=f"{self._doing} {event.done}/{event.total}")
+            self._line()
+        else:
+            self._bar.update(self._task, completed=event.done, total=event.total)
+
+    def _draw_job(self) -> None:
+        """Bring the job's bar up to date, at most ten times per second."""
+        now = time.monotonic()
+        if self._job is None or not self._console.is_terminal or now - self._drawn < _REFRESH_SECONDS:
+            return
+        self._drawn = now
+        self._bar.update(
+            self._task,
+            completed=self._job.step,
+            total=self._job.planned.steps if self._job.planned else None,
+            figures="  ".join(filter(None, (self._job.place, self._job.left))),
+            below="  ".join(self._job.figures()),
+        )
+
+    def _tell(self, event: Event, text: str) -> None:
+        """Print what a user wants to know of an event of a job. What is out of the ordinary begins with its kind."""
+        in_short = self._console.is_terminal or self._sweep is not None
+        if not text or (in_short and isinstance(event, said.Checkpointed)):
+            return
+        which = "" if self._sweep is None else f"{escape(self._name)}: "
+        kind = _STANDS_OUT.get(type(event))
+        left = self._job.left if self._job is not None and kind is None else ""
+        line = f"{kind or '  '}{_now()} {which}{escape(text)}" + (f"  {left}" if left else "")
+        self._console.print(line, highlight=False, soft_wrap=True)
+        self._printed = time.monotonic()
 
     def _figures(self, step: said.Step) -> str:
         figures = [f"step {step.step}/{self._steps}", f"loss {step.loss:.3f}"]
@@ -136,7 +209,7 @@ class Display:
             figures.append(f"{real / sum(seconds):,.0f} tokens/s")
         last = self._sampler.samples[: -SLOW_EVERY - 1 : -1]
         used = next((sample.used_bytes for sample in last if sample.used_bytes is not None), None)
-        watts = next((sample.average_watts for sample in last if sample.average_watts is not None), None)
+        watts = newest_watts(self._sampler.samples)
         if used is not None:
             figures.append(f"{used / GIB:.1f} GiB")
         if watts is not None:
@@ -151,73 +224,17 @@ class Display:
             return
         self._printed = now
         figures = ""
-        if self._recent and self._phase in (Phase.warm_up.value, Phase.window.value):
+        if self._job is not None and self._in_job:
+            figures = ": " + "  ".join(filter(None, (self._job.place, *self._job.figures(), self._job.left)))
+        elif self._recent and self._phase in (Phase.warm_up.value, Phase.window.value):
             seconds = [s.seconds for s in self._recent if s.seconds is not None]
             left = (self._steps - self._recent[-1].step) * statistics.median(seconds) if seconds else 0.0
             figures = f": {self._figures(self._recent[-1])}" + (f"  {left:.0f} s left" if left else "")
+        when = "" if self._job is None else f"{_now()} "
         which = "" if self._sweep is None else f"{self._name}: "
-        self._console.print(f"  {escape(which)}{_DOING[self._phase]}{figures}", highlight=False, soft_wrap=True)
+        self._console.print(f"  {when}{escape(which)}{self._doing}{figures}", highlight=False, soft_wrap=True)
 
 
-_WHERE_COMPILED = "engine/compile_seconds"
-"""Shown only where something was compiled; most trials compile nothing."""
-
-_SHOWN = tuple(
-    metric(key)
-    for key in (
-        *("throughput/tokens_per_second", "throughput/seconds_per_10k_tokens", "throughput/step_seconds_p50"),
-        *(_WHERE_COMPILED, "throughput/gpu_busy_share", "flops/mfu"),
-        *("vram/peak_allocated_gib", "vram/peak_device_gib"),
-        *("energy/joules_per_token", "energy/net_joules_per_token", "loss/eval_before", "loss/eval"),
-    )
-)
-_ON_A_CARD = ("throughput/gpu_busy_share", "flops/mfu")
-"""Shown only for trials on a card."""
-
-_UNMISSED = (_WHERE_COMPILED, "throughput/seconds_per_10k_tokens", "energy/net_joules_per_token")
-"""Absence of these is not shown: its reason is on the line before, or is not worth a line."""
-
-
-def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[str]) -> None:
-    """Print the table at the end of a trial to standard output."""
-    console = Console(file=sys.stdout)
-    colour = "green" if end.outcome is Outcome.finished else "red"
-    table = Table(title=f"[{colour}]{end.outcome.value}[/{colour}]", title_justify="left", show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    if end.reason:
-        table.add_row("why", escape(end.reason))
-    with_card = "vram/peak_device_gib" in summary.metrics
-    for each in _SHOWN:
-        if each.key in _ON_A_CARD and not with_card:
-            continue
-        if each.key in summary.metrics:
-            table.add_row(each.title, f"{_with_error(summary, each)} {each.unit}{_remark(summary, each.key)}")
-        elif each.key in summary.absent and each.key not in _UNMISSED:
-            table.add_row(each.title, f"[dim]absent: {escape(summary.absent[each.key])}[/dim]")
-    if summary.tags.get("validity") in ("invalid", "doubtful"):
-        table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
-    for stand_in in stand_ins:
-        table.add_row("stand-in", f"[yellow]{escape(stand_in)}[/yellow]")
-    for warning in summary.warnings:
-        table.add_row("warning", f"[yellow]{escape(warning)}[/yellow]")
-    console.print(table)
-    for place in places:
-        console.print(f"  {place}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _with_error(summary: Summary, shown: Metric) -> str:
-    error = summary.metrics.get(f"{shown.key}_error")
-    text = shown.form.format(summary.metrics[shown.key])
-    return text if error is None else f"{text} ± {shown.form.format(error)}"
-
-
-def _remark(summary: Summary, name: str) -> str:
-    if name == "throughput/gpu_busy_share":
-        return f": {summary.tags['regime']}"
-    if name == _WHERE_COMPILED:
-        lengths = int(summary.metrics["engine/shapes"])
-        return f" for {lengths} row length{'' if lengths == 1 else 's'}"
-    if name == "energy/joules_per_token" and summary.tags["energy_source"] != "counter":
-        return f", by {summary.tags['energy_source'].replace('_', ' ')}"
-    return ""
+def _now() -> str:
+    """Return the time of day."""
+    return time.strftime("%H:%M:%S")

@@ -24,6 +24,7 @@ from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.finishing import finish
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.heartbeat import Heartbeat
+from lora_lab.store.live_run import LiveRun
 from lora_lab.store.local_store import check_writable
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
@@ -40,8 +41,9 @@ from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
-from lora_lab.trial.display import Display, show_result
+from lora_lab.trial.display import Display
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
+from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
 
 
@@ -78,11 +80,14 @@ class TrialState:
     sweep: SweepFolder | None
     """The sweep whose progress is shown; None for a single trial."""
     before: Before = field(default_factory=Before)
+    live: LiveRun | None = None
 
     def on_event(self, event: Event) -> None:
         """Record and show an event of the worker."""
         self.folder.note_event(event)
         self.display.show(event)
+        if self.live is not None:
+            self.live.see(event)
 
     def warn(self, text: str) -> None:
         """Show a warning to the user, and keep it for the record."""
@@ -116,6 +121,7 @@ def run_session(request: Request) -> Outcome:
 def _run(state: TrialState, store: Outbox) -> Outcome:
     """Measure a prepared trial, and record it."""
     interrupted: KeyboardInterrupt | None = None
+    state.live = store.follow(state.asked, state.sampler.samples, state.display.note)
     try:
         end = _measure(state)
     except KeyboardInterrupt as error:
@@ -208,9 +214,8 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
         ) from error
     recent = RECENT if config.train.is_job else None
     sampler = Sampler(reader(placement.cards, rapl), folder.note_sample, recent=recent)
-    steps = config.measure.warmup_steps + config.measure.steps
     sweep = SweepFolder(request.folder.parent) if member else None
-    display = Display(record.name, steps, sampler, sweep)
+    display = Display(record.name, config, sampler, sweep)
     state = TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
     changes = moved_from(request.resumed.record.tags, facts) if request.resumed is not None else ""
     if changes:
@@ -383,4 +388,4 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         where = shlex.quote(str(state.folder.path))
         places.append(f"to go on from its last checkpoint: python -m lora_lab resume=true hydra.run.dir={where}")
     stand_ins = [stand_in for event in events if isinstance(event, Ran) for stand_in in event.stand_ins]
-    show_result(end, summary, stand_ins, places)
+    show_result(end, summary, stand_ins, places, state.folder.path)

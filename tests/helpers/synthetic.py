@@ -3,13 +3,23 @@
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hypothesis import strategies as st
 
-from lora_lab.events import Event, Step, WindowClosed, WindowOpened
+from lora_lab.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    JobPlanned,
+    Phase,
+    PhaseBegan,
+    Step,
+    WindowClosed,
+    WindowOpened,
+)
 from lora_lab.telemetry.sampler import Sample
 
 ROUNDING = 0.02
@@ -240,3 +250,37 @@ def window_of(start: float, steps: Sequence[Step]) -> list[Event]:
     """What a worker says of a window of these steps, which lasts as long as they do."""
     end = start + sum(each.seconds or 0.0 for each in steps)
     return [WindowOpened(t=start, after_step=0), *steps, WindowClosed(t=end, after_step=len(steps))]
+
+
+def job_of(
+    steps: int, begun: float = 0.0, seconds: float = 0.1, every: int = 10, between: float = 0.2
+) -> Iterator[Event]:
+    """What the worker says of a job of two epochs whose loss falls from 3 to 2.
+
+    Args:
+        begun: when its first step began.
+        seconds: of a step.
+        every: steps after which it is evaluated, and a checkpoint is saved.
+        between: seconds of an evaluation with its checkpoint.
+    """
+    t = begun
+    yield Evaluated(t=t, phase=Phase.evaluation_before.value, loss=3.0, rows=4, tokens=99)
+    yield JobPlanned(t=t, steps=steps, steps_per_epoch=steps // 2)
+    yield PhaseBegan(t=t, phase=Phase.window.value)
+    yield WindowOpened(t=t, after_step=0)
+    for number in range(1, steps + 1):
+        t += seconds
+        yield replace(step(number, seconds, t=t), loss=3 - number / steps, learning_rate=1e-4)
+        if number % every:
+            continue
+        yield WindowClosed(t=t, after_step=number)
+        yield PhaseBegan(t=t, phase=Phase.evaluation.value)
+        t += between / 2
+        loss = 3 - number / steps
+        yield Evaluated(t=t, phase=Phase.evaluation.value, loss=loss, rows=4, tokens=99, step=number)
+        yield PhaseBegan(t=t, phase=Phase.checkpoint.value)
+        t += between / 2
+        folder = f"checkpoints/{number:06}"
+        yield Checkpointed(t=t, step=number, folder=folder, total_bytes=2**20, epoch=2 * number / steps)
+        yield PhaseBegan(t=t, phase=Phase.window.value)
+        yield WindowOpened(t=t, after_step=number)

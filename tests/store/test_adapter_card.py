@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_lab.base_weights import BaseWeights
 from lora_lab.store.adapter_card import card, write_card
 from lora_lab.store.record import Record
 
@@ -64,3 +65,10 @@ def test_a_path_with_spaces_and_quotes_keeps_its_last_name_alone() -> None:
     assert "Jane" not in text
     assert "secret" not in text
     assert text.count("rows.jsonl") >= 2
+
+
+def test_a_card_names_the_exact_weights_but_not_where_they_are() -> None:
+    weights = BaseWeights(source="local", sha256="5" * 64, folder="/home/me/weights")
+    text = card(record(LOCAL), weights)
+    assert "5" * 64 in text
+    assert "/home/me" not in text

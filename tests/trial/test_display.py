@@ -1,117 +1,149 @@
-"""What a person reads when a trial is over."""
+"""What a user sees while a trial runs: lines in a log file, and a bar on a terminal."""
 
+import io
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
+from synthetic import job_of
 
-from lora_lab.outcome import End, Outcome
-from lora_lab.telemetry.figures import Summary
-from lora_lab.telemetry.metrics import metric
-from lora_lab.trial.display import show_result
+from lora_lab.config import MeasureConfig, TrainConfig, TrialConfig
+from lora_lab.events import Evaluated, Event, Phase, PhaseBegan, Resumed, Spiked, Step, Warned
+from lora_lab.telemetry.sampler import Sample, Sampler
+from lora_lab.trial import display as module
+from lora_lab.trial.display import Display
+from lora_lab.trial.job_progress import JobProgress
 
-FINISHED = End(outcome=Outcome.finished, reason="")
-FIGURES = {
-    "throughput/tokens_per_second": 12345.6,
-    "throughput/tokens_per_second_error": 78.9,
-    "throughput/seconds_per_10k_tokens": 0.81,
-    "throughput/step_seconds_p50": 0.083,
-    "throughput/gpu_busy_share": 0.625,
-    "flops/mfu": 0.314,
-    "vram/peak_allocated_gib": 3.25,
-    "vram/peak_device_gib": 4.5,
-    "energy/joules_per_token": 0.0321,
-    "energy/joules_per_token_error": 0.0004,
-    "energy/net_joules_per_token": 0.0271,
-    "energy/net_joules_per_token_error": 0.0005,
-    "loss/eval_before": 2.5,
-    "loss/eval": 1.75,
-}
-UNMISSED = ("throughput/seconds_per_10k_tokens", "energy/net_joules_per_token")
-TAGS = {"regime": "host-bound", "energy_source": "counter", "validity": "valid"}
+JOB = TrialConfig(train=TrainConfig(epochs=2), measure=MeasureConfig(price_per_kwh=0.5))
+CLOCK = r"\d\d:\d\d:\d\d"
 
 
-def shown(capsys: pytest.CaptureFixture[str], summary: Summary, end: End = FINISHED) -> dict[str, str]:
-    """Each row's text by its label; a row without one continues the one above."""
-    show_result(end, summary, [], [])
-    rows: dict[str, str] = {}
-    label = ""
-    for line in capsys.readouterr().out.splitlines():
-        if found := re.fullmatch(r"│ (.*?) *│ (.*?) *│", line):
-            label = found[1] or label
-            rows[label] = f"{rows[label]} {found[2]}" if label in rows else found[2]
-    return rows
+class Screen:
+    """A display that writes into a text, at times of the test's own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: TrialConfig, terminal: bool) -> None:
+        self.out = io.StringIO()
+        self.now = 0.0
+        console = Console(file=self.out, force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
+        monkeypatch.setattr(module, "Console", lambda **_: console)
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        self.sampler = Sampler(None)
+        self.display = Display("a trial", config, self.sampler)
+
+    def show(self, events: Sequence[Event]) -> list[str]:
+        """The lines that these events make, each shown when it happened."""
+        before = len(self.out.getvalue())
+        with self.display:
+            for event in events:
+                self.now = event.t
+                self.display.show(event)
+        return self.out.getvalue()[before:].splitlines()
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_a_log_of_a_job_has_a_line_for_each_evaluation_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Screen(monkeypatch, JOB, terminal=False).show(list(job_of(40)))[1:]
+    assert [("held-out" in line, "checkpoint" in line) for line in lines] == [(True, False), (False, True)] * 4
+    assert all(re.match(rf"  {CLOCK} ", line) for line in lines)
+    assert "after step 20" in lines[2]
+    assert "epoch 1.00" in lines[2]
+    assert "lowest so far" in lines[2]
+    assert "checkpoints/000020" in lines[3]
 
 
-def test_figures_are_shown_with_their_errors_and_the_regime(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = shown(capsys, Summary(metrics=FIGURES, tags=TAGS))
-    assert rows["throughput"] == "12,346 ± 79 tokens/s"
-    assert "host-bound" in rows["GPU at work"]
-    for key, value in FIGURES.items():
-        described = metric(key)
-        if not key.endswith("_error"):
-            assert described.form.format(value) in rows[described.title]
+def test_a_log_of_a_job_has_a_line_a_minute_at_most_which_says_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, JOB, terminal=False)
+    screen.sampler.samples += [Sample(t=t, energy_joules=360.0 * t, average_watts=360.0) for t in range(2000)]
+    lines = screen.show(list(job_of(2000, seconds=0.9, every=10**6)))[1:]
+    assert 25 <= len(lines) <= 30, "the job takes half an hour"
+    middle = lines[len(lines) // 2]
+    for figure in (r"step 1,\d+/2,000", r"epoch \d\.\d\d/2", r"loss 2\.\d", "held-out 3.0000", r"1,111 tokens/s"):
+        assert re.search(figure, middle), middle
+    for figure in (r"360 W", r"min left", r"0\.\d\d\d kWh", r"cost 0\.\d\d"):
+        assert re.search(figure, middle), middle
 
 
-@pytest.mark.parametrize(("shapes", "row"), [(4.0, "21.8 s for 4 row lengths"), (1.0, "21.8 s for 1 row length")])
-def test_what_was_compiled_is_a_row(capsys: pytest.CaptureFixture[str], shapes: float, row: str) -> None:
-    compiled = {"engine/compile_seconds": 21.84, "engine/shapes": shapes}
-    assert shown(capsys, Summary(metrics=FIGURES | compiled, tags=TAGS))["compilation"] == row
+def test_what_is_out_of_the_ordinary_stands_out_of_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list(job_of(40))
+    spiked = Spiked(t=4.0, step=35, reason="loss rose", action="lower_lr", learning_rate=5e-5, rows=[*range(20)])
+    resumed = Resumed(t=4.1, step=30, folder="checkpoints/000030")
+    lines = Screen(monkeypatch, JOB, terminal=False).show([*events, spiked, resumed, Warned(t=5.0, text="a warning")])
+    spike, goes_on, warning = lines[-3:]
+    assert re.match(rf"spike: {CLOCK} .*step 35.*5e-05", spike)
+    assert re.match(rf"resumed: {CLOCK} .*step 30.*checkpoints/000030", goes_on)
+    assert re.match(rf"warning: {CLOCK} a warning", warning)
 
 
-def test_nobody_is_told_that_nothing_was_compiled(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = Summary(metrics=FIGURES, tags=TAGS, absent={"engine/compile_seconds": "nothing was compiled"})
-    assert "compilation" not in shown(capsys, summary)
+def test_a_window_trial_has_the_lines_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = PhaseBegan(t=0.0, phase=Phase.window.value)
+    steps = [event for event in job_of(30) if isinstance(event, Step)]
+    lines = Screen(monkeypatch, TrialConfig(), terminal=False).show(
+        [begun, *(replace(s, t=6.0 * s.step) for s in steps)]
+    )
+    assert len(lines) == 32
+    assert re.fullmatch(r"  measured window: step 30/35  loss 2\.000  10,000 tokens/s  0 s left", lines[-1])
 
 
-@pytest.mark.parametrize("source", ["instant_power", "average_power"])
-def test_energy_that_is_not_the_counters_says_so(capsys: pytest.CaptureFixture[str], source: str) -> None:
-    rows = shown(capsys, Summary(metrics=FIGURES, tags={**TAGS, "energy_source": source}))
-    assert rows["energy"] == f"0.0321 ± 0.0004 J/token, by {source.replace('_', ' ')}"
+def test_on_a_terminal_a_job_has_one_bar_and_its_figures_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, JOB, terminal=True)
+    with screen.display:
+        events = [*job_of(40)][:-20]
+        for event in events:
+            screen.now = event.t
+            screen.display.show(event)
+            rows = "".join(
+                part.text for part in screen.display._bar.console.render(screen.display._bar.get_renderable())
+            )
+            if isinstance(event, Step) and event.step > 20:
+                bar, figures = rows.splitlines()[:2]
+                assert f"step {event.step}/40" in bar
+                assert "left" in bar
+                assert "held-out 2.5000" in figures
+    lines = [line for line in screen.out.getvalue().splitlines() if re.search(rf"{CLOCK} \w", line)]
+    assert sum("held-out loss" in line for line in lines) == sum(isinstance(e, Evaluated) for e in events[1:])
+    assert not any("checkpoint" in line for line in lines)
 
 
-def test_a_figure_without_an_error_has_none(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {name: value for name, value in FIGURES.items() if not name.endswith("_error")}
-    assert not any("±" in row for row in shown(capsys, Summary(metrics=known, tags=TAGS)).values())
+def progress_after(events: Sequence[Event], samples: Sequence[Sample] = ()) -> JobProgress:
+    progress = JobProgress(list(samples), None)
+    for event in events:
+        progress.see(event)
+    return progress
 
 
-@pytest.mark.parametrize("verdict", ["invalid", "doubtful", "valid", "unknown"])
-def test_only_what_speaks_against_a_run_is_a_row_of_its_own(capsys: pytest.CaptureFixture[str], verdict: str) -> None:
-    tags = {**TAGS, "validity": verdict, "validity_reasons": "heat held the clocks down [50 %]"}
-    rows = shown(capsys, Summary(metrics=FIGURES, tags=tags))
-    spoken = {label: row for label, row in rows.items() if "heat" in row}
-    assert spoken == ({verdict: "heat held the clocks down [50 %]"} if verdict in ("invalid", "doubtful") else {})
+@pytest.mark.parametrize("between", [0.0, 0.5, 5.0])
+def test_the_time_left_counts_evaluations_and_checkpoints_by_their_share_so_far(between: float) -> None:
+    events = list(job_of(100, seconds=0.1, every=10, between=between))
+    half = next(n for n, event in enumerate(events) if isinstance(event, Step) and event.step == 51)
+    progress = progress_after(events[:half])
+    assert progress.seconds_left == pytest.approx(50 * 0.1 + 5 * between, rel=0.02)
 
 
-def test_a_figure_that_is_absent_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    on_a_card = {name: value for name, value in FIGURES.items() if name.startswith("vram")}
-    why = {
-        "throughput/tokens_per_second": "the window [was] not completed",
-        "throughput/seconds_per_10k_tokens": "the window [was] not completed",
-        "throughput/gpu_busy_share": "no step was profiled",
-        "flops/mfu": "no rate",
-        "energy/joules_per_token": "the sensor failed",
-        "energy/net_joules_per_token": "the sensor failed",
-        "loss/eval": "no rows",
-    }
-    rows = shown(capsys, Summary(metrics=on_a_card, absent=why, tags={"energy_source": "none"}))
-    assert {metric(key).title: f"absent: {reason}" for key, reason in why.items() if key not in UNMISSED} == {
-        label: row for label, row in rows.items() if row.startswith("absent")
-    }
+def test_the_time_left_is_not_known_before_a_step_and_grows_when_a_job_goes_back() -> None:
+    events = list(job_of(100))
+    assert progress_after(events[:4]).left == ""
+    progress = progress_after(events)
+    assert progress.seconds_left == 0
+    progress.see(Resumed(t=20.0, step=50, folder=""))
+    progress.see(replace(next(e for e in events if isinstance(e, Step)), step=51, t=21.0))
+    assert progress.seconds_left is not None
+    assert progress.seconds_left >= 4.9
 
 
-def test_on_a_cpu_nobody_is_told_what_only_a_card_has(capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = {"throughput/tokens_per_second": 10.0, "flops/mfu": 0.5}
-    absent = {"throughput/gpu_busy_share": "no step was profiled", "vram/peak_device_gib": "no NVIDIA card was used"}
-    rows = shown(capsys, Summary(metrics=metrics, absent=absent, tags={"energy_source": "none"}))
-    assert rows == {"throughput": "10 tokens/s", "VRAM, card's peak": "absent: no NVIDIA card was used"}
-
-
-def test_a_trial_that_did_not_finish_says_why_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
-    end = End(outcome=Outcome.out_of_memory, reason="no [room] left")
-    rows = shown(capsys, Summary(warnings=["one", "two [of] them"]), end)
-    assert rows == {"why": "no [room] left", "warning": "one two [of] them"}
+@pytest.mark.parametrize(
+    ("readings", "joules"),
+    [
+        ([{"energy_joules": 5.0 + 100 * n} for n in range(11)], 1000),
+        ([{"average_watts": 100.0} for _ in range(11)], 1000),
+        ([{"energy_joules": 100.0 * (n if n < 6 else n - 5.5)} for n in range(11)], 950),
+        ([{} for _ in range(11)], None),
+    ],
+    ids=["counter", "power", "counter that began again", "no sensor"],
+)
+def test_what_was_drawn_is_counted_from_the_first_step(readings: list[dict[str, float]], joules: float | None) -> None:
+    samples = [Sample(t=10.0 + n, **each) for n, each in enumerate(readings)]
+    early = Sample(t=2.0, energy_joules=-1e6, average_watts=1e6)
+    progress = progress_after(list(job_of(40, begun=10.0)), [early, *samples])
+    seen = progress._drawn.joules
+    assert seen == (None if joules is None else pytest.approx(joules, rel=0.06))

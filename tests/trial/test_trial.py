@@ -91,6 +91,7 @@ def test_the_artifacts_are_all_there(trial: tuple[Path, Said]) -> None:
         "seen.json",
         "summary.json",
         "trial.json",
+        "weights.json",
         "worker.log",
     }
     adapter = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "adapter")}

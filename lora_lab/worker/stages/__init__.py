@@ -10,6 +10,7 @@ from lora_lab.worker.stages import (
     screening,
     trainer_setup,
     training_steps,
+    weights_noting,
 )
 from lora_lab.worker.stages.stage import Stage
 
@@ -18,6 +19,7 @@ STAGES: tuple[Stage, ...] = (
     conversion.STAGE,
     data_loading.STAGE,
     model_loading.STAGE,
+    weights_noting.STAGE,
     screening.STAGE,
     trainer_setup.STAGE,
     heldout.BEFORE,

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+from lora_lab.base_weights import ADAPTER
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import ModelSource, Weights
+from lora_lab.worker.exact_weights import hub_snapshot
 from lora_lab.worker.experts import adapted_experts
 from lora_lab.worker.pretrained import model_name
 
@@ -20,6 +23,7 @@ class Lora:
 
     def __init__(self, config: TrialConfig) -> None:
         self._method = config.method
+        self._model = config.model
         self._model_name = model_name(config.model)
 
     def check(self, skeleton: Any) -> None:
@@ -54,12 +58,22 @@ class Lora:
             adapted = get_peft_model(model, self._adapters(model, unreached))
         except ValueError as error:  # modules were named that lie where text never runs
             raise InvalidInput(f"no adapter can be put into the model ({self._model_name}): {error}") from error
-        adapted.peft_config["default"].base_model_name_or_path = self._model_name
+        self._name_base(adapted.peft_config["default"])
         return adapted
+
+    def _name_base(self, config: Any) -> None:
+        """Name the base in adapter_config.json for programs that load an adapter by it alone. A package's weights are
+        named by the model on the hub that they were made from; weights.json has them exactly."""
+        model = self._model
+        is_folder = model.source is ModelSource.local and model.weights is Weights.pretrained
+        config.base_model_name_or_path = str(Path(str(model.path)).resolve()) if is_folder else self._model_name
+        if model.source is ModelSource.hub and model.weights is Weights.pretrained:
+            snapshot = hub_snapshot(model)
+            config.revision = model.revision if snapshot is None else snapshot.name
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapters alone, as PEFT reads them."""
-        model.save_pretrained(folder / "adapter", safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(folder / ADAPTER, safe_serialization=True, save_embedding_layers=False)
 
     def _adapters(self, model: Any, leave_out: Sequence[str] = ()) -> LoraConfig:
         """Make PEFT's config.
