@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
 from lora_lab.options import (
     Attention,
     Batching,
@@ -36,6 +36,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_method_faults(config.method),
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
+        *_train_faults(config),
         *_place_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),
@@ -157,6 +158,43 @@ def _data_faults(config: TrialConfig) -> list[str]:
     if columns.instruction == columns.output:
         return [f"data.columns.instruction and data.columns.output are both {columns.output}; name two columns."]
     return []
+
+
+def _train_faults(config: TrialConfig) -> list[str]:
+    train, found = config.train, []
+    if not train.is_job:
+        changed = [
+            name for name, default in dataclasses.asdict(TrainConfig()).items() if getattr(train, name) != default
+        ]
+        return [
+            f"train.{name} is a setting of a whole training, and none was asked for; add train.epochs or "
+            "train.max_steps, or leave it out."
+            for name in changed
+        ]
+    if train.epochs is not None and train.max_steps is not None:
+        found.append(
+            f"train.epochs={train.epochs:g} and train.max_steps={train.max_steps} are both set; a job has one length: "
+            "give one of them."
+        )
+    elif train.max_steps is not None and 1 <= train.warmup >= train.max_steps:
+        found.append(
+            f"train.warmup={train.warmup:g} steps is not shorter than the job, train.max_steps={train.max_steps}: the "
+            f"learning rate would never reach learning_rate={config.learning_rate:g}. Use fewer, or train.warmup=0."
+        )
+    for name, what in (
+        ("warmup", "a part of the job (below 1)"),
+        ("eval_every", "a part of an epoch (up to 1)"),
+        ("checkpoint_every", "a part of an epoch (up to 1)"),
+    ):
+        value = getattr(train, name)
+        if value > 1 and value % 1:
+            found.append(f"train.{name}={value:g} is neither {what} nor a whole number of steps.")
+    if train.early_stopping is not None and config.measure.eval_rows == 0:
+        found.append(
+            f"train.early_stopping={train.early_stopping} needs held-out rows to evaluate, and measure.eval_rows=0; "
+            "leave one of them out."
+        )
+    return found
 
 
 def _place_faults(config: TrialConfig) -> list[str]:

@@ -16,35 +16,30 @@ from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.profiling import StepProfiler
 
 
-class TelemetryCallback(TrainerCallback):
-    """Watches one training from inside.
+class Telemetry(TrainerCallback):
+    """Watches a training from inside; its subclasses say when a window opens and closes.
 
     Trainer passes its callbacks neither loss nor inputs, so two hooks on the model read them: the first takes the
     token counts out of the batch, the second adds up the loss on the device. The device is synchronised at the two
-    edges of the window and nowhere between.
+    edges of a window and nowhere between.
     """
 
     def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
         self._warmup_steps = measure.warmup_steps
-        self._last_step = measure.warmup_steps + measure.steps
-        self._profiler = StepProfiler(measure.profile_steps if device.type == "cuda" else 0)
         self._device = device
         self._emit = emit
         self._clock = clock
-        self._relay = LossRelay(device, self._last_step)
-        self._read_back_step = self._warmup_steps or self._last_step
+        self._relay = LossRelay(device)
         self._watch = DivergenceWatch(measure.loss_spike)
-        self._counts = TokenCounts()
         self._stepped_t = 0.0
         self._waited_seconds = 0.0
-        self._loss = torch.zeros((), device=device)
-        self._micro_batches = 0
+        self._forget_step()
         self._loss_is_a_share = False
         self.attention = AttentionKernels()
         self.scaler: Any = None
         """Trainer's GradScaler, or None."""
         self.on_stepped: Callable[[], None] = lambda: None
-        """Called once, outside the window, after a step: before the window opens, or at the end without a warm-up."""
+        """Called once, outside a window, after a step: before the first window, or behind it without a warm-up."""
 
     def watch(self, model: torch.nn.Module) -> None:
         """Register hooks on the model that Trainer will call."""
@@ -66,22 +61,76 @@ class TelemetryCallback(TrainerCallback):
             self._loss += output.loss.detach()
             self._micro_batches += 1
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Enter the warm-up, or open the window at once without one."""
-        if self.scaler is not None:
-            self._relay = LossRelay(self._device, self._last_step, first_scale=self.scaler.get_scale())
-        self._clock.enter(Phase.warm_up)
-        if self._warmup_steps == 0:
-            self._open_window()
-        self._stepped_t = time.monotonic()
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note how long Trainer waited for the step's batches: since the step before it did nothing else."""
         self._waited_seconds = time.monotonic() - self._stepped_t
+
+    def _forget_step(self) -> None:
+        self._counts = TokenCounts()
+        self._loss = torch.zeros((), device=self._device)
+        self._micro_batches = 0
+
+    def _begin(self) -> None:
+        """Make ready for the first step."""
+        if self.scaler is not None:
+            self._relay = LossRelay(self._device, first_scale=self.scaler.get_scale())
+        self._forget_step()
+        self._clock.enter(Phase.warm_up)
+
+    def _take_step(self, step: int, learning_rate: float | None = None) -> None:
+        """Push the loss of the queued step."""
+        loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
+        # _scale is the tensor behind get_scale(), which would synchronise
+        scale = None if self.scaler is None else self.scaler._scale
+        self._relay.push(step, loss, self._counts, scale, self._waited_seconds, learning_rate)
+        self._forget_step()
+
+    def _open_window(self, after_step: int) -> None:
+        self._settle()
+        self._clock.enter(Phase.window)
+        self._relay.restart_clock()
+        self._emit(WindowOpened(t=time.monotonic(), after_step=after_step))
+
+    def _close_window(self, after_step: int) -> None:
+        self._synchronize()
+        self._emit(WindowClosed(t=time.monotonic(), after_step=after_step))
+
+    def _settle(self) -> None:
+        """Wait until every step is done, and send it."""
+        self._synchronize()
+        self._send_arrived()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _send_arrived(self) -> None:
+        arrived = self._relay.arrived()
+        for step in arrived:
+            self._emit(step)
+        for step in arrived:
+            self._watch.see(step.step, step.loss)
+
+
+class TelemetryCallback(Telemetry):
+    """Watches the training of a measured window: warm-up, window, and steps that are only profiled."""
+
+    def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
+        super().__init__(measure, device, emit, clock)
+        self._last_step = measure.warmup_steps + measure.steps
+        self._profiler = StepProfiler(measure.profile_steps if device.type == "cuda" else 0)
+        self._read_back_step = self._warmup_steps or self._last_step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enter the warm-up, or open the window at once without one."""
+        self._begin()
+        if self._warmup_steps == 0:
+            self._open_window(0)
+        self._stepped_t = time.monotonic()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,15 +145,9 @@ class TelemetryCallback(TrainerCallback):
         if state.global_step > self._last_step:
             self._profile()
             return
-        loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
-        # _scale is the tensor behind get_scale(), which would synchronise
-        scale = None if self.scaler is None else self.scaler._scale
-        self._relay.push(state.global_step, loss, self._counts, scale, self._waited_seconds)
-        self._counts = TokenCounts()
-        self._loss = torch.zeros_like(self._loss)
-        self._micro_batches = 0
+        self._take_step(state.global_step)
         if state.global_step == self._last_step:
-            self._close_window()
+            self._close_window(self._last_step)
         if state.global_step == 1 and self._warmup_steps:
             self._clock.leave(FIRST_STEP)
         if state.global_step == self._read_back_step:
@@ -112,7 +155,7 @@ class TelemetryCallback(TrainerCallback):
         if self._clock.vram_limit is not None and state.global_step < self._warmup_steps:
             self._clock.vram_limit.apply()
         if state.global_step == self._warmup_steps:
-            self._open_window()
+            self._open_window(self._warmup_steps)
         self._send_arrived()
         if state.global_step == self._last_step and self._profiler.steps:
             self._clock.enter(Phase.profile)
@@ -128,23 +171,3 @@ class TelemetryCallback(TrainerCallback):
         if self._profiler.fault:
             self._emit(Warned(t=time.monotonic(), text=f"the GPU's busy time is not known: {self._profiler.fault}"))
             self._profiler.fault = ""
-
-    def _open_window(self) -> None:
-        self._synchronize()
-        self._send_arrived()
-        self._clock.enter(Phase.window)
-        self._relay.restart_clock()
-        self._emit(WindowOpened(t=time.monotonic(), after_step=self._warmup_steps))
-
-    def _close_window(self) -> None:
-        self._synchronize()
-        self._emit(WindowClosed(t=time.monotonic(), after_step=self._last_step))
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _send_arrived(self) -> None:
-        for step in self._relay.arrived():
-            self._emit(step)
-            self._watch.see(step.step, step.loss)

@@ -10,6 +10,7 @@ from lora_lab.look import Look
 from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import Examples, check_token_ids, load_examples, pad_id
+from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
 from lora_lab.worker.training import check_optimizer
 
@@ -42,6 +43,7 @@ def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
     Yields: what is known of each config.
     """
     seen: dict[str, tuple[str, ...]] = {}
+    rows: dict[str, int] = {}
 
     def once(check: Callable[[TrialConfig], object], config: TrialConfig) -> tuple[str, ...]:
         key = f"{check.__name__} {config}"
@@ -49,11 +51,21 @@ def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
             seen[key] = _faults(check, config)
         return seen[key]
 
+    def check_data(config: TrialConfig) -> None:
+        examples, _ = checked_examples(config, load_architecture(config.model))
+        rows[str(config)] = len(examples.train)
+
+    def check_job(config: TrialConfig) -> None:
+        count = rows.get(str(_what_data_needs(config)))
+        if config.train.is_job and count is not None:
+            plan_job(config, count)
+
     for config in configs:
         yield Look(
             faults=once(_check_optimizer, TrialConfig(optimizer=config.optimizer))
             or once(checked_architecture, _what_the_model_needs(config))
-            or once(_check_data, _what_data_needs(config))
+            or once(check_data, _what_data_needs(config))
+            or _faults(check_job, config)
         )
 
 
@@ -83,10 +95,6 @@ def _what_data_needs(config: TrialConfig) -> TrialConfig:
 
 def _check_optimizer(config: TrialConfig) -> None:
     check_optimizer(config.optimizer)
-
-
-def _check_data(config: TrialConfig) -> None:
-    checked_examples(config, load_architecture(config.model))
 
 
 def _faults(check: Callable[[TrialConfig], object], config: TrialConfig) -> tuple[str, ...]:

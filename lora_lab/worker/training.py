@@ -1,4 +1,4 @@
-"""Make transformers' Trainer for one trial, by constructor arguments only; nothing is patched."""
+"""Make transformers' Trainer for a measured window, by constructor arguments only; nothing is patched."""
 
 import importlib
 from typing import Any
@@ -24,15 +24,27 @@ def make_trainer(
 ) -> Trainer:
     """Make a Trainer that takes warm-up, measured and profiled steps and does not log, save or evaluate by itself."""
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
-    arguments = TrainingArguments(
+    steps = config.measure.warmup_steps + config.measure.steps + profiled
+    more = {"max_steps": steps, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    return Trainer(
+        model=model,
+        args=training_arguments(config, folder, device, more),
+        data_collator=collator,
+        train_dataset=examples,  # any sized sequence serves
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=own_optimizer(config),
+    )
+
+
+def training_arguments(config: TrialConfig, folder: str, device: torch.device, more: dict[str, Any]) -> Any:
+    """Make TrainingArguments from what windows and jobs share, and `more`."""
+    return TrainingArguments(
         output_dir=folder,
-        max_steps=config.measure.warmup_steps + config.measure.steps + profiled,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
         gradient_checkpointing=config.gradient_checkpointing.by_trainer,
         gradient_checkpointing_kwargs=checkpointing_arguments(config),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optimizer.optim or "adamw_torch",
@@ -46,18 +58,10 @@ def make_trainer(
         data_seed=config.seed,
         report_to="none",
         disable_tqdm=True,
-        save_strategy="no",
         logging_strategy="no",
         logging_nan_inf_filter=False,  # it hides a diverged loss, and synchronises
         **trainer_arguments(config),
-    )
-    return Trainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=examples,  # any sized sequence serves
-        callbacks=callbacks,
-        optimizer_cls_and_kwargs=_own_optimizer(config),
+        **more,
     )
 
 
@@ -73,7 +77,8 @@ def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
     }
 
 
-def _own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+def own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Return the class and arguments of `optimizer.target`; None where transformers makes the optimizer."""
     if config.optimizer.target is None:
         return None
     return optimizer_class(config.optimizer.target), {"lr": config.learning_rate, **config.optimizer.args}

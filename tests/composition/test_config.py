@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import OptimizerConfig, PackageConfig, TrialConfig
+from lora_lab.config import OptimizerConfig, PackageConfig, TrainConfig, TrialConfig
 from lora_lab.options import (
     Attention,
     Batching,
@@ -18,6 +18,7 @@ from lora_lab.options import (
     EngineKind,
     ModelSource,
     Quantization,
+    Schedule,
     TrackingKind,
     Weights,
 )
@@ -146,6 +147,51 @@ def test_double_quantization_is_sound_with_either_four_bit_format() -> None:
         config = changed("method.double_quantization", True)
         config.method.quantization = quantization
         assert faults(config) == []
+
+
+def job(**train: Any) -> TrialConfig:
+    config = sound()
+    config.train = TrainConfig(**train)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ({"epochs": 1.0, "max_steps": 10}, "train.epochs=1 and train.max_steps=10"),
+        ({"max_steps": 10, "warmup": 10}, "train.warmup=10"),
+        ({"epochs": 1.0, "warmup": 2.5}, "train.warmup=2.5"),
+        ({"epochs": 1.0, "eval_every": 1.5}, "train.eval_every=1.5"),
+        ({"epochs": 1.0, "checkpoint_every": 10.5}, "train.checkpoint_every=10.5"),
+        ({"epochs": math.inf}, "train.epochs=inf"),
+        ({"epochs": 0.0}, "train.epochs=0.0"),
+        ({"early_stopping": 3}, "train.epochs or train.max_steps"),
+        ({"schedule": Schedule.linear}, "train.epochs or train.max_steps"),
+    ],
+)
+def test_a_job_that_cannot_be_meant_is_one_fault(train: dict[str, Any], names: str) -> None:
+    found = faults(job(**train))
+    assert len(found) == 1
+    assert names in found[0]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"epochs": 0.5},
+        {"max_steps": 10, "warmup": 9},
+        {"epochs": 3.0, "eval_every": 1.0, "checkpoint_every": 200.0, "warmup": 100},
+        {"epochs": 3.0, "early_stopping": 3},
+    ],
+)
+def test_a_job_that_can_be_meant_is_sound(train: dict[str, Any]) -> None:
+    assert faults(job(**train)) == []
+
+
+def test_nothing_stops_early_without_an_evaluation() -> None:
+    config = job(epochs=1.0, early_stopping=2)
+    config.measure.eval_rows = 0
+    assert [fault for fault in faults(config) if "measure.eval_rows=0" in fault] == faults(config) != []
 
 
 def test_a_capacity_cannot_be_emulated_on_a_card_that_others_fill_too() -> None:

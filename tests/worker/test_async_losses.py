@@ -115,7 +115,7 @@ COUNTS = TokenCounts(2, 64, 50, 20)
 
 @given(losses=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), data=st.data())
 def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float], data: st.DataObject) -> None:
-    relay = LossRelay(torch.device("cpu"), len(losses))
+    relay = LossRelay(torch.device("cpu"))
     arrived: list[Step] = []
     for step, loss in enumerate(losses, 1):
         tensor = torch.tensor(loss)
@@ -132,7 +132,7 @@ def test_every_step_arrives_once_in_order_with_its_own_loss(losses: list[float],
 
 
 def test_a_step_takes_the_time_since_the_one_before() -> None:
-    relay = LossRelay(torch.device("cpu"), 5)
+    relay = LossRelay(torch.device("cpu"))
     for step in range(1, 6):
         relay.push(step, torch.tensor(1.0), COUNTS)
     records = relay.arrived()
@@ -143,7 +143,7 @@ def test_a_step_takes_the_time_since_the_one_before() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_loss_that_is_no_number_arrives_as_such_in_any_format(dtype: torch.dtype) -> None:
-    relay = LossRelay(torch.device("cpu"), 2)
+    relay = LossRelay(torch.device("cpu"))
     relay.push(1, torch.tensor(math.nan, dtype=dtype), COUNTS)
     relay.push(2, torch.tensor(math.inf, dtype=dtype), COUNTS)
     nan, inf = relay.arrived()
@@ -156,7 +156,7 @@ def test_a_step_that_a_grad_scaler_skipped_is_seen_also_with_fused_optimizers(fu
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    relay = LossRelay(torch.device("cpu"), 2, first_scale=scaler.get_scale())
+    relay = LossRelay(torch.device("cpu"), first_scale=scaler.get_scale())
     for step, factor in enumerate((1.0, math.inf), 1):
         scaler.scale((weight * factor).sum()).backward()
         scaler.step(optimizer)

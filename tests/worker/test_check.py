@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_trials import ended, tiny_config
 
-from lora_lab.config import OptimizerConfig, TrialConfig
+from lora_lab.config import OptimizerConfig, TrainConfig, TrialConfig
 from lora_lab.events import Event
 from lora_lab.look import Look
 from lora_lab.worker import check
@@ -30,7 +30,26 @@ def too_few_rows(config: TrialConfig) -> None:
     config.batch_size = 10**4
 
 
-@pytest.mark.parametrize("spoil", [unknown_optimizer, too_long, unknown_modules, too_few_rows])
+def too_long_a_warm_up(config: TrialConfig) -> None:
+    config.train = TrainConfig(epochs=3.0, warmup=10)
+
+
+def more_evaluations_than_steps(config: TrialConfig) -> None:
+    config.data.rows, config.batch_size = 8, 2
+    config.train = TrainConfig(epochs=3.0, warmup=0, eval_every=0.25, checkpoint_every=0.25)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        unknown_optimizer,
+        too_long,
+        unknown_modules,
+        too_few_rows,
+        too_long_a_warm_up,
+        more_evaluations_than_steps,
+    ],
+)
 def test_a_point_is_refused_before_it_runs_for_what_its_trial_would_be(
     spoil: Callable[[TrialConfig], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

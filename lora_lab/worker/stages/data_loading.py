@@ -7,6 +7,7 @@ from lora_lab.events import DataCounted, Phase
 from lora_lab.options import DataSource
 from lora_lab.worker.check import checked_architecture, checked_examples
 from lora_lab.worker.data import Examples
+from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
@@ -16,9 +17,16 @@ def _load(trial: TrialContext) -> None:
     for remark in remarks:
         trial.warn(remark)
     trial.examples, trial.padding = checked_examples(config, trial.architecture)
+    if config.train.is_job:
+        trial.plan = plan_job(config, len(trial.examples.train))
     trial.emit(_counted(trial.examples))
     for warning in _warnings(config, trial.examples):
         trial.warn(warning)
+    if trial.plan is not None and trial.plan.rows_left_out:
+        trial.warn(
+            f"each epoch leaves out {trial.plan.rows_left_out} of {len(trial.examples.train)} training rows, other "
+            f"rows each time, since a batch has batch_size={config.batch_size}"
+        )
 
 
 def _counted(examples: Examples) -> DataCounted:

@@ -9,16 +9,24 @@ from lora_lab.worker.evaluation import heldout_loss
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
-def _rows(trial: TrialContext) -> list[Example]:
+def heldout_rows(trial: TrialContext) -> list[Example]:
+    """Return the held-out rows that are evaluated."""
     return trial.examples.heldout[: trial.config.measure.eval_rows]
 
 
 def _is_needed(trial: TrialContext) -> bool:
-    return bool(_rows(trial))
+    return bool(heldout_rows(trial))
 
 
-def _evaluate(phase: Phase, trial: TrialContext) -> None:
-    config, rows = trial.config, _rows(trial)
+def evaluate(trial: TrialContext, phase: Phase, step: int | None = None) -> float:
+    """Evaluate the held-out rows in the present phase and send the result.
+
+    Args:
+        step: the step of a job after which it is; None before and after training.
+
+    Returns: nats per trained token.
+    """
+    config, rows = trial.config, heldout_rows(trial)
 
     def progress(done: int, total: int) -> None:
         trial.emit(Progress(t=time.monotonic(), done=done, total=total))
@@ -26,7 +34,12 @@ def _evaluate(phase: Phase, trial: TrialContext) -> None:
     loss, tokens = heldout_loss(
         trial.model, rows, config.batch_size, trial.padding, config.precision.dtype, trial.device, progress
     )
-    trial.emit(Evaluated(t=time.monotonic(), phase=phase.value, loss=loss, rows=len(rows), tokens=tokens))
+    trial.emit(Evaluated(t=time.monotonic(), phase=phase.value, loss=loss, rows=len(rows), tokens=tokens, step=step))
+    return loss
+
+
+def _evaluate(phase: Phase, trial: TrialContext) -> None:
+    evaluate(trial, phase)
 
 
 def _stage(phase: Phase) -> Stage:

@@ -11,6 +11,7 @@ import torch
 from lora_lab.config import TrialConfig
 from lora_lab.events import Phase, Warned
 from lora_lab.worker.data import Examples
+from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.phases import Emit, PhaseClock
 
 
@@ -28,12 +29,16 @@ class TrialContext:
     """The transformers config; set by `data_loading`."""
     examples: Examples = field(init=False)
     """Set by `data_loading`."""
+    plan: JobPlan | None = None
+    """Of a job; set by `data_loading`."""
     padding: int = field(init=False)
     """The token that rows are padded with; set by `data_loading`."""
     model: Any = field(init=False)
     """Set by `model_loading`."""
     trainer: Any = field(init=False)
     """Set by `trainer_setup`."""
+    train: Callable[[], None] = field(init=False)
+    """Takes all steps; set by `trainer_setup`."""
 
     def warn(self, text: str) -> None:
         """Send a warning for the user and the record."""

@@ -2,35 +2,86 @@
 
 import time
 
-from lora_lab.events import Ran
+from lora_lab.events import Checkpointed, Phase, Ran
 from lora_lab.options import Attention
-from lora_lab.worker.callback import TelemetryCallback
+from lora_lab.worker.callback import Telemetry, TelemetryCallback
+from lora_lab.worker.checkpoints import Checkpoint, Checkpoints
 from lora_lab.worker.data import train_collator
 from lora_lab.worker.engines.engine import Engine, shapes
+from lora_lab.worker.job_callback import JobTelemetry
+from lora_lab.worker.job_plan import JobPlan
+from lora_lab.worker.job_trainer import JobTrainer, early_stopping, job_arguments
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
+from lora_lab.worker.stages.heldout import evaluate, heldout_rows
+from lora_lab.worker.stages.job import Job
 from lora_lab.worker.stages.stage import Stage, TrialContext
-from lora_lab.worker.training import make_trainer
+from lora_lab.worker.training import make_trainer, own_optimizer, training_arguments
 
 
 def _set_up(trial: TrialContext) -> None:
     config, model, rows = trial.config, trial.model, trial.examples.train
     collator = train_collator(config, trial.padding)
-    callback = TelemetryCallback(config.measure, trial.device, trial.emit, trial.clock)
-    engine = Engine(config, model, shapes(config, rows, collator), callback.attention, trial.emit, trial.clock)
-    callback.watch(model)
-    callbacks = [*engine.callbacks, callback]
-    trial.trainer = make_trainer(config, model, rows, collator, callbacks, str(trial.folder), trial.device)
+    shared = (trial.device, trial.emit, trial.clock)
+    telemetry: Telemetry
+    if trial.plan is None:
+        telemetry = TelemetryCallback(config.measure, *shared)
+    else:
+        telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared)
+    engine = Engine(config, model, shapes(config, rows, collator), telemetry.attention, trial.emit, trial.clock)
+    telemetry.watch(model)
+    if trial.plan is None or not isinstance(telemetry, JobTelemetry):
+        callbacks = [*engine.callbacks, telemetry]
+        trial.trainer = make_trainer(config, model, rows, collator, callbacks, str(trial.folder), trial.device)
+        trial.train = trial.trainer.train
+    else:
+        _set_up_job(trial, trial.plan, engine, telemetry)
     engine.attach(trial.trainer)
-    callback.scaler = trial.trainer.accelerator.scaler
-    callback.on_stepped = lambda: _report_what_ran(trial, engine, callback)
+    telemetry.scaler = trial.trainer.accelerator.scaler
+    telemetry.on_stepped = lambda: _report_what_ran(trial, engine, telemetry)
 
 
-def _report_what_ran(trial: TrialContext, engine: Engine, callback: TelemetryCallback) -> None:
+def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry) -> None:
+    config, rows = trial.config, heldout_rows(trial)
+    checkpoints = Checkpoints(trial.folder, config.train.keep_checkpoints)
+
+    def on_saved(checkpoint: Checkpoint, epoch: float) -> None:
+        trial.emit(
+            Checkpointed(
+                t=time.monotonic(),
+                step=checkpoint.step,
+                folder=str(checkpoint.folder.relative_to(trial.folder)),
+                total_bytes=checkpoint.total_bytes,
+                epoch=epoch,
+            )
+        )
+
+    trial.trainer = JobTrainer(
+        config=config,
+        clock=trial.clock,
+        telemetry=telemetry,
+        checkpoints=checkpoints,
+        heldout=lambda step: evaluate(trial, Phase.evaluation, step),
+        on_saved=on_saved,
+        warn=trial.warn,
+        model=trial.model,
+        args=training_arguments(
+            config, str(checkpoints.root), trial.device, job_arguments(config, plan, evaluates=bool(rows))
+        ),
+        data_collator=train_collator(config, trial.padding),
+        train_dataset=trial.examples.train,
+        eval_dataset=rows or None,
+        callbacks=[*engine.callbacks, telemetry, *early_stopping(config)],
+        optimizer_cls_and_kwargs=own_optimizer(config),
+    )
+    trial.train = Job(trial, plan, telemetry, engine, checkpoints).run
+
+
+def _report_what_ran(trial: TrialContext, engine: Engine, telemetry: Telemetry) -> None:
     """Read back what runs.
 
     Raises: RuntimeError when it is not what was asked for, so that no figure is measured of it."""
     config = trial.config
-    facts = read_back(trial.trainer, callback.attention.seen) | engine.ran()
+    facts = read_back(trial.trainer, telemetry.attention.seen) | engine.ran()
     differences, stand_ins = compare(facts, config, trial.device)
     trial.emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
     trial.emit(optimizer_memory(trial.trainer))

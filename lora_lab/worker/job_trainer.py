@@ -1,0 +1,165 @@
+"""Transformers' Trainer for a job: it evaluates by the project's held-out loss and saves complete checkpoints."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl
+
+from lora_lab.config import TrialConfig
+from lora_lab.events import Phase
+from lora_lab.options import Schedule
+from lora_lab.outcome import Diverged
+from lora_lab.worker.checkpoints import Checkpoint, Checkpoints, is_disk_fault
+from lora_lab.worker.job_callback import JobTelemetry
+from lora_lab.worker.job_plan import JobPlan
+from lora_lab.worker.phases import PhaseClock
+from lora_lab.worker.trainables.trainable import trained_parameters
+
+_SCHEDULES = {
+    Schedule.constant: "constant_with_warmup",
+    Schedule.linear: "linear",
+    Schedule.cosine: "cosine",
+}
+"""transformers' names. Its `constant` has no warm-up."""
+
+
+class JobTrainer(Trainer):
+    """Trainer with three documented methods of its own: evaluate, saving, and the optimizer for LoRA+. The loop, the
+    schedule, early stopping and resuming are Trainer's."""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        *,
+        config: TrialConfig,
+        clock: PhaseClock,
+        telemetry: JobTelemetry,
+        checkpoints: Checkpoints,
+        heldout: Callable[[int], float],
+        on_saved: Callable[[Checkpoint, float], None],
+        warn: Callable[[str], None],
+        **arguments: Any,
+    ) -> None:
+        """Take what Trainer takes, and:
+
+        Args:
+            heldout: evaluates after a step, and returns the held-out loss.
+            on_saved: gets each complete checkpoint, and its epoch.
+        """
+        super().__init__(**arguments)
+        self._config = config
+        self._clock = clock
+        self._telemetry = telemetry
+        self._checkpoints = checkpoints
+        self._heldout = heldout
+        self._on_saved = on_saved
+        self._warn = warn
+        self.rate_share = 1.0
+        """The share of the learning rate that is left after spikes."""
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Calculate the held-out loss over trained tokens, and keep the adapter if it is the best yet."""
+        self._clock.enter(Phase.evaluation)
+        loss = self._heldout(self.state.global_step)
+        best = self.state.best_metric
+        if self._config.train.keep_best and (best is None or loss < best):
+            self._try_to_save("best adapter", lambda: self._checkpoints.save_best(self.model))
+        metrics = {"eval_loss": loss}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save |= self.control.should_training_stop
+        if not self.control.should_save:
+            self._telemetry.go_on()
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapters alone."""
+        self.model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
+
+    def forget_training(self) -> None:
+        """Drop the optimizer and the wrapper on the model's forward; the next training makes them again."""
+        self.optimizer = None
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def save_start(self) -> None:
+        """Save a checkpoint before the first step, to go back to."""
+        self._save_checkpoint(self.model, None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint and complete it. A full disk costs this checkpoint and nothing else.
+
+        Raises: Diverged when a trained weight is not finite: nothing could go on from there."""
+        self._clock.enter(Phase.checkpoint)
+        step = self.state.global_step
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trained_parameters(self.model)):
+            raise Diverged(f"the trained weights are not finite after step {step}", step)
+        self._try_to_save("checkpoint", lambda: self._save_complete(model, trial))
+        self._checkpoints.remove_torn()
+        if step > 0 and not self.control.should_training_stop:
+            self._telemetry.go_on()
+
+    def _save_complete(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        super()._save_checkpoint(model, trial)
+        facts = {
+            "rate_share": self.rate_share,
+            "watch": self._telemetry.watch_state(),
+            "is_end": self.control.should_training_stop,
+        }
+        written = self._checkpoints.root / f"checkpoint-{step}"
+        self._on_saved(self._checkpoints.complete(written, step, facts), float(self.state.epoch))
+
+    def _try_to_save(self, what: str, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_fault(error):
+                raise
+            self._warn(
+                f"the {what} of step {self.state.global_step} was not saved, training goes on and the one before is "
+                f"kept: {str(error).splitlines()[0]}"
+            )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer, with PEFT's parameter groups for LoRA+."""
+        ratio = self._config.train.lora_plus_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        kind, arguments = made[0], {name: value for name, value in made[1].items() if name != "lr"}
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            lr=self._config.learning_rate,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self._config.optimizer.weight_decay,
+            loraplus_lr_embedding=self._config.learning_rate,
+            **arguments,
+        )
+        return self.optimizer
+
+
+def job_arguments(config: TrialConfig, plan: JobPlan, evaluates: bool) -> dict[str, Any]:
+    """Return the part of TrainingArguments that makes a job. The last step is evaluated and saved by Trainer; when else
+    is said by JobTelemetry."""
+    return {
+        "max_steps": plan.steps,
+        "lr_scheduler_type": _SCHEDULES[config.train.schedule],
+        "warmup_steps": plan.warmup_steps,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": plan.steps,
+        "save_strategy": "steps",
+        "save_steps": plan.steps,
+        "metric_for_best_model": "loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
+    }
+
+
+def early_stopping(config: TrialConfig) -> list[TrainerCallback]:
+    """Return transformers' callback if the job may end early."""
+    patience = config.train.early_stopping
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
