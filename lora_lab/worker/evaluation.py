@@ -83,7 +83,7 @@ def _of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return caught[-1].sum()
 
     with _loss_function(causal, catch):
-        loss = model(**inputs).loss
+        loss: Tensor = model(**inputs).loss
     if caught:
         return caught[0]
     # the model's code calculates its loss by itself, as a mean over the batch
