@@ -33,9 +33,9 @@ class Phase(Enum):
     profile = "profile"
     """A few steps after the window under torch's profiler: how long the GPU itself works on a step."""
     evaluation_after = "evaluation_after"
+    saving = "saving"
     answers = "answers"
     """Held-out prompts are answered, with and without what was trained."""
-    saving = "saving"
 
 
 HELDOUT, GENERAL = "heldout", "general"
