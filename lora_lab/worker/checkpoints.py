@@ -43,6 +43,8 @@ class Checkpoints:
         self.root = folder / "checkpoints"
         self.best = folder / "best"
         self._keep = keep
+        self.are_of_earlier = self.root.is_dir()
+        """Whether an earlier attempt at the job had begun to train."""
 
     def complete(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
         """Make a checkpoint of a folder that Trainer has written, then remove the oldest of too many.
@@ -93,13 +95,15 @@ class Checkpoints:
         """Write the model's adapter into `best/`.
 
         Raises: OSError, SafetensorError."""
-        fresh = self.best.with_name("best.new")
-        _remove(fresh)
-        model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False)
-        for path in fresh.iterdir():
-            _flush(path)
-        _remove(self.best)
-        fresh.rename(self.best)
+        fresh = self.root / "best"
+        try:
+            model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False)
+            for path in fresh.iterdir():
+                _flush(path)
+            _remove(self.best)
+            fresh.rename(self.best)
+        finally:
+            _remove(fresh)
 
     def restore_best(self, checkpoint: Checkpoint | None) -> None:
         """Make `best/` what it was at the checkpoint; nothing without one."""
@@ -117,7 +121,7 @@ class Checkpoints:
 
 def is_disk_fault(error: Exception) -> bool:
     """Return whether a file could not be written: a full disk, as a rule. torch's writer raises a RuntimeError."""
-    in_writer = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    in_writer = isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
     return isinstance(error, OSError | SafetensorError) or in_writer
 
 

@@ -1,5 +1,6 @@
 """Transformers' Trainer for a job: it evaluates by the project's held-out loss and saves complete checkpoints."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -96,12 +97,15 @@ class JobTrainer(Trainer):
         step = self.state.global_step
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained_parameters(self.model)):
             raise Diverged(f"the trained weights are not finite after step {step}", step)
-        self._try_to_save("checkpoint", lambda: self._save_complete(model, trial))
+        saved: list[Checkpoint] = []
+        self._try_to_save("checkpoint", lambda: saved.append(self._save_complete(model, trial)))
+        for checkpoint in saved:
+            self._on_saved(checkpoint, float(self.state.epoch))
         self._checkpoints.remove_torn()
         if step > 0 and not self.control.should_training_stop:
             self._telemetry.go_on()
 
-    def _save_complete(self, model: Any, trial: Any) -> None:
+    def _save_complete(self, model: Any, trial: Any) -> Checkpoint:
         step = self.state.global_step
         super()._save_checkpoint(model, trial)
         facts = {
@@ -109,18 +113,19 @@ class JobTrainer(Trainer):
             "watch": self._telemetry.watch_state(),
             "is_end": self.control.should_training_stop,
         }
-        written = self._checkpoints.root / f"checkpoint-{step}"
-        self._on_saved(self._checkpoints.complete(written, step, facts), float(self.state.epoch))
+        return self._checkpoints.complete(self._checkpoints.root / f"checkpoint-{step}", step, facts)
 
     def _try_to_save(self, what: str, save: Callable[[], None]) -> None:
+        """Save, and warn where a file cannot be written."""
         try:
             save()
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_disk_fault(error):
                 raise
+            free = shutil.disk_usage(self._checkpoints.root).free
             self._warn(
-                f"the {what} of step {self.state.global_step} was not saved, training goes on and the one before is "
-                f"kept: {str(error).splitlines()[0]}"
+                f"the {what} of step {self.state.global_step} was not saved; training goes on and earlier ones are "
+                f"kept. The disk has {free / 1e6:.0f} MB free. The error was: {str(error).splitlines()[0]}"
             )
 
     def create_optimizer(self, model: Any = None) -> Any:

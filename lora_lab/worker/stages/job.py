@@ -44,7 +44,7 @@ class Job:
 
         Raises: Diverged for a spike after which the job stops."""
         self._checkpoints.remove_torn()
-        checkpoint = self._first_checkpoint() if self._trial.config.resume else None
+        checkpoint = self._first_checkpoint()
         plan = self._plan
         self._trial.emit(JobPlanned(t=time.monotonic(), steps=plan.steps, steps_per_epoch=plan.steps_per_epoch))
         while True:
@@ -62,6 +62,9 @@ class Job:
             self._trainer.save_start()
 
     def _first_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from; None to start from the beginning."""
+        if not (self._trial.config.resume and self._checkpoints.are_of_earlier):
+            return None
         found = self._checkpoints.newest()
         if found is None:
             self._trial.warn("no complete checkpoint was found: the job starts from the beginning")
@@ -96,30 +99,38 @@ class Job:
     def _after(self, spike: Diverged) -> Checkpoint:
         """Return the checkpoint to go back to.
 
-        Raises: the spike, when the job stops."""
+        Raises: Diverged, when the job stops."""
         self._telemetry.abandon()
-        goes_back = self._trial.config.train.on_spike is OnSpike.lower_lr and self._returns < _MOST_RETURNS
-        checkpoint = self._checkpoints.go_back_before(spike.step) if goes_back else None
-        self._trainer.rate_share *= 1.0 if checkpoint is None else _LOWER
+        checkpoint, why_not = self._to_go_back_to(spike)
+        rate = None
+        if checkpoint is not None:
+            self._trainer.rate_share *= _LOWER
+            rate = self._trial.config.learning_rate * self._trainer.rate_share
         self._trial.emit(
             Spiked(
                 t=time.monotonic(),
                 step=spike.step,
                 reason=str(spike),
                 action=(OnSpike.stop if checkpoint is None else OnSpike.lower_lr).value,
-                learning_rate=None
-                if checkpoint is None
-                else self._trial.config.learning_rate * self._trainer.rate_share,
+                learning_rate=rate,
                 rows=rows_of_step(self._trial.config, len(self._trial.examples.train), self._plan, spike.step),
             )
         )
         if checkpoint is None:
-            raise spike
+            raise Diverged(f"{spike}{why_not}", spike.step) from spike
         self._returns += 1
         self._say_resumed(checkpoint)
         self._trainer.forget_training()
         self._engine.release()
         return checkpoint
+
+    def _to_go_back_to(self, spike: Diverged) -> tuple[Checkpoint | None, str]:
+        """Return the checkpoint before a spike, or None and why the job stops instead."""
+        if self._trial.config.train.on_spike is OnSpike.stop:
+            return None, ""
+        if self._returns == _MOST_RETURNS:
+            return None, f"; the job went back {_MOST_RETURNS} times before, which is the most it does"
+        return self._checkpoints.go_back_before(spike.step), "; there is no checkpoint to go back to"
 
 
 def rows_of_step(config: TrialConfig, rows: int, plan: JobPlan, step: int) -> list[int]:
