@@ -1,17 +1,15 @@
 """Answer held-out prompts, and write down what was asked and answered. What was trained is saved by then."""
 
-import json
 import time
 
 from lora_lab.events import Answered, Phase, Progress
 from lora_lab.options import DataSource
 from lora_lab.outcome import says_out_of_memory
+from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
 from lora_lab.quality.exact_match import matches
 from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions
 from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
-
-ANSWERS = "answers.jsonl"
 
 
 def _is_needed(trial: TrialContext) -> bool:
@@ -36,21 +34,20 @@ def _answer(trial: TrialContext) -> None:
     texts = [[writer.text(each.ids) for each in side] for side in (base, tuned)]
     gold = [writer.text(each.gold) for each in asked]
     rows = [
-        {
-            "prompt": tokenizer.decode(question.prompt),
-            "gold": right,
-            "base": base_text,
-            "tuned": tuned_text,
-            "base_ended": one.ended,
-            "tuned_ended": other.ended,
-            "base_tokens": len(one.ids),
-            "tuned_tokens": len(other.ids),
-        }
+        AnswerRow(
+            prompt=tokenizer.decode(question.prompt),
+            gold=right,
+            base=base_text,
+            tuned=tuned_text,
+            base_ended=one.ended,
+            tuned_ended=other.ended,
+            base_tokens=len(one.ids),
+            tuned_tokens=len(other.ids),
+        )
         for question, right, base_text, tuned_text, one, other in zip(asked, gold, *texts, base, tuned, strict=True)
     ]
     try:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (trial.folder / ANSWERS).write_text(lines, encoding="utf-8")
+        (trial.folder / ANSWERS).write_text("".join(row.encode() + "\n" for row in rows), encoding="utf-8")
     except OSError as error:  # a full disk must not cost the figures
         trial.warn(f"the answers were not saved: {error}")
     for is_tuned, answers, written in ((False, base, texts[0]), (True, tuned, texts[1])):
