@@ -76,10 +76,10 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def remove_torn(self) -> None:
-        """Remove what is not a complete checkpoint."""
+        """Remove folders that are not complete checkpoints."""
         complete = {each.folder for each in self.all()}
         for path in self.root.iterdir() if self.root.is_dir() else ():
-            if path not in complete:
+            if path.is_dir() and path not in complete:
                 _remove(path)
 
     def go_back_before(self, step: int) -> Checkpoint | None:

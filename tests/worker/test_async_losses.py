@@ -1,5 +1,6 @@
 """Losses on their way out, and the watch over them."""
 
+import json
 import math
 import random
 import re
@@ -110,7 +111,32 @@ def test_the_threshold_is_the_one_that_was_set() -> None:
     assert watched(losses, spike=3.5) is None
 
 
+@given(losses=st.lists(st.floats(0, 9), min_size=12, max_size=60), cut=st.integers(0, 60))
+def test_a_watch_goes_on_from_what_another_had_seen(losses: list[float], cut: int) -> None:
+    first, second = DivergenceWatch(SPIKE), DivergenceWatch(SPIKE)
+    for step, loss in enumerate(losses, 1):
+        if step == cut + 1:
+            second.restore(json.loads(json.dumps(first.state())))
+        said: list[bool] = []
+        for watch in (first, second) if step > cut else (first,):
+            try:
+                watch.see(step, loss)
+                said.append(False)
+            except Diverged:
+                said.append(True)
+        assert len(set(said)) == 1
+        if said[0]:
+            return
+
+
 COUNTS = TokenCounts(2, 64, 50, 20)
+
+
+def test_more_steps_than_there_is_memory_for_arrive_all_the_same() -> None:
+    relay = LossRelay(torch.device("cpu"))
+    for step in range(1, 3001):
+        relay.push(step, torch.tensor(float(step)), COUNTS)
+    assert [(record.step, record.loss) for record in relay.arrived()] == [(n, float(n)) for n in range(1, 3001)]
 
 
 @given(losses=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), data=st.data())

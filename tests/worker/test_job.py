@@ -237,6 +237,7 @@ def test_a_killed_job_goes_on_to_the_same_curve_bit_for_bit(
     [resumed] = second.of(Resumed)
     assert resumed.step == goes_on_from
     assert list(second.curve) == list(range(goes_on_from + 1, STEPS + 1))
+    assert second.of(WindowOpened)[0].after_step == goes_on_from + 1, "one step warms up again"
     assert first.curve | second.curve == whole.curve
     assert first.heldout | second.heldout == whole.heldout
     assert same(second.adapter(), whole.adapter())
