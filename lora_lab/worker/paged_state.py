@@ -7,7 +7,8 @@ import torch
 
 def page_again(optimizer: Any) -> None:
     """Give the state of bitsandbytes' paged optimizers the memory that new state would get. Loaded, it is plain host
-    memory that may still be marked as paged, and the card cannot read that. Do nothing for other optimizers."""
+    memory that is still marked as paged, so bitsandbytes would not move it to the card. Do nothing for other
+    optimizers."""
     bare = getattr(optimizer, "optimizer", optimizer)
     if not getattr(bare, "is_paged", False):
         return
