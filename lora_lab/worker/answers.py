@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 from lora_lab.config import TrialConfig
 from lora_lab.options import Weights
 from lora_lab.worker.data import IGNORED, Example
-from lora_lab.worker.models import working_dtype
-from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.evaluation import evaluating
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_TOKENS = 128
@@ -83,7 +82,7 @@ class Writer:
         self._causal = base_of(model)
         self._tokenizer = tokenizer
         self._attention = config.attention.value
-        self._dtype = working_dtype(config.precision.dtype, model.device)
+        self._precision = config.precision.dtype
         self._pad_id = pad_id
         single = tokenizer.get_vocab().get(end_of_turn)
         # shapes without weights have the default ids of their kind, which mean nothing here
@@ -102,20 +101,15 @@ class Writer:
             tuned: False leaves out what was trained.
             progress: gets the number of answers so far.
         """
-        was_training = self._model.training
-        evaluation_mode(self._model)
         found: list[Answer] = []
         with (
             contextlib.nullcontext() if tuned else self._model.disable_adapter(),
             _as_transformers_has_it(self._causal, self._attention),
-            torch.compiler.set_stance("force_eager"),
-            torch.no_grad(),
-            torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not torch.float32),
+            evaluating(self._model, self._precision, self._model.device),
         ):
             for start in range(0, len(asked), _AT_ONCE):
                 found += self._batch(asked[start : start + _AT_ONCE], most_tokens)
                 progress(len(found))
-        self._model.train(was_training)
         return found
 
     def _batch(self, asked: Sequence[Question], most_tokens: int) -> list[Answer]:

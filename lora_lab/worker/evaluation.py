@@ -1,8 +1,8 @@
 """Calculate the loss of every row of a text, outside the measured window."""
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,23 @@ from lora_lab.worker.engines.chunked_loss import chunked_row_losses, is_in_chunk
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.trainables.trainable import base_of
+
+
+@contextmanager
+def evaluating(model: Any, precision: DType, device: torch.device) -> Iterator[None]:
+    """Evaluate within: no gradients, no dropout, the products in the format of training. Afterwards the model trains
+    again if it did before."""
+    dtype = working_dtype(precision, device)
+    was_training = model.training
+    evaluation_mode(model)
+    # rows have any length: what an engine has compiled for its own lengths is not used
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
+    ):
+        yield
+    model.train(was_training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +61,13 @@ def row_losses(
     Rows are padded to the longest of their batch, also when training packs them.
     """
     collator = Collator(pad_id=pad_id)
-    dtype = working_dtype(precision, device)
     nats: list[float] = []
-    was_training = model.training
-    evaluation_mode(model)
-    # rows have any length: what an engine has compiled for its own lengths is not used
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.no_grad(),
-        torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
-    ):
+    with evaluating(model, precision, device):
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
             nats += _of_batch(model, inputs).double().tolist()
             progress(min(start + batch_size, len(examples)), len(examples))
-    model.train(was_training)
     return Losses(nats, [example.trained for example in examples])
 
 
@@ -93,7 +101,7 @@ def _of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.cat([_of_batch(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}) for i in rows])
 
 
-@contextlib.contextmanager
+@contextmanager
 def _loss_function(causal: Any, function: Callable[..., Tensor]) -> Iterator[None]:
     """Let the model calculate its loss by `function`: transformers' models take it from this attribute."""
     own = causal.__dict__.get("_loss_function")
