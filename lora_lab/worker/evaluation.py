@@ -86,7 +86,7 @@ def _of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return chunked_row_losses(causal, **inputs)
     caught: list[Tensor] = []
 
-    def catch(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def catch(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         caught.append(torch.stack([_summed(row, wanted) for row, wanted in zip(logits, labels, strict=True)]))
         return caught[-1].sum()
 

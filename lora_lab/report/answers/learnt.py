@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from lora_lab.quality.paired import Change
+from lora_lab.quality.row_losses import difference
 from lora_lab.report.measures import LOSS, THROUGHPUT, Measure
-from lora_lab.report.statistics.heldout import loss_over
+from lora_lab.report.statistics.heldout import rows_of
 from lora_lab.store.trials import Trial
 
 _FASTER = 1.01
@@ -22,8 +23,9 @@ class Learnt:
     is_lowest: bool
     over_lowest: Change | None
     """Its loss minus the lowest setting's, paired by row; None for that one, and where they share no rows."""
-    worse_than: tuple[int, ...]
-    """The settings, by place, that it is faster than and whose loss is lower, with an interval off zero."""
+    worse_than: int | None
+    """Where it is faster but worse: the place of the setting with the lowest loss of those that it is faster than. Its
+    own loss is higher, with an interval off zero."""
 
     @property
     def words(self) -> str:
@@ -37,7 +39,7 @@ class Learnt:
         found = f"{self.over_lowest.value:+.4f} ({self.over_lowest.low:+.4f} to {self.over_lowest.high:+.4f})"
         if not self.over_lowest.is_seen:
             return f"{found}, does not differ"
-        return f"{found}, faster but worse" if self.worse_than else found
+        return f"{found}, faster but worse" if self.worse_than is not None else found
 
 
 def learnt(settings: Sequence[Sequence[Trial]]) -> list[Learnt | None]:
@@ -49,28 +51,35 @@ def learnt(settings: Sequence[Sequence[Trial]]) -> list[Learnt | None]:
     if not known:
         return [None] * len(settings)
     lowest = losses.index(min(known))
-    return [
-        None
-        if loss is None
-        else Learnt(
-            loss=loss,
-            is_lowest=place == lowest,
-            over_lowest=None if place == lowest else loss_over(settings[place], settings[lowest]),
-            worse_than=tuple(
-                other for other in range(len(settings)) if other != place and _is_trade(settings, place, other)
-            ),
+    rows = [rows_of(trials) for trials in settings]
+    speeds = [_median(trials, THROUGHPUT) for trials in settings]
+    made: list[Learnt | None] = []
+    for place, loss in enumerate(losses):
+        if loss is None:
+            made.append(None)
+            continue
+        slower = _best_slower(place, losses, speeds)
+        over = None if slower is None else difference(rows[place], rows[slower])
+        made.append(
+            Learnt(
+                loss=loss,
+                is_lowest=place == lowest,
+                over_lowest=None if place == lowest else difference(rows[place], rows[lowest]),
+                worse_than=slower if over is not None and over.low is not None and over.low > 0 else None,
+            )
         )
-        for place, loss in enumerate(losses)
+    return made
+
+
+def _best_slower(place: int, losses: Sequence[float | None], speeds: Sequence[float | None]) -> int | None:
+    """Return the place of the setting with the lowest loss of those that this one is faster than; None without any."""
+    own = speeds[place]
+    there = [
+        (loss, other)
+        for other, (loss, speed) in enumerate(zip(losses, speeds, strict=True))
+        if loss is not None and speed is not None and own is not None and own >= _FASTER * speed
     ]
-
-
-def _is_trade(settings: Sequence[Sequence[Trial]], place: int, other: int) -> bool:
-    """Return whether the setting is faster than the other, and its loss is worse with an interval off zero."""
-    speed, slower = (_median(settings[each], THROUGHPUT) for each in (place, other))
-    if speed is None or slower is None or speed < _FASTER * slower:
-        return False
-    found = loss_over(settings[place], settings[other])
-    return found is not None and found.low is not None and found.low > 0
+    return min(there)[1] if there else None
 
 
 def _median(trials: Sequence[Trial], measure: Measure) -> float | None:

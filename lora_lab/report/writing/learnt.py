@@ -18,7 +18,7 @@ def ordered(found: GroupFindings) -> list[tuple[Point, Learnt]]:
 
 def trade(found: GroupFindings) -> str:
     """Return how many points are faster but worse, in a sentence; "" where none is."""
-    marked = sum(answer is not None and bool(answer.worse_than) for answer in found.learnt)
+    marked = sum(answer is not None and answer.worse_than is not None for answer in found.learnt)
     if not marked:
         return ""
     subject = "1 configuration is" if marked == 1 else f"{marked} configurations are"
