@@ -1,6 +1,7 @@
 """Answers to held-out prompts: greedy whatever the batch and the engine, ended or cut, by the base and the tuned
 model."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lora_lab.worker.answers import Question, Writer, most_tokens, questions
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.engines.attention_masks import leave_out_masks
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
+from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trial import run_trial
@@ -25,6 +28,7 @@ pytestmark = [
     # peft 0.21 still asks transformers 5.23 by the older name
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
 ]
 
 CPU = torch.device("cpu")
@@ -70,7 +74,21 @@ def greedy(model: Any, prompt: list[int], most: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("engine", ["eager", "without masks, loss in chunks"])
+def become_graph(model: Any) -> None:
+    """All that engine=graph changes, but for the recording: layers that are compiled would be at their first call."""
+    # here and not above: torch warns while it imports its compiler
+    from lora_lab.worker.engines.fused_lora_layers import use_fused_lora
+
+    leave_out_masks(model)
+    use_chunked_loss(model)
+    copies = use_fused_lora(model, torch.float32)
+    use_graph_step(model, GraphStep(model, contextlib.nullcontext, graphs=False, copies=copies))
+    compile_layers(model)
+    for layer in decoder_layers(model):
+        layer.gradient_checkpointing = True
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_answers_are_greedy_whatever_the_batch(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     model = model_of(config)
@@ -79,9 +97,9 @@ def test_answers_are_greedy_whatever_the_batch(engine: str, monkeypatch: pytest.
     expected = [greedy(model, each.prompt, 12) for each in ASKED]
     assert all(END not in ids for ids in expected)
     assert all(len(set(ids)) > 3 for ids in expected)
-    if engine != "eager":
-        leave_out_masks(model)
-        use_chunked_loss(model)
+    if engine == "graph":
+        become_graph(model)
+    compiled = compilations()
     state = (model.get_base_model().__dict__.get("forward"), model.config._attn_implementation)
     model.train()
     assert [each.ids for each in write(writer(model, config), ASKED)] == expected
@@ -89,6 +107,7 @@ def test_answers_are_greedy_whatever_the_batch(engine: str, monkeypatch: pytest.
     assert [each.ids for each in write(writer(model, config), ASKED)] == expected
     assert (model.get_base_model().__dict__.get("forward"), model.config._attn_implementation) == state
     assert model.training
+    assert compilations() == compiled
 
 
 @pytest.mark.parametrize("quantization", [Quantization.none, Quantization.nf4])

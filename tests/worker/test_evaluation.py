@@ -86,7 +86,8 @@ def test_the_loss_is_that_of_the_tokens_whatever_the_batch_size() -> None:
 
 
 def test_a_row_has_its_own_loss_however_the_model_calculates_it() -> None:
-    """By transformers' function, in chunks, or by the model's own code, which gives one mean over the batch."""
+    """By transformers' function, called by name or by place, in chunks, or by the model's own code, which gives one
+    mean over the batch."""
     model = tiny(DType.fp32)
     expected = evaluate(model, 3, DType.fp32)
     causal = model.get_base_model()
@@ -97,6 +98,11 @@ def test_a_row_has_its_own_loss_however_the_model_calculates_it() -> None:
         flat = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         return CausalLMOutput(loss=flat)
 
+    def by_place(labels: Tensor, **inputs: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(loss=causal.loss_function(with_function(**inputs).logits, labels, PAD + 1))
+
+    causal.forward = by_place
+    assert evaluate(model, 3, DType.fp32).nats == pytest.approx(expected.nats, rel=1e-5)
     causal.forward = by_itself
     assert evaluate(model, 3, DType.fp32).nats == pytest.approx(expected.nats, rel=1e-5)
     del causal.forward
