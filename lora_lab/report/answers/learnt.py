@@ -38,7 +38,7 @@ class Learnt:
             return f"{self.over_lowest.value:+.4f}, too few rows for an interval"
         found = f"{self.over_lowest.value:+.4f} ({self.over_lowest.low:+.4f} to {self.over_lowest.high:+.4f})"
         if not self.over_lowest.is_seen:
-            return f"{found}, does not differ"
+            return f"{found}, no difference seen"
         return f"{found}, faster but worse" if self.worse_than is not None else found
 
 
