@@ -3,13 +3,14 @@
 import gzip
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from lora_lab import dataset
 from lora_lab.config import TrialConfig
-from lora_lab.dataset.rows import SHIPPED
 from lora_lab.worker.data import IGNORED, Example
 
-_FILE = SHIPPED.parent / "general_text.jsonl.gz"
+_FILE = Path(dataset.__file__).parent / "data" / "general_text.jsonl.gz"
 
 _DEFAULT = 32
 """Passages in a job."""
