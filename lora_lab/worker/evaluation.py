@@ -66,7 +66,7 @@ def row_losses(
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
-            nats += _of_batch(model, inputs).double().tolist()
+            nats += losses_of_batch(model, inputs).double().tolist()
             progress(min(start + batch_size, len(examples)), len(examples))
     return Losses(nats, [example.trained for example in examples])
 
@@ -79,8 +79,12 @@ def digest_of(examples: Sequence[Example]) -> str:
     return sha.hexdigest()[:16]
 
 
-def _of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the summed loss of each row, of shape (rows,)."""
+def losses_of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the loss of each row, summed over its trained tokens, of shape (rows,) in fp32; within `evaluating`.
+
+    Args:
+        inputs: the tensors of a batch, on the model's device.
+    """
     causal = base_of(model)
     if is_in_chunks(causal):
         return chunked_row_losses(causal, **inputs)
@@ -98,7 +102,9 @@ def _of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     if len(inputs["labels"]) == 1:
         return loss.view(1) * (inputs["labels"][:, 1:] != IGNORED).sum()
     rows = range(len(inputs["labels"]))
-    return torch.cat([_of_batch(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}) for i in rows])
+    return torch.cat(
+        [losses_of_batch(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}) for i in rows]
+    )
 
 
 @contextmanager
