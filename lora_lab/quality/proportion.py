@@ -16,4 +16,6 @@ def wilson(hits: int, among: int) -> tuple[float, float]:
     share, scale = hits / among, 1 + _Z**2 / among
     middle = share + _Z**2 / (2 * among)
     reach = _Z * math.sqrt(share * (1 - share) / among + _Z**2 / (4 * among**2))
-    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+    # at the ends the formula gives 0 and 1 but for rounding
+    low = 0.0 if hits == 0 else (middle - reach) / scale
+    return low, 1.0 if hits == among else (middle + reach) / scale

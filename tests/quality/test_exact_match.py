@@ -30,6 +30,7 @@ def test_the_interval_of_a_share() -> None:
     """The second is Newcombe's (1998, Two-sided confidence intervals for the single proportion), case 15 of 148."""
     assert wilson(0, 8) == pytest.approx((0.0, 0.3244), abs=1e-4)
     assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert [wilson(0, count)[0] for count in range(1, 50)] == [0.0] * 49, "and not 2e-17"
     assert wilson(8, 8) == pytest.approx((0.6756, 1.0), abs=1e-4)
     with pytest.raises(ValueError, match="at least one"):
         wilson(0, 0)
