@@ -18,6 +18,7 @@ from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.metrics import Metric, metric
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
+from lora_lab.trial.quality_rows import quality_rows
 from lora_lab.trial.standing import clock, standing
 
 _DOING = {
@@ -195,6 +196,8 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
             table.add_row(each.title, f"{_with_error(summary, each)} {each.unit}{_remark(summary, each.key)}")
         elif each.key in summary.absent and each.key not in _UNMISSED:
             table.add_row(each.title, f"[dim]absent: {escape(summary.absent[each.key])}[/dim]")
+    for title, text in quality_rows(summary):
+        table.add_row(title, text)
     if summary.tags.get("validity") in ("invalid", "doubtful"):
         table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
     for stand_in in stand_ins:
