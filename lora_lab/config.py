@@ -221,6 +221,22 @@ class MeasureConfig:
     eval_rows: int = setting(
         64, "at most this many held-out rows are evaluated, before and after; 0 evaluates none", least=0, most=10**7
     )
+    general_rows: int | None = setting(
+        None,
+        "the loss on this many passages of general text, before and after, shows what the model forgets; by default 32 "
+        "in a job and none in a window; 0 evaluates none",
+        effect=Effect.circumstance,
+        least=0,
+        most=10**7,
+    )
+    answers: int | None = setting(
+        None,
+        "this many held-out prompts are answered after training, with and without what was trained; by default 8 in a "
+        "job and none in a window; 0 answers none",
+        effect=Effect.circumstance,
+        least=0,
+        most=10**7,
+    )
     loss_spike: float = setting(
         2.0, "the trial has diverged when the loss is this far (nats per token) above its start", above=0, most=_FLOAT
     )

@@ -36,7 +36,12 @@ class Phase(Enum):
     """A few steps after the window under torch's profiler: how long the GPU itself works on a step."""
     evaluation_after = "evaluation_after"
     saving = "saving"
+    answers = "answers"
+    """Held-out prompts are answered, with and without what was trained."""
 
+
+HELDOUT, GENERAL = "heldout", "general"
+"""The texts whose loss is calculated: the held-out rows, and the general text that comes with lora_lab."""
 
 FIRST_STEP = "first_step"
 """The name of a PhaseMemory that describes the first step of the warm-up."""
@@ -249,6 +254,40 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowLosses:
+    """The loss of every row of a text that was evaluated, in the rows' order."""
+
+    t: float
+    phase: str
+    text: str
+    """HELDOUT or GENERAL."""
+    nats: list[float]
+    """Summed over the row's trained tokens; six significant digits."""
+    tokens: list[int]
+    """Trained tokens."""
+    digest: str
+    """Of the rows' token ids and labels: equal digests mean the same rows, whatever was trained on."""
+    step: int | None = None
+    """As in Evaluated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """How held-out prompts were answered; the texts are in answers.jsonl. Each list has one entry per prompt."""
+
+    t: float
+    tuned: bool
+    """By the trained model; False: by the model without what was trained."""
+    ended: list[bool]
+    """Whether the answer ended its turn, instead of being cut at `most_tokens`."""
+    tokens: list[int]
+    """Of the answer, without the end of the turn."""
+    exact: list[bool]
+    """Whether the answer is the gold one."""
+    most_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One optimizer step. It is sent when its loss has arrived, so one or two steps late on a GPU.
 
@@ -384,6 +423,8 @@ Event = (
     | EngineDone
     | Profiled
     | Evaluated
+    | RowLosses
+    | Answered
     | Step
     | JobPlanned
     | Checkpointed

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _PLAIN: dict[Any, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (float, int)}
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", tuple: "a list"}
-_NOT_FINITE = ("loss", "value", "metrics")
+_NOT_FINITE = ("loss", "nats", "value", "metrics")
 """Fields that may be NaN or infinite: a loss where training diverged, and figures made from it."""
 _CLOCKS = ("t", "start", "end", "unix_minus_monotonic")
 _MOST_SECONDS = 1e11

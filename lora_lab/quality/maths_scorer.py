@@ -31,15 +31,22 @@ def score(text: str, gold: str) -> int:
     return int(stated_number(text) == wanted)
 
 
+def says_its_answer(text: str) -> bool:
+    """Return whether a text says "the answer is" or "answer:" with a number in the rest of that sentence."""
+    return _said_number(text) is not None
+
+
 def stated_number(text: str) -> Fraction | None:
     """Return the number that a text gives as its answer: the last one after its last "answer is", or of all of it."""
+    said = _said_number(text)
+    return last_number(text) if said is None else said
+
+
+def _said_number(text: str) -> Fraction | None:
     phrases = [*_PHRASE.finditer(text)]
-    if phrases:
-        sentence = _SENTENCE_END.split(text[phrases[-1].end() :].lstrip(), maxsplit=1)[0]
-        number = last_number(sentence)
-        if number is not None:
-            return number
-    return last_number(text)
+    if not phrases:
+        return None
+    return last_number(_SENTENCE_END.split(text[phrases[-1].end() :].lstrip(), maxsplit=1)[0])
 
 
 def last_number(text: str) -> Fraction | None:

@@ -154,7 +154,7 @@ def _write(findings: Findings, store: StoredRuns, trials: Sequence[Trial], path:
     Raises: InvalidInput when nothing can be written there."""
     timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
     try:
-        write_page(findings, timelines, path)
+        write_page(findings, timelines, path, {trial.run_id: store.answers(trial) for trial in trials})
     except OSError as error:
         raise InvalidInput(
             f"{path} cannot be written ({error.strerror}). Name another file with --out FILE."

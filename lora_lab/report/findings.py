@@ -11,6 +11,7 @@ from lora_lab.report.answers.claims.required_effect import Needed, needed
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit, fits
+from lora_lab.report.answers.learnt import Learnt, learnt
 from lora_lab.report.answers.pareto import Point, front, points
 from lora_lab.report.measures import ENERGY, GPU_WORK, MEASURES, OBJECTIVES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.statistics.attribution import Split, split
@@ -54,6 +55,8 @@ class GroupFindings:
     fits: tuple[Fit, ...]
     fronts: Mapping[str, tuple[Point, ...]]
     """Pareto fronts of throughput against another measure, by that measure's name."""
+    learnt: tuple[Learnt | None, ...]
+    """The held-out loss of each point, as `points`; None for a point without one."""
     as_fast: int
     """How many points are not distinguishable from the one of the highest median throughput."""
     absent: Mapping[str, str]
@@ -156,6 +159,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         needed=how_much,
         fits=tuple(fits(group.trials, factors)),
         fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
+        learnt=tuple(learnt([[trial for trial in point.trials if trial in group.measured] for point in found])),
         as_fast=_as_fast(found, group),
         absent={m.name: _why_absent(m, group) for m in MEASURES if m not in measures},
     )

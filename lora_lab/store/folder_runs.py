@@ -12,6 +12,7 @@ from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.files import read_json
 from lora_lab.options import TrackingKind
 from lora_lab.paths import MULTIRUN
+from lora_lab.quality.answer_rows import ANSWERS, AnswerRow, read_answers
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import TrackingFailed
@@ -122,6 +123,13 @@ class FolderRuns:
         for point in record.series if record is not None else ():
             if point.key in keys:
                 found.setdefault(point.key, []).append((point.t_ms, point.step, point.value))
+        return found
+
+    def answers(self, run_id: str) -> list[AnswerRow]:
+        """Read a trial's answers; none where there are none. A damaged line ends them, and is named on stderr."""
+        found, damaged = read_answers(self._by_run[run_id].path / ANSWERS)
+        if damaged is not None:
+            print(printable(f"answers are left out: {damaged}"), file=sys.stderr)
         return found
 
     def store_of(self, run_id: str) -> str:

@@ -2,10 +2,13 @@
 
 import math
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_lab.config import InvalidInput
+from lora_lab.quality.answer_rows import ANSWERS, AnswerRow, read_answers
 from lora_lab.secrets import without_secrets
 from lora_lab.store.errors import store_errors
 from lora_lab.store.mlflow_client import connect
@@ -54,6 +57,13 @@ class MlflowRuns:
                     points = self._client.get_metric_history(run_id, name)
                 found[key] += [(point.timestamp, point.step, _number(point.value)) for point in points]
         return found
+
+    def answers(self, run_id: str) -> list[AnswerRow]:
+        """Fetch a trial's answers; none where the run has none."""
+        with store_errors(), tempfile.TemporaryDirectory() as place:
+            if any(file.path == ANSWERS for file in self._client.list_artifacts(run_id)):
+                return read_answers(Path(self._client.download_artifacts(run_id, ANSWERS, place)))[0]
+        return []
 
     def store_of(self, run_id: str) -> str:
         """Return this store's address."""

@@ -1,5 +1,6 @@
 """Write records into MLflow: a local database, or a tracking server."""
 
+import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from lora_lab.config import TrackingConfig
 from lora_lab.options import TrackingKind
 from lora_lab.outcome import Outcome
+from lora_lab.quality.answer_rows import ANSWERS, as_table, read_answers
 from lora_lab.store import mlflow_names
 from lora_lab.store.description import NOTE, description
 from lora_lab.store.errors import SweepUnknown, TrackingFailed, store_errors
@@ -84,6 +86,8 @@ class MlflowTracker:
                     self._client.log_artifacts(run_id, str(path), path.name)
                 else:
                     self._client.log_artifact(run_id, str(path))
+                if path.name == ANSWERS:
+                    self._show_table(run_id, path)
             if record.outcome == RUNNING:
                 self._client.update_run(run_id, status="RUNNING")  # a sweep that is continued
             else:
@@ -99,6 +103,13 @@ class MlflowTracker:
     def _log(self, run_id: str, metrics: Sequence[Any]) -> None:
         for start in range(0, len(metrics), _METRICS_A_CALL):
             self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_CALL])
+
+    def _show_table(self, run_id: str, answers: Path) -> None:
+        """Add the answers as a table, which MLflow's page of evaluations shows. Its own log_table would add the rows
+        again whenever a record is delivered again."""
+        name = f"{answers.stem}.json"
+        self._client.log_dict(run_id, as_table(read_answers(answers)[0]), name)
+        self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": name, "type": "table"}]))
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark runs in the state RUNNING as KILLED when their process is gone. Return how many there were."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.record import Record
 from lora_lab.store.records_file import read
@@ -44,6 +45,10 @@ class PackedRuns:
             if point.key in keys:
                 found.setdefault(point.key, []).append((point.t_ms, point.step, point.value))
         return found
+
+    def answers(self, run_id: str) -> list[AnswerRow]:
+        """Return no answers: a file of records has none."""
+        return []
 
     def store_of(self, run_id: str) -> str:
         """Raise TrackingFailed, because a file is no store that a page could be kept in."""

@@ -11,14 +11,16 @@ from enum import Enum
 from typing import Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, Evaluated, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.events import HELDOUT, DataCounted, Evaluated, Event, Phase, PhaseBegan, Ran, Step
 from lora_lab.options import EngineKind
 from lora_lab.outcome import End, Outcome
+from lora_lab.quality.row_losses import TAG, HeldoutRows
 from lora_lab.secrets import without_secrets
 from lora_lab.store.naming import OPTIONS, point_name
 from lora_lab.telemetry.attempts import counting
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.phases import TRAINING
+from lora_lab.telemetry.quality import evaluated_rows
 from lora_lab.telemetry.sampler import Sample
 
 RUNNING = "running"
@@ -154,6 +156,10 @@ def complete(
         record.tags["data_digest"] = counted.digest
         if counted.end_of_turn:
             record.tags["data_end_of_turn"] = counted.end_of_turn
+    evaluated = evaluated_rows(events, HELDOUT, Phase.evaluation_after)
+    if evaluated is not None:
+        rows = HeldoutRows(digest=evaluated.digest, nats=tuple(evaluated.nats), tokens=tuple(evaluated.tokens))
+        record.tags[TAG] = rows.written()
     record.metrics |= summary.metrics
     record.tags |= {f"absent.{name}": why for name, why in summary.absent.items()}
     record.tags |= summary.tags

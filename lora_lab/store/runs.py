@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.store.mlflow_names import SERIES as NAMES
 from lora_lab.store.older_runs import axes_of_today, params_of_today, tags_of_today
 from lora_lab.store.record import RUNNING
@@ -53,6 +54,11 @@ class Source(Protocol):
 
     def series(self, run_id: str, keys: Sequence[str]) -> dict[str, Readings]:
         """Read these series of a run, in any order of points. Those that it does not have are left out or empty.
+
+        Raises: TrackingFailed."""
+
+    def answers(self, run_id: str) -> list[AnswerRow]:
+        """Return a trial's answers to held-out prompts; none where they were not kept.
 
         Raises: TrackingFailed."""
 

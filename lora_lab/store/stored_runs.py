@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_lab.config import InvalidInput
+from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.store.errors import TrackingFailed, store_errors
 from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.local_store import check_unlocked, database_of, local_address
@@ -84,6 +85,12 @@ class StoredRuns:
         read = self._source.series(run_id, keys)
         found = {key: [reading for reading in readings if is_reading(reading)] for key, readings in read.items()}
         return {key: sorted(found[key], key=lambda reading: reading[:2]) for key in keys if found.get(key)}
+
+    def answers(self, trial: Trial) -> list[AnswerRow]:
+        """Return a trial's answers to held-out prompts; none where it gave none.
+
+        Raises: TrackingFailed."""
+        return self._source.answers(trial.run_id) if "quality/answers" in trial.metrics else []
 
     def keep(self, run_id: str, file: Path) -> None:
         """Put a file among a run's artifacts in its store. A file of the same name is replaced.

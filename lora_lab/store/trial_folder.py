@@ -16,6 +16,7 @@ from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Event, decode, encode
 from lora_lab.files import write_json, write_text
 from lora_lab.outcome import End, Outcome
+from lora_lab.quality.answer_rows import ANSWERS
 from lora_lab.reading import Damaged, lines, whole
 from lora_lab.secrets import clean
 from lora_lab.store.adapter_card import write_card
@@ -52,6 +53,7 @@ _ARTIFACTS = (
         "traceback.txt",
         "summary.json",
         WEIGHTS,
+        ANSWERS,
     ),
     *("adapter", ATTEMPTS),
 )

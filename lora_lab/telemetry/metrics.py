@@ -117,6 +117,30 @@ _ALL = (
     Metric("co2/card_grams_per_million_tokens", "card's CO2, 10^6 tokens", "g", "{:.1f}", _LOWER),
     Metric("loss/eval_before", "held-out loss before", "nats per token", "{:.4f}", _LOWER, "loss before"),
     Metric("loss/eval", "held-out loss", "nats per token", "{:.4f}", _LOWER, "held-out loss"),
+    Metric("loss/eval_change", "change of held-out loss", "nats per token", "{:+.4f}", _LOWER, "change of loss"),
+    Metric("loss/eval_change_low", "its 95 % interval from", "nats per token", "{:+.4f}", _LOWER),
+    Metric("loss/eval_change_high", "its 95 % interval to", "nats per token", "{:+.4f}", _LOWER),
+    Metric("loss/eval_rows_improved", "held-out rows with a lower loss", "of them", "{:.0%}", _HIGHER, "rows improved"),
+    Metric("loss/general_before", "loss on general text before", "nats per token", "{:.4f}", _LOWER),
+    Metric("loss/general_after", "loss on general text", "nats per token", "{:.4f}", _LOWER, "general loss"),
+    Metric("loss/general_change", "change of general loss", "nats per token", "{:+.4f}", _LOWER, "general change"),
+    Metric("loss/general_change_low", "its 95 % interval from", "nats per token", "{:+.4f}", _LOWER),
+    Metric("loss/general_change_high", "its 95 % interval to", "nats per token", "{:+.4f}", _LOWER),
+    Metric("quality/answers", "held-out prompts answered", "", "{:,.0f}"),
+    *(
+        Metric(f"quality/{key}_{who}", f"{title}, {name}", unit, form, better, f"{title}, {name}")
+        for who, name in {"base": "before", "tuned": "after"}.items()
+        for key, title, unit, form, better in (
+            ("stop_rate", "turns ended", "of the answers", "{:.0%}", _HIGHER),
+            ("answer_tokens", "length of answers", "tokens", "{:.1f}", None),
+            ("exact_match", "exact answers", "of the answers", "{:.1%}", _HIGHER),
+        )
+    ),
+    *(
+        Metric(f"quality/exact_match_{who}_{end}", f"exact answers {name}, 95 % {word}", "of the answers", "{:.1%}")
+        for who, name in {"base": "before", "tuned": "after"}.items()
+        for end, word in {"low": "from", "high": "to"}.items()
+    ),
     Metric("loss/train", "training loss in the window", "nats per token", "{:.4f}", _LOWER, "training loss"),
     Metric("job/hours", "whole job", "h", "{:.2f}", _LOWER, "job h"),
     Metric("job/kwh", "energy of the job", "kWh", "{:.3f}", _LOWER, "job kWh"),

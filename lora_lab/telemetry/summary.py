@@ -25,6 +25,7 @@ from lora_lab.telemetry.flops import flops, repeated_share
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.job import add_job
 from lora_lab.telemetry.memory import add_memory
+from lora_lab.telemetry.quality import add_quality
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.throughput import add_busy_share, add_kernel_time, throughput
 from lora_lab.telemetry.validity import add_validity
@@ -57,6 +58,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     add_validity(summary, events, window, samples, seen)
     add_job(summary, events, samples, seen)
     _add_losses(summary, events, whole)
+    add_quality(summary, events)
     summary.metrics |= durations(events, asked_t, seen.metrics.get("time/waiting_seconds", 0.0))
     _add_limits(summary, events, samples)
     summary.warnings += seen.warnings

@@ -34,6 +34,7 @@ _DOING = {
     Phase.checkpoint.value: "saving a checkpoint",
     Phase.profile.value: "profiling a few steps",
     Phase.evaluation_after.value: "held-out loss after",
+    Phase.answers.value: "answering held-out prompts",
     Phase.saving.value: "saving the adapter",
 }
 _OF_A_JOB = {Phase.warm_up.value, Phase.window.value, Phase.evaluation.value, Phase.checkpoint.value}

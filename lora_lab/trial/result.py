@@ -13,6 +13,7 @@ from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged, whole
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.metrics import Metric, metric
+from lora_lab.trial.quality_rows import quality_rows
 
 _WHERE_COMPILED = "engine/compile_seconds"
 """Shown only where something was compiled; most trials compile nothing."""
@@ -61,6 +62,8 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
             table.add_row(each.title, f"{_with_error(summary, each)} {each.unit}{_remark(summary, each.key)}")
         elif each.key in summary.absent and each.key not in _UNMISSED:
             table.add_row(each.title, f"[dim]absent: {escape(summary.absent[each.key])}[/dim]")
+    for title, text in quality_rows(summary):
+        table.add_row(title, text)
     if summary.tags.get("validity") in ("invalid", "doubtful"):
         table.add_row(summary.tags["validity"], f"[yellow]{escape(summary.tags['validity_reasons'])}[/yellow]")
     for stand_in in stand_ins:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from lora_lab.options import DType
-from lora_lab.worker.data import IGNORED, Collator, Example
-from lora_lab.worker.evaluation import evaluating
+from lora_lab.worker.data import Collator, Example
+from lora_lab.worker.evaluation import evaluating, losses_of_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +65,8 @@ def row_losses(
         for places in _batches(examples, most_tokens):
             batch = collator([examples[place] for place in places])
             tensors = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
-            labels = tensors.pop("labels")
-            logits = model(**tensors).logits
-            for row, place in enumerate(places):
-                length = len(examples[place].ids)
-                losses[place] = float(
-                    functional.cross_entropy(
-                        logits[row, : length - 1].float(),  # a row at a time: in fp32 they take twice the memory
-                        labels[row, 1:length],
-                        ignore_index=IGNORED,
-                    )
-                )
+            for place, nats in zip(places, losses_of_batch(model, tensors).tolist(), strict=True):
+                losses[place] = nats / examples[place].trained
             done += len(places)
             progress(done, len(examples))
     return losses

@@ -30,7 +30,7 @@ def tiny_config(eval_rows: int = 2, **method: Any) -> TrialConfig:
             architecture=yaml.safe_load((CONF / "model/tiny.yaml").read_text())["architecture"],
         ),
         data=DataConfig(source=DataSource.random_tokens, rows=4, holdout=0.5),
-        measure=MeasureConfig(warmup_steps=1, steps=3, eval_rows=eval_rows),
+        measure=MeasureConfig(warmup_steps=1, steps=3, eval_rows=eval_rows, general_rows=0, answers=0),
         seq_len=16,
         learning_rate=0.01,
         share_device=True,

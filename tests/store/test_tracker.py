@@ -1,5 +1,6 @@
 """What every tracker promises: a record that is delivered once, twice or in parts is there once and whole."""
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig
 from lora_lab.options import TrackingKind
+from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.store.description import NOTE
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
 from lora_lab.store.mlflow_names import SERIES, read_back
+from lora_lab.store.mlflow_runs import MlflowRuns
 from lora_lab.store.mlflow_store import MlflowTracker, open_tracker
 from lora_lab.store.record import RUNNING, Point, Record
 from lora_lab.store.saved_view import KEY, TAG
@@ -346,6 +349,24 @@ def test_files_and_folders_are_kept_with_the_run(mlflow: Mlflow, tmp_path: Path,
     if is_sweep:  # its table and plan change while it is taken up again
         mlflow.tracker().deliver(wanted, some_files(tmp_path))
         assert_has_files(mlflow, run_id, tmp_path)
+
+
+def test_answers_are_a_table_in_mlflow_and_are_read_back(mlflow: Mlflow, root: Path, tmp_path: Path) -> None:
+    row = AnswerRow(
+        prompt="p", gold="ä", base="b", tuned="t", base_ended=True, tuned_ended=False, base_tokens=1, tuned_tokens=2
+    )
+    file = tmp_path / "answers.jsonl"
+    file.write_text(f"{row.encode()}\n" * 3, encoding="utf-8")
+    mlflow.tracker().deliver(record(id="same", outcome=RUNNING), [file])  # and again, as after a kill
+    run_id = mlflow.tracker().deliver(record(id="same"), [file])
+    table = json.loads((root / "artifacts" / run_id / "artifacts" / "answers.json").read_text(encoding="utf-8"))
+    assert table["columns"][:4] == ["prompt", "gold", "base", "tuned"]
+    assert [each[1] for each in table["data"]] == ["ä"] * 3
+    tag = mlflow.client.get_run(run_id).data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(tag) == [{"path": "answers.json", "type": "table"}], "as MLflow's own log_table says it"
+    read = MlflowRuns(f"sqlite:///{root}/mlflow.db", None).answers
+    assert read(run_id) == [row] * 3
+    assert read(mlflow.tracker().deliver(record(), [])) == []
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,18 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lab.composition.compose import CONF
 from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.options import DType, ModelSource, Quantization, Weights
 from lora_lab.worker.data import IGNORED, Example
-from lora_lab.worker.evaluation import heldout_loss
+from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.evaluation import Losses, digest_of, row_losses
+from lora_lab.worker.general_text import general_examples, general_rows
 from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 # peft 0.21 still asks transformers 5.23 by the older name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -46,26 +51,25 @@ def examples() -> list[Example]:
     return made
 
 
-def evaluate(model: PeftModel, batch_size: int, dtype: DType) -> tuple[float, int]:
+def evaluate(model: PeftModel, batch_size: int, dtype: DType) -> Losses:
     done: list[tuple[int, int]] = []
-    told = heldout_loss(model, examples(), batch_size, PAD, dtype, CPU, lambda a, b: done.append((a, b)))
+    found = row_losses(model, examples(), batch_size, PAD, dtype, CPU, lambda a, b: done.append((a, b)))
     assert done[-1] == (7, 7), "progress ends at the end"
     assert done == sorted(set(done))
-    return told
+    return found
 
 
-def by_hand(model: PeftModel) -> tuple[float, int]:
-    nats, tokens = 0.0, 0
+def by_hand(model: PeftModel) -> Losses:
+    found = Losses([], [])
     model.eval()
     for example in examples():
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.ids])).logits[0].double()
         chances = logits.log_softmax(-1)
-        for position, label in enumerate(example.labels[1:]):
-            if label != IGNORED:
-                nats -= float(chances[position, label])
-                tokens += 1
-    return nats / tokens, tokens
+        trained = [(place, label) for place, label in enumerate(example.labels[1:]) if label != IGNORED]
+        found.nats.append(-sum(float(chances[place, label]) for place, label in trained))
+        found.tokens.append(len(trained))
+    return found
 
 
 def test_the_loss_is_that_of_the_tokens_whatever_the_batch_size() -> None:
@@ -73,11 +77,57 @@ def test_the_loss_is_that_of_the_tokens_whatever_the_batch_size() -> None:
     # heads and embeddings this small say nearly the same of every token; a trained model does not
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(20)
-    loss, tokens = by_hand(model)
+    expected = by_hand(model)
     for batch_size in (1, 2, 5):
-        found, counted = evaluate(model, batch_size, DType.fp32)
-        assert counted == tokens
-        assert found == pytest.approx(loss, rel=1e-5)
+        found = evaluate(model, batch_size, DType.fp32)
+        assert found.tokens == expected.tokens
+        assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+        assert found.mean == pytest.approx(sum(expected.nats) / sum(expected.tokens), rel=1e-5)
+
+
+def test_a_row_has_its_own_loss_however_the_model_calculates_it() -> None:
+    """By transformers' function, called by name or by place, in chunks, or by the model's own code, which gives one
+    mean over the batch."""
+    model = tiny(DType.fp32)
+    expected = evaluate(model, 3, DType.fp32)
+    causal = model.get_base_model()
+    with_function = causal.forward
+
+    def by_itself(labels: Tensor, **inputs: Tensor) -> CausalLMOutput:
+        logits = with_function(**inputs).logits
+        flat = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        return CausalLMOutput(loss=flat)
+
+    def by_place(labels: Tensor, **inputs: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(loss=causal.loss_function(with_function(**inputs).logits, labels, PAD + 1))
+
+    causal.forward = by_place
+    assert evaluate(model, 3, DType.fp32).nats == pytest.approx(expected.nats, rel=1e-5)
+    causal.forward = by_itself
+    assert evaluate(model, 3, DType.fp32).nats == pytest.approx(expected.nats, rel=1e-5)
+    del causal.forward
+    use_chunked_loss(model)
+    assert evaluate(model, 3, DType.fp32).nats == pytest.approx(expected.nats, rel=1e-5)
+    assert "_loss_function" not in causal.__dict__
+
+
+def test_the_digest_is_of_ids_and_labels() -> None:
+    rows = examples()
+    assert digest_of(rows) == digest_of(examples())
+    other = Example(rows[0].ids, [IGNORED, *rows[0].labels[1:-1], IGNORED])
+    assert len({digest_of(rows), digest_of(rows[1:]), digest_of([other, *rows[1:]])}) == 3
+
+
+def test_general_text_is_predicted_whole_and_cut() -> None:
+    config = TrialConfig(seq_len=64)
+    assert general_rows(config) == 0, "a window takes no longer for it"
+    config.train.epochs = 1.0
+    rows = general_examples(config, tiny_tokenizer(), 259)
+    assert len(rows) == general_rows(config) == 32
+    assert all(len(row.ids) == 64 and row.trained == 63 for row in rows)
+    assert general_examples(config, tiny_tokenizer(), 5) == [], "no token without an embedding"
+    config.measure.general_rows = 0
+    assert general_rows(config) == 0
 
 
 def test_adapters_and_modes_are_left_as_they_were() -> None:

@@ -13,6 +13,7 @@ from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
+from lora_lab.report.writing.learnt import trade
 from lora_lab.store.trials import Trial
 
 GPU_WORK = "gpu_work"
@@ -58,7 +59,7 @@ def sentences(findings: Findings) -> tuple[str, ...]:
 def notes(findings: Findings) -> tuple[str, ...]:
     """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
     main = findings.groups[0]
-    said = [_not_run(findings), _ended(main), dropped(main)]
+    said = [_not_run(findings), _ended(main), dropped(main), trade(main)]
     if findings.answers:
         said.append("Only the answer at the top counts the looks of repeats=auto; other 95 % intervals may miss more.")
     others = len(findings.groups) - 1

@@ -10,7 +10,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from lora_lab.config import InvalidInput
 from lora_lab.outcome import Outcome
+from lora_lab.report.answers.learnt import Learnt, learnt
 from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, VRAM
 from lora_lab.report.statistics.settings import Settings, by_point, labels
 from lora_lab.store.trials import Group, Trial, groups
@@ -26,7 +27,7 @@ from lora_lab.telemetry.metrics import METRICS, metric
 
 FORMATS = ("md", "csv", "text")
 
-_OWN = ("point", "n", "outcome", "place")
+_OWN = ("point", "n", "outcome", "place", "loss")
 """Columns that are neither a metric, a setting nor a tag."""
 
 _TAG = "tag:"
@@ -45,6 +46,8 @@ class Row:
     trials: tuple[Trial, ...]
     figures: tuple[Trial, ...]
     """Those whose metrics count."""
+    learnt: Learnt | None = None
+    """Its held-out loss against the lowest at its place."""
 
     def cell(self, column: str) -> Cell:
         """Return what a column shows: a median for a metric, and for the rest every value that the trials have."""
@@ -56,6 +59,8 @@ class Row:
             return _counted([_outcome(trial) for trial in self.trials])
         if column == "place":
             return self.trials[0].place.label
+        if column == "loss":
+            return None if self.learnt is None else self.learnt.words
         if column.startswith(_TAG):
             return _distinct([trial.tags for trial in self.trials], column.removeprefix(_TAG))
         if any(column in trial.params for trial in self.trials):
@@ -84,7 +89,8 @@ def make_table(trials: Sequence[Trial], columns: Sequence[str] | None = None, ea
     if columns is None:
         places = {row.trials[0].place for row in rows}
         present = [key for key in _DEFAULT if any(row.cell(key) is not None for row in rows)]
-        columns = ["point", *(["place"] if len(places) > 1 else []), "n", "outcome", *present]
+        paired = ["loss"] if any(row.learnt is not None and row.learnt.over_lowest is not None for row in rows) else []
+        columns = ["point", *(["place"] if len(places) > 1 else []), "n", "outcome", *present, *paired]
     else:
         _check(columns, trials)
     return Table(columns=tuple(columns), cells=tuple(tuple(row.cell(name) for name in columns) for row in rows))
@@ -114,7 +120,8 @@ def _rows_of_place(group: Group, names: Mapping[Settings, str], each: bool) -> l
             measured = [trial for trial in together if trial in group.measured]
             figures = measured or [trial for trial in together if trial.outcome == Outcome.out_of_memory.value]
             rows.append(Row(point=names[point], trials=tuple(together), figures=tuple(figures)))
-    return rows
+    answers = learnt([[trial for trial in row.figures if trial.finished] for row in rows])
+    return [replace(row, learnt=answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def _check(columns: Sequence[str], trials: Sequence[Trial]) -> None:
@@ -157,6 +164,8 @@ def _distinct(values: Sequence[Mapping[str, str]], key: str) -> str | None:
 
 
 def _heading(column: str) -> str:
+    if column == "loss":
+        return "loss over the lowest (95 %)"
     return metric(column).column if column in METRICS else column.removeprefix(_TAG)
 
 

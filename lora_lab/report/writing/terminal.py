@@ -11,7 +11,7 @@ from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
-from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
+from lora_lab.report.measures import LOSS, MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.step_split import StepSplit
@@ -26,6 +26,7 @@ from lora_lab.report.writing.labels import (
     regime_text,
     usual_levels,
 )
+from lora_lab.report.writing.learnt import is_compared, ordered
 from lora_lab.report.writing.numbers import change, format_estimate, interval_note
 from lora_lab.report.writing.sessions import pooled_table
 from lora_lab.report.writing.step import split_text
@@ -117,6 +118,8 @@ def _show_group(found: GroupFindings, machine: str, console: Console) -> None:
         style="dim",
     )
     console.print(_points_table(found))
+    if is_compared(found):
+        console.print(_learnt_table(found))
     for measure, why in found.absent.items():
         console.print(f"no {measure}: {escape(why)}", highlight=False)
     for each in found.design.confounded:
@@ -165,6 +168,16 @@ def _points_table(found: GroupFindings) -> Table:
         )
     if usual := levels_text(usual_levels(found.points, factors), factors, {}):
         table.caption, table.caption_justify = f"unless a row says otherwise: {escape(usual)}", "left"
+    return table
+
+
+def _learnt_table(found: GroupFindings) -> Table:
+    """Return a table of the held-out losses, the lowest first."""
+    table = Table(title="held-out loss, and what it is over the lowest (95 % interval over rows)", title_justify="left")
+    for head in ("configuration", "nats per token", "over the lowest"):
+        table.add_column(head, overflow="fold")
+    for point, answer in ordered(found):
+        table.add_row(escape(name_of(point.levels, found)), LOSS.form.format(answer.loss), answer.words)
     return table
 
 

@@ -114,6 +114,18 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
         return total
 
 
+def is_in_chunks(causal: Any) -> bool:
+    """Return whether `use_chunked_loss` has changed this model."""
+    return getattr(causal.__dict__.get("forward"), "__module__", "") == __name__
+
+
+def chunked_row_losses(causal: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Sum the loss in nats of each row, in fp32, of shape (rows,); for a model that `use_chunked_loss` has changed."""
+    hidden, weight = causal.get_decoder()(**inputs).last_hidden_state, causal.get_output_embeddings().weight
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    return torch.stack([chunked_cross_entropy(h, weight, row) for h, row in zip(hidden, shifted, strict=True)])
+
+
 def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
     """Make the causal language model calculate its loss in chunks whenever it gets labels. Its output then has no
     logits. The model's class is not touched.

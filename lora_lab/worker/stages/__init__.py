@@ -1,6 +1,7 @@
 """The stages of a trial. A new stage is a file here and a line in STAGES."""
 
 from lora_lab.worker.stages import (
+    answering,
     conversion,
     data_loading,
     heldout,
@@ -26,5 +27,6 @@ STAGES: tuple[Stage, ...] = (
     training_steps.STAGE,
     heldout.AFTER,
     saving.STAGE,
+    answering.STAGE,
 )
 """In the order in which they run."""

@@ -1,11 +1,13 @@
-"""Evaluate the held-out rows, before and after training."""
+"""Evaluate the held-out rows and the general text, before and after training."""
 
 import time
 from functools import partial
 
-from lora_lab.events import Evaluated, Phase, Progress
+from lora_lab.events import GENERAL, HELDOUT, Evaluated, Phase, Progress, RowLosses
 from lora_lab.worker.data import Example
-from lora_lab.worker.evaluation import heldout_loss
+from lora_lab.worker.evaluation import Losses, digest_of, row_losses
+from lora_lab.worker.general_text import general_examples, general_rows
+from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
@@ -15,7 +17,7 @@ def heldout_rows(trial: TrialContext) -> list[Example]:
 
 
 def _is_needed(trial: TrialContext) -> bool:
-    return bool(heldout_rows(trial))
+    return bool(heldout_rows(trial)) or general_rows(trial.config) > 0
 
 
 def evaluate(trial: TrialContext, phase: Phase, step: int | None = None) -> float:
@@ -26,20 +28,48 @@ def evaluate(trial: TrialContext, phase: Phase, step: int | None = None) -> floa
 
     Returns: nats per trained token.
     """
-    config, rows = trial.config, heldout_rows(trial)
+    rows = heldout_rows(trial)
+    losses = _send_losses(trial, rows, HELDOUT, phase, step)
+    found = Evaluated(
+        t=time.monotonic(), phase=phase.value, loss=losses.mean, rows=len(rows), tokens=sum(losses.tokens), step=step
+    )
+    trial.emit(found)
+    return found.loss
+
+
+def _send_losses(trial: TrialContext, rows: list[Example], text: str, phase: Phase, step: int | None = None) -> Losses:
+    config = trial.config
 
     def progress(done: int, total: int) -> None:
         trial.emit(Progress(t=time.monotonic(), done=done, total=total))
 
-    loss, tokens = heldout_loss(
+    losses = row_losses(
         trial.model, rows, config.batch_size, trial.padding, config.precision.dtype, trial.device, progress
     )
-    trial.emit(Evaluated(t=time.monotonic(), phase=phase.value, loss=loss, rows=len(rows), tokens=tokens, step=step))
-    return loss
+    trial.emit(
+        RowLosses(
+            t=time.monotonic(),
+            phase=phase.value,
+            text=text,
+            nats=[float(f"{nats:.6g}") for nats in losses.nats],
+            tokens=losses.tokens,
+            digest=digest_of(rows),
+            step=step,
+        )
+    )
+    return losses
 
 
 def _evaluate(phase: Phase, trial: TrialContext) -> None:
-    evaluate(trial, phase)
+    if heldout_rows(trial):
+        evaluate(trial, phase)
+    if general_rows(trial.config):
+        _send_losses(trial, _general(trial), GENERAL, phase)
+
+
+def _general(trial: TrialContext) -> list[Example]:
+    vocab_size = trial.architecture.get_text_config().vocab_size
+    return general_examples(trial.config, load_tokenizer(trial.config.model), vocab_size)
 
 
 def _stage(phase: Phase) -> Stage:

@@ -10,6 +10,7 @@ from lora_lab.report.answers.best.caveats import remarks, sure
 from lora_lab.report.answers.best.cohort import Subject, others, subjects
 from lora_lab.report.answers.best.ranking import RunnerUp, ranked
 from lora_lab.report.measures import LOSS, VRAM
+from lora_lab.report.statistics.heldout import loss_over
 from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Trial
 
@@ -66,7 +67,7 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
             remarks=(),
             others=rest,
         )
-    fitting, worse = _learning(fitting, wish)
+    fitting, worse, unsure = _learning(fitting, wish)
     best, runners_up = ranked(fitting, wish.objective)
     return Choice(
         wish=wish,
@@ -76,7 +77,7 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
         least=None,
         left_out=tuple(left_out + worse),
         sure=sure(best, runners_up),
-        remarks=tuple(remarks(best, runners_up, wish)),
+        remarks=tuple(unsure + remarks(best, runners_up, wish)),
         others=rest,
     )
 
@@ -109,22 +110,39 @@ def _check_memory_known(subject: Subject, found: Sequence[Candidate], wish: Wish
         )
 
 
-def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates whose held-out loss is low enough.
+def _learning(candidates: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str], list[str]]:
+    """Return the candidates whose held-out loss is low enough, what was left out, and what is uncertain of the rest.
+
+    A loss is compared with the lowest by the held-out rows that both were evaluated on, where these were kept; else by
+    the medians.
 
     Raises: InvalidInput when none of them has one."""
     if wish.max_loss_increase is None:
-        return list(candidates), []
-    losses = {one.label: one.figures[LOSS.name].median for one in candidates if LOSS.name in one.figures}
-    if not losses:
+        return list(candidates), [], []
+    known = [one for one in candidates if LOSS.name in one.figures]
+    if not known:
         raise InvalidInput(
             "--max-loss-increase cannot be applied: none of the configurations that fit has a held-out loss. Run them "
             "with measure.eval_rows above 0."
         )
-    most = min(losses.values()) * (1 + wish.max_loss_increase)
-    kept = [one for one in candidates if losses.get(one.label, math.inf) <= most]
-    gone = len(losses) - len(kept)
-    left_out = [f"{count(gone, 'configuration')} with a held-out loss above {most:.4f}"] if gone else []
-    unknown = len(candidates) - len(losses)
+    lowest = min(known, key=lambda one: one.figures[LOSS.name].median)
+    least = lowest.figures[LOSS.name].median
+    most = least * wish.max_loss_increase
+    increases = {id(one): _increase(one, lowest) for one in known}
+    kept = [one for one in known if increases[id(one)][0] <= most]
+    gone = len(known) - len(kept)
+    left_out = [f"{count(gone, 'configuration')} with a held-out loss above {least + most:.4f}"] if gone else []
+    unknown = len(candidates) - len(known)
     left_out += [f"{count(unknown, 'configuration')} without a held-out loss"] if unknown else []
-    return kept, left_out
+    unsure = sum(increases[id(one)][1] > most for one in kept)
+    reach = f"{count(unsure, 'configuration')} may lie above that limit of the loss, by the 95 % interval over rows"
+    return kept, left_out, [reach] if unsure else []
+
+
+def _increase(one: Candidate, lowest: Candidate) -> tuple[float, float]:
+    """Return the held-out loss over the lowest, and the upper end of its interval; the same twice without one."""
+    over = None if one is lowest else loss_over(one.trials, lowest.trials)
+    if over is None:
+        value = one.figures[LOSS.name].median - lowest.figures[LOSS.name].median
+        return value, value
+    return over.value, over.value if over.high is None else over.high

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
@@ -27,6 +28,7 @@ from lora_lab.report.writing.labels import (
     regime_text,
     usual_levels,
 )
+from lora_lab.report.writing.learnt import is_compared, ordered
 from lora_lab.report.writing.numbers import change, format_estimate
 from lora_lab.report.writing.page.answer_cards import answer_cards
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
@@ -43,6 +45,12 @@ _OPEN_UP_TO = 3
 
 Timelines = Mapping[str, Mapping[str, Series]]
 """By run id, then by series key."""
+
+Answers = Mapping[str, Sequence[AnswerRow]]
+"""By run id."""
+
+_ANSWERS = 8
+"""Of a point that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +101,8 @@ class Part:
     budgets: tuple[float, ...]
     fits: tuple[tuple[str, tuple[Fit | None, ...]], ...]
     folders: tuple[Folder, ...]
+    answers: tuple[tuple[str, tuple[AnswerRow, ...]], ...]
+    """The first answers of a trial of each point, by its name."""
     environment: tuple[tuple[str, str], ...]
 
     def name(self, levels: Mapping[str, str]) -> str:
@@ -110,16 +120,16 @@ class Part:
         return sum(len(folder.trials) for folder in self.folders) <= _OPEN_UP_TO
 
 
-def write_page(findings: Findings, timelines: Timelines, path: Path) -> None:
+def write_page(findings: Findings, timelines: Timelines, path: Path, answers: Answers | None = None) -> None:
     """Write `page` to `path`."""
-    path.write_text(page(findings, timelines), encoding="utf-8")
+    path.write_text(page(findings, timelines, answers), encoding="utf-8")
 
 
-def page(findings: Findings, timelines: Timelines) -> str:
+def page(findings: Findings, timelines: Timelines, answers: Answers | None = None) -> str:
     """Return the whole page.
 
     `timelines` holds the step times (s) and power (W) to draw: Unix time in ms, step and value. Trials that it lacks
-    are shown without timelines."""
+    are shown without timelines. `answers` holds the trials' answers to held-out prompts."""
     loader = PackageLoader("lora_lab.report.writing.page", "")
     environment = Environment(
         loader=loader,
@@ -145,12 +155,16 @@ def page(findings: Findings, timelines: Timelines) -> str:
         "real": real,
         "dropped": dropped,
         "confounded": confounded,
+        "is_compared": is_compared,
+        "ordered": ordered,
+        "answers_shown": _ANSWERS,
         "is_model": lambda model: isinstance(model, FactorialModel),
     }
     css, _, _ = loader.get_source(environment, "page.css")
     places = [found.group.place for found in findings.groups]
     parts = [
-        _part(found, timelines, number, machine_name(number, places)) for number, found in enumerate(findings.groups)
+        _part(found, timelines, answers or {}, number, machine_name(number, places))
+        for number, found in enumerate(findings.groups)
     ]
     return environment.get_template("page.html.j2").render(
         findings=findings,
@@ -193,7 +207,7 @@ def breaks(text: str) -> Markup:
     return Markup(" ".join(f'<span class="word">{word}</span>' if "<wbr>" in word else word for word in words))
 
 
-def _part(found: GroupFindings, timelines: Timelines, number: int, machine: str) -> Part:
+def _part(found: GroupFindings, timelines: Timelines, answers: Answers, number: int, machine: str) -> Part:
     factors, points = found.design.factors, found.points
     usual = usual_levels(points, factors)
     measures = [measure for measure in MEASURES if any(measure.name in point.figures for point in points)]
@@ -217,6 +231,7 @@ def _part(found: GroupFindings, timelines: Timelines, number: int, machine: str)
         budgets=budgets,
         fits=tuple(_fits_by_others(found.fits, budgets)),
         folders=tuple(_folders(found, factors, usual, timelines)),
+        answers=tuple(_answers(found, factors, usual, answers)),
         environment=tuple(_environment(found)),
     )
 
@@ -296,6 +311,18 @@ def _folders(
         Folder(label=label, trials=tuple((trial, timeline(trial, timelines.get(trial.run_id, {}))) for trial in trials))
         for label, trials in [*by_point, *([("left out", rest)] if rest else [])]
     ]
+
+
+def _answers(
+    found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], answers: Answers
+) -> list[tuple[str, tuple[AnswerRow, ...]]]:
+    """Return the answers of each point's last trial that has some."""
+    made = []
+    for point in found.points:
+        having = [rows for trial in point.trials if (rows := answers.get(trial.run_id))]
+        if having:
+            made.append((_name(point.levels, factors, usual), tuple(having[-1][:_ANSWERS])))
+    return made
 
 
 def _changes_text(dirty: bool, tags: Sequence[Mapping[str, str]]) -> str:

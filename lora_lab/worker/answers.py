@@ -1,0 +1,180 @@
+"""Answer held-out prompts greedily, by the trained model and by the model without what was trained."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lora_lab.config import TrialConfig
+from lora_lab.options import Weights
+from lora_lab.worker.data import IGNORED, Example
+from lora_lab.worker.evaluation import evaluating
+from lora_lab.worker.trainables.trainable import base_of
+
+MOST_TOKENS = 128
+"""Of an answer."""
+
+_DEFAULT = 8
+"""Prompts in a job."""
+
+_AT_ONCE = 8
+"""Prompts in a batch. Their cache is small next to what training keeps of as many tokens."""
+
+_SHORTEST_PROMPT = 2
+"""Tokens. A single one is what some tokenizers put before every text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out row, cut where its last answer begins."""
+
+    prompt: list[int]
+    gold: list[int]
+    """With the end of the turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model wrote."""
+
+    ids: list[int]
+    """Without the token that ended the turn."""
+    ended: bool
+
+
+def answers_asked(config: TrialConfig) -> int:
+    """Return how many prompts are answered."""
+    asked = config.measure.answers
+    return (_DEFAULT if config.train.is_job else 0) if asked is None else asked
+
+
+def questions(rows: Sequence[Example], count: int) -> list[Question]:
+    """Return the first `count` rows that are whole and have a prompt.
+
+    Of several answers in a row the last one is asked for, with everything before it as the prompt."""
+    return list(islice((asked for row in rows if (asked := _question(row)) is not None), count))
+
+
+def _question(row: Example) -> Question | None:
+    start = len(row.labels)
+    while start > 0 and row.labels[start - 1] != IGNORED:
+        start -= 1
+    if row.truncated or start < _SHORTEST_PROMPT or start == len(row.ids):
+        return None
+    return Question(row.ids[:start], row.ids[start:])
+
+
+class Writer:
+    """Writes answers with one model."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: TrialConfig, pad_id: int, end_of_turn: str) -> None:
+        """Take the live model.
+
+        Args:
+            end_of_turn: what ends an answer in the training rows; empty where nothing does.
+        """
+        self._model = model
+        self._causal = base_of(model)
+        self._tokenizer = tokenizer
+        self._attention = config.attention.value
+        self._precision = config.precision.dtype
+        self._pad_id = pad_id
+        single = tokenizer.get_vocab().get(end_of_turn)
+        # shapes without weights have the default ids of their kind, which mean nothing here
+        own = config.model.weights is Weights.pretrained
+        stops = _listed(self._causal.generation_config.eos_token_id) if own else []
+        self._ends = {single, tokenizer.eos_token_id, *stops} - {None}
+        self._end_text = end_of_turn if single is None else ""
+
+    def write(
+        self, asked: Sequence[Question], most_tokens: int, tuned: bool, progress: Callable[[int], None]
+    ) -> list[Answer]:
+        """Answer every question.
+
+        Args:
+            most_tokens: of an answer, with its end.
+            tuned: False leaves out what was trained.
+            progress: gets the number of answers so far.
+        """
+        found: list[Answer] = []
+        with (
+            contextlib.nullcontext() if tuned else self._model.disable_adapter(),
+            _as_transformers_has_it(self._causal, self._attention),
+            evaluating(self._model, self._precision, self._model.device),
+        ):
+            for start in range(0, len(asked), _AT_ONCE):
+                found += self._batch(asked[start : start + _AT_ONCE], most_tokens)
+                progress(len(found))
+        return found
+
+    def _batch(self, asked: Sequence[Question], most_tokens: int) -> list[Answer]:
+        width = max(len(each.prompt) for each in asked)
+        ids = torch.full((len(asked), width), self._pad_id)
+        mask = torch.zeros_like(ids)
+        for row, each in enumerate(asked):  # padded on the left: the answers follow on the right
+            ids[row, width - len(each.prompt) :] = torch.tensor(each.prompt)
+            mask[row, width - len(each.prompt) :] = 1
+        device = self._model.device
+        written: Tensor = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self._greedy(most_tokens),
+            tokenizer=self._tokenizer,
+        )
+        return [self._answer(row[width:].tolist()) for row in written]
+
+    def _greedy(self, most_tokens: int) -> GenerationConfig:
+        """Return settings that take nothing from those that came with the model, such as its repetition penalty."""
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=most_tokens,
+            eos_token_id=sorted(self._ends) or None,
+            stop_strings=[self._end_text] if self._end_text else None,
+            pad_token_id=self._pad_id,
+            use_cache=True,
+        )
+
+    def _answer(self, ids: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        if end is not None:
+            return Answer(ids[:end], ended=True)
+        ended = bool(self._end_text) and self._end_text in self._tokenizer.decode(ids)
+        return Answer(ids, ended)
+
+    def text(self, ids: list[int]) -> str:
+        """Return an answer's text, without the end of the turn."""
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return (text.split(self._end_text)[0] if self._end_text else text).strip()
+
+
+def most_tokens(architecture: Any, asked: Sequence[Question]) -> int:
+    """Return how many tokens an answer may have: MOST_TOKENS, or what the model's positions leave after the longest
+    prompt."""
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(each.prompt) for each in asked)
+    return MOST_TOKENS if positions is None else max(1, min(MOST_TOKENS, positions - longest))
+
+
+@contextlib.contextmanager
+def _as_transformers_has_it(causal: Any, attention: str) -> Iterator[None]:
+    """Take back what an engine has changed for training. Rows that are padded on the left need a mask, which an engine
+    may leave out; and a forward of our own does not show which arguments it takes."""
+    forward, before = causal.__dict__.pop("forward", None), causal.config._attn_implementation
+    causal.set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(before)
+        if forward is not None:
+            causal.forward = forward
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
