@@ -10,6 +10,8 @@ RUN = "run"
 COMMANDS = {
     "report": "lora_lab.report.__main__",
     "best": "lora_lab.best",
+    "generate": "lora_lab.generate",
+    "export": "lora_lab.export",
     "recompute": "lora_lab.recompute",
     "records": "lora_lab.records",
     "ui": "lora_lab.ui",

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +44,17 @@ def load(composed: DictConfig) -> TrialConfig:
     if found:
         raise InvalidInput(*found)
     return config
+
+
+def stored_config(path: Path) -> TrialConfig:
+    """Read the config that a trial wrote into its folder.
+
+    Raises: InvalidInput when it cannot be read, or is of another version."""
+    try:
+        stored = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return load(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrialConfig), stored)))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as fault:
+        raise InvalidInput(f"{path} cannot be read, or was edited, or another version wrote it: {fault}") from fault
 
 
 def _expand_home(config: TrialConfig) -> None:
