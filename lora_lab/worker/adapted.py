@@ -32,6 +32,7 @@ def load_adapted(config: TrialConfig, adapter: Path, device: torch.device) -> An
     """Load the base model as the trial had it, with the trained adapter on it, ready to answer.
 
     Raises: InvalidInput when the model cannot be loaded or the adapter is not of this model."""
+    transformers.set_seed(config.seed)  # random weights of a model are drawn with it, as the trial drew them
     model = load_model(config, load_architecture(config.model), device)
     try:
         loaded = model.load_adapter(str(adapter), "default")

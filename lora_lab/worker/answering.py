@@ -22,12 +22,17 @@ class Answer:
     """A model's answer, and how long it took."""
 
     text: str
-    tokens: int
+    ids: list[int]
     first_token_seconds: float
     seconds: float
     """From the prompt to the last token."""
     ended: bool
     """Whether the model ended its turn, rather than reach the most tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens it has, the end of the turn included."""
+        return len(self.ids)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -99,7 +104,7 @@ class Answerer:
         new = made[0, ids.shape[1] :].tolist()
         return Answer(
             text=self._tokenizer.decode(new, skip_special_tokens=True).strip(),
-            tokens=len(new),
+            ids=new,
             first_token_seconds=clock.times[1] - begun,
             seconds=clock.times[-1] - begun,
             ended=len(new) < most_tokens or new[-1] in self._stop["eos_token_id"],
