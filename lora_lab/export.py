@@ -22,7 +22,7 @@ from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, find_trained
-from lora_lab.trial.devices import choose_placement, worker_environment
+from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
     from lora_lab.worker.merging import Losses
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(config: TrialConfig, adapter: Path, out: Path) -> "Losses":
-    os.environ.update(worker_environment(choose_placement("cpu" if config.device == "cpu" else "auto")))
+    prepare_process(config)
     from lora_lab.worker.merging import Merger  # it imports torch
 
     return Merger(config, adapter, lambda line: print(f"{line} ...", file=sys.stderr)).merge(out)

@@ -5,7 +5,6 @@ each model goes on with its own conversation, /reset begins a new one, and Ctrl-
 the input is invalid."""
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, find_trained
-from lora_lab.trial.devices import choose_placement, worker_environment
+from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
     from lora_lab.worker.answering import Answer, Answerer
@@ -53,7 +52,7 @@ def _run(asked: argparse.Namespace, place: Path) -> None:
         raise InvalidInput("a question is empty. Give some text in quotes, or no question to be asked for them.")
     folder = find_trained(asked.run, place)
     config = stored_config(folder / CONFIG)
-    os.environ.update(worker_environment(choose_placement("cpu" if config.device == "cpu" else "auto")))
+    prepare_process(config)
     from lora_lab.worker.answering import Answerer  # it imports torch
 
     session = Session(Answerer(config, folder / ADAPTER), asked)

@@ -1,6 +1,5 @@
 """Load a model with the adapter that a trial has trained."""
 
-import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ def be_quiet() -> None:
     """Keep what libraries say while they load a model from the user's terminal. Errors are still raised."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 

@@ -70,6 +70,8 @@ class Answerer:
         self._most_positions: int | None = getattr(shapes, "max_position_embeddings", None)
         self._pad = pad_id(self._tokenizer, shapes.vocab_size)
         self._stop = self._stops(shapes.vocab_size)
+        # the first call of all pays for what is set up once, and would make the model that answers first look slow
+        self.answer([{"role": "user", "content": "."}], tuned=True, most_tokens=2)
 
     @property
     def has_template(self) -> bool:
