@@ -11,6 +11,8 @@ COMMANDS = {
     "report": "lora_lab.report.__main__",
     "best": "lora_lab.best",
     "data": "lora_lab.data",
+    "generate": "lora_lab.generate",
+    "export": "lora_lab.export",
     "recompute": "lora_lab.recompute",
     "records": "lora_lab.records",
     "ui": "lora_lab.ui",

@@ -1,0 +1,63 @@
+"""Find the trial whose adapter the user names."""
+
+from pathlib import Path
+
+from lora_lab.config import InvalidInput
+from lora_lab.paths import MULTIRUN
+from lora_lab.store.folder_runs import FolderRuns
+from lora_lab.store.local_store import local_address
+from lora_lab.store.mlflow_client import fetch_run
+from lora_lab.store.multirun import LATEST
+from lora_lab.store.stored_runs import open_store
+from lora_lab.store.sweep_folder import SweepFolder
+
+CONFIG = "config.yaml"
+ADAPTER = "adapter"
+RUN_HELP = f"a trial's folder, {LATEST}, or a trial's id or the beginning of one"
+
+_WHOLE_ID = 32
+"""Characters of a run's id."""
+
+
+def find_trained(run: str, place: Path) -> Path:
+    """Return the folder that holds the config and the adapter of a trial.
+
+    Args:
+        run: a folder, `latest`, or an id or the beginning of one: of a trial under multirun/, or else of a run in the
+            local store.
+        place: an empty folder, where the files of a run in the store are put.
+
+    Raises: InvalidInput, TrackingFailed."""
+    if not run:
+        raise InvalidInput(f"RUN is empty. Name {RUN_HELP}.")
+    folder = MULTIRUN / LATEST if run == LATEST and not Path(run).is_dir() else Path(run)
+    if run == LATEST and not folder.is_dir():
+        raise InvalidInput(f"there is no {folder}: no trial was run in this folder. Name {RUN_HELP}.")
+    if not folder.is_dir():
+        folder = FolderRuns(experiment=None).trial_folder(run) or _fetched(run, place)
+    if SweepFolder(folder).exists:
+        trials = sorted(str(each.parent) for each in folder.glob(f"*/{ADAPTER}"))
+        listed = "".join(f"\n  {each}" for each in trials[:5])
+        raise InvalidInput(
+            f"{run} is a sweep. Name one of its trials{':' if trials else ', none of which has an adapter.'}{listed}"
+        )
+    if not (folder / CONFIG).is_file():
+        raise InvalidInput(f"{run} holds no {CONFIG}, so it is not a trial. Name {RUN_HELP}.")
+    if not (folder / ADAPTER / "adapter_config.json").is_file():
+        raise InvalidInput(
+            f"{run} holds no adapter: the trial did not come to its end, or its disk was full. Name a trial that "
+            "finished."
+        )
+    return folder
+
+
+def _fetched(run: str, place: Path) -> Path:
+    """Put the files of a run in the local store into `place`."""
+    try:
+        store = local_address()
+    except InvalidInput as missing:
+        raise InvalidInput(f"{run} is neither a folder nor the id of a trial under multirun/, and {missing}") from None
+    if len(run) < _WHOLE_ID:
+        run = open_store(store).id_of(run)
+    fetch_run(store, run, (CONFIG, ADAPTER), place)
+    return place

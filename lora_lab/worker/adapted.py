@@ -1,0 +1,49 @@
+"""Load a model with the adapter that a trial has trained."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import Quantization
+from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.quantised import evaluation_mode
+
+
+def be_quiet() -> None:
+    """Keep what libraries say while they load a model from the user's terminal. Errors are still raised."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
+def this_device() -> torch.device:
+    """Return the card that is visible, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_adapted(config: TrialConfig, adapter: Path, device: torch.device) -> Any:
+    """Load the base model as the trial had it, with the trained adapter on it, ready to answer.
+
+    Raises: InvalidInput when the model cannot be loaded or the adapter is not of this model."""
+    transformers.set_seed(config.seed)  # random weights of a model are drawn with it, as the trial drew them
+    model = load_model(config, load_architecture(config.model), device)
+    try:
+        loaded = model.load_adapter(str(adapter), "default")
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise InvalidInput(f"{adapter} could not be put on the model: {str(fault).splitlines()[0]}") from fault
+    if loaded.unexpected_keys or any("lora_" in key for key in loaded.missing_keys):
+        raise InvalidInput(f"{adapter} is not of this model: its config was edited, or its files are of another trial.")
+    evaluation_mode(model)
+    model.config.use_cache = model.config.get_text_config().use_cache = True
+    return model
+
+
+def without_quantisation(config: TrialConfig) -> TrialConfig:
+    """Return the config with the base model's weights in the format of the computation instead of 4 bit."""
+    method = replace(config.method, quantization=Quantization.none, double_quantization=False, raise_to_fp32=False)
+    return replace(config, method=method)

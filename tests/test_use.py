@@ -1,0 +1,234 @@
+"""What a user does with a trained adapter: answers from it, and a merged model that loads anywhere."""
+
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Said, lab_in
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_lab import export, generate
+from lora_lab.composition.compose import stored_config
+from lora_lab.config import TrialConfig
+from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.worker.answering import Answer, Answerer
+from lora_lab.worker.check import checked_examples
+from lora_lab.worker.merging import Losses, Merger
+from lora_lab.worker.models import load_architecture, load_tokenizer
+from lora_lab.worker.prompts import prompt_text
+from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+
+# few rows, so that all held-out ones are evaluated by the trial itself
+TINY = ("model=tiny", "measure=quick", "precision=fp32", "data.rows=20", "seq_len=256", "learning_rate=0.02")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trial that has finished."""
+
+    where: Path
+    method: str
+
+    @property
+    def folder(self) -> Path:
+        return next((self.where / "multirun").glob("2*/*"))
+
+    @property
+    def config(self) -> TrialConfig:
+        return stored_config(self.folder / "config.yaml")
+
+    @property
+    def recorded(self) -> float:
+        metrics = json.loads((self.folder / "record.json").read_text())["metrics"]
+        return float(metrics["loss/eval"])
+
+    def call(self, command: str, *arguments: str) -> Said:
+        return lab_in(self.where, f"lora_lab.{command}")(*arguments)
+
+
+def train(where: Path, method: str) -> Trained:
+    done = lab_in(where)(*TINY, f"method={method}")
+    assert done.code == 0, done.text
+    return Trained(where, method)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("lora"), "lora")
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("qlora"), "qlora")
+
+
+def losses(said: Said) -> dict[str, float]:
+    """The losses that export prints, by the beginning of their names."""
+    rows = re.findall(r"│ (adapter|merged, in|merged, loaded) .*?│ +([\d.]+) │", said.out)
+    return {name: float(loss) for name, loss in rows}
+
+
+def plain_loss(folder: Path, config: TrialConfig) -> float:
+    """The loss on the run's held-out rows by transformers alone, one row after the other."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = checked_examples(config, load_architecture(config.model))[0].heldout
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels)[1:]
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        kept = labels >= 0
+        total += float(torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum"))
+        count += int(kept.sum())
+    return total / count
+
+
+def test_a_merged_lora_has_the_adapters_loss_wherever_it_is_loaded(lora: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    said = lora.call("export", str(lora.folder), "--merge", str(out))
+    assert said.code == 0, said.text
+    found = losses(said)
+    assert found["adapter"] == pytest.approx(lora.recorded, abs=2e-5)
+    assert found["merged, in"] == pytest.approx(found["adapter"], abs=1e-4)
+    assert plain_loss(out, lora.config) == pytest.approx(lora.recorded, abs=1e-4)
+    assert "merged, loaded" not in found
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    asked = [{"role": "user", "content": "Why?"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == prompt_text(
+        load_tokenizer(lora.config.model), asked
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_qlora_is_merged_into_whole_weights_and_measured_in_4_bit_again(qlora: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    said = qlora.call("export", "latest", "--merge", str(out))
+    assert said.code == 0, said.text
+    found = losses(said)
+    assert found["adapter"] == pytest.approx(qlora.recorded, abs=2e-5)
+    assert plain_loss(out, qlora.config) == pytest.approx(found["merged, in"], abs=2e-5)
+    assert found.keys() == {"adapter", "merged, in", "merged, loaded"}
+    assert found["merged, loaded"] != found["merged, in"]
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_base_and_tuned_answer_side_by_side_with_their_speed(lora: Trained) -> None:
+    said = lora.call("generate", str(lora.folder), "Hello?", "--max-new-tokens", "8", "--system", "Be brief.")
+    assert said.code == 0, said.text
+    assert {"base", "tuned"} <= {*re.findall(r"\w+", said.out)}
+    assert len(re.findall(r"first token after [\d.]+ s", said.out)) == 2
+    assert re.search(r"memory: \d+\.\d+ GiB resident", said.out)
+    assert said.err == ""
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id_and_one_model_may_answer(lora: Trained) -> None:
+    run_id = json.loads((lora.folder / "delivered.json").read_text())["run_id"]
+    said = lora.call("generate", run_id[:8], "Hello?", "--max-new-tokens", "4", "--only", "tuned")
+    assert said.code == 0, said.text
+    assert len(re.findall(r"first token after", said.out)) == 1
+
+
+def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    Merger(lora.config, lora.folder / "adapter", lambda _: None).merge(out)
+    answerer = Answerer(lora.config, lora.folder / "adapter")
+    asked = [{"role": "user", "content": "Hello?"}]
+    base, tuned = (answerer.answer(asked, tuned=tuned, most_tokens=12) for tuned in (False, True))
+    ids = load_tokenizer(lora.config.model)(prompt_text(tiny_tokenizer(), asked), return_tensors="pt")["input_ids"]
+    made = AutoModelForCausalLM.from_pretrained(out).generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=258)
+    assert made[0, ids.shape[1] :].tolist() == tuned.ids
+    assert tuned.ids != base.ids
+    assert 0 < tuned.first_token_seconds <= tuned.seconds
+
+
+def test_each_model_goes_on_with_its_own_conversation_until_reset(
+    lora: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[bool, list[str]]] = []
+
+    def answer(_: Answerer, messages: list[dict[str, str]], tuned: bool, most_tokens: int) -> Answer:
+        asked.append((tuned, [each["content"] for each in messages]))
+        return Answer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], 0.1, 0.3, ended=True)
+
+    lines = iter(["one", "", "two", "/reset", "three"])
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(Answerer, "answer", answer)  # also of the call that warms up
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    assert generate.main([str(lora.folder), "--system", "short"]) == 0
+    assert [said for tuned, said in asked[1:] if tuned] == [
+        ["short", "one"],
+        ["short", "one", "tuned answer", "two"],
+        ["short", "three"],
+    ]
+    assert [said for tuned, said in asked if not tuned][1] == ["short", "one", "base answer", "two"]
+
+
+def test_a_system_prompt_goes_into_the_question_where_the_template_has_no_place_for_it() -> None:
+    tokenizer = tiny_tokenizer()
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert "system\nBe brief." in prompt_text(tokenizer, asked)
+    for refusal in ("{{ raise_exception('no system') }}", ""):
+        template = tiny_tokenizer().chat_template.replace(
+            "{% for message in messages %}",
+            "{% for message in messages %}{% if message['role'] == 'system' %}" + refusal + "{% else %}",
+        )
+        tokenizer.chat_template = template.replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+        assert "user\nBe brief.\n\nWhy?" in prompt_text(tokenizer, asked)
+    tokenizer.chat_template = None
+    assert prompt_text(tokenizer, asked[1:]) == "Why?"
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    err = capsys.readouterr().err
+    assert code == EXIT_REFUSED, err
+    assert [word for word in words if word not in err] == [], err
+
+
+def test_what_cannot_be_exported_is_refused_before_a_model_is_loaded(
+    lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "_merge", None)  # calling it would raise
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused(capsys, export.main([str(lora.folder), "--merge", "full"]), "full exists")
+    refused(capsys, export.main([str(lora.folder), "--merge", "no/such/out"]), "cannot be made")
+    refused(capsys, export.main(["latest", "--merge", "out"]), "multirun/latest")
+    refused(capsys, export.main(["0123abc", "--merge", "out"]), "0123abc")
+    refused(capsys, export.main([str(tmp_path), "--merge", "out"]), "config.yaml")
+    shutil.copytree(lora.folder, "bare", ignore=shutil.ignore_patterns("adapter"))
+    refused(capsys, export.main(["bare", "--merge", "out"]), "bare holds no adapter")
+    refused(capsys, generate.main(["bare", "Why?"]), "bare holds no adapter")
+    refused(capsys, generate.main([str(lora.folder), " "]), "empty")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")  # as shutil has it
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
+    refused(capsys, export.main([str(lora.folder), "--merge", str(tmp_path / "out")]), "GiB free")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merged_model_that_differs_too_much_is_reported_and_stays(
+    lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for merged in (4.0002, float("nan")):
+        monkeypatch.setattr(export, "_merge", lambda *_, found=merged: Losses(4.0, found, None, 3, 100))
+        assert export.main([str(lora.folder), "--merge", str(tmp_path / "out")]) == export.EXIT_DIFFERS
+        assert "0.0001" in capsys.readouterr().err
