@@ -1,6 +1,7 @@
 """Show the result of a trial when it is over."""
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def _adapter(folder: Path) -> list[str]:
         weights = whole(BaseWeights, folder / WEIGHTS)
     named = f" for {weights.named()}" if weights is not None else ""
     command = weights.command(folder) if weights is not None else ""
-    return [f"adapter {folder / ADAPTER}{named}", *([command] if command else [])]
+    ways = [f"ask it something: lora-lab generate {shlex.quote(str(folder))}", f"load it without lora_lab: {command}"]
+    return [f"adapter {folder / ADAPTER}{named}", *(ways if command else [])]
 
 
 def _with_error(summary: Summary, shown: Metric) -> str:
