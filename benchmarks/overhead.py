@@ -17,7 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.reports import markdown, provenance, write_report
-from lora_lab.events import Ended, Event, Phase, PhaseBegan, WindowClosed, decode
+from lora_lab.events import Ended, Event, PhaseBegan, WindowClosed, decode
+from lora_lab.phase import Phase
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.trial.devices import choose_placement
 

@@ -4,47 +4,14 @@ All times `t` are seconds of time.monotonic(), one clock for every process of a 
 
 import json
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from typing import Any
 
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
 from lora_lab.reading import Damaged, parsed, typed
 from lora_lab.secrets import without_secrets
 
-
-class Phase(Enum):
-    """A worker's phases, in this order. Conversion happens only when weights are used for the first time. A job goes
-    from `window` to `evaluation` or `checkpoint` and back, again and again."""
-
-    start = "start"
-    matmul_rate = "matmul_rate"
-    """Only the first time on a device: how fast it multiplies matrices."""
-    conversion = "conversion"
-    data = "data"
-    model = "model"
-    screening = "screening"
-    """Only with data.min_perplexity: how well the model knows each row before it is trained."""
-    evaluation_before = "evaluation_before"
-    compilation = "compilation"
-    """Only with engine=compile and graph: a step of each shape is compiled, and recorded."""
-    warm_up = "warm_up"
-    window = "window"
-    evaluation = "evaluation"
-    """In a job: the held-out rows, between two steps."""
-    checkpoint = "checkpoint"
-    """In a job: what is needed to go on from here is saved."""
-    profile = "profile"
-    """A few steps after the window under torch's profiler: how long the GPU itself works on a step."""
-    evaluation_after = "evaluation_after"
-    saving = "saving"
-    answers = "answers"
-    """Held-out prompts are answered, with and without what was trained."""
-
-
 HELDOUT, GENERAL = "heldout", "general"
 """The texts whose loss is calculated: the held-out rows, and the general text that comes with lora_lab."""
-
-FIRST_STEP = "first_step"
-"""The name of a PhaseMemory that describes the first step of the warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,52 +283,6 @@ class Step:
     """Name of the trained adapter; empty where there is only one."""
     learning_rate: float | None = None
     """The first parameter group's, in a job; None in a window, where it is constant."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobPlanned:
-    """Length of a job, sent before its first step."""
-
-    t: float
-    steps: int
-    steps_per_epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
-    """A complete checkpoint: training can go on from it."""
-
-    t: float
-    step: int
-    folder: str
-    """Below the trial's folder."""
-    total_bytes: int
-    epoch: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resumed:
-    """A job goes on from a checkpoint: in a new worker after a kill, or in the same one after a spike. Steps after
-    `step` that were sent before do not count any more."""
-
-    t: float
-    step: int
-    folder: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spiked:
-    """The loss of a job rose by more than `measure.loss_spike`."""
-
-    t: float
-    step: int
-    reason: str
-    action: str
-    """An OnSpike."""
-    learning_rate: float | None = None
-    """The highest of the schedule from now on; None when the job stops."""
-    rows: list[int] = field(default_factory=list)
-    """The training rows of that step, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

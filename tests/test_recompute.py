@@ -17,8 +17,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from lora_lab.config import TrackingConfig, TrialConfig
-from lora_lab.events import Ended, Evaluated, Event, Phase, PhaseBegan, Step, WindowClosed, WindowOpened
+from lora_lab.events import Ended, Evaluated, Event, PhaseBegan, Step, WindowClosed, WindowOpened
 from lora_lab.outcome import End, Outcome
+from lora_lab.phase import Phase
 from lora_lab.recompute import main
 from lora_lab.store.finishing import finish
 from lora_lab.store.outbox import Outbox

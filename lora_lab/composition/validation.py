@@ -7,17 +7,8 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import (
-    AUTO,
-    DataConfig,
-    InvalidInput,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SourceConfig,
-    TrainConfig,
-    TrialConfig,
-)
+from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.layouts import map_fault
 from lora_lab.dataset.shipped import shipped_names
 from lora_lab.options import (

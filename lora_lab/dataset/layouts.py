@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.fields import Fields, text_of, written
 from lora_lab.dataset.row import Conversation, Passage, Role, Row
 from lora_lab.dataset.turns import turns_of

@@ -2,7 +2,8 @@
 
 from itertools import chain, islice
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.json_records import Numbered
 from lora_lab.dataset.layouts import Format, NothingToTrain, format_of, unknown
 from lora_lab.dataset.row import Row

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.duplicates import without_duplicates

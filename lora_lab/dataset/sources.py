@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_lab.config import DataConfig, InvalidInput, SourceConfig
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.file_kinds import FileKind, kind_of

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import InvalidInput, SourceConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.data_config import SourceConfig
 from lora_lab.dataset.shipped import shipped_file
 from lora_lab.dataset.sources import files_of_path, heldout_file
 from lora_lab.options import DataSource, ModelSource, Weights

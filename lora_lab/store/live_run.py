@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lora_lab.config import InvalidInput, TrackingConfig
-from lora_lab.events import Event, JobPlanned
+from lora_lab.events import Event
+from lora_lab.job_events import JobPlanned
 from lora_lab.options import TrackingKind
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.live_series import LiveSeries

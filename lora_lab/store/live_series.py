@@ -4,7 +4,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from lora_lab.events import Evaluated, Event, JobPlanned, Step
+from lora_lab.events import Evaluated, Event, Step
+from lora_lab.job_events import JobPlanned
 from lora_lab.store.record import Point, event_series
 from lora_lab.telemetry.sampler import Sample
 

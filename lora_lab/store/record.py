@@ -11,9 +11,10 @@ from enum import Enum
 from typing import Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import HELDOUT, DataCounted, Evaluated, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.events import HELDOUT, DataCounted, Evaluated, Event, PhaseBegan, Ran, Step
 from lora_lab.options import EngineKind
 from lora_lab.outcome import End, Outcome
+from lora_lab.phase import Phase
 from lora_lab.quality.row_losses import TAG, HeldoutRows
 from lora_lab.secrets import without_secrets
 from lora_lab.store.naming import OPTIONS, point_name

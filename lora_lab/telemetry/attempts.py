@@ -9,19 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from lora_lab.events import (
-    Checkpointed,
-    Evaluated,
-    Event,
-    JobPlanned,
-    Phase,
-    PhaseBegan,
-    Ready,
-    Resumed,
-    Step,
-    WindowClosed,
-    WindowOpened,
-)
+from lora_lab.events import Evaluated, Event, PhaseBegan, Ready, Step, WindowClosed, WindowOpened
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed
+from lora_lab.phase import Phase
 from lora_lab.telemetry.sampler import Sample
 
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from lora_lab.events import FIRST_STEP, Event, Phase
+from lora_lab.events import Event
+from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.telemetry.phases import spans
 
 _WORK = (

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lora_lab.events import Compiled, EngineDone, Event, Phase, PhaseBegan
+from lora_lab.events import Compiled, EngineDone, Event, PhaseBegan
+from lora_lab.phase import Phase
 from lora_lab.telemetry.figures import GIB, Summary
 
 _MADE_READY = ("engine/compile_seconds", "engine/shapes")

@@ -8,7 +8,9 @@ the job take again are counted in hours and energy, and not in steps and tokens.
 import math
 from collections.abc import Sequence
 
-from lora_lab.events import Checkpointed, Evaluated, Event, JobPlanned, Phase, PhaseBegan, Resumed, Spiked, Step
+from lora_lab.events import Evaluated, Event, PhaseBegan, Step
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
+from lora_lab.phase import Phase
 from lora_lab.telemetry.attempts import counting, with_samples
 from lora_lab.telemetry.energy import Energy, energy_of
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH, of_card

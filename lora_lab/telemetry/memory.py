@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lora_lab.events import FIRST_STEP, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory
+from lora_lab.events import Event, OptimizerMemory, PhaseBegan, PhaseMemory
+from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.gpu_processes import worker_pids
 from lora_lab.telemetry.host_facts import HostFacts

@@ -6,7 +6,7 @@ docs/measurement.md has each one's formula, source and error.
 from dataclasses import dataclass
 from enum import Enum
 
-from lora_lab.events import Phase
+from lora_lab.phase import Phase
 
 
 class Better(Enum):

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from lora_lab.events import FIRST_STEP, Ended, Event, Phase, PhaseBegan, PhaseMemory
+from lora_lab.events import Ended, Event, PhaseBegan, PhaseMemory
+from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.telemetry.attempts import split
 
 Span = tuple[float, float]

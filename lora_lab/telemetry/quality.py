@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from lora_lab.events import GENERAL, HELDOUT, Answered, Event, Phase, RowLosses
+from lora_lab.events import GENERAL, HELDOUT, Answered, Event, RowLosses
+from lora_lab.phase import Phase
 from lora_lab.quality.paired import FEWEST_ROWS, change
 from lora_lab.quality.proportion import wilson
 from lora_lab.telemetry.figures import Summary

@@ -2,19 +2,9 @@
 
 from collections.abc import Sequence
 
-from lora_lab.events import (
-    Ended,
-    Evaluated,
-    Event,
-    MatmulRate,
-    ModelCounted,
-    Phase,
-    PhaseMemory,
-    Ran,
-    Step,
-    Warned,
-)
+from lora_lab.events import Ended, Evaluated, Event, MatmulRate, ModelCounted, PhaseMemory, Ran, Step, Warned
 from lora_lab.outcome import Outcome
+from lora_lab.phase import Phase
 from lora_lab.telemetry.attempts import counting, split
 from lora_lab.telemetry.durations import durations
 from lora_lab.telemetry.efficientllm import add_efficientllm

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lora_lab.events import Event, JobPlanned, Profiled, Step
+from lora_lab.events import Event, Profiled, Step
+from lora_lab.job_events import JobPlanned
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.window import Window
 

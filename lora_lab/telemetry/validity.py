@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
 
-from lora_lab.events import Event, Phase, PhaseMemory
+from lora_lab.events import Event, PhaseMemory
+from lora_lab.phase import Phase
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.gpu_processes import foreign_pids
 from lora_lab.telemetry.host_facts import HostFacts

@@ -5,7 +5,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lab.events import Event, Phase, PhaseBegan, Resumed, Step, WindowClosed, WindowOpened
+from lora_lab.events import Event, PhaseBegan, Step, WindowClosed, WindowOpened
+from lora_lab.job_events import Resumed
+from lora_lab.phase import Phase
 from lora_lab.telemetry.attempts import counting
 from lora_lab.telemetry.sampler import Sample
 

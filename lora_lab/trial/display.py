@@ -12,7 +12,9 @@ from rich.text import Text
 
 from lora_lab import events as said
 from lora_lab.config import TrialConfig
-from lora_lab.events import Event, Phase
+from lora_lab.events import Event
+from lora_lab.job_events import Checkpointed, Resumed, Spiked
+from lora_lab.phase import Phase
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sampler
@@ -40,7 +42,7 @@ _DOING = {
 _OF_A_JOB = {Phase.warm_up.value, Phase.window.value, Phase.evaluation.value, Phase.checkpoint.value}
 """The phases between which a job alternates. They share one bar."""
 
-_STANDS_OUT = {said.Spiked: "[bold red]spike:[/bold red] ", said.Resumed: "[yellow]resumed:[/yellow] "}
+_STANDS_OUT = {Spiked: "[bold red]spike:[/bold red] ", Resumed: "[yellow]resumed:[/yellow] "}
 """The beginning of a line about an event that is out of the ordinary."""
 
 _SWEEP = "sweep"
@@ -193,7 +195,7 @@ class Display:
     def _tell(self, event: Event, text: str) -> None:
         """Print what a user wants to know of an event of a job. What is out of the ordinary begins with its kind."""
         in_short = self._console.is_terminal or self._sweep is not None
-        if not text or (in_short and isinstance(event, said.Checkpointed)):
+        if not text or (in_short and isinstance(event, Checkpointed)):
             return
         which = "" if self._sweep is None else f"{escape(self._name)}: "
         kind = _STANDS_OUT.get(type(event))

@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from lora_lab.events import Checkpointed, Evaluated, Event, JobPlanned, Phase, PhaseBegan, Resumed, Spiked, Step
+from lora_lab.events import Evaluated, Event, PhaseBegan, Step
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
 from lora_lab.options import OnSpike
+from lora_lab.phase import Phase
 from lora_lab.telemetry.sampler import SLOW_EVERY, Sample
 from lora_lab.trial.standing import clock
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.config import DataConfig, InvalidInput, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.row import Passage, Row
 from lora_lab.dataset.selection import Selected, check_left, select
 from lora_lab.dataset.sources import file_rows

@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.layouts import format_of, unknown
 from lora_lab.dataset.row import Row
 from lora_lab.dataset.rows import rows_of

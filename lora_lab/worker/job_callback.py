@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import FIRST_STEP, Phase
+from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch
 from lora_lab.worker.callback import Telemetry
 from lora_lab.worker.job_plan import JobPlan

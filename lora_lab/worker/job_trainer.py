@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import Phase
 from lora_lab.options import Schedule
 from lora_lab.outcome import Diverged
+from lora_lab.phase import Phase
 from lora_lab.worker.checkpoints import Checkpoint, Checkpoints, is_disk_fault
 from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from lora_lab.events import Event, Phase, PhaseBegan, PhaseMemory
+from lora_lab.events import Event, PhaseBegan, PhaseMemory
+from lora_lab.phase import Phase
 from lora_lab.worker.vram_limit import VramLimit
 
 Emit = Callable[[Event], None]

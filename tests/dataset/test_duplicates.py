@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lora_lab.config import DataConfig
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.duplicates import NEAR, near_duplicates, runs_of_words, without_duplicates
 from lora_lab.dataset.shipped import SHIPPED
 from lora_lab.dataset.sources import file_rows

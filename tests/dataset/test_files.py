@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lora_lab.config import DataConfig, InvalidInput, SourceConfig
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.row import Conversation, Row
 from lora_lab.dataset.selection import check_rows, select

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from lora_lab.config import DataConfig, InvalidInput, MapConfig
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig, MapConfig
 from lora_lab.dataset.layouts import map_fault
 from lora_lab.dataset.row import Conversation, Passage, Role, Row, Turn
 from lora_lab.dataset.rows import rows_of

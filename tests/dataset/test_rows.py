@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.config import DataConfig, InvalidInput, MapConfig
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig, MapConfig
 from lora_lab.dataset.row import Conversation, Row
 from lora_lab.dataset.rows import rows_of
 from lora_lab.dataset.shipped import SHIPPED

@@ -9,17 +9,9 @@ from typing import Protocol
 
 from hypothesis import strategies as st
 
-from lora_lab.events import (
-    Checkpointed,
-    Evaluated,
-    Event,
-    JobPlanned,
-    Phase,
-    PhaseBegan,
-    Step,
-    WindowClosed,
-    WindowOpened,
-)
+from lora_lab.events import Evaluated, Event, PhaseBegan, Step, WindowClosed, WindowOpened
+from lora_lab.job_events import Checkpointed, JobPlanned
+from lora_lab.phase import Phase
 from lora_lab.telemetry.sampler import Sample
 
 ROUNDING = 0.02

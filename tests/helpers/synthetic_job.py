@@ -4,19 +4,9 @@ from dataclasses import dataclass, field, replace
 
 from synthetic import step
 
-from lora_lab.events import (
-    Checkpointed,
-    Ended,
-    Evaluated,
-    Event,
-    JobPlanned,
-    Phase,
-    PhaseBegan,
-    Ready,
-    Resumed,
-    WindowClosed,
-    WindowOpened,
-)
+from lora_lab.events import Ended, Evaluated, Event, PhaseBegan, Ready, WindowClosed, WindowOpened
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed
+from lora_lab.phase import Phase
 
 
 @dataclass

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import PackageConfig, SourceConfig, TrialConfig
+from lora_lab.config import PackageConfig, TrialConfig
+from lora_lab.data_config import SourceConfig
 from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
 from lora_lab.store import fingerprint

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.config import OptimizerConfig, TrialConfig
-from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Ran, Step
+from lora_lab.events import DataCounted, Event, PhaseBegan, Ran, Step
 from lora_lab.options import DType
 from lora_lab.outcome import End, Outcome
+from lora_lab.phase import Phase
 from lora_lab.reading import typed
 from lora_lab.store.record import RUNNING, Point, Record, complete, params, run_name, without_secrets
 from lora_lab.telemetry.figures import GIB, Summary

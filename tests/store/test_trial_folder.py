@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.config import TrackingConfig, TrialConfig
-from lora_lab.events import DataCounted, Ended, Event, Phase, PhaseBegan, Step, Warned, encode
+from lora_lab.events import DataCounted, Ended, Event, PhaseBegan, Step, Warned, encode
 from lora_lab.files import read_json, write_json
 from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
+from lora_lab.phase import Phase
 from lora_lab.store import trial_folder
 from lora_lab.store.finishing import finish, finish_for_dead
 from lora_lab.store.outbox import Outbox

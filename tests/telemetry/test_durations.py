@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.events import Ended, Event, Phase, PhaseBegan, Ready
+from lora_lab.events import Ended, Event, PhaseBegan, Ready
+from lora_lab.phase import Phase
 from lora_lab.telemetry.durations import durations
 
 FIRST_STEP, OVERHEAD = "time/asked_to_first_step_seconds", "overhead/before_first_step_seconds"

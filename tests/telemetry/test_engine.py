@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_lab.events import Compiled, EngineDone, Event, Phase, PhaseBegan
+from lora_lab.events import Compiled, EngineDone, Event, PhaseBegan
+from lora_lab.phase import Phase
 from lora_lab.telemetry.engine import add_engine
 from lora_lab.telemetry.figures import GIB, Summary
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from synthetic import ROUNDING, Constant, SyntheticCard, squares, step, synthetic_cards
 from synthetic_job import SyntheticJob
 
-from lora_lab.events import Event, Phase, PhaseBegan, Resumed, WindowClosed
+from lora_lab.events import Event, PhaseBegan, WindowClosed
+from lora_lab.job_events import Resumed
+from lora_lab.phase import Phase
 from lora_lab.telemetry.attempts import counting, split
 from lora_lab.telemetry.host_facts import HostFacts, Idle, Stated
 from lora_lab.telemetry.sampler import Sample

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.events import FIRST_STEP, Ended, Event, OptimizerMemory, Phase, PhaseBegan, PhaseMemory, Ready
+from lora_lab.events import Ended, Event, OptimizerMemory, PhaseBegan, PhaseMemory, Ready
+from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.memory import add_memory

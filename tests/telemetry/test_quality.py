@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora_lab.events import GENERAL, HELDOUT, Answered, Event, Phase, RowLosses, decode, encode
+from lora_lab.events import GENERAL, HELDOUT, Answered, Event, RowLosses, decode, encode
+from lora_lab.phase import Phase
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.metrics import METRICS
 from lora_lab.telemetry.quality import add_quality

@@ -16,7 +16,6 @@ from lora_lab.events import (
     MatmulRate,
     ModelCounted,
     OptimizerMemory,
-    Phase,
     PhaseBegan,
     PhaseMemory,
     Profiled,
@@ -26,6 +25,7 @@ from lora_lab.events import (
     WindowClosed,
     WindowOpened,
 )
+from lora_lab.phase import Phase
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.host_facts import HostFacts, Idle
 from lora_lab.telemetry.sampler import Sample

@@ -10,7 +10,9 @@ from rich.console import Console
 from synthetic import job_of
 
 from lora_lab.config import MeasureConfig, TrainConfig, TrialConfig
-from lora_lab.events import Evaluated, Event, Phase, PhaseBegan, Resumed, Spiked, Step, Warned
+from lora_lab.events import Evaluated, Event, PhaseBegan, Step, Warned
+from lora_lab.job_events import Resumed, Spiked
+from lora_lab.phase import Phase
 from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.trial import display as module
 from lora_lab.trial.display import Display

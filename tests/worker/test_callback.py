@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lora_lab.composition.compose import CONF
 from lora_lab.config import MeasureConfig, OptimizerConfig, PrecisionConfig, TrialConfig
-from lora_lab.events import Ended, Event, Phase, PhaseBegan, Profiled, Step, WindowClosed, WindowOpened
+from lora_lab.events import Ended, Event, PhaseBegan, Profiled, Step, WindowClosed, WindowOpened
 from lora_lab.options import Batching, DataSource, DType, ModelSource, Weights
+from lora_lab.phase import Phase
 from lora_lab.worker.callback import TelemetryCallback
 from lora_lab.worker.data import Collator, Example, pack, train_collator
 from lora_lab.worker.models import load_architecture, load_model

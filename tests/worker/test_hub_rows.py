@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from lora_lab.config import DataConfig, InvalidInput
+from lora_lab.config import InvalidInput
+from lora_lab.data_config import DataConfig
 from lora_lab.dataset.row import Conversation
 from lora_lab.worker.hub_rows import hub_rows
 

@@ -19,23 +19,20 @@ from tiny_trials import ended, tiny_config
 
 from lora_lab.config import TrialConfig
 from lora_lab.events import (
-    Checkpointed,
     Ended,
     EngineDone,
     Evaluated,
     Event,
-    JobPlanned,
     OptimizerMemory,
-    Phase,
     PhaseBegan,
-    Resumed,
-    Spiked,
     Step,
     Warned,
     WindowClosed,
     WindowOpened,
 )
+from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
 from lora_lab.options import DType, EngineKind, OnSpike, Quantization, Schedule
+from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.checkpoints import Checkpoints, is_disk_fault
 from lora_lab.worker.data import Collator

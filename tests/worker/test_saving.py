@@ -16,7 +16,8 @@ from peft import PeftConfig
 from tiny_trials import ended, tiny_config
 
 from lora_lab.base_weights import WEIGHTS, BaseWeights
-from lora_lab.config import DataConfig, ModelConfig, PackageConfig, TrialConfig
+from lora_lab.config import ModelConfig, PackageConfig, TrialConfig
+from lora_lab.data_config import DataConfig
 from lora_lab.events import Event, Warned
 from lora_lab.files import write_json
 from lora_lab.options import DataSource, ModelSource

@@ -7,8 +7,9 @@ import pytest
 from test_evaluation import CPU, PAD, examples, tiny
 from tiny_trials import ended, tiny_config
 
-from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Warned
+from lora_lab.events import DataCounted, Event, PhaseBegan, Warned
 from lora_lab.options import Batching, DType
+from lora_lab.phase import Phase
 from lora_lab.worker import evaluation
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.screening import row_losses, screen

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from tiny_trials import ended, tiny_config
 
-from lora_lab.events import DataCounted, Event, Phase, PhaseBegan, Warned
+from lora_lab.events import DataCounted, Event, PhaseBegan, Warned
+from lora_lab.phase import Phase
 from lora_lab.worker import trial
 from lora_lab.worker.stages import STAGES
 from lora_lab.worker.stages.stage import Stage, TrialContext

@@ -9,9 +9,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import Compiled, EngineDone, Phase, Warned
+from lora_lab.events import Compiled, EngineDone, Warned
 from lora_lab.options import Attention, Batching, Checkpointing, EngineKind
 from lora_lab.outcome import Unsupported
+from lora_lab.phase import Phase
 from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask

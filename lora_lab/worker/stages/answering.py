@@ -2,9 +2,10 @@
 
 import time
 
-from lora_lab.events import Answered, Phase, Progress
+from lora_lab.events import Answered, Progress
 from lora_lab.options import DataSource
 from lora_lab.outcome import says_out_of_memory
+from lora_lab.phase import Phase
 from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
 from lora_lab.quality.exact_match import matches
 from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions

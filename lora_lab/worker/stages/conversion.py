@@ -1,9 +1,9 @@
 """Convert packaged weights, the first time that they are used."""
 
 from lora_lab.config import PackageConfig
-from lora_lab.events import Phase
 from lora_lab.options import Weights
 from lora_lab.packages import converted_folder
+from lora_lab.phase import Phase
 from lora_lab.worker.pretrained import convert
 from lora_lab.worker.stages.stage import Stage, TrialContext
 

@@ -3,8 +3,9 @@
 import time
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, Phase
+from lora_lab.events import DataCounted
 from lora_lab.options import DataSource, Duplicates
+from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_architecture, checked_examples
 from lora_lab.worker.data import Examples
 from lora_lab.worker.job_plan import plan_job

@@ -3,7 +3,8 @@
 import time
 from functools import partial
 
-from lora_lab.events import GENERAL, HELDOUT, Evaluated, Phase, Progress, RowLosses
+from lora_lab.events import GENERAL, HELDOUT, Evaluated, Progress, RowLosses
+from lora_lab.phase import Phase
 from lora_lab.worker.data import Example
 from lora_lab.worker.evaluation import Losses, digest_of, row_losses
 from lora_lab.worker.general_text import general_examples, general_rows

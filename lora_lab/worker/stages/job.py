@@ -7,9 +7,10 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import JobPlanned, Phase, Resumed, Spiked
+from lora_lab.job_events import JobPlanned, Resumed, Spiked
 from lora_lab.options import OnSpike
 from lora_lab.outcome import Diverged
+from lora_lab.phase import Phase
 from lora_lab.worker.checkpoints import Checkpoint, Checkpoints
 from lora_lab.worker.engines.engine import Engine
 from lora_lab.worker.job_callback import JobTelemetry

@@ -1,6 +1,6 @@
 """Load the model with what is trained of it, and count its weights."""
 
-from lora_lab.events import Phase
+from lora_lab.phase import Phase
 from lora_lab.worker.models import load_model
 from lora_lab.worker.stages.stage import Stage, TrialContext
 from lora_lab.worker.weight_counts import Uncountable, count_model

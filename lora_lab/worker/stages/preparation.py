@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import Phase
 from lora_lab.matmul_cache import load_rate, store_rate
 from lora_lab.options import Attention, Quantization
 from lora_lab.outcome import Unsupported
+from lora_lab.phase import Phase
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.stages.stage import Stage, TrialContext

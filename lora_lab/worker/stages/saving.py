@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_lab.base_weights import ADAPTER
-from lora_lab.events import Phase
 from lora_lab.options import DataSource
+from lora_lab.phase import Phase
 from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
 from lora_lab.worker.trainables import trainable_of

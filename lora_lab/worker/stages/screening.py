@@ -3,7 +3,8 @@
 import time
 from dataclasses import replace
 
-from lora_lab.events import Phase, Progress
+from lora_lab.events import Progress
+from lora_lab.phase import Phase
 from lora_lab.worker.data import check_filled, packed_rows
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.screening import row_losses, screen

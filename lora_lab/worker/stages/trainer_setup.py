@@ -2,8 +2,10 @@
 
 import time
 
-from lora_lab.events import Checkpointed, Phase, Ran
+from lora_lab.events import Ran
+from lora_lab.job_events import Checkpointed
 from lora_lab.options import Attention
+from lora_lab.phase import Phase
 from lora_lab.worker.callback import Telemetry, TelemetryCallback
 from lora_lab.worker.checkpoints import Checkpoint, Checkpoints
 from lora_lab.worker.data import train_collator
