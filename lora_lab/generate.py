@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import InvalidInput
+from lora_lab.dataset.row import Role, Turn
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 _MODELS = ("base", "tuned")
 _RESET = "/reset"
-
-Conversation = list[dict[str, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,11 +69,11 @@ class Session:
         self._answerer = answerer
         self._most_tokens: int = asked.max_new_tokens
         self._models = (asked.only,) if asked.only else _MODELS
-        self._system: Conversation = [{"role": "system", "content": asked.system}] if asked.system else []
+        self._system = [Turn(Role.system, asked.system)] if asked.system else []
         if self._system and not answerer.has_template:
             raise InvalidInput("--system needs a chat template, and the model has none: leave it out.")
         self._console = Console()
-        self._said: dict[str, Conversation] = {}
+        self._said: dict[str, list[Turn]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +84,7 @@ class Session:
         """Let each model answer, and print the answers side by side.
 
         Raises: InvalidInput when a conversation is longer than the model's positions."""
-        turn = {"role": "user", "content": question}
+        turn = Turn(Role.user, question)
         for model in self._models:
             room = self._answerer.room([*self._said[model], turn])
             if room is not None and room < 1:
@@ -93,12 +92,12 @@ class Session:
         answers = {model: self._answer(model, turn) for model in self._models}
         self._show(question, answers)
 
-    def _answer(self, model: str, turn: dict[str, str]) -> "Answer":
-        messages = [*self._said[model], turn]
-        room = self._answerer.room(messages)
+    def _answer(self, model: str, turn: Turn) -> "Answer":
+        turns = [*self._said[model], turn]
+        room = self._answerer.room(turns)
         most = self._most_tokens if room is None else min(self._most_tokens, room)
-        answer = self._answerer.answer(messages, tuned=model == "tuned", most_tokens=most)
-        self._said[model] = [*messages, {"role": "assistant", "content": answer.text}]
+        answer = self._answerer.answer(turns, tuned=model == "tuned", most_tokens=most)
+        self._said[model] = [*turns, Turn(Role.assistant, answer.text)]
         return answer
 
     def _show(self, question: str, answers: "dict[str, Answer]") -> None:

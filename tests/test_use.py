@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_lab import export, generate
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import TrialConfig
+from lora_lab.dataset.row import Role, Turn
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.worker.answering import Answer, Answerer
+from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.merging import Losses, Merger
 from lora_lab.worker.models import load_architecture, load_tokenizer
@@ -101,7 +103,7 @@ def test_a_merged_lora_has_the_adapters_loss_wherever_it_is_loaded(lora: Trained
     tokenizer = AutoTokenizer.from_pretrained(out)
     asked = [{"role": "user", "content": "Why?"}]
     assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == prompt_text(
-        load_tokenizer(lora.config.model), asked
+        ChatTemplate(load_tokenizer(lora.config.model)), [Turn(Role.user, "Why?")]
     )
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
@@ -138,9 +140,11 @@ def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) ->
     out = tmp_path / "merged"
     Merger(lora.config, lora.folder / "adapter", lambda _: None).merge(out)
     answerer = Answerer(lora.config, lora.folder / "adapter")
-    asked = [{"role": "user", "content": "Hello?"}]
+    asked = [Turn(Role.user, "Hello?")]
     base, tuned = (answerer.answer(asked, tuned=tuned, most_tokens=12) for tuned in (False, True))
-    ids = load_tokenizer(lora.config.model)(prompt_text(tiny_tokenizer(), asked), return_tensors="pt")["input_ids"]
+    ids = load_tokenizer(lora.config.model)(prompt_text(ChatTemplate(tiny_tokenizer()), asked), return_tensors="pt")[
+        "input_ids"
+    ]
     made = AutoModelForCausalLM.from_pretrained(out).generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=258)
     assert made[0, ids.shape[1] :].tolist() == tuned.ids
     assert tuned.ids != base.ids
@@ -152,8 +156,8 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
 ) -> None:
     asked: list[tuple[bool, list[str]]] = []
 
-    def answer(_: Answerer, messages: list[dict[str, str]], tuned: bool, most_tokens: int) -> Answer:
-        asked.append((tuned, [each["content"] for each in messages]))
+    def answer(_: Answerer, turns: list[Turn], tuned: bool, most_tokens: int) -> Answer:
+        asked.append((tuned, [each.text for each in turns]))
         return Answer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], 0.1, 0.3, ended=True)
 
     lines = iter(["one", "", "two", "/reset", "three"])
@@ -178,17 +182,18 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
 
 def test_a_system_prompt_goes_into_the_question_where_the_template_has_no_place_for_it() -> None:
     tokenizer = tiny_tokenizer()
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert "system\nBe brief." in prompt_text(tokenizer, asked)
+    asked = [Turn(Role.system, "Be brief."), Turn(Role.user, "Why?")]
+    assert "system\nBe brief." in prompt_text(ChatTemplate(tokenizer), asked)
     for refusal in ("{{ raise_exception('no system') }}", ""):
         template = tiny_tokenizer().chat_template.replace(
             "{% for message in messages %}",
             "{% for message in messages %}{% if message['role'] == 'system' %}" + refusal + "{% else %}",
         )
         tokenizer.chat_template = template.replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
-        assert "user\nBe brief.\n\nWhy?" in prompt_text(tokenizer, asked)
-    tokenizer.chat_template = None
-    assert prompt_text(tokenizer, asked[1:]) == "Why?"
+        assert "user\nBe brief.\n\nWhy?" in prompt_text(ChatTemplate(tokenizer), asked)
+    assert prompt_text(None, asked[1:]) == "Why?"
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+    assert prompt_text(ChatTemplate(tokenizer), asked[1:]).startswith("26")  # the day that rows are laid out with
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:

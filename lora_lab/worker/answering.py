@@ -1,6 +1,7 @@
 """Answer questions with the base model and the tuned one, and measure how fast."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ import psutil
 import torch
 
 from lora_lab.config import TrialConfig
+from lora_lab.dataset.row import Role, Turn
 from lora_lab.options import Layout
 from lora_lab.worker.adapted import be_quiet, load_adapted, this_device
+from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import pad_id
 from lora_lab.worker.models import load_tokenizer, working_dtype
-from lora_lab.worker.prompts import Message, prompt_text
+from lora_lab.worker.prompts import prompt_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +72,22 @@ class Answerer:
         self._tokenizer = load_tokenizer(config.model)
         if config.data.layout in (Layout.completion, Layout.text):
             self._tokenizer.chat_template = None  # it was trained without
+        self._template = None if self._tokenizer.chat_template is None else ChatTemplate(self._tokenizer)
         shapes = self._model.config.get_text_config()
         self._most_positions: int | None = getattr(shapes, "max_position_embeddings", None)
         self._pad = pad_id(self._tokenizer, shapes.vocab_size)
         self._stop = self._stops(shapes.vocab_size)
         # the first call of all pays for what is set up once, and would make the model that answers first look slow
-        self.answer([{"role": "user", "content": "."}], tuned=True, most_tokens=2)
+        self.answer([Turn(Role.user, ".")], tuned=True, most_tokens=2)
 
     @property
     def has_template(self) -> bool:
         """Return whether questions are laid out by a chat template. Otherwise they go in as they are."""
-        return self._tokenizer.chat_template is not None
+        return self._template is not None
 
-    def answer(self, messages: list[Message], tuned: bool, most_tokens: int) -> Answer:
-        """Answer the last message, always with the likeliest token."""
-        text = prompt_text(self._tokenizer, messages)
+    def answer(self, turns: Sequence[Turn], tuned: bool, most_tokens: int) -> Answer:
+        """Answer the last turn, always with the likeliest token."""
+        text = prompt_text(self._template, turns)
         # a template brings its own special tokens
         read = self._tokenizer(text, add_special_tokens=not self.has_template, return_tensors="pt")
         ids = read["input_ids"].to(self._device)
@@ -115,9 +119,9 @@ class Answerer:
             ended=len(new) < most_tokens or new[-1] in self._stop["eos_token_id"],
         )
 
-    def room(self, messages: list[Message]) -> int | None:
-        """Return how many tokens fit after the messages; None where the model states no limit."""
-        ids = self._tokenizer(prompt_text(self._tokenizer, messages), add_special_tokens=False)["input_ids"]
+    def room(self, turns: Sequence[Turn]) -> int | None:
+        """Return how many tokens fit after the turns; None where the model states no limit."""
+        ids = self._tokenizer(prompt_text(self._template, turns), add_special_tokens=False)["input_ids"]
         return None if self._most_positions is None else self._most_positions - len(ids)
 
     def memory(self) -> tuple[float, str]:

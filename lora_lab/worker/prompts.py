@@ -1,50 +1,21 @@
 """Lay out what the user types as the model has seen it in training."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from jinja2.exceptions import TemplateError
+from lora_lab.dataset.row import Role, Turn
+from lora_lab.worker.chat_template import ChatTemplate
 
-Message = dict[str, Any]
 
-
-def prompt_text(tokenizer: Any, messages: list[Message]) -> str:
+def prompt_text(template: ChatTemplate | None, turns: Sequence[Turn]) -> str:
     """Return the text that the model goes on with: the conversation by the chat template, up to where the answer
-    begins. Without a template it is the last message as it is.
+    begins. Without a template it is the last turn as it is.
 
-    Args:
-        messages: `role` and `content` each; a system prompt comes first.
-    """
-    if tokenizer.chat_template is None:
-        return str(messages[-1]["content"])
-    return _with_system(tokenizer, messages) or _rendered(tokenizer, _merged(messages))
+    A system prompt for which the template has no place stands at the start of the first question, as in training.
 
-
-def _with_system(tokenizer: Any, messages: list[Message]) -> str:
-    """Return the rendered conversation; empty where the template has no place for its system prompt."""
-    first = messages[0]
-    if first["role"] != "system":
-        return _rendered(tokenizer, messages)
-    try:
-        text = _rendered(tokenizer, messages)
-    except (TemplateError, TypeError, ValueError):
-        return ""
-    return text if first["content"].strip() in text else ""
-
-
-def _merged(messages: list[Message]) -> list[Message]:
-    """Put the system prompt at the start of the first question, as Gemma's own template does."""
-    system, question, *rest = messages
-    return [{"role": question["role"], "content": f"{system['content']}\n\n{question['content']}"}, *rest]
-
-
-def _rendered(tokenizer: Any, messages: list[Message]) -> str:
-    """Render with contents as text, or as parts where the template needs that."""
-    asked = {"tokenize": False, "add_generation_prompt": True}
-    try:
-        text = str(tokenizer.apply_chat_template(messages, **asked))
-        if messages[-1]["content"].strip() in text:
-            return text
-    except (TemplateError, TypeError):
-        pass
-    parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
-    return str(tokenizer.apply_chat_template(parts, **asked))
+    Raises: InvalidInput when the template raises."""
+    if template is None:
+        return turns[-1].text
+    first, *rest = turns
+    if first.role is Role.system and not template.has_system:
+        turns = [Turn(Role.user, f"{first.text}\n\n{rest[0].text}"), *rest[1:]]
+    return template.render(turns, for_generation=True)
