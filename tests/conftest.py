@@ -83,6 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does to what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[KILLS] = {"phases": Counter(), "rounds": Counter()}
     config.addinivalue_line("markers", "nightly: takes long for what it adds to other tests")
     config.addinivalue_line("markers", "mounts: needs a small file system; runs in a namespace where it must")

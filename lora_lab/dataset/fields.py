@@ -16,7 +16,7 @@ def text_of(fields: Fields, column: str) -> str:
     Raises: InvalidInput for anything that is not text, also for 0, false and [], and for half a character."""
     text = fields.get(column)
     if not isinstance(text, str):
-        raise InvalidInput(f"{column} must be text, and is {written(text)}")
+        raise InvalidInput(f"{column} must be text, and is {written(text)}. Write a text, or leave the row out.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -69,6 +69,7 @@ _UNSUPPORTED = (
     (("anchor", "positive"), "data for embeddings"),
     (("sentence1", "sentence2"), "data for embeddings"),
     (("premise", "hypothesis"), "data for classification"),
+    (("text", "label"), "data for classification"),
 )
 """Columns of data for other kinds of training."""
 
@@ -144,6 +145,8 @@ def _foreign(columns: tuple[str, ...], what: str, record: dict[object, object]) 
         pair = "instruction: prompt, output: chosen" if "prompt" in record else "text: chosen"
         parts = "messages: chosen" if isinstance(record["chosen"], list) else pair
         remedy = f' To train on the chosen answers alone: "data.map={{{parts}}}".'
+    if columns == ("text", "label"):
+        remedy = " To train on the texts without their labels: data=text."
     return f"this is {what} ({', '.join(columns)}), which is not supported. {SUPPORTED}{remedy}"
 
 

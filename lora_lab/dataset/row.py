@@ -18,6 +18,8 @@ class Turn:
 
     role: Role
     text: str
+    trained: bool = True
+    """False for an answer that is only read: OpenAI's weight 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,11 @@ class Conversation:
     @property
     def answers(self) -> list[int]:
         """Return the positions of the assistant's turns that may be trained."""
-        return [place for place, turn in enumerate(self.turns) if turn.role is Role.assistant and place >= self.given]
+        return [
+            place
+            for place, turn in enumerate(self.turns)
+            if turn.role is Role.assistant and turn.trained and place >= self.given
+        ]
 
 
 @dataclass(frozen=True, slots=True)

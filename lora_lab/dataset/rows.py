@@ -63,7 +63,7 @@ def _mixed(fields: object, layout: Format | None, data: DataConfig) -> str:
     if other is None or other == layout:
         return ""
     return (
-        f"this is {other.name} ({', '.join(other.needed)}), and others are {layout.name} "
+        f"{other.name} ({', '.join(other.needed)}), while the rows before are {layout.name} "
         f"({', '.join(layout.needed)}). One source has one layout: make a file of each."
     )
 

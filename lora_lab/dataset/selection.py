@@ -103,6 +103,11 @@ def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> No
     some."""
     if not heldout:
         raise InvalidInput(f"data.heldout_path holds no {which}. Give another file, or leave it out.")
+    if not count:
+        raise InvalidInput(
+            f"data.heldout_path holds all {which} of the data, so none is left to train on. Give a file of other rows, "
+            "or leave data.heldout_path out: then data.holdout splits them."
+        )
     if count < needed:
         raise InvalidInput(
             f"the data has {count} {which} that data.heldout_path does not hold, but one step needs {needed} "

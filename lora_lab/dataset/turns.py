@@ -71,7 +71,17 @@ def _turn_of(message: object) -> tuple[Role | str, Turn]:
     text = "\n".join(filter(None, [text, *map(_call, _calls_of(message))]))
     if not text and role is not Role.system:
         raise InvalidInput(f"the turn of the {role.value} is empty. Write its text, or leave the row out.")
-    return speaker, Turn(role, text)
+    return speaker, Turn(role, text, _is_trained(message))
+
+
+def _is_trained(message: Fields) -> bool:
+    """Return False for a turn with OpenAI's weight 0.
+
+    Raises: InvalidInput for any other weight than 0 and 1."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise InvalidInput(f"its weight is {_shown(weight)}. Use 1 to train the turn, 0 to only read it.")
+    return weight != 0
 
 
 def _content_of(message: Fields) -> str:
@@ -119,8 +129,9 @@ def _check_order(before: list[Turn], turn: Turn, where: str) -> None:
         if before:
             raise InvalidInput(f"{where} is of the system, and only the first can be. Join them into one at the start.")
     elif turn.role is Role.assistant and last is not Role.user:
-        what = "follows another of the assistant" if last is Role.assistant else "is of the assistant before the user's"
-        raise InvalidInput(f"{where} {what}. User and assistant must alternate, and the user begins.")
+        if last is Role.assistant:
+            raise InvalidInput(f"{where} follows another of the assistant. Join the two, or leave the row out.")
+        raise InvalidInput(f"{where}: the assistant speaks first. Put this text into a system message, or remove it.")
     elif turn.role is last:
         raise InvalidInput(f"{where} follows another of the user. Join the two, or leave the row out.")
 

@@ -47,6 +47,8 @@ class JobProgress:
         self._recent: deque[Step] = deque(maxlen=_RECENT_STEPS)
         self._before: Evaluated | None = None
         self._evaluated: list[Evaluated] = []
+        self._went_on = False
+        """Whether an earlier start evaluated, too; what it found is not known here."""
         self._phase = ("", 0.0)
         self._stepping_seconds = 0.0
         self._between_seconds = 0.0
@@ -62,6 +64,7 @@ class JobProgress:
             self.step = event.step
             self._recent.append(event)
         elif isinstance(event, Resumed):
+            self._went_on |= self.step == 0 < event.step
             self.step = event.step
             self._recent.clear()
             self._evaluated = [each for each in self._evaluated if (each.step or 0) <= event.step]
@@ -158,7 +161,8 @@ class JobProgress:
         others = [each.loss for each in self._evaluated if each is not event]
         others += [] if self._before is None else [self._before.loss]
         lowest = min(others, default=math.inf)
-        remarks = ["the lowest so far" if event.loss < lowest else f"lowest {lowest:.4f}"]
+        since = "since it went on" if self._went_on else "so far"
+        remarks = [f"the lowest {since}" if event.loss < lowest else f"lowest {since} {lowest:.4f}"]
         remarks += [] if self._before is None else [f"{self._before.loss:.4f} before training"]
         return (
             f"held-out loss {event.loss:.4f} after step {event.step:,}, epoch {self._epoch(event.step or 0):.2f} "

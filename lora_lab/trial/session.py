@@ -384,7 +384,7 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         show_line(state.sweep, record, end, summary)
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
-    if state.request.config.train.is_job and end.outcome is not Outcome.finished:
+    if end.outcome not in (Outcome.finished, Outcome.diverged) and state.folder.can_go_on:
         where = shlex.quote(str(state.folder.path))
         places.append(f"to go on from its last checkpoint: python -m lora_lab resume=true hydra.run.dir={where}")
     stand_ins = [stand_in for event in events if isinstance(event, Ran) for stand_in in event.stand_ins]

@@ -83,13 +83,15 @@ class Checkpoints:
                 _remove(path)
 
     def go_back_before(self, step: int) -> Checkpoint | None:
-        """Remove the checkpoints of this step and later ones, and return the newest that is left. Where all are as
-        late, the oldest stays."""
-        kept = [each for each in self.all() if each.step < step] or self.all()[:1]
+        """Remove the checkpoints of this step and later ones, and return the newest that is left; None without one,
+        and then none is removed."""
+        kept = [each for each in self.all() if each.step < step]
+        if not kept:
+            return None
         for each in self.all():
             if each not in kept:
                 _remove(each.folder)
-        return kept[-1] if kept else None
+        return kept[-1]
 
     def save_best(self, model: Any) -> None:
         """Write the model's adapter into `best/`.
@@ -115,7 +117,9 @@ class Checkpoints:
         _link(checkpoint.folder / _BEST_WEIGHTS, self.best / SAFETENSORS_WEIGHTS_NAME)
 
     def _rotate(self) -> None:
-        for each in self.all()[: -self._keep]:
+        """Remove old checkpoints, but not that of the start: a spike is noticed some steps after it began, when all
+        others may be later than its beginning."""
+        for each in [each for each in self.all() if each.step > 0][: -self._keep]:
             _remove(each.folder)
 
 

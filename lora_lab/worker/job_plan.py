@@ -46,8 +46,8 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
     train = config.train
     # as Trainer counts with drop_last: the last step of an epoch may have fewer micro-batches
     steps_per_epoch = math.ceil(rows // config.batch_size / config.grad_accum_steps)
-    steps = train.max_steps or math.ceil((train.epochs or 0) * steps_per_epoch)
-    warmup = int(train.warmup) if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    steps = train.max_steps or _whole((train.epochs or 0) * steps_per_epoch)
+    warmup = int(train.warmup) if train.warmup >= 1 else min(_whole(train.warmup * steps), steps - 1)
     plan = JobPlan(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
@@ -60,6 +60,11 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
     if faults:
         raise InvalidInput(*faults)
     return plan
+
+
+def _whole(steps: float) -> int:
+    """Round steps up, but not for what arithmetic with fractions adds: 0.07 of 100 is 7."""
+    return math.ceil(steps - 1e-6)
 
 
 def _in_steps(every: float, steps_per_epoch: int) -> float:

@@ -81,8 +81,8 @@ class Layouts:
         if self.tokenizer.chat_template is None:
             raise InvalidInput(
                 "the model has no chat template, and these rows are conversations. Use an instruct model, or train on "
-                "plain text: data=text, or data=completion with the columns named, for example "
-                '"data.map={prompt: instruction, completion: output}".'
+                "plain text: data=text, or data=completion with your columns named by data.map.prompt=... and "
+                "data.map.completion=.... These two are joined as they are, so write the space between them."
             )
         return Conversations(self.tokenizer, self._vocab_size, self._train_on)
 

@@ -260,7 +260,7 @@ def test_a_tilde_is_the_home_folder(
     typed: Type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, form: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    [config] = typed("model=tiny", f"{key}={form.format('~/x')}").configs
+    [config] = typed("model=tiny", "data=jsonl", "data.path=x", f"{key}={form.format('~/x')}").configs
     group, _, name = key.partition(".")
     assert getattr(getattr(config, group), name) == f"{tmp_path}/x"
 

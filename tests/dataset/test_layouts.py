@@ -176,7 +176,7 @@ def test_mixed_layouts_are_named_by_their_rows() -> None:
     chat = openai(("user", "Why?"), ("assistant", "So."))
     preferred = {"prompt": "a", "chosen": "b", "rejected": "c"}
     told = refusal(alpaca, chat, alpaca, chat, preferred, {"instruction": "Why?"})
-    assert "lines 2, 4: this is OpenAI chat (messages), and others are Alpaca (instruction, output)" in told
+    assert "lines 2, 4: OpenAI chat (messages), while the rows before are Alpaca (instruction, output)" in told
     assert "line 5: this is preference data" in told
     assert "line 6: no column output" in told
 
@@ -192,7 +192,7 @@ def test_mixed_layouts_are_named_by_their_rows() -> None:
         ([{"role": "robot", "content": "Why?"}], ["message 1", "the role robot is not known", "assistant"]),
         ([("user", "Why?")], ["no turn of the assistant"]),
         ([("user", "Why?"), ("system", "x"), ("assistant", "So.")], ["message 2", "of the system", "Join them"]),
-        ([("assistant", "So."), ("user", "Why?")], ["message 1", "before the user's", "alternate"]),
+        ([("assistant", "So."), ("user", "Why?")], ["message 1", "speaks first", "remove it"]),
         ([("user", "a"), ("user", "b"), ("assistant", "c")], ["message 2", "another of the user", "Join the two"]),
         ([("user", "a"), ("assistant", "b"), ("assistant", "c")], ["message 3", "follows another of the assistant"]),
         ([("user", " \n"), ("assistant", "b")], ["message 1", "turn of the user is empty", "leave the row out"]),
@@ -241,3 +241,17 @@ def test_a_mistake_in_a_passage_is_named(record: dict[str, object], words: list[
 def test_rows_without_an_answer_are_left_out_where_that_is_asked_for() -> None:
     records = [*enumerate([{"question": "a", "answer": " "}, {"question": "Why?", "answer": "So."}])]
     assert rows_of(records, DataConfig(), "data.id=x", "row", leave_out_empty=True) == [SHORT]
+
+
+def test_a_turn_of_weight_0_is_read_and_not_trained() -> None:
+    said = [("user", 1), ("assistant", 0), ("user", None), ("assistant", 1), ("user", None), ("assistant", 0)]
+    messages = [
+        {"role": role, "content": f"{place}"} | ({} if weight is None else {"weight": weight})
+        for place, (role, weight) in enumerate(said)
+    ]
+    [row] = rows_of([(1, {"messages": messages})], DataConfig(), "here", "line")
+    assert isinstance(row, Conversation)
+    assert row.answers == [3]
+    assert len(row.turns) == 4  # what follows the last trained answer is left out
+    with pytest.raises(InvalidInput, match=r"message 2 of messages: its weight is 0\.5"):
+        rows_of([(1, {"messages": [messages[0], messages[1] | {"weight": 0.5}]})], DataConfig(), "here", "line")

@@ -37,6 +37,7 @@ _READ_LATE = {
 }
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
+_FAKES = Path(__file__).resolve().parents[1] / "fakes"
 ADDRESS = "LORA_LAB_TESTS_SERVER"
 """Where the workers of pytest-xdist find the server that they share: the name of an abstract socket."""
 
@@ -75,9 +76,14 @@ class CommandServer:
             name in _READ_LATE
             or name.startswith(_FAKE_DRIVER)
             or self.environment.get(name) == value
-            or (name == "PYTHONPATH" and value.endswith(self.environment.get(name, "")))
+            or (name == "PYTHONPATH" and self._adds_fakes(value))
             for name, value in variables.items()
         )
+
+    def _adds_fakes(self, path: str) -> bool:
+        """Whether this PYTHONPATH has nothing more than the tests' own but the folders of fakes, which are played."""
+        own = self.environment.get("PYTHONPATH", "").split(os.pathsep)
+        return all(Path(part).is_relative_to(_FAKES) for part in path.split(os.pathsep) if part not in own)
 
     def run(
         self, module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float

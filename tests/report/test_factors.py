@@ -242,7 +242,14 @@ def test_nothing_varied():
 def test_what_changes_no_result_is_no_factor():
     assert {
         *("seed", "repeat", "repeats", "resume", "tracking", "timeout_minutes", "share_device", "cooldown_celsius"),
-        *("measure.idle_seconds", "measure.board_power_watts", "measure.price_per_kwh", "measure.co2_grams_per_kwh"),
+        *(
+            "measure.idle_seconds",
+            "measure.board_power_watts",
+            "measure.answers",
+            "measure.general_rows",
+            "measure.price_per_kwh",
+            "measure.co2_grams_per_kwh",
+        ),
         *("device", "capacity"),
         *("contrast", "margin", "budget_minutes", "first_pairs"),
     } == NO_EFFECT

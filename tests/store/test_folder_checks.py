@@ -203,6 +203,7 @@ def test_a_folder_of_the_users_is_used_once_and_its_run_is_whole(lab: Lab, tmp_p
     assert kept == {"adapter", "config.yaml", "environment.json", "events.jsonl", "samples.jsonl", "seen.json"} | {
         "summary.json",
         "trial.json",
+        "weights.json",
         "worker.log",
     }
     assert sum(path.stat().st_size for path in (tmp_path / "mlruns").rglob("*") if path.is_file()) < 20e6

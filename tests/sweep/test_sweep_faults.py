@@ -94,7 +94,7 @@ CASES = (
     Case(
         "rising",
         "diverged",
-        settings="measure.steps=20 measure.loss_spike=0.001 learning_rate=0.0201",
+        settings="measure.steps=20 measure.loss_spike=0.001 learning_rate=0.5201",
         phase="window",
         reason=r"rose from .* it began at step (\d+)",
     ),

@@ -546,3 +546,24 @@ def test_on_a_card_a_killed_job_goes_on_with_the_same_kind_of_state(
     before, after = (ran.of(OptimizerMemory)[0] for ran in (first, second))
     assert before.paged_bytes == after.paged_bytes > 0
     assert [(done.unrecorded, done.compilations) for done in second.of(EngineDone)] in ([], [(0, 0)])
+
+
+def test_a_spike_that_began_before_all_kept_checkpoints_goes_back_to_the_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+
+    def save(step: int) -> None:
+        written = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "weights").write_text("1")
+        checkpoints.complete(written, step, {})
+
+    for step in (4, 8):
+        save(step)
+    assert checkpoints.go_back_before(3) is None
+    assert [each.step for each in checkpoints.all()] == [8], "nothing is lost where there is nothing to go back to"
+    for step in (0, 12, 16):
+        save(step)
+    assert [each.step for each in checkpoints.all()] == [0, 16]
+    found = checkpoints.go_back_before(3)
+    assert found is not None
+    assert (found.step, [each.step for each in checkpoints.all()]) == (0, [0])

@@ -23,6 +23,7 @@ def plan(rows: int, batch_size: int = 1, grad_accum_steps: int = 1, **train: flo
         (55, 2, 4, {"epochs": 1.0}, 7, 7, 1),  # 27 micro-batches: 6 steps of 4 and one of 3
         (55, 2, 1, {"epochs": 0.5}, 14, 27, 1),
         (54, 2, 1, {"max_steps": 7}, 7, 27, 0),
+        (50, 1, 1, {"epochs": 1.1}, 55, 50, 0),  # 1.1 x 50 is a little more than 55 in floating point
     ],
 )
 def test_a_job_is_as_long_as_its_rows_make_it(
@@ -60,7 +61,6 @@ def test_above_1_are_steps() -> None:
     ("train", "names"),
     [
         ({"epochs": 1.0, "warmup": 27}, "train.warmup=27"),
-        ({"max_steps": 1, "warmup": 0.03}, "train.warmup=0"),
         ({"epochs": 1.0, "eval_every": 0.03}, "train.eval_every=1"),
         ({"epochs": 1.0, "checkpoint_every": 0.03}, "train.checkpoint_every=1"),
     ],
@@ -75,3 +75,9 @@ def test_what_does_not_fit_is_refused_with_what_to_type(train: dict[str, float],
 def test_what_just_fits_is_taken() -> None:
     assert plan(27, epochs=1.0, warmup=26).warmup_steps == 26
     assert plan(27, epochs=1.0, eval_every=1 / 27).evaluates_after(1)
+
+
+def test_a_warm_up_by_part_is_rounded_up_but_not_for_arithmetic_and_fits_into_any_job() -> None:
+    assert plan(100, max_steps=100, warmup=0.07).warmup_steps == 7
+    assert plan(100, max_steps=100, warmup=0.071).warmup_steps == 8
+    assert plan(100, max_steps=1, warmup=0.03).warmup_steps == 0

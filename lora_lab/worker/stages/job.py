@@ -131,7 +131,7 @@ class Job:
             return None, ""
         if self._returns == _MOST_RETURNS:
             return None, f"; the job went back {_MOST_RETURNS} times before, which is the most it does"
-        return self._checkpoints.go_back_before(spike.step), "; there is no checkpoint to go back to"
+        return self._checkpoints.go_back_before(spike.step), "; no checkpoint from before it is left to go back to"
 
 
 def rows_of_step(config: TrialConfig, rows: int, plan: JobPlan, step: int) -> list[int]:
