@@ -94,7 +94,9 @@ CASES = (
     Case(
         "rising",
         "diverged",
-        settings="measure.steps=20 measure.loss_spike=0.001 learning_rate=0.5201",
+        # steps up the gradient
+        settings="measure.steps=20 measure.loss_spike=0.05 learning_rate=0.3001 optimizer.optim=null "
+        "optimizer.target=torch.optim.SGD +optimizer.args.maximize=true",
         phase="window",
         reason=r"rose from .* it began at step (\d+)",
     ),
