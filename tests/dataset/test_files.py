@@ -46,7 +46,7 @@ def refusal(data: DataConfig) -> str:
 
 
 def saved(folder: Path, **splits: int) -> Path:
-    """Save a data set with so many of the rows in each split; without splits all of them."""
+    """Save a data set with this number of rows in each split; without splits all of them."""
     whole = datasets.Dataset.from_list(ROWS)
     made = datasets.DatasetDict({name: whole.select(range(count)) for name, count in splits.items()})
     (made if splits else whole).save_to_disk(folder / "saved")
