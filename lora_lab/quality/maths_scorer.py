@@ -1,4 +1,4 @@
-"""Score a written answer to a maths problem: the number in it is exactly the gold one, or it is not."""
+"""Find the number that a written answer to a maths problem gives. Two answers are equal when these numbers are."""
 
 import re
 from fractions import Fraction
@@ -16,19 +16,6 @@ _NUMBER = re.compile(
 )
 _PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
-
-
-def score(text: str, gold: str) -> int:
-    """Return 1 when the last number in `text` equals the one in `gold`, else 0.
-
-    Where the text says "the answer is" or "answer:", the number is looked for in the rest of that sentence first.
-
-    Raises: ValueError when `gold` holds no number.
-    """
-    wanted = last_number(gold)
-    if wanted is None:
-        raise ValueError(f"the gold answer {gold!r} holds no number")
-    return int(stated_number(text) == wanted)
 
 
 def says_its_answer(text: str) -> bool:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_lab
-from lora_lab.quality.maths_scorer import last_number, score, stated_number
+from lora_lab.quality.exact_match import matches
+from lora_lab.quality.maths_scorer import last_number, stated_number
 
 DATA = Path(lora_lab.__file__).parent / "dataset" / "data"
 
@@ -38,8 +39,8 @@ def rows_of(name: str) -> list[dict[str, str]]:
 @given(numbers, forms, frames)
 def test_one_number_is_found_in_every_form(number: object, form: str, frame: str) -> None:
     text = frame.format(form.format(number))
-    assert score(text, str(number)) == 1
-    assert score(text, str(Fraction(str(number)) + 1)) == 0
+    assert matches(text, f"The answer is {number}.")
+    assert not matches(text, f"The answer is {Fraction(str(number)) + 1}.")
 
 
 @given(st.integers(1000, 10**12), st.sampled_from([",", "'", "\u2019", "\u00a0", "\u202f"]))
@@ -77,15 +78,10 @@ def test_which_number_a_text_states(text: str, number: Fraction | None) -> None:
     assert stated_number(text) == number
 
 
-def test_a_gold_answer_without_a_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="no number"):
-        score("4", "four")
-
-
 @pytest.mark.parametrize("name", ["maths.jsonl", "maths_test.jsonl"])
 def test_every_worked_solution_scores_one(name: str) -> None:
     rows = rows_of(name)
-    assert all(score(row["output"], row["answer"]) for row in rows)
+    assert all(matches(f"So it is {row['answer']}.", row["output"]) for row in rows)
     assert all(row["output"].endswith(f"\nThe answer is {row['answer']}.") for row in rows)
 
 
@@ -96,7 +92,7 @@ def test_answers_of_other_rows_score_as_chance() -> None:
     chance = sum(n * (n - 1) for n in same.values()) / (count * (count - 1))
     shifts = range(1, count, 10)
     hits = sum(
-        score(row["output"], rows[(index + shift) % count]["answer"])
+        matches(row["output"], rows[(index + shift) % count]["output"])
         for shift in shifts
         for index, row in enumerate(rows)
     )

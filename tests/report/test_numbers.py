@@ -6,14 +6,13 @@ import pytest
 
 from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.statistics.estimates import Estimate
-from lora_lab.report.writing.numbers import TOO_NOISY, format_estimate, format_short
+from lora_lab.report.writing.numbers import TOO_NOISY, format_estimate
 
 
 def ratios(value: float, low: float, high: float) -> Estimate:
     return Estimate(value=math.log(value), low=math.log(low), high=math.log(high), detectable=math.log(high))
 
 
-@pytest.mark.parametrize("write", [format_estimate, format_short])
 @pytest.mark.parametrize(
     ("estimate", "is_too_noisy"),
     [
@@ -25,8 +24,8 @@ def ratios(value: float, low: float, high: float) -> Estimate:
         (ratios(15.0, 1.2, 190.0), True),
     ],
 )
-def test_an_interval_beyond_a_factor_of_ten_asks_for_less_noise(write, estimate: Estimate, is_too_noisy: bool) -> None:
-    assert (write(estimate, THROUGHPUT) == TOO_NOISY) is is_too_noisy
+def test_an_interval_beyond_a_factor_of_ten_asks_for_less_noise(estimate: Estimate, is_too_noisy: bool) -> None:
+    assert (format_estimate(estimate, THROUGHPUT) == TOO_NOISY) is is_too_noisy
 
 
 def test_differences_that_are_not_ratios_are_always_written() -> None:

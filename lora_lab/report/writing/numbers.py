@@ -93,13 +93,3 @@ def interval_note(contrast: Contrast) -> str:
     if contrast.sessions_like_it is None:
         return "this interval holds for this session alone; three repeats give one for others" if ends else ""
     return f"for this session alone: {ends}" if ends and contrast.interval_over == "blocks" else ""
-
-
-def format_short(estimate: Estimate, measure: Measure) -> str:
-    """Return the same in fewer words."""
-    if is_absurd(estimate, measure):
-        return TOO_NOISY
-    if estimate.seen is False and estimate.detectable is not None and estimate.low != estimate.high:
-        return f"no difference seen ({detectable_text(estimate.detectable, measure)} would have been detected)"
-    ends = interval(estimate, measure)
-    return change(estimate.value, measure) + (f" ({ends})" if ends else f" ({estimate.why_no_interval})")
