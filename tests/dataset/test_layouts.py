@@ -138,6 +138,7 @@ def test_columns_of_other_names(columns: dict[str, str], record: dict[str, objec
         ({"chosen": "a", "rejected": "b"}, ["preference data", "data.map={text: chosen}"]),
         ({"chosen": [], "rejected": []}, ["preference data", "data.map={messages: chosen}"]),
         ({"prompt": "a", "completion": "b", "label": True}, ["preference data without pairs"]),
+        ({"text": "a", "label": 1}, ["data for classification", "data=text"]),
         ({"input_ids": [1], "labels": [1]}, ["tokenised already"]),
         ({"anchor": "a", "positive": "b"}, ["data for embeddings"]),
     ],

@@ -77,6 +77,20 @@ def test_what_is_out_of_the_ordinary_stands_out_of_a_log(monkeypatch: pytest.Mon
     assert re.match(rf"warning: {CLOCK} a warning", warning)
 
 
+def test_a_job_that_goes_on_calls_no_loss_the_lowest_of_attempts_that_it_has_not_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, *rest = job_of(40)
+    again = Screen(monkeypatch, JOB, terminal=False).show(
+        [begun, Resumed(t=begun.t, step=5, folder="checkpoints/000005"), *rest]
+    )
+    first = Screen(monkeypatch, JOB, terminal=False).show([begun, *rest])
+    for lines, since in ((again, "since it went on"), (first, "so far")):
+        said = [line for line in lines if "held-out loss" in line]
+        assert said
+        assert all(f"lowest {since}" in line for line in said), said
+
+
 def test_a_window_trial_has_the_lines_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = PhaseBegan(t=0.0, phase=Phase.window.value)
     steps = [event for event in job_of(30) if isinstance(event, Step)]
