@@ -23,7 +23,10 @@ _DEFAULT = 8
 """Prompts in a job."""
 
 _AT_ONCE = 8
-"""Prompts in a batch. Their cache is small next to what training keeps of as many tokens."""
+"""Prompts in a batch, at least."""
+
+_TRAINED_TOKENS = 2
+"""A batch's tokens over those of a training step, at most. Their cache is small next to what training keeps of each token."""
 
 _SHORTEST_PROMPT = 2
 """Tokens. A single one is what some tokenizers put before every text."""
@@ -83,6 +86,7 @@ class Writer:
         self._tokenizer = tokenizer
         self._attention = config.attention.value
         self._precision = config.precision.dtype
+        self._tokens_at_once = _TRAINED_TOKENS * config.batch_size * config.seq_len
         self._pad_id = pad_id
         single = tokenizer.get_vocab().get(end_of_turn)
         # shapes without weights have the default ids of their kind, which mean nothing here
@@ -102,13 +106,14 @@ class Writer:
             progress: gets the number of answers so far.
         """
         found: list[Answer] = []
+        at_once = max(_AT_ONCE, self._tokens_at_once // (max(len(each.prompt) for each in asked) + most_tokens))
         with (
             contextlib.nullcontext() if tuned else self._model.disable_adapter(),
             _as_transformers_has_it(self._causal, self._attention),
             evaluating(self._model, self._precision, self._model.device),
         ):
-            for start in range(0, len(asked), _AT_ONCE):
-                found += self._batch(asked[start : start + _AT_ONCE], most_tokens)
+            for start in range(0, len(asked), at_once):
+                found += self._batch(asked[start : start + at_once], most_tokens)
                 progress(len(found))
         return found
 
