@@ -26,7 +26,7 @@ _AT_ONCE = 8
 """Prompts in a batch, at least."""
 
 _TRAINED_TOKENS = 2
-"""A batch's tokens over those of a training step, at most. Their cache is small next to what training keeps of each token."""
+"""A batch's tokens over those of a training step, at most. A token's cache is small next to what training keeps."""
 
 _SHORTEST_PROMPT = 2
 """Tokens. A single one is what some tokenizers put before every text."""
