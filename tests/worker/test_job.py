@@ -461,6 +461,21 @@ def test_a_job_goes_back_and_on_at_half_the_rate(
     assert first.curve | resume(config, tmp_path / "again").curve == ran.curve
 
 
+def test_returns_before_a_kill_count_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job_config(**METHODS["lora"])
+    config.train.on_spike = OnSpike.lower_lr
+    with monkeypatch.context() as before:
+        _spike(before, step=7, times=2)
+        assert len(run(config, tmp_path, at_step(12)).of(Spiked)) == 2
+    _spike(monkeypatch, step=13, times=2)
+    config.resume = True
+    ran = run(config, tmp_path)
+    assert [(s.step, s.action) for s in ran.of(Spiked)] == [(13, "lower_lr"), (13, "stop")]
+    outcome, reason = ended(ran.events)
+    assert outcome == "diverged"
+    assert "3 times" in reason
+
+
 def test_before_the_first_checkpoint_a_job_starts_again_and_the_fourth_spike_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
