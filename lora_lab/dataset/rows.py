@@ -29,12 +29,12 @@ def rows_of(
     numbered = iter(islice(records, limit))
     before: list[tuple[int, object]] = []
     layout = None
-    try:
-        while layout is None and (found := next(numbered, None)) is not None:
-            before.append(found)
+    while layout is None and (found := next(numbered, None)) is not None:
+        before.append(found)
+        try:
             layout = format_of(found[1], data)
-    except InvalidInput as foreign:
-        raise InvalidInput(f"{source}: {foreign}") from foreign
+        except InvalidInput as foreign:
+            raise InvalidInput(f"{source}: {foreign}") from foreign
     rows: list[Row] = []
     faults: dict[str, list[int]] = {}
     for number, fields in chain(before, numbered):

@@ -21,7 +21,7 @@ import pytest
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.content import by_content
-from lora_lab.dataset.row import Conversation, Row
+from lora_lab.dataset.row import Conversation, Passage, Row
 from lora_lab.dataset.selection import check_rows, select
 from lora_lab.dataset.sources import Found, file_rows
 from lora_lab.options import DataSource, Duplicates
@@ -127,12 +127,13 @@ def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ([], ["is a folder without data files", ".parquet"]),
-        (["notes.txt"], ["is a folder without data files"]),
+        (["notes.doc"], ["is a folder without data files"]),
+        (["notes.txt", "about.md", "more.txt"], ["is a folder of plain text (*.txt)"]),
         (["config.json"], ["broken line"]),
         (["config.json", "model.safetensors"], ["is a model's folder"]),
         (["test.jsonl", "dev.jsonl"], ["several splits and none of them is train", "data.split=test"]),
     ],
-    ids=["empty", "no_data", "only_json", "model", "no_train"],
+    ids=["empty", "no_data", "text", "only_json", "model", "no_train"],
 )
 def test_a_folder_that_is_no_data_set_is_called_so(tmp_path: Path, files: list[str], words: list[str]) -> None:
     for name in files:
@@ -161,6 +162,7 @@ HEADING = "instruction,output\n"
         ("a.csv", "output,output\na,b\n", ["'output' twice"]),
         ("a.csv", (HEADING + "a,b\nc,caf\xe9\n").encode("latin1"), ["not UTF-8", "line 3", "iconv"]),
         ("a.csv", HEADING, ["is empty"]),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n{"text": "b"}\n', ["not UTF-8", "line 1", "iconv"]),
         ("a.txt", "Once upon a time, there was a cat.\nIt sat.", ["plain text", "jq -Rc"]),
         ("a.gz", gzip.compress(LINES)[:-9], ["gzip that breaks off"]),
         ("a.parquet", b"PAR1 and nothing more", ["Parquet that can't be read"]),
@@ -182,7 +184,22 @@ def test_what_is_not_read_is_called_what_it_is(
 ) -> None:
     said = refusal(config_of(written(tmp_path / name, content)))
     assert [word for word in words if word not in said] == [], said
-    assert f"data.path={tmp_path / name}" in said
+    assert said.count(f"data.path={tmp_path / name}") == 1
+
+
+@pytest.mark.parametrize("of", ["file", "gzip", "folder"])
+def test_paragraphs_of_plain_text_become_rows_by_the_command(tmp_path: Path, of: str) -> None:
+    """Among them those of Windows."""
+    first, second = 'Once upon a time, there\r\nwas a cat.\r\n\r\n\r\nIt said "hé".\r\n', "\nThe end.\n"
+    path = tmp_path / "my notes" / "a.md"
+    written(path, gzip.compress(first.encode()) if of == "gzip" else first)
+    written(path.parent / "deeper" / "b.md", second)
+    said, _, command = refusal(config_of(path.parent if of == "folder" else path)).partition("\n")
+    assert "plain text" in said
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    found = file_rows(config_of(tmp_path / "rows.jsonl")).rows
+    expected = ["Once upon a time, there\nwas a cat.", 'It said "hé".', *(["The end."] if of == "folder" else [])]
+    assert sorted(found, key=str) == sorted([Passage(prompt="", text=text) for text in expected], key=str)
 
 
 @pytest.mark.parametrize(
