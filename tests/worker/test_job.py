@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from lora_lab.events import (
     WindowOpened,
 )
 from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
-from lora_lab.options import DType, EngineKind, OnSpike, Quantization, Schedule
+from lora_lab.options import DataSource, DType, EngineKind, OnSpike, Quantization, Schedule
 from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.checkpoints import Checkpoints, is_disk_fault
@@ -239,6 +240,25 @@ def test_a_killed_job_goes_on_to_the_same_curve_bit_for_bit(
     assert first.heldout | second.heldout == whole.heldout
     assert same(second.adapter(), whole.adapter())
     assert any("starts from the beginning" in text for text in second.warnings) == (goes_on_from == 0)
+
+
+def test_a_job_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    config = job_config()
+    rows = [json.dumps({"text": f"Row {number} of its own."}) for number in range(24)]
+    config.data.source, config.data.path = DataSource.file, str(tmp_path / "rows.jsonl")
+    Path(config.data.path).write_text("\n".join(rows))
+    run(config, tmp_path, at_step(8))
+    config.resume = True
+    Path(config.data.path).write_text("\n".join([*rows[:-1], rows[0]]))
+    outcome, reason = ended(run(config, tmp_path).events)
+    assert outcome == "refused"
+    assert "until step 5" in reason
+    Path(config.data.path).write_text("\n".join(rows))
+    mark = _mark(tmp_path / "checkpoints/000005")
+    said = json.loads(mark.read_text())
+    del said["facts"]["rows"]  # as earlier versions wrote it
+    mark.write_text(json.dumps(said))
+    assert resume(config, tmp_path).of(Resumed)[0].step == 5
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_torn_one_that_is_never_used(
