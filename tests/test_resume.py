@@ -1,6 +1,6 @@
 """What resume=true takes from a job's folder, and what from the command line."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ from tiny_trials import tiny_config
 
 from lora_lab.composition.keys import GROUPS
 from lora_lab.config import InvalidInput, TrackingConfig, TrialConfig
+from lora_lab.files import write_json
 from lora_lab.resume import resumption
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record, params
@@ -72,6 +73,24 @@ def test_another_training_is_refused_with_both_values(tmp_path: Path, override: 
         resumption(tmp_path, given, CHOICES | {"method": "other"}, ["resume=true", override])
     assert said in str(refusal.value)
     assert "leave out" in str(refusal.value)
+
+
+def test_without_a_job_in_the_folder_the_one_is_named_that_may_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "2", "3", "4"):
+        begun(tmp_path / "multirun" / "day" / name)
+    for name in ("1", "2", "3"):  # the fourth saved no checkpoint
+        checkpoint = tmp_path / "multirun" / "day" / name / "checkpoints" / "000005"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "complete.json").touch()
+    done = Record(name="r", params={}, outcome="finished")
+    write_json(tmp_path / "multirun" / "day" / "3" / "record.json", asdict(done))
+    day = tmp_path / "multirun" / "day"
+    for folder, meant in ((tmp_path / "new", "2"), (day / "1" / "checkpoints" / "000005", "1")):
+        with pytest.raises(InvalidInput, match=f"resume=true hydra.run.dir={day / meant}$"):
+            resumption(folder, job(), CHOICES, [])
 
 
 def test_a_job_that_runs_or_belongs_to_a_sweep_is_refused(tmp_path: Path) -> None:

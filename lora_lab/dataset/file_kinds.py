@@ -144,9 +144,9 @@ def _check_there(file: DataFile) -> None:
     try:
         mode = file.path.stat().st_mode
     except (OSError, ValueError):
-        raise InvalidInput(
-            f"{file.name}: there is no such file or folder (looked in {Path.cwd()}). Check its name."
-        ) from None
+        is_pattern = any(mark in str(file.path) for mark in "*?")
+        advice = "A pattern finds no files: give the folder, which is read whole." if is_pattern else "Check its name."
+        raise InvalidInput(f"{file.name}: there is no such file or folder (looked in {Path.cwd()}). {advice}") from None
     if not stat.S_ISREG(mode):
         raise InvalidInput(
             f"{file.name} is a pipe or a device. It is read more than once: save its content as a file first."

@@ -389,7 +389,6 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     if end.outcome not in (Outcome.finished, Outcome.diverged) and state.folder.can_go_on:
-        where = shlex.quote(str(state.folder.path))
-        places.append(f"to go on from its last checkpoint: python -m lora_lab resume=true hydra.run.dir={where}")
+        places.append(f"to go on from its last checkpoint: {state.folder.resume_command}")
     stand_ins = [stand_in for event in events if isinstance(event, Ran) for stand_in in event.stand_ins]
     show_result(end, summary, stand_ins, places, state.folder.path)

@@ -24,7 +24,7 @@ from lora_lab.dataset.content import by_content
 from lora_lab.dataset.row import Conversation, Passage, Row
 from lora_lab.dataset.selection import check_rows, select
 from lora_lab.dataset.sources import Found, file_rows
-from lora_lab.options import DataSource, Duplicates
+from lora_lab.options import DataSource, Duplicates, Layout
 
 ROWS = [{"instruction": f"question {i}, é", "output": f'answer {i}:\n"so"'} for i in range(3)]
 AS_ROWS = [Conversation.of(f"question {i}, é", f'answer {i}:\n"so"') for i in range(3)]
@@ -245,6 +245,10 @@ def test_a_path_that_no_file_has_is_no_such_file(path: str) -> None:
     assert "no such file" in refusal(config_of(Path(path)))
 
 
+def test_a_pattern_leads_to_the_folder() -> None:
+    assert "give the folder" in refusal(config_of(Path("rows/*.jsonl")))
+
+
 def many(folder: Path, name: str, count: int) -> Path:
     rows = [{"instruction": f"{name} {number}", "output": "x"} for number in range(count)]
     return written(folder / f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
@@ -312,6 +316,25 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
     data.heldout_path = str(tmp_path / "nowhere.jsonl")
     with pytest.raises(InvalidInput, match=r"data\.heldout_path=.*no such file"):
         check_rows(data, 1)
+
+
+@pytest.mark.parametrize(("layout", "said"), [("auto", "too"), ("instruct", "same data.layout")])
+def test_held_out_rows_of_another_layout_are_refused(tmp_path: Path, layout: str, said: str) -> None:
+    apart = written(tmp_path / "text.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    path = many(tmp_path, "a", 10)
+    data = config_of(path, heldout_path=str(apart), layout=Layout[layout])
+    with pytest.raises(InvalidInput, match=said) as refusal:
+        check_rows(data, 1)
+    assert "text.jsonl" in str(refusal.value)
+    both = config_of(heldout_path=str(apart), sources=[SourceConfig(path=str(path)), SourceConfig(path=str(apart))])
+    assert len(select(both, file_rows(both).rows).heldout) == 2, "they are like some of the rows to train on"
+
+
+def test_a_single_chat_is_a_row_and_no_list_of_rows(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = written(tmp_path / "rows.jsonl", json.dumps(chat))
+    assert file_rows(config_of(path)).rows == [Conversation.of("q", "a")]
+    assert "jq -c . " in refusal(config_of(written(path, json.dumps(chat, indent=1))))
 
 
 def test_what_nearly_equals_a_held_out_row_is_a_near_duplicate(tmp_path: Path) -> None:
