@@ -22,6 +22,9 @@ from lora_lab.trial.session import Request
 
 SETTINGS_OF_THE_JOB = "With resume=true the settings are those in the job's folder: leave all others out."
 
+_NULL = "None"
+"""How a record has a setting without a value."""
+
 _HOW_IT_RUNS = ("device", "share_device", "cooldown_celsius", "isolation")
 """Settings that change nothing about what is trained, though they may change how fast."""
 
@@ -119,8 +122,9 @@ def _apply(
         elif name not in given:
             yield f"{name} cannot be given together with resume=true."
         elif given[name] != recorded.get(name):
-            was = f"{name}={recorded[name]}" if name in recorded else f"without {name}"
-            yield f"{name}={given[name]} was given, but the job was begun with {was}."
+            was = recorded.get(name, _NULL)
+            begun = f"without {name}" if was == _NULL else f"with {name}={was}"
+            yield f"{name}={'null' if given[name] == _NULL else given[name]} was given, but the job was begun {begun}."
 
 
 def _free() -> set[str]:

@@ -60,6 +60,8 @@ def test_where_a_job_runs_and_how_it_is_recorded_may_change_and_what_is_trained_
     [
         ("learning_rate=0.5", "learning_rate=0.5 was given, but the job was begun with learning_rate=0.01"),
         ("train.max_steps=60", "train.max_steps=60 was given, but the job was begun with train.max_steps=30"),
+        ("data.split=test", "data.split=test was given, but the job was begun without data.split"),
+        ("data.rows=null", "data.rows=null was given, but the job was begun with data.rows=4"),
         ("seed=7", "seed=7 was given, but the job was begun with seed=0"),
         ("capacity=8gib", "capacity cannot be given together with resume=true"),
         ("method=other", "method=other was given, but the job was begun with method=chosen"),
@@ -69,6 +71,7 @@ def test_another_training_is_refused_with_both_values(tmp_path: Path, override: 
     begun(tmp_path)
     given = replace(job(), learning_rate=0.5, seed=7)
     given.train = replace(given.train, max_steps=60)
+    given.data = replace(given.data, rows=None, split="test")
     with pytest.raises(InvalidInput) as refusal:
         resumption(tmp_path, given, CHOICES | {"method": "other"}, ["resume=true", override])
     assert said in str(refusal.value)
