@@ -16,7 +16,7 @@ LOCK = ".claim.lock"
 def claim(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
     """Yield whether this process has the trial's folder for itself until the end of the block.
 
-    A folder that takes no file counts as claimed: nothing can be moved there either.
+    Where no lock can be written it has: then nothing can be moved there either.
 
     Args:
         seconds: how long to wait for another process."""
