@@ -73,7 +73,7 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.config import InvalidInput
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.reading import Damaged, parsed, typed
-    from lora_lab.resume import resumption
+    from lora_lab.resume import SETTINGS_OF_THE_JOB, resumption
     from lora_lab.store.folder_checks import check_chdir, leave_empty
     from lora_lab.store.sweep_folder import Membership
     from lora_lab.store.trial_folder import TrialFolder
@@ -86,7 +86,12 @@ def job(composed: "DictConfig") -> int:
     handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers pass nothing
     try:
         check_chdir(hydra_config.job.chdir)
-        config = load(composed)
+        try:
+            config = load(composed)
+        except InvalidInput as fault:
+            if composed.get("resume") is not True or in_sweep:
+                raise
+            raise InvalidInput(*fault.args, SETTINGS_OF_THE_JOB) from fault
         if not in_sweep and config.repeats != 1:
             raise InvalidInput("repeats applies to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}

@@ -139,7 +139,9 @@ def _converse(session: Session) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_lab.generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("question", nargs="*", help="a question; each begins a new conversation (default: read lines)")
+    parser.add_argument(
+        "question", nargs="*", default=[], help="a question; each begins a new conversation (default: read lines)"
+    )
     parser.add_argument(
         "--max-new-tokens",
         metavar="N",

@@ -15,9 +15,15 @@ from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged
 from lora_lab.settings import Effect, settings_of
 from lora_lab.store.heartbeat import gone
+from lora_lab.store.multirun import folders
 from lora_lab.store.record import params
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.trial.session import Request
+
+SETTINGS_OF_THE_JOB = "With resume=true the settings are those in the job's folder: leave all others out."
+
+_NULL = "None"
+"""How a record has a setting without a value."""
 
 _HOW_IT_RUNS = ("device", "share_device", "cooldown_celsius", "isolation")
 """Settings that change nothing about what is trained, though they may change how fast."""
@@ -56,11 +62,20 @@ def resumption(folder: Path, asked: TrialConfig, choices: dict[str, str], overri
 def _manifest(there: TrialFolder) -> Manifest:
     before = there.manifest()
     if before is None:
+        job = _job_near(there.path)
+        example = "" if job is None else f" Perhaps you mean this one:\n  {job.resume_command}"
         raise InvalidInput(
             f"resume=true goes on with a job, and {there.path} holds none. Name the job's folder with "
-            "hydra.run.dir=FOLDER. For a sweep, add -m or choose one with sweep=NAME."
+            f"hydra.run.dir=FOLDER. For a sweep, add -m or choose one with sweep=NAME.{example}"
         )
     return before
+
+
+def _job_near(folder: Path) -> TrialFolder | None:
+    """Return the job inside whose folder this one is, or else the newest one below multirun/ that was cut off."""
+    inside = [TrialFolder(above) for above in folder.absolute().parents]
+    newest = [TrialFolder(path) for path in sorted(folders(), reverse=True)]
+    return next((each for each in (*inside, *newest) if each.can_go_on and not _finished(each)), None)
 
 
 def _check_resumable(there: TrialFolder, before: Manifest, config: TrialConfig) -> None:
@@ -79,15 +94,19 @@ def _check_resumable(there: TrialFolder, before: Manifest, config: TrialConfig) 
             f"the job in {there.path} still runs, in process {before.owner.pid} of {before.owner.host}. "
             "Wait for its end, or end that process first."
         )
-    try:
-        record = there.record(series=False)
-    except Damaged:  # it is written again
-        return
-    if record is not None and record.outcome == Outcome.finished.value:
+    if _finished(there):
         raise InvalidInput(
             f"the job in {there.path} has finished, so there is nothing to go on with. For a longer training, run a "
             "new job with a larger train.epochs or train.max_steps."
         )
+
+
+def _finished(there: TrialFolder) -> bool:
+    try:
+        record = there.record(series=False)
+    except Damaged:  # it is written again
+        return False
+    return record is not None and record.outcome == Outcome.finished.value
 
 
 def _apply(
@@ -103,8 +122,9 @@ def _apply(
         elif name not in given:
             yield f"{name} cannot be given together with resume=true."
         elif given[name] != recorded.get(name):
-            was = f"{name}={recorded[name]}" if name in recorded else f"without {name}"
-            yield f"{name}={given[name]} was given, but the job was begun with {was}."
+            was = recorded.get(name, _NULL)
+            begun = f"without {name}" if was == _NULL else f"with {name}={was}"
+            yield f"{name}={'null' if given[name] == _NULL else given[name]} was given, but the job was begun {begun}."
 
 
 def _free() -> set[str]:

@@ -1,6 +1,6 @@
 """What resume=true takes from a job's folder, and what from the command line."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ from tiny_trials import tiny_config
 
 from lora_lab.composition.keys import GROUPS
 from lora_lab.config import InvalidInput, TrackingConfig, TrialConfig
+from lora_lab.files import write_json
 from lora_lab.resume import resumption
 from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record, params
@@ -59,6 +60,8 @@ def test_where_a_job_runs_and_how_it_is_recorded_may_change_and_what_is_trained_
     [
         ("learning_rate=0.5", "learning_rate=0.5 was given, but the job was begun with learning_rate=0.01"),
         ("train.max_steps=60", "train.max_steps=60 was given, but the job was begun with train.max_steps=30"),
+        ("data.split=test", "data.split=test was given, but the job was begun without data.split"),
+        ("data.rows=null", "data.rows=null was given, but the job was begun with data.rows=4"),
         ("seed=7", "seed=7 was given, but the job was begun with seed=0"),
         ("capacity=8gib", "capacity cannot be given together with resume=true"),
         ("method=other", "method=other was given, but the job was begun with method=chosen"),
@@ -68,10 +71,29 @@ def test_another_training_is_refused_with_both_values(tmp_path: Path, override: 
     begun(tmp_path)
     given = replace(job(), learning_rate=0.5, seed=7)
     given.train = replace(given.train, max_steps=60)
+    given.data = replace(given.data, rows=None, split="test")
     with pytest.raises(InvalidInput) as refusal:
         resumption(tmp_path, given, CHOICES | {"method": "other"}, ["resume=true", override])
     assert said in str(refusal.value)
     assert "leave out" in str(refusal.value)
+
+
+def test_without_a_job_in_the_folder_the_one_is_named_that_may_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "2", "3", "4"):
+        begun(tmp_path / "multirun" / "day" / name)
+    for name in ("1", "2", "3"):  # the fourth saved no checkpoint
+        checkpoint = tmp_path / "multirun" / "day" / name / "checkpoints" / "000005"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "complete.json").touch()
+    done = Record(name="r", params={}, outcome="finished")
+    write_json(tmp_path / "multirun" / "day" / "3" / "record.json", asdict(done))
+    day = tmp_path / "multirun" / "day"
+    for folder, meant in ((tmp_path / "new", "2"), (day / "1" / "checkpoints" / "000005", "1")):
+        with pytest.raises(InvalidInput, match=f"resume=true hydra.run.dir={day / meant}$"):
+            resumption(folder, job(), CHOICES, [])
 
 
 def test_a_job_that_runs_or_belongs_to_a_sweep_is_refused(tmp_path: Path) -> None:

@@ -217,6 +217,10 @@ def test_what_cannot_be_exported_is_refused_before_a_model_is_loaded(
     shutil.copytree(lora.folder, "bare", ignore=shutil.ignore_patterns("adapter"))
     refused(capsys, export.main(["bare", "--merge", "out"]), "bare holds no adapter")
     refused(capsys, generate.main(["bare", "Why?"]), "bare holds no adapter")
+    (tmp_path / "bare/checkpoints/000005").mkdir(parents=True)
+    (tmp_path / "bare/checkpoints/000005/complete.json").touch()
+    refused(capsys, generate.main(["bare", "Why?"]), f"resume=true hydra.run.dir={tmp_path}/bare")
+    refused(capsys, generate.main([str(lora.folder / "adapter"), "Why?"]), f"inside the trial {lora.folder}")
     refused(capsys, generate.main([str(lora.folder), " "]), "empty")
 
 

@@ -1,6 +1,7 @@
 """Read what was typed: options anywhere, ~ as the home folder, and the quoting that Hydra's grammar needs."""
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -72,6 +73,9 @@ def quoted(text: str) -> str:
 def unreadable(override: str) -> str:
     """Say why Hydra's grammar does not take an override, and what to type in a shell to give its value as text."""
     key, equals, value = override.partition("=")
+    if not equals and os.path.lexists(override):  # Path's raises for a name that is too long
+        path = shlex.quote(override)
+        return f"'{override}' is a file or folder, not a setting. To train on it, write data=jsonl data.path={path}."
     if not equals:
         return f"'{override}' has no value. Write key=value without spaces around the =; --help lists them."
     if _fault(f"{key}=x"):

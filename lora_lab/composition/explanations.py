@@ -74,6 +74,8 @@ def _of_composition(refusal: str) -> str:
     """
     if re.search(r"(Could not override '|Error merging override )data\.sources", refusal):
         return _SOURCES
+    if re.search(r"Error merging override data\.path=\[", refusal):
+        return f"data.path is one file or folder. {_SOURCES}"
     unknown = re.search(r"Could not override '([^']*)'", refusal)
     within = re.search(r"\nKey '(.+)' (?:not in '|is not in struct)", refusal)
     if unknown and (unknown[1] in _OPEN or unknown[1].rpartition(".")[0] in _OPEN):
@@ -107,6 +109,9 @@ def _several(override: str) -> str:
     said = f"{override} gives several values. Add -m for a sweep over them"
     if "(" in value:
         return f"{said}."
+    if key == "data.path":
+        sources = ", ".join(f"{{path: {path.strip()}}}" for path in value.split(","))
+        return f"{said}; to train on all of them, write 'data.sources=[{sources}]'."
     return f"{said}; for one list, write {key}=[{value}]; for one text, {in_shell(f'{key}={quoted(value)}')}."
 
 

@@ -153,6 +153,8 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
 def _data_faults(config: TrialConfig) -> list[str]:
     data = config.data
     if data.source is DataSource.file and not data.path and not data.sources:
+        if data.id:
+            return [f"data.id={data.id} names a data set on the hub; to read it, add data.source=hub."]
         return ["data.path is missing; give a file or folder, for example data.path=my_rows.jsonl."]
     if data.sources and (found := _source_faults(data)):
         return found
@@ -213,8 +215,8 @@ def _train_faults(config: TrialConfig) -> list[str]:
         ]
     if train.epochs is not None and train.max_steps is not None:
         found.append(
-            f"train.epochs={train.epochs:g} and train.max_steps={train.max_steps} are both set; a job has one length: "
-            "give one of them."
+            f"train.epochs={train.epochs:g} and train.max_steps={train.max_steps} are both set, and a job has one "
+            "length. Give one of them. train=job sets train.epochs: leave train=job out, or add train.epochs=null."
         )
     elif train.max_steps is not None and 1 <= train.warmup >= train.max_steps:
         found.append(

@@ -18,6 +18,15 @@ READABLE = "jsonl, json, csv, tsv, Parquet or Arrow, gzipped or not"
 
 _HEAD_BYTES = 4096
 _JSON_ENDINGS = {".json", ".jsonl", ".ndjson"}
+TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
+"""How the names of plain text end, as a rule."""
+
+TEXT_TO_ROWS = (
+    "python -c \"import json, re, sys; [print(json.dumps({'text': part})) for name in sys.argv[1:] or [0] "
+    "for part in re.split(r'\\n\\s*\\n', open(name, encoding='utf-8').read().strip()) if part]\""
+)
+"""A command that makes a row of each paragraph of the files behind it."""
+
 _TAR_MARK = slice(257, 262)
 
 SEPARATORS = ",;\t"
@@ -116,10 +125,11 @@ def kind_of(file: DataFile) -> FileKind:
     if _is_table(file.path, text):
         return FileKind.table
     if text and text[0] not in "{[" and not _JSON_ENDINGS & set(file.path.suffixes):
-        command = file.piped_to("jq -Rc '{text: .}'")
+        has_paragraphs = re.search(r"\n\s*\n", text.rstrip()) is not None
+        unit, program = ("paragraph", TEXT_TO_ROWS) if has_paragraphs else ("line", "jq -Rc '{text: .}'")
         raise InvalidInput(
-            f"{file.name} is plain text, neither JSON nor a table. Make a row of each line, for example:\n"
-            f"  {command} > rows.jsonl"
+            f"{file.name} is plain text, neither JSON nor a table. Make a row of each {unit}, and give rows.jsonl "
+            f"instead:\n  {file.piped_to(program)} > rows.jsonl"
         )
     return FileKind.json
 
@@ -134,9 +144,9 @@ def _check_there(file: DataFile) -> None:
     try:
         mode = file.path.stat().st_mode
     except (OSError, ValueError):
-        raise InvalidInput(
-            f"{file.name}: there is no such file or folder (looked in {Path.cwd()}). Check its name."
-        ) from None
+        is_pattern = any(mark in str(file.path) for mark in "*?")
+        advice = "A pattern finds no files: give the folder, which is read whole." if is_pattern else "Check its name."
+        raise InvalidInput(f"{file.name}: there is no such file or folder (looked in {Path.cwd()}). {advice}") from None
     if not stat.S_ISREG(mode):
         raise InvalidInput(
             f"{file.name} is a pipe or a device. It is read more than once: save its content as a file first."

@@ -1,12 +1,15 @@
 """Find the files of records in a folder: one that save_to_disk made, or one of data files."""
 
 import re
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from lora_lab.config import InvalidInput
 from lora_lab.dataset.data_files import DataFile
+from lora_lab.dataset.file_kinds import TEXT_ENDINGS, TEXT_TO_ROWS
 from lora_lab.files import read_json
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -48,8 +51,9 @@ def files_of_folder(folder: Path, split: str | None, key: str) -> tuple[list[Dat
         return _saved(folder, key), ""
     if any(folder.glob("*.safetensors")):
         raise InvalidInput(f"{name} is a model's folder, which model.path takes. Give the folder or file of the rows.")
-    found = sorted(_data_files(folder, name))
+    found = sorted(_files(folder, _ENDINGS, name))
     if not found:
+        _check_no_text(folder, name)
         raise InvalidInput(
             f"{name} is a folder without data files. Give a folder of files that end in {', '.join(_ENDINGS)}, or one "
             "that save_to_disk made."
@@ -98,7 +102,19 @@ def _listed(path: Path, field: str) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _data_files(folder: Path, name: str) -> Iterator[Path]:
+def _check_no_text(folder: Path, name: str) -> None:
+    """Raise InvalidInput, with the command that makes rows, for a folder of plain text."""
+    texts = Counter(path.suffix for path in _files(folder, TEXT_ENDINGS, name) if path.suffix in TEXT_ENDINGS)
+    if texts:
+        [(ending, _)] = texts.most_common(1)
+        raise InvalidInput(
+            f"{name} is a folder of plain text (*{ending}), not of rows. Make a row of each paragraph, and give "
+            "rows.jsonl instead:\n"
+            f"  find {shlex.quote(str(folder))} -name '*{ending}' -exec {TEXT_TO_ROWS} {{}} + > rows.jsonl"
+        )
+
+
+def _files(folder: Path, endings: tuple[str, ...], name: str) -> Iterator[Path]:
     entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
     if len(entries) > _MOST_ENTRIES:
         raise InvalidInput(
@@ -107,7 +123,7 @@ def _data_files(folder: Path, name: str) -> Iterator[Path]:
     for path in entries:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         plain = path.name.removesuffix(".gz")
-        if not hidden and plain.endswith(_ENDINGS) and plain not in _ABOUT_DATA and path.is_file():
+        if not hidden and plain.endswith(endings) and plain not in _ABOUT_DATA and path.is_file():
             yield path
 
 

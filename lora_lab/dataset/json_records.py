@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from lora_lab.config import InvalidInput
 from lora_lab.dataset.data_files import DataFile
+from lora_lab.dataset.layouts import FORMATS
 
 _Read = TypeVar("_Read")
 
@@ -90,8 +91,9 @@ def _check_one_object_per_line(file: DataFile, text: str) -> None:
         return
     program = "."
     if len(values) == 1 and isinstance(values[0], dict):
+        is_row = any(each.fits(values[0]) for each in FORMATS)  # a chat is a list of objects within one
         lists = (key for key, value in values[0].items() if isinstance(value, list) and _objects(value))
-        key = next(lists, None)
+        key = None if is_row else next(lists, None)
         if key is not None:
             program = f".{key}[]" if re.fullmatch(r"[A-Za-z_]\w*", key) else f".[{json.dumps(key)}][]"
         elif text.strip().count("\n") == 0:

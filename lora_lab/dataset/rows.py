@@ -12,6 +12,10 @@ _MOST_SHOWN = 5
 """Faults that a message names, and records of each."""
 
 
+class BrokenRecords(InvalidInput):
+    """Records of a source make no rows."""
+
+
 def rows_of(
     records: Numbered,
     data: DataConfig,
@@ -25,16 +29,16 @@ def rows_of(
     Args:
         leave_out_empty: a record without an answer is no fault; there is no row for it.
 
-    Raises: InvalidInput for records of no known layout, and naming each fault by `unit` (line, row) and number."""
+    Raises: BrokenRecords for records of no known layout, and naming each fault by `unit` (line, row) and number."""
     numbered = iter(islice(records, limit))
     before: list[tuple[int, object]] = []
     layout = None
-    try:
-        while layout is None and (found := next(numbered, None)) is not None:
-            before.append(found)
+    while layout is None and (found := next(numbered, None)) is not None:
+        before.append(found)
+        try:
             layout = format_of(found[1], data)
-    except InvalidInput as foreign:
-        raise InvalidInput(f"{source}: {foreign}") from foreign
+        except InvalidInput as foreign:
+            raise BrokenRecords(f"{source}: {foreign}") from foreign
     rows: list[Row] = []
     faults: dict[str, list[int]] = {}
     for number, fields in chain(before, numbered):
@@ -48,7 +52,7 @@ def rows_of(
             if not (leave_out_empty and isinstance(error, NothingToTrain)):
                 faults.setdefault(_mixed(fields, layout, data) or str(error), []).append(number)
     if faults:
-        raise InvalidInput(_refusal(faults, source, unit))
+        raise BrokenRecords(_refusal(faults, source, unit))
     return rows
 
 

@@ -9,8 +9,8 @@ from lora_lab.data_config import DataConfig
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.duplicates import without_duplicates
-from lora_lab.dataset.row import Row
-from lora_lab.dataset.sources import file_rows, files_of, heldout_rows
+from lora_lab.dataset.row import Conversation, Passage, Row
+from lora_lab.dataset.sources import Found, file_rows, files_of, heldout_rows
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Duplicates
 
@@ -37,7 +37,7 @@ def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
     Raises: InvalidInput when the held-out rows cannot be read, or leave nothing to train on."""
     kept, apart, remarks = list(rows), list[Row](), list[str]()
     if data.heldout_path is not None:
-        found = heldout_rows(data)
+        found = _heldout_beside(rows, data)
         apart, remarks = by_content(found.rows), found.remarks
         kept = _without(kept, apart)
         if not kept:
@@ -55,6 +55,24 @@ def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
         in_both=len(rows) - len(kept),
         remarks=remarks,
     )
+
+
+def _heldout_beside(rows: Sequence[Row], data: DataConfig) -> Found:
+    """Read the rows of data.heldout_path.
+
+    Raises: InvalidInput when they cannot be read, or are laid out otherwise than all rows to train on."""
+    found = heldout_rows(data)
+    for kind, what, others in (
+        (Passage, "plain text", "conversations"),
+        (Conversation, "conversations", "plain text"),
+    ):
+        if any(isinstance(row, kind) for row in found.rows) and not any(isinstance(row, kind) for row in rows):
+            raise InvalidInput(
+                f"data.heldout_path={data.heldout_path} holds {what}, and the rows to train on are {others}. Give "
+                f"held-out rows that are {others} too, or leave data.heldout_path out: then data.holdout splits the "
+                "rows."
+            )
+    return found
 
 
 def check_rows(data: DataConfig, needed: int) -> None:
@@ -94,7 +112,7 @@ def _counts(data: DataConfig) -> tuple[int, int | None]:
         rows = list(dict.fromkeys(rows))
     if data.heldout_path is None:
         return len(rows), None
-    heldout = heldout_rows(data).rows
+    heldout = _heldout_beside(rows, data).rows
     return len(_without(rows, heldout)), len(heldout)
 
 

@@ -12,7 +12,7 @@ from lora_lab.dataset.file_kinds import FileKind, kind_of
 from lora_lab.dataset.folders import files_of_folder
 from lora_lab.dataset.json_records import Numbered, read_json
 from lora_lab.dataset.row import Row
-from lora_lab.dataset.rows import rows_of
+from lora_lab.dataset.rows import BrokenRecords, rows_of
 from lora_lab.dataset.shipped import shipped_file, shipped_names
 from lora_lab.dataset.table_records import read_cells, read_columns
 from lora_lab.options import DataSource
@@ -44,7 +44,14 @@ def heldout_rows(data: DataConfig) -> Found:
     """Read the rows of `data.heldout_path`.
 
     Raises: InvalidInput."""
-    return _rows_of_path(str(heldout_file(data)), None, _HELDOUT, data, None)
+    try:
+        return _rows_of_path(str(heldout_file(data)), None, _HELDOUT, data, None)
+    except BrokenRecords as broken:
+        raise InvalidInput(
+            *broken.args,
+            "Held-out rows are read as the rows to train on are: by the same data.layout and the same data.map. Give a "
+            "file with the same columns.",
+        ) from broken
 
 
 def read_records(file: DataFile) -> tuple[Numbered, str]:

@@ -13,12 +13,13 @@ from lora_lab.outcome import Outcome
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store import heartbeat
+from lora_lab.store.claim import claim
 from lora_lab.store.finishing import finish_for_dead
 from lora_lab.store.multirun import folders
 from lora_lab.store.outbox import Outbox
 from lora_lab.store.record import ORPHAN
 from lora_lab.store.sweep_folder import SweepFolder
-from lora_lab.store.trial_folder import SENSELESS, TrialFolder
+from lora_lab.store.trial_folder import SENSELESS, Manifest, TrialFolder
 
 _OUTSIDE = "outside.txt"
 """A file in multirun/ with a line for each folder that was put somewhere else."""
@@ -160,6 +161,14 @@ def _recover_trial(folder: TrialFolder, store_of: Callable[[TrackingConfig], Out
     asked = folder.manifest()
     if asked is None or not heartbeat.gone(asked.owner, folder.path):
         return
+    with claim(folder.path) as is_ours:
+        if is_ours and folder.manifest() == asked:  # otherwise another process resumes the job
+            _record_and_deliver(folder, asked, store_of, found)
+
+
+def _record_and_deliver(
+    folder: TrialFolder, asked: Manifest, store_of: Callable[[TrackingConfig], Outbox], found: Recovered
+) -> None:
     with found.setting_aside(folder.path):  # the record is delivered once more, which changes nothing
         folder.check_delivery_note()
     record = folder.record()

@@ -10,6 +10,7 @@ from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.multirun import LATEST
 from lora_lab.store.stored_runs import open_store
 from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.store.trial_folder import MANIFEST, TrialFolder
 
 CONFIG = "config.yaml"
 ADAPTER = "adapter"
@@ -42,11 +43,15 @@ def find_trained(run: str, place: Path) -> Path:
             f"{run} is a sweep. Name one of its trials{':' if trials else ', none of which has an adapter.'}{listed}"
         )
     if not (folder / CONFIG).is_file():
-        raise InvalidInput(f"{run} holds no {CONFIG}, so it is not a trial. Name {RUN_HELP}.")
+        above = next((each for each in folder.absolute().parents if (each / MANIFEST).is_file()), None)
+        advice = f"Name {RUN_HELP}." if above is None else f"It is inside the trial {above}: name that."
+        raise InvalidInput(f"{run} holds no {CONFIG}, so it is not a trial. {advice}")
     if not (folder / ADAPTER / "adapter_config.json").is_file():
+        there = TrialFolder(folder)
+        cut_off = f"It is a job that goes on from its last checkpoint with:\n  {there.resume_command}"
         raise InvalidInput(
-            f"{run} holds no adapter: the trial did not come to its end, or its disk was full. Name a trial that "
-            "finished."
+            f"{run} holds no adapter: the trial did not come to its end, or its disk was full. "
+            + (cut_off if there.can_go_on else "Name a trial that finished.")
         )
     return folder
 
@@ -55,8 +60,11 @@ def _fetched(run: str, place: Path) -> Path:
     """Put the files of a run in the local store into `place`."""
     try:
         store = local_address()
-    except InvalidInput as missing:
-        raise InvalidInput(f"{run} is neither a folder nor the id of a trial under multirun/, and {missing}") from None
+    except InvalidInput:
+        raise InvalidInput(
+            f"{run} is neither a folder nor the id of a trial under multirun/, and there is no store at "
+            f"{Path('mlruns').resolve()}. Change to the folder where the trials were run, or name {RUN_HELP}."
+        ) from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
     fetch_run(store, run, (CONFIG, ADAPTER), place)

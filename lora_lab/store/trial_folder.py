@@ -4,6 +4,7 @@
 appears whole or not at all. Once it is there, the trial is over. `delivered.json` says which store has the record."""
 
 import contextlib
+import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -234,6 +235,11 @@ class TrialFolder:
         with contextlib.suppress(Damaged):
             return self.manifest() is not None and any(self.path.glob("checkpoints/*/complete.json"))
         return False
+
+    @property
+    def resume_command(self) -> str:
+        """Return the command that goes on with a job that was cut off here."""
+        return f"python -m lora_lab resume=true hydra.run.dir={shlex.quote(str(self.path.resolve()))}"
 
     def earlier(self) -> tuple[list[Inputs], list[Damaged]]:
         """Return what the earlier attempts at a job left, in order, and what is wrong with damaged parts of it."""

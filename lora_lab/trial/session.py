@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
 from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
@@ -19,6 +17,7 @@ from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
 from lora_lab.store.attempts import moved_from
+from lora_lab.store.claim import claim
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.store.finishing import finish
@@ -45,6 +44,9 @@ from lora_lab.trial.display import Display
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
 from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
+
+_MOST_SECONDS_TO_CLAIM = 10.0
+"""How long a job that goes on waits for another start that delivers its record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,17 +244,19 @@ def _new_record(request: Request, facts: dict[str, str]) -> Record:
 def _claimed(request: Request) -> Iterator[None]:
     """Hold the folder of a job that goes on, until it names this process as its owner.
 
-    Raises: InvalidInput when another process has resumed the job meanwhile."""
+    Raises: InvalidInput when another process resumes the job too, or records what was left for longer than we wait."""
     if request.resumed is None:
         yield
         return
-    try:
-        with FileLock(request.folder / ".resume.lock", timeout=0):
-            if TrialFolder(request.folder).manifest() != request.resumed:
-                raise Timeout(str(request.folder))
-            yield
-    except Timeout:
-        raise InvalidInput(f"another process goes on with the job in {request.folder} now. Wait for it.") from None
+    with claim(request.folder, _MOST_SECONDS_TO_CLAIM) as is_ours:
+        if TrialFolder(request.folder).manifest() != request.resumed:
+            raise InvalidInput(f"another process goes on with the job in {request.folder} now. Wait for it.")
+        if not is_ours:
+            raise InvalidInput(
+                f"another start is delivering the record of the attempt before in {request.folder}, and has not ended "
+                f"within {_MOST_SECONDS_TO_CLAIM:g} s. Type the command again in a minute."
+            )
+        yield
 
 
 def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> HostFacts:
@@ -385,7 +389,6 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     if end.outcome not in (Outcome.finished, Outcome.diverged) and state.folder.can_go_on:
-        where = shlex.quote(str(state.folder.path))
-        places.append(f"to go on from its last checkpoint: python -m lora_lab resume=true hydra.run.dir={where}")
+        places.append(f"to go on from its last checkpoint: {state.folder.resume_command}")
     stand_ins = [stand_in for event in events if isinstance(event, Ran) for stand_in in event.stand_ins]
     show_result(end, summary, stand_ins, places, state.folder.path)

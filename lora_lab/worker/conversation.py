@@ -14,11 +14,14 @@ from typing import Any
 from lora_lab.dataset.row import Conversation, Role, Turn
 from lora_lab.options import TrainOn
 from lora_lab.worker.chat_template import ChatTemplate
-from lora_lab.worker.laid_out import LaidOut, Lost, bare, holds, spaceless
+from lora_lab.worker.laid_out import EndWithin, LaidOut, Lost, bare, holds, spaceless
 from lora_lab.worker.tokens import encode, tokens_of
 
 _LONGEST_START = 100
 """Characters of an answer that a prompt may have already."""
+
+_AROUND = 30
+"""Characters that a message shows on either side of what it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,11 @@ class Conversations:
             *_lost(turns, chosen, dict(zip(places, texts, strict=True)), read, spaceless),
             *self._lost_tokens(laid, turns, chosen, places),
         }
+        within = self._end_within(turns, chosen) if Lost.end in lost else None
+        if within is not None:
+            lost = lost - {Lost.end} | {Lost.end_within}
         kept = ((0, len(ids)),) if self._train_on is TrainOn.everything else laid.spans
-        return replace(laid, spans=kept, lost=frozenset(lost))
+        return replace(laid, spans=kept, lost=frozenset(lost), end_within=within)
 
     def _with_system(self, row: Conversation) -> tuple[Conversation, bool]:
         """Put the system prompt at the start of the first question where the template has no place for it, as Gemma 3's
@@ -180,6 +186,16 @@ class Conversations:
             spans.append((len(made) - 1 - (end - start), len(made)))
             done = end
         return made, spans
+
+    def _end_within(self, turns: Sequence[Turn], chosen: Sequence[int]) -> EndWithin | None:
+        """Return the first end of a turn that an answer's own text has."""
+        token = self.end_of_turn
+        for turn in chosen:
+            text = turns[turn].text
+            at = text.find(token)
+            if at >= 0:
+                return EndWithin(token, turn + 1, text[max(0, at - _AROUND) : at + len(token) + _AROUND])
+        return None
 
     def _lost_tokens(
         self, laid: LaidOut, turns: Sequence[Turn], chosen: Sequence[int], places: Sequence[int]

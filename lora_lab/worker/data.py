@@ -215,12 +215,7 @@ def _lay_out(rows: list[Row], layouts: Layouts) -> tuple[list[LaidOut], Losses]:
         made.append(layouts.lay_out(row))
         losses.count(row, made[-1], layouts.tokenizer)
     if losses.lost * 2 > losses.rows:
-        raise InvalidInput(
-            *losses.sentences(),
-            "The model would not be trained on your rows. Change the rows, change chat_template in the model's folder, "
-            "or use another model.",
-            *layouts.remedies(rows),
-        )
+        raise InvalidInput(*losses.sentences(), *layouts.remedies(rows, losses))
     return made, losses
 
 

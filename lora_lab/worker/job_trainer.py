@@ -43,6 +43,7 @@ class JobTrainer(Trainer):
         heldout: Callable[[int], float],
         on_saved: Callable[[Checkpoint, float], None],
         warn: Callable[[str], None],
+        rows_digest: str,
         **arguments: Any,
     ) -> None:
         """Take what Trainer takes, and:
@@ -50,6 +51,7 @@ class JobTrainer(Trainer):
         Args:
             heldout: evaluates after a step, and returns the held-out loss.
             on_saved: gets each complete checkpoint, and its epoch.
+            rows_digest: says which rows it is trained on; each checkpoint notes it.
         """
         super().__init__(**arguments)
         self._config = config
@@ -59,6 +61,7 @@ class JobTrainer(Trainer):
         self._heldout = heldout
         self._on_saved = on_saved
         self._warn = warn
+        self._rows_digest = rows_digest
         self.rate_share = 1.0
         """The share of the learning rate that is left after spikes."""
 
@@ -112,6 +115,7 @@ class JobTrainer(Trainer):
             "rate_share": self.rate_share,
             "watch": self._telemetry.watch_state(),
             "is_end": self.control.should_training_stop,
+            "rows": self._rows_digest,
         }
         return self._checkpoints.complete(self._checkpoints.root / f"checkpoint-{step}", step, facts)
 

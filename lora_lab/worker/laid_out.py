@@ -1,5 +1,7 @@
 """One row as token ids of which some are trained, and what can be wrong with it."""
 
+import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +22,24 @@ class Lost(Enum):
     answer = "an answer is not whole in the trained tokens"
     question = "what is only read is not whole in the tokens that are not trained"
     end = "the end of the turn is not trained exactly once, as an answer's last token"
+    end_within = "an answer contains the token that ends a turn, which is written behind each answer already"
+
+
+@dataclass(frozen=True, slots=True)
+class EndWithin:
+    """A token that ends a turn, in the text of a row."""
+
+    token: str
+    turn: int
+    """Counts from 1."""
+    around: str
+    """The token with some of the text on both sides."""
+
+    def sentences(self, row: int) -> str:
+        """Say where it is, and what to type."""
+        pattern = re.sub(r"([][\\.*^$#])", r"\\\1", self.token)
+        command = f"sed {shlex.quote(f's#{pattern}##g')} ROWS.jsonl > CLEAN.jsonl"
+        return f"turn {self.turn} of row {row} has {self.token} in {self.around!r}. Take it out of your rows: {command}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +56,8 @@ class LaidOut:
     """The generation prompt ends in text that this row is trained without."""
     merged: bool = False
     """The system prompt stands at the start of the first question."""
+    end_within: EndWithin | None = None
+    """The first end of a turn in an answer's own text."""
 
     @property
     def read(self) -> list[int]:
@@ -71,7 +93,11 @@ class Losses:
         self.merged += laid.merged
         for kind in laid.lost:
             self.kinds[kind] += 1
-            if kind not in self.examples:
+            if kind in self.examples:
+                continue
+            if laid.end_within is not None and kind is Lost.end_within:
+                self.examples[kind] = laid.end_within.sentences(self.rows)
+            else:
                 read, trained = tokenizer.decode(laid.read), tokenizer.decode(laid.trained)
                 self.examples[kind] = (
                     f"row {self.rows} has {_described(row)}; the model reads {short(read)} and is trained on "

@@ -8,7 +8,7 @@ from lora_lab.config import InvalidInput
 from lora_lab.dataset.row import Conversation, Passage, Row
 from lora_lab.options import TrainOn
 from lora_lab.worker.conversation import Conversations
-from lora_lab.worker.laid_out import LaidOut, Losses
+from lora_lab.worker.laid_out import LaidOut, Losses, Lost
 from lora_lab.worker.passage import Passages
 
 
@@ -62,15 +62,21 @@ class Layouts:
             )
         return found
 
-    def remedies(self, rows: Sequence[Row]) -> list[str]:
-        """Return what else may help when most rows lose text."""
-        many = any(isinstance(row, Conversation) and len(row.answers) > 1 for row in rows)
-        if not many or self._train_on is TrainOn.last_answer:
+    def remedies(self, rows: Sequence[Row], losses: Losses) -> list[str]:
+        """Return what may help when most rows lose text, besides what their own sentences say."""
+        if not losses.kinds.keys() - {Lost.end_within}:
             return []
-        return [
-            "If the template changes earlier answers only (Qwen 3 leaves their thoughts out), use "
-            "data.train_on=last_answer."
+        found = [
+            "The model would not be trained on your rows. Change the rows, change chat_template in the model's folder, "
+            "or use another model."
         ]
+        many = any(isinstance(row, Conversation) and len(row.answers) > 1 for row in rows)
+        if many and self._train_on is not TrainOn.last_answer:
+            found.append(
+                "If the template changes earlier answers only (Qwen 3 leaves their thoughts out), use "
+                "data.train_on=last_answer."
+            )
+        return found
 
     @property
     def _has_conversations(self) -> bool:

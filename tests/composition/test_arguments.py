@@ -147,6 +147,26 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
     assert (said.code == 2) == ("Refused" in said.said)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rows.jsonl"], ["a file or folder, not a setting", "data=jsonl data.path=rows.jsonl"]),
+        (["data=jsonl", "data.path=rows.jsonl,b.csv"], ["'data.sources=[{path: rows.jsonl}, {path: b.csv}]'"]),
+        (["data=jsonl", "data.path=[rows.jsonl,b.csv]"], ["one file or folder", "data.sources=[{path:"]),
+        (["data=jsonl", "data.id=org/rows"], ["data.id=org/rows", "add data.source=hub"]),
+        (["train=job", "train.max_steps=5"], ["leave train=job out", "train.epochs=null"]),
+        (["resume=true", "data.path=rows.jsonl"], ["settings are those in the job's folder"]),
+    ],
+    ids=lambda value: value[-1] if "=" in value[0] else "",
+)
+def test_a_plausible_mistake_is_answered_with_what_to_type(
+    typed: Type, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    said = typed("model=tiny", *arguments)
+    assert (said.code, [word for word in words if word not in said.said]) == (2, []), said.said
+
+
 @pytest.mark.parametrize("mode", [[], ["-m", "batch_size=1,2"]], ids=["trial", "sweep"])
 @pytest.mark.parametrize(
     ("value", "why"),

@@ -21,10 +21,10 @@ import pytest
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.content import by_content
-from lora_lab.dataset.row import Conversation, Row
+from lora_lab.dataset.row import Conversation, Passage, Row
 from lora_lab.dataset.selection import check_rows, select
 from lora_lab.dataset.sources import Found, file_rows
-from lora_lab.options import DataSource, Duplicates
+from lora_lab.options import DataSource, Duplicates, Layout
 
 ROWS = [{"instruction": f"question {i}, é", "output": f'answer {i}:\n"so"'} for i in range(3)]
 AS_ROWS = [Conversation.of(f"question {i}, é", f'answer {i}:\n"so"') for i in range(3)]
@@ -127,12 +127,13 @@ def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ([], ["is a folder without data files", ".parquet"]),
-        (["notes.txt"], ["is a folder without data files"]),
+        (["notes.doc"], ["is a folder without data files"]),
+        (["notes.txt", "about.md", "more.txt"], ["is a folder of plain text (*.txt)"]),
         (["config.json"], ["broken line"]),
         (["config.json", "model.safetensors"], ["is a model's folder"]),
         (["test.jsonl", "dev.jsonl"], ["several splits and none of them is train", "data.split=test"]),
     ],
-    ids=["empty", "no_data", "only_json", "model", "no_train"],
+    ids=["empty", "no_data", "text", "only_json", "model", "no_train"],
 )
 def test_a_folder_that_is_no_data_set_is_called_so(tmp_path: Path, files: list[str], words: list[str]) -> None:
     for name in files:
@@ -161,6 +162,7 @@ HEADING = "instruction,output\n"
         ("a.csv", "output,output\na,b\n", ["'output' twice"]),
         ("a.csv", (HEADING + "a,b\nc,caf\xe9\n").encode("latin1"), ["not UTF-8", "line 3", "iconv"]),
         ("a.csv", HEADING, ["is empty"]),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n{"text": "b"}\n', ["not UTF-8", "line 1", "iconv"]),
         ("a.txt", "Once upon a time, there was a cat.\nIt sat.", ["plain text", "jq -Rc"]),
         ("a.gz", gzip.compress(LINES)[:-9], ["gzip that breaks off"]),
         ("a.parquet", b"PAR1 and nothing more", ["Parquet that can't be read"]),
@@ -182,7 +184,22 @@ def test_what_is_not_read_is_called_what_it_is(
 ) -> None:
     said = refusal(config_of(written(tmp_path / name, content)))
     assert [word for word in words if word not in said] == [], said
-    assert f"data.path={tmp_path / name}" in said
+    assert said.count(f"data.path={tmp_path / name}") == 1
+
+
+@pytest.mark.parametrize("of", ["file", "gzip", "folder"])
+def test_paragraphs_of_plain_text_become_rows_by_the_command(tmp_path: Path, of: str) -> None:
+    """Among them those of Windows."""
+    first, second = 'Once upon a time, there\r\nwas a cat.\r\n\r\n\r\nIt said "hé".\r\n', "\nThe end.\n"
+    path = tmp_path / "my notes" / "a.md"
+    written(path, gzip.compress(first.encode()) if of == "gzip" else first)
+    written(path.parent / "deeper" / "b.md", second)
+    said, _, command = refusal(config_of(path.parent if of == "folder" else path)).partition("\n")
+    assert "plain text" in said
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    found = file_rows(config_of(tmp_path / "rows.jsonl")).rows
+    expected = ["Once upon a time, there\nwas a cat.", 'It said "hé".', *(["The end."] if of == "folder" else [])]
+    assert sorted(found, key=str) == sorted([Passage(prompt="", text=text) for text in expected], key=str)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +243,10 @@ def test_what_never_ends_is_not_begun(tmp_path: Path, make: Callable[[Path], Non
 @pytest.mark.parametrize("path", ["x" * 5000, "a/" * 3000, "good\0.jsonl", "nowhere.jsonl"])
 def test_a_path_that_no_file_has_is_no_such_file(path: str) -> None:
     assert "no such file" in refusal(config_of(Path(path)))
+
+
+def test_a_pattern_leads_to_the_folder() -> None:
+    assert "give the folder" in refusal(config_of(Path("rows/*.jsonl")))
 
 
 def many(folder: Path, name: str, count: int) -> Path:
@@ -295,6 +316,25 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
     data.heldout_path = str(tmp_path / "nowhere.jsonl")
     with pytest.raises(InvalidInput, match=r"data\.heldout_path=.*no such file"):
         check_rows(data, 1)
+
+
+@pytest.mark.parametrize(("layout", "said"), [("auto", "too"), ("instruct", "same data.layout")])
+def test_held_out_rows_of_another_layout_are_refused(tmp_path: Path, layout: str, said: str) -> None:
+    apart = written(tmp_path / "text.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    path = many(tmp_path, "a", 10)
+    data = config_of(path, heldout_path=str(apart), layout=Layout[layout])
+    with pytest.raises(InvalidInput, match=said) as refusal:
+        check_rows(data, 1)
+    assert "text.jsonl" in str(refusal.value)
+    both = config_of(heldout_path=str(apart), sources=[SourceConfig(path=str(path)), SourceConfig(path=str(apart))])
+    assert len(select(both, file_rows(both).rows).heldout) == 2, "they are like some of the rows to train on"
+
+
+def test_a_single_chat_is_a_row_and_no_list_of_rows(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = written(tmp_path / "rows.jsonl", json.dumps(chat))
+    assert file_rows(config_of(path)).rows == [Conversation.of("q", "a")]
+    assert "jq -c . " in refusal(config_of(written(path, json.dumps(chat, indent=1))))
 
 
 def test_what_nearly_equals_a_held_out_row_is_a_near_duplicate(tmp_path: Path) -> None:

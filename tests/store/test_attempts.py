@@ -1,8 +1,9 @@
 """Attempts at one job, in its folder: set aside by whoever resumes it, joined in its figures, on whatever clock."""
 
 import shutil
+import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,22 +11,31 @@ import pytest
 from synthetic import Constant, SyntheticCard
 from synthetic_job import SyntheticJob
 
-from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrackingConfig, TrialConfig
 from lora_lab.events import Event
+from lora_lab.files import write_json
+from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.recompute import main
+from lora_lab.store import heartbeat
 from lora_lab.store.attempts import moved_from
+from lora_lab.store.claim import claim
 from lora_lab.store.finishing import finish, finish_for_dead
+from lora_lab.store.outbox import Outbox
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Point, Record, thinned
+from lora_lab.store.recovery import recover
 from lora_lab.store.trial_folder import Manifest, TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts
+from lora_lab.trial import session
+from lora_lab.trial.session import Request, _claimed
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a killed trial closes nothing
 
 CARD = SyntheticCard(power=Constant(300.0), phase=0.3, read_jitter=0.3)
 FINISHED = End(outcome=Outcome.finished, reason="")
 UNIX = 1.7e9
+NO_STORE = TrackingConfig(kind=TrackingKind.none)
 FACTS = HostFacts(warnings=["warm"], metrics={"time/waiting_seconds": 3.0})
 
 
@@ -145,6 +155,80 @@ def test_a_kill_while_an_attempt_is_set_aside_loses_nothing(tmp_path: Path, monk
         _, record = resumed(folder, 8.0)
         assert (record.metrics["job/attempts"], record.metrics["job/steps"]) == (2.0, 30.0), acts
     assert {"events.jsonl", "samples.jsonl", "seen.json", "record.json"} <= moved
+
+
+def cut_off_job(tmp_path: Path) -> tuple[TrialFolder, Manifest]:
+    """A job in multirun/ whose process is gone, with its record, which no store has."""
+    there = killed(tmp_path / "multirun" / "day" / "job")
+    asked = there.manifest()
+    assert asked is not None
+    asked = replace(asked, owner=replace(this_process(), boot_id="earlier"))
+    write_json(there.path / "trial.json", asdict(asked))
+    finish_for_dead(there, asked)
+    asked = there.manifest()
+    assert asked is not None
+    return there, asked
+
+
+def test_a_job_that_goes_on_waits_until_another_start_has_delivered_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    there, asked = cut_off_job(tmp_path)
+    done: list[str] = []
+
+    def sets_aside() -> None:
+        with _claimed(Request(config=TrialConfig(), choices={}, command="", folder=there.path, resumed=asked)):
+            there.set_aside(asked)
+            done.append("set aside")
+
+    other = threading.Thread(target=sets_aside)
+
+    def slow_store(_: Outbox, folder: TrialFolder, record: Record) -> str:
+        other.start()
+        other.join(0.3)
+        assert (folder.path / "summary.json").is_file()
+        done.append("delivered")
+        folder.mark_delivered("run")
+        return "run"
+
+    monkeypatch.setattr(Outbox, "deliver_trial", slow_store)
+    found = recover(Outbox(NO_STORE))
+    other.join()
+    assert (done, found.delivered, found.lines()[1:]) == (["delivered", "set aside"], 1, [])
+    assert not there.delivered, "the record of what goes on is still to be delivered"
+
+
+def test_a_start_leaves_a_job_alone_that_is_set_aside_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would record the job as killed, and note that record as delivered, while the job goes on."""
+    monkeypatch.chdir(tmp_path)
+    there, asked = cut_off_job(tmp_path)
+    monkeypatch.setattr(Outbox, "deliver_trial", lambda *_: pytest.fail("it was delivered"))
+    with claim(there.path):
+        there.set_aside(asked)
+        assert recover(Outbox(NO_STORE)).lines() == []
+    assert there.record() is None
+
+    def resumed_meanwhile(*_: object) -> bool:
+        there.begin(replace(asked, owner=this_process()), TrialConfig(), {}, HostFacts())
+        return True
+
+    monkeypatch.setattr(heartbeat, "gone", resumed_meanwhile)  # after the manifest was read
+    assert recover(Outbox(NO_STORE)).lines() == []
+    assert there.record() is None
+
+
+def test_a_job_that_goes_on_does_not_wait_long_for_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, asked = cut_off_job(tmp_path)
+    monkeypatch.setattr(session, "_MOST_SECONDS_TO_CLAIM", 0.1)
+    request = Request(config=TrialConfig(), choices={}, command="", folder=there.path, resumed=asked)
+    with claim(there.path), pytest.raises(InvalidInput, match="delivering the record"), _claimed(request):
+        pytest.fail("it went on")
+    with _claimed(request):
+        pass
+    write_json(there.path / "trial.json", asdict(replace(asked, owner=this_process())))
+    with pytest.raises(InvalidInput, match="goes on with the job"), _claimed(request):
+        pytest.fail("it went on")
 
 
 def test_a_damaged_earlier_attempt_is_left_out_and_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_an_answer_that_opens_as_the_prompt_does_goes_on_from_there() -> None:
             Lost.answer,
         ),
         (byte_level(template(question="{{ m.content | e }}")), Conversation.of("Is 1 < 2?", "Yes."), Lost.question),
-        (byte_level(PLAIN), Conversation.of("Why?", "It <|end|> is."), Lost.end),
+        (byte_level(PLAIN), Conversation.of("Why?", "It <|end|> is."), Lost.end_within),
         (words_only(PLAIN), Conversation.of("why is it so", "because 漢字"), Lost.answer),
         (words_only(PLAIN), Conversation.of("why is 漢字", "because"), Lost.question),
     ],
@@ -212,6 +213,23 @@ def test_text_that_does_not_reach_the_model_is_seen(tokenizer: Any, row: Convers
     losses.count(row, turn, tokenizer)
     assert (losses.rows, losses.lost, losses.kinds[lost]) == (1, 1, 1)
     assert repr(row.turns[-1].text)[:10] in losses.sentences()[0]
+
+
+def test_an_end_of_turn_in_an_answer_is_named_with_its_place_and_a_command_that_removes_it(tmp_path: Path) -> None:
+    rows = [(f"q{i}", f"{'long ' * 40}so.<|end|>") for i in range(20)]
+    with pytest.raises(InvalidInput) as refusal:
+        load_examples(rows_file(tmp_path, rows), byte_level(PLAIN), 600)
+    [said] = refusal.value.args
+    assert "in 20 of 20 rows" in said
+    assert "turn 2 of row 1" in said
+    assert "so.<|end|>'" in said
+    assert "another model" not in said, "the model is not at fault"
+    command = said[said.index("sed ") :]
+    (tmp_path / "ROWS.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    config = rows_file(tmp_path, rows)
+    config.data.path = str(tmp_path / "CLEAN.jsonl")
+    assert load_examples(config, byte_level(PLAIN), 600).rows_lost == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from lora_lab.events import (
     WindowOpened,
 )
 from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
-from lora_lab.options import DType, EngineKind, OnSpike, Quantization, Schedule
+from lora_lab.options import DataSource, DType, EngineKind, OnSpike, Quantization, Schedule
 from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.checkpoints import Checkpoints, is_disk_fault
@@ -239,6 +240,25 @@ def test_a_killed_job_goes_on_to_the_same_curve_bit_for_bit(
     assert first.heldout | second.heldout == whole.heldout
     assert same(second.adapter(), whole.adapter())
     assert any("starts from the beginning" in text for text in second.warnings) == (goes_on_from == 0)
+
+
+def test_a_job_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    config = job_config()
+    rows = [json.dumps({"text": f"Row {number} of its own."}) for number in range(24)]
+    config.data.source, config.data.path = DataSource.file, str(tmp_path / "rows.jsonl")
+    Path(config.data.path).write_text("\n".join(rows))
+    run(config, tmp_path, at_step(8))
+    config.resume = True
+    Path(config.data.path).write_text("\n".join([*rows[:-1], rows[0]]))
+    outcome, reason = ended(run(config, tmp_path).events)
+    assert outcome == "refused"
+    assert "until step 5" in reason
+    Path(config.data.path).write_text("\n".join(rows))
+    mark = _mark(tmp_path / "checkpoints/000005")
+    said = json.loads(mark.read_text())
+    del said["facts"]["rows"]  # as earlier versions wrote it
+    mark.write_text(json.dumps(said))
+    assert resume(config, tmp_path).of(Resumed)[0].step == 5
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_torn_one_that_is_never_used(
@@ -459,6 +479,21 @@ def test_a_job_goes_back_and_on_at_half_the_rate(
     _spike(monkeypatch, step=7, times=2)
     first = run(config, tmp_path / "again", at_step(12))
     assert first.curve | resume(config, tmp_path / "again").curve == ran.curve
+
+
+def test_returns_before_a_kill_count_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job_config(**METHODS["lora"])
+    config.train.on_spike = OnSpike.lower_lr
+    with monkeypatch.context() as before:
+        _spike(before, step=7, times=2)
+        assert len(run(config, tmp_path, at_step(12)).of(Spiked)) == 2
+    _spike(monkeypatch, step=13, times=2)
+    config.resume = True
+    ran = run(config, tmp_path)
+    assert [(s.step, s.action) for s in ran.of(Spiked)] == [(13, "lower_lr"), (13, "stop")]
+    outcome, reason = ended(ran.events)
+    assert outcome == "diverged"
+    assert "3 times" in reason
 
 
 def test_before_the_first_checkpoint_a_job_starts_again_and_the_fourth_spike_stops_it(

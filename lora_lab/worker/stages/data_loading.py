@@ -2,11 +2,12 @@
 
 import time
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import DataCounted
 from lora_lab.options import DataSource, Duplicates
 from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_architecture, checked_examples
+from lora_lab.worker.checkpoints import Checkpoints
 from lora_lab.worker.data import Examples
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.lengths import lengths_of
@@ -21,13 +22,28 @@ def _load(trial: TrialContext) -> None:
     trial.examples, trial.padding = checked_examples(config, trial.architecture)
     if config.train.is_job:
         trial.plan = plan_job(config, len(trial.examples.train))
-    trial.emit(counted(trial.examples, config.seq_len))
+    found = counted(trial.examples, config.seq_len)
+    trial.emit(found)
+    trial.rows_digest = found.digest
+    if config.train.is_job and config.resume:
+        _check_same(trial)
     for warning in warnings_of(config, trial.examples):
         trial.warn(warning)
     if trial.plan is not None and trial.plan.rows_left_out:
         trial.warn(
             f"each epoch leaves out {trial.plan.rows_left_out} of {len(trial.examples.train)} training rows, other "
             f"rows each time, since a batch has batch_size={config.batch_size}"
+        )
+
+
+def _check_same(trial: TrialContext) -> None:
+    """Raise InvalidInput when a job would go on with other rows than it began with: a file can be written to."""
+    checkpoint = Checkpoints(trial.folder, trial.config.train.keep_checkpoints).newest()
+    if checkpoint is not None and checkpoint.facts.get("rows", trial.rows_digest) != trial.rows_digest:
+        raise InvalidInput(
+            f"the rows are not those that the job was trained on until step {checkpoint.step}: the data was changed, "
+            "or the tokenizer makes other tokens of it. Put the data back as it was, or start a new job: leave out "
+            "resume=true and hydra.run.dir."
         )
 
 

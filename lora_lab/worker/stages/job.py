@@ -37,7 +37,6 @@ class Job:
         self._engine = engine
         self._checkpoints = checkpoints
         self._trainer: JobTrainer = trial.trainer
-        self._returns = 0
         telemetry.on_begin = self._save_start
 
     def run(self) -> None:
@@ -119,7 +118,6 @@ class Job:
         )
         if checkpoint is None:
             raise Diverged(f"{spike}{why_not}", spike.step) from spike
-        self._returns += 1
         self._say_resumed(checkpoint)
         self._trainer.forget_training()
         self._engine.release()
@@ -129,7 +127,7 @@ class Job:
         """Return the checkpoint before a spike, or None and why the job stops instead."""
         if self._trial.config.train.on_spike is OnSpike.stop:
             return None, ""
-        if self._returns == _MOST_RETURNS:
+        if self._trainer.rate_share <= _LOWER**_MOST_RETURNS:  # each return lowered it, also before a resume
             return None, f"; the job went back {_MOST_RETURNS} times before, which is the most it does"
         return self._checkpoints.go_back_before(spike.step), "; no checkpoint from before it is left to go back to"
 

@@ -32,6 +32,8 @@ class TrialContext:
     """Set by `data_loading`."""
     plan: JobPlan | None = None
     """Of a job; set by `data_loading`."""
+    rows_digest: str = field(init=False)
+    """The sha256 of all rows as tokens, before any is screened; set by `data_loading`."""
     padding: int = field(init=False)
     """The token that rows are padded with; set by `data_loading`."""
     model: Any = field(init=False)

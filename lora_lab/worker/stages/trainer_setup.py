@@ -65,6 +65,7 @@ def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: J
         heldout=lambda step: evaluate(trial, Phase.evaluation, step),
         on_saved=on_saved,
         warn=trial.warn,
+        rows_digest=trial.rows_digest,
         model=trial.model,
         args=training_arguments(
             config, str(checkpoints.root), trial.device, job_arguments(config, plan, evaluates=bool(rows))
