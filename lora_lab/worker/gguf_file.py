@@ -1,0 +1,56 @@
+"""Read a GGUF file again, to see whether it holds the model and tokenizer that it was made of."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
+
+from lora_lab.config import TrialConfig
+from lora_lab.worker.models import working_dtype
+from lora_lab.worker.pretrained import plain_weights
+
+
+class UnreadableGguf(Exception):
+    """transformers has no reader for this kind of model."""
+
+
+def load_gguf(file: Path, config: TrialConfig, device: torch.device) -> Any:
+    """Load the file's model with transformers' own reader, its weights unpacked. Config and weights come from the file.
+
+    Raises: UnreadableGguf with transformers' reason."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=working_dtype(config.precision.dtype, device),
+            attn_implementation=config.attention.value,
+            device_map={"": device},
+            **plain_weights(),
+        )
+    except (ValueError, NotImplementedError) as reason:
+        raise UnreadableGguf(str(reason).splitlines()[0]) from reason
+
+
+def metadata_faults(file: Path, tokenizer: Any) -> list[str]:
+    """Return how the tokenizer in the file differs from the model's: its tokens, end of turn and chat template."""
+    reader = GGUFReader(file)
+
+    def of(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    faults = []
+    tokens = of("tokenizer.ggml.tokens") or []
+    if len(tokens) < len(tokenizer):
+        faults.append(f"the file has {len(tokens):,} tokens, and the model's tokenizer has {len(tokenizer):,}")
+    end = of("tokenizer.ggml.eos_token_id")
+    if end != tokenizer.eos_token_id:
+        faults.append(f"the file's end of text is token {end}, and the tokenizer's is {tokenizer.eos_token_id}")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if of("tokenizer.chat_template") != template:
+        faults.append("the file's chat template is not the tokenizer's")
+    return faults
