@@ -1,11 +1,13 @@
 """Read a GGUF file again, to see whether it holds the model and tokenizer that it was made of."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_lab.config import TrialConfig
 from lora_lab.worker.models import working_dtype
@@ -16,21 +18,40 @@ class UnreadableGguf(Exception):
     """transformers has no reader for this kind of model."""
 
 
-def load_gguf(file: Path, config: TrialConfig, device: torch.device) -> Any:
-    """Load the file's model with transformers' own reader, its weights unpacked. Config and weights come from the file.
+def load_gguf(file: Path, config: TrialConfig, architecture: Any, device: torch.device) -> Any:
+    """Load the file's model with transformers' own reader, its weights unpacked. Config and weights come from the file,
+    but for what that reader leaves out.
+
+    Args:
+        architecture: the model's transformers config.
 
     Raises: UnreadableGguf with transformers' reason."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=working_dtype(config.precision.dtype, device),
-            attn_implementation=config.attention.value,
-            device_map={"": device},
-            **plain_weights(),
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            return AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                config=_completed(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), architecture),
+                dtype=working_dtype(config.precision.dtype, device),
+                attn_implementation=config.attention.value,
+                device_map={"": device},
+                **plain_weights(),
+            )
     except (ValueError, NotImplementedError) as reason:
         raise UnreadableGguf(str(reason).splitlines()[0]) from reason
+
+
+def _completed(read: Any, architecture: Any) -> Any:
+    """Put the size of a head and scaled positions into the config that was read. transformers' reader does not know the
+    first of every architecture, and ignores the file's `rope_freqs`, which Llama 3.1 and later have."""
+    whole = architecture.get_text_config()
+    if getattr(whole, "head_dim", None) is not None:
+        read.head_dim = whole.head_dim
+    rope = getattr(whole, "rope_parameters", None) or {}
+    parts = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    if any(each.get("rope_type", "default") != "default" for each in parts):
+        read.rope_parameters = rope
+    return read
 
 
 def metadata_faults(file: Path, tokenizer: Any) -> list[str]:

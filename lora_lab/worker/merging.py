@@ -19,7 +19,7 @@ from lora_lab.worker.adapted import be_quiet, load_adapted, this_device, without
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.evaluation import row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
-from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
+from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, save_tokenizer
 
 MOST_ROWS = 64
 """Held-out rows that losses are compared on."""
@@ -93,7 +93,7 @@ class Merger:
     def write_shapes(self, folder: Path) -> None:
         """Write the model's config and tokenizer to `folder`, without weights."""
         load_architecture(self._config.model).save_pretrained(folder)
-        load_tokenizer(self._config.model).save_pretrained(folder)
+        save_tokenizer(self._config.model, folder)
 
     def gguf(self, file: Path) -> GgufCheck:
         """Compare a GGUF file, made of the merged model, with what it should hold."""
@@ -101,7 +101,7 @@ class Merger:
         tokenizer = load_tokenizer(self._config.model)
         faults, templated = metadata_faults(file, tokenizer), tokenizer.chat_template is not None
         try:
-            model = load_gguf(file, self._config, self._device)
+            model = load_gguf(file, self._config, load_architecture(self._config.model), self._device)
         except UnreadableGguf as reason:
             return GgufCheck(None, str(reason), faults, templated)
         self._progress("measuring it")
@@ -116,7 +116,7 @@ class Merger:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             try:
                 model.save_pretrained(place)
-                load_tokenizer(self._config.model).save_pretrained(place)
+                save_tokenizer(self._config.model, Path(place))
                 Path(place).chmod(0o755)
                 if out.is_dir():  # and empty
                     out.rmdir()
