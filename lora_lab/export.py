@@ -86,19 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _faults(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config: TrialConfig) -> list[str]:
     """Return what is wrong with what was written, a sentence each."""
-    faults = []
     compared = [("The merged model", "the adapter", losses.merged - losses.adapter, bound_of(config))]
-    if gguf is not None and kind is not None:
-        faults += [f"In the GGUF file, {fault}." for fault in gguf.faults]
-        if gguf.loss is not None:
-            compared.append(("The GGUF file", "the merged model", gguf.loss - losses.merged, TYPES[kind].bound))
-    for written, reference, difference, bound in compared:
-        if not abs(difference) <= bound:  # also where one is not a number
-            faults.append(
-                f"{written} differs from {reference} by {abs(difference):.3g} nats per token, and {bound:g} is the "
-                "most that is expected."
-            )
-    return faults
+    if gguf is not None and kind is not None and gguf.loss is not None:
+        compared.append(("The GGUF file", "the merged model", gguf.loss - losses.merged, TYPES[kind].bound))
+    return [
+        f"{written} differs from {reference} by {abs(difference):.3g} nats per token, and {bound:g} is the most that "
+        "is expected."
+        for written, reference, difference, bound in compared
+        if not abs(difference) <= bound  # also where one is not a number
+    ]
 
 
 def _merge(config: TrialConfig, adapter: Path, out: Path) -> "Losses":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.gguf_converter import TYPES, check_convertible, convert
+from lora_lab.gguf_converter import TYPES, convert, convert_vocabulary
 from lora_lab.options import Weights
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ def export_gguf(merger: "Merger", name: str, out: Path, say: Callable[[str], Non
     Args:
         say: gets a line at the start of each part.
 
-    Raises: InvalidInput when the converter does not know the model, which is found before anything is merged."""
+    Raises: InvalidInput when llama.cpp does not know the model or its tokenizer, which is found before anything is
+        merged."""
     kind = TYPES[name]
     between = 2 if kind.ftype else 0
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         shapes, merged, made = (Path(place) / each for each in ("shapes", "merged", out.name))
         say("trying llama.cpp's converter on config and tokenizer")
         merger.write_shapes(shapes)
-        check_convertible(shapes)
+        merger.check_vocabulary(convert_vocabulary(shapes))
         losses = merger.merge(merged, more=kind.bits / 8 + between)
         say(f"converting to {name}")
         convert(merged, made, name)

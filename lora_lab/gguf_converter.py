@@ -41,9 +41,9 @@ class GgufType:
 
 
 TYPES = {
-    "f32": GgufType("f32", "", 32, 0.01),
+    "f32": GgufType("f32", "", 32, 0.001),
     "f16": GgufType("f16", "", 16, 0.01),
-    "bf16": GgufType("bf16", "", 16, 0.01),
+    "bf16": GgufType("bf16", "", 16, 0.05),
     "q8_0": GgufType("q8_0", "", 9, 0.02),
     "q6_k": GgufType("auto", "LLAMA_FTYPE_MOSTLY_Q6_K", 9, 0.05),
     "q5_k_m": GgufType("auto", "LLAMA_FTYPE_MOSTLY_Q5_K_M", 9, 0.3),
@@ -105,11 +105,13 @@ def convert(folder: Path, out: Path, name: str) -> None:
         converted.unlink()
 
 
-def check_convertible(folder: Path) -> None:
-    """Try the converter on a model's config and tokenizer, without weights.
+def convert_vocabulary(folder: Path) -> Path:
+    """Convert a model's config and tokenizer, without weights, and return the file.
 
-    Raises: InvalidInput when it does not know them."""
-    _convert(folder, "--vocab-only", "--outfile", str(folder / "vocabulary.gguf"))
+    Raises: InvalidInput when the converter does not know them."""
+    out = folder / "vocabulary.gguf"
+    _convert(folder, "--vocab-only", "--outfile", str(out))
+    return out
 
 
 def _convert(folder: Path, *arguments: str) -> None:

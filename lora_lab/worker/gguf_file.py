@@ -55,7 +55,8 @@ def _completed(read: Any, architecture: Any) -> Any:
 
 
 def metadata_faults(file: Path, tokenizer: Any) -> list[str]:
-    """Return how the tokenizer in the file differs from the model's: its tokens, end of turn and chat template."""
+    """Return how the tokenizer in the file differs from the model's, a line for each difference. The file need not have
+    weights."""
     reader = GGUFReader(file)
 
     def of(key: str) -> Any:
@@ -66,6 +67,11 @@ def metadata_faults(file: Path, tokenizer: Any) -> list[str]:
     tokens = of("tokenizer.ggml.tokens") or []
     if len(tokens) < len(tokenizer):
         faults.append(f"the file has {len(tokens):,} tokens, and the model's tokenizer has {len(tokenizer):,}")
+    if of("tokenizer.ggml.model") == "llama" and len(set(of("tokenizer.ggml.scores") or [])) < 2:
+        faults.append(
+            "the file's tokens have no scores, by which llama.cpp splits a text: tokenizer.model is missing from the "
+            "model's files. Put it there, or run this once with a connection to the hub"
+        )
     end = of("tokenizer.ggml.eos_token_id")
     if end != tokenizer.eos_token_id:
         faults.append(f"the file's end of text is token {end}, and the tokenizer's is {tokenizer.eos_token_id}")

@@ -50,9 +50,8 @@ class GgufCheck:
     """Its held-out loss, in nats per trained token; None where transformers does not read this kind of model."""
     unread: str
     """Why there is no loss; empty where there is one."""
-    faults: list[str]
-    """How its tokenizer and chat template differ from the model's."""
     has_template: bool
+    """Whether it has a chat template."""
 
 
 class Merger:
@@ -95,17 +94,24 @@ class Merger:
         load_architecture(self._config.model).save_pretrained(folder)
         save_tokenizer(self._config.model, folder)
 
+    def check_vocabulary(self, file: Path) -> None:
+        """Raise InvalidInput where a GGUF file's tokenizer, end of turn or chat template is not the model's."""
+        faults = metadata_faults(file, load_tokenizer(self._config.model))
+        if faults:
+            raise InvalidInput(
+                "nothing was written, because llama.cpp would not read text as this model was trained:\n  "
+                + "\n  ".join(faults)
+            )
+
     def gguf(self, file: Path) -> GgufCheck:
-        """Compare a GGUF file, made of the merged model, with what it should hold."""
-        self._progress(f"reading {file.name} again")
-        tokenizer = load_tokenizer(self._config.model)
-        faults, templated = metadata_faults(file, tokenizer), tokenizer.chat_template is not None
+        """Measure a GGUF file that was made of the merged model."""
+        self._progress(f"measuring {file.name}, loaded again")
+        has_template = load_tokenizer(self._config.model).chat_template is not None
         try:
             model = load_gguf(file, self._config, load_architecture(self._config.model), self._device)
         except UnreadableGguf as reason:
-            return GgufCheck(None, str(reason), faults, templated)
-        self._progress("measuring it")
-        return GgufCheck(self._loss(model)[0], "", faults, templated)
+            return GgufCheck(None, str(reason), has_template)
+        return GgufCheck(self._loss(model)[0], "", has_template)
 
     def _write(self, out: Path, more: float) -> None:
         """Merge into weights that are not quantised, and write them under their name at once."""
