@@ -2,20 +2,21 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import lab_in
 from gguf import GGUFReader, GGUFWriter
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from lora_lab import export, gguf_converter
-from lora_lab.composition.compose import stored_config
-from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.export_gguf import gguf_file
-from lora_lab.options import ModelSource, Weights
+from lora_lab.options import DType, ModelSource, Weights
+from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.worker.gguf_file import load_gguf, metadata_faults
 from lora_lab.worker.merging import GgufCheck, Losses
 from lora_lab.worker.models import load_architecture
@@ -61,6 +62,7 @@ def small_model(folder: Path) -> None:
         vocab_size=len(ids),
         num_key_value_heads=2,
         head_dim=32,  # not the default
+        initializer_range=0.12,  # so that attention looks at positions
         max_position_embeddings=512,
         rope_parameters=SCALED,
         **shapes,
@@ -68,8 +70,42 @@ def small_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(3, 250)[None]
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(ids).logits
+    return found
+
+
 @needs_converter
-def test_a_file_that_llama_cpps_converter_made_has_the_adapters_loss_tokenizer_and_template(tmp_path: Path) -> None:
+def test_a_converted_model_computes_the_same_and_has_the_tokenizer_and_the_template(tmp_path: Path) -> None:
+    small, out = tmp_path / "small", tmp_path / "out.gguf"
+    small_model(small)
+    gguf_converter.convert(small, out, "q8_0")
+    assert {each.tensor_type.name for each in GGUFReader(out).tensors} == {"Q8_0", "F32"}
+
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    assert metadata_faults(out, tokenizer) == []
+    tokenizer.chat_template = "another"
+    assert len(metadata_faults(out, tokenizer)) == 1
+
+    config = TrialConfig(
+        model=ModelConfig(source=ModelSource.local, path=str(small)), precision=PrecisionConfig(dtype=DType.fp32)
+    )
+    device = torch.device("cpu")
+    whole = logits(AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32))
+
+    def distance(architecture: Any) -> float:
+        read = logits(load_gguf(out, config, architecture, device))
+        return float((read - whole).square().mean().sqrt() / whole.std())
+
+    assert 0 < distance(load_architecture(config.model)) < 0.05
+    assert distance(LlamaConfig(head_dim=32)) > 0.2  # without the scaled positions, which the reader leaves out
+
+
+@needs_converter
+@pytest.mark.nightly
+def test_a_trial_becomes_one_file_with_the_adapters_loss_and_nothing_else_is_left(tmp_path: Path) -> None:
     small, out = tmp_path / "small", tmp_path / "out.gguf"
     small_model(small)
     model = ("model=local", f"model.path={small}")
@@ -79,20 +115,15 @@ def test_a_file_that_llama_cpps_converter_made_has_the_adapters_loss_tokenizer_a
     assert said.code == 0, said.text
     found = [float(loss) for loss in re.findall(r"│ +(\d+\.\d+) │", said.out)]
     assert len(found) == 3
-    assert 0 < abs(found[2] - found[0]) < 0.01
+    assert 0 < abs(found[2] - found[0]) < 0.02
     assert f"FROM {out}" in said.out
     assert sorted(each.name for each in tmp_path.iterdir()) == ["mlruns", "multirun", "out.gguf", "small"]
-    assert {each.tensor_type.name for each in GGUFReader(out).tensors} == {"Q8_0", "F32"}
 
-    config = stored_config(tmp_path / "multirun" / "latest" / "config.yaml")
-    tokenizer = AutoTokenizer.from_pretrained(small)
-    assert metadata_faults(out, tokenizer) == []
-    tokenizer.chat_template = "another"
-    assert len(metadata_faults(out, tokenizer)) == 1
-
-    loaded = load_gguf(out, config, load_architecture(config.model), torch.device("cpu"))
-    assert loaded.config.head_dim == 32
-    assert loaded.config.rope_parameters["rope_type"] == "llama3"
+    (small / "tokenizer.model").unlink()
+    said = lab_in(tmp_path, "lora_lab.export")("latest", "--gguf", "q8_0", "--out", str(tmp_path / "other.gguf"))
+    assert said.code == EXIT_REFUSED
+    assert "tokenizer.model" in said.err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["mlruns", "multirun", "out.gguf", "small"]
 
 
 def vocabulary(file: Path, scores: list[float]) -> Path:
