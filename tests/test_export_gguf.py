@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from lora_lab import export, gguf_converter
+from lora_lab import export_gguf as writing
 from lora_lab.config import InvalidInput, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.export_gguf import gguf_file
 from lora_lab.options import DType, ModelSource, Weights
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.worker.gguf_file import load_gguf, metadata_faults
-from lora_lab.worker.merging import GgufCheck, Losses
+from lora_lab.worker.merging import GgufCheck, Losses, Merger
 from lora_lab.worker.models import load_architecture
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
@@ -172,6 +173,46 @@ def test_the_file_is_named_after_model_and_type_and_nothing_is_overwritten(
     random = TrialConfig(model=ModelConfig(source=ModelSource.hub, weights=Weights.random))
     with pytest.raises(InvalidInput, match="random weights"):
         gguf_file(None, "f16", random)
+
+
+def test_a_tokenizer_that_llama_cpp_would_misread_is_found_before_anything_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    class Stub:
+        def write_shapes(self, folder: Path) -> None:
+            folder.mkdir()
+
+        def check_vocabulary(self, file: Path) -> None:
+            done.append("vocabulary")
+            if refuse:
+                raise InvalidInput("tokenizer")
+
+        def merge(self, out: Path, more: float) -> str:
+            assert more == 9 / 8 + 2  # bytes per weight: the file, and the one in 16 bit before it
+            done.append("merge")
+            return "losses"
+
+        def gguf(self, file: Path) -> str:
+            return file.read_text()
+
+    def convert(folder: Path, made: Path, name: str) -> None:
+        done.append(f"{folder.name} to {name}")
+        made.write_text("model")
+
+    monkeypatch.setattr(writing, "convert_vocabulary", lambda folder: folder / "vocabulary.gguf")
+    monkeypatch.setattr(writing, "convert", convert)
+    stub, out = cast(Merger, Stub()), tmp_path / "out.gguf"
+    refuse = True
+    with pytest.raises(InvalidInput, match="tokenizer"):
+        writing.export_gguf(stub, "q4_k_m", out, lambda _: None)
+    assert done == ["vocabulary"]
+    assert list(tmp_path.iterdir()) == []
+    refuse = False
+    assert writing.export_gguf(stub, "q4_k_m", out, lambda _: None) == ("losses", "model")
+    assert done[1:] == ["vocabulary", "merge", "merged to q4_k_m"]
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_missing_program_is_named_with_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
