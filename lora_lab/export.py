@@ -1,11 +1,12 @@
-"""Write a trained model for use without lora_lab: python -m lora_lab.export RUN --merge OUT
+"""Write a trained model for use without lora_lab: python -m lora_lab.export RUN --merge OUT, or --gguf TYPE
 
 The adapter is merged into the base model, never into 4-bit weights. The held-out loss of what was written is compared
-with the adapter's. Exit code 0 when they agree within the stated bound, 1 when they do not (the folder stays), 2 when
-nothing could be written."""
+with the adapter's. Exit code 0 when they agree within the stated bound, 1 when they do not (what was written stays),
+2 when nothing could be written."""
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from rich.table import Table
 
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.export_gguf import export_gguf, gguf_file
+from lora_lab.gguf_converter import INSTALL, TYPES, check_programs, install
 from lora_lab.options import DType, Quantization
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
@@ -25,7 +28,7 @@ from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, find_trained
 from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
-    from lora_lab.worker.merging import Losses
+    from lora_lab.worker.merging import GgufCheck, Losses, Merger
 
 EXIT_DIFFERS = 1
 
@@ -50,35 +53,67 @@ def bound_of(config: TrialConfig) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     never_end_for_output()
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if asked.merge and (asked.out or asked.install_converter):
+        parser.error(f"--out and {INSTALL} belong to --gguf; --merge has its folder's name")
+    gguf = None
     try:
         with tempfile.TemporaryDirectory() as place:
             folder = find_trained(asked.run, Path(place))
             config = stored_config(folder / CONFIG)
-            out = _checked_out(asked.merge)
-            losses = _merge(config, folder / ADAPTER, out)
+            if asked.gguf:
+                out = gguf_file(asked.out, asked.gguf, config)
+                if asked.install_converter:
+                    install()
+                check_programs(asked.gguf)
+                losses, gguf = _gguf(config, folder / ADAPTER, asked.gguf, out)
+            else:
+                out = _checked_out(asked.merge)
+                losses = _merge(config, folder / ADAPTER, out)
     except (InvalidInput, TrackingFailed) as refusal:
         print(refusal, file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    _show(losses, config, out)
-    difference, bound = abs(losses.merged - losses.adapter), bound_of(config)
-    if not difference <= bound:  # also where one is not a number
-        print(
-            f"The merged model differs from the adapter by {difference:.3g} nats per token, and {bound:g} is the most "
-            f"that is expected. It was left in {out}: look at its answers before you use it.",
-            file=sys.stderr,
-        )
+    _show(losses, gguf, asked.gguf, config, out)
+    faults = _faults(losses, gguf, asked.gguf, config)
+    if faults:
+        print("\n".join([*faults, f"It was left in {out}: look at its answers before you use it."]), file=sys.stderr)
         return EXIT_DIFFERS
     return 0
 
 
+def _faults(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config: TrialConfig) -> list[str]:
+    """Return what is wrong with what was written, a sentence each."""
+    compared = [("The merged model", "the adapter", losses.merged - losses.adapter, bound_of(config))]
+    if gguf is not None and kind is not None and gguf.loss is not None:
+        compared.append(("The GGUF file", "the merged model", gguf.loss - losses.merged, TYPES[kind].bound))
+    return [
+        f"{written} differs from {reference} by {abs(difference):.3g} nats per token, and {bound:g} is the most that "
+        "is expected."
+        for written, reference, difference, bound in compared
+        if not abs(difference) <= bound  # also where one is not a number
+    ]
+
+
 def _merge(config: TrialConfig, adapter: Path, out: Path) -> "Losses":
+    return _merger(config, adapter).merge(out)
+
+
+def _gguf(config: TrialConfig, adapter: Path, kind: str, out: Path) -> "tuple[Losses, GgufCheck]":
+    return export_gguf(_merger(config, adapter), kind, out, _say)
+
+
+def _merger(config: TrialConfig, adapter: Path) -> "Merger":
     prepare_process(config)
     from lora_lab.worker.merging import Merger  # it imports torch
 
-    return Merger(config, adapter, lambda line: print(f"{line} ...", file=sys.stderr)).merge(out)
+    return Merger(config, adapter, _say)
+
+
+def _say(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr)
 
 
 def _checked_out(name: str) -> Path:
@@ -93,7 +128,7 @@ def _checked_out(name: str) -> Path:
     return out
 
 
-def _show(losses: "Losses", config: TrialConfig, out: Path) -> None:
+def _show(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config: TrialConfig, out: Path) -> None:
     table = Table(
         title=f"held-out loss, nats per token ({losses.rows} rows, {losses.tokens:,} tokens)", title_justify="left"
     )
@@ -104,21 +139,53 @@ def _show(losses: "Losses", config: TrialConfig, out: Path) -> None:
     named = [(f"merged, in {config.precision.dtype.name}", losses.merged)]
     if losses.requantised is not None:
         named.append(("merged, loaded in 4 bit again", losses.requantised))
+    if gguf is not None and gguf.loss is not None:
+        named.append((f"GGUF, {kind}", gguf.loss))
     for name, loss in named:
         table.add_row(name, f"{loss:.5f}", f"{loss - losses.adapter:+.5f}")
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"written to {out}", highlight=False, markup=False)
+    lines = [f"written to {out}"]
+    if gguf is not None:
+        lines += _what_next(gguf, out)
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _what_next(gguf: "GgufCheck", out: Path) -> list[str]:
+    """Return what is known of the file, and the commands that load it."""
+    lines = []
+    if gguf.loss is None:
+        lines.append(f"Not checked: the file's held-out loss, because transformers cannot read it: {gguf.unread}")
+    if not gguf.has_template:
+        lines.append("The model has no chat template, so the file has none: it continues texts.")
+    file = shlex.quote(str(out))
+    return [
+        *lines,
+        f"  llama-cli -m {file}",
+        f"  echo {shlex.quote(f'FROM {out}')} > Modelfile && ollama create {out.stem.lower()} -f Modelfile",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_lab.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument(
         "--merge",
         metavar="OUT",
-        required=True,
         help="write a folder with the whole model, its tokenizer and its chat template, which from_pretrained loads",
+    )
+    form.add_argument(
+        "--gguf",
+        choices=list(TYPES),
+        help="write one file with all of that for llama.cpp; those with a k in their name need llama-cpp-python",
+    )
+    parser.add_argument("--out", metavar="FILE", help="with --gguf: the file; by default MODEL-tuned-TYPE.gguf")
+    parser.add_argument(
+        INSTALL,
+        action="store_true",
+        help="with --gguf: download llama.cpp's converter with pip, in pinned versions, into a folder of its own",
     )
     return parser
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
-from lora_lab.options import Attention, ModelSource, Quantization
+from lora_lab.options import Attention, ModelSource, Quantization, Weights
 from lora_lab.packages import converted_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +55,15 @@ def fetch_weights(model: ModelConfig) -> None:
             names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         for name in names:
             hf_hub_download(str(model.id), name, revision=model.revision)
+
+
+def fetch_file(model: ModelConfig, name: str) -> Path | None:
+    """Return a file that belongs to the model, downloaded from the hub if need be; None where there is none, or the hub
+    is not reached."""
+    if model.source is ModelSource.hub:
+        with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+            hf_hub_download(str(model.id), name, revision=model.revision)
+    return _in_folder(model, name) if model.weights is not Weights.random else None
 
 
 def weight_files(model: ModelConfig) -> list[Path]:

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from lora_lab.worker.checkpoint import (
     check_not_quantised,
     check_quantized_share,
     check_weights_complete,
+    fetch_file,
     fetch_weights,
     make_skeleton,
 )
@@ -43,6 +46,15 @@ def load_tokenizer(model: ModelConfig) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def save_tokenizer(model: ModelConfig, folder: Path) -> None:
+    """Write the model's tokenizer and chat template to a folder, and tokenizer.model where the model has that. Newer
+    transformers drops it, and llama.cpp's converter makes other tokens of Gemma, Phi-3 and others without it."""
+    load_tokenizer(model).save_pretrained(folder)
+    sentencepiece = fetch_file(model, "tokenizer.model")
+    if sentencepiece is not None:
+        shutil.copyfile(sentencepiece, folder / sentencepiece.name)
 
 
 _NEED_LAYERS = {

@@ -92,7 +92,7 @@ def convert(package: PackageConfig) -> Path:
             source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
             AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
             # bf16 is what the model was published in; the 4-bit GGUF holds less than that
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **_plain_weights())
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **plain_weights())
             model.save_pretrained(temporary)
             os.rename(temporary, folder)
         finally:
@@ -100,7 +100,7 @@ def convert(package: PackageConfig) -> Path:
     return folder
 
 
-def _plain_weights() -> dict[str, Any]:
+def plain_weights() -> dict[str, Any]:
     """Return the arguments for plain weights: newer transformers keep a GGUF's weights packed by default."""
     gguf = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": gguf(dequantize=True)} if gguf else {}
