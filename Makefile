@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -c 'from lora_lab.gguf_converter import install; install()'
+	$(BIN)/python -c 'from lora_lab.gguf_converter import install; install()' || echo 'tests of GGUF files will be skipped'
 	touch $@
 
 clean:
