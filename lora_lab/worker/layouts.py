@@ -1,6 +1,6 @@
 """Lay out rows of either kind: conversations by the model's chat template, passages without one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -62,7 +62,7 @@ class Layouts:
             )
         return found
 
-    def remedies(self, rows: Sequence[Row]) -> list[str]:
+    def remedies(self, rows: Iterable[Row]) -> list[str]:
         """Return what else may help when most rows lose text."""
         many = any(isinstance(row, Conversation) and len(row.answers) > 1 for row in rows)
         if not many or self._train_on is TrainOn.last_answer:

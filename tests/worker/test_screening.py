@@ -45,9 +45,9 @@ def row(length: int) -> Example:
 
 
 def test_the_perplexity_of_a_token_decides_and_not_the_length_of_a_row() -> None:
-    rows = [row(2), row(100), row(2), row(100)]
-    found = screen(rows, [math.log(2.9), math.log(2.9), math.log(3.1), math.log(3.1)], 3.0)
-    assert (found.dropped, found.kept) == (rows[:2], rows[2:])
+    trained = [row(size).trained for size in (2, 100, 2, 100)]
+    found = screen(trained, [math.log(2.9), math.log(2.9), math.log(3.1), math.log(3.1)], 3.0)
+    assert (found.dropped, found.kept.tolist()) == ([0, 1], [False, False, True, True])
     assert found.median == pytest.approx(math.sqrt(2.9 * 3.1))
     assert "left out 2 of 4 rows" in found.sentence(3.0)
     assert "trained tokens 50, of the others' 50" in found.sentence(3.0)

@@ -8,8 +8,9 @@ from datasets.exceptions import DatasetNotFoundError
 
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig
-from lora_lab.dataset.row import Conversation
-from lora_lab.worker.hub_rows import hub_rows
+from lora_lab.dataset.row import Conversation, Row
+from lora_lab.dataset.sources import read_rows
+from lora_lab.options import DataSource
 
 ROW = {"instruction": "Why?", "output": "Because."}
 CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n"
@@ -25,7 +26,12 @@ def data_set(folder: Path, **files: str | list[dict[str, object]]) -> DataConfig
     for name, content in files.items():
         text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
         (folder / "set" / name.replace("_", ".")).write_text(text)
-    return DataConfig(id=str(folder / "set"))
+    return DataConfig(source=DataSource.hub, id=str(folder / "set"))
+
+
+def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
+    found = read_rows(data, lambda row: row)
+    return found.rows, found.empty
 
 
 def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
@@ -106,5 +112,5 @@ def test_what_the_hub_says_is_one_refusal(monkeypatch: pytest.MonkeyPatch, said:
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(InvalidInput) as info:
-        hub_rows(DataConfig(id="me/mine"))
+        hub_rows(DataConfig(source=DataSource.hub, id="me/mine"))
     assert [word for word in words if word not in str(info.value)] == [], str(info.value)

@@ -1,0 +1,98 @@
+"""Name what the tokens of a data set depend on, so that a cached entry is only ever found by what it was made of."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lora_lab
+from lora_lab.config import TrialConfig
+from lora_lab.dataset.sources import content_files
+from lora_lab.options import DataSource
+
+LEAST_BYTES = 2**20
+"""Smaller data is not cached: its tokens take about a second."""
+
+LEAST_ROWS = 2000
+"""With a smaller `data.rows` nothing is cached either."""
+
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "datasketch")
+_AFTERWARDS = ("batching", "min_perplexity")
+"""Settings of the data that change nothing before rows are put into batches."""
+
+State = tuple[tuple[Path, int, int], ...]
+"""Path, size in bytes and time of change of each file that rows are read from."""
+
+
+def state_of(config: TrialConfig) -> State:
+    """Return what changes when a file of rows does; empty for data that is not worth caching.
+
+    Raises: InvalidInput for a folder or data set that cannot be read."""
+    data = config.data
+    if data.source is DataSource.random_tokens or (data.rows is not None and data.rows < LEAST_ROWS):
+        return ()
+    files = content_files(data)
+    try:
+        status = [path.stat() for path in files]
+    except OSError:  # reading will name it
+        return ()
+    if sum(each.st_size for each in status) < LEAST_BYTES:
+        return ()
+    return tuple((path, each.st_size, each.st_mtime_ns) for path, each in zip(files, status, strict=True))
+
+
+def key_of(config: TrialConfig, state: State, tokenizer: Any, vocab_size: int) -> str | None:
+    """Return the name of an entry: a digest of all that its tokens depend on. None where a tokenizer has no one text
+    that describes it, as those written in Python have not.
+
+    Raises: OSError when a file cannot be read."""
+    described = _described(tokenizer)
+    if described is None:
+        return None
+    settings = {name: value for name, value in asdict(config.data).items() if name not in _AFTERWARDS}
+    parts = {
+        "files": [_digest_of(each) for each in state],
+        "data": settings,
+        "seq_len": config.seq_len,
+        "vocab_size": vocab_size,
+        "tokenizer": described,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "code": _code_digest(),
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
+
+
+@functools.cache
+def _digest_of(state: tuple[Path, int, int]) -> str:
+    """Hash a file once for each path, size and time of change."""
+    with state[0].open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _described(tokenizer: Any) -> dict[str, Any] | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # where it was loaded from changes no token
+    kept = {name: value for name, value in tokenizer.init_kwargs.items() if "file" not in name and "path" not in name}
+    return {
+        "class": type(tokenizer).__name__,
+        "backend": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "special": tokenizer.special_tokens_map,
+        "settings": kept,
+    }
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Return the digest of the source that reads rows and lays them out."""
+    sha = hashlib.sha256()
+    package = Path(lora_lab.__file__).parent
+    for path in sorted([*package.glob("*.py"), *package.glob("dataset/*.py"), *package.glob("worker/*.py")]):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
