@@ -10,6 +10,7 @@ from lora_lab.data_config import DataConfig
 from lora_lab.dataset.content import Mark, by_content
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.duplicates import without_duplicates
+from lora_lab.dataset.row import Row
 from lora_lab.dataset.sources import Found, files_of, heldout_rows, needs_hub, read_rows
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Duplicates
@@ -96,6 +97,8 @@ def _state(file: DataFile) -> tuple[Path, int, int]:
 
 def _counts(data: DataConfig) -> tuple[int, int | None]:
     """Count the rows to train on, and those of data.heldout_path where there is one."""
+    if data.duplicates is Duplicates.keep and data.heldout_path is None:
+        return len(read_rows(data, _nothing_of).rows), None
     rows = read_rows(data, Mark).rows
     if data.duplicates is not Duplicates.keep:
         rows = list(dict.fromkeys(rows))
@@ -103,6 +106,10 @@ def _counts(data: DataConfig) -> tuple[int, int | None]:
         return len(rows), None
     heldout = heldout_rows(data, Mark).rows
     return len(_without(rows, heldout)), len(heldout)
+
+
+def _nothing_of(_: Row) -> None:
+    """Keep nothing of a row: it is only counted."""
 
 
 def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig, SourceConfig
-from lora_lab.dataset.content import Mark, by_content
+from lora_lab.dataset.content import by_content
 from lora_lab.dataset.row import Conversation, Row
 from lora_lab.dataset.selection import Selected, check_rows, select
 from lora_lab.dataset.sources import Found, file_rows, heldout_rows, read_rows
@@ -322,7 +322,7 @@ def test_rows_that_are_dropped_do_not_count_as_enough(tmp_path: Path) -> None:
 def test_the_points_of_a_sweep_read_their_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[DataConfig] = []
 
-    def counted(data: DataConfig, keep: Callable[[Row], Mark]) -> Found[Mark]:
+    def counted(data: DataConfig, keep: Callable[[Row], None]) -> Found[None]:
         read.append(data)
         return read_rows(data, keep)
 
