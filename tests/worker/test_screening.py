@@ -12,7 +12,7 @@ from lora_lab.options import Batching, DType
 from lora_lab.phase import Phase
 from lora_lab.worker import evaluation
 from lora_lab.worker.data import IGNORED, Example
-from lora_lab.worker.screening import row_losses, screen
+from lora_lab.worker.screening import SCREENED, row_losses, screen, store_screened, stored_screened
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -102,3 +102,34 @@ def test_without_the_setting_nothing_is_screened(tmp_path: Path, between: float)
     run_trial(tiny_config(), tmp_path, events.append)
     [counted] = counts(events)
     assert counted.rows_low_perplexity == 0
+
+
+def test_a_resumed_job_keeps_what_was_found_at_its_start(
+    tmp_path: Path, between: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    config.data.rows, config.data.min_perplexity, config.train.max_steps = 40, between, 2
+    attempts: list[list[Event]] = [[], []]
+    run_trial(config, tmp_path, attempts[0].append)
+    config.resume = True
+    with monkeypatch.context() as patch:  # an adapter or other kernels would give other losses
+        patch.setattr("lora_lab.worker.stages.screening.row_losses", lambda *_: pytest.fail("screened again"))
+        run_trial(config, tmp_path, attempts[1].append)
+    assert [ended(events)[0] for events in attempts] == ["finished"] * 2
+    first, again = (counts(events)[1] for events in attempts)
+    assert first.rows_low_perplexity
+    assert (again.digest, again.rows_low_perplexity) == (first.digest, first.rows_low_perplexity)
+    said = [
+        [each.text for each in events if isinstance(each, Warned) and "left out" in each.text] for events in attempts
+    ]
+    assert said[0] == said[1]
+
+
+def test_what_was_found_holds_for_the_same_rows_and_mark_only(tmp_path: Path) -> None:
+    found = screen([3, 4, 5], [0.5, 1.5, 2.5], 3.0)
+    store_screened(tmp_path, found, "digest", 3.0)
+    assert stored_screened(tmp_path, "digest", 3.0) == found
+    assert stored_screened(tmp_path, "digest", 2.0) is None
+    assert stored_screened(tmp_path, "other", 3.0) is None
+    (tmp_path / SCREENED).write_text('{"digest": "digest", "least": 3.0, "found": {}}')
+    assert stored_screened(tmp_path, "digest", 3.0) is None
