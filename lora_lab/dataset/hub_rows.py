@@ -27,9 +27,9 @@ class HubSplit:
         """Return what messages call it."""
         return f"{self.key}={self.id}"
 
-    def setting(self, name: str) -> str:
-        """Return the setting of the same place with another name."""
-        return f"{self.key.rpartition('.')[0]}.{name}"
+    def typed(self, name: str) -> str:
+        """Return what to type to choose a config, revision or split."""
+        return f"data.{name}=NAME" if self.key == "data.id" else f"{name}: NAME in data.sources"
 
 
 def hub_records(asked: HubSplit, data: DataConfig, limit: int | None) -> Collection[Mapping[str, Any]]:
@@ -70,25 +70,24 @@ def _load(asked: HubSplit, limit: int | None) -> Any:
 
 def _refusal(asked: HubSplit, split: str, error: Exception) -> str:
     """Say what to do about an error of the package datasets, most of which differ by their text alone."""
-    name, config = asked.id, asked.setting("config")
     text = str(error.__cause__ or error)
     listed = re.search(r"\[(.*?)\]", text)
     found = f" (it has {listed[1]})" if listed else ""
     if "gated" in text:
         return (
-            f"{asked.name} is gated. Accept its licence on https://huggingface.co/datasets/{name} and log in with "
+            f"{asked.name} is gated. Accept its licence on https://huggingface.co/datasets/{asked.id} and log in with "
             "hf auth login, or use data=lab_qa."
         )
     if "Config name is missing" in text:
-        return f"{asked.name} has several configurations{found}. Choose with {config}=NAME."
+        return f"{asked.name} has several configurations{found}. Choose with {asked.typed('config')}."
     if re.search(r"BuilderConfig .* not found", text):
-        return f"{asked.name} has no configuration {asked.config}{found}. Choose with {config}=NAME."
+        return f"{asked.name} has no configuration {asked.config}{found}. Choose with {asked.typed('config')}."
     if re.search(r"(Unknown|Bad) split", text):
-        return f"{asked.name} has no split {split}{found}. Choose with {asked.setting('split')}=NAME."
+        return f"{asked.name} has no split {split}{found}. Choose with {asked.typed('split')}."
     if "scripts are no longer supported" in text:
         return f"{asked.name} is a script, which the package datasets no longer runs. Use another copy of the data."
     if "Revision" in text:
-        return f"{asked.name} has no revision of that name. Check {asked.setting('revision')}, or leave it out."
+        return f"{asked.name} has no revision of that name. Choose another with {asked.typed('revision')}, or leave it out."
     said = text.strip().splitlines()[0] if text.strip() else "no message"
     return (
         f"{asked.name} could not be loaded from the Hugging Face hub "

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lora_lab.config import TrialConfig
 from lora_lab.worker import token_cache
 from lora_lab.worker.examples import Examples, check_enough, packed_rows
-from lora_lab.worker.token_key import State, key_of, state_of
+from lora_lab.worker.token_key import State, is_unchanged, key_of, state_of
 from lora_lab.worker.token_rows import TokenRows, TokenWriter
 from lora_lab.worker.tokenising import Report, quiet, tokenise
 
@@ -61,7 +61,7 @@ def _made(config: TrialConfig, tokenizer: Any, vocab_size: int, report: Report, 
         stack.callback(writer.close)
         made = tokenise(config, tokenizer, vocab_size, writer, report)
         fault = fault or writer.fault
-        if fault is None and state_of(config) == state:
+        if fault is None and is_unchanged(state):
             try:
                 token_cache.store(folder, key, _tables(made), _facts(made))
             except OSError as error:

@@ -34,14 +34,20 @@ def state_of(config: TrialConfig) -> State:
     data = config.data
     if data.source is DataSource.random_tokens or (data.rows is not None and data.rows < LEAST_ROWS):
         return ()
-    files = content_files(data)
+    found = _look_at(content_files(data))
+    return found if sum(size for _, size, _ in found) >= LEAST_BYTES else ()
+
+
+def is_unchanged(state: State) -> bool:
+    """Return whether the files are still as they were."""
+    return _look_at([path for path, *_ in state]) == state
+
+
+def _look_at(files: list[Path]) -> State:
     try:
-        status = [path.stat() for path in files]
-    except OSError:  # reading will name it
+        return tuple((path, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
+    except (OSError, ValueError):  # reading will name it
         return ()
-    if sum(each.st_size for each in status) < LEAST_BYTES:
-        return ()
-    return tuple((path, each.st_size, each.st_mtime_ns) for path, each in zip(files, status, strict=True))
 
 
 def key_of(config: TrialConfig, state: State, tokenizer: Any, vocab_size: int) -> str | None:
