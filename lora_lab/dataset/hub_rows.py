@@ -87,7 +87,8 @@ def _refusal(asked: HubSplit, split: str, error: Exception) -> str:
     if "scripts are no longer supported" in text:
         return f"{asked.name} is a script, which the package datasets no longer runs. Use another copy of the data."
     if "Revision" in text:
-        return f"{asked.name} has no revision of that name. Choose another with {asked.typed('revision')}, or leave it out."
+        choice = asked.typed("revision")
+        return f"{asked.name} has no revision {asked.revision}. Choose another with {choice}, or leave it out."
     said = text.strip().splitlines()[0] if text.strip() else "no message"
     return (
         f"{asked.name} could not be loaded from the Hugging Face hub "

@@ -182,7 +182,7 @@ def _rows_of_source(source: SourceConfig, data: DataConfig, keep: Callable[[Row]
     found = _rows_of_hub(asked, data, None, keep)
     if not found.rows:
         raise InvalidInput(f"data.sources.id={source.id} has no row with an answer. Leave it out, or use another.")
-    without = f"data.sources.id={source.id}: {found.empty} rows without an answer are left out"
+    without = f"data.sources.id={source.id}: {found.empty} row(s) without an answer are left out"
     return Found(found.rows, [without] if found.empty else [])
 
 

@@ -140,7 +140,7 @@ class Display:
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
             self._line()
-        elif isinstance(event, said.DataCounted) and event.from_cache and self._phase == Phase.data.value:
+        elif isinstance(event, said.DataCounted) and event.from_cache and self._sweep is None:
             self.note(f"  the tokens of {event.rows_read:,} rows came from the cache")
         elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep shows them once, at its end
             self.warn(event.text)
@@ -187,15 +187,15 @@ class Display:
     def _show_rows(self, event: said.Progress) -> None:
         """Show how far the rows are: read at first, when their number is not known, then tokenised."""
         first = self._first_rows
-        if first is None or (first.total, first.done > event.done) != (event.total, False):
+        if first is None or first.total != event.total:
             first = self._first_rows = event
-        seconds = event.t - first.t
-        rate = (event.done - first.done) / seconds if seconds else None
-        of = f" of {event.total:,}" if event.total else ""
-        figures = f"{event.done:,}{of} rows" + (f"  {rate:,.0f} rows/s" if rate else " read" if not of else "")
+        rate = (event.done - first.done) / (event.t - first.t) if event.t > first.t else 0.0
+        figures = f"{event.done:,} of {event.total:,} rows" if event.total else f"{event.done:,} rows read"
+        if rate:
+            figures += f"  {rate:,.0f} rows/s"
         self._bar.update(self._task, completed=event.done, total=event.total or None, figures=figures)
-        left = clock((event.total - event.done) / rate) if rate and event.total else ""
-        self._line(figures=f": {figures}" + (f"  {left} left" if left else ""))
+        left = f"  {clock((event.total - event.done) / rate)} left" if rate and event.total else ""
+        self._line(figures=f": {figures}{left}")
 
     def _draw_job(self) -> None:
         """Bring the job's bar up to date, at most ten times per second."""

@@ -126,7 +126,7 @@ def test_a_data_set_may_be_one_of_several_sources(tmp_path: Path) -> None:
     assert [isinstance(row, Passage) for row in found.rows].count(True) == 2
     assert len(found.rows) == 8
     assert found.remarks[-1] == f"data.sources: 6 of 10 rows of {name}; 2 of 2 rows of {sources[1].path} are used"
-    assert "1 rows without an answer" in found.remarks[0]
+    assert "1 row(s) without an answer" in found.remarks[0]
     check_rows(data, 1000)  # the parent process does not read it
     sources[0].split = "test"
     with pytest.raises(InvalidInput, match=r"data\.sources\.id=.* no split test.*split: NAME in data\.sources"):
