@@ -1,5 +1,7 @@
 """One row as tokens, of which some are trained."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,3 +28,11 @@ class Example:
     def document_lengths(self) -> list[int]:
         """Return the tokens of each document in the row."""
         return [end - start for start, end in pairwise([*self.starts, len(self.ids)])]
+
+
+def sha256_of(rows: Iterable[Example]) -> str:
+    """Return the sha256 over the ids and labels of all rows, in order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr((row.ids, row.labels)).encode())
+    return sha.hexdigest()

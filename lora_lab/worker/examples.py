@@ -1,7 +1,5 @@
 """The tokenised data set of one trial, and what must be true of it."""
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -14,7 +12,7 @@ from lora_lab.dataset.selection import check_left
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Batching
 from lora_lab.worker.data import Packed, pack
-from lora_lab.worker.example import Example
+from lora_lab.worker.example import sha256_of
 from lora_lab.worker.token_rows import TokenRows
 
 
@@ -59,15 +57,7 @@ class Examples:
 
     def trained_on(self, train: TokenRows | Packed[TokenRows]) -> "Examples":
         """Return the same data set with other rows to train on."""
-        return self if train is self.train else replace(self, train=train, digest=digest_of(train, self.heldout))
-
-
-def digest_of(train: Sequence[Example], heldout: Sequence[Example]) -> str:
-    """Return the sha256 over the ids and labels of all rows, in order."""
-    sha = hashlib.sha256()
-    for example in chain(train, heldout):
-        sha.update(repr((example.ids, example.labels)).encode())
-    return sha.hexdigest()
+        return self if train is self.train else replace(self, train=train, digest=sha256_of(chain(train, self.heldout)))
 
 
 def check_enough(config: TrialConfig, rows: int, of_file: int) -> None:
@@ -109,10 +99,9 @@ def check_filled(config: TrialConfig, count: int, which: str) -> None:
 
 def check_token_ids(examples: Examples, tokenizer: Any, vocab_size: int) -> None:
     """Raise InvalidInput for a token that has no embedding: on a GPU it would cost the worker."""
-    parts = (examples.documents, examples.heldout)
-    if all(part.highest < vocab_size for part in parts):
+    if examples.heldout.highest < vocab_size:
         return
-    every = (token for part in parts for example in part for token in example.ids)
+    every = (token for example in chain(examples.documents, examples.heldout) for token in example.ids)
     beyond = next((token for token in every if token >= vocab_size), None)
     if beyond is not None:
         raise InvalidInput(

@@ -51,16 +51,18 @@ def _look_at(files: list[Path]) -> State:
 
 
 def key_of(config: TrialConfig, state: State, tokenizer: Any, vocab_size: int) -> str | None:
-    """Return the name of an entry: a digest of all that its tokens depend on. None where a tokenizer has no one text
-    that describes it, as those written in Python have not.
-
-    Raises: OSError when a file cannot be read."""
+    """Return the name of an entry: a digest of all that its tokens depend on. None where a file cannot be read, and for
+    a tokenizer that no one text describes, as those written in Python."""
     described = _described(tokenizer)
     if described is None:
         return None
+    try:
+        contents = [_digest_of(each) for each in state]
+    except OSError:  # reading will name it
+        return None
     settings = {name: value for name, value in asdict(config.data).items() if name not in _AFTERWARDS}
     parts = {
-        "files": [_digest_of(each) for each in state],
+        "files": contents,
         "data": settings,
         "seq_len": config.seq_len,
         "vocab_size": vocab_size,

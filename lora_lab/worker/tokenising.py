@@ -5,6 +5,7 @@ The text of many rows lies in a file meanwhile, and their tokens in another.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -19,8 +20,8 @@ from lora_lab.dataset.selection import Selected, select
 from lora_lab.dataset.sources import heldout_rows, read_rows
 from lora_lab.dataset.split import split_rows
 from lora_lab.options import DataSource, TrainOn
-from lora_lab.worker.example import IGNORED, Example
-from lora_lab.worker.examples import Examples, check_enough, digest_of
+from lora_lab.worker.example import IGNORED, Example, sha256_of
+from lora_lab.worker.examples import Examples, check_enough
 from lora_lab.worker.laid_out import LaidOut, Losses
 from lora_lab.worker.layouts import Layouts
 from lora_lab.worker.token_cache import tokens_folder
@@ -92,7 +93,7 @@ def tokenise(
         rows_in_both=chosen.in_both,
         rows_heldout_prompt_trained=split.prompts_trained,
         lengths=made.lengths,
-        digest=digest_of(train, heldout),
+        digest=sha256_of(chain(train, heldout)),
     )
 
 
