@@ -1,7 +1,7 @@
 """Cache the tokens of large data sets between trials, in the project's cache folder below `tokens/`.
 
 An entry is written aside and renamed when it is whole. Every entry can be removed at any time: a process that reads it
-keeps what it has mapped.
+has it open.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_lab.files import read_json, write_json
 from lora_lab.paths import cache_folder
-from lora_lab.worker.token_rows import mapped
+from lora_lab.worker.token_rows import TokenFile
 
 MOST_BYTES = 10 * 10**9
 """Of all entries; those that were not used for longest are removed beyond that."""
@@ -33,7 +33,7 @@ def tokens_folder() -> Path:
     return cache_folder() / "tokens"
 
 
-def load(key: str) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int64]], dict[str, Any]] | None:
+def load(key: str) -> tuple[TokenFile, dict[str, NDArray[np.int64]], dict[str, Any]] | None:
     """Return the tokens, tables and facts of an entry; None where there is none that is whole."""
     entry = tokens_folder() / key
     stored = read_json(entry / _FACTS)
@@ -43,7 +43,7 @@ def load(key: str) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int64]], dic
             return None
         with np.load(entry / _TABLES) as opened:
             tables = {name: opened[name] for name in opened.files}
-        tokens = mapped(entry / TOKENS)
+        tokens = TokenFile(entry / TOKENS)
         os.utime(entry / _FACTS)
     except (OSError, KeyError, TypeError, ValueError):
         return None

@@ -1,6 +1,6 @@
-"""Rows as tokens, outside Python's heap: four bytes a token, in memory while they are few and otherwise in a file that
-is mapped into memory."""
+"""Rows as tokens, outside Python's heap: four bytes a token, in memory while they are few and otherwise in a file."""
 
+import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,39 @@ MOST_IN_MEMORY = 64 * 2**20
 _AT_ONCE = 2**20
 """Bytes of tokens that are added to the file at once."""
 
+_TOKEN_BYTES = 4
+
 _BEGIN, _SIZE, _LENGTH, _TRAINED = range(4)
 """What is known of a row: its first token's place, its tokens, its tokens before it was cut, and how many of its tokens
 are predicted."""
+
+
+class TokenFile:
+    """The tokens of a file, of which only what is asked for is read. It can be removed meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises: OSError."""
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._count = os.fstat(self._descriptor).st_size // _TOKEN_BYTES
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> NDArray[np.int32]:
+        """Return the tokens from one place to another.
+
+        Raises: OSError when the file was cut meanwhile."""
+        start, end, _ = part.indices(self._count)
+        content = os.pread(self._descriptor, (end - start) * _TOKEN_BYTES, start * _TOKEN_BYTES)
+        if len(content) < (end - start) * _TOKEN_BYTES:
+            raise OSError("the file of tokens was cut while it was used. Start the trial again.")
+        return np.frombuffer(content, np.int32)
 
 
 class TokenRows(Sequence[Example]):
@@ -27,8 +57,8 @@ class TokenRows(Sequence[Example]):
 
     A token that is trained is kept as its id; one that is only read as the complement of its id, which is negative."""
 
-    def __init__(self, tokens: NDArray[np.int32], table: NDArray[np.int64]) -> None:
-        """Take the tokens of shape (tokens,) and what is known of the rows, of shape (rows, 4)."""
+    def __init__(self, tokens: NDArray[np.int32] | TokenFile, table: NDArray[np.int64]) -> None:
+        """Take the tokens and what is known of the rows, of shape (rows, 4)."""
         self.tokens = tokens
         self.table = table
 
@@ -113,7 +143,7 @@ class TokenWriter:
         if self._file is not None and self._path is not None:
             self._file.close()
             self._file = None
-            tokens = mapped(self._path)
+            tokens: NDArray[np.int32] | TokenFile = TokenFile(self._path)
         else:
             tokens = np.frombuffer(self._memory, np.int32)
         return TokenRows(tokens, np.frombuffer(self._table, np.int64).reshape(-1, 4))
@@ -140,8 +170,3 @@ class TokenWriter:
                 self._file.close()
                 self._file = None
                 self._memory = bytearray(self._path.read_bytes()[:written]) + self._memory
-
-
-def mapped(file: Path) -> NDArray[np.int32]:
-    """Return the tokens of a file, of which only what is used comes into memory."""
-    return np.memmap(file, np.int32, "r") if file.stat().st_size else np.zeros(0, np.int32)

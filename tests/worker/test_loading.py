@@ -262,6 +262,13 @@ def test_an_entry_can_be_removed_while_it_is_read_and_two_may_make_the_same(tmp_
     assert rows_of(first) == rows_of(second) == plainly(config)
 
 
+def test_a_file_that_is_cut_while_it_is_read_gives_no_other_tokens(tmp_path: Path) -> None:
+    examples = loaded(config_of(path=texts(tmp_path)))
+    cut(entries()[0])
+    with pytest.raises(OSError, match="was cut while it was used"):
+        rows_of(examples)
+
+
 def test_the_oldest_entries_go_when_there_are_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [config_of(path=texts(tmp_path, name=str(number))) for number in range(3)]
     for config in configs[:2]:
