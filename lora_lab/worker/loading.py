@@ -12,7 +12,7 @@ from lora_lab.worker import token_cache
 from lora_lab.worker.examples import Examples, check_enough, packed_rows
 from lora_lab.worker.token_key import State, is_unchanged, key_of, state_of
 from lora_lab.worker.token_rows import TokenRows, TokenWriter
-from lora_lab.worker.tokenising import Report, quiet, tokenise
+from lora_lab.worker.tokenising import Report, make_examples, quiet
 
 _NO_FACTS = ("train", "heldout", "lengths", "from_cache")
 """Fields of Examples that an entry of the cache has as tables, or not at all."""
@@ -29,7 +29,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int, report: 
     state = state_of(config)
     key = key_of(config, state, tokenizer, vocab_size) if state else None
     if key is None:
-        found = tokenise(config, tokenizer, vocab_size, TokenWriter(None), report)
+        found = make_examples(config, tokenizer, vocab_size, TokenWriter(None), report)
     else:
         found = _cached(config, key) or _made(config, tokenizer, vocab_size, report, key, state)
     if config.data.min_perplexity is not None:  # packed after the screening
@@ -59,7 +59,7 @@ def _made(config: TrialConfig, tokenizer: Any, vocab_size: int, report: Report, 
         except OSError as error:
             fault, writer = error, TokenWriter(None)
         stack.callback(writer.close)
-        made = tokenise(config, tokenizer, vocab_size, writer, report)
+        made = make_examples(config, tokenizer, vocab_size, writer, report)
         fault = fault or writer.fault
         if fault is None and is_unchanged(state):
             try:

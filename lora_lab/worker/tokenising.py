@@ -49,7 +49,7 @@ class _Made:
     remarks: list[str] = field(default_factory=list)
 
 
-def tokenise(
+def make_examples(
     config: TrialConfig, tokenizer: Any, vocab_size: int, writer: TokenWriter, report: Report = quiet
 ) -> Examples:
     """Read the rows the config names, tokenise, and hold out. They are not packed.
