@@ -85,14 +85,14 @@ def _described(tokenizer: Any) -> dict[str, Any] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    # where it was loaded from changes no token
-    kept = {name: value for name, value in tokenizer.init_kwargs.items() if "file" not in name and "path" not in name}
+    # texts among them are where it was loaded from, or are named below
+    flags = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}
     return {
         "class": type(tokenizer).__name__,
         "backend": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
         "special": tokenizer.special_tokens_map,
-        "settings": kept,
+        "flags": flags,
     }
 
 

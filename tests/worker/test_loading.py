@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from lora_lab.worker.examples import Examples
 from lora_lab.worker.layouts import Layouts
 from lora_lab.worker.loading import load_examples
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.token_rows import TokenWriter
 
 TOKENIZER: Any = tiny_tokenizer()
 VOCABULARY = 272
@@ -197,11 +199,16 @@ def test_what_changes_no_token_finds_the_entry_and_what_does_makes_another(tmp_p
     other: Any = tiny_tokenizer()
     other.chat_template = str(other.chat_template) + " "
     assert not load_examples(config, other, VOCABULARY).from_cache
+    other = tiny_tokenizer()
+    other.init_kwargs["name_or_path"] = "elsewhere"
+    assert load_examples(config, other, VOCABULARY).from_cache
+    other.init_kwargs["split_special_tokens"] = True
+    assert not load_examples(config, other, VOCABULARY).from_cache
     before = Path(str(config.data.path)).stat()
     texts(tmp_path, 61)
     os.utime(str(config.data.path), ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not loaded(config).from_cache
-    assert len(entries()) == 5
+    assert len(entries()) == 6
     assert loaded(config_of(path=texts(tmp_path), rows=20)).rows_read == 20
 
 
@@ -371,6 +378,36 @@ def test_marks_are_equal_when_rows_are(passages: list[tuple[str, str]], given_tu
     assert [each.row for each in kept] == rows
     assert [[one == other for other in kept] for one in kept] == [[one == other for other in rows] for one in rows]
     assert len(set(kept)) == len(set(rows))
+
+
+def test_text_and_tokens_of_rows_do_not_stay_in_memory(tmp_path: Path) -> None:
+    file, writer = RowFile(tmp_path), TokenWriter(tmp_path / "tokens")
+    texts = [f"{number} " * 2000 for number in range(300)]
+    tracemalloc.start()
+    try:
+        kept = [file.keep(Passage("", text)) for text in texts]
+        row = Example([*range(4000)], [*range(4000)])
+        for _ in range(300):
+            writer.append(row, 4000)
+        tokens = writer.finished()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert file.fault is None
+    assert writer.fault is None
+    assert held < 600_000, "of 2.3 MB of text and 4.8 MB of tokens"
+    assert [each.row for each in kept] == [Passage("", text) for text in texts]
+    assert (len(tokens), tokens[299], tokens.highest) == (300, row, 3999)
+
+
+def test_what_a_killed_start_left_goes_after_a_day(tmp_path: Path) -> None:
+    for name, age in ((".older", 90_000), (".newer", 80_000)):
+        folder = token_cache.tokens_folder() / name
+        folder.mkdir(parents=True)
+        (folder / token_cache.TOKENS).write_bytes(b"left")
+        os.utime(folder / token_cache.TOKENS, (time.time() - age, time.time() - age))
+    loaded(config_of(path=texts(tmp_path)))
+    assert [entry.name for entry in entries() if entry.name.startswith(".")] == [".newer"]
 
 
 def test_progress_counts_what_is_read_and_then_what_is_tokenised(tmp_path: Path) -> None:
