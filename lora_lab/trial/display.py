@@ -140,8 +140,9 @@ class Display:
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
             self._line()
-        elif isinstance(event, said.DataCounted) and event.from_cache and self._sweep is None:
-            self.note(f"  the tokens of {event.rows_read:,} rows came from the cache")
+        elif isinstance(event, said.DataCounted):
+            if event.from_cache and self._sweep is None and self._phase == Phase.data.value:
+                self.note(f"  the tokens of {event.rows_read:,} rows came from the cache")
         elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep shows them once, at its end
             self.warn(event.text)
         elif isinstance(event, said.Ready) and not event.prepared:

@@ -116,7 +116,9 @@ def test_tokens_that_came_from_the_cache_are_said_to(monkeypatch: pytest.MonkeyP
     counts = dict.fromkeys(("rows_read", "rows_train", "rows_heldout", "rows_truncated", "rows_without_labels"), 9)
     event = DataCounted(t=1.0, real=9, trained=9, digest="", **counts)
     for from_cache in (True, False, None):
-        shown = Screen(monkeypatch, TrialConfig(), terminal).show([replace(event, from_cache=from_cache)])
+        counted = replace(event, from_cache=from_cache)
+        phases = [PhaseBegan(t=0.0, phase=phase.value) for phase in (Phase.data, Phase.screening)]
+        shown = Screen(monkeypatch, TrialConfig(), terminal).show([phases[0], counted, phases[1], counted])
         said = [line for line in shown if "came from the cache" in line]
         assert len(said) == (1 if from_cache else 0), shown
 
