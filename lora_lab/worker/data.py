@@ -141,7 +141,7 @@ class Collator:
             rows=len(examples),
             slots=len(examples) * width,
             real=sum(len(example.ids) for example in examples),
-            trained=sum(example.trained for example in examples),
+            trained=int((labels[:, 1:] != IGNORED).sum()),
             attended=sum(length * length for example in examples for length in example.document_lengths),
             attended_slots=len(examples) * width * width,
         )
