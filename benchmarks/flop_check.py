@@ -33,7 +33,8 @@ from lora_lab.options import Checkpointing
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.trial.devices import choose_placement
-from lora_lab.worker.data import TokenCounts, load_examples, train_collator
+from lora_lab.worker.data import TokenCounts, train_collator
+from lora_lab.worker.loading import load_examples
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
 from lora_lab.worker.training import make_trainer
 from lora_lab.worker.weight_counts import count_model

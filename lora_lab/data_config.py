@@ -26,16 +26,24 @@ class MapConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One of several files or folders that rows are drawn from."""
+    """One of several files, folders and data sets on the hub that rows are drawn from."""
 
-    path: str = setting(help="a file or folder, as for data.path")
+    path: str | None = setting(None, "a file or folder, as for data.path")
+    id: str | None = setting(None, "name of a data set on the hub instead of a path, as for data.id")
+    revision: str | None = setting(None, "commit, tag or branch on the hub")
+    config: str | None = setting(None, "configuration of a data set on the hub that has several")
     weight: float | None = setting(
         None,
         "its share of the rows, among all weights; without any weight every row is used",
         above=0,
         most=10**9,
     )
-    split: str | None = setting(None, "which split of a folder is read")
+    split: str | None = setting(None, "which split of a folder or of a data set on the hub is read")
+
+    @property
+    def name(self) -> str:
+        """Return what messages call it."""
+        return str(self.path if self.id is None else self.id)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +62,8 @@ class DataConfig:
         None, "a file (jsonl, json, csv, tsv, Parquet or Arrow, gzipped or not), or a folder of such files"
     )
     sources: list[SourceConfig] = setting(
-        factory=list, help="several files with weights instead of `path`: [{path: a.jsonl, weight: 0.7},...]"
+        factory=list,
+        help="several sources with weights instead of `path`: [{path: a.jsonl, weight: 0.7}, {id: NAME, weight: 0.3}]",
     )
     heldout_path: str | None = setting(
         None, "a file or folder of the held-out rows, instead of `holdout`; none of them is trained on"

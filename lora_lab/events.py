@@ -55,7 +55,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """`done` of `total` pieces of the present phase."""
+    """`done` of `total` pieces of the present phase; a total of 0 is not known yet."""
 
     t: float
     done: int
@@ -103,6 +103,8 @@ class DataCounted:
     length_max: int | None = None
     tokens_cut: int | None = None
     """Tokens beyond seq_len, of all rows together."""
+    from_cache: bool | None = None
+    """Whether the tokens came from the cache; None in trials from before there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

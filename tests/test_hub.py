@@ -1,6 +1,7 @@
-"""Models from a hub: the real client against a small hub on loopback."""
+"""Models and rows from a hub: the real clients against a small hub on loopback."""
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,8 @@ COMMIT = "a" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of one folder as the repository me/tiny; every other repository is gated."""
+    """Serves the files of one folder as the model me/tiny, and those of its folder rows as the data set me/rows; every
+    other repository is gated."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -32,11 +34,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         self.server.asked.append(self.path)
+        if self.path.startswith("/api/datasets/me/rows"):
+            return self._describe_rows()
         repository, _, name = self.path.lstrip("/").partition("/resolve/")
-        file = self.server.folder / name.partition("/")[2]
-        if "me/tiny" not in self.path:
+        folder = self.server.folder / ("rows" if repository == "datasets/me/rows" else "")
+        file = folder / name.partition("/")[2]
+        if "me/tiny" not in self.path and "me/rows" not in self.path:
             self._refuse(403, "GatedRepo")
-        elif repository != "me/tiny" or not file.is_file():
+        elif repository not in ("me/tiny", "datasets/me/rows") or not file.is_file():
             self._refuse(404, "EntryNotFound")
         else:
             content = file.read_bytes()
@@ -47,6 +52,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             if with_body:
                 self.wfile.write(content)
+
+    def _describe_rows(self) -> None:
+        """Answer as the hub's API does: what the data set is, or which files it has."""
+        files = [*(self.server.folder / "rows").iterdir()]
+        described: object = {"id": "me/rows", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]}
+        if "/tree/" in self.path:
+            described = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT} for file in files
+            ]
+        content = json.dumps(described).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)
@@ -63,6 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
 def hub(tmp_path: Path) -> Iterator[tuple[Hub, dict[str, str]]]:
     folder = tmp_path / "repository"
     save_tiny(folder)
+    (folder / "rows").mkdir()
+    rows = [{"instruction": f"Which is number {number}?", "output": f"It is {number}."} for number in range(40)]
+    (folder / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -73,11 +95,19 @@ def hub(tmp_path: Path) -> Iterator[tuple[Hub, dict[str, str]]]:
     server.server_close()
 
 
-def test_any_model_of_the_hub_is_fine_tuned(lab: Lab, tmp_path: Path, hub: tuple[Hub, dict[str, str]]) -> None:
+def test_any_model_of_the_hub_is_fine_tuned_on_rows_of_the_hub_and_of_a_file(
+    lab: Lab, tmp_path: Path, hub: tuple[Hub, dict[str, str]]
+) -> None:
     server, environment = hub
-    said = lab("model=hub", "model.id=me/tiny", "measure=quick", "seq_len=128", "tracking=none", **environment)
+    (tmp_path / "own.jsonl").write_text('{"text": "Once."}\n{"text": "Twice."}\n' * 10)
+    sources = "data.sources=[{id: me/rows, weight: 2}, {path: own.jsonl, weight: 1}]"
+    model = ("model=hub", "model.id=me/tiny", "measure=quick", "seq_len=128", "tracking=none")
+    said = lab(*model, "data=jsonl", sources, **environment)
     assert said.code == 0, said.text
-    assert record_of(tmp_path)["params"]["model.id"] == "me/tiny"
+    record = record_of(tmp_path)
+    assert record["params"]["model.id"] == "me/tiny"
+    assert record["metrics"]["data/rows_read"] == 60
+    assert "40 of 40 rows of me/rows; 20 of 20 rows of own.jsonl are used" in record["tags"]["warnings"]
     assert any("model.safetensors" in path for path in server.asked)
 
 

@@ -32,8 +32,8 @@ _OPEN = ("optimizer.args", "model.architecture", "hydra.sweeper.params")
 
 
 _SOURCES = (
-    "data.sources is a list of files, each with its path, and perhaps with a weight and a split. Write for example "
-    "'data.sources=[{path: a.jsonl, weight: 0.7}, {path: b.csv, weight: 0.3}]'."
+    "data.sources is a list of sources, each with its path or its id on the hub, and perhaps with a weight and a "
+    "split. Write for example 'data.sources=[{path: a.jsonl, weight: 0.7}, {id: NAME, weight: 0.3}]'."
 )
 
 

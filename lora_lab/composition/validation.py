@@ -194,6 +194,13 @@ def _source_faults(data: DataConfig) -> list[str]:
     if data.path or data.split:
         which = "path" if data.path else "split"
         return [f"data.{which} and data.sources are both set; leave data.{which} out, and name it in data.sources."]
+    for source in data.sources:
+        if (source.path is None) == (source.id is None):
+            given = f"path={source.path} and id={source.id}" if source.path is not None else "neither path nor id"
+            return [f"data.sources: a source has {given}; give one of them: a file or folder, or a data set's name."]
+        if source.id is None and (source.config or source.revision):
+            which = "config" if source.config else "revision"
+            return [f"data.sources: {which} chooses a part of a data set on the hub, and path={source.path} is none."]
     weights = [source.weight for source in data.sources]
     if None in weights and any(weights):
         return ["data.sources gives some sources a weight and others none; give each one, or none to use every row."]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lora_lab.dataset.content import text_of
+from lora_lab.dataset.kept_rows import whole
 from lora_lab.options import Duplicates
 
 NEAR = 0.8
@@ -49,7 +50,7 @@ def without_duplicates(rows: Sequence[_Row], duplicates: Duplicates, heldout: Se
     near = set[int]()
     looked = duplicates is Duplicates.near or len(rows) <= MOST_COUNTED
     if looked:
-        texts = [text_of(row) for row in (*heldout, *different)]
+        texts = [text_of(whole(row)) for row in (*heldout, *different)]
         near = {place - len(heldout) for place in near_duplicates(texts) if place >= len(heldout)}
     kept = list(rows) if duplicates is Duplicates.keep else different
     if duplicates is Duplicates.near:

@@ -1,5 +1,6 @@
 """Turn records into rows of text, before any tokenizer or model is loaded."""
 
+from collections.abc import Iterator
 from itertools import chain, islice
 
 from lora_lab.config import InvalidInput
@@ -23,13 +24,14 @@ def rows_of(
     unit: str,
     limit: int | None = None,
     leave_out_empty: bool = False,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Turn the records of one source into rows of one layout, at most `limit`.
 
     Args:
         leave_out_empty: a record without an answer is no fault; there is no row for it.
 
-    Raises: BrokenRecords for records of no known layout, and naming each fault by `unit` (line, row) and number."""
+    Raises: BrokenRecords for records of no known layout; and, after the last row, naming each fault by `unit` (line,
+    row) and number."""
     numbered = iter(islice(records, limit))
     before: list[tuple[int, object]] = []
     layout = None
@@ -39,7 +41,6 @@ def rows_of(
             layout = format_of(found[1], data)
         except InvalidInput as foreign:
             raise BrokenRecords(f"{source}: {foreign}") from foreign
-    rows: list[Row] = []
     faults: dict[str, list[int]] = {}
     for number, fields in chain(before, numbered):
         try:
@@ -47,13 +48,14 @@ def rows_of(
                 raise fields
             if layout is None:
                 raise InvalidInput(unknown(fields, data))
-            rows.append(layout.row_of(fields))
+            row = layout.row_of(fields)
         except InvalidInput as error:
             if not (leave_out_empty and isinstance(error, NothingToTrain)):
                 faults.setdefault(_mixed(fields, layout, data) or str(error), []).append(number)
+        else:
+            yield row
     if faults:
         raise BrokenRecords(_refusal(faults, source, unit))
-    return rows
 
 
 def _mixed(fields: object, layout: Format | None, data: DataConfig) -> str:

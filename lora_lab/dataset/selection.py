@@ -1,26 +1,29 @@
 """Choose among the rows that were read: drop duplicates, and keep a file of held-out rows apart."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig
-from lora_lab.dataset.content import by_content
+from lora_lab.dataset.content import Mark, by_content, is_passage
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.duplicates import without_duplicates
-from lora_lab.dataset.row import Conversation, Passage, Row
-from lora_lab.dataset.sources import Found, file_rows, files_of, heldout_rows
+from lora_lab.dataset.row import Row
+from lora_lab.dataset.sources import Found, files_of, heldout_rows, needs_hub, read_rows
 from lora_lab.dataset.split import check_row_count
 from lora_lab.options import Duplicates
 
+_Kept = TypeVar("_Kept", bound=Hashable)
+
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class Selected(Generic[_Kept]):
     """The rows that are used, and what was counted on the way."""
 
-    rows: list[Row]
-    heldout: list[Row] = field(default_factory=list)
+    rows: list[_Kept]
+    heldout: list[_Kept] = field(default_factory=list)
     """The rows of `data.heldout_path`; empty where the held-out rows are split off `rows`."""
     repeated: int = 0
     near_repeated: int | None = None
@@ -31,14 +34,18 @@ class Selected:
     remarks: list[str] = field(default_factory=list)
 
 
-def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
+def select(data: DataConfig, rows: Sequence[_Kept], of_file: Found[_Kept] | None = None) -> Selected[_Kept]:
     """Apply `data.duplicates` and `data.heldout_path`.
 
-    Raises: InvalidInput when the held-out rows cannot be read, or leave nothing to train on."""
-    kept, apart, remarks = list(rows), list[Row](), list[str]()
-    if data.heldout_path is not None:
-        found = _heldout_beside(rows, data)
-        apart, remarks = by_content(found.rows), found.remarks
+    Args:
+        of_file: the rows of `data.heldout_path`.
+
+    Raises: InvalidInput when the held-out rows are laid out otherwise than all rows to train
+    on, or leave nothing to train on."""
+    kept, apart, remarks = list(rows), list[_Kept](), list[str]()
+    if of_file is not None:
+        _check_layouts(rows, of_file.rows, data)
+        apart, remarks = by_content(of_file.rows), of_file.remarks
         kept = _without(kept, apart)
         if not kept:
             raise InvalidInput(
@@ -57,31 +64,28 @@ def select(data: DataConfig, rows: Sequence[Row]) -> Selected:
     )
 
 
-def _heldout_beside(rows: Sequence[Row], data: DataConfig) -> Found:
-    """Read the rows of data.heldout_path.
-
-    Raises: InvalidInput when they cannot be read, or are laid out otherwise than all rows to train on."""
-    found = heldout_rows(data)
-    for kind, what, others in (
-        (Passage, "plain text", "conversations"),
-        (Conversation, "conversations", "plain text"),
-    ):
-        if any(isinstance(row, kind) for row in found.rows) and not any(isinstance(row, kind) for row in rows):
-            raise InvalidInput(
-                f"data.heldout_path={data.heldout_path} holds {what}, and the rows to train on are {others}. Give "
-                f"held-out rows that are {others} too, or leave data.heldout_path out: then data.holdout splits the "
-                "rows."
-            )
-    return found
+def _check_layouts(rows: Sequence[Hashable], heldout: Sequence[Hashable], data: DataConfig) -> None:
+    """Raise InvalidInput when held-out rows are laid out otherwise than all rows to train on."""
+    trained, asked = ({is_passage(row) for row in each} for each in (rows, heldout))
+    for kind in asked - trained:
+        what, others = ("plain text", "conversations") if kind else ("conversations", "plain text")
+        raise InvalidInput(
+            f"data.heldout_path={data.heldout_path} holds {what}, and the rows to train on are {others}. Give "
+            f"held-out rows that are {others} too, or leave data.heldout_path out: then data.holdout splits the "
+            "rows."
+        )
 
 
 def check_rows(data: DataConfig, needed: int) -> None:
-    """Read the rows of files, and check that they are enough; near duplicates are not looked for.
+    """Read the rows of files, and check that they are enough; near duplicates are not looked for, and no data set on
+    the hub is read.
 
     Args:
         needed: the rows of one optimizer step.
 
     Raises: InvalidInput."""
+    if needs_hub(data):
+        return
     key = f"{data} {[_state(file) for file in files_of(data)]}"
     if key not in _COUNTED:
         _COUNTED[key] = _counts(data)
@@ -107,13 +111,20 @@ def _state(file: DataFile) -> tuple[Path, int, int]:
 
 def _counts(data: DataConfig) -> tuple[int, int | None]:
     """Count the rows to train on, and those of data.heldout_path where there is one."""
-    rows = file_rows(data).rows
+    if data.duplicates is Duplicates.keep and data.heldout_path is None:
+        return len(read_rows(data, _nothing_of).rows), None
+    rows = read_rows(data, Mark).rows
     if data.duplicates is not Duplicates.keep:
         rows = list(dict.fromkeys(rows))
     if data.heldout_path is None:
         return len(rows), None
-    heldout = _heldout_beside(rows, data).rows
+    heldout = heldout_rows(data, Mark).rows
+    _check_layouts(rows, heldout, data)
     return len(_without(rows, heldout)), len(heldout)
+
+
+def _nothing_of(_: Row) -> None:
+    """Keep nothing of a row: it is only counted."""
 
 
 def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> None:
@@ -133,6 +144,6 @@ def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> No
         )
 
 
-def _without(rows: Sequence[Row], apart: Sequence[Row]) -> list[Row]:
+def _without(rows: Sequence[_Kept], apart: Sequence[_Kept]) -> list[_Kept]:
     there = set(apart)
     return [row for row in rows if row not in there]

@@ -52,7 +52,7 @@ def _contents(config: TrialConfig) -> dict[str, str]:
         found["data"] = _file_digest(shipped_file(config.data.path))
     elif config.data.source is DataSource.file:
         sources = config.data.sources or [SourceConfig(path=str(config.data.path), split=config.data.split)]
-        each = [_path_digest(source.path, source.split) for source in sources]
+        each = [_source_digest(source) for source in sources]
         found["data"] = each[0] if len(each) == 1 else digest(each)
     elif config.data.source is DataSource.hub:
         found["data"] = _hub_commit("dataset", str(config.data.id), config.data.revision)
@@ -64,6 +64,12 @@ def _contents(config: TrialConfig) -> dict[str, str]:
         elif config.model.source is ModelSource.hub:
             found["model"] = _hub_commit("model", str(config.model.id), config.model.revision)
     return found
+
+
+def _source_digest(source: SourceConfig) -> str:
+    if source.id is not None:
+        return _hub_commit("dataset", source.id, source.revision)
+    return _path_digest(str(source.path), source.split)
 
 
 def _path_digest(path: str, split: str | None) -> str:

@@ -92,6 +92,8 @@ class Display:
         self._sampler = sampler
         self._phase = Phase.start.value
         self._recent: list[said.Step] = []
+        self._first_rows: said.Progress | None = None
+        """From where the rate of rows is counted."""
         self._printed = self._drawn = 0.0
         self._bar = _Bars(
             SpinnerColumn(),
@@ -138,6 +140,9 @@ class Display:
             self._recent = [*self._recent[-9:], event]
             self._bar.update(self._task, completed=event.step, total=self._steps, figures=self._figures(event))
             self._line()
+        elif isinstance(event, said.DataCounted):
+            if event.from_cache and self._sweep is None and self._phase == Phase.data.value:
+                self.note(f"  the tokens of {event.rows_read:,} rows came from the cache")
         elif isinstance(event, said.Warned) and self._sweep is None:  # a sweep shows them once, at its end
             self.warn(event.text)
         elif isinstance(event, said.Ready) and not event.prepared:
@@ -175,8 +180,23 @@ class Display:
         if self._in_job:
             self._bar.update(self._task, description=f"{self._doing} {event.done}/{event.total}")
             self._line()
+        elif self._phase == Phase.data.value:
+            self._show_rows(event)
         else:
             self._bar.update(self._task, completed=event.done, total=event.total)
+
+    def _show_rows(self, event: said.Progress) -> None:
+        """Show how far the rows are: read at first, when their number is not known, then tokenised."""
+        first = self._first_rows
+        if first is None or first.total != event.total:
+            first = self._first_rows = event
+        rate = (event.done - first.done) / (event.t - first.t) if event.t > first.t else 0.0
+        figures = f"{event.done:,} of {event.total:,} rows" if event.total else f"{event.done:,} rows read"
+        if rate:
+            figures += f"  {rate:,.0f} rows/s"
+        self._bar.update(self._task, completed=event.done, total=event.total or None, figures=figures)
+        left = f"  {clock((event.total - event.done) / rate)} left" if rate and event.total else ""
+        self._line(figures=f": {figures}{left}")
 
     def _draw_job(self) -> None:
         """Bring the job's bar up to date, at most ten times per second."""
@@ -219,14 +239,13 @@ class Display:
             figures.append(f"{watts:.0f} W")
         return "  ".join(figures)
 
-    def _line(self, force: bool = False) -> None:
+    def _line(self, force: bool = False, figures: str = "") -> None:
         """Print a line per phase and one every few seconds, where there is no terminal."""
         now = time.monotonic()
         force = force and self._sweep is None
         if self._console.is_terminal or not (force or now - self._printed > self._quiet_seconds):
             return
         self._printed = now
-        figures = ""
         if self._job is not None and self._in_job:
             figures = ": " + "  ".join(filter(None, (self._job.place, *self._job.figures(), self._job.left)))
         elif self._recent and self._phase in (Phase.warm_up.value, Phase.window.value):

@@ -16,7 +16,7 @@ from lora_lab.options import Layout
 from lora_lab.worker.adapted import be_quiet, load_adapted, this_device
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.conversation import Conversations
-from lora_lab.worker.data import pad_id
+from lora_lab.worker.examples import pad_id
 from lora_lab.worker.models import load_tokenizer, working_dtype
 from lora_lab.worker.prompts import prompt_text
 

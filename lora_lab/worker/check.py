@@ -9,9 +9,11 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.look import Look
 from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.data import Examples, check_token_ids, load_examples, pad_id
+from lora_lab.worker.examples import Examples, check_token_ids, pad_id
 from lora_lab.worker.job_plan import plan_job
+from lora_lab.worker.loading import load_examples
 from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
+from lora_lab.worker.tokenising import Report, quiet
 from lora_lab.worker.training import check_optimizer
 
 
@@ -25,14 +27,17 @@ def checked_architecture(config: TrialConfig) -> tuple[Any, list[str]]:
     return architecture, check_model(config, architecture)
 
 
-def checked_examples(config: TrialConfig, architecture: Any) -> tuple[Examples, int]:
+def checked_examples(config: TrialConfig, architecture: Any, report: Report = quiet) -> tuple[Examples, int]:
     """Turn the rows into tokens that the model has.
+
+    Args:
+        report: gets the rows that are done so far.
 
     Returns: the examples, and the token that rows are padded with.
 
     Raises: InvalidInput."""
     tokenizer, vocab_size = load_tokenizer(config.model), architecture.get_text_config().vocab_size
-    examples = load_examples(config, tokenizer, vocab_size)
+    examples = load_examples(config, tokenizer, vocab_size, report)
     check_token_ids(examples, tokenizer, vocab_size)
     return examples, pad_id(tokenizer, vocab_size)
 

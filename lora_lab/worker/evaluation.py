@@ -1,6 +1,5 @@
 """Calculate the loss of every row of a text, outside the measured window."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 from lora_lab.options import DType
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.chunked_loss import chunked_row_losses, is_in_chunks
+from lora_lab.worker.example import sha256_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.trainables.trainable import base_of
@@ -73,10 +73,7 @@ def row_losses(
 
 def digest_of(examples: Sequence[Example]) -> str:
     """Return the first 16 hexadecimal digits of a sha256 over the ids and labels of all rows."""
-    sha = hashlib.sha256()
-    for example in examples:
-        sha.update(repr((example.ids, example.labels)).encode())
-    return sha.hexdigest()[:16]
+    return sha256_of(examples)[:16]
 
 
 def losses_of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:

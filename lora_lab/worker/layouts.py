@@ -1,6 +1,6 @@
 """Lay out rows of either kind: conversations by the model's chat template, passages without one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -62,7 +62,7 @@ class Layouts:
             )
         return found
 
-    def remedies(self, rows: Sequence[Row], losses: Losses) -> list[str]:
+    def remedies(self, rows: Iterable[Row], losses: Losses) -> list[str]:
         """Return what may help when most rows lose text, besides what their own sentences say."""
         if not losses.kinds.keys() - {Lost.end_within}:
             return []

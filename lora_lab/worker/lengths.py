@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lora_lab.worker.data import Examples
+from lora_lab.worker.examples import Examples
 
 _MOST_OF = 0.95
 
@@ -20,7 +20,7 @@ class Lengths:
 
 def lengths_of(examples: Examples, seq_len: int) -> Lengths:
     """Return the lengths of a data set's rows, held-out ones included."""
-    found = sorted(examples.lengths)
+    found = sorted(examples.lengths.tolist())
     if not found:
         return Lengths()
     return Lengths(

@@ -67,9 +67,9 @@ def preview(config: TrialConfig) -> Preview:
     unpacked = replace(config, data=replace(config.data, batching=Batching.longest))
     examples, _ = checked_examples(unpacked, load_architecture(config.model))
     tokenizer = load_tokenizer(config.model)
-    some = examples.train[:]
-    random.Random(config.seed).shuffle(some)
-    some = some[:MOST_ESTIMATED]
+    places = [*range(len(examples.train))]
+    random.Random(config.seed).shuffle(places)
+    some = [examples.train[place] for place in places[:MOST_ESTIMATED]]
     longest = _batches(some, config.batch_size)
     real = sum(len(example.ids) for example in some)
     return Preview(

@@ -3,47 +3,86 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from lora_lab.files import read_json, write_json
 from lora_lab.options import DType
-from lora_lab.worker.data import Collator, Example
+from lora_lab.worker.data import Collator, Example, sizes_of
 from lora_lab.worker.evaluation import evaluating, losses_of_batch
+
+SCREENED = "screened.json"
+"""The file in a trial's folder that has what the screening found, for a job that is resumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Screened:
     """Rows by their perplexity."""
 
-    kept: list[Example]
-    dropped: list[Example]
+    rows: int
+    dropped: list[int]
+    """The places of the rows that are left out, ascending."""
     median: float
     """Half of all rows have this perplexity or less."""
+    tokens: list[float]
+    """The median of the trained tokens of the rows that are left out, and of the others; empty without one of them."""
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Return for each row whether it stays."""
+        kept = np.ones(self.rows, bool)
+        kept[self.dropped] = False
+        return kept
 
     def sentence(self, least: float) -> str:
         """Say what was dropped, and whether it was the short rows."""
-        count = len(self.kept) + len(self.dropped)
-        said = f"data.min_perplexity={least:g} left out {len(self.dropped)} of {count} rows to train on"
-        tokens = [statistics.median(each.trained for each in rows) for rows in (self.dropped, self.kept) if rows]
-        if len(tokens) == 2:
-            said += f" (median of their trained tokens {tokens[0]:g}, of the others' {tokens[1]:g})"
+        said = f"data.min_perplexity={least:g} left out {len(self.dropped)} of {self.rows} rows to train on"
+        if self.tokens:
+            said += f" (median of their trained tokens {self.tokens[0]:g}, of the others' {self.tokens[1]:g})"
         return f"{said}; the median perplexity of all is {self.median:.3g}"
 
 
-def screen(examples: Sequence[Example], losses: Sequence[float], least: float) -> Screened:
+def screen(trained: Sequence[int], losses: Sequence[float], least: float) -> Screened:
     """Separate the rows whose perplexity is below `least`.
 
     Args:
+        trained: the trained tokens of each row.
         losses: nats per trained token of each row. Its exponential is the perplexity, so that the length of a row does
             not enter."""
     known = [loss < math.log(least) for loss in losses]
+    parts = [[count for count, low in zip(trained, known, strict=True) if low is which] for which in (True, False)]
     return Screened(
-        kept=[example for example, low in zip(examples, known, strict=True) if not low],
-        dropped=[example for example, low in zip(examples, known, strict=True) if low],
+        rows=len(known),
+        dropped=[place for place, low in enumerate(known) if low],
         median=math.exp(statistics.median(losses)),
+        tokens=[float(statistics.median(part)) for part in parts] if all(parts) else [],
     )
+
+
+def store_screened(folder: Path, found: Screened, digest: str, least: float) -> None:
+    """Write what was found into a trial's folder.
+
+    Args:
+        digest: of the data set before the screening.
+
+    Raises: OSError."""
+    write_json(folder / SCREENED, {"digest": digest, "least": least, "found": asdict(found)})
+
+
+def stored_screened(folder: Path, digest: str, least: float) -> Screened | None:
+    """Return what an earlier attempt found for the same data set and mark; None where there is none."""
+    stored = read_json(folder / SCREENED)
+    try:
+        if (stored["digest"], stored["least"]) != (digest, least):
+            return None
+        return Screened(**stored["found"])
+    except (KeyError, TypeError):
+        return None
 
 
 def row_losses(
@@ -75,8 +114,9 @@ def row_losses(
 def _batches(examples: Sequence[Example], most_tokens: int) -> Iterator[list[int]]:
     """Yield the places of rows of like length, as many as fit."""
     places: list[int] = []
-    for place in sorted(range(len(examples)), key=lambda place: -len(examples[place].ids)):
-        if places and (len(places) + 1) * len(examples[places[0]].ids) > most_tokens:
+    sizes = sizes_of(examples)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        if places and (len(places) + 1) * sizes[places[0]] > most_tokens:
             yield places
             places = []
         places.append(place)

@@ -1,6 +1,7 @@
 """Make transformers' Trainer for a measured window, by constructor arguments only; nothing is patched."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lora_lab.worker.engines.engine import trainer_arguments
 def make_trainer(
     config: TrialConfig,
     model: Any,
-    examples: list[Example],
+    examples: Sequence[Example],
     collator: Collator,
     callbacks: list[TrainerCallback],
     folder: str,

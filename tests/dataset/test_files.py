@@ -22,8 +22,8 @@ from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.content import by_content
 from lora_lab.dataset.row import Conversation, Passage, Row
-from lora_lab.dataset.selection import check_rows, select
-from lora_lab.dataset.sources import Found, file_rows
+from lora_lab.dataset.selection import Selected, check_rows, select
+from lora_lab.dataset.sources import Found, file_rows, heldout_rows, read_rows
 from lora_lab.options import DataSource, Duplicates, Layout
 
 ROWS = [{"instruction": f"question {i}, é", "output": f'answer {i}:\n"so"'} for i in range(3)]
@@ -37,6 +37,10 @@ def config_of(path: Path | None = None, **settings: object) -> DataConfig:
     for key, value in settings.items():
         setattr(data, key, value)
     return data
+
+
+def selected(data: DataConfig) -> Selected[Row]:
+    return select(data, file_rows(data).rows, heldout_rows(data, lambda row: row))
 
 
 def refusal(data: DataConfig) -> str:
@@ -164,11 +168,11 @@ HEADING = "instruction,output\n"
         ("a.csv", HEADING, ["is empty"]),
         ("a.jsonl", b'{"text": "caf\xe9"}\n{"text": "b"}\n', ["not UTF-8", "line 1", "iconv"]),
         ("a.txt", "Once upon a time, there was a cat.\nIt sat.", ["plain text", "jq -Rc"]),
-        ("a.gz", gzip.compress(LINES)[:-9], ["gzip that breaks off"]),
+        ("a.gz", gzip.compress(LINES, mtime=0)[:-9], ["gzip that breaks off"]),
         ("a.parquet", b"PAR1 and nothing more", ["Parquet that can't be read"]),
         ("a.arrow", b"ARROW1 and nothing more", ["Arrow that can't be read"]),
         ("a.zip", b"PK\x03\x04 and nothing more", ["damaged zip"]),
-        ("a.tar.gz", gzip.compress(bytes(10) + b"x" * 247 + b"ustar"), ["tar archive", "tar xf"]),
+        ("a.tar.gz", gzip.compress(bytes(10) + b"x" * 247 + b"ustar", mtime=0), ["tar archive", "tar xf"]),
         ("a.gguf", b"GGUF and more", ["a model's weights"]),
         ("a.xls", b"\xd0\xcf\x11\xe0 and more", ["old Office document", "as CSV"]),
         ("a.bz2", bz2.compress(LINES), ["bzip2", "bunzip2"]),
@@ -303,7 +307,7 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
     with apart.open("a") as file:
         file.write("\n" + path.read_text().partition("\n")[0])
     data = config_of(path, heldout_path=str(apart))
-    chosen = select(data, file_rows(data).rows)
+    chosen = selected(data)
     assert (len(chosen.rows), len(chosen.heldout), chosen.in_both) == (9, 4, 1)
     assert not set(chosen.rows) & set(chosen.heldout)
     assert chosen.heldout == by_content(chosen.heldout)
@@ -312,7 +316,7 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
         check_rows(data, 10)
     data.heldout_path = str(path)
     with pytest.raises(InvalidInput, match="holds every row"):
-        select(data, file_rows(data).rows)
+        selected(data)
     data.heldout_path = str(tmp_path / "nowhere.jsonl")
     with pytest.raises(InvalidInput, match=r"data\.heldout_path=.*no such file"):
         check_rows(data, 1)
@@ -327,7 +331,7 @@ def test_held_out_rows_of_another_layout_are_refused(tmp_path: Path, layout: str
         check_rows(data, 1)
     assert "text.jsonl" in str(refusal.value)
     both = config_of(heldout_path=str(apart), sources=[SourceConfig(path=str(path)), SourceConfig(path=str(apart))])
-    assert len(select(both, file_rows(both).rows).heldout) == 2, "they are like some of the rows to train on"
+    assert len(selected(both).heldout) == 2, "they are like some of the rows to train on"
 
 
 def test_a_single_chat_is_a_row_and_no_list_of_rows(tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_what_nearly_equals_a_held_out_row_is_a_near_duplicate(tmp_path: Path) -
     written(path, "\n".join(json.dumps({"text": text.upper()}) for text in texts))
     written(apart, "\n".join(json.dumps({"text": text}) for text in texts[:2]))
     data = config_of(path, heldout_path=str(apart), duplicates=Duplicates.near)
-    chosen = select(data, file_rows(data).rows)
+    chosen = selected(data)
     assert (len(chosen.rows), len(chosen.heldout)) == (3, 2)
     assert (chosen.near_repeated, chosen.dropped, chosen.in_both) == (2, 2, 0)
 
@@ -358,11 +362,11 @@ def test_rows_that_are_dropped_do_not_count_as_enough(tmp_path: Path) -> None:
 def test_the_points_of_a_sweep_read_their_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[DataConfig] = []
 
-    def counted(data: DataConfig) -> Found:
+    def counted(data: DataConfig, keep: Callable[[Row], None]) -> Found[None]:
         read.append(data)
-        return file_rows(data)
+        return read_rows(data, keep)
 
-    monkeypatch.setattr("lora_lab.dataset.selection.file_rows", counted)
+    monkeypatch.setattr("lora_lab.dataset.selection.read_rows", counted)
     path = many(tmp_path, "a", 10)
     for needed in (1, 9):
         check_rows(config_of(path), needed)

@@ -15,7 +15,7 @@ _ROLES = {"s": Role.system, "u": Role.user, "a": Role.assistant}
 
 
 def read(*records: object, **data: Any) -> list[Row]:
-    return rows_of(enumerate(records, start=1), DataConfig(**data), "data.path=rows.jsonl", "line")
+    return [*rows_of(enumerate(records, start=1), DataConfig(**data), "data.path=rows.jsonl", "line")]
 
 
 def refusal(*records: object, **data: Any) -> str:
@@ -241,7 +241,7 @@ def test_a_mistake_in_a_passage_is_named(record: dict[str, object], words: list[
 
 def test_rows_without_an_answer_are_left_out_where_that_is_asked_for() -> None:
     records = [*enumerate([{"question": "a", "answer": " "}, {"question": "Why?", "answer": "So."}])]
-    assert rows_of(records, DataConfig(), "data.id=x", "row", leave_out_empty=True) == [SHORT]
+    assert [*rows_of(records, DataConfig(), "data.id=x", "row", leave_out_empty=True)] == [SHORT]
 
 
 def test_a_turn_of_weight_0_is_read_and_not_trained() -> None:
@@ -255,4 +255,4 @@ def test_a_turn_of_weight_0_is_read_and_not_trained() -> None:
     assert row.answers == [3]
     assert len(row.turns) == 4  # what follows the last trained answer is left out
     with pytest.raises(InvalidInput, match=r"message 2 of messages: its weight is 0\.5"):
-        rows_of([(1, {"messages": [messages[0], messages[1] | {"weight": 0.5}]})], DataConfig(), "here", "line")
+        [*rows_of([(1, {"messages": [messages[0], messages[1] | {"weight": 0.5}]})], DataConfig(), "here", "line")]

@@ -200,6 +200,11 @@ def test_every_source_and_the_held_out_file_are_conditions(tmp_path: Path) -> No
     (tmp_path / "folder").rename(tmp_path / "moved")
     config.data.sources[1].path = str(tmp_path / "moved")
     assert conditions(config, CPU) == before
+    config.data.sources[1] = SourceConfig(id="me/rows")
+    of_hub = conditions(config, CPU)
+    config.data.sources[1].revision = "v2"
+    for now, then in ((of_hub, before), (conditions(config, CPU), of_hub)):
+        assert {name for name in then if then[name] != now[name]} == {"data"}
 
 
 def test_the_shipped_rows_are_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

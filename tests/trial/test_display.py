@@ -10,7 +10,7 @@ from rich.console import Console
 from synthetic import job_of
 
 from lora_lab.config import MeasureConfig, TrainConfig, TrialConfig
-from lora_lab.events import Evaluated, Event, PhaseBegan, Step, Warned
+from lora_lab.events import DataCounted, Evaluated, Event, PhaseBegan, Progress, Step, Warned
 from lora_lab.job_events import Resumed, Spiked
 from lora_lab.phase import Phase
 from lora_lab.telemetry.sampler import Sample, Sampler
@@ -99,6 +99,28 @@ def test_a_window_trial_has_the_lines_that_it_had(monkeypatch: pytest.MonkeyPatc
     )
     assert len(lines) == 32
     assert re.fullmatch(r"  measured window: step 30/35  loss 2\.000  10,000 tokens/s  0 s left", lines[-1])
+
+
+def test_a_long_reading_of_rows_says_how_fast_it_is_and_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = PhaseBegan(t=0.0, phase=Phase.data.value)
+    read = [Progress(t=float(t), done=10_000 * t, total=0) for t in range(1, 21)]
+    made = [Progress(t=float(t), done=1000 * (t - 20), total=600_000) for t in range(21, 401)]
+    lines = Screen(monkeypatch, TrialConfig(), terminal=False).show([begun, *read, *made])
+    assert 50 <= len(lines) <= 90, "a line every few seconds"
+    assert re.search(r"rows: 60,000 rows read  10,000 rows/s$", "\n".join(lines), re.MULTILINE)
+    assert re.search(r"rows: 3\d\d,000 of 600,000 rows  1,000 rows/s  4 min left$", lines[-1])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tokens_that_came_from_the_cache_are_said_to(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    counts = dict.fromkeys(("rows_read", "rows_train", "rows_heldout", "rows_truncated", "rows_without_labels"), 9)
+    event = DataCounted(t=1.0, real=9, trained=9, digest="", **counts)
+    for from_cache in (True, False, None):
+        counted = replace(event, from_cache=from_cache)
+        phases = [PhaseBegan(t=0.0, phase=phase.value) for phase in (Phase.data, Phase.screening)]
+        shown = Screen(monkeypatch, TrialConfig(), terminal).show([phases[0], counted, phases[1], counted])
+        said = [line for line in shown if "came from the cache" in line]
+        assert len(said) == (1 if from_cache else 0), shown
 
 
 def test_on_a_terminal_a_job_has_one_bar_and_its_figures_below(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,12 @@ from lora_lab.dataset.row import Conversation, Role, Turn
 from lora_lab.dataset.shipped import SHIPPED
 from lora_lab.options import DataSource
 from lora_lab.worker.conversation import Conversations
-from lora_lab.worker.data import IGNORED, check_token_ids, load_examples, pad_id, tokenize
+from lora_lab.worker.data import IGNORED
+from lora_lab.worker.examples import check_token_ids, pad_id
 from lora_lab.worker.laid_out import Losses, Lost
+from lora_lab.worker.loading import load_examples
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.tokenising import tokenize
 
 TEXTS = [json.loads(line)["output"] for line in SHIPPED.read_text().splitlines()[:80]]
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eot|>"]

@@ -13,9 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from lora_lab.dataset.row import Conversation, Passage, Role, Turn
 from lora_lab.options import TrainOn
 from lora_lab.worker.conversation import Conversations
-from lora_lab.worker.data import IGNORED, tokenize
+from lora_lab.worker.data import IGNORED
 from lora_lab.worker.laid_out import LaidOut, Lost
 from lora_lab.worker.passage import Passages
+from lora_lab.worker.tokenising import tokenize
 from tests.helpers.chat_templates import (
     CHATML,
     EVERY,

@@ -12,7 +12,7 @@ from lora_lab.options import Batching, DType
 from lora_lab.phase import Phase
 from lora_lab.worker import evaluation
 from lora_lab.worker.data import IGNORED, Example
-from lora_lab.worker.screening import row_losses, screen
+from lora_lab.worker.screening import SCREENED, row_losses, screen, store_screened, stored_screened
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -45,9 +45,9 @@ def row(length: int) -> Example:
 
 
 def test_the_perplexity_of_a_token_decides_and_not_the_length_of_a_row() -> None:
-    rows = [row(2), row(100), row(2), row(100)]
-    found = screen(rows, [math.log(2.9), math.log(2.9), math.log(3.1), math.log(3.1)], 3.0)
-    assert (found.dropped, found.kept) == (rows[:2], rows[2:])
+    trained = [row(size).trained for size in (2, 100, 2, 100)]
+    found = screen(trained, [math.log(2.9), math.log(2.9), math.log(3.1), math.log(3.1)], 3.0)
+    assert (found.dropped, found.kept.tolist()) == ([0, 1], [False, False, True, True])
     assert found.median == pytest.approx(math.sqrt(2.9 * 3.1))
     assert "left out 2 of 4 rows" in found.sentence(3.0)
     assert "trained tokens 50, of the others' 50" in found.sentence(3.0)
@@ -102,3 +102,34 @@ def test_without_the_setting_nothing_is_screened(tmp_path: Path, between: float)
     run_trial(tiny_config(), tmp_path, events.append)
     [counted] = counts(events)
     assert counted.rows_low_perplexity == 0
+
+
+def test_a_resumed_job_keeps_what_was_found_at_its_start(
+    tmp_path: Path, between: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    config.data.rows, config.data.min_perplexity, config.train.max_steps = 40, between, 2
+    attempts: list[list[Event]] = [[], []]
+    run_trial(config, tmp_path, attempts[0].append)
+    config.resume = True
+    with monkeypatch.context() as patch:  # an adapter or other kernels would give other losses
+        patch.setattr("lora_lab.worker.stages.screening.row_losses", lambda *_: pytest.fail("screened again"))
+        run_trial(config, tmp_path, attempts[1].append)
+    assert [ended(events)[0] for events in attempts] == ["finished"] * 2
+    first, again = (counts(events)[1] for events in attempts)
+    assert first.rows_low_perplexity
+    assert (again.digest, again.rows_low_perplexity) == (first.digest, first.rows_low_perplexity)
+    said = [
+        [each.text for each in events if isinstance(each, Warned) and "left out" in each.text] for events in attempts
+    ]
+    assert said[0] == said[1]
+
+
+def test_what_was_found_holds_for_the_same_rows_and_mark_only(tmp_path: Path) -> None:
+    found = screen([3, 4, 5], [0.5, 1.5, 2.5], 3.0)
+    store_screened(tmp_path, found, "digest", 3.0)
+    assert stored_screened(tmp_path, "digest", 3.0) == found
+    assert stored_screened(tmp_path, "digest", 2.0) is None
+    assert stored_screened(tmp_path, "other", 3.0) is None
+    (tmp_path / SCREENED).write_text('{"digest": "digest", "least": 3.0, "found": {}}')
+    assert stored_screened(tmp_path, "digest", 3.0) is None

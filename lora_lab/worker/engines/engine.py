@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lora_lab.options import Attention, Batching, Checkpointing, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.phase import Phase
 from lora_lab.worker.attention import AttentionKernels, kernels_of
-from lora_lab.worker.data import IGNORED, Collator, Example
+from lora_lab.worker.data import IGNORED, Collator, Example, sizes_of
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
@@ -198,11 +198,12 @@ class Engine(TrainerCallback):
             self._emit(Warned(t=time.monotonic(), text=text))
 
 
-def shapes(config: TrialConfig, examples: list[Example], collator: Collator) -> list[Batch]:
+def shapes(config: TrialConfig, examples: Sequence[Example], collator: Collator) -> list[Batch]:
     """Make a batch of every shape that training can bring, longest rows first; the content does not matter."""
     if config.engine.kind not in (EngineKind.compile, EngineKind.graph):
         return []
-    by_width = {collator.width_of([example]): example for example in examples}
+    by_size = {size: place for place, size in enumerate(sizes_of(examples))}
+    by_width = {collator.width_of([example]): example for example in map(examples.__getitem__, by_size.values())}
     return [tensors(collator([by_width[width]] * config.batch_size)) for width in sorted(by_width, reverse=True)]
 
 

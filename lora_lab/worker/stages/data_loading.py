@@ -3,15 +3,18 @@
 import time
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.events import DataCounted
+from lora_lab.events import DataCounted, Progress
 from lora_lab.options import DataSource, Duplicates
 from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_architecture, checked_examples
 from lora_lab.worker.checkpoints import Checkpoints
-from lora_lab.worker.data import Examples
+from lora_lab.worker.examples import Examples
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.lengths import lengths_of
 from lora_lab.worker.stages.stage import Stage, TrialContext
+from lora_lab.worker.tokenising import Report
+
+_REPORT_SECONDS = 1.0
 
 
 def _load(trial: TrialContext) -> None:
@@ -19,7 +22,7 @@ def _load(trial: TrialContext) -> None:
     trial.architecture, remarks = checked_architecture(config)
     for remark in remarks:
         trial.warn(remark)
-    trial.examples, trial.padding = checked_examples(config, trial.architecture)
+    trial.examples, trial.padding = checked_examples(config, trial.architecture, _reporter(trial))
     if config.train.is_job:
         trial.plan = plan_job(config, len(trial.examples.train))
     found = counted(trial.examples, config.seq_len)
@@ -47,6 +50,20 @@ def _check_same(trial: TrialContext) -> None:
         )
 
 
+def _reporter(trial: TrialContext) -> Report:
+    """Return what sends how many rows are done, once per second."""
+    sent = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal sent
+        now = time.monotonic()
+        if now - sent >= _REPORT_SECONDS:
+            sent = now
+            trial.emit(Progress(t=now, done=done, total=total))
+
+    return report
+
+
 def counted(examples: Examples, seq_len: int) -> DataCounted:
     """Return what is recorded of the rows."""
     lengths = lengths_of(examples, seq_len)
@@ -57,8 +74,8 @@ def counted(examples: Examples, seq_len: int) -> DataCounted:
         rows_heldout=len(examples.heldout),
         rows_truncated=examples.rows_truncated,
         rows_without_labels=examples.rows_without_labels,
-        real=sum(len(example.ids) for example in examples.train),
-        trained=sum(example.trained for example in examples.train),
+        real=int(examples.documents.sizes.sum()),
+        trained=int(examples.documents.trained.sum()),
         digest=examples.digest,
         rows_lost=examples.rows_lost,
         rows_apart=examples.rows_apart,
@@ -73,6 +90,7 @@ def counted(examples: Examples, seq_len: int) -> DataCounted:
         length_p95=lengths.p95,
         length_max=lengths.most,
         tokens_cut=lengths.cut,
+        from_cache=examples.from_cache,
     )
 
 

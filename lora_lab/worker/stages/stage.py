@@ -11,7 +11,7 @@ import torch
 from lora_lab.config import TrialConfig
 from lora_lab.events import Warned
 from lora_lab.phase import Phase
-from lora_lab.worker.data import Examples
+from lora_lab.worker.examples import Examples
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.phases import Emit, PhaseClock
 

@@ -7,9 +7,11 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from lora_lab.config import InvalidInput
-from lora_lab.data_config import DataConfig
-from lora_lab.dataset.row import Conversation
-from lora_lab.worker.hub_rows import hub_rows
+from lora_lab.data_config import DataConfig, SourceConfig
+from lora_lab.dataset.row import Conversation, Passage, Row
+from lora_lab.dataset.selection import check_rows
+from lora_lab.dataset.sources import read_rows
+from lora_lab.options import DataSource
 
 ROW = {"instruction": "Why?", "output": "Because."}
 CONFIGS = "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n"
@@ -25,7 +27,12 @@ def data_set(folder: Path, **files: str | list[dict[str, object]]) -> DataConfig
     for name, content in files.items():
         text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
         (folder / "set" / name.replace("_", ".")).write_text(text)
-    return DataConfig(id=str(folder / "set"))
+    return DataConfig(source=DataSource.hub, id=str(folder / "set"))
+
+
+def hub_rows(data: DataConfig) -> tuple[list[Row], int]:
+    found = read_rows(data, lambda row: row)
+    return found.rows, found.empty
 
 
 def test_rows_come_with_the_empty_answers_counted(tmp_path: Path) -> None:
@@ -106,5 +113,24 @@ def test_what_the_hub_says_is_one_refusal(monkeypatch: pytest.MonkeyPatch, said:
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(InvalidInput) as info:
-        hub_rows(DataConfig(id="me/mine"))
+        hub_rows(DataConfig(source=DataSource.hub, id="me/mine"))
     assert [word for word in words if word not in str(info.value)] == [], str(info.value)
+
+
+def test_a_data_set_may_be_one_of_several_sources(tmp_path: Path) -> None:
+    name = data_set(tmp_path, train_jsonl=[ROW | {"output": f"{n}"} for n in range(10)] + [ROW | {"output": ""}]).id
+    (tmp_path / "own.jsonl").write_text('{"text": "Once."}\n{"text": "Twice."}\n')
+    sources = [SourceConfig(id=name, weight=3), SourceConfig(path=str(tmp_path / "own.jsonl"), weight=1)]
+    data = DataConfig(source=DataSource.file, sources=sources)
+    found = read_rows(data, lambda row: row)
+    assert [isinstance(row, Passage) for row in found.rows].count(True) == 2
+    assert len(found.rows) == 8
+    assert found.remarks[-1] == f"data.sources: 6 of 10 rows of {name}; 2 of 2 rows of {sources[1].path} are used"
+    assert "1 row(s) without an answer" in found.remarks[0]
+    check_rows(data, 1000)  # the parent process does not read it
+    sources[0].split = "test"
+    with pytest.raises(InvalidInput, match=r"data\.sources\.id=.* no split test.*split: NAME in data\.sources"):
+        read_rows(data, lambda row: row)
+    data.sources = [sources[0], sources[0]]
+    with pytest.raises(InvalidInput, match="no row is used twice"):
+        read_rows(data, lambda row: row)
