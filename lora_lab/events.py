@@ -83,6 +83,9 @@ class DataCounted:
     """Rows whose prompt and answer had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does."""
+    kinds: str = ""
+    """Whether the rows are conversations, which a chat template lays out, or passages, which none does, or both; empty
+    for random tokens, and in trials from before this was noted."""
     rows_repeated: int | None = None
     """Usable rows that are equal to an earlier one; None in trials from before this was counted."""
     rows_heldout_prompt_trained: int | None = None

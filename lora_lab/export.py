@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as place:
-            folder = find_trained(asked.run, Path(place))
+            folder = find_trained(asked.run, Path(place)).folder
             config = stored_config(folder / CONFIG)
             out = _checked_out(asked.merge)
             losses = _merge(config, folder / ADAPTER, out)

@@ -17,8 +17,10 @@ from lora_lab import export, generate
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import TrialConfig
 from lora_lab.dataset.row import Role, Turn
+from lora_lab.options import Layout
 from lora_lab.outcome import EXIT_REFUSED
-from lora_lab.worker.answering import Answer, Answerer
+from lora_lab.store.trained import find_trained
+from lora_lab.worker.answers import Answerer, TimedAnswer
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.merging import Losses, Merger
@@ -139,7 +141,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_one_model_may_answer(lora
 def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     Merger(lora.config, lora.folder / "adapter", lambda _: None).merge(out)
-    answerer = Answerer(lora.config, lora.folder / "adapter")
+    answerer = Answerer(lora.config, lora.folder / "adapter", as_conversations=True)
     asked = [Turn(Role.user, "Hello?")]
     base, tuned = (answerer.answer(asked, tuned=tuned, most_tokens=12) for tuned in (False, True))
     ids = load_tokenizer(lora.config.model)(prompt_text(ChatTemplate(tiny_tokenizer()), asked), return_tensors="pt")[
@@ -148,7 +150,8 @@ def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) ->
     made = AutoModelForCausalLM.from_pretrained(out).generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=258)
     assert made[0, ids.shape[1] :].tolist() == tuned.ids
     assert tuned.ids != base.ids
-    assert 0 < tuned.first_token_seconds <= tuned.seconds
+    assert tuned.first_token_seconds > 0
+    assert tuned.tokens_per_second == 11 / tuned.rest_seconds > 0
 
 
 def test_each_model_goes_on_with_its_own_conversation_until_reset(
@@ -156,9 +159,9 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
 ) -> None:
     asked: list[tuple[bool, list[str]]] = []
 
-    def answer(_: Answerer, turns: list[Turn], tuned: bool, most_tokens: int) -> Answer:
+    def answer(_: Answerer, turns: list[Turn], tuned: bool, most_tokens: int) -> TimedAnswer:
         asked.append((tuned, [each.text for each in turns]))
-        return Answer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], 0.1, 0.3, ended=True)
+        return TimedAnswer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], True, 4, 0.1, 0.2)
 
     lines = iter(["one", "", "two", "/reset", "three"])
 
@@ -178,6 +181,34 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
         ["short", "three"],
     ]
     assert [said for tuned, said in asked if not tuned][1] == ["short", "one", "base answer", "two"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds", "expected"),
+    [
+        (Layout.auto, "passages", False),
+        (Layout.auto, "conversations", True),
+        (Layout.auto, "conversations and passages", True),
+        (Layout.completion, "conversations", True),
+        (Layout.auto, "", True),
+        (Layout.text, "", False),
+    ],
+)
+def test_a_question_is_laid_out_as_the_rows_were(layout: Layout, kinds: str, expected: bool) -> None:
+    config = TrialConfig()
+    config.data.layout = layout
+    assert generate.as_conversations(config, kinds) is expected
+
+
+def test_plain_text_whose_layout_was_found_goes_on_without_the_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(20)))
+    done = lab_in(tmp_path)(*TINY, "data=jsonl", "data.path=plain.jsonl")
+    assert done.code == 0, done.text
+    trained = Trained(tmp_path, "lora")
+    assert find_trained(str(trained.folder), tmp_path).kinds == "passages"
+    said = trained.call("generate", "latest", "line 3", "--max-new-tokens", "2", "--system", "Be brief.")
+    assert said.code == EXIT_REFUSED
+    assert "plain text" in said.err
 
 
 def test_a_system_prompt_goes_into_the_question_where_the_template_has_no_place_for_it() -> None:

@@ -1,5 +1,6 @@
 """The two kinds of row: a conversation, which the model's chat template lays out, and a passage, which none does."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -59,3 +60,11 @@ class Passage:
 
 
 Row = Conversation | Passage
+
+CONVERSATIONS, PASSAGES = "conversations", "passages"
+
+
+def kinds_of(rows: Iterable[Row]) -> str:
+    """Return of which kinds the rows are: conversations, passages, or both."""
+    found = {PASSAGES if isinstance(row, Passage) else CONVERSATIONS for row in rows}
+    return " and ".join(sorted(found))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.data_config import DataConfig
-from lora_lab.dataset.row import Passage, Row
+from lora_lab.dataset.row import Passage, Row, kinds_of
 from lora_lab.dataset.selection import Selected, check_left, select
 from lora_lab.dataset.sources import file_rows
 from lora_lab.dataset.split import check_row_count, split_rows
@@ -92,6 +92,8 @@ class Examples:
     """Rows whose parts had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does, and for random tokens."""
+    kinds: str = ""
+    """Whether the rows are conversations, passages or both; empty for random tokens."""
     remarks: list[str] = field(default_factory=list)
     """What the user should know of how the rows were laid out."""
 
@@ -114,7 +116,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         chosen = Selected(rows=[Passage(prompt="", text=str(number)) for number in range(len(made))])  # none are equal
         rows, empty = chosen.rows, 0
         lengths = list[int]()
-        losses, end_of_turn, remarks = Losses(), "", list[str]()
+        losses, end_of_turn, kinds, remarks = Losses(), "", "", list[str]()
     else:
         read, empty, remarks = _read_rows(config.data)
         chosen = select(config.data, read)
@@ -123,7 +125,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         laid, losses = _lay_out(rows, layouts)
         lengths = [len(each.ids) for each in laid]
         made = [_example(each, config.seq_len) for each in laid]
-        end_of_turn = layouts.end_of_turn
+        end_of_turn, kinds = layouts.end_of_turn, kinds_of(rows)
         remarks = [*remarks, *chosen.remarks, *layouts.remarks(losses)]
     usable = [example for example in made if example.trained > 0]
     usable_rows = [row for row, example in zip(rows, made, strict=True) if example.trained > 0]
@@ -152,6 +154,7 @@ def load_examples(config: TrialConfig, tokenizer: Any, vocab_size: int) -> Examp
         rows_lost=losses.lost,
         rows_apart=losses.apart,
         end_of_turn=end_of_turn,
+        kinds=kinds,
         remarks=remarks,
         rows_repeated=chosen.repeated,
         rows_near_repeated=chosen.near_repeated,
