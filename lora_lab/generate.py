@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.composition.compose import stored_config
-from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.row import PASSAGES, Role, Turn
-from lora_lab.options import Layout
+from lora_lab.config import InvalidInput
+from lora_lab.dataset.row import Role, Turn, as_conversations
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
@@ -55,20 +54,14 @@ def _run(asked: argparse.Namespace, place: Path) -> None:
     prepare_process(config)
     from lora_lab.worker.answers import Answerer  # it imports torch
 
-    session = Session(Answerer(config, trained.folder / ADAPTER, as_conversations(config, trained.kinds)), asked)
+    session = Session(
+        Answerer(config, trained.folder / ADAPTER, as_conversations(config.data.layout, trained.kinds)), asked
+    )
     for question in asked.question:
         session.reset()
         session.ask(question)
     if not asked.question:
         _converse(session)
-
-
-def as_conversations(config: TrialConfig, kinds: str) -> bool:
-    """Return whether a question becomes a conversation's, as at least some of the rows were trained.
-
-    Args:
-        kinds: of the rows; empty for a trial from before that was recorded, where the config has to do."""
-    return kinds != PASSAGES if kinds else config.data.layout not in (Layout.completion, Layout.text)
 
 
 class Session:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lora_lab.options import Layout
+
 
 class Role(StrEnum):
     """Who speaks in a turn, by the names that chat templates have. A tool's result is a turn of the user."""
@@ -68,3 +70,12 @@ def kinds_of(rows: Iterable[Row]) -> str:
     """Return of which kinds the rows are: conversations, passages, or both."""
     found = {PASSAGES if isinstance(row, Passage) else CONVERSATIONS for row in rows}
     return " and ".join(sorted(found))
+
+
+def as_conversations(layout: Layout, kinds: str) -> bool:
+    """Return whether a question becomes a conversation's, as at least some of the rows were.
+
+    Args:
+        layout: that was asked for. It decides where `kinds` is not known.
+        kinds: of the rows; empty for a trial from before that was recorded."""
+    return kinds != PASSAGES if kinds else layout not in (Layout.completion, Layout.text)
