@@ -255,6 +255,11 @@ class Answered:
     exact: list[bool]
     """Whether the answer is the gold one."""
     most_tokens: int
+    rouge_l: list[float | None] = field(default_factory=list)
+    """F1 of each answer by ROUGE-L; None where the gold one is not scored. Empty with `no_rouge_l`, and in trials from
+    before this was scored."""
+    no_rouge_l: str = ""
+    """Why none is scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
