@@ -234,6 +234,7 @@ class TrackingConfig:
         "mlruns", "folder of the local store (sqlite database and artifacts), relative to the working folder"
     )
     uri: str | None = setting(None, "address of an MLflow tracking server")
+    register: str | None = setting(None, "name of a model in MLflow's registry, which gets the adapter as a version")
 
 
 @dataclass(kw_only=True, slots=True)

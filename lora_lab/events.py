@@ -83,6 +83,9 @@ class DataCounted:
     """Rows whose prompt and answer had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does."""
+    kinds: str = ""
+    """Whether the rows are conversations, which a chat template lays out, or passages, which none does, or both; empty
+    for random tokens, and in trials from before this was noted."""
     rows_repeated: int | None = None
     """Usable rows that are equal to an earlier one; None in trials from before this was counted."""
     rows_heldout_prompt_trained: int | None = None
@@ -254,6 +257,11 @@ class Answered:
     exact: list[bool]
     """Whether the answer is the gold one."""
     most_tokens: int
+    rouge_l: list[float | None] = field(default_factory=list)
+    """F1 of each answer by ROUGE-L; None where the gold one is not scored. Empty with `no_rouge_l`, and in trials from
+    before this was scored."""
+    no_rouge_l: str = ""
+    """Why none is scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

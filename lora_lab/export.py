@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gguf = None
     try:
         with tempfile.TemporaryDirectory() as place:
-            folder = find_trained(asked.run, Path(place))
+            folder = find_trained(asked.run, Path(place)).folder
             config = stored_config(folder / CONFIG)
             if asked.gguf:
                 out = gguf_file(asked.out, asked.gguf, config)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import InvalidInput
-from lora_lab.dataset.row import Role, Turn
+from lora_lab.dataset.row import Role, Turn, as_conversations
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
@@ -25,7 +25,7 @@ from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, find_trained
 from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
-    from lora_lab.worker.answering import Answer, Answerer
+    from lora_lab.worker.answers import Answerer, TimedAnswer
 
 _MODELS = ("base", "tuned")
 _RESET = "/reset"
@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace, place: Path) -> None:
     if any(not question.strip() for question in asked.question):
         raise InvalidInput("a question is empty. Give some text in quotes, or no question to be asked for them.")
-    folder = find_trained(asked.run, place)
-    config = stored_config(folder / CONFIG)
+    trained = find_trained(asked.run, place)
+    config = stored_config(trained.folder / CONFIG)
     prepare_process(config)
-    from lora_lab.worker.answering import Answerer  # it imports torch
+    from lora_lab.worker.answers import Answerer  # it imports torch
 
-    session = Session(Answerer(config, folder / ADAPTER), asked)
+    session = Session(
+        Answerer(config, trained.folder / ADAPTER, as_conversations(config.data.layout, trained.kinds)), asked
+    )
     for question in asked.question:
         session.reset()
         session.ask(question)
@@ -71,7 +73,9 @@ class Session:
         self._models = (asked.only,) if asked.only else _MODELS
         self._system = [Turn(Role.system, asked.system)] if asked.system else []
         if self._system and not answerer.has_template:
-            raise InvalidInput("--system needs a chat template, and the model has none: leave it out.")
+            raise InvalidInput(
+                "--system needs a chat template, and the model has none or was trained on plain text: leave it out."
+            )
         self._console = Console()
         self._said: dict[str, list[Turn]] = {}
         self.reset()
@@ -92,7 +96,7 @@ class Session:
         answers = {model: self._answer(model, turn) for model in self._models}
         self._show(question, answers)
 
-    def _answer(self, model: str, turn: Turn) -> "Answer":
+    def _answer(self, model: str, turn: Turn) -> "TimedAnswer":
         turns = [*self._said[model], turn]
         room = self._answerer.room(turns)
         most = self._most_tokens if room is None else min(self._most_tokens, room)
@@ -100,7 +104,7 @@ class Session:
         self._said[model] = [*turns, Turn(Role.assistant, answer.text)]
         return answer
 
-    def _show(self, question: str, answers: "dict[str, Answer]") -> None:
+    def _show(self, question: str, answers: "dict[str, TimedAnswer]") -> None:
         table = Table(title=Text(question), title_justify="left", show_lines=True)
         for model in answers:
             table.add_column(model, ratio=1, overflow="fold")
@@ -111,7 +115,7 @@ class Session:
         self._console.print(f"memory: {gib:.2f} GiB {what}", highlight=False)
 
 
-def _figures(answer: "Answer") -> str:
+def _figures(answer: "TimedAnswer") -> str:
     rate = answer.tokens_per_second
     ended = "" if answer.ended else ", cut off"
     speed = "" if rate is None else f", {rate:.1f} tokens/s after it"

@@ -8,17 +8,27 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from conftest import Said, lab_in
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.types import DataType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lab import export, generate
 from lora_lab.composition.compose import stored_config
-from lora_lab.config import TrialConfig
-from lora_lab.dataset.row import Role, Turn
+from lora_lab.composition.validation import faults
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.dataset.row import Role, Turn, as_conversations
+from lora_lab.options import Layout, TrackingKind
 from lora_lab.outcome import EXIT_REFUSED
-from lora_lab.worker.answering import Answer, Answerer
+from lora_lab.store.outbox import Outbox
+from lora_lab.store.trained import find_trained
+from lora_lab.store.trial_folder import TrialFolder
+from lora_lab.worker.answers import Answerer, TimedAnswer
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.merging import Losses, Merger
@@ -54,15 +64,15 @@ class Trained:
         return lab_in(self.where, f"lora_lab.{command}")(*arguments)
 
 
-def train(where: Path, method: str) -> Trained:
-    done = lab_in(where)(*TINY, f"method={method}")
+def train(where: Path, method: str, *more: str) -> Trained:
+    done = lab_in(where)(*TINY, f"method={method}", *more)
     assert done.code == 0, done.text
     return Trained(where, method)
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train(tmp_path_factory.mktemp("lora"), "lora")
+    return train(tmp_path_factory.mktemp("lora"), "lora", "tracking.register=support bot")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +149,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_one_model_may_answer(lora
 def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     Merger(lora.config, lora.folder / "adapter", lambda _: None).merge(out)
-    answerer = Answerer(lora.config, lora.folder / "adapter")
+    answerer = Answerer(lora.config, lora.folder / "adapter", as_conversations=True)
     asked = [Turn(Role.user, "Hello?")]
     base, tuned = (answerer.answer(asked, tuned=tuned, most_tokens=12) for tuned in (False, True))
     ids = load_tokenizer(lora.config.model)(prompt_text(ChatTemplate(tiny_tokenizer()), asked), return_tensors="pt")[
@@ -148,7 +158,8 @@ def test_the_tuned_answer_is_the_merged_models(lora: Trained, tmp_path: Path) ->
     made = AutoModelForCausalLM.from_pretrained(out).generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=258)
     assert made[0, ids.shape[1] :].tolist() == tuned.ids
     assert tuned.ids != base.ids
-    assert 0 < tuned.first_token_seconds <= tuned.seconds
+    assert tuned.first_token_seconds > 0
+    assert tuned.tokens_per_second == 11 / tuned.rest_seconds > 0
 
 
 def test_each_model_goes_on_with_its_own_conversation_until_reset(
@@ -156,9 +167,9 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
 ) -> None:
     asked: list[tuple[bool, list[str]]] = []
 
-    def answer(_: Answerer, turns: list[Turn], tuned: bool, most_tokens: int) -> Answer:
+    def answer(_: Answerer, turns: list[Turn], tuned: bool, most_tokens: int) -> TimedAnswer:
         asked.append((tuned, [each.text for each in turns]))
-        return Answer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], 0.1, 0.3, ended=True)
+        return TimedAnswer(f"{'tuned' if tuned else 'base'} answer", [1, 2, 3], True, 4, 0.1, 0.2)
 
     lines = iter(["one", "", "two", "/reset", "three"])
 
@@ -180,6 +191,32 @@ def test_each_model_goes_on_with_its_own_conversation_until_reset(
     assert [said for tuned, said in asked if not tuned][1] == ["short", "one", "base answer", "two"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "kinds", "expected"),
+    [
+        (Layout.auto, "passages", False),
+        (Layout.auto, "conversations", True),
+        (Layout.auto, "conversations and passages", True),
+        (Layout.completion, "conversations", True),
+        (Layout.auto, "", True),
+        (Layout.text, "", False),
+    ],
+)
+def test_a_question_is_laid_out_as_the_rows_were(layout: Layout, kinds: str, expected: bool) -> None:
+    assert as_conversations(layout, kinds) is expected
+
+
+def test_plain_text_whose_layout_was_found_goes_on_without_the_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(20)))
+    done = lab_in(tmp_path)(*TINY, "data=jsonl", "data.path=plain.jsonl")
+    assert done.code == 0, done.text
+    trained = Trained(tmp_path, "lora")
+    assert find_trained(str(trained.folder), tmp_path).kinds == "passages"
+    said = trained.call("generate", "latest", "line 3", "--max-new-tokens", "2", "--system", "Be brief.")
+    assert said.code == EXIT_REFUSED
+    assert "plain text" in said.err
+
+
 def test_a_system_prompt_goes_into_the_question_where_the_template_has_no_place_for_it() -> None:
     tokenizer = tiny_tokenizer()
     asked = [Turn(Role.system, "Be brief."), Turn(Role.user, "Why?")]
@@ -194,6 +231,66 @@ def test_a_system_prompt_goes_into_the_question_where_the_template_has_no_place_
     assert prompt_text(None, asked[1:]) == "Why?"
     tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
     assert prompt_text(ChatTemplate(tokenizer), asked[1:]).startswith("26")  # the day that rows are laid out with
+
+
+def versions(lora: Trained, name: str) -> list[ModelVersion]:
+    return MlflowClient(f"sqlite:///{lora.where}/mlruns/mlflow.db").search_model_versions(f"name = '{name}'")
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # of MLflow's own modules
+def test_a_registered_version_loads_by_mlflow_and_answers_as_the_tuned_model(lora: Trained) -> None:
+    [version] = versions(lora, "support bot")
+    # the adapter and its config, and nothing of the base model
+    stored = Path(version.source.removeprefix("file://"))
+    weights = [path.name for path in stored.rglob("*") if path.suffix in (".safetensors", ".bin")]
+    assert weights == ["adapter_model.safetensors"]
+    mlflow.set_tracking_uri(f"sqlite:///{lora.where}/mlruns/mlflow.db")
+    try:
+        model = mlflow.pyfunc.load_model("models:/support bot/1")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert model.metadata.signature.inputs.input_types() == [DataType.string]
+    found = model.predict(["Hello?", "Why?"], params={"max_new_tokens": 12})
+    answerer = Answerer(lora.config, lora.folder / "adapter", as_conversations=True)
+    assert found == [
+        answerer.answer([Turn(Role.user, asked)], tuned=True, most_tokens=12).text for asked in ("Hello?", "Why?")
+    ]
+
+
+def test_an_adapter_that_could_not_be_registered_is_registered_once_later(
+    lora: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tracking = TrialFolder(lora.folder), TrackingConfig(root=str(lora.where / "mlruns"), register="later")
+    record = folder.record()
+    assert record is not None
+    (lora.folder / "delivered.json").unlink()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("this server has no registry")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "create_model_version", refuse)
+        store = Outbox(tracking)
+        assert store.deliver_trial(folder, record) is None
+        assert "no registry" in store.fault
+        assert not folder.delivered
+    assert versions(lora, "later") == []
+    for _ in range(2):  # the second time as after a kill before the note of the first
+        assert Outbox(tracking).deliver_trial(folder, record) is not None
+    assert folder.delivered
+    [version] = versions(lora, "later")
+    assert version.tags["record_id"] == record.id
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "..", " a", "a" * 257, "50%"])
+def test_a_name_that_mlflow_does_not_take_is_refused(name: str) -> None:
+    config = TrialConfig()
+    config.tracking.register = name
+    assert any("tracking.register" in fault for fault in faults(config))
+    config.tracking.register = "support bot-2.1"
+    assert not any("tracking.register" in fault for fault in faults(config))
+    config.tracking.kind = TrackingKind.none
+    assert any("tracking.register" in fault for fault in faults(config))
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:

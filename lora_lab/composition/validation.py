@@ -7,7 +7,16 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.config import AUTO, InvalidInput, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.config import (
+    AUTO,
+    InvalidInput,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.layouts import map_fault
 from lora_lab.dataset.shipped import shipped_names
@@ -28,6 +37,8 @@ from lora_lab.settings import settings_of
 from lora_lab.store.server_address import fault_of_address
 
 _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
+_MODEL_NAME = re.compile(r"\w[\w .-]{0,255}")
+"""MLflow's databases hold 256 characters, and its addresses take no / : and %."""
 
 
 def faults(config: TrialConfig) -> list[str]:
@@ -257,6 +268,22 @@ def _place_faults(config: TrialConfig) -> list[str]:
         found.append(f"tracking.uri {fault}.")
     if not config.tracking.experiment.strip():
         found.append("tracking.experiment is empty; name an MLflow experiment.")
+    return [*found, *_register_faults(config.tracking)]
+
+
+def _register_faults(tracking: TrackingConfig) -> list[str]:
+    name, found = tracking.register, list[str]()
+    if name is None:
+        return found
+    if not _MODEL_NAME.fullmatch(name):
+        found.append(
+            f"tracking.register={name} is not the name of a model in MLflow; use at most 256 letters, digits, spaces, "
+            ". - and _, the first of them a letter or digit, for example tracking.register=support_bot."
+        )
+    if tracking.kind is TrackingKind.none:
+        found.append(
+            "tracking.register needs a store, and tracking=none has none; use tracking=local or tracking=server."
+        )
     return found
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import TypeVar
 
-from lora_lab.dataset.row import Passage, Row
+from lora_lab.dataset.row import CONVERSATIONS, PASSAGES, Passage, Row
 
 _Row = TypeVar("_Row", bound=Hashable)
 
@@ -41,6 +41,11 @@ def row_digest(row: Hashable) -> bytes:
 def is_passage(row: Hashable) -> bool:
     """Return whether a row is plain text, not a conversation."""
     return row.is_passage if isinstance(row, Mark) else isinstance(row, Passage)
+
+
+def kinds_of(rows: Iterable[Hashable]) -> str:
+    """Return of which kinds the rows are: conversations, passages, or both."""
+    return " and ".join(sorted({PASSAGES if is_passage(row) else CONVERSATIONS for row in rows}))
 
 
 def by_content(rows: Sequence[_Row]) -> list[_Row]:

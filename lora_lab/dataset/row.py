@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lora_lab.options import Layout
+
 
 class Role(StrEnum):
     """Who speaks in a turn, by the names that chat templates have. A tool's result is a turn of the user."""
@@ -59,3 +61,14 @@ class Passage:
 
 
 Row = Conversation | Passage
+
+CONVERSATIONS, PASSAGES = "conversations", "passages"
+
+
+def as_conversations(layout: Layout, kinds: str) -> bool:
+    """Return whether a question becomes a conversation's, as at least some of the rows were.
+
+    Args:
+        layout: that was asked for. It decides where `kinds` is not known.
+        kinds: of the rows; empty for a trial from before that was recorded."""
+    return kinds != PASSAGES if kinds else layout not in (Layout.completion, Layout.text)

@@ -102,6 +102,7 @@ def set_up_mlflow() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # lora_lab reports each error in one sentence
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a model takes no files from the folder we are started in
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 

@@ -25,6 +25,7 @@ from lora_lab.store.local_store import (
 )
 from lora_lab.store.mlflow_client import keep_view, look, set_up_mlflow, ui_address
 from lora_lab.store.record import ORPHAN, RUNNING, Point, Record
+from lora_lab.store.registration import register
 from lora_lab.store.saved_view import run_page, runs_page
 from lora_lab.store.tracker import InMemoryTracker, Tracker, Which, attempt_in
 from lora_lab.store.tracking_server import check_reachable
@@ -99,6 +100,12 @@ class MlflowTracker:
         with store_errors():
             self._check_present()
             self._log(run_id, _series(points))
+
+    def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
+        """Store the adapter as a model, and make it a version of the registered one."""
+        with store_errors():
+            self._check_present()
+            register(self._client, run_id, folder, record, name)
 
     def _log(self, run_id: str, metrics: Sequence[Any]) -> None:
         for start in range(0, len(metrics), _METRICS_A_CALL):

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_lab.base_weights import ADAPTER
 from lora_lab.config import InvalidInput, TrackingConfig
+from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged
 from lora_lab.store import heartbeat
 from lora_lab.store.errors import SweepUnknown, TrackingFailed
@@ -80,7 +82,9 @@ class Outbox:
         return self._tracker
 
     def deliver_trial(self, folder: TrialFolder, record: Record) -> str | None:
-        """Deliver a trial's record, and that of its sweep first if needed. Return the run's id; None with `fault`."""
+        """Deliver a trial's record, and that of its sweep first if needed, and register its adapter if asked to.
+
+        Return the run's id; None with `fault`, until all of that is done."""
         try:
             run_id = self._deliver(record, folder.artifacts())
         except SweepUnknown:
@@ -88,9 +92,26 @@ class Outbox:
             if self.deliver_sweep(sweep) is None:
                 return None
             run_id = self._deliver(record, folder.artifacts())
-        if run_id is not None:
-            folder.mark_delivered(run_id, self._which())
+        if run_id is None or not self._register(run_id, folder, record):
+            return None
+        folder.mark_delivered(run_id, self._which())
         return run_id
+
+    def _register(self, run_id: str, folder: TrialFolder, record: Record) -> bool:
+        """Register a trial's adapter where that is asked for and there is one. Return False with `fault`."""
+        name = self.tracking.register
+        tracker = None if name is None else self.open()
+        if name is None or record.outcome != Outcome.finished.value or not (folder.path / ADAPTER).is_dir():
+            return True
+        try:
+            if tracker is None:
+                return False
+            tracker.register(run_id, folder.path, record, name)
+        except TrackingFailed as fault:
+            self._failed(fault)
+            self.fault = f"the run {run_id} is in the store, but it is no version of tracking.register={name}: {fault}"
+            return False
+        return True
 
     def deliver_sweep(self, folder: SweepFolder) -> str | None:
         """Deliver the record above a sweep's trials as it is now. Return the run's id; None with `fault`."""

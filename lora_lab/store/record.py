@@ -32,6 +32,10 @@ ORPHAN = "orphan"
 """The tag of a run that was ended without its record. If the record turns up later, it goes into this run."""
 
 
+KINDS = "data_kinds"
+"""The tag that says whether a trial's rows were conversations, passages or both."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One value of a series. `t_ms` is Unix time."""
@@ -157,6 +161,8 @@ def complete(
         record.tags["data_digest"] = counted.digest
         if counted.end_of_turn:
             record.tags["data_end_of_turn"] = counted.end_of_turn
+        if counted.kinds:
+            record.tags[KINDS] = counted.kinds
     evaluated = evaluated_rows(events, HELDOUT, Phase.evaluation_after)
     if evaluated is not None:
         rows = HeldoutRows(digest=evaluated.digest, nats=tuple(evaluated.nats), tokens=tuple(evaluated.tokens))

@@ -49,6 +49,12 @@ class Tracker(Protocol):
 
         Raises: TrackingFailed."""
 
+    def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
+        """Make the adapter in a trial's folder a version of the registered model `name`. Doing it twice is the same as
+        doing it once.
+
+        Raises: TrackingFailed."""
+
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Mark runs as killed that the store lists as running though their process is gone.
 
@@ -73,6 +79,7 @@ class InMemoryTracker:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
+        self.registered: dict[str, str] = {}
 
     def deliver(self, record: Record, files: Sequence[Path]) -> str:
         """Remember the record."""
@@ -86,6 +93,10 @@ class InMemoryTracker:
         """Remember the points."""
         series = self.records[run_id].series
         series += [point for point in points if point not in series]
+
+    def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
+        """Remember the name."""
+        self.registered[run_id] = name
 
     def end_orphans(self, gone: Callable[[dict[str, str]], bool]) -> int:
         """Return 0: nothing here outlives its process."""

@@ -1,13 +1,17 @@
 """Find the trial whose adapter the user names."""
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lab.config import InvalidInput
 from lora_lab.paths import MULTIRUN
+from lora_lab.reading import Damaged
 from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.local_store import local_address
 from lora_lab.store.mlflow_client import fetch_run
 from lora_lab.store.multirun import LATEST
+from lora_lab.store.record import KINDS
 from lora_lab.store.stored_runs import open_store
 from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import MANIFEST, TrialFolder
@@ -20,8 +24,18 @@ _WHOLE_ID = 32
 """Characters of a run's id."""
 
 
-def find_trained(run: str, place: Path) -> Path:
-    """Return the folder that holds the config and the adapter of a trial.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trial that has left an adapter."""
+
+    folder: Path
+    """It holds the config and the adapter."""
+    kinds: str
+    """Whether its rows were conversations, passages or both; empty where the record does not say so."""
+
+
+def find_trained(run: str, place: Path) -> Trained:
+    """Return the trial that is named.
 
     Args:
         run: a folder, `latest`, or an id or the beginning of one: of a trial under multirun/, or else of a run in the
@@ -34,8 +48,12 @@ def find_trained(run: str, place: Path) -> Path:
     folder = MULTIRUN / LATEST if run == LATEST and not Path(run).is_dir() else Path(run)
     if run == LATEST and not folder.is_dir():
         raise InvalidInput(f"there is no {folder}: no trial was run in this folder. Name {RUN_HELP}.")
+    tags: dict[str, str] = {}
     if not folder.is_dir():
-        folder = FolderRuns(experiment=None).trial_folder(run) or _fetched(run, place)
+        found = FolderRuns(experiment=None).trial_folder(run)
+        if found is None:
+            found, tags = place, _fetched(run, place)
+        folder = found
     if SweepFolder(folder).exists:
         trials = sorted(str(each.parent) for each in folder.glob(f"*/{ADAPTER}"))
         listed = "".join(f"\n  {each}" for each in trials[:5])
@@ -53,11 +71,19 @@ def find_trained(run: str, place: Path) -> Path:
             f"{run} holds no adapter: the trial did not come to its end, or its disk was full. "
             + (cut_off if there.can_go_on else "Name a trial that finished.")
         )
-    return folder
+    return Trained(folder, (tags or _tags(folder)).get(KINDS, ""))
 
 
-def _fetched(run: str, place: Path) -> Path:
-    """Put the files of a run in the local store into `place`."""
+def _tags(folder: Path) -> dict[str, str]:
+    """Return the tags of a trial's record; none where there is no whole one."""
+    with contextlib.suppress(Damaged):
+        record = TrialFolder(folder).record(series=False)
+        return {} if record is None else record.tags
+    return {}
+
+
+def _fetched(run: str, place: Path) -> dict[str, str]:
+    """Put the files of a run in the local store into `place`, and return its tags."""
     try:
         store = local_address()
     except InvalidInput:
@@ -67,5 +93,4 @@ def _fetched(run: str, place: Path) -> Path:
         ) from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
-    fetch_run(store, run, (CONFIG, ADAPTER), place)
-    return place
+    return fetch_run(store, run, (CONFIG, ADAPTER), place)[1]

@@ -127,6 +127,7 @@ _ALL = (
     Metric("loss/general_change_low", "its 95 % interval from", "nats per token", "{:+.4f}", _LOWER),
     Metric("loss/general_change_high", "its 95 % interval to", "nats per token", "{:+.4f}", _LOWER),
     Metric("quality/answers", "held-out prompts answered", "", "{:,.0f}"),
+    Metric("quality/rouge_l_answers", "of them scored by ROUGE-L", "", "{:,.0f}"),
     *(
         Metric(f"quality/{key}_{who}", f"{title}, {name}", unit, form, better, f"{title}, {name}")
         for who, name in {"base": "before", "tuned": "after"}.items()
@@ -134,10 +135,15 @@ _ALL = (
             ("stop_rate", "turns ended", "of the answers", "{:.0%}", _HIGHER),
             ("answer_tokens", "length of answers", "tokens", "{:.1f}", None),
             ("exact_match", "exact answers", "of the answers", "{:.1%}", _HIGHER),
+            ("rouge_l", "ROUGE-L", "F1", "{:.2f}", _HIGHER),
         )
     ),
     *(
-        Metric(f"quality/exact_match_{who}_{end}", f"exact answers {name}, 95 % {word}", "of the answers", "{:.1%}")
+        Metric(f"quality/{key}_{who}_{end}", f"{title} {name}, 95 % {word}", unit, form)
+        for key, title, unit, form in (
+            ("exact_match", "exact answers", "of the answers", "{:.1%}"),
+            ("rouge_l", "ROUGE-L", "F1", "{:.2f}"),
+        )
         for who, name in {"base": "before", "tuned": "after"}.items()
         for end, word in {"low": "from", "high": "to"}.items()
     ),

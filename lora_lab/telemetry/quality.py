@@ -7,6 +7,7 @@ from lora_lab.events import GENERAL, HELDOUT, Answered, Event, RowLosses
 from lora_lab.phase import Phase
 from lora_lab.quality.paired import FEWEST_ROWS, change
 from lora_lab.quality.proportion import wilson
+from lora_lab.quality.rouge import NO_SHORT_ANSWER
 from lora_lab.telemetry.figures import Summary
 
 _STOPPED = "the trial stopped before it was evaluated again"
@@ -74,3 +75,19 @@ def _add_answers(summary: Summary, answered: Answered) -> None:
         f"quality/exact_match_{who}_low": low,
         f"quality/exact_match_{who}_high": high,
     }
+    _add_rouge(summary, answered, f"quality/rouge_l_{who}")
+
+
+def _add_rouge(summary: Summary, answered: Answered, name: str) -> None:
+    """Add the mean F1 of the scored answers and its interval; nothing in trials from before these were scored."""
+    if not answered.rouge_l and not answered.no_rouge_l:
+        return
+    scores = [score for score in answered.rouge_l if score is not None]
+    found = change(scores, [0.0] * len(scores), [1] * len(scores))  # the mean is the change from 0
+    if found is None:
+        summary.without((name, f"{name}_low", f"{name}_high"), answered.no_rouge_l or NO_SHORT_ANSWER)
+        return
+    summary.metrics |= {"quality/rouge_l_answers": float(len(scores)), name: found.value}
+    few = f"{found.rows} answers; an interval needs {FEWEST_ROWS}"
+    summary.add(f"{name}_low", found.low, few)
+    summary.add(f"{name}_high", found.high, few)

@@ -12,7 +12,7 @@ def quality_rows(summary: Summary) -> list[tuple[str, str]]:
     improved = summary.metrics.get("loss/eval_rows_improved")
     if improved is not None:
         rows.append((metric("loss/eval_rows_improved").title, f"{improved:.0%}"))
-    for key in ("quality/stop_rate", "quality/answer_tokens", "quality/exact_match"):
+    for key in ("quality/stop_rate", "quality/answer_tokens", "quality/exact_match", "quality/rouge_l"):
         before, after = (summary.metrics.get(f"{key}_{who}") for who in ("base", "tuned"))
         if before is not None and after is not None:
             described = metric(f"{key}_tuned")

@@ -1,19 +1,29 @@
-"""Answer held-out prompts greedily, by the trained model and by the model without what was trained."""
+"""Write answers greedily, with what was trained and without: a trial's to held-out prompts, and those to a user."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from lora_lab.config import TrialConfig
+from lora_lab.dataset.row import Role, Turn
 from lora_lab.options import Weights
+from lora_lab.worker.adapted import be_quiet, load_adapted, this_device
+from lora_lab.worker.chat_template import ChatTemplate
+from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.evaluation import evaluating
+from lora_lab.worker.examples import pad_id
+from lora_lab.worker.models import load_tokenizer
+from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_TOKENS = 128
@@ -34,7 +44,7 @@ _SHORTEST_PROMPT = 2
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out row, cut where its last answer begins."""
+    """A prompt, and of a held-out row the answer that follows."""
 
     prompt: list[int]
     gold: list[int]
@@ -48,6 +58,7 @@ class Answer:
     ids: list[int]
     """Without the token that ended the turn."""
     ended: bool
+    """Whether the model ended its turn, rather than reach the most tokens."""
 
 
 def answers_asked(config: TrialConfig) -> int:
@@ -96,7 +107,12 @@ class Writer:
         self._end_text = end_of_turn if single is None else ""
 
     def write(
-        self, asked: Sequence[Question], most_tokens: int, tuned: bool, progress: Callable[[int], None]
+        self,
+        asked: Sequence[Question],
+        most_tokens: int,
+        tuned: bool,
+        progress: Callable[[int], None],
+        clock: "Clock | None" = None,
     ) -> list[Answer]:
         """Answer every question.
 
@@ -104,6 +120,7 @@ class Writer:
             most_tokens: of an answer, with its end.
             tuned: False leaves out what was trained.
             progress: gets the number of answers so far.
+            clock: notes when tokens come.
         """
         found: list[Answer] = []
         at_once = max(_AT_ONCE, self._tokens_at_once // (max(len(each.prompt) for each in asked) + most_tokens))
@@ -113,11 +130,11 @@ class Writer:
             evaluating(self._model, self._precision, self._model.device),
         ):
             for start in range(0, len(asked), at_once):
-                found += self._batch(asked[start : start + at_once], most_tokens)
+                found += self._batch(asked[start : start + at_once], most_tokens, clock)
                 progress(len(found))
         return found
 
-    def _batch(self, asked: Sequence[Question], most_tokens: int) -> list[Answer]:
+    def _batch(self, asked: Sequence[Question], most_tokens: int, clock: "Clock | None") -> list[Answer]:
         width = max(len(each.prompt) for each in asked)
         ids = torch.full((len(asked), width), self._pad_id)
         mask = torch.zeros_like(ids)
@@ -130,6 +147,7 @@ class Writer:
             attention_mask=mask.to(device),
             generation_config=self._greedy(most_tokens),
             tokenizer=self._tokenizer,
+            streamer=clock,
         )
         return [self._answer(row[width:].tolist()) for row in written]
 
@@ -162,9 +180,13 @@ class Writer:
 def most_tokens(architecture: Any, asked: Sequence[Question]) -> int:
     """Return how many tokens an answer may have: MOST_TOKENS, or what the model's positions leave after the longest
     prompt."""
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    positions = _positions(architecture)
     longest = max(len(each.prompt) for each in asked)
     return MOST_TOKENS if positions is None else max(1, min(MOST_TOKENS, positions - longest))
+
+
+def _positions(architecture: Any) -> int | None:
+    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
 
 @contextlib.contextmanager
@@ -183,3 +205,97 @@ def _as_transformers_has_it(causal: Any, attention: str) -> Iterator[None]:
 
 def _listed(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+class Clock:
+    """Notes when tokens come; generate calls it with the prompt first, then with each token on the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.monotonic())
+
+    def end(self) -> None:
+        """Do nothing at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedAnswer:
+    """An answer to a user, and how long it took."""
+
+    text: str
+    ids: list[int]
+    """Without the token that ended the turn."""
+    ended: bool
+    tokens: int
+    """With the end of the turn."""
+    first_token_seconds: float
+    """From the prompt on."""
+    rest_seconds: float
+    """From the first token to the last."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the rate after the first token; None where there is no second one."""
+        return (self.tokens - 1) / self.rest_seconds if self.rest_seconds > 0 else None
+
+
+class Answerer:
+    """A trial's model, loaded again, which answers a user with its adapter or without."""
+
+    def __init__(self, config: TrialConfig, adapter: Path, as_conversations: bool) -> None:
+        """Load the model as the trial had it.
+
+        Args:
+            as_conversations: whether a chat template, where the model has one, lays the questions out.
+
+        Raises: InvalidInput."""
+        be_quiet()
+        self._model = load_adapted(config, adapter, this_device())
+        self._tokenizer = load_tokenizer(config.model)
+        has_template = as_conversations and self._tokenizer.chat_template is not None
+        self._template = ChatTemplate(self._tokenizer) if has_template else None
+        self._most_positions = _positions(self._model.config)
+        words = self._model.config.get_text_config().vocab_size
+        end_of_turn = Conversations(self._tokenizer, words).end_of_turn if has_template else ""
+        self._writer = Writer(self._model, self._tokenizer, config, pad_id(self._tokenizer, words), end_of_turn)
+        # the first call of all pays for what is set up once, and would make the model that answers first look slow
+        self.answer([Turn(Role.user, ".")], tuned=True, most_tokens=2)
+
+    @property
+    def has_template(self) -> bool:
+        """Return whether questions are laid out by a chat template. Otherwise they go in as they are."""
+        return self._template is not None
+
+    def answer(self, turns: Sequence[Turn], tuned: bool, most_tokens: int) -> TimedAnswer:
+        """Answer the last turn."""
+        asked, clock, begun = Question(self._ids(turns), []), Clock(), time.monotonic()
+        [found] = self._writer.write([asked], most_tokens, tuned, lambda _: None, clock)
+        _, first, *later = clock.times
+        return TimedAnswer(
+            text=self._writer.text(found.ids),
+            ids=found.ids,
+            ended=found.ended,
+            tokens=1 + len(later),
+            first_token_seconds=first - begun,
+            rest_seconds=later[-1] - first if later else 0.0,
+        )
+
+    def room(self, turns: Sequence[Turn]) -> int | None:
+        """Return how many tokens fit after the turns; None where the model states no limit."""
+        return None if self._most_positions is None else self._most_positions - len(self._ids(turns))
+
+    def memory(self) -> tuple[float, str]:
+        """Return the memory used in GiB, and what it is."""
+        if self._model.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._model.device) / 2**30, "of the card, at most"
+        return psutil.Process().memory_info().rss / 2**30, "resident"
+
+    def _ids(self, turns: Sequence[Turn]) -> list[int]:
+        # a template brings its own special tokens
+        ids: list[int] = self._tokenizer(prompt_text(self._template, turns), add_special_tokens=not self.has_template)[
+            "input_ids"
+        ]
+        return ids

@@ -45,6 +45,8 @@ class Examples:
     """Rows whose parts had to be tokenised separately."""
     end_of_turn: str = ""
     """What ends each answer; empty where nothing does, and for random tokens."""
+    kinds: str = ""
+    """Whether the rows are conversations, passages or both; empty for random tokens."""
     remarks: list[str] = field(default_factory=list)
     """What the user should know of how the rows were laid out."""
     from_cache: bool = False

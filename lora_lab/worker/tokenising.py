@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.content import Mark
+from lora_lab.dataset.content import Mark, kinds_of
 from lora_lab.dataset.kept_rows import KeptRow, RowFile
 from lora_lab.dataset.row import Passage, Row
 from lora_lab.dataset.selection import Selected, select
@@ -46,6 +46,7 @@ class _Made:
     empty: int = 0
     losses: Losses = field(default_factory=Losses)
     end_of_turn: str = ""
+    kinds: str = ""
     remarks: list[str] = field(default_factory=list)
 
 
@@ -86,6 +87,7 @@ def make_examples(
         rows_lost=made.losses.lost,
         rows_apart=made.losses.apart,
         end_of_turn=made.end_of_turn,
+        kinds=made.kinds,
         remarks=made.remarks,
         rows_repeated=chosen.repeated,
         rows_near_repeated=chosen.near_repeated,
@@ -131,7 +133,14 @@ def _laid_out(config: TrialConfig, tokenizer: Any, vocab_size: int, writer: Toke
         remarks.append(f"the text of the rows stays in memory, since the disk does not take it: {file.fault}")
     tokens = writer.finished()
     return _Made(
-        cast(Selected[Mark], chosen), tokens, tokens.lengths, found.empty, losses, layouts.end_of_turn, remarks
+        chosen=cast(Selected[Mark], chosen),
+        tokens=tokens,
+        lengths=tokens.lengths,
+        empty=found.empty,
+        losses=losses,
+        end_of_turn=layouts.end_of_turn,
+        kinds=kinds_of(rows),
+        remarks=remarks,
     )
 
 

@@ -1,5 +1,7 @@
 """What the losses of rows and the answers say of a trained model, as figures."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_lab.events import GENERAL, HELDOUT, Answered, Event, RowLosses, decode, encode
@@ -75,3 +77,28 @@ def test_answers_are_shares_with_intervals() -> None:
     assert found["quality/exact_match_tuned"] == 0.25
     assert 0 < found["quality/exact_match_tuned_low"] < 0.25 < found["quality/exact_match_tuned_high"] < 1
     assert found["quality/exact_match_base_low"] == 0.0
+
+
+def rouge_of(scores: list[float | None], no_rouge_l: str = "") -> Summary:
+    flags = [False] * 12
+    one = replace(answered(True, ended=flags, exact=flags), rouge_l=scores, no_rouge_l=no_rouge_l)
+    summary = Summary()
+    add_quality(summary, [one])
+    return summary
+
+
+def test_rouge_has_an_interval_over_the_answers_that_are_scored() -> None:
+    found = rouge_of([0.2, 0.4] * 5 + [None, None]).metrics
+    assert found["quality/rouge_l_tuned"] == pytest.approx(0.3)
+    assert found["quality/rouge_l_answers"] == 10
+    assert 0.2 < found["quality/rouge_l_tuned_low"] < 0.3 < found["quality/rouge_l_tuned_high"] < 0.4
+
+
+def test_rouge_is_absent_with_its_reason() -> None:
+    few = rouge_of([0.5] * 9 + [None] * 3)
+    assert few.metrics["quality/rouge_l_tuned"] == 0.5
+    assert "9 answers" in few.absent["quality/rouge_l_tuned_low"]
+    assert "no gold answer" in rouge_of([None] * 12).absent["quality/rouge_l_tuned"]
+    assert rouge_of([], "not installed").absent["quality/rouge_l_tuned"] == "not installed"
+    older = rouge_of([])
+    assert not [name for name in (*older.metrics, *older.absent) if "rouge" in name]

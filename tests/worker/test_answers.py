@@ -196,6 +196,7 @@ def test_a_trial_writes_what_was_asked_and_answered(tmp_path: Path, monkeypatch:
     assert (base.tuned, tuned.tuned, base.most_tokens) == (False, True, 5)
     assert len(rows) == len(base.ended) == len(tuned.exact) == 3
     assert [row["tuned_tokens"] for row in rows] == tuned.tokens
+    assert (len(base.rouge_l) == 3) != bool(base.no_rouge_l)
     assert all(row["prompt"].endswith("assistant\n") and row["gold"] for row in rows)
     assert not any("<|im_end|>" in row["gold"] for row in rows)
     texts = [(event.phase, event.text, len(event.nats)) for event in events if isinstance(event, RowLosses)]

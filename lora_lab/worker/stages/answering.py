@@ -8,6 +8,7 @@ from lora_lab.outcome import says_out_of_memory
 from lora_lab.phase import Phase
 from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
 from lora_lab.quality.exact_match import matches
+from lora_lab.quality.rouge import NOT_INSTALLED, rouge_l
 from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions
 from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
@@ -51,7 +52,11 @@ def _answer(trial: TrialContext) -> None:
         (trial.folder / ANSWERS).write_text("".join(row.encode() + "\n" for row in rows), encoding="utf-8")
     except OSError as error:  # a full disk must not cost the figures
         trial.warn(f"the answers were not saved: {error}")
-    for is_tuned, answers, written in ((False, base, texts[0]), (True, tuned, texts[1])):
+    try:
+        rouge, no_rouge = [rouge_l(side, gold) for side in texts], ""
+    except ImportError:
+        rouge, no_rouge = [[], []], NOT_INSTALLED
+    for is_tuned, answers, written, scores in zip((False, True), (base, tuned), texts, rouge, strict=True):
         trial.emit(
             Answered(
                 t=time.monotonic(),
@@ -60,6 +65,8 @@ def _answer(trial: TrialContext) -> None:
                 tokens=[len(each.ids) for each in answers],
                 exact=[matches(text, right) for text, right in zip(written, gold, strict=True)],
                 most_tokens=most,
+                rouge_l=scores,
+                no_rouge_l=no_rouge,
             )
         )
 

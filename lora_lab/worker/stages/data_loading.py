@@ -80,6 +80,7 @@ def counted(examples: Examples, seq_len: int) -> DataCounted:
         rows_lost=examples.rows_lost,
         rows_apart=examples.rows_apart,
         end_of_turn=examples.end_of_turn,
+        kinds=examples.kinds,
         rows_repeated=examples.rows_repeated,
         rows_heldout_prompt_trained=examples.rows_heldout_prompt_trained,
         rows_near_repeated=examples.rows_near_repeated,
