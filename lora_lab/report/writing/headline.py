@@ -12,8 +12,9 @@ from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
-from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
-from lora_lab.report.writing.learnt import trade
+from lora_lab.report.writing.labels import count, outcome_text
+from lora_lab.report.writing.learnt import front_sentences, trade
+from lora_lab.report.writing.point_names import point_text
 from lora_lab.store.trials import Trial
 
 GPU_WORK = "gpu_work"
@@ -59,12 +60,14 @@ def sentences(findings: Findings) -> tuple[str, ...]:
 def notes(findings: Findings) -> tuple[str, ...]:
     """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
     main = findings.groups[0]
-    said = [_not_run(findings), _ended(main), dropped(main), trade(main)]
+    said = [_not_run(findings), _ended(main), dropped(main), trade(main), *front_sentences(main)]
     if findings.answers:
         said.append("Only the answer at the top counts the looks of repeats=auto; other 95 % intervals may miss more.")
-    others = len(findings.groups) - 1
+    others = len({found.group.place for found in findings.groups}) - 1
     if others:
         said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
+    if any(found.kind is not main.kind for found in findings.groups):
+        said.append("Windows and jobs are reported separately: their figures are never compared with one another.")
     return tuple(text for text in said if text)
 
 
@@ -87,13 +90,6 @@ def best_point(found: GroupFindings) -> Point | None:
     if rated:
         return _best(rated, THROUGHPUT)
     return next((point for point in found.points if point.figures), None)
-
-
-def point_text(point: Point, found: GroupFindings) -> str:
-    """Return a point's name without what most points share."""
-    factors = found.design.factors
-    usual = usual_levels(found.points, factors)
-    return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"
 
 
 def most_repeats(found: GroupFindings) -> int:
