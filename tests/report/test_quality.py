@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from planted import trial
 
+from lora_lab.config import InvalidInput
 from lora_lab.quality.row_losses import TAG, HeldoutRows
+from lora_lab.report.answers.best.candidates import Wish
+from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.quality import QualityFront, quality_fronts
 from lora_lab.report.findings import Question, find
 from lora_lab.report.measures import COST, ENERGY, HOURS, KWH, LOSS, THROUGHPUT, VRAM
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.learnt import front_sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.report.writing.table import make_table
@@ -151,3 +156,46 @@ def test_windows_and_jobs_are_reported_apart() -> None:
     assert ", jobs" in html
     assert ", windows" in html
     assert HOURS.name not in found.groups[1].absent, "a window has no hours to miss"
+
+
+def test_best_answers_for_jobs_within_hours_and_by_quality() -> None:
+    jobs = a_sweep()
+    found = choose(jobs, Wish(objective=LOSS, hours=2.5, vram_gib=16))
+    assert found.best is not None
+    assert found.best.trials == (jobs[1],)
+    assert any("beyond 2.5 h" in line for line in found.left_out)
+    assert [runner.estimate.seen for runner in found.runners_up] == [True], "by the held-out rows of single trials"
+    tied = choose(jobs, Wish(objective=LOSS))
+    assert {tied.best.trials[0].run_id} <= {jobs[1].run_id, jobs[2].run_id} if tied.best else False
+    assert [runner.estimate.seen for runner in tied.runners_up] == [False, True, True]
+    cheap = choose(jobs, Wish(objective=HOURS, max_loss_increase=0.01))
+    assert cheap.best is not None
+    assert cheap.best.trials == (jobs[1],), "the shortest is 2 % above the lowest loss"
+    nothing = choose(jobs, Wish(objective=LOSS, hours=0.5))
+    assert nothing.best is None
+    assert nothing.shortest is not None
+    assert nothing.shortest.trials == (jobs[0],)
+    assert nothing.least is None
+
+
+def test_best_never_compares_a_window_with_a_job() -> None:
+    jobs = a_sweep()
+    window = trial({THROUGHPUT.key: 9999.0, LOSS.key: 9.0, VRAM.key: 1.0}, batch_size="2")
+    later = a_sweep()
+    for newest, trials in ((Kind.window, [*jobs, window]), (Kind.job, [window, *later])):
+        found = choose(trials, Wish(objective=THROUGHPUT))
+        assert found.subject.kind is newest
+        assert any(f"--kind {other.value}" in line for other in Kind for line in found.others if other is not newest)
+        asked = {kind: choose(trials, Wish(objective=THROUGHPUT, kind=kind)) for kind in Kind}
+        assert [len(asked[kind].runners_up) for kind in Kind] == [0, 3]
+    with pytest.raises(InvalidInput, match="ask for jobs"):
+        choose([window], Wish(objective=HOURS, kind=Kind.job))
+    with pytest.raises(InvalidInput, match="--kind window"):
+        choose(jobs, Wish(objective=LOSS, kind=Kind.window))
+
+
+def test_jobs_of_different_lengths_answer_one_question_and_windows_of_different_lengths_do_not() -> None:
+    jobs = [job(0.0, hours, seed=1, train__epochs=epochs) for hours, epochs in ((1.0, "1.0"), (3.0, "3.0"))]
+    assert len(choose(jobs, Wish(objective=HOURS)).runners_up) == 1
+    windows = [trial({THROUGHPUT.key: 1.0}, measure__steps=steps) for steps in ("30", "60")]
+    assert len(choose(windows, Wish(objective=THROUGHPUT)).runners_up) == 0

@@ -24,6 +24,8 @@ CHEAPER = 1.01
 _COSTS = {Kind.job: ((HOURS,), (KWH, ENERGY), (VRAM,)), Kind.window: ((THROUGHPUT,), (ENERGY,), (VRAM,))}
 """Of each cost the measures in order of preference."""
 
+_WORDS = {HOURS: "hours", KWH: "energy", ENERGY: "energy", VRAM: "memory", THROUGHPUT: "speed"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
@@ -48,6 +50,11 @@ class QualityFront:
     cost: Measure
     standings: tuple[Standing | None, ...]
     """Of each setting; None where it lacks the cost, or its loss is not of the same rows as most others'."""
+
+    @property
+    def against(self) -> str:
+        """Return in a word what the loss is weighed against."""
+        return _WORDS[self.cost]
 
     @property
     def places(self) -> list[int]:

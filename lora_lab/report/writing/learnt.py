@@ -10,8 +10,6 @@ from lora_lab.report.answers.quality import QualityFront, Standing
 from lora_lab.report.findings import GroupFindings
 from lora_lab.report.writing.point_names import point_text
 
-_AGAINST = {"hours": "hours", "kwh": "energy", "energy": "energy", "vram": "memory", "throughput": "speed"}
-"""What a cost is called in a sentence, by its measure's name."""
 _NAMED = 4
 """Points of a front that a sentence names."""
 
@@ -40,23 +38,22 @@ def ordered(found: GroupFindings) -> list[tuple[Point, Learnt, list[CostCell]]]:
     return sorted(made, key=lambda one: one[1].loss)
 
 
-def against(front: QualityFront) -> str:
-    """Return what a front is about."""
-    return f"held-out loss against {_AGAINST[front.cost.name]}"
-
-
 def front_sentences(found: GroupFindings) -> list[str]:
-    """Return a sentence for each front, or one that says why there is none though losses are compared."""
+    """Return a sentence for each front, one for all that have the same points; or why there is none though losses are
+    compared."""
     if is_compared(found) and not found.quality:
         return [
             f"No front of loss against cost: it takes a cost and {FEWEST_ROWS} held-out rows that two configurations "
             "share."
         ]
-    made = []
+    costs: dict[tuple[int, ...], list[str]] = {}
     for front in found.quality:
-        names = [point_text(found.points[place], found) for place in front.places]
-        made.append(f"{against(front).capitalize()}: no trial is both better and cheaper than {_listed(names)}.")
-    return made
+        costs.setdefault(tuple(front.places), []).append(front.against)
+    return [
+        f"Held-out loss against {_listed(against)}: no trial is both better and cheaper than "
+        f"{_listed([point_text(found.points[place], found) for place in places])}."
+        for places, against in costs.items()
+    ]
 
 
 def trade(found: GroupFindings) -> str:

@@ -141,7 +141,7 @@ def _standings(fronts: Sequence[QualityFront], at: int, rows: Sequence[Row]) -> 
     for front in fronts:
         if (standing := front.standings[at]) is not None:
             rival = "" if standing.beaten_by is None else rows[standing.beaten_by].point
-            costs.setdefault(standing.says(rival), []).append(front.cost.name)
+            costs.setdefault(standing.says(rival), []).append(front.against)
     return "; ".join(f"{', '.join(names)}: {says}" for says, names in costs.items())
 
 

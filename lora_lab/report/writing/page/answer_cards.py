@@ -31,8 +31,9 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
     if best is None:
         return ()
     figures = [measure.write(best.figures[measure.name][0]) for measure in main.shown if measure.name in best.figures]
+    title = "Highest median" if findings.answers else "Fastest" if is_compared(main) else "Use"
     use = AnswerCard(
-        title="What it takes" if len(main.points) == 1 else "Highest median" if findings.answers else "Use",
+        title="What it takes" if len(main.points) == 1 else title,
         big=figures[0],
         about=point_text(best, main),
         lines=tuple(figures[1:]),
@@ -51,8 +52,8 @@ def _learns(found: GroupFindings) -> AnswerCard:
         measure.write(point.figures[measure.name][0]) for measure in found.shown if measure.name in point.figures
     ]
     return AnswerCard(
-        title="Lowest held-out loss",
-        big=f"{LOSS.form.format(answer.loss)} nats/token",
+        title="Lowest held-out loss, nats per token",
+        big=LOSS.form.format(answer.loss),
         about=point_text(point, found),
         lines=(
             f"{close or 'none'} of {count(len(over), 'other')} {verb} no worse, as far as the rows can show",

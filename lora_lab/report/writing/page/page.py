@@ -28,7 +28,7 @@ from lora_lab.report.writing.labels import (
     regime_text,
     usual_levels,
 )
-from lora_lab.report.writing.learnt import against, front_sentences, is_compared, ordered
+from lora_lab.report.writing.learnt import front_sentences, is_compared, ordered
 from lora_lab.report.writing.numbers import change, format_estimate
 from lora_lab.report.writing.page.answer_cards import answer_cards
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
@@ -59,8 +59,6 @@ _ANSWERS = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
     """One measure against another."""
-
-    title: str
 
     svg: Markup
     regimes: tuple[tuple[str, str, str], ...]
@@ -278,8 +276,7 @@ def _pictures(found: GroupFindings, usual: Mapping[str, str], number: int) -> li
         front = found.fronts.get(measure.name, ())
         both = [p for p in found.points if THROUGHPUT.name in p.figures and measure.name in p.figures]
         if front and len(both) > 1:
-            title = f"throughput against {measure.title}"
-            made.append(_picture(found, title, both, front, (THROUGHPUT, measure), usual, number))
+            made.append(_picture(found, both, front, (THROUGHPUT, measure), usual, number))
     return made
 
 
@@ -291,13 +288,12 @@ def _quality_pictures(found: GroupFindings, usual: Mapping[str, str], number: in
     for each in found.quality:
         both = [point for point, standing in zip(found.points, each.standings, strict=True) if standing is not None]
         front = sorted((found.points[place] for place in each.places), key=lambda point: point.figures[LOSS.name][0])
-        made.append(_picture(found, against(each), both, front, (LOSS, each.cost), usual, number))
+        made.append(_picture(found, both, front, (LOSS, each.cost), usual, number))
     return made
 
 
 def _picture(
     found: GroupFindings,
-    title: str,
     points: Sequence[Point],
     front: Sequence[Point],
     measures: tuple[Measure, Measure],
@@ -311,7 +307,6 @@ def _picture(
     regimes = [(mark(r).sign, mark(r).colour, r) for r in dict.fromkeys(point.regime for point in points)]
     told = [(name(p), one.write(p.figures[one.name][0]), other.write(p.figures[other.name][0])) for p in front]
     return Picture(
-        title=title,
         svg=Markup(trade_off(points, front, measures, name, salt=str(number))),
         regimes=tuple(regimes),
         front=tuple(told),
