@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if note:
         print(note, file=sys.stderr)
     show_choice(choice, console)
-    if choice.best is None and not choice.another_card:
+    if choice.best is None and not choice.another_card and choice.subject.kind is Kind.window:
         console.print("\nThe records that come with lora_lab may have more: add --shipped.", highlight=False)
     return EXIT_NOTHING_FITS if choice.best is None else 0
 

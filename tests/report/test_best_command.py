@@ -118,10 +118,22 @@ def test_trials_of_ones_own_are_asked_first_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--vram", "0"], ["--vram", "8 GB"], ["--max-loss-increase", "-1%"], ["--objective", "speed"]]
+    "arguments",
+    [["--vram", "0"], ["--vram", "8 GB"], ["--max-loss-increase", "-1%"], ["--objective", "speed"], ["--hours", "0"]],
 )
 def test_what_cannot_be_meant_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         best.main(arguments)
     assert left.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_windows_have_no_hours(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        best.main(["--kind", "window", "--hours", "3"])
+    assert left.value.code == 2
+    assert "only jobs" in capsys.readouterr().err
+    code, _, err = run(store, capsys, ["--objective", "kwh"])
+    assert code == 2
+    assert "no job" in err
+    assert run(store, capsys, ["--kind", "window"])[0] == 0

@@ -188,7 +188,7 @@ def test_best_never_compares_a_window_with_a_job() -> None:
         assert any(f"--kind {other.value}" in line for other in Kind for line in found.others if other is not newest)
         asked = {kind: choose(trials, Wish(objective=THROUGHPUT, kind=kind)) for kind in Kind}
         assert [len(asked[kind].runners_up) for kind in Kind] == [0, 3]
-    with pytest.raises(InvalidInput, match="ask for jobs"):
+    with pytest.raises(InvalidInput, match="no job"):
         choose([window], Wish(objective=HOURS, kind=Kind.job))
     with pytest.raises(InvalidInput, match="--kind window"):
         choose(jobs, Wish(objective=LOSS, kind=Kind.window))

@@ -130,12 +130,12 @@ def _none_such(trials: Sequence[Trial], model: str | None, card: str | None) -> 
 
 def _other_kind(found: Sequence[Subject]) -> str:
     there = found[0].kind
-    number = count(sum(len(subject.measured) for subject in found), f"measured {there.value}")
-    asks = {
-        Kind.job: "--kind window asks for windows",
-        Kind.window: "--kind job, --hours and the objectives hours and kwh ask for jobs",
+    number = count(sum(len(subject.measured) for subject in found), there.value)
+    asked = {
+        Kind.job: "no window, as --kind window asks for",
+        Kind.window: "no job, as --kind job, --hours and the objectives hours and kwh ask for",
     }
-    return f"there is only {number} here, of model, card and sweep as asked: {asks[there]}. Leave that out."
+    return f"of this model and card {number} can be used, but {asked[there]}. Leave that out, or run some."
 
 
 def _nothing_measured(trials: Sequence[Trial]) -> str:
