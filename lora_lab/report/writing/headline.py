@@ -125,7 +125,7 @@ def _on_best(found: GroupFindings, is_judged: bool) -> str:
 
 def _on_quality(found: GroupFindings) -> list[str]:
     """Return the first sentence on quality and its cost, of jobs: there it is as much of the answer as speed."""
-    return front_sentences(found)[:1] if found.kind is Kind.job else []
+    return front_sentences(found)[:1] if found.kind is Kind.job and found.quality else []
 
 
 def _rated(found: GroupFindings) -> int:

@@ -43,8 +43,8 @@ def front_sentences(found: GroupFindings) -> list[str]:
     compared."""
     if is_compared(found) and not found.quality:
         return [
-            f"No front of loss against cost: it takes a cost and {FEWEST_ROWS} held-out rows that two configurations "
-            "share."
+            f"No front of held-out loss against cost: it takes {FEWEST_ROWS} held-out rows that two configurations "
+            "share (measure.eval_rows)."
         ]
     costs: dict[tuple[int, ...], list[str]] = {}
     for front in found.quality:

@@ -195,7 +195,9 @@ def _heading(column: str) -> str:
 def _written(column: str, cell: Cell) -> str:
     if cell is None:
         return ""
-    return cell if isinstance(cell, str) else f"{cell}" if column in _OWN else metric(column).form.format(cell)
+    if isinstance(cell, str):
+        return cell
+    return f"{cell}" if column in _OWN else (_BY_KEY.get(column) or metric(column)).form.format(cell)
 
 
 def _is_number(table: Table, index: int) -> bool:
