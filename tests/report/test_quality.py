@@ -56,7 +56,7 @@ def beaten(front: QualityFront) -> list[tuple[int | None, str] | None]:
 def test_a_better_loss_keeps_a_dearer_job_on_the_front_only_beyond_noise() -> None:
     cheap, same, better = job(0.03, 1.0, seed=1), job(0.03, 2.0, seed=2), job(0.0, 2.0, seed=3)
     assert LOSS.of(same) != LOSS.of(cheap)
-    assert beaten(against_hours(cheap, same)) == [(None, ""), (0, "no worse seen and cheaper")]
+    assert beaten(against_hours(cheap, same)) == [(None, ""), (0, "cheaper and not seen to be worse")]
     assert beaten(against_hours(cheap, better)) == [(None, ""), (None, "")]
     assert beaten(against_hours(cheap, job(0.06, 2.0, seed=4))) == [(None, ""), (0, "better and cheaper")]
 
@@ -93,12 +93,12 @@ def test_what_is_off_the_front_is_beaten_by_something_on_it() -> None:
     ]
     front = against_hours(*trials)
     assert front.places == [0, 2]
-    assert beaten(front)[1] == (2, "no worse seen and cheaper")
+    assert beaten(front)[1] == (2, "cheaper and not seen to be worse")
 
 
 def test_only_common_rows_and_enough_of_them_are_compared() -> None:
     front = against_hours(job(0.0, 1.0, seed=1), job(0.0, 2.0, seed=2), job(-1.0, 0.5, digest="other"))
-    assert beaten(front) == [(None, ""), (0, "no worse seen and cheaper"), None]
+    assert beaten(front) == [(None, ""), (0, "cheaper and not seen to be worse"), None]
     assert quality_fronts([[job(0.0, 1.0, rows=9)], [job(0.5, 2.0, rows=9)]]) == []
     assert quality_fronts([[job(0.0, 1.0)], []]) == []
     assert quality_fronts([]) == []
@@ -130,7 +130,7 @@ def test_report_names_the_front_and_what_beats_the_rest() -> None:
     assert not any(f"rank={rank}" in hours for rank in ("64", "128"))
     html = page(found, {})
     assert html.count('<svg class="plot" role="img" aria-label="held-out loss against') == 3
-    assert "no worse seen and cheaper" in html
+    assert "cheaper and not seen to be worse" in html
     two = page(find(a_sweep()[:2], [], Question(), "1"), {})
     assert 'aria-label="held-out loss against' not in two, "two trials make no picture"
     assert "on the front" in two
@@ -138,7 +138,7 @@ def test_report_names_the_front_and_what_beats_the_rest() -> None:
     assert {HOURS.key, KWH.key, COST.key, "front"} <= set(table.columns)
     fronts = [str(row[table.columns.index("front")]) for row in table.cells]
     assert fronts[0].startswith("hours")
-    assert "no worse seen and cheaper" in fronts[2]
+    assert "cheaper and not seen to be worse" in fronts[2]
 
 
 def test_windows_and_jobs_are_reported_apart() -> None:

@@ -2,7 +2,7 @@
 
 Losses are compared on the same held-out rows, and what the rows cannot tell apart is no difference: the cheaper of two
 such settings stands for both. That relation is not transitive, so a setting is beaten only by one on the front. Then
-everything off the front has one on it that is cheaper and no worse seen, or better and no dearer.
+everything off the front has one on it that is cheaper and not seen to be worse, or better and no dearer.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Standing:
 
     def says(self, rival: str) -> str:
         """Return in words where it stands, given the name of what beats it."""
-        return "on the front" if self.beaten_by is None else f"{self.how}: {rival}"
+        return "on the front" if self.beaten_by is None else f"{rival} is {self.how}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def _beats(dearer: float, over: Change | None) -> str:
         return ""
     if over.low > 0:
         return "better and cheaper" if dearer >= CHEAPER else "better and no dearer"
-    return "no worse seen and cheaper" if dearer >= CHEAPER else ""
+    return "cheaper and not seen to be worse" if dearer >= CHEAPER else ""
 
 
 def _dear(value: float, measure: Measure) -> float:

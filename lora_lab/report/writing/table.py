@@ -136,7 +136,7 @@ def _rows_of_place(group: Group, names: Mapping[Settings, str], each: bool) -> l
 
 
 def _standings(fronts: Sequence[QualityFront], at: int, rows: Sequence[Row]) -> str:
-    """Return where a row stands: "hours, energy: on the front; memory: better and cheaper: rank=4"."""
+    """Return where a row stands: "hours, energy: on the front; memory: rank=4 is better and cheaper"."""
     costs: dict[str, list[str]] = {}
     for front in fronts:
         if (standing := front.standings[at]) is not None:
