@@ -19,7 +19,8 @@ from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import Choice, choose
 from lora_lab.report.answers.best.display import show_choice, show_context
 from lora_lab.report.arguments import share
-from lora_lab.report.measures import OBJECTIVES
+from lora_lab.report.measures import HOURS, KWH, OBJECTIVES, OF_JOBS
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.packed_runs import SHIPPED, PackedRuns
 from lora_lab.store.stored_runs import STORE_HELP, StoredRuns, open_store
@@ -27,15 +28,24 @@ from lora_lab.store.trials import Trial
 
 EXIT_NOTHING_FITS = 1
 
-_BY_NAME = {measure.name: measure for measure in OBJECTIVES}
+_BY_NAME = {measure.name: measure for measure in (*OBJECTIVES, HOURS, KWH)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     never_end_for_output()
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    objective = _BY_NAME[asked.objective]
+    of_jobs = asked.hours is not None or objective in OF_JOBS
+    if of_jobs and asked.kind == Kind.window.value:
+        parser.error(
+            "--kind window does not go together with --hours and the objectives hours and kwh: only jobs have these"
+        )
     wish = Wish(
-        objective=_BY_NAME[asked.objective],
+        objective=objective,
+        kind=Kind.job if of_jobs else Kind(asked.kind) if asked.kind else None,
+        hours=asked.hours,
         vram_gib=asked.vram,
         max_loss_increase=asked.max_loss_increase,
         model=asked.model,
@@ -51,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if note:
         print(note, file=sys.stderr)
     show_choice(choice, console)
-    if choice.best is None and not choice.another_card:
+    if choice.best is None and not choice.another_card and choice.subject.kind is Kind.window:
         console.print("\nThe records that come with lora_lab may have more: add --shipped.", highlight=False)
     return EXIT_NOTHING_FITS if choice.best is None else 0
 
@@ -93,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         default="throughput",
         help="the measure to optimise (default: %(default)s)",
     )
+    parser.add_argument(
+        "--kind",
+        choices=[kind.value for kind in Kind],
+        help="whole trainings or measured windows, which are never compared (default: the newest trial's)",
+    )
+    parser.add_argument("--hours", metavar="H", type=_hours, help="the most hours that the whole job may take")
     parser.add_argument("--vram", metavar="GIB", type=_gib, help="the most card memory that it may use, in GiB")
     parser.add_argument(
         "--max-loss-increase",
@@ -113,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", metavar="URI", help=STORE_HELP)
     return parser
+
+
+def _hours(text: str) -> float:
+    """Read a number of hours. Raise ArgumentTypeError, because argparse replaces the text of a ValueError."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*h?", text, re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours. Give a number such as 10 or 0.5")
+    return float(number[1])
 
 
 def _gib(text: str) -> float:

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--columns",
         type=names,
         metavar="NAME,...",
-        help="--table: point, n, outcome, place, metrics and settings by their keys, and tag:NAME",
+        help="--table: point, n, outcome, place, loss, front, metrics and settings by their keys, and tag:NAME",
     )
     parser.add_argument("--each", action="store_true", help="--table: a row for each trial; default: for each point")
     parser.add_argument("--store", metavar="URI", help=STORE_HELP)

@@ -13,15 +13,17 @@ from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.learnt import Learnt, learnt
 from lora_lab.report.answers.pareto import Point, front, points
-from lora_lab.report.measures import ENERGY, GPU_WORK, MEASURES, OBJECTIVES, THROUGHPUT, VRAM, Measure
+from lora_lab.report.answers.quality import QualityFront, quality_fronts
+from lora_lab.report.measures import ENERGY, GPU_WORK, HOURS, KNOWN, KWH, MEASURES, THROUGHPUT, VRAM, Measure
 from lora_lab.report.statistics.attribution import Split, split
 from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.contrasts import Contrast, contrasts
 from lora_lab.report.statistics.differences import by_block, difference, pooled_noise
 from lora_lab.report.statistics.factorial import FactorialModel, factorial
 from lora_lab.report.statistics.factors import Design, Factor, design, taken_apart
+from lora_lab.report.statistics.kinds import Kind, groups_alike, kind_of_group
 from lora_lab.report.statistics.pooling import PooledContrast, Session, pooled_contrasts
-from lora_lab.store.trials import Group, Sweep, Trial, groups
+from lora_lab.store.trials import Group, Sweep, Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +40,10 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFindings:
-    """Findings of one environment."""
+    """Findings of one environment, of trials of one kind."""
 
     group: Group
+    kind: Kind
     design: Design
     points: tuple[Point, ...]
     compared: tuple[Factor, ...]
@@ -54,13 +57,20 @@ class GroupFindings:
     needed: tuple[Needed, ...]
     fits: tuple[Fit, ...]
     fronts: Mapping[str, tuple[Point, ...]]
-    """Pareto fronts of throughput against another measure, by that measure's name."""
+    """Pareto fronts of throughput against energy and memory, by that measure's name."""
+    quality: tuple[QualityFront, ...]
+    """Pareto fronts of held-out loss against each cost; places are those of `points`."""
     learnt: tuple[Learnt | None, ...]
     """The held-out loss of each point, as `points`; None for a point without one."""
     as_fast: int
     """How many points are not distinguishable from the one of the highest median throughput."""
     absent: Mapping[str, str]
     """Measures that no trial has, by name, and why."""
+
+    @property
+    def shown(self) -> list[Measure]:
+        """Return the measures that some point has."""
+        return [measure for measure in KNOWN if any(measure.name in point.figures for point in self.points)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +82,7 @@ class Findings:
     answers: tuple[str, ...]
     """Of the sweeps with repeats=auto, in words."""
     groups: tuple[GroupFindings, ...]
-    """By place, the one with most measured trials first."""
+    """By place and kind, the one with most measured trials first."""
     pooled: tuple[PooledContrast, ...]
     """Contrasts that several sessions have (sweeps, or places), and their mean over these. Not of memory, which repeats
     to the byte."""
@@ -102,8 +112,9 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
     Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
         raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=5")
-    by_place = groups(trials)
-    found = tuple(_of_group(group, sweeps, question, is_main=group is by_place[0]) for group in by_place)
+    alike = groups_alike(trials)
+    found = tuple(_of_group(group, sweeps, question, is_main=group is alike[0]) for group in alike)
+    pooled = [measure for measure in MEASURES if measure is not VRAM]
     judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
     verdicts = tuple((study, said) for study, said in judged if any(verdict.seen for verdict in said))
     return Findings(
@@ -111,7 +122,11 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
         sweeps=tuple(sweeps),
         answers=tuple(line for sweep in sweeps for line in answers_of(sweep, trials)),
         groups=found,
-        pooled=tuple(pooled_contrasts(_sessions(found), [measure for measure in MEASURES if measure is not VRAM])),
+        pooled=tuple(
+            contrast
+            for kind in Kind
+            for contrast in pooled_contrasts(_sessions([each for each in found if each.kind is kind]), pooled)
+        ),
         verdicts=verdicts,
         commands=(*_commands(trials, sweeps), question.command),
         version=version,
@@ -146,9 +161,13 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
     compared = _compared(group, factors)
     found = points(group.trials, group.measured, factors)
     splits, how_much = _splits(group, factors, found, question, measures)
-    others = [measure for measure in measures if measure in OBJECTIVES[1:] and THROUGHPUT in measures]
+    others = [measure for measure in measures if measure in (ENERGY, VRAM) and THROUGHPUT in measures]
+    kind, usable = kind_of_group(group), {trial.run_id for trial in group.measured}
+    by_point = [[trial for trial in point.trials if trial.run_id in usable] for point in found]
+    expected = (*MEASURES, HOURS, KWH) if kind is Kind.job else MEASURES
     return GroupFindings(
         group=group,
+        kind=kind,
         design=varied,
         points=tuple(found),
         compared=compared,
@@ -159,9 +178,12 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         needed=how_much,
         fits=tuple(fits(group.trials, factors)),
         fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
-        learnt=tuple(learnt([[trial for trial in point.trials if trial in group.measured] for point in found])),
+        quality=tuple(quality_fronts(by_point)),
+        learnt=tuple(learnt(by_point)),
         as_fast=_as_fast(found, group),
-        absent={m.name: _why_absent(m, group) for m in MEASURES if m not in measures},
+        absent={
+            m.name: _why_absent(m, group) for m in expected if not any(m.of(t) is not None for t in group.measured)
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """Name the figures that trials are compared by."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_lab.store.trials import Trial
 from lora_lab.telemetry.metrics import METRICS, Metric
@@ -83,8 +83,20 @@ THROUGHPUT = _measure("throughput", "throughput/tokens_per_second")
 ENERGY = _measure("energy", "energy/joules_per_token")
 VRAM = _measure("vram", "vram/peak_device_gib")
 LOSS = _measure("loss", "loss/eval", ratios=False)
+HOURS = Measure(
+    name="hours",
+    metric=replace(METRICS["job/hours"], title="hours of the job", form="{:.3g}"),
+    better=Better.lower,
+)
+"""Three digits, because jobs of minutes are compared too."""
+KWH = _measure("kwh", "job/kwh")
+COST = _measure("cost", "job/cost")
 GPU_WORK = Measure(name="gpu_work", metric=_GPU_WORK, better=Better.lower)
 OBJECTIVES = (THROUGHPUT, ENERGY, VRAM, LOSS)
 """What a configuration is chosen by, and what may get worse."""
+OF_JOBS = (HOURS, KWH, COST)
+"""What only a whole training has."""
 MEASURES = (THROUGHPUT, GPU_WORK, ENERGY, VRAM, LOSS)
 """What a report compares: the objectives, and the GPU's part of the throughput."""
+KNOWN = (*MEASURES, *OF_JOBS)
+"""All measures."""

@@ -11,7 +11,7 @@ from planted import record, trial
 from benchmarks.compose import compose
 from lora_lab import best
 from lora_lab.config import TrackingConfig
-from lora_lab.report.measures import ENERGY, THROUGHPUT, VRAM
+from lora_lab.report.measures import ENERGY, HOURS, THROUGHPUT, VRAM
 from lora_lab.store.mlflow_store import open_tracker
 from lora_lab.store.record import Record
 
@@ -22,9 +22,11 @@ def figures(rate: float, gib: float) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sweep of two points with two repeats, and an older trial of another model."""
+    """A sweep of two points with two repeats, and an older window and job of another model."""
     root = tmp_path_factory.mktemp("best")
     tracker = open_tracker(TrackingConfig(root=str(root)))
+    whole = figures(7000.0, 1.0) | {HOURS.key: 2.0}
+    tracker.deliver(record(trial(whole, sweep=None, model="smollm2_135m", train__epochs="3.0")), [])
     small = trial(figures(5000.0, 1.0), sweep=None, model="smollm2_135m")
     sweep = Record(
         id="a" * 32,
@@ -118,10 +120,37 @@ def test_trials_of_ones_own_are_asked_first_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--vram", "0"], ["--vram", "8 GB"], ["--max-loss-increase", "-1%"], ["--objective", "speed"]]
+    "arguments",
+    [["--vram", "0"], ["--vram", "8 GB"], ["--max-loss-increase", "-1%"], ["--objective", "speed"], ["--hours", "0"]],
 )
 def test_what_cannot_be_meant_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         best.main(arguments)
     assert left.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_jobs_and_windows_of_one_store_are_answered_apart(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(store, capsys, ["--model", "smollm2_135m"])
+    assert code == 0
+    assert "5,000 tokens/s" in out, "the newest trial is a window"
+    assert "7,000" not in out
+    assert "--kind job" in out
+    for asked in (["--kind", "job"], ["--hours", "2"], ["--objective", "hours"]):
+        code, out, _ = run(store, capsys, asked)
+        assert code == 0
+        assert "7,000 tokens/s" in out
+        assert "--kind window" in out
+    code, out, _ = run(store, capsys, ["--hours", "1.5"])
+    assert code == 1
+    assert "takes least: 2 h" in out
+
+
+def test_windows_have_no_hours(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        best.main(["--kind", "window", "--hours", "3"])
+    assert left.value.code == 2
+    assert "only jobs" in capsys.readouterr().err
+    code, _, err = run(store, capsys, ["--objective", "kwh", "--model", "qwen2_5_1_5b"])
+    assert code == 2
+    assert "no job" in err

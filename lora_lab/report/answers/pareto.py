@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_lab.report.measures import MEASURES, Better, Measure
+from lora_lab.report.measures import KNOWN, Better, Measure
 from lora_lab.report.statistics.blocks import regime_of
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.store.naming import in_order, word
@@ -74,7 +74,7 @@ def front(candidates: Sequence[Point], one: Measure, other: Measure) -> list[Poi
 
 
 def _figures(measured: Sequence[Trial]) -> dict[str, tuple[float, float, float]]:
-    found = {measure.name: [measure.of(trial) for trial in measured] for measure in MEASURES}
+    found = {measure.name: [measure.of(trial) for trial in measured] for measure in KNOWN}
     told = {name: [value for value in values if value is not None] for name, values in found.items()}
     return {name: (statistics.median(values), min(values), max(values)) for name, values in told.items() if values}
 

@@ -11,9 +11,11 @@ from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
-from lora_lab.report.writing.labels import count, levels_text, outcome_text, usual_levels
-from lora_lab.report.writing.learnt import trade
+from lora_lab.report.writing.labels import count, outcome_text
+from lora_lab.report.writing.learnt import front_sentences, trade
+from lora_lab.report.writing.point_names import point_text
 from lora_lab.store.trials import Trial
 
 GPU_WORK = "gpu_work"
@@ -47,24 +49,34 @@ def sentences(findings: Findings) -> tuple[str, ...]:
         return _nothing(main)
     made = effects(main)
     told = [effect for effect in made if not effect.is_judged]
-    mattered = [sentence(effect, most_repeats(main)) for effect in told[:_EFFECTS]]
+    learnt = _on_quality(main)
+    told = told[: _EFFECTS - len(learnt)]
+    mattered = [sentence(effect, most_repeats(main)) for effect in told]
     if not made and len(main.points) > 1:
         mattered = [_why_no_effect(main)]
     is_judged = bool(findings.answers)  # the answer of repeats=auto is the advice, and may not be contradicted
-    found = [_upper_first(text) for text in (_on_best(main, is_judged), *mattered)]
-    holds = _holds(main, [effect for effect in made if effect.is_judged or effect in told[:_EFFECTS]])
+    found = [_upper_first(text) for text in (_on_best(main, is_judged), *learnt, *mattered)]
+    holds = _holds(main, [effect for effect in made if effect.is_judged or effect in told])
     return tuple(text for text in (*found, holds, "" if is_judged else _to_do(main)) if text)
 
 
 def notes(findings: Findings) -> tuple[str, ...]:
     """Return what a reader must know besides: what did not run, what is not compared, and other machines."""
     main = findings.groups[0]
-    said = [_not_run(findings), _ended(main), dropped(main), trade(main)]
+    said = [
+        _not_run(findings),
+        _ended(main),
+        dropped(main),
+        trade(main),
+        *front_sentences(main)[len(_on_quality(main)) :],
+    ]
     if findings.answers:
         said.append("Only the answer at the top counts the looks of repeats=auto; other 95 % intervals may miss more.")
-    others = len(findings.groups) - 1
+    others = len({found.group.place for found in findings.groups}) - 1
     if others:
         said.append(f"{count(others, 'other machine')} or version reported separately, not averaged in.")
+    if any(found.kind is not main.kind for found in findings.groups):
+        said.append("Windows and jobs are reported separately: their figures are never compared with one another.")
     return tuple(text for text in said if text)
 
 
@@ -89,13 +101,6 @@ def best_point(found: GroupFindings) -> Point | None:
     return next((point for point in found.points if point.figures), None)
 
 
-def point_text(point: Point, found: GroupFindings) -> str:
-    """Return a point's name without what most points share."""
-    factors = found.design.factors
-    usual = usual_levels(found.points, factors)
-    return levels_text(point.levels, factors, usual) or levels_text(point.levels, factors, {}) or "the only point"
-
-
 def most_repeats(found: GroupFindings) -> int:
     """Return how often the most repeated point was measured."""
     measured = {trial.run_id for trial in found.group.measured}
@@ -116,6 +121,11 @@ def _on_best(found: GroupFindings, is_judged: bool) -> str:
         return f"Only {name} of {len(found.points)} configurations has a throughput on {device}: {rate}."
     first = "had the highest median" if is_judged else "was the fastest"
     return f"{name} {first} of {count(rated, 'configuration')} on {device}, with {rate}."
+
+
+def _on_quality(found: GroupFindings) -> list[str]:
+    """Return the first sentence on quality and its cost, of jobs: there it is as much of the answer as speed."""
+    return front_sentences(found)[:1] if found.kind is Kind.job and found.quality else []
 
 
 def _rated(found: GroupFindings) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.statistics.factors import SHAPE, Factor
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.store.naming import OPTIONS, in_order, word
 from lora_lab.store.trials import Place
 
@@ -47,16 +48,17 @@ def _place(factor: Factor) -> int:
     return order.index(factor.name if factor.name in order else "other")
 
 
-def machine_name(number: int, places: Sequence[Place]) -> str:
-    """Return the name of a machine: its device, and where there are several, a letter and the beginning of its id.
-
-    Args:
-        number: its position among `places`.
-    """
-    place = places[number]
-    if len(places) == 1:
-        return place.label
-    return f"Machine {_letter(number)}: {place.label}"
+def machine_names(environments: Sequence[tuple[Place, Kind]]) -> list[str]:
+    """Return the name of each environment: the machine's device, and where there are several machines, a letter and
+    the beginning of its id. Where there are windows and jobs, the kind is added."""
+    letters = {place: _letter(number) for number, place in enumerate(dict.fromkeys(place for place, _ in environments))}
+    kinds = {kind for _, kind in environments}
+    return [
+        (f"Machine {letters[place]}: " if len(letters) > 1 else "")
+        + place.label
+        + (f", {kind.value}s" if len(kinds) > 1 else "")
+        for place, kind in environments
+    ]
 
 
 def _letter(number: int) -> str:

@@ -20,19 +20,21 @@ from rich.text import Text
 from lora_lab.config import InvalidInput
 from lora_lab.outcome import Outcome
 from lora_lab.report.answers.learnt import Learnt, learnt
-from lora_lab.report.measures import ENERGY, LOSS, MEASURES, THROUGHPUT, VRAM
+from lora_lab.report.answers.quality import QualityFront, quality_fronts
+from lora_lab.report.measures import ENERGY, KNOWN, LOSS, OF_JOBS, THROUGHPUT, VRAM
+from lora_lab.report.statistics.kinds import groups_alike
 from lora_lab.report.statistics.settings import Settings, by_point, labels
-from lora_lab.store.trials import Group, Trial, groups
+from lora_lab.store.trials import Group, Trial
 from lora_lab.telemetry.metrics import METRICS, metric
 
 FORMATS = ("md", "csv", "text")
 
-_OWN = ("point", "n", "outcome", "place", "loss")
+_OWN = ("point", "n", "outcome", "place", "loss", "front")
 """Columns that are neither a metric, a setting nor a tag."""
 
 _TAG = "tag:"
-_BY_KEY = {measure.key: measure for measure in MEASURES}
-_DEFAULT = (THROUGHPUT.key, VRAM.key, ENERGY.key, LOSS.key)
+_BY_KEY = {measure.key: measure for measure in KNOWN}
+_DEFAULT = (THROUGHPUT.key, VRAM.key, ENERGY.key, *(measure.key for measure in OF_JOBS), LOSS.key)
 
 Cell = str | float | None
 """None where there is nothing to show."""
@@ -48,6 +50,8 @@ class Row:
     """Those whose metrics count."""
     learnt: Learnt | None = None
     """Its held-out loss against the lowest at its place."""
+    front: str = ""
+    """Where it stands between held-out loss and each cost."""
 
     def cell(self, column: str) -> Cell:
         """Return what a column shows: a median for a metric, and for the rest every value that the trials have."""
@@ -61,6 +65,8 @@ class Row:
             return self.trials[0].place.label
         if column == "loss":
             return None if self.learnt is None else self.learnt.words
+        if column == "front":
+            return self.front or None
         if column.startswith(_TAG):
             return _distinct([trial.tags for trial in self.trials], column.removeprefix(_TAG))
         if any(column in trial.params for trial in self.trials):
@@ -90,6 +96,7 @@ def make_table(trials: Sequence[Trial], columns: Sequence[str] | None = None, ea
         places = {row.trials[0].place for row in rows}
         present = [key for key in _DEFAULT if any(row.cell(key) is not None for row in rows)]
         paired = ["loss"] if any(row.learnt is not None and row.learnt.over_lowest is not None for row in rows) else []
+        paired += ["front"] if any(row.front for row in rows) else []
         columns = ["point", *(["place"] if len(places) > 1 else []), "n", "outcome", *present, *paired]
     else:
         _check(columns, trials)
@@ -109,7 +116,7 @@ def print_table(table: Table, form: str, console: Console) -> None:
 def _rows(trials: Sequence[Trial], each: bool) -> list[Row]:
     points = by_point(sorted(trials, key=lambda trial: trial.started_ms))
     names = dict(zip(points, labels(list(points)), strict=True))
-    return [row for group in groups(trials) for row in _rows_of_place(group, names, each)]
+    return [row for group in groups_alike(trials) for row in _rows_of_place(group, names, each)]
 
 
 def _rows_of_place(group: Group, names: Mapping[Settings, str], each: bool) -> list[Row]:
@@ -120,8 +127,22 @@ def _rows_of_place(group: Group, names: Mapping[Settings, str], each: bool) -> l
             measured = [trial for trial in together if trial in group.measured]
             figures = measured or [trial for trial in together if trial.outcome == Outcome.out_of_memory.value]
             rows.append(Row(point=names[point], trials=tuple(together), figures=tuple(figures)))
-    answers = learnt([[trial for trial in row.figures if trial.finished] for row in rows])
-    return [replace(row, learnt=answer) for row, answer in zip(rows, answers, strict=True)]
+    finished = [[trial for trial in row.figures if trial.finished] for row in rows]
+    fronts = quality_fronts(finished)
+    return [
+        replace(row, learnt=answer, front=_standings(fronts, at, rows))
+        for at, (row, answer) in enumerate(zip(rows, learnt(finished), strict=True))
+    ]
+
+
+def _standings(fronts: Sequence[QualityFront], at: int, rows: Sequence[Row]) -> str:
+    """Return where a row stands: "hours, energy: on the front; memory: rank=4 is better and cheaper"."""
+    costs: dict[str, list[str]] = {}
+    for front in fronts:
+        if (standing := front.standings[at]) is not None:
+            rival = "" if standing.beaten_by is None else rows[standing.beaten_by].point
+            costs.setdefault(standing.says(rival), []).append(front.against)
+    return "; ".join(f"{', '.join(names)}: {says}" for says, names in costs.items())
 
 
 def _check(columns: Sequence[str], trials: Sequence[Trial]) -> None:
@@ -166,13 +187,17 @@ def _distinct(values: Sequence[Mapping[str, str]], key: str) -> str | None:
 def _heading(column: str) -> str:
     if column == "loss":
         return "loss over the lowest (95 %)"
+    if column == "front":
+        return "held-out loss against"
     return metric(column).column if column in METRICS else column.removeprefix(_TAG)
 
 
 def _written(column: str, cell: Cell) -> str:
     if cell is None:
         return ""
-    return cell if isinstance(cell, str) else f"{cell}" if column in _OWN else metric(column).form.format(cell)
+    if isinstance(cell, str):
+        return cell
+    return f"{cell}" if column in _OWN else (_BY_KEY.get(column) or metric(column)).form.format(cell)
 
 
 def _is_number(table: Table, index: int) -> bool:

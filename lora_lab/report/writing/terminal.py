@@ -11,7 +11,7 @@ from lora_lab.report.answers.claims.verdict import Verdict
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
-from lora_lab.report.measures import LOSS, MEASURES, THROUGHPUT, Measure
+from lora_lab.report.measures import LOSS, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.step_split import StepSplit
@@ -21,7 +21,7 @@ from lora_lab.report.writing.labels import (
     count,
     level_text,
     levels_text,
-    machine_name,
+    machine_names,
     outcome_text,
     regime_text,
     usual_levels,
@@ -64,8 +64,9 @@ def show_full(findings: Findings, console: Console) -> None:
     for note in notes(findings):
         if note != dropped(findings.groups[0]):  # it stands below the table of contrasts
             console.print(escape(note), highlight=False)
-    for number, found in enumerate(findings.groups):
-        _show_group(found, machine_name(number, [each.group.place for each in findings.groups]), console)
+    names = machine_names([(found.group.place, found.kind) for found in findings.groups])
+    for found, name in zip(findings.groups, names, strict=True):
+        _show_group(found, name, console)
     if findings.pooled:
         console.print(pooled_table(findings.pooled))
     for study, verdicts in findings.verdicts:
@@ -93,8 +94,7 @@ def _changes_table(changes: Sequence[Row]) -> Table:
 
 def _fastest_table(found: GroupFindings) -> Table:
     """Return a table of the fastest configurations."""
-    shown = [measure for measure in MEASURES if measure.name not in found.absent]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=" ")
+    table, shown = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=" "), found.shown
     table.add_column("configuration", overflow="fold")
     for measure in shown:
         table.add_column(measure.unit, justify="right")
@@ -153,7 +153,7 @@ def _points_table(found: GroupFindings) -> Table:
     table = Table(title="every configuration: median ± half the range of its trials", title_justify="left")
     table.add_column("configuration", overflow="fold", min_width=12)
     table.add_column("outcome")
-    shown, factors = [measure for measure in MEASURES if measure.name not in found.absent], found.design.factors
+    shown, factors = found.shown, found.design.factors
     for measure in shown:
         table.add_column(measure.unit, justify="right")
     table.add_column("regime")
@@ -172,12 +172,20 @@ def _points_table(found: GroupFindings) -> Table:
 
 
 def _learnt_table(found: GroupFindings) -> Table:
-    """Return a table of the held-out losses, the lowest first."""
-    table = Table(title="held-out loss, and what it is over the lowest (95 % interval over rows)", title_justify="left")
-    for head in ("configuration", "nats per token", "over the lowest"):
+    """Return a table of the held-out losses with what they cost, the lowest first."""
+    table = Table(
+        title="held-out loss, what it is over the lowest (95 % interval over rows), and what it costs",
+        title_justify="left",
+    )
+    for head in ("configuration", "nats per token", "over the lowest", *(front.cost.unit for front in found.quality)):
         table.add_column(head, overflow="fold")
-    for point, answer in ordered(found):
-        table.add_row(escape(name_of(point.levels, found)), LOSS.form.format(answer.loss), answer.words)
+    for point, answer, costs in ordered(found):
+        cells = [f"{cell.figure} {cell.says}" for cell in costs]
+        table.add_row(
+            escape(name_of(point.levels, found)), LOSS.form.format(answer.loss), answer.words, *map(escape, cells)
+        )
+    if found.quality:
+        table.caption, table.caption_justify = "on the front: no trial is both better and cheaper", "left"
     return table
 
 

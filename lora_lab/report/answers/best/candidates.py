@@ -10,7 +10,8 @@ from lora_lab.config import InvalidInput
 from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.cohort import Subject
 from lora_lab.report.answers.fits import LIMIT, Fit, fits
-from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
+from lora_lab.report.measures import HOURS, OBJECTIVES, OF_JOBS, VRAM, Measure
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.statistics.settings import Settings, labels, settings
 from lora_lab.report.writing.labels import count, outcome_text
 from lora_lab.store.trials import Trial
@@ -31,6 +32,10 @@ class Wish:
     """Option or name of the model; None for that of the newest trial."""
     card: str | None = None
     """Part of the card's name, or the beginning of its UUID; None for that of the newest trial."""
+    kind: Kind | None = None
+    """None for that of the newest trial."""
+    hours: float | None = None
+    """What a whole job may take at most; None for no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +141,20 @@ def within(found: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], lis
     return fitting, left_out
 
 
+def in_time(found: Sequence[Candidate], wish: Wish) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates whose jobs all took no longer than the wish allows, and what was left out."""
+    if wish.hours is None:
+        return list(found), []
+    known = [one for one in found if HOURS.name in one.figures]
+    kept = [one for one in known if one.figures[HOURS.name].high <= wish.hours]
+    left_out = []
+    if gone := len(known) - len(kept):
+        left_out.append(f"{count(gone, 'configuration')} beyond {wish.hours:g} h")
+    if unknown := len(found) - len(known):
+        left_out.append(f"{count(unknown, 'configuration')} without a recorded length of the job")
+    return kept, left_out
+
+
 def _candidate(label: str, told: Sequence[Trial], measured: Sequence[Trial], wish: Wish) -> Candidate | None:
     """Build a candidate; None if no trial has the requested figure."""
     having = {_at_hand(trial) for trial in measured if wish.objective.of(trial) is not None}
@@ -190,7 +209,7 @@ def _told_apart(found: Sequence[Candidate]) -> list[Candidate]:
 
 def _figures(trials: Sequence[Trial]) -> dict[str, Figure]:
     found = {}
-    for measure in OBJECTIVES:
+    for measure in (*OBJECTIVES, *OF_JOBS):
         values = [value for trial in trials if (value := measure.of(trial)) is not None and math.isfinite(value)]
         if values:
             found[measure.name] = Figure(

@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Sequence
 
 from lora_lab.report.answers.best.candidates import Candidate, Wish
-from lora_lab.report.answers.best.ranking import RunnerUp
-from lora_lab.report.measures import LOSS, VRAM
+from lora_lab.report.answers.best.ranking import OVER_ROWS, RunnerUp
+from lora_lab.report.measures import HOURS, LOSS, VRAM
+from lora_lab.report.statistics.kinds import Kind, kind_of
 from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import change
 
@@ -22,7 +23,8 @@ def sure(best: Candidate, runners_up: Sequence[RunnerUp]) -> str:
     parts = [f"no significant difference between the best and {close} of {len(seen)} others" if close else ""]
     parts += [f"{better} of {len(seen)} others are better in the blocks shared with the best" if better else ""]
     if not close and not better:
-        lone = any(len(one.trials) == 1 for one in (best, *(runner.candidate for runner in runners_up)))
+        by_rows = any(runner.how == OVER_ROWS for runner in runners_up)
+        lone = not by_rows and any(len(one.trials) == 1 for one in (best, *(runner.candidate for runner in runners_up)))
         borrowed = "; for single trials the noise of the repeated ones is used" if lone else ""
         parts = [f"significantly better than each of {count(len(seen), 'other')} (separate 95 % intervals{borrowed})"]
     return "; ".join(filter(None, parts))
@@ -96,16 +98,25 @@ def _of_figures(best: Candidate) -> list[str]:
 
 
 def _of_ties(best: Candidate, runners_up: Sequence[RunnerUp]) -> list[str]:
-    """Return the configuration with the least memory of those not significantly different from the best."""
+    """Return, of those not significantly different from the best, the one with the least memory and the shortest."""
     ties = [runner.candidate for runner in runners_up if runner.estimate.seen is False]
+    said = []
     smaller = [one for one in ties if one.needs_gib and best.needs_gib and one.needs_gib < 0.99 * best.needs_gib]
-    if not smaller or best.needs_gib is None:
-        return []
-    least = min(smaller, key=lambda one: one.needs_gib or math.inf)
-    return [
-        f"{least.label} has no significant difference and needs {least.needs_gib:.2f} GiB "
-        f"instead of {best.needs_gib:.2f}"
-    ]
+    if smaller and best.needs_gib is not None:
+        least = min(smaller, key=lambda one: one.needs_gib or math.inf)
+        said.append(
+            f"{least.label} has no significant difference and needs {least.needs_gib:.2f} GiB "
+            f"instead of {best.needs_gib:.2f}"
+        )
+    hours = {id(one): one.figures[HOURS.name].median for one in (best, *ties) if HOURS.name in one.figures}
+    shorter = [one for one in ties if id(best) in hours and hours.get(id(one), math.inf) < 0.99 * hours[id(best)]]
+    if shorter:
+        shortest = min(shorter, key=lambda one: hours[id(one)])
+        said.append(
+            f"{shortest.label} has no significant difference and takes {HOURS.write(hours[id(shortest)])} instead of "
+            f"{HOURS.form.format(hours[id(best)])}"
+        )
+    return said
 
 
 def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> list[str]:
@@ -115,6 +126,8 @@ def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> lis
     compared = [best, *(runner.candidate for runner in runners_up)]
     tokens = [seen for one in compared if (seen := _tokens_seen(one)) is not None]
     said = []
+    if any(runner.how == OVER_ROWS for runner in runners_up):
+        said.append("intervals are over the held-out rows: what another seed would change is not in them")
     if tokens and max(tokens) > 1.02 * min(tokens):
         said.append(
             f"held-out losses were taken after equal steps, not equal tokens: {min(tokens):,.0f} to "
@@ -126,7 +139,11 @@ def _of_loss(best: Candidate, runners_up: Sequence[RunnerUp], wish: Wish) -> lis
 
 
 def _tokens_seen(candidate: Candidate) -> float | None:
-    """Real tokens that it was trained on before the held-out loss was taken, by the window's tokens per step."""
+    """Return the real tokens that it was trained on before its held-out loss was taken, by those per measured step.
+
+    None for jobs, whose lengths are part of what is chosen."""
+    if kind_of(candidate.trials[0]) is Kind.job:
+        return None
     found = []
     for trial in candidate.trials:
         rate, seconds, steps = (

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lab.config import InvalidInput
-from lora_lab.report.answers.best.candidates import Candidate, Wish, candidates, within
+from lora_lab.report.answers.best.candidates import Candidate, Wish, candidates, in_time, within
 from lora_lab.report.answers.best.caveats import remarks, sure
 from lora_lab.report.answers.best.cohort import Subject, others, subjects
 from lora_lab.report.answers.best.ranking import RunnerUp, ranked
-from lora_lab.report.measures import LOSS, VRAM
+from lora_lab.report.measures import HOURS, LOSS, VRAM
 from lora_lab.report.statistics.heldout import loss_over
 from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Trial
@@ -26,7 +26,7 @@ class Choice:
     runners_up: tuple[RunnerUp, ...]
     """The best of them first."""
     least: Candidate | None
-    """When nothing fits: what needs least."""
+    """When nothing fits into memory: what needs least."""
     left_out: tuple[str, ...]
     """What was no candidate, and why."""
     sure: str
@@ -34,6 +34,8 @@ class Choice:
     remarks: tuple[str, ...]
     others: tuple[str, ...]
     """Other cohorts, and how to choose them."""
+    shortest: Candidate | None = None
+    """When nothing that fits is short enough: what takes least time."""
     another_card: bool = False
     """Whether it is about a card that the trials did not run on."""
     is_largest_model: bool = False
@@ -43,31 +45,34 @@ class Choice:
 def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
     """Choose the best configuration.
 
-    Models, data, lengths of the window, cards, versions and code are never mixed: the newest trial determines
-    model, data, window and card, and of the environments with these the one with most measured trials is used.
+    Windows and jobs, models, data, lengths of the window, cards, versions and code are never mixed: the newest trial
+    determines kind, model, data, window and card, and of the environments with these the one with most measured trials
+    is used.
 
     Raises: InvalidInput when nothing is measured, or the measurements cannot answer the question."""
-    found = subjects(trials, wish.model, wish.card)
+    found = subjects(trials, wish.model, wish.card, wish.kind)
     subject = found[0]
     _check_answerable(subject, wish)
     found_here, left_out = candidates(subject, wish)
     _check_memory_known(subject, found_here, wish)
     fitting, too_large = within(found_here, wish)
-    left_out += too_large
+    short, too_long = in_time(fitting, wish)
+    left_out += too_large + too_long
     rest = tuple(others(found))
-    if not fitting:
+    if not short:
         return Choice(
             wish=wish,
             subject=subject,
             best=None,
             runners_up=(),
-            least=min(found_here, key=_needs),
+            least=None if fitting else min(found_here, key=_needs),
+            shortest=min(fitting, key=_longest, default=None),
             left_out=tuple(left_out),
             sure="",
             remarks=(),
             others=rest,
         )
-    fitting, worse, unsure = _learning(fitting, wish)
+    fitting, worse, unsure = _learning(short, wish)
     best, runners_up = ranked(fitting, wish.objective)
     return Choice(
         wish=wish,
@@ -85,6 +90,11 @@ def choose(trials: Sequence[Trial], wish: Wish) -> Choice:
 def _needs(one: Candidate) -> tuple[bool, float]:
     """Return a sort key: measured needs first, then lower bounds from trials that ran out of memory."""
     return one.fit is None or one.fit.next_is_bound, one.needs_gib or math.inf
+
+
+def _longest(one: Candidate) -> float:
+    """Return the longest of its jobs, in hours; infinite where none is known."""
+    return one.figures[HOURS.name].high if HOURS.name in one.figures else math.inf
 
 
 def _check_answerable(subject: Subject, wish: Wish) -> None:

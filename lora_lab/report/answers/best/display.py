@@ -12,7 +12,7 @@ from lora_lab.report.answers.best.candidates import Candidate
 from lora_lab.report.answers.best.choice import Choice
 from lora_lab.report.answers.best.command import recorded, short
 from lora_lab.report.answers.best.ranking import RunnerUp
-from lora_lab.report.measures import OBJECTIVES, VRAM, Measure
+from lora_lab.report.measures import HOURS, OBJECTIVES, OF_JOBS, VRAM, Measure
 from lora_lab.report.statistics.estimates import percent
 from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.numbers import TOO_NOISY, is_absurd
@@ -24,7 +24,7 @@ _VERDICTS = {True: "significant", False: "no significant difference from the bes
 
 def show_context(choice: Choice, console: Console) -> None:
     """Print in one sentence which trials answer, and for another card how much of its memory may be used."""
-    text = count(len(choice.subject.measured), "measured trial")
+    text = count(len(choice.subject.measured), f"measured {choice.subject.kind.value}")
     if choice.another_card:
         text += " that come with lora_lab"
     if choice.is_largest_model:
@@ -51,12 +51,13 @@ def show_choice(choice: Choice, console: Console) -> None:
 def _show_best(choice: Choice, best: Candidate, console: Console) -> None:
     wish = choice.wish
     limits = [f"within {wish.vram_gib:g} GiB"] if wish.vram_gib is not None else []
+    limits += [f"within {wish.hours:g} h"] if wish.hours is not None else []
     if wish.max_loss_increase is not None:
         limits.append(f"held-out loss at most {100 * wish.max_loss_increase:g} % above the lowest")
     limited = f" ({', '.join(limits)})" if limits else ""
     console.print(f"\nBest {wish.objective.title}{limited}: ", style="bold", end="", highlight=False)
     console.print(best.label, style="bold", highlight=False, markup=False)
-    for measure in OBJECTIVES:
+    for measure in (*OBJECTIVES, *OF_JOBS):
         if measure.name in best.figures:
             console.print(f"  {measure.title:<18} {_figure(best, measure)}", highlight=False, markup=False)
     if choice.runners_up:
@@ -121,7 +122,12 @@ def _figure(candidate: Candidate, measure: Measure) -> str:
 
 
 def _show_nothing_fits(choice: Choice, console: Console) -> None:
-    wish, least = choice.wish, choice.least
+    wish, least, shortest = choice.wish, choice.least, choice.shortest
+    if shortest is not None:
+        console.print(f"\nNothing that was measured takes at most {wish.hours:g} h.", style="bold", highlight=False)
+        if HOURS.name in shortest.figures:
+            _say(console, f"{shortest.label} takes least: {HOURS.write(shortest.figures[HOURS.name].high)}.")
+        return
     budget = f"{wish.vram_gib:g} GiB" if wish.vram_gib is not None else "what was asked"
     console.print(f"\nNothing that was measured fits into {budget}.", style="bold", highlight=False)
     if least is None or least.needs_gib is None or wish.vram_gib is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_lab.report.answers.best.candidates import Candidate
-from lora_lab.report.measures import Better, Measure
+from lora_lab.report.measures import LOSS, Better, Measure
 from lora_lab.report.statistics.blocks import figures
 from lora_lab.report.statistics.differences import (
     Noise,
@@ -18,6 +18,10 @@ from lora_lab.report.statistics.differences import (
     with_resolution,
 )
 from lora_lab.report.statistics.estimates import ROUNDING, Estimate
+from lora_lab.report.statistics.heldout import loss_over
+
+OVER_ROWS = "the held-out rows of single trials"
+"""What the interval of a loss is made of where nothing was repeated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +108,14 @@ def _apart(best: _Rated, other: _Rated) -> float:
 def _runner_up(best: _Rated, other: _Rated, noise: Noise | None, measure: Measure) -> RunnerUp:
     apart = difference(other.values, best.values)
     found = with_resolution(apart.estimate(noise), measure, best.candidate.figures[measure.name].median)
+    how = apart.basis(noise)
+    if measure is LOSS and found.seen is None:
+        rows = loss_over(other.candidate.trials, best.candidate.trials)
+        if rows is not None and rows.low is not None:
+            found, how = Estimate(value=apart.value, low=rows.low, high=rows.high), OVER_ROWS
     return RunnerUp(
         candidate=other.candidate,
         estimate=found,
-        how=apart.basis(noise),
+        how=how,
         ahead=_sign(measure) * apart.value > ROUNDING,
     )

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from lora_lab.report.findings import Findings, GroupFindings
-from lora_lab.report.measures import MEASURES, THROUGHPUT
+from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.writing.effects import Effect, effects
-from lora_lab.report.writing.headline import best_point, most_repeats, point_text
+from lora_lab.report.writing.headline import best_point, most_repeats
 from lora_lab.report.writing.labels import count
+from lora_lab.report.writing.learnt import is_compared, ordered
 from lora_lab.report.writing.numbers import change, is_absurd
+from lora_lab.report.writing.point_names import point_text
 
 _EFFECTS = 4
 
@@ -28,14 +30,36 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
     best = best_point(main)
     if best is None:
         return ()
-    figures = [measure.write(best.figures[measure.name][0]) for measure in MEASURES if measure.name in best.figures]
+    figures = [measure.write(best.figures[measure.name][0]) for measure in main.shown if measure.name in best.figures]
+    title = "Highest median" if findings.answers else "Fastest" if is_compared(main) else "Use"
     use = AnswerCard(
-        title="What it takes" if len(main.points) == 1 else "Highest median" if findings.answers else "Use",
+        title="What it takes" if len(main.points) == 1 else title,
         big=figures[0],
         about=point_text(best, main),
         lines=tuple(figures[1:]),
     )
-    return use, _mattered(main), _how_sure(main, bool(findings.answers))
+    learns = (_learns(main),) if is_compared(main) else ()
+    return use, *learns, _mattered(main), _how_sure(main, bool(findings.answers))
+
+
+def _learns(found: GroupFindings) -> AnswerCard:
+    """Return the card of the lowest held-out loss, with how many others the held-out rows cannot tell from it."""
+    point, answer, _ = ordered(found)[0]
+    over = [other.over_lowest for _, other, _ in ordered(found) if other.over_lowest is not None]
+    close = sum(not change.is_seen for change in over if change.low is not None)
+    verb = "is" if close == 1 else "are"
+    figures = [
+        measure.write(point.figures[measure.name][0]) for measure in found.shown if measure.name in point.figures
+    ]
+    return AnswerCard(
+        title="Lowest held-out loss, nats per token",
+        big=LOSS.form.format(answer.loss),
+        about=point_text(point, found),
+        lines=(
+            f"{close or 'none'} of {count(len(over), 'other')} {verb} no worse, as far as the rows can show",
+            *(text for text in figures if text != LOSS.write(answer.loss)),
+        ),
+    )
 
 
 def _mattered(found: GroupFindings) -> AnswerCard:

@@ -13,7 +13,7 @@ from lora_lab.quality.answer_rows import AnswerRow
 from lora_lab.report.answers.fits import Fit
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, Fitted, GroupFindings
-from lora_lab.report.measures import MEASURES, THROUGHPUT, Measure
+from lora_lab.report.measures import KNOWN, LOSS, MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
@@ -23,12 +23,12 @@ from lora_lab.report.writing.labels import (
     count,
     level_text,
     levels_text,
-    machine_name,
+    machine_names,
     outcome_text,
     regime_text,
     usual_levels,
 )
-from lora_lab.report.writing.learnt import is_compared, ordered
+from lora_lab.report.writing.learnt import front_sentences, is_compared, ordered
 from lora_lab.report.writing.numbers import change, format_estimate
 from lora_lab.report.writing.page.answer_cards import answer_cards
 from lora_lab.report.writing.page.heat_map import HeatMap, heat_map
@@ -49,17 +49,18 @@ Timelines = Mapping[str, Mapping[str, Series]]
 Answers = Mapping[str, Sequence[AnswerRow]]
 """By run id."""
 
+_FEWEST_DRAWN = 3
+"""Trials from which loss against cost is drawn."""
+
 _ANSWERS = 8
 """Of a point that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """Throughput against another measure."""
+    """One measure against another."""
 
     svg: Markup
-    one: Measure
-    other: Measure
     regimes: tuple[tuple[str, str, str], ...]
     """Sign, colour and name."""
     front: tuple[tuple[str, str, str], ...]
@@ -93,6 +94,9 @@ class Part:
     one_point: Point | None
     maps: tuple[HeatMap, ...]
     pictures: tuple[Picture, ...]
+    """Throughput against what it costs."""
+    quality: tuple[Picture, ...]
+    """Held-out loss against what it costs."""
     forests: tuple[tuple[Measure, tuple[Bars, ...]], ...]
     models: tuple[tuple[str, tuple[Fitted, ...]], ...]
     """By measure name."""
@@ -157,14 +161,15 @@ def page(findings: Findings, timelines: Timelines, answers: Answers | None = Non
         "confounded": confounded,
         "is_compared": is_compared,
         "ordered": ordered,
+        "front_sentences": front_sentences,
         "answers_shown": _ANSWERS,
         "is_model": lambda model: isinstance(model, FactorialModel),
     }
     css, _, _ = loader.get_source(environment, "page.css")
-    places = [found.group.place for found in findings.groups]
+    names = machine_names([(found.group.place, found.kind) for found in findings.groups])
     parts = [
-        _part(found, timelines, answers or {}, number, machine_name(number, places))
-        for number, found in enumerate(findings.groups)
+        _part(found, timelines, answers or {}, number, name)
+        for number, (found, name) in enumerate(zip(findings.groups, names, strict=True))
     ]
     return environment.get_template("page.html.j2").render(
         findings=findings,
@@ -176,7 +181,7 @@ def page(findings: Findings, timelines: Timelines, answers: Answers | None = Non
         notes=notes(findings),
         parts=parts,
         css=Markup(css),
-        measures={measure.name: measure for measure in MEASURES},
+        measures={measure.name: measure for measure in KNOWN},
         panel_size=(WIDTH, HEIGHT),
         symbols={"supported": "✓", "contradicted": "✗", "confounded in the original": "≠", "not testable here": "?"},
     )
@@ -210,7 +215,6 @@ def breaks(text: str) -> Markup:
 def _part(found: GroupFindings, timelines: Timelines, answers: Answers, number: int, machine: str) -> Part:
     factors, points = found.design.factors, found.points
     usual = usual_levels(points, factors)
-    measures = [measure for measure in MEASURES if any(measure.name in point.figures for point in points)]
     budgets = tuple(dict.fromkeys(fit.budget_gib for fit in found.fits))
     drawn = [(measure, tuple(forests(real_contrasts(found), found.compared, measure))) for measure in MEASURES]
     return Part(
@@ -219,8 +223,9 @@ def _part(found: GroupFindings, timelines: Timelines, answers: Answers, number: 
         usual=usual,
         sure=_how_sure(found),
         one_point=points[0] if len(points) == 1 else None,
-        maps=tuple(heat_map(points, factors, m) for m in measures or [THROUGHPUT]) if len(points) > 1 else (),
-        pictures=tuple(_pictures(found, factors, usual, number)),
+        maps=tuple(heat_map(points, factors, m) for m in found.shown or [THROUGHPUT]) if len(points) > 1 else (),
+        pictures=tuple(_pictures(found, usual, number)),
+        quality=tuple(_quality_pictures(found, usual, number)),
         forests=tuple((measure, bars) for measure, bars in drawn if bars),
         models=tuple(
             (measure.name, tuple(each for each in found.models if each.measure is measure))
@@ -265,33 +270,48 @@ def _regimes_text(regimes: Mapping[str, str]) -> str:
     return "Regimes: " + "; ".join(f"{corner} {regime}" for corner, regime in regimes.items()) + "."
 
 
-def _pictures(found: GroupFindings, factors: Sequence[Factor], usual: Mapping[str, str], number: int) -> list[Picture]:
-    def name(point: Point) -> str:
-        return _name(point.levels, factors, usual)
-
+def _pictures(found: GroupFindings, usual: Mapping[str, str], number: int) -> list[Picture]:
     made = []
     for measure in MEASURES:
         front = found.fronts.get(measure.name, ())
         both = [p for p in found.points if THROUGHPUT.name in p.figures and measure.name in p.figures]
-        if measure is THROUGHPUT or not front or len(both) < 2:
-            continue
-        svg = trade_off(both, front, (THROUGHPUT, measure), name, salt=str(number))
-        regimes = [(mark(r).sign, mark(r).colour, r) for r in dict.fromkeys(point.regime for point in both)]
-        told_front = [
-            (name(p), THROUGHPUT.write(p.figures[THROUGHPUT.name][0]), measure.write(p.figures[measure.name][0]))
-            for p in front
-        ]
-        made.append(
-            Picture(
-                svg=Markup(svg),
-                one=THROUGHPUT,
-                other=measure,
-                regimes=tuple(regimes),
-                front=tuple(told_front),
-                others=len(both) - len(front),
-            )
-        )
+        if front and len(both) > 1:
+            made.append(_picture(found, both, front, (THROUGHPUT, measure), usual, number))
     return made
+
+
+def _quality_pictures(found: GroupFindings, usual: Mapping[str, str], number: int) -> list[Picture]:
+    """Return a picture for each front of loss; none where too few trials finished to look at."""
+    if len(found.group.measured) < _FEWEST_DRAWN:
+        return []
+    made = []
+    for each in found.quality:
+        both = [point for point, standing in zip(found.points, each.standings, strict=True) if standing is not None]
+        front = sorted((found.points[place] for place in each.places), key=lambda point: point.figures[LOSS.name][0])
+        made.append(_picture(found, both, front, (LOSS, each.cost), usual, number))
+    return made
+
+
+def _picture(
+    found: GroupFindings,
+    points: Sequence[Point],
+    front: Sequence[Point],
+    measures: tuple[Measure, Measure],
+    usual: Mapping[str, str],
+    number: int,
+) -> Picture:
+    def name(point: Point) -> str:
+        return _name(point.levels, found.design.factors, usual)
+
+    one, other = measures
+    regimes = [(mark(r).sign, mark(r).colour, r) for r in dict.fromkeys(point.regime for point in points)]
+    told = [(name(p), one.write(p.figures[one.name][0]), other.write(p.figures[other.name][0])) for p in front]
+    return Picture(
+        svg=Markup(trade_off(points, front, measures, name, salt=str(number))),
+        regimes=tuple(regimes),
+        front=tuple(told),
+        others=len(points) - len(front),
+    )
 
 
 def _fits_by_others(fits: Sequence[Fit], budgets: Sequence[float]) -> list[tuple[str, tuple[Fit | None, ...]]]:
