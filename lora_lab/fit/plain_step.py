@@ -1,0 +1,66 @@
+"""Write a whole training step of engines eager and liger on a tape."""
+
+from lora_lab.fit.loss import chunked_loss, whole_loss
+from lora_lab.fit.plain_layer import PlainLayer, Saved
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes
+from lora_lab.fit.tape import Tape
+from lora_lab.options import Checkpointing, EngineKind
+
+
+def plain_step(tape: Tape, sizes: Sizes) -> None:
+    """Write forward, loss and backward of one micro-batch."""
+    config, shapes = sizes.config, sizes.shapes
+    liger, mode = config.engine.kind is EngineKind.liger, config.gradient_checkpointing
+    layer = PlainLayer(tape, sizes, liger)
+    stream = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
+    angles = tape.new(2 * sizes.wide(shapes.head_size), ACTIVATIONS)
+    kept: list[tuple[int | None, Saved | None]] = []
+    for number in range(shapes.layers):
+        is_checkpointed = checkpoints(mode, number)
+        if not is_checkpointed:
+            saved = layer.forward(stream, has_gradient=number > 0 or mode is not Checkpointing.none)
+            kept.append((None, saved))
+            stream = _output(saved)
+            continue
+        held = tape.new(tape.sizes[stream], ACTIVATIONS)  # the input itself; `forward` ends its own
+        saved = layer.forward(stream)
+        tape.free(*saved.everything())
+        is_kept = mode is not Checkpointing.offloaded or number == shapes.layers - 1
+        if not is_kept:
+            tape.free(held)
+        kept.append((held if is_kept else None, None))
+        stream = _output(saved)
+    final = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS)
+    hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
+    tape.free(stream)
+    if config.engine.chunked_loss:
+        gradient = chunked_loss(tape, sizes, hidden, compiled=False, liger=liger)
+    else:
+        gradient = whole_loss(tape, sizes, hidden)
+    tape.free(final)
+    for held, once in reversed(kept):
+        saved = once or _again(tape, sizes, layer, held)
+        if once is None or once is not kept[0][1]:
+            gradient = layer.backward(saved, gradient)
+        else:
+            tape.free(*saved.everything())
+        if once is None:
+            tape.free(saved.output)
+    tape.free(gradient, angles)
+
+
+def checkpoints(mode: Checkpointing, number: int) -> bool:
+    """Return whether the layer with this number is calculated once more in the backward."""
+    return mode in (Checkpointing.full, Checkpointing.offloaded) or (mode is Checkpointing.selective and number % 2 == 0)
+
+
+def _again(tape: Tape, sizes: Sizes, layer: PlainLayer, held: int | None) -> Saved:
+    """Calculate a layer once more from its input."""
+    if held is None:  # it has come back from host memory
+        held = tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
+    return layer.forward(held)
+
+
+def _output(saved: Saved) -> int:
+    assert saved.output is not None
+    return saved.output
