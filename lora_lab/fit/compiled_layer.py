@@ -1,0 +1,129 @@
+"""The allocations of a decoder layer that torch.compile runs: engines compile and graph.
+
+What is kept for the backward is known: the inputs of products and of norms, what attention keeps, gate and up. In
+between, compiled code keeps almost nothing. Under graph a weight and its adapter are one product, see
+worker/engines/fused_lora.py, and layers with the same input are unpacked together.
+"""
+
+from dataclasses import dataclass, field
+
+from lora_lab.fit.shapes import Linear
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients
+from lora_lab.fit.tape import Tape
+
+
+@dataclass(slots=True)
+class CompiledSaved:
+    """What a layer's forward keeps for its backward, by tensor number."""
+
+    layer_input: int
+    attention_input: int
+    attention: list[int]
+    middle: int
+    """The stream between attention and MLP."""
+    mlp_input: int
+    gate_up: list[int]
+    product: int
+    output: int
+    low: list[int] = field(default_factory=list)
+    """The adapters' inner results."""
+
+    def everything(self) -> list[int]:
+        """Return all of it, without the layer's input and output."""
+        kept = [self.attention_input, *self.attention, self.middle, self.mlp_input, *self.gate_up, self.product]
+        return [*kept, *self.low]
+
+
+class CompiledLayer:
+    """A decoder layer; forward and backward write on a tape."""
+
+    def __init__(self, tape: Tape, sizes: Sizes, is_graph: bool) -> None:
+        self.tape, self.sizes, self.is_graph = tape, sizes, is_graph
+        self.gradients: list[int] = []
+        """Of the adapters, under graph: the caller ends them."""
+
+    def forward(self, layer_input: int) -> CompiledSaved:
+        """Begin what a forward keeps, and its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        low: list[int] = []
+        x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        heads = self._products(shapes.qkv, low)
+        attention = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
+        attention += [] if len(heads) == 1 else heads[2:]
+        if len(heads) == 1:
+            attention.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
+        t.free(*(heads[:2] if len(heads) > 1 else heads))
+        attention += [t.new(s.wide(shapes.query_width), ACTIVATIONS), t.new(s.wide(shapes.heads, 4), ACTIVATIONS)]
+        attended = self._products((shapes.output,), low)
+        middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        t.free(*attended)
+        gate_up = self._products(shapes.gate_up, low)
+        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
+        down = self._products((shapes.down,), low)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(*down)
+        return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
+
+    def _products(self, linears: tuple[Linear, ...], low: list[int]) -> list[int]:
+        """Begin the outputs of layers that share an input."""
+        t, s = self.tape, self.sizes
+        low += [t.new(s.wide(s.rank), ACTIVATIONS) for linear in linears if s.has_adapter(linear)]
+        weight = self._weight(linears)
+        outputs = [t.new(s.wide(linear.outputs), ACTIVATIONS) for linear in linears]
+        t.free(weight)
+        return outputs
+
+    def _weight(self, linears: tuple[Linear, ...]) -> int | None:
+        """Begin a weight in the products' format: unpacked from 4 bit, all of them at once under graph."""
+        if not self.sizes.quantised:
+            return None
+        each = [linear.weights * self.sizes.cell for linear in linears]
+        return self.tape.new(sum(each) if self.is_graph else max(each), WORKING)
+
+    def backward(self, saved: CompiledSaved, gradient: int) -> int:
+        """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        grad_product = self._products_backward((shapes.down,))
+        ended = [saved.product, grad_product, *saved.gate_up]
+        if self.is_graph:
+            t.free(saved.product)
+            ended.remove(saved.product)
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.gate_up]
+        if self.is_graph:
+            t.free(*ended)
+        grad_x = self._products_backward(shapes.gate_up)
+        if not self.is_graph:  # measured: nothing of the MLP ends before its backward is over
+            t.free(*ended)
+        t.free(*grads, saved.mlp_input)
+        gradient = self._norm_backward(grad_x, gradient)
+        t.free(saved.middle)
+        grad_attended = self._products_backward((shapes.output,))
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
+        t.free(grad_attended, *saved.attention)
+        grad_x = self._products_backward(shapes.qkv)
+        t.free(*grads, saved.attention_input, *saved.low)
+        gradient = self._norm_backward(grad_x, gradient)
+        t.free(saved.layer_input)
+        return gradient
+
+    def _products_backward(self, linears: tuple[Linear, ...]) -> int:
+        """Begin the gradient of the input that layers share, and those of their adapters."""
+        t, s = self.tape, self.sizes
+        scaled = []
+        for linear in (linear for linear in linears if s.has_adapter(linear)):
+            if self.is_graph:  # in the products' format, until the step copies them into its buffer
+                self.gradients.append(t.new(s.cell * s.rank * (linear.inputs + linear.outputs), WORKING))
+            else:
+                adapter_gradients(t, s, linear)
+                scaled.append(t.new(s.wide(linear.outputs), WORKING))
+        weight = self._weight(linears)
+        found = t.new(s.wide(linears[0].inputs), WORKING)
+        t.free(weight, *scaled)
+        return found
+
+    def _norm_backward(self, grad_x: int, gradient: int) -> int:
+        t, s = self.tape, self.sizes
+        out = t.new(s.wide(s.shapes.hidden, s.stream), WORKING)
+        t.free(grad_x, gradient)
+        return out

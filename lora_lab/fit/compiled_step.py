@@ -1,0 +1,75 @@
+"""Write a whole training step of engines compile and graph on a tape."""
+
+from lora_lab.fit.compiled_layer import CompiledLayer, CompiledSaved
+from lora_lab.fit.loss import chunked_loss, whole_loss
+from lora_lab.fit.shapes import Shapes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes
+from lora_lab.fit.tape import Tape
+from lora_lab.options import Checkpointing, EngineKind
+
+MOST_RANKS = 128
+"""As worker/engines/fused_lora_layers.py has it: layers with more ranks together are not calculated as one."""
+
+
+def compiled_step(tape: Tape, sizes: Sizes) -> None:
+    """Write forward, loss and backward of one micro-batch."""
+    config, shapes = sizes.config, sizes.shapes
+    mode = config.gradient_checkpointing
+    layer = CompiledLayer(tape, sizes, config.engine.kind is EngineKind.graph)
+    stream = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
+    kept: list[tuple[int | None, CompiledSaved | None]] = []
+    for number in range(shapes.layers):
+        saved = layer.forward(stream)
+        if not checkpoints(mode, number):
+            kept.append((None, saved))
+        else:
+            tape.free(*saved.everything())
+            is_offloaded = mode is Checkpointing.offloaded and number < shapes.layers - 1
+            kept.append((None if is_offloaded else stream, None))
+            if is_offloaded:
+                tape.free(stream)
+        stream = saved.output
+    hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
+    if config.engine.chunked_loss:
+        gradient = chunked_loss(tape, sizes, hidden, compiled=True, liger=False)
+    else:
+        gradient = whole_loss(tape, sizes, hidden)
+    tape.free(stream)
+    arriving: int | None = None
+    for number in reversed(range(shapes.layers)):
+        held, once = kept[number]
+        if once is None and held is None:
+            held = arriving if arriving is not None else _bring(tape, sizes)
+        is_next_away = number > 0 and kept[number - 1] == (None, None)
+        arriving = _bring(tape, sizes) if is_next_away else None
+        if once is None:
+            assert held is not None
+            again = layer.forward(held)
+            tape.free(again.output)
+            gradient = layer.backward(again, gradient)
+        else:
+            gradient = layer.backward(once, gradient)
+    tape.free(gradient, *layer.gradients)
+
+
+def _bring(tape: Tape, sizes: Sizes) -> int:
+    """Begin a layer's input that comes back from host memory."""
+    return tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
+
+
+def checkpoints(mode: Checkpointing, number: int) -> bool:
+    """Return whether the layer with this number is calculated once more in the backward."""
+    return mode in (Checkpointing.full, Checkpointing.offloaded) or (mode is Checkpointing.selective and number % 2 == 0)
+
+
+def graph_copies(sizes: Sizes, shapes: Shapes) -> int:
+    """Return the bytes of the adapters in the products' format: A stacked, each B, and B block-diagonal over the layers
+    that share an input (worker/engines/compute_copies.py)."""
+    total = 0
+    for group in (shapes.qkv, (shapes.output,), shapes.gate_up, (shapes.down,)):
+        linears = [linear for linear in group if sizes.has_adapter(linear)]
+        outputs, ranks = sum(linear.outputs for linear in linears), sizes.rank * len(linears)
+        total += sum(sizes.rank * (linear.inputs + linear.outputs) for linear in linears)
+        if len(linears) > 1 and ranks <= MOST_RANKS:
+            total += outputs * ranks
+    return shapes.layers * total * sizes.cell
