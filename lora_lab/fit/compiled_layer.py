@@ -8,7 +8,7 @@ worker/engines/fused_lora.py, and layers with the same input are unpacked togeth
 from dataclasses import dataclass, field
 
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
 
 
@@ -53,7 +53,9 @@ class CompiledLayer:
         if len(heads) == 1:
             attention.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
         t.free(*(heads[:2] if len(heads) > 1 else heads))
-        attention += [t.new(s.wide(shapes.query_width), ACTIVATIONS), t.new(s.wide(shapes.heads, 4), ACTIVATIONS)]
+        attention += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        if shapes.layer_norms == 4:
+            attention.append(t.new(2 * s.wide(shapes.hidden), ACTIVATIONS))
         attended = self._products((shapes.output,), low)
         middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)

@@ -3,7 +3,7 @@
 from lora_lab.fit.compiled_layer import CompiledLayer, CompiledSaved
 from lora_lab.fit.loss import chunked_loss, whole_loss
 from lora_lab.fit.shapes import Shapes
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
 
@@ -17,6 +17,7 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
     mode = config.gradient_checkpointing
     layer = CompiledLayer(tape, sizes, config.engine.kind is EngineKind.graph)
     stream = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
+    mask = tape.new(mask_bytes(sizes), ACTIVATIONS) if sizes.is_masked else None
     kept: list[tuple[int | None, CompiledSaved | None]] = []
     for number in range(shapes.layers):
         saved = layer.forward(stream)
@@ -49,17 +50,12 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
             gradient = layer.backward(again, gradient)
         else:
             gradient = layer.backward(once, gradient)
-    tape.free(gradient, *layer.gradients)
+    tape.free(gradient, mask, *layer.gradients)
 
 
 def _bring(tape: Tape, sizes: Sizes) -> int:
     """Begin a layer's input that comes back from host memory."""
     return tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
-
-
-def checkpoints(mode: Checkpointing, number: int) -> bool:
-    """Return whether the layer with this number is calculated once more in the backward."""
-    return mode in (Checkpointing.full, Checkpointing.offloaded) or (mode is Checkpointing.selective and number % 2 == 0)
 
 
 def graph_copies(sizes: Sizes, shapes: Shapes) -> int:

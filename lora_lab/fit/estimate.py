@@ -1,38 +1,120 @@
 """Estimate a trial's memory: what is held at the moment at which most is held, part by part."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from lora_lab.config import TrialConfig
-from lora_lab.options import EngineKind
+from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step, graph_copies
+from lora_lab.fit.interval import Errors, errors_of
+from lora_lab.fit.libraries import libraries_bytes
 from lora_lab.fit.plain_step import plain_step
 from lora_lab.fit.shapes import Shapes
-from lora_lab.fit.step import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, sizes_of
+from lora_lab.fit.step import ADAPTERS, GRADIENTS, OPTIMIZER, PARTS, WEIGHTS, WORKING, Sizes, sizes_of
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import adapter_sizes, frozen_bytes, optimizer_state
+from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, frozen_bytes, optimizer_state
+from lora_lab.options import EngineKind
+
+GIB = 2**30
+_WORKSPACES = 3 * 2**25
+"""cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies; a trial has three.
+Seen as a constant difference in every stored trial. Smaller cards take less."""
+_CLOSE = 2**24
+"""`least` is found to 16 MiB."""
 
 
-def allocated(config: TrialConfig, shapes: Shapes):
-    sizes = sizes_of(config, shapes)
-    tape = Tape()
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A trial's memory in bytes."""
+
+    parts: dict[str, int]
+    """What is held at the moment at which most is held, see step.PARTS; their sum is `allocated`."""
+    optimizer: State
+    allocated: int
+    """The peak of live tensors, `vram/peak_allocated_gib`."""
+    reserved: int
+    """The peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
+    least: int
+    """The least with which the allocator gets through, by returning what it has cached."""
+    libraries: int
+    """The CUDA context and libraries, `vram/other_gib`."""
+    errors: Errors
+
+    @property
+    def outside(self) -> int:
+        """Return what torch's allocator does not see."""
+        return self.libraries + self.optimizer.paged
+
+    @property
+    def card(self) -> int:
+        """Return the most likely peak of the worker's process on a card that has enough."""
+        return self.reserved + self.outside
+
+    @property
+    def low(self) -> int:
+        """Return what a card must have at the very least."""
+        return int(self.least * (1 - self.errors.below)) + self.outside
+
+    @property
+    def high(self) -> int:
+        """Return what is enough, with 95 % certainty."""
+        return int(self.reserved * (1 + self.errors.above)) + int(self.outside * (1 + self.errors.libraries))
+
+
+def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
+    """Write a trial's memory as a tape: what stays, then a step from its forward to the optimizer."""
+    sizes, tape = sizes_of(config, shapes), Tape()
     each = adapter_sizes(config.method, shapes)
     trained = shapes.layers * sum(each)
-    state = optimizer_state(config.optimizer, each)
-    kind = config.engine.kind
-    tape.new(3 * 2**25, WORKING)
+    of_layer = optimizer_state(config.optimizer, each, adapter_sides(config.method, shapes))
+    state = State(*(shapes.layers * size for size in (of_layer.total, of_layer.paged, of_layer.working)))
+    tape.new(_WORKSPACES, WORKING)
     tape.new(frozen_bytes(config, shapes), WEIGHTS)
     tape.new(4 * trained, ADAPTERS)
-    tape.new(shapes.layers * (state.total - state.paged), OPTIMIZER)
-    if kind is EngineKind.graph:
-        tape.new(8 * trained, GRADIENTS)
-        tape.new(graph_copies(sizes, shapes), WORKING)
-    elif config.grad_accum_steps > 1:
-        tape.new(4 * trained, GRADIENTS)
-    if kind in (EngineKind.compile, EngineKind.graph):
+    tape.new(state.total - state.paged, OPTIMIZER)
+    _keep_gradients(tape, sizes, trained)
+    stays = len(tape.sizes)
+    if config.engine.kind in (EngineKind.compile, EngineKind.graph):
         compiled_step(tape, sizes)
     else:
         plain_step(tape, sizes)
-    last = tape.new(shapes.layers * state.working, WORKING)
-    tape.free(last, *(n for n, part in enumerate(tape.parts) if part == GRADIENTS and n > 4))
-    return tape.peak()
+    tape.free(tape.new(state.working, WORKING))
+    tape.end(GRADIENTS, after=stays)
+    return tape, state
+
+
+def _keep_gradients(tape: Tape, sizes: Sizes, trained: int) -> None:
+    """Begin gradients that outlive a micro-batch: graph's two buffers, or those of an accumulated step."""
+    if sizes.config.engine.kind is EngineKind.graph:
+        tape.new(8 * trained, GRADIENTS)
+        tape.new(graph_copies(sizes, sizes.shapes), WORKING)
+    elif sizes.config.grad_accum_steps > 1:
+        tape.new(4 * trained, GRADIENTS)
+
+
+def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
+    """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
+    tape, state = tape_of(config, shapes)
+    held = tape.peak()
+    reserved = replay(tape.events).most_reserved
+    return Estimate(
+        parts={part: held[part] for part in PARTS},
+        optimizer=state,
+        allocated=held.total(),
+        reserved=reserved,
+        least=_least(tape, held.total(), reserved),
+        libraries=libraries_bytes(config),
+        errors=errors_of(config, shapes),
+    )
+
+
+def _least(tape: Tape, low: int, high: int) -> int:
+    """Return the smallest limit within which a step runs, by halving."""
+    while high - low > _CLOSE:
+        middle = (low + high) // 2
+        try:
+            replay(tape.events, middle, times=1)
+        except OutOfMemory:
+            low = middle
+        else:
+            high = middle
+    return high

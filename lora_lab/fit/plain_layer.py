@@ -7,7 +7,7 @@ tensor is dropped. Engine liger differs in the norms, in the MLP and in the rota
 from dataclasses import dataclass, field
 
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
 
 
@@ -46,6 +46,7 @@ class PlainLayer:
         attended = self._linear(shapes.output, saved)
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
+        self._outer_norm(saved)
         if not (self._keeps_stream and has_gradient):
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
@@ -60,9 +61,15 @@ class PlainLayer:
         saved.product = self._kept_input((shapes.down,), product)
         saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(down)
+        self._outer_norm(saved)
         if not self._keeps_stream:
             t.free(residual)
         return saved
+
+    def _outer_norm(self, saved: "Saved") -> None:
+        """Begin what a norm behind attention or the MLP keeps, in families that have one."""
+        if self.sizes.shapes.layer_norms == 4:
+            saved.outer.append(self.tape.new(self.sizes.wide(self.sizes.shapes.hidden, 4), ACTIVATIONS))
 
     def _keeps_own_input(self, linear: Linear) -> bool:
         """Return whether the adapter saves a copy of its input, and not the tensor that it is given: PEFT casts it to
@@ -126,30 +133,35 @@ class PlainLayer:
         scaled = t.new(s.wide(linear.outputs), WORKING)
         t.free(high)
         result = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
-        t.free(base, scaled, wide)
+        if s.config.method.use_dora:  # its norm takes the whole weight in fp32; both parts of the result are kept
+            t.free(*[t.new(4 * linear.weights, WORKING) for _ in range(3)], wide)
+            kept.own_input += [base, scaled]
+        else:
+            t.free(base, scaled, wide)
         return result
 
     def _attention(self, heads: list[int]) -> list[int]:
         """Begin what attention keeps: q and k after their rotation, v, its output, and a sum for each head."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
-        if len(heads) == 1 or self._casts:
-            kept.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
+        # with a mask k and v are repeated for each query head: no kernel that takes one shares them
+        key = shapes.query_width if s.is_masked else shapes.key_width
+        kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, key)]
+        if len(heads) == 1 or self._casts or key != shapes.key_width:
+            kept.append(t.new(s.wide(key), ACTIVATIONS))
             t.free(*heads)
         else:
             t.free(*heads[:2])
             kept.append(heads[2])
         if shapes.head_norms:
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, 4), ACTIVATIONS))
-        kept.append(t.new(s.wide(shapes.query_width), ACTIVATIONS))
-        kept.append(t.new(s.wide(shapes.heads, 4), ACTIVATIONS))
-        return kept
+        return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
 
     def backward(self, saved: "Saved", gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         inner = s.wide(shapes.intermediate, s.stream)
         *first, down = saved.products
+        t.free(*saved.outer)
         grad_product = self._linear_backward(shapes.down, down, gradient)
         t.free(saved.product)
         if self.liger:
@@ -221,6 +233,8 @@ class Saved:
     """What a layer's forward keeps for its backward, by tensor number."""
 
     norms: list[int] = field(default_factory=list)
+    outer: list[int] = field(default_factory=list)
+    """Of norms behind attention and MLP."""
     attention_input: int | None = None
     mlp_input: int | None = None
     attention: list[int] = field(default_factory=list)
@@ -234,4 +248,4 @@ class Saved:
     def everything(self) -> list[int | None]:
         """Return all of it, without the output."""
         kept = [number for each in self.products for number in (*each.own_input, each.low, *each.copies)]
-        return [*self.norms, self.attention_input, self.mlp_input, *self.attention, *self.mlp, self.product, *kept]
+        return [*self.norms, *self.outer, self.attention_input, self.mlp_input, *self.attention, *self.mlp, self.product, *kept]

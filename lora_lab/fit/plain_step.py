@@ -2,7 +2,7 @@
 
 from lora_lab.fit.loss import chunked_loss, whole_loss
 from lora_lab.fit.plain_layer import PlainLayer, Saved
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
 
@@ -13,7 +13,7 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
     liger, mode = config.engine.kind is EngineKind.liger, config.gradient_checkpointing
     layer = PlainLayer(tape, sizes, liger)
     stream = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
-    angles = tape.new(2 * sizes.wide(shapes.head_size), ACTIVATIONS)
+    shared = [tape.new(size, ACTIVATIONS) for size in (2 * sizes.wide(shapes.head_size), mask_bytes(sizes)) if size]
     kept: list[tuple[int | None, Saved | None]] = []
     for number in range(shapes.layers):
         is_checkpointed = checkpoints(mode, number)
@@ -46,12 +46,7 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
             tape.free(*saved.everything())
         if once is None:
             tape.free(saved.output)
-    tape.free(gradient, angles)
-
-
-def checkpoints(mode: Checkpointing, number: int) -> bool:
-    """Return whether the layer with this number is calculated once more in the backward."""
-    return mode in (Checkpointing.full, Checkpointing.offloaded) or (mode is Checkpointing.selective and number % 2 == 0)
+    tape.free(gradient, *shared)
 
 
 def _again(tape: Tape, sizes: Sizes, layer: PlainLayer, held: int | None) -> Saved:

@@ -27,6 +27,10 @@ class Tape:
         """End tensors; None is none."""
         self.events.extend((number, -self.sizes[number]) for number in numbers if number is not None)
 
+    def end(self, part: str, after: int) -> None:
+        """End every tensor of a part that began after tensor number `after`."""
+        self.free(*(number for number in range(after, len(self.sizes)) if self.parts[number] == part))
+
     def peak(self) -> Counter[str]:
         """Return bytes by part at the moment at which their sum is largest."""
         held = most = 0

@@ -74,12 +74,21 @@ def adapter_sizes(method: MethodConfig, shapes: Shapes) -> list[int]:
     return sizes
 
 
-def optimizer_state(optimizer: OptimizerConfig, sizes: Sequence[int], shapes: Sequence[tuple[int, int]] = ()) -> State:
+def adapter_sides(method: MethodConfig, shapes: Shapes) -> list[tuple[int, int]]:
+    """Return rows and columns of each trained matrix of one decoder layer."""
+    sides = []
+    for linear in shapes.linears:
+        if adapted(method, linear):
+            sides += [(method.rank, linear.inputs), (linear.outputs, method.rank)]
+    return sides
+
+
+def optimizer_state(optimizer: OptimizerConfig, sizes: Sequence[int], sides: Sequence[tuple[int, int]]) -> State:
     """Calculate an optimizer's state for parameters of these sizes, by the optimizer's own rule.
 
     Args:
         sizes: elements of each parameter.
-        shapes: rows and columns of each parameter, for factored states.
+        sides: rows and columns of each matrix, for states that are factored.
     """
     name, elements = optimizer.optim or optimizer.target or "", sum(sizes)
     if name in ("adamw_torch", "adamw_torch_fused", "adamw_hf"):
@@ -87,20 +96,25 @@ def optimizer_state(optimizer: OptimizerConfig, sizes: Sequence[int], shapes: Se
         return State(8 * elements, 0, 0 if name.endswith("fused") else 4 * elements)
     if name in _STATES:
         moments, bits = _STATES[name]
-        pages = name.startswith("paged_")
+        is_paged = pages(optimizer)
         total = paged = 0
         for size in sizes:
             small = bits == 32 or size < _SMALL_STATE
             held = moments * size * (4 if small else 1)
-            paged += held if pages and size >= _PAGED_FROM else 0
+            paged += held if is_paged and size >= _PAGED_FROM else 0
             total += held + (0 if small else moments * 4 * blocks_of(size, SCALES_BLOCK))
         return State(total, paged, 0)
     if name == "adafactor":
-        factored = sum(4 * (rows + columns) for rows, columns in shapes)
+        factored = sum(4 * (rows + columns) for rows, columns in sides)
         return State(factored, 0, 8 * max(sizes, default=0))
     if name.endswith(".SGD") or name == "sgd":
         return State(4 * elements if optimizer.args.get("momentum") else 0, 0, 0)
     return State(8 * elements, 0, 4 * elements)
+
+
+def pages(optimizer: OptimizerConfig) -> bool:
+    """Return whether bitsandbytes keeps the optimizer's state in managed memory."""
+    return (optimizer.optim or "").startswith("paged_")
 
 
 def is_known(optimizer: OptimizerConfig) -> bool:
