@@ -7,8 +7,9 @@ Neighbours that are free become one block. Where the driver has no more, segment
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from lora_lab.fit.tape import Tape
 
 _ROUND, _SMALL, _MIDDLE = 512, 2**20, 10 * 2**20
 _SMALL_SEGMENT, _MIDDLE_SEGMENT, _LARGE_ROUND = 2 * 2**20, 20 * 2**20, 2 * 2**20
@@ -34,7 +35,7 @@ class Allocator:
 
     def __init__(self, limit: int | None = None) -> None:
         """Set the limit of reserved bytes; None is no limit."""
-        self.reserved = self.most_reserved = self.allocated = self.most_allocated = 0
+        self.reserved = self.most_reserved = 0
         self._limit = limit
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
         self._next = 0
@@ -56,13 +57,10 @@ class Allocator:
                 block.after.before = rest
             block.after, block.size = rest, size
             self._put(rest)
-        self.allocated += block.size
-        self.most_allocated = max(self.most_allocated, self.allocated)
         return block
 
     def give(self, block: _Block) -> None:
         """Take a block back."""
-        self.allocated -= block.size
         before, after = block.before, block.after
         if before is not None and before.is_free:
             self._remove(before)
@@ -110,23 +108,32 @@ class Allocator:
         free.pop(bisect_left(free, (block.size, block.start)))
 
 
-def replay(events: Iterable[tuple[int, int]], limit: int | None = None, times: int = 2) -> Allocator:
-    """Replay allocations and frees, and return the allocator as it is afterwards.
+def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
+    """Replay loading, and steps after it; return the most that is reserved during the steps.
 
     Args:
-        events: tensor numbers with their bytes, as a tape has them.
+        tape: of a whole trial.
         limit: of what may be reserved, in bytes.
-        times: how often. What the first time leaves behind is used by the second.
+        times: steps. What the first leaves behind is used by the second.
 
     Raises: OutOfMemory beyond the limit."""
-    allocator = Allocator(limit)
+    loading = Allocator(limit)
     held: dict[int, _Block] = {}
-    written = list(events)
+    _run(loading, held, tape.events[: tape.loaded])
+    if tape.returns_cached:
+        loading.return_cached()
+    loading.most_reserved = loading.reserved
+    stepping = loading
+    if tape.has_own_pool:
+        stepping = Allocator(None if limit is None else limit - loading.reserved)
     for _ in range(times):
-        for number, size in written:
-            if size >= 0:
-                if number not in held:
-                    held[number] = allocator.take(size)
-            else:
-                allocator.give(held.pop(number))
-    return allocator
+        _run(stepping, held, tape.events[tape.loaded :])
+    return stepping.most_reserved + (loading.reserved if tape.has_own_pool else 0)
+
+
+def _run(allocator: Allocator, held: dict[int, _Block], events: list[tuple[int, int]]) -> None:
+    for number, size in events:
+        if size >= 0:
+            held[number] = allocator.take(size)
+        else:
+            allocator.give(held.pop(number))

@@ -28,10 +28,6 @@ class CompiledSaved:
     low: list[int] = field(default_factory=list)
     """The adapters' inner results."""
 
-    def everything(self) -> list[int]:
-        """Return all of it, without the layer's input and output."""
-        kept = [self.attention_input, *self.attention, self.middle, self.mlp_input, *self.gate_up, self.product]
-        return [*kept, *self.low]
 
 
 class CompiledLayer:
@@ -47,15 +43,7 @@ class CompiledLayer:
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         low: list[int] = []
         x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
-        heads = self._products(shapes.qkv, low)
-        attention = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
-        attention += [] if len(heads) == 1 else heads[2:]
-        if len(heads) == 1:
-            attention.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
-        t.free(*(heads[:2] if len(heads) > 1 else heads))
-        attention += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
-        if shapes.layer_norms == 4:
-            attention.append(t.new(2 * s.wide(shapes.hidden), ACTIVATIONS))
+        attention = self._attention(self._products(shapes.qkv, low))
         attended = self._products((shapes.output,), low)
         middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
@@ -66,6 +54,44 @@ class CompiledLayer:
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(*down)
         return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
+
+    def forward_alone(self) -> int:
+        """Run a forward that keeps nothing; return its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        low: list[int] = []
+        x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        heads = self._products(shapes.qkv, low)
+        t.free(x)
+        attention = self._attention(heads)
+        attended = self._products((shapes.output,), low)
+        t.free(*attention)
+        middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        t.free(*attended)
+        gate_up = self._products(shapes.gate_up, low)
+        t.free(mlp_input)
+        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
+        t.free(*gate_up)
+        down = self._products((shapes.down,), low)
+        t.free(product, *low)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(middle, *down)
+        return output
+
+    def _attention(self, heads: list[int]) -> list[int]:
+        """Begin what attention keeps: q and k after their rotation, v, and what `attention_bytes` says."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
+        if len(heads) == 1:
+            kept.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
+            t.free(*heads)
+        else:
+            kept.append(heads[2])
+            t.free(*heads[:2])
+        kept += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        if shapes.layer_norms == 4:
+            kept.append(t.new(2 * s.wide(shapes.hidden), ACTIVATIONS))
+        return kept
 
     def _products(self, linears: tuple[Linear, ...], low: list[int]) -> list[int]:
         """Begin the outputs of layers that share an input."""

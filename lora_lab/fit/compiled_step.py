@@ -2,14 +2,9 @@
 
 from lora_lab.fit.compiled_layer import CompiledLayer, CompiledSaved
 from lora_lab.fit.loss import chunked_loss, whole_loss
-from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
-
-MOST_RANKS = 128
-"""As worker/engines/fused_lora_layers.py has it: layers with more ranks together are not calculated as one."""
-
 
 def compiled_step(tape: Tape, sizes: Sizes) -> None:
     """Write forward, loss and backward of one micro-batch."""
@@ -20,16 +15,17 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
     mask = tape.new(mask_bytes(sizes), ACTIVATIONS) if sizes.is_masked else None
     kept: list[tuple[int | None, CompiledSaved | None]] = []
     for number in range(shapes.layers):
-        saved = layer.forward(stream)
         if not checkpoints(mode, number):
+            saved = layer.forward(stream)
             kept.append((None, saved))
-        else:
-            tape.free(*saved.everything())
-            is_offloaded = mode is Checkpointing.offloaded and number < shapes.layers - 1
-            kept.append((None if is_offloaded else stream, None))
-            if is_offloaded:
-                tape.free(stream)
-        stream = saved.output
+            stream = saved.output
+            continue
+        output = layer.forward_alone()
+        is_offloaded = mode is Checkpointing.offloaded and number < shapes.layers - 1
+        kept.append((None if is_offloaded else stream, None))
+        if is_offloaded:
+            tape.free(stream)
+        stream = output
     hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
     if config.engine.chunked_loss:
         gradient = chunked_loss(tape, sizes, hidden, compiled=True, liger=False)
@@ -57,15 +53,3 @@ def _bring(tape: Tape, sizes: Sizes) -> int:
     """Begin a layer's input that comes back from host memory."""
     return tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
 
-
-def graph_copies(sizes: Sizes, shapes: Shapes) -> int:
-    """Return the bytes of the adapters in the products' format: A stacked, each B, and B block-diagonal over the layers
-    that share an input (worker/engines/compute_copies.py)."""
-    total = 0
-    for group in (shapes.qkv, (shapes.output,), shapes.gate_up, (shapes.down,)):
-        linears = [linear for linear in group if sizes.has_adapter(linear)]
-        outputs, ranks = sum(linear.outputs for linear in linears), sizes.rank * len(linears)
-        total += sum(sizes.rank * (linear.inputs + linear.outputs) for linear in linears)
-        if len(linears) > 1 and ranks <= MOST_RANKS:
-            total += outputs * ranks
-    return shapes.layers * total * sizes.cell

@@ -4,20 +4,18 @@ from dataclasses import dataclass
 
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
-from lora_lab.fit.compiled_step import compiled_step, graph_copies
+from lora_lab.fit.compiled_step import compiled_step
 from lora_lab.fit.interval import Errors, errors_of
 from lora_lab.fit.libraries import libraries_bytes
+from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
 from lora_lab.fit.shapes import Shapes
-from lora_lab.fit.step import ADAPTERS, GRADIENTS, OPTIMIZER, PARTS, WEIGHTS, WORKING, Sizes, sizes_of
+from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, frozen_bytes, optimizer_state
+from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
 from lora_lab.options import EngineKind
 
 GIB = 2**30
-_WORKSPACES = 3 * 2**25
-"""cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies; a trial has three.
-Seen as a constant difference in every stored trial. Smaller cards take less."""
 _CLOSE = 2**24
 """`least` is found to 16 MiB."""
 
@@ -63,15 +61,12 @@ class Estimate:
 def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
     """Write a trial's memory as a tape: what stays, then a step from its forward to the optimizer."""
     sizes, tape = sizes_of(config, shapes), Tape()
-    each = adapter_sizes(config.method, shapes)
-    trained = shapes.layers * sum(each)
-    of_layer = optimizer_state(config.optimizer, each, adapter_sides(config.method, shapes))
-    state = State(*(shapes.layers * size for size in (of_layer.total, of_layer.paged, of_layer.working)))
-    tape.new(_WORKSPACES, WORKING)
-    tape.new(frozen_bytes(config, shapes), WEIGHTS)
-    tape.new(4 * trained, ADAPTERS)
-    tape.new(state.total - state.paged, OPTIMIZER)
-    _keep_gradients(tape, sizes, trained)
+    load(tape, sizes)
+    each = optimizer_state(config.optimizer, adapter_sizes(config.method, shapes), adapter_sides(config.method, shapes))
+    state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
+    for _ in range(shapes.layers):
+        tape.new((state.total - state.paged) // shapes.layers, OPTIMIZER)
+    tape.loaded = len(tape.events)
     stays = len(tape.sizes)
     if config.engine.kind in (EngineKind.compile, EngineKind.graph):
         compiled_step(tape, sizes)
@@ -82,20 +77,11 @@ def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
     return tape, state
 
 
-def _keep_gradients(tape: Tape, sizes: Sizes, trained: int) -> None:
-    """Begin gradients that outlive a micro-batch: graph's two buffers, or those of an accumulated step."""
-    if sizes.config.engine.kind is EngineKind.graph:
-        tape.new(8 * trained, GRADIENTS)
-        tape.new(graph_copies(sizes, sizes.shapes), WORKING)
-    elif sizes.config.grad_accum_steps > 1:
-        tape.new(4 * trained, GRADIENTS)
-
-
 def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
     tape, state = tape_of(config, shapes)
     held = tape.peak()
-    reserved = replay(tape.events).most_reserved
+    reserved = replay(tape)
     return Estimate(
         parts={part: held[part] for part in PARTS},
         optimizer=state,
@@ -112,7 +98,7 @@ def _least(tape: Tape, low: int, high: int) -> int:
     while high - low > _CLOSE:
         middle = (low + high) // 2
         try:
-            replay(tape.events, middle, times=1)
+            replay(tape, middle, times=1)
         except OutOfMemory:
             low = middle
         else:

@@ -15,6 +15,14 @@ class Tape:
     sizes: list[int] = field(default_factory=list)
     """Bytes of each tensor, by its number."""
 
+    loaded: int = 0
+    """Events before the first step."""
+    returns_cached: bool = False
+    """Whether what is cached after loading is returned to the driver."""
+
+    has_own_pool: bool = False
+    """Whether steps have segments of their own, as those of a CUDA graph do."""
+
     def new(self, size: float, part: str) -> int:
         """Begin a tensor of `size` bytes; return its number."""
         number = len(self.sizes)
@@ -32,12 +40,12 @@ class Tape:
         self.free(*(number for number in range(after, len(self.sizes)) if self.parts[number] == part))
 
     def peak(self) -> Counter[str]:
-        """Return bytes by part at the moment at which their sum is largest."""
+        """Return bytes by part at the moment after loading at which their sum is largest."""
         held = most = 0
         moment = -1
         for place, (_, size) in enumerate(self.events):
             held += size
-            if held > most:
+            if held > most and place >= self.loaded:
                 most, moment = held, place
         found: Counter[str] = Counter()
         for number, size in self.events[: moment + 1]:

@@ -34,28 +34,19 @@ def is_quantised(method: MethodConfig) -> bool:
     return method.quantization is not Quantization.none
 
 
-def frozen_bytes(config: TrialConfig, shapes: Shapes) -> int:
-    """Return the bytes of all frozen weights as they are stored."""
-    method, kept = config.method, other_bytes(config)
-    per_layer = sum(linear_bytes(linear, config) for linear in shapes.linears)
-    tables = (1 if shapes.is_tied else 2) * shapes.vocabulary * shapes.hidden * kept
-    # prepare_model_for_kbit_training separates nothing: a tied head stays tied
-    return shapes.layers * per_layer + tables + shapes.small_weights * (4 if method.raise_to_fp32 else kept)
-
-
 def other_bytes(config: TrialConfig) -> int:
     """Return the bytes of a frozen weight that is not in 4 bit."""
     return 4 if config.method.raise_to_fp32 else BYTES[config.precision.dtype]
 
 
-def linear_bytes(linear: Linear, config: TrialConfig) -> int:
-    """Return the bytes of a linear layer's weights with their scales."""
+def linear_bytes(linear: Linear, config: TrialConfig) -> list[int]:
+    """Return the bytes of a linear layer's weights, and of their scales where they are in 4 bit."""
     if not is_quantised(config.method):
-        return linear.weights * other_bytes(config)
+        return [linear.weights * other_bytes(config)]
     scales = blocks_of(linear.weights, BLOCK)
     if not config.method.double_quantization:
-        return linear.weights // 2 + 4 * scales
-    return linear.weights // 2 + scales + 4 * blocks_of(scales, SCALES_BLOCK)
+        return [linear.weights // 2, 4 * scales]
+    return [linear.weights // 2, scales, 4 * blocks_of(scales, SCALES_BLOCK)]
 
 
 def adapted(method: MethodConfig, linear: Linear) -> bool:
