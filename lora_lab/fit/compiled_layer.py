@@ -29,7 +29,6 @@ class CompiledSaved:
     """The adapters' inner results."""
 
 
-
 class CompiledLayer:
     """A decoder layer; forward and backward write on a tape."""
 

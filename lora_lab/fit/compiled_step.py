@@ -6,6 +6,7 @@ from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_byt
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
 
+
 def compiled_step(tape: Tape, sizes: Sizes) -> None:
     """Write forward, loss and backward of one micro-batch."""
     config, shapes = sizes.config, sizes.shapes
@@ -52,4 +53,3 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
 def _bring(tape: Tape, sizes: Sizes) -> int:
     """Begin a layer's input that comes back from host memory."""
     return tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
-

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step
-from lora_lab.fit.interval import Errors, errors_of
+from lora_lab.fit.interval import LIBRARIES, Errors, errors_of
 from lora_lab.fit.libraries import libraries_bytes
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
@@ -16,6 +16,7 @@ from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_
 from lora_lab.options import EngineKind
 
 GIB = 2**30
+FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
 _CLOSE = 2**24
 """`least` is found to 16 MiB."""
 
@@ -50,12 +51,20 @@ class Estimate:
     @property
     def low(self) -> int:
         """Return what a card must have at the very least."""
-        return int(self.least * (1 - self.errors.below)) + self.outside
+        return int(self.least * (1 - self.errors.below) + self.libraries * (1 - LIBRARIES)) + self.optimizer.paged
 
     @property
     def high(self) -> int:
         """Return what is enough, with 95 % certainty."""
-        return int(self.reserved * (1 + self.errors.above)) + int(self.outside * (1 + self.errors.libraries))
+        return (
+            int(self.reserved * (1 + self.errors.above)) + int(self.libraries * (1 + LIBRARIES)) + self.optimizer.paged
+        )
+
+    def verdict(self, capacity: float) -> str:
+        """Return whether a card of so many bytes is enough: FITS, DOUBTFUL or TOO_LARGE."""
+        if self.high <= capacity:
+            return FITS
+        return DOUBTFUL if self.low <= capacity else TOO_LARGE
 
 
 def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:

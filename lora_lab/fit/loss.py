@@ -61,7 +61,9 @@ def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: b
         chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS)]  # its kernel writes the gradient over the logits
     elif compiled:
         rows = chunk_rows(sizes.tokens, vocabulary, width)
-        chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(3)]  # measured: three, where the code shows two
+        chunk = [
+            tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(3)
+        ]  # measured: three, where the code shows two
     else:
         rows = chunk_rows(sizes.tokens, vocabulary, 0)
         chunk = [tape.new(rows * vocabulary * 4, LOSS) for _ in range(4)]

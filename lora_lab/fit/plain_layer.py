@@ -248,4 +248,13 @@ class Saved:
     def everything(self) -> list[int | None]:
         """Return all of it, without the output."""
         kept = [number for each in self.products for number in (*each.own_input, each.low, *each.copies)]
-        return [*self.norms, *self.outer, self.attention_input, self.mlp_input, *self.attention, *self.mlp, self.product, *kept]
+        return [
+            *self.norms,
+            *self.outer,
+            self.attention_input,
+            self.mlp_input,
+            *self.attention,
+            *self.mlp,
+            self.product,
+            *kept,
+        ]

@@ -22,13 +22,14 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
             kept.append((None, saved))
             stream = _output(saved)
             continue
-        held = tape.new(tape.sizes[stream], ACTIVATIONS)  # the input itself; `forward` ends its own
+        copy = tape.new(tape.sizes[stream], ACTIVATIONS)  # the input itself; `forward` ends its own
         saved = layer.forward(stream)
         tape.free(*saved.everything())
-        is_kept = mode is not Checkpointing.offloaded or number == shapes.layers - 1
-        if not is_kept:
-            tape.free(held)
-        kept.append((held if is_kept else None, None))
+        if mode is Checkpointing.offloaded and number < shapes.layers - 1:
+            tape.free(copy)
+            kept.append((None, None))
+        else:
+            kept.append((copy, None))
         stream = _output(saved)
     final = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS)
     hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)

@@ -110,9 +110,7 @@ def read_shapes(fields: dict[str, Any]) -> Shapes:
         )
     try:
         hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
-        wide, layers, vocabulary = (
-            int(fields[k]) for k in ("intermediate_size", "num_hidden_layers", "vocab_size")
-        )
+        wide, layers, vocabulary = (int(fields[k]) for k in ("intermediate_size", "num_hidden_layers", "vocab_size"))
     except (KeyError, TypeError, ValueError) as missing:
         raise InvalidInput(f"the model's config does not state its sizes: {missing}.") from missing
     kv_heads = int(fields.get("num_key_value_heads") or heads)

@@ -72,7 +72,9 @@ def mask_bytes(sizes: Sizes) -> int:
 
 def checkpoints(mode: Checkpointing, number: int) -> bool:
     """Return whether the layer with this number is calculated once more in the backward."""
-    return mode in (Checkpointing.full, Checkpointing.offloaded) or (mode is Checkpointing.selective and number % 2 == 0)
+    return mode in (Checkpointing.full, Checkpointing.offloaded) or (
+        mode is Checkpointing.selective and number % 2 == 0
+    )
 
 
 def attention_bytes(sizes: Sizes) -> list[int]:
