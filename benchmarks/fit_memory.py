@@ -15,15 +15,16 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks.compose import compose
 from benchmarks.fit_cases import COMMON, cases, edges
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, Estimate, estimate
@@ -38,6 +39,8 @@ _LEAST_SECONDS = 45.0
 """No trial begins with less time left."""
 _LOADING_BYTES = GIB
 """What a trial may need besides its estimate, for the contexts of libraries while it loads."""
+_OF_AN_EDGE = 3
+"""Trials of each edge, see planned_edges."""
 _AGAIN = ("failed", "killed", "timed_out")
 
 
@@ -48,8 +51,6 @@ class Case:
     name: str
     config: TrialConfig
     said: Estimate
-    is_alone: bool
-    """Whether it must have the card to itself."""
 
 
 def measure(config: TrialConfig, device: str) -> dict[str, Any]:
@@ -96,72 +97,63 @@ def said(found: Estimate) -> dict[str, Any]:
     }
 
 
-def planned(rehearse: bool, word: str) -> tuple[list[Case], dict[str, Any]]:
-    """Return the trials to run, and by name why some cannot be."""
-    listed = {f"tiny {n}": ["model=tiny", *COMMON, f"seq_len={n}"] for n in (32, 64)} if rehearse else cases()
-    ready: list[Case] = []
-    refused: dict[str, Any] = {}
-    for name, overrides in [*listed.items(), *([] if rehearse else edges().items())]:
-        if word not in name:
-            continue
-        try:
-            config = compose(overrides)
-            found = estimate(config, shapes_of(config.model))
-        except InvalidInput as fault:
-            refused[name] = {"outcome": "unsupported", "reason": str(fault)[:300]}
-            continue
-        if not name.startswith("edge"):
-            ready.append(Case(name, config, found, is_alone=False))
-            continue
-        ready.append(Case(name, config, found, is_alone=True))
-        for end, size in (("high", found.high), ("low", found.low)):
-            limited = replace(config, vram_limit_gib=round(size / GIB, 3))
-            ready.append(Case(f"{name} {end}", limited, found, is_alone=True))
-    return ready, refused
+def planned(listed: dict[str, list[str]]) -> Iterator[Case]:
+    """Yield trials with their estimates; composing takes a while, and is done while others run."""
+    for name, overrides in listed.items():
+        config = compose(overrides)
+        yield Case(name, config, estimate(config, shapes_of(config.model)))
+
+
+def planned_edges(listed: dict[str, list[str]]) -> Iterator[Case]:
+    """Yield each trial on the whole card, and within an emulated capacity at each end of its interval."""
+    for case in planned(listed):
+        yield case
+        for end, size in (("high", case.said.high), ("low", case.said.low)):
+            limited = replace(case.config, vram_limit_gib=round(size / GIB, 3))
+            yield replace(case, name=f"{case.name} {end}", config=limited)
 
 
 class Run:
     """Runs trials until they are done or the time is over."""
 
-    def __init__(self, out: Path, device: str, seconds: float, at_once: int, trials: dict[str, Any]) -> None:
+    def __init__(self, out: Path, device: str, seconds: float, trials: dict[str, Any]) -> None:
         self._file, self._device = out / "fit_memory.json", device
-        self._due, self._at_once = time.monotonic() + seconds, at_once
+        self._due = time.monotonic() + seconds
         placement = choose_placement(device)
         self._room = _ROOM * placement.cards[0].total_bytes if placement.cards else float("inf")
         self._content = {"origin": {**environment(), **device_facts(placement)}, "trials": trials}
 
-    def go(self, waiting: list[Case]) -> None:
-        """Run the trials: those that may share the card first, the others one after the other."""
+    def go(self, planned: Iterator[Case], at_once: int) -> None:
+        """Run those trials that are not done, at most so many at a time, until the time is over."""
         running: dict[Future[dict[str, Any]], Case] = {}
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._at_once, context) as pool:
-            for alone in (False, True):
-                left = [case for case in waiting if case.is_alone is alone]
-                while left or running:
-                    while (case := self._next(left, list(running.values()), 1 if alone else self._at_once)) is not None:
-                        left.remove(case)
-                        minutes = (self._due - time.monotonic()) / 60
-                        future = pool.submit(measure, replace(case.config, timeout_minutes=minutes), self._device)
-                        running[future] = case
-                    if not running:
-                        break  # no time, or nothing that is left fits
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        self._keep(running.pop(future), future)
+        fresh = (case for case in planned if case.name not in self._content["trials"])
+        waiting: list[Case] = []
+        with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+            while True:
+                waiting += islice(fresh, 2 * at_once - len(waiting)) if self._has_time() else ()
+                while len(running) < at_once and (case := self._next(waiting, list(running.values()))) is not None:
+                    waiting.remove(case)
+                    minutes = (self._due - time.monotonic()) / 60
+                    future = pool.submit(measure, replace(case.config, timeout_minutes=minutes), self._device)
+                    running[future] = case
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._keep(running.pop(future), future, is_alone=at_once == 1)
 
-    def left(self, waiting: Sequence[Case]) -> int:
-        """Return how many of these trials have not run."""
-        return sum(case.name not in self._content["trials"] for case in waiting)
+    def _has_time(self) -> bool:
+        return time.monotonic() < self._due - _LEAST_SECONDS
 
-    def _next(self, left: Sequence[Case], running: Sequence[Case], most: int) -> Case | None:
-        if len(running) >= most or time.monotonic() > self._due - _LEAST_SECONDS:
+    def _next(self, waiting: Sequence[Case], running: Sequence[Case]) -> Case | None:
+        if not self._has_time():
             return None
         taken = sum(case.said.high + _LOADING_BYTES for case in running)
-        return next((case for case in left if taken + case.said.high + _LOADING_BYTES <= self._room), None)
+        return next((case for case in waiting if taken + case.said.high + _LOADING_BYTES <= self._room), None)
 
-    def _keep(self, case: Case, future: Future[dict[str, Any]]) -> None:
+    def _keep(self, case: Case, future: Future[dict[str, Any]], is_alone: bool) -> None:
         fault = future.exception()
         found = {"outcome": "failed", "reason": repr(fault)[:300]} if fault else future.result()
-        self._content["trials"][case.name] = {**found, "alone": case.is_alone, "said": said(case.said)}
+        self._content["trials"][case.name] = {**found, "alone": is_alone, "said": said(case.said)}
         write_json(self._file, self._content)
         line = f"{found['outcome']:14s} {case.name}"
         peak = max((memory[0] or 0 for memory in found.get("phases", {}).values()), default=0)
@@ -189,13 +181,17 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     own = asked.out / "fit_memory.json"
     trials = earlier([*asked.have, *([own] if own.is_file() else [])])
-    ready, refused = planned(asked.rehearse, asked.only)
-    waiting = [case for case in ready if case.name not in trials]
-    device = "cpu" if asked.rehearse else "auto"
-    run = Run(asked.out, device, asked.seconds, 1 if asked.rehearse else asked.at_once, trials | refused)
-    print(f"{len(waiting)} of {len(ready)} trials to run; {len(refused)} cannot be estimated", flush=True)
-    run.go(waiting)
-    print("all done" if run.left(waiting) == 0 else f"{run.left(waiting)} left: call again with --have", flush=True)
+    if asked.rehearse:
+        tiny = {f"tiny {length}": ["model=tiny", *COMMON, f"seq_len={length}"] for length in (32, 64)}
+        Run(asked.out, "cpu", asked.seconds, trials).go(planned(tiny), at_once=1)
+        return
+    shared, alone = ({k: v for k, v in listed.items() if asked.only in k} for listed in (cases(), edges()))
+    run = Run(asked.out, "auto", asked.seconds, trials)
+    run.go(planned(shared), asked.at_once)
+    run.go(planned_edges(alone), at_once=1)
+    print(
+        f"{len(trials)} of {len(shared) + _OF_AN_EDGE * len(alone)} are done; if some are left, call again with --have"
+    )
 
 
 if __name__ == "__main__":
