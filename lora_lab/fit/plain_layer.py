@@ -146,9 +146,11 @@ class PlainLayer:
         # with a mask k and v are repeated for each query head: no kernel that takes one shares them
         key = shapes.query_width if s.is_masked else shapes.key_width
         kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, key)]
-        if len(heads) == 1 or self._casts or key != shapes.key_width:
+        if self._casts or key != shapes.key_width:
             kept.append(t.new(s.wide(key), ACTIVATIONS))
             t.free(*heads)
+        elif len(heads) == 1:
+            kept += heads  # v is a part of it, and keeps all
         else:
             t.free(*heads[:2])
             kept.append(heads[2])

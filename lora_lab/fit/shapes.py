@@ -9,12 +9,12 @@ from typing import Any
 from lora_lab.config import InvalidInput, ModelConfig
 from lora_lab.options import ModelSource, Weights
 
-_SEPARATE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "olmo2")
+_SEPARATE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text")
 """Families with q, k, v, o, gate, up and down as linear layers of their own."""
 _JOINED = ("phi3",)
 """Families with q, k and v as one linear layer, and gate and up as another."""
 _QKV_BIAS = ("qwen2",)
-_HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2")
+_HEAD_NORMS = ("qwen3", "gemma3_text")
 _FOUR_NORMS = ("gemma3_text",)
 _TIED_BY_DEFAULT = ("gemma", "gemma3_text", "smollm3")
 
