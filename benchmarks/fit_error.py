@@ -41,6 +41,13 @@ _LOADED = 1.6
 """Loading by weight takes less than this many times the frozen weights and adapters."""
 
 
+SETTINGS = (
+    *("model", "engine", "batch_size", "seq_len", "checkpointing"),
+    *("optim", "precision", "quantised", "rank", "raised"),
+)
+"""What a comparison is kept by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A stored trial; sizes in GiB."""
@@ -111,7 +118,7 @@ def _alike(trials: list[Measured]) -> dict[Any, list[Measured]]:
 def _compared(trials: list[Measured]) -> dict[str, Any]:
     """Return what was said of trials with the same settings, next to the largest that was measured."""
     settings = dict(trials[0].settings)
-    config = _config(**settings)
+    config = config_of(**settings)
     said = estimate(config, shapes_of(config.model))
     clean = [trial for trial in trials if _loaded_by_weight(trial, said)]
     allocated = max(trial.allocated for trial in trials)
@@ -225,7 +232,8 @@ def _peers() -> Iterator[Measured]:
                 yield Measured(name.split("/")[1], tuple(settings.items()), allocated, reserved, None, None)
 
 
-def _config(**of: Any) -> TrialConfig:
+def config_of(**of: Any) -> TrialConfig:
+    """Return the trial with these SETTINGS."""
     architecture = yaml.safe_load((CONF / "model" / f"{of['model']}.yaml").read_text(encoding="utf-8"))["architecture"]
     kind = EngineKind[of["engine"]]
     return TrialConfig(

@@ -1,6 +1,7 @@
 """Estimate a trial's memory: what is held at the moment at which most is held, part by part."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
@@ -18,25 +19,40 @@ from lora_lab.options import EngineKind
 GIB = 2**30
 FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
 _CLOSE = 2**24
-"""`least` is found to 16 MiB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Estimate:
     """A trial's memory in bytes."""
 
     parts: dict[str, int]
-    """What is held at the moment at which most is held, see step.PARTS; their sum is `allocated`."""
+    """What is held at the moment at which most is held, see step.PARTS."""
     optimizer: State
-    allocated: int
-    """The peak of live tensors, `vram/peak_allocated_gib`."""
     reserved: int
     """The peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
-    least: int
-    """The least with which the allocator gets through, by returning what it has cached."""
     libraries: int
     """The CUDA context and libraries, `vram/other_gib`."""
     errors: Errors
+    tape: Tape
+
+    @property
+    def allocated(self) -> int:
+        """Return the peak of live tensors, `vram/peak_allocated_gib`."""
+        return sum(self.parts.values())
+
+    @cached_property
+    def least(self) -> int:
+        """Return the least with which the allocator gets through a step, by returning what it has cached; to 16 MiB."""
+        low, high = self.allocated, self.reserved
+        while high - low > _CLOSE:
+            middle = (low + high) // 2
+            try:
+                replay(self.tape, middle, times=1)
+            except OutOfMemory:
+                low = middle
+            else:
+                high = middle
+        return high
 
     @property
     def outside(self) -> int:
@@ -90,26 +106,11 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
     tape, state = tape_of(config, shapes)
     held = tape.peak()
-    reserved = replay(tape)
     return Estimate(
         parts={part: held[part] for part in PARTS},
         optimizer=state,
-        allocated=held.total(),
-        reserved=reserved,
-        least=_least(tape, held.total(), reserved),
+        reserved=replay(tape),
         libraries=libraries_bytes(config),
         errors=errors_of(config, shapes),
+        tape=tape,
     )
-
-
-def _least(tape: Tape, low: int, high: int) -> int:
-    """Return the smallest limit within which a step runs, by halving."""
-    while high - low > _CLOSE:
-        middle = (low + high) // 2
-        try:
-            replay(tape, middle, times=1)
-        except OutOfMemory:
-            low = middle
-        else:
-            high = middle
-    return high

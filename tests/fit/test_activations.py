@@ -1,4 +1,4 @@
-"""What a forward really keeps for its backward, counted on the CPU, against what the tape says."""
+"""What the worker really does, seen on the CPU, against what the tape says: what a forward keeps, and the loss."""
 
 from typing import Any
 
@@ -8,9 +8,11 @@ import torch
 from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.estimate import tape_of
+from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.fit.step import LOSS
 from lora_lab.options import DataSource, DType, Quantization, Weights
+from lora_lab.worker.engines import chunked_loss
 from lora_lab.worker.models import load_architecture, load_model
 
 ROWS, LENGTH = 2, 128
@@ -72,6 +74,12 @@ def said_bytes(config: TrialConfig) -> int:
         held += size
         last = size if size > 0 else last
     raise AssertionError("the tape has no loss")
+
+
+def test_chunks_of_the_loss_are_those_of_the_engine() -> None:
+    assert chunked_loss.CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    for rows, vocabulary, hidden in ((512, 151936, 1536), (16384, 151936, 1536), (8192, 128256, 4096), (100, 272, 0)):
+        assert chunk_rows(rows, vocabulary, hidden) == chunked_loss.chunk_rows(rows, vocabulary, hidden)
 
 
 LORA = MethodConfig(quantization=Quantization.none, rank=16)
