@@ -77,7 +77,7 @@ class Estimate:
         )
 
     def verdict(self, capacity: float) -> str:
-        """Return whether a card of so many bytes is enough: FITS, DOUBTFUL or TOO_LARGE."""
+        """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
         if self.high <= capacity:
             return FITS
         return DOUBTFUL if self.low <= capacity else TOO_LARGE

@@ -166,5 +166,5 @@ def _read_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def blocks_of(elements: int, block: int) -> int:
-    """Return the number of blocks that hold so many elements."""
+    """Return the number of blocks of `block` elements each that hold `elements`."""
     return math.ceil(elements / block)
