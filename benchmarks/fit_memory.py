@@ -90,7 +90,7 @@ def said(found: Estimate) -> dict[str, Any]:
         "allocated": found.allocated,
         "reserved": found.reserved,
         "least": found.least,
-        "libraries": found.libraries,
+        "libraries": found.libraries.size,
         "low": found.low,
         "high": found.high,
         "unlike": list(found.errors.reasons),

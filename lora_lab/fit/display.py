@@ -37,7 +37,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("the least that the allocator gets through with", _gib(found.least))
     if found.optimizer.paged:
         table.add_row("paged state, outside torch (vram/optimizer_paged_gib)", _gib(found.optimizer.paged))
-    table.add_row("CUDA context and libraries (vram/other_gib), a stated default", _gib(found.libraries))
+    origin = "measured here" if found.libraries.device else "a stated default"
+    table.add_row(f"CUDA context and libraries (vram/other_gib), {origin}", _gib(found.libraries.size))
     table.add_section()
     table.add_row("on the card (vram/peak_process_gib)", _gib(found.card))
     table.add_row("a card must have", f"{_gib(found.low)} to {_gib(found.high)}", style="bold")

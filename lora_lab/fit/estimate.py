@@ -6,8 +6,8 @@ from functools import cached_property
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step
-from lora_lab.fit.interval import LIBRARIES, Errors, errors_of
-from lora_lab.fit.libraries import libraries_bytes
+from lora_lab.fit.interval import Errors, errors_of
+from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
 from lora_lab.fit.shapes import Shapes
@@ -30,7 +30,7 @@ class Estimate:
     optimizer: State
     reserved: int
     """The peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
-    libraries: int
+    libraries: Libraries
     """The CUDA context and libraries, `vram/other_gib`."""
     errors: Errors
     tape: Tape
@@ -57,7 +57,7 @@ class Estimate:
     @property
     def outside(self) -> int:
         """Return what torch's allocator does not see."""
-        return self.libraries + self.optimizer.paged
+        return self.libraries.size + self.optimizer.paged
 
     @property
     def card(self) -> int:
@@ -67,14 +67,14 @@ class Estimate:
     @property
     def low(self) -> int:
         """Return what a card must have at the very least."""
-        return int(self.least * (1 - self.errors.below) + self.libraries * (1 - LIBRARIES)) + self.optimizer.paged
+        outside = self.libraries.size * (1 - self.libraries.error) + self.optimizer.paged
+        return int(self.least * (1 - self.errors.below) + outside)
 
     @property
     def high(self) -> int:
         """Return what is enough, with 95 % certainty."""
-        return (
-            int(self.reserved * (1 + self.errors.above)) + int(self.libraries * (1 + LIBRARIES)) + self.optimizer.paged
-        )
+        outside = self.libraries.size * (1 + self.libraries.error) + self.optimizer.paged
+        return int(self.reserved * (1 + self.errors.above) + outside)
 
     def verdict(self, capacity: float) -> str:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
@@ -110,7 +110,7 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
         parts={part: held[part] for part in PARTS},
         optimizer=state,
         reserved=replay(tape),
-        libraries=libraries_bytes(config),
+        libraries=libraries_of(config),
         errors=errors_of(config, shapes),
         tape=tape,
     )

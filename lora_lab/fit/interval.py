@@ -15,9 +15,6 @@ _ABOVE = {EngineKind.eager: 0.06, EngineKind.liger: 0.10, EngineKind.compile: 0.
 """Shares of what the allocator needs: the largest errors of benchmarks/results/fit_error.md, rounded up."""
 _ABOVE_OFFLOADED = 0.04
 """More, where layers' inputs go to host memory: the copies' own stream makes the allocator keep more."""
-LIBRARIES = 0.35
-"""Share of what torch does not see. Of every stored trial it was the same within 2 %, but on two kinds of card only."""
-
 _MEASURED = {
     "rank": (8, 64),
     "hidden size": (1536, 4096),

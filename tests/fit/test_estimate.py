@@ -18,7 +18,14 @@ from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.fit.weights import optimizer_state
+from lora_lab.libraries_cache import note_libraries
 from lora_lab.options import EngineKind, ModelSource
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 ROWS: list[dict[str, Any]] = stored("fit_error")["rows"]
 SMALL: dict[str, Any] = {
@@ -152,6 +159,20 @@ def test_what_was_not_measured_widens_the_interval() -> None:
         assert wider.errors.above > usual.errors.above
         assert wider.errors.below > usual.errors.below
     assert usual.errors.reasons == ()
+
+
+def test_what_a_trial_measured_on_this_machine_narrows_the_answer() -> None:
+    before = said(trial())
+    tags = {"device": "a small card", "device.driver": "580", "version.torch": "2.11"}
+    note_libraries(trial(), tags, {"vram/other_gib": 0.4})
+    here, paged = said(trial()), said(trial(optim="paged_adamw_8bit"))
+    assert here.libraries.size == pytest.approx(0.4 * GIB, rel=0.01)
+    assert paged.libraries.size == pytest.approx(0.5 * GIB, rel=0.01)  # moved as far as the other
+    assert here.high - here.low < before.high - before.low
+    note_libraries(trial(), {**tags, "device": "another"}, {"vram/other_gib": 0.6})
+    assert said(trial()).libraries.size == pytest.approx(0.6 * GIB, rel=0.01)
+    note_libraries(trial(), tags, {"vram/other_gib": -0.1})
+    assert said(trial()).libraries.device.startswith("another")
 
 
 def test_padding_costs_a_mask() -> None:
