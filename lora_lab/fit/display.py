@@ -1,5 +1,6 @@
 """Show an estimate, what to change, and the largest batch and row length of each way to train."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -71,6 +72,7 @@ def show_verdicts(
 
 def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], console: Console) -> None:
     """Print the largest row length and batch for each method, engine and checkpointing, on each card."""
+    ways = [(way, Search(way, shapes)) for way in _ways(config)]
     for card in cards:
         title = f"{card:g} GiB: fits for certain; in brackets, may fit"
         table = Table(title=title, title_justify="left")
@@ -78,8 +80,7 @@ def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], con
             table.add_column(name)
         table.add_column(f"longest rows at batch_size={config.batch_size}", justify="right")
         table.add_column(f"rows of {config.seq_len} tokens", justify="right")
-        for way in _ways(config):
-            search = Search(way, shapes)
+        for way, search in ways:
             cells = [_limit(search, setting, card * GIB) for setting in ("seq_len", "batch_size")]
             method = "lora" if way.method.quantization is Quantization.none else "qlora"
             table.add_row(method, way.engine.kind.name, way.gradient_checkpointing.name, *cells)
@@ -92,17 +93,14 @@ def _ways(config: TrialConfig) -> list[TrialConfig]:
     methods = (replace(config.method, quantization=Quantization.none, double_quantization=False), quantised)
     kinds = (EngineKind.eager, EngineKind.liger) if config.method.use_dora else tuple(EngineKind)
     modes = (Checkpointing.none, Checkpointing.full, Checkpointing.offloaded)
-    return [
-        replace(
-            config,
-            method=method,
-            engine=replace(config.engine, kind=kind, chunked_loss=chunked),
-            gradient_checkpointing=mode,
-        )
-        for method in methods
+    own = config.engine
+    engines = [
+        own if own.kind is kind else replace(own, kind=kind, chunked_loss=kind is not EngineKind.eager)
         for kind in kinds
-        for chunked in ([config.engine.chunked_loss] if kind is EngineKind.eager else [True])
-        for mode in modes
+    ]
+    return [
+        replace(config, method=method, engine=engine, gradient_checkpointing=mode)
+        for method, engine, mode in itertools.product(methods, engines, modes)
     ]
 
 

@@ -28,8 +28,6 @@ class Estimate:
     parts: dict[str, int]
     """What is held at the moment at which most is held, see step.PARTS."""
     optimizer: State
-    reserved: int
-    """The peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
     libraries: Libraries
     """The CUDA context and libraries, `vram/other_gib`."""
     errors: Errors
@@ -39,6 +37,11 @@ class Estimate:
     def allocated(self) -> int:
         """Return the peak of live tensors, `vram/peak_allocated_gib`."""
         return sum(self.parts.values())
+
+    @cached_property
+    def reserved(self) -> int:
+        """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
+        return replay(self.tape)
 
     @cached_property
     def least(self) -> int:
@@ -78,6 +81,8 @@ class Estimate:
 
     def verdict(self, capacity: float) -> str:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
+        if self.allocated * (1 - self.errors.below) > capacity:
+            return TOO_LARGE  # without a replay
         if self.high <= capacity:
             return FITS
         return DOUBTFUL if self.low <= capacity else TOO_LARGE
@@ -109,7 +114,6 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     return Estimate(
         parts={part: held[part] for part in PARTS},
         optimizer=state,
-        reserved=replay(tape),
         libraries=libraries_of(config),
         errors=errors_of(config, shapes),
         tape=tape,

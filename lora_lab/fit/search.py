@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lora_lab.config import TrialConfig
-from lora_lab.fit.estimate import Estimate, estimate
+from lora_lab.fit.estimate import FITS, TOO_LARGE, Estimate, estimate
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import sizes_of
 from lora_lab.options import Attention
@@ -35,10 +35,15 @@ class Search:
         """
         unit = _UNITS[setting]
         most = self._shapes.longest if setting == "seq_len" and self._shapes.longest else _MOST
-        if self._need(setting, unit, certain) > capacity:
+
+        def fits(value: int) -> bool:
+            verdict = self._at(setting, value).verdict(capacity)
+            return verdict == FITS if certain else verdict != TOO_LARGE
+
+        if not fits(unit):
             return 0
         value = unit
-        while value < most and self._need(setting, min(2 * value, most), certain) <= capacity:
+        while value < most and fits(min(2 * value, most)):
             value = min(2 * value, most)
         if value >= most:
             return most
@@ -46,18 +51,18 @@ class Search:
         low, high = (self._need(setting, each, certain) for each in (value, above))
         found = value + int((above - value) * (capacity - low) / (high - low))
         found = max(value, found // unit * unit)
-        while certain and found > value and self._need(setting, found, certain) > capacity:
+        while certain and found > value and not fits(found):
             found = max(value, int(found * _LESS) // unit * unit)
         return found
 
     def _need(self, setting: str, value: int, certain: bool) -> int:
-        rows = replace(self._config, batch_size=value)
-        found = self._at(rows if setting == "batch_size" else replace(self._config, seq_len=value))
+        found = self._at(setting, value)
         return found.high if certain else found.low
 
-    def _at(self, config: TrialConfig) -> Estimate:
-        tokens = config.batch_size * config.seq_len
-        key = (tokens, 0) if self._by_tokens else (config.batch_size, config.seq_len)
+    def _at(self, setting: str, value: int) -> Estimate:
+        rows, length = self._config.batch_size, self._config.seq_len
+        rows, length = (value, length) if setting == "batch_size" else (rows, value)
+        key = (rows * length, 0) if self._by_tokens else (rows, length)
         if key not in self._known:
-            self._known[key] = estimate(config, self._shapes)
+            self._known[key] = estimate(replace(self._config, batch_size=rows, seq_len=length), self._shapes)
         return self._known[key]
