@@ -25,6 +25,7 @@ from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 
 EXIT_NOT_CERTAIN = 1
+_LARGEST_GIB = 10**6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cards(text: str) -> list[float]:
-    sizes = [float(part) for part in text.split(",")]
-    if not all(0 < size < 10**6 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text} has a size that no card has; give GiB, for example 8,12")
+    try:
+        sizes = [float(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size < _LARGEST_GIB for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of sizes in GiB. Type for example --vram 8,12.")
     return sizes
 
 

@@ -96,17 +96,22 @@ class CompiledLayer:
         """Begin the outputs of layers that share an input."""
         t, s = self.tape, self.sizes
         low += [t.new(s.wide(s.rank), ACTIVATIONS) for linear in linears if s.has_adapter(linear)]
-        weight = self._weight(linears)
+        working = self._working(linears, linears[0].inputs, sum(linear.outputs for linear in linears))
         outputs = [t.new(s.wide(linear.outputs), ACTIVATIONS) for linear in linears]
-        t.free(weight)
+        t.free(*working)
         return outputs
 
-    def _weight(self, linears: tuple[Linear, ...]) -> int | None:
-        """Begin a weight in the products' format: unpacked from 4 bit, all of them at once under graph."""
-        if not self.sizes.quantised:
-            return None
-        each = [linear.weights * self.sizes.cell for linear in linears]
-        return self.tape.new(sum(each) if self.is_graph else max(each), WORKING)
+    def _working(self, linears: tuple[Linear, ...], inputs: int, outputs: int) -> list[int]:
+        """Begin what a product needs: weights unpacked from 4 bit, all of them at once under graph. Where graph widens
+        the product by the adapter's columns, its input and a weight in 16 bit are copied."""
+        t, s = self.tape, self.sizes
+        each = [linear.weights * s.cell for linear in linears]
+        ranks = s.rank * sum(s.has_adapter(linear) for linear in linears)
+        is_wide = self.is_graph and _widens(s.tokens, inputs, outputs, ranks)
+        copied = [t.new(s.wide(inputs + ranks), WORKING)] if is_wide else []
+        if s.quantised or is_wide:
+            copied.append(t.new(sum(each) if self.is_graph else max(each), WORKING))
+        return copied
 
     def backward(self, saved: CompiledSaved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
@@ -144,9 +149,10 @@ class CompiledLayer:
             else:
                 adapter_gradients(t, s, linear)
                 scaled.append(t.new(s.wide(linear.outputs), WORKING))
-        weight = self._weight(linears)
-        found = t.new(s.wide(linears[0].inputs), WORKING)
-        t.free(weight, *scaled)
+        inputs = linears[0].inputs
+        working = self._working(linears, sum(linear.outputs for linear in linears), inputs)
+        found = t.new(s.wide(inputs), WORKING)
+        t.free(*working, *scaled)
         return found
 
     def _norm_backward(self, grad_x: int, gradient: int) -> int:
@@ -154,3 +160,8 @@ class CompiledLayer:
         out = t.new(s.wide(s.shapes.hidden, s.stream), WORKING)
         t.free(grad_x, gradient)
         return out
+
+
+def _widens(rows: int, inputs: int, outputs: int, ranks: int) -> bool:
+    """Return what `widens` in worker/engines/fused_lora.py does, which cannot be imported without torch."""
+    return ranks > 0 and ranks % 8 == 0 and rows * outputs > rows * inputs + inputs * outputs

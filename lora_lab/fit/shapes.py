@@ -150,19 +150,20 @@ def _read_config(model: ModelConfig) -> dict[str, Any]:
     """Read a model's config.json from its folder, or from the hub's local cache. Nothing is downloaded.
 
     Raises: InvalidInput when it is not there."""
-    if model.source is ModelSource.local and model.path:
-        found: Any = Path(model.path) / "config.json"
-        where, remedy = f"model.path={model.path}", "Name a folder that has a config.json."
+    if model.source is ModelSource.local:
+        found: Any = Path(str(model.path)) / "config.json"
+        remedy = "Name a folder that has a config.json: model=local model.path=FOLDER."
     else:
         from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
 
         found = try_to_load_from_cache(str(model.id), "config.json", revision=model.revision)
-        where, remedy = f"model.id={model.id}", f"Type hf download {model.id} config.json, or choose a named model."
+        remedy = f"Type hf download {model.id} config.json, or choose a named model, for example model=llama3_1_8b."
+    if not isinstance(found, str | Path):
+        raise InvalidInput(f"the shapes of model.id={model.id} are not in the hub's local cache. {remedy}")
     try:
-        fields = json.loads(Path(found).read_text(encoding="utf-8"))
+        return dict(json.loads(Path(found).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as fault:
-        raise InvalidInput(f"the shapes of {where} cannot be read: {fault}. {remedy}") from fault
-    return dict(fields)
+        raise InvalidInput(f"the model's config cannot be read: {fault}. {remedy}") from fault
 
 
 def blocks_of(elements: int, block: int) -> int:
