@@ -163,9 +163,9 @@ class PlainLayer:
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         inner = s.wide(shapes.intermediate, s.stream)
         *first, down = saved.products
-        t.free(*saved.outer)
-        grad_product = self._linear_backward(shapes.down, down, gradient)
-        t.free(saved.product)
+        inner_gradient = self._outer_backward(saved, gradient)
+        grad_product = self._linear_backward(shapes.down, down, inner_gradient)
+        t.free(saved.product, None if inner_gradient == gradient else inner_gradient)
         if self.liger:
             grads = list(saved.mlp)  # its backward writes over what it had saved
             t.free(grad_product)
@@ -181,11 +181,23 @@ class PlainLayer:
         n = len(shapes.qkv)
         gradient = self._inputs_backward(shapes.gate_up, first[n + 1 :], grads, saved.mlp_input, gradient)
         gradient = self._norm_backward(saved.norms[-1:], gradient)
-        grad_attended = self._linear_backward(shapes.output, first[n], gradient)
+        inner_gradient = self._outer_backward(saved, gradient)
+        grad_attended = self._linear_backward(shapes.output, first[n], inner_gradient)
+        t.free(None if inner_gradient == gradient else inner_gradient)
         grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
         t.free(grad_attended, *saved.attention)
         gradient = self._inputs_backward(shapes.qkv, first[:n], grads, saved.attention_input, gradient)
         return self._norm_backward(saved.norms[:-1], gradient)
+
+    def _outer_backward(self, saved: "Saved", gradient: int) -> int:
+        """Return the gradient before a norm behind attention or the MLP; `gradient` itself in families without one."""
+        if not saved.outer:
+            return gradient
+        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
+        working = [t.new(s.wide(hidden, 4), WORKING) for _ in range(4)]
+        out = t.new(s.wide(hidden, s.stream), WORKING)
+        t.free(*working, saved.outer.pop())
+        return out
 
     def _inputs_backward(
         self, linears: tuple[Linear, ...], kept: list[_Product], grads: list[int], shared: int | None, gradient: int
@@ -211,7 +223,12 @@ class PlainLayer:
             scaled = t.new(s.wide(linear.outputs), WORKING)
             narrow = t.new(s.wide(s.rank), WORKING)
             t.free(scaled)
-            low = t.new(s.wide(linear.inputs, s.stream), WORKING)
+            low = t.new(s.wide(linear.inputs), WORKING)
+            if self._keeps_own_input(linear):  # back through both casts of the input
+                wide = t.new(s.wide(linear.inputs, 4), WORKING)
+                t.free(low)
+                low = t.new(s.wide(linear.inputs, s.stream), WORKING)
+                t.free(wide)
             adapter_gradients(t, s, linear)
             t.free(narrow, kept.low, *kept.own_input)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised else None
@@ -224,7 +241,7 @@ class PlainLayer:
         if self.liger:
             t.free(*norm)
             return gradient
-        working = [t.new(s.wide(hidden, 4), WORKING) for _ in range(3)]
+        working = [t.new(s.wide(hidden, 4), WORKING) for _ in range(4)]
         out = t.new(s.wide(hidden, s.stream), WORKING)
         t.free(*working, *norm, gradient)
         return out
