@@ -77,13 +77,13 @@ def table() -> str:
     lines = []
     for (held_out, engine), rows in sorted(groups.items(), key=lambda item: (item[0][0], _ORDER.index(item[0][1]))):
         for key, title in _COMPARED.items():
-            errors = [row[f"{key}_error"] for row in rows if row[f"{key}_error"] is not None]
-            if not errors:
+            found = [row[f"{key}_error"] for row in rows if row[f"{key}_error"] is not None]
+            if not found:
                 continue
             within = sum(bool(row["within"]) for row in rows)
-            of_interval = f"{within} of {len(errors)}" if key == "process" else ""
+            of_interval = f"{within} of {len(found)}" if key == "process" else ""
             name = f"`{engine}`, held out" if held_out else f"`{engine}`"
-            lines.append([name, title, str(len(errors)), *_errors(errors), of_interval])
+            lines.append([name, title, str(len(found)), *errors(found), of_interval])
     return markdown(["engine", "what", "shapes", "mean", "worst", "too low", "within the interval"], lines)
 
 
@@ -91,7 +91,7 @@ _ORDER = ("eager", "liger", "compile", "graph")
 _COMPARED = {"allocated": "live tensors", "reserved": "reserved", "process": "on the card"}
 
 
-def _errors(found: list[float]) -> tuple[str, str, str]:
+def errors(found: list[float]) -> tuple[str, str, str]:
     """Return the mean size of errors, the largest, and the lowest, in percent."""
     worst = max(found, key=abs)
     return f"{statistics.mean(map(abs, found)):.1f} %", f"{worst:+.1f} %", f"{min(0.0, *found, 0.0):.1f} %"

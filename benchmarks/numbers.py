@@ -15,6 +15,7 @@ from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, 
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_error import table as fit_error
+from benchmarks.fit_others import table as fit_others
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
@@ -52,6 +53,7 @@ MADE: dict[str, Callable[[], str]] = {
     "auto-host-bound": host_bound,
     "square-wave": square_wave,
     "fit-error": fit_error,
+    "fit-others": fit_others,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),
