@@ -102,7 +102,8 @@ def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
         compiled_step(tape, sizes)
     else:
         plain_step(tape, sizes)
-    tape.free(tape.new(state.working, WORKING))
+    if state.working:
+        tape.free(tape.new(state.working, WORKING))
     tape.end(GRADIENTS, after=stays)
     return tape, state
 

@@ -41,10 +41,7 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
     tape.free(final)
     for held, once in reversed(kept):
         saved = once or _again(tape, sizes, layer, held)
-        if once is None or once is not kept[0][1]:
-            gradient = layer.backward(saved, gradient)
-        else:
-            tape.free(*saved.everything())
+        gradient = layer.backward(saved, gradient)
         if once is None:
             tape.free(saved.output)
     tape.free(gradient, *shared)

@@ -1,5 +1,6 @@
 """What fit says of whole trials, against stored measurements, rules and common sense. No torch, no GPU."""
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -11,15 +12,16 @@ import pytest
 from benchmarks.fit_error import SETTINGS, config_of
 from benchmarks.reports import stored
 from lora_lab.config import InvalidInput, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.data_config import DataConfig
 from lora_lab.fit.__main__ import main
 from lora_lab.fit.advice import advise
-from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE, Estimate, estimate
+from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.fit.weights import optimizer_state
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import EngineKind, ModelSource
+from lora_lab.options import Checkpointing, EngineKind, ModelSource
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,25 @@ def test_parts_add_up_and_the_ends_are_in_order() -> None:
         assert sum(found.parts.values()) == found.allocated
         assert found.allocated <= found.least <= found.reserved
         assert found.low < found.card < found.high
+
+
+@pytest.mark.parametrize("engine", [kind.name for kind in EngineKind])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_a_step_ends_every_tensor_that_it_begins_once(engine: str, family: str) -> None:
+    modes = (Checkpointing.none, Checkpointing.selective, Checkpointing.offloaded)
+    settings = itertools.product(modes, (True, False), (True, False), (True, False), (True, False))
+    for mode, quantised, raised, padded, plain_loss in settings:
+        config = trial(engine=engine, checkpointing=mode.name, quantised=quantised, raised=raised, batch_size=2)
+        config.model.architecture = {**(config.model.architecture or {}), "model_type": family, "num_hidden_layers": 3}
+        config.data = DataConfig() if padded else config.data
+        config.engine.chunked_loss = not plain_loss
+        config.method.use_dora = padded and engine == "eager"
+        tape, _ = tape_of(config, shapes_of(config.model))
+        live: set[int] = set()
+        for number, size in tape.events[tape.loaded :]:
+            assert (number in live) == (size < 0)
+            live ^= {number}
+        assert not live
 
 
 def test_an_estimate_takes_less_than_a_fifth_of_a_second() -> None:
@@ -176,8 +197,6 @@ def test_what_a_trial_measured_on_this_machine_narrows_the_answer() -> None:
 
 
 def test_padding_costs_a_mask() -> None:
-    from lora_lab.data_config import DataConfig
-
     even = trial(batch_size=4, seq_len=2048, checkpointing="none")
     padded = replace(even, data=DataConfig())
     assert said(padded).allocated > said(even).allocated + 4 * 2048**2
