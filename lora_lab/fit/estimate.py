@@ -69,9 +69,8 @@ class Estimate:
 
     @property
     def low(self) -> int:
-        """Return what a card must have at the very least."""
-        outside = self.libraries.size * (1 - self.libraries.error) + self.optimizer.paged
-        return int(self.least * (1 - self.errors.below) + outside)
+        """Return what a card must have at the very least. Paged state can go to host memory."""
+        return int(self.least * (1 - self.errors.below) + self.libraries.size * (1 - self.libraries.error))
 
     @property
     def high(self) -> int:
