@@ -66,6 +66,46 @@ class PlainLayer:
             t.free(residual)
         return saved
 
+    def forward_alone(self) -> int:
+        """Run a forward that keeps nothing; return its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        x = self._norm_alone()
+        heads = [self._linear_alone(linear) for linear in shapes.qkv]
+        t.free(x)
+        attention = self._attention(heads)
+        attended = self._linear_alone(shapes.output)
+        t.free(*attention)
+        residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(attended)
+        x = self._norm_alone()
+        gate = self._linear_alone(shapes.gate_up[0])
+        active = None if self.liger else t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
+        others = [self._linear_alone(linear) for linear in shapes.gate_up[1:]]
+        t.free(x)
+        product = t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
+        t.free(gate, active, *others)
+        down = self._linear_alone(shapes.down)
+        t.free(product)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(down, residual)
+        return output
+
+    def _norm_alone(self) -> int:
+        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
+        working = (
+            [] if self.liger else [t.new(s.wide(hidden, 4), WORKING) for _ in range(1 if self._keeps_stream else 2)]
+        )
+        out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
+        t.free(*working)
+        return out
+
+    def _linear_alone(self, linear: Linear) -> int:
+        saved = Saved()
+        out = self._linear(linear, saved)
+        [kept] = saved.products
+        self.tape.free(*kept.own_input, kept.low, *kept.copies)
+        return out
+
     def _outer_norm(self, saved: "Saved") -> None:
         """Begin what a norm behind attention or the MLP keeps, in families that have one."""
         if self.sizes.shapes.layer_norms == 4:
@@ -263,17 +303,3 @@ class Saved:
     """The input of the last linear layer."""
     products: list[_Product] = field(default_factory=list)
     output: int | None = None
-
-    def everything(self) -> list[int | None]:
-        """Return all of it, without the output."""
-        kept = [number for each in self.products for number in (*each.own_input, each.low, *each.copies)]
-        return [
-            *self.norms,
-            *self.outer,
-            self.attention_input,
-            self.mlp_input,
-            *self.attention,
-            *self.mlp,
-            self.product,
-            *kept,
-        ]

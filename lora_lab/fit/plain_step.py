@@ -16,21 +16,17 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
     shared = [tape.new(size, ACTIVATIONS) for size in (2 * sizes.wide(shapes.head_size), mask_bytes(sizes)) if size]
     kept: list[tuple[int | None, Saved | None]] = []
     for number in range(shapes.layers):
-        is_checkpointed = checkpoints(mode, number)
-        if not is_checkpointed:
+        if not checkpoints(mode, number):
             saved = layer.forward(stream, has_gradient=number > 0 or mode is not Checkpointing.none)
             kept.append((None, saved))
             stream = _output(saved)
             continue
-        copy = tape.new(tape.sizes[stream], ACTIVATIONS)  # the input itself; `forward` ends its own
-        saved = layer.forward(stream)
-        tape.free(*saved.everything())
-        if mode is Checkpointing.offloaded and number < shapes.layers - 1:
-            tape.free(copy)
-            kept.append((None, None))
-        else:
-            kept.append((copy, None))
-        stream = _output(saved)
+        output = layer.forward_alone()
+        is_offloaded = mode is Checkpointing.offloaded and number < shapes.layers - 1
+        kept.append((None if is_offloaded else stream, None))
+        if is_offloaded:
+            tape.free(stream)
+        stream = output
     final = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS)
     hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
     tape.free(stream)
