@@ -14,6 +14,8 @@ from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
+from benchmarks.fit_error import table as fit_error
+from benchmarks.fit_others import table as fit_others
 from benchmarks.jobs_table import lab_chat, maths
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
@@ -53,6 +55,8 @@ MADE: dict[str, Callable[[], str]] = {
     "square-wave": square_wave,
     "maths": maths,
     "lab-chat": lab_chat,
+    "fit-error": fit_error,
+    "fit-others": fit_others,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),

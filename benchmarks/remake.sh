@@ -75,6 +75,8 @@ else
   python3 -m benchmarks.flop_check "$out"
 fi
 python3 -m benchmarks.looking "$out"
+# what lora_lab.fit says, next to what short trials take
+python3 -m benchmarks.fit_memory "$out" --seconds 1800
 # other stacks, where they are installed; bf16 LoRA likewise
 python3 -m benchmarks.peers "$out"
 python3 -m benchmarks.peers "$out" --method lora

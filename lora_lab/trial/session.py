@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
 from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
+from lora_lab.libraries_cache import note_libraries
 from lora_lab.options import DataSource, Isolation, ModelSource, TrackingKind, Weights
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
 from lora_lab.packages import converted_folder, locate
@@ -381,6 +382,8 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)
+    if end.outcome is Outcome.finished:
+        note_libraries(state.request.config, record.tags, summary.metrics)
     run_id = store.deliver_trial(state.folder, record)
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))

@@ -81,7 +81,11 @@ def _inputs(model: Any, config: TrialConfig, device: torch.device) -> tuple[dict
     laid = pack(documents, 2 * _TOKENS) if packed else documents
     batch = train_collator(config, 0)(laid)
     del batch["labels"]
-    return {name: t.to(device) for name, t in batch.items() if isinstance(t, Tensor)}, _TOKENS * (len(documents) - 1)
+    # some padding where the trial has any, but not all: over a row of seq_len the logits would take more memory than
+    # the training does
+    wide = _TOKENS * (len(documents) + 1)
+    tensors = {name: t[:, :wide].to(device) for name, t in batch.items() if isinstance(t, Tensor)}
+    return tensors, _TOKENS * (len(documents) - 1)
 
 
 def _gradients(

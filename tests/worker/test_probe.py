@@ -134,6 +134,17 @@ def test_text_reaches_every_part_of_a_text_model(name: str) -> None:
     assert warned == []
 
 
+def test_the_look_is_short_however_long_the_rows_are() -> None:
+    """Over a whole row, the logits would take more memory than the training does."""
+    config = trial("llama")
+    config.data.batching, config.seq_len = Batching.seq_len, 4096
+    model = load(config).get_base_model()
+    widths: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    look_through(model, config, CPU, torch.float32)
+    assert 12 < widths[0] < 64
+
+
 def test_the_look_leaves_nothing_behind() -> None:
     config = trial("llama")
     model = load(config).get_base_model()

@@ -1,0 +1,74 @@
+"""Say how much memory a trial will take, before any GPU is touched.
+
+    python -m lora_lab.fit model=llama3_1_8b batch_size=2 seq_len=4096
+    python -m lora_lab.fit --vram 8,12 model=llama3_1_8b batch_size=2 seq_len=4096
+    python -m lora_lab.fit --vram 8,12,16,24 --limits model=llama3_1_8b
+
+It takes the settings of a trial. With --vram it says whether the trial fits cards of these sizes in GiB, and what to
+change where it does not; --limits adds the largest batch and row length of each method, engine and checkpointing.
+Nothing is loaded, downloaded or run. Exit code 0 when the trial fits (or no card was named), 1 when that is not
+certain, 2 when the question cannot be answered.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lora_lab.composition.once import compose_once
+from lora_lab.config import InvalidInput
+from lora_lab.fit.display import show_estimate, show_limits, show_verdicts
+from lora_lab.fit.estimate import estimate
+from lora_lab.fit.shapes import shapes_of
+from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
+from lora_lab.output import never_end_for_output
+
+EXIT_NOT_CERTAIN = 1
+_LARGEST_GIB = 10**6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    never_end_for_output()
+    parser = argparse.ArgumentParser("lora-lab fit", description=__doc__, add_help=False)
+    parser.add_argument("--vram", type=_cards, default=[])
+    parser.add_argument("--limits", action="store_true")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: lora-lab fit [--vram GIB[,GIB...] [--limits]] [group=option ...] [key=value ...]\n\n{__doc__}")
+        return 0
+    asked, typed = parser.parse_known_args(arguments)
+    console = Console()
+    try:
+        if asked.limits and not asked.vram:
+            raise InvalidInput("--limits needs the size of a card, for example --vram 8.")
+        config = compose_once(typed)
+        shapes = shapes_of(config.model)
+        found = estimate(config, shapes)
+        show_estimate(found, console)
+        if not asked.vram:
+            return 0
+        fits = show_verdicts(found, config, shapes, asked.vram, console)
+        if asked.limits:
+            show_limits(config, shapes, asked.vram, console)
+    except InvalidInput as refusal:
+        print(f"Refused:\n{refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0 if fits else EXIT_NOT_CERTAIN
+
+
+def _cards(text: str) -> list[float]:
+    try:
+        sizes = [float(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size < _LARGEST_GIB for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of sizes in GiB. Type for example --vram 8,12.")
+    return sizes
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

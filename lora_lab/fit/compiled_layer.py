@@ -1,0 +1,167 @@
+"""The allocations of a decoder layer that torch.compile runs: engines compile and graph.
+
+What is kept for the backward is known: the inputs of products and of norms, what attention keeps, gate and up. In
+between, compiled code keeps almost nothing. Under graph a weight and its adapter are one product, see
+worker/engines/fused_lora.py, and layers with the same input are unpacked together.
+"""
+
+from dataclasses import dataclass, field
+
+from lora_lab.fit.shapes import Linear
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
+from lora_lab.fit.tape import Tape
+
+
+@dataclass(slots=True)
+class CompiledSaved:
+    """What a layer's forward keeps for its backward, by tensor number."""
+
+    layer_input: int
+    attention_input: int
+    attention: list[int]
+    middle: int
+    """The stream between attention and MLP."""
+    mlp_input: int
+    gate_up: list[int]
+    product: int
+    output: int
+    low: list[int] = field(default_factory=list)
+    """The adapters' inner results."""
+
+
+class CompiledLayer:
+    """A decoder layer; forward and backward write on a tape."""
+
+    def __init__(self, tape: Tape, sizes: Sizes, is_graph: bool) -> None:
+        self.tape, self.sizes, self.is_graph = tape, sizes, is_graph
+        self.gradients: list[int] = []
+        """Of the adapters, under graph: the caller ends them."""
+
+    def forward(self, layer_input: int) -> CompiledSaved:
+        """Begin what a forward keeps, and its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        low: list[int] = []
+        x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        attention = self._attention(self._products(shapes.qkv, low))
+        attended = self._products((shapes.output,), low)
+        middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        t.free(*attended)
+        gate_up = self._products(shapes.gate_up, low)
+        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
+        down = self._products((shapes.down,), low)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(*down)
+        return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
+
+    def forward_alone(self) -> int:
+        """Run a forward that keeps nothing; return its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        low: list[int] = []
+        x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        heads = self._products(shapes.qkv, low)
+        t.free(x)
+        attention = self._attention(heads)
+        attended = self._products((shapes.output,), low)
+        t.free(*attention)
+        middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
+        t.free(*attended)
+        gate_up = self._products(shapes.gate_up, low)
+        t.free(mlp_input)
+        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
+        t.free(*gate_up)
+        down = self._products((shapes.down,), low)
+        t.free(product, *low)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(middle, *down)
+        return output
+
+    def _attention(self, heads: list[int]) -> list[int]:
+        """Begin what attention keeps: q and k after their rotation, v, and what `attention_bytes` says."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
+        if len(heads) == 1:
+            kept.append(t.new(s.wide(shapes.key_width), ACTIVATIONS))
+            t.free(*heads)
+        else:
+            kept.append(heads[2])
+            t.free(*heads[:2])
+        kept += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        if shapes.layer_norms == 4:
+            kept.append(t.new(2 * s.wide(shapes.hidden), ACTIVATIONS))
+        return kept
+
+    def _products(self, linears: tuple[Linear, ...], low: list[int]) -> list[int]:
+        """Begin the outputs of layers that share an input."""
+        t, s = self.tape, self.sizes
+        low += [t.new(s.wide(s.rank), ACTIVATIONS) for linear in linears if s.has_adapter(linear)]
+        working = self._working(linears, linears[0].inputs, sum(linear.outputs for linear in linears))
+        outputs = [t.new(s.wide(linear.outputs), ACTIVATIONS) for linear in linears]
+        t.free(*working)
+        return outputs
+
+    def _working(self, linears: tuple[Linear, ...], inputs: int, outputs: int) -> list[int]:
+        """Begin what a product needs: weights unpacked from 4 bit, all of them at once under graph. Where graph widens
+        the product by the adapter's columns, its input and a weight in 16 bit are copied."""
+        t, s = self.tape, self.sizes
+        each = [linear.weights * s.cell for linear in linears]
+        ranks = s.rank * sum(s.has_adapter(linear) for linear in linears)
+        is_wide = self.is_graph and _widens(s.tokens, inputs, outputs, ranks)
+        copied = [t.new(s.wide(inputs + ranks), WORKING)] if is_wide else []
+        if s.quantised or is_wide:
+            copied.append(t.new(sum(each) if self.is_graph else max(each), WORKING))
+        return copied
+
+    def backward(self, saved: CompiledSaved, gradient: int) -> int:
+        """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        grad_product = self._products_backward((shapes.down,))
+        ended = [saved.product, grad_product, *saved.gate_up]
+        if self.is_graph:
+            t.free(saved.product)
+            ended.remove(saved.product)
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.gate_up]
+        if self.is_graph:
+            t.free(*ended)
+        grad_x = self._products_backward(shapes.gate_up)
+        if not self.is_graph:  # measured: nothing of the MLP ends before its backward is over
+            t.free(*ended)
+        t.free(*grads, saved.mlp_input)
+        gradient = self._norm_backward(grad_x, gradient)
+        t.free(saved.middle)
+        grad_attended = self._products_backward((shapes.output,))
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
+        t.free(grad_attended, *saved.attention)
+        grad_x = self._products_backward(shapes.qkv)
+        t.free(*grads, saved.attention_input, *saved.low)
+        gradient = self._norm_backward(grad_x, gradient)
+        t.free(saved.layer_input)
+        return gradient
+
+    def _products_backward(self, linears: tuple[Linear, ...]) -> int:
+        """Begin the gradient of the input that layers share, and those of their adapters."""
+        t, s = self.tape, self.sizes
+        scaled = []
+        for linear in (linear for linear in linears if s.has_adapter(linear)):
+            if self.is_graph:  # in the products' format, until the step copies them into its buffer
+                self.gradients.append(t.new(s.cell * s.rank * (linear.inputs + linear.outputs), WORKING))
+            else:
+                adapter_gradients(t, s, linear)
+                scaled.append(t.new(s.wide(linear.outputs), WORKING))
+        inputs = linears[0].inputs
+        working = self._working(linears, sum(linear.outputs for linear in linears), inputs)
+        found = t.new(s.wide(inputs), WORKING)
+        t.free(*working, *scaled)
+        return found
+
+    def _norm_backward(self, grad_x: int, gradient: int) -> int:
+        t, s = self.tape, self.sizes
+        out = t.new(s.wide(s.shapes.hidden, s.stream), WORKING)
+        t.free(grad_x, gradient)
+        return out
+
+
+def _widens(rows: int, inputs: int, outputs: int, ranks: int) -> bool:
+    """Return what `widens` in worker/engines/fused_lora.py does, which cannot be imported without torch."""
+    return ranks > 0 and ranks % 8 == 0 and rows * outputs > rows * inputs + inputs * outputs

@@ -1,0 +1,120 @@
+"""Estimate a trial's memory: what is held at the moment at which most is held, part by part."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lora_lab.config import TrialConfig
+from lora_lab.fit.allocator import OutOfMemory, replay
+from lora_lab.fit.compiled_step import compiled_step
+from lora_lab.fit.interval import Errors, errors_of
+from lora_lab.fit.libraries import Libraries, libraries_of
+from lora_lab.fit.loading import load
+from lora_lab.fit.plain_step import plain_step
+from lora_lab.fit.shapes import Shapes
+from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
+from lora_lab.fit.tape import Tape
+from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
+from lora_lab.options import EngineKind
+
+GIB = 2**30
+FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
+_CLOSE = 2**24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A trial's memory in bytes."""
+
+    parts: dict[str, int]
+    """What is held at the moment at which most is held, see step.PARTS."""
+    optimizer: State
+    libraries: Libraries
+    """The CUDA context and libraries, `vram/other_gib`."""
+    errors: Errors
+    tape: Tape
+
+    @property
+    def allocated(self) -> int:
+        """Return the peak of live tensors, `vram/peak_allocated_gib`."""
+        return sum(self.parts.values())
+
+    @cached_property
+    def reserved(self) -> int:
+        """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
+        return replay(self.tape)
+
+    @cached_property
+    def least(self) -> int:
+        """Return the least with which the allocator gets through a step, by returning what it has cached; to 16 MiB."""
+        low, high = self.allocated, self.reserved
+        while high - low > _CLOSE:
+            middle = (low + high) // 2
+            try:
+                replay(self.tape, middle, times=1)
+            except OutOfMemory:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    @property
+    def outside(self) -> int:
+        """Return what torch's allocator does not see."""
+        return self.libraries.size + self.optimizer.paged
+
+    @property
+    def card(self) -> int:
+        """Return the most likely peak of the worker's process on a card that has enough."""
+        return self.reserved + self.outside
+
+    @property
+    def low(self) -> int:
+        """Return what a card must have at the very least. Paged state can go to host memory."""
+        return int(self.least * (1 - self.errors.below) + self.libraries.size * (1 - self.libraries.error))
+
+    @property
+    def high(self) -> int:
+        """Return what is enough, with 95 % certainty."""
+        outside = self.libraries.size * (1 + self.libraries.error) + self.optimizer.paged
+        return int(self.reserved * (1 + self.errors.above) + outside)
+
+    def verdict(self, capacity: float) -> str:
+        """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
+        if self.allocated * (1 - self.errors.below) > capacity:
+            return TOO_LARGE  # without a replay
+        if self.high <= capacity:
+            return FITS
+        return DOUBTFUL if self.low <= capacity else TOO_LARGE
+
+
+def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
+    """Write a trial's memory as a tape: what stays, then a step from its forward to the optimizer."""
+    sizes, tape = sizes_of(config, shapes), Tape()
+    load(tape, sizes)
+    each = optimizer_state(config.optimizer, adapter_sizes(config.method, shapes), adapter_sides(config.method, shapes))
+    state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
+    for _ in range(shapes.layers):
+        tape.new((state.total - state.paged) // shapes.layers, OPTIMIZER)
+    tape.loaded = len(tape.events)
+    stays = len(tape.sizes)
+    if config.engine.kind in (EngineKind.compile, EngineKind.graph):
+        compiled_step(tape, sizes)
+    else:
+        plain_step(tape, sizes)
+    if state.working:
+        tape.free(tape.new(state.working, WORKING))
+    tape.end(GRADIENTS, after=stays)
+    return tape, state
+
+
+def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
+    """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
+    tape, state = tape_of(config, shapes)
+    held = tape.peak()
+    return Estimate(
+        parts={part: held[part] for part in PARTS},
+        optimizer=state,
+        libraries=libraries_of(config),
+        errors=errors_of(config, shapes),
+        tape=tape,
+    )

@@ -1,0 +1,78 @@
+"""The allocations of the loss: all logits at once, or a chunk of them at a time."""
+
+import math
+
+from lora_lab.fit.step import ACTIVATIONS, LOSS, WORKING, Sizes
+from lora_lab.fit.tape import Tape
+
+CHUNK_ELEMENTS = 2**26
+"""As worker/engines/chunked_loss.py has it, which cannot be imported without torch; a test compares the two."""
+_WIDER, _PARTS, _ALIGNED = 8, 4, 64
+
+
+def chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
+    """Return the rows of a chunk of our own loss; `hidden` is 0 where it is not compiled."""
+    most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden, vocabulary // _PARTS)) // vocabulary)
+    even = math.ceil(rows / math.ceil(rows / most))
+    aligned = math.ceil(even / _ALIGNED) * _ALIGNED
+    return aligned if aligned <= most else even
+
+
+def liger_chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
+    """Return the rows of a chunk of liger-kernel's fused loss."""
+    factor = math.ceil(vocabulary / hidden)
+    rows_of_chunk = math.ceil(rows / factor)
+    return int(2 ** math.ceil(math.log2(rows_of_chunk)))
+
+
+def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
+    """Write forward and backward of transformers' loss; return the gradient of `hidden`, which ends.
+
+    The loss takes the logits in fp32. Its logarithm is kept for the backward. accelerate turns the model's own output,
+    which nobody reads, into fp32 as well. The backward holds three tensors of fp32: the logarithm, its gradient, and
+    the gradient of the logits.
+    """
+    vocabulary = sizes.shapes.vocabulary
+    head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    logits = tape.new(sizes.wide(vocabulary), LOSS)
+    wide = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
+    logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
+    tape.free(wide)
+    returned = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
+    tape.free(logits, returned, hidden)
+    of_logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
+    of_wide = tape.new(sizes.wide(vocabulary, 4), LOSS)
+    tape.free(logarithm, of_logarithm)
+    of_logits = tape.new(sizes.wide(vocabulary), LOSS) if sizes.cell != 4 else None
+    if of_logits is not None:
+        tape.free(of_wide)
+    gradient = tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
+    tape.free(head, of_wide if of_logits is None else of_logits)
+    return gradient
+
+
+def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: bool) -> int:
+    """Write a loss in chunks, whose gradient is known in the forward; return the gradient of `hidden`, which ends."""
+    vocabulary, width = sizes.shapes.vocabulary, sizes.shapes.hidden
+    head = tape.new(vocabulary * width * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    gradient = tape.new(sizes.wide(width), ACTIVATIONS)
+    if liger:
+        rows = min(sizes.tokens, liger_chunk_rows(sizes.tokens, vocabulary, width))
+        chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS)]  # its kernel writes the gradient over the logits
+    elif compiled:
+        rows = chunk_rows(sizes.tokens, vocabulary, width)
+        chunk = [
+            tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(3)
+        ]  # measured: three, where the code shows two
+    else:
+        rows = chunk_rows(sizes.tokens, vocabulary, 0)
+        chunk = [tape.new(rows * vocabulary * 4, LOSS) for _ in range(4)]
+    tape.free(*chunk, head, hidden)
+    if liger:
+        return gradient
+    wide = tape.new(sizes.wide(width, 4), WORKING)
+    product = tape.new(sizes.wide(width, 4), WORKING)
+    tape.free(wide)
+    out = tape.new(sizes.wide(width, sizes.stream), WORKING)
+    tape.free(gradient, product)
+    return out

@@ -1,0 +1,94 @@
+"""What a training step is made of: the sizes that every engine's allocations follow from."""
+
+from dataclasses import dataclass
+
+from lora_lab.config import TrialConfig
+from lora_lab.fit.shapes import Linear, Shapes
+from lora_lab.fit.tape import Tape
+from lora_lab.fit.weights import BYTES, adapted, is_quantised
+from lora_lab.options import Attention, Batching, Checkpointing, DataSource, EngineKind
+
+WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
+ACTIVATIONS, LOSS, WORKING = "activations", "loss", "working"
+PARTS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS, WORKING)
+"""What memory is held for, in the order in which it is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of one micro-batch."""
+
+    config: TrialConfig
+    shapes: Shapes
+    tokens: int
+    """Slots: rows times tokens in a row, padding included."""
+    cell: int
+    """Bytes of a number in products."""
+    stream: int
+    """Bytes of a number between layers: 4 where embeddings are raised to fp32."""
+    quantised: bool
+    rank: int
+    is_masked: bool
+    """Whether attention gets a mask: rows of different lengths side by side, or packed."""
+
+    def wide(self, columns: int, each: int | None = None) -> int:
+        """Return the bytes of a tensor (tokens, columns)."""
+        return self.tokens * columns * (self.cell if each is None else each)
+
+    def has_adapter(self, linear: Linear) -> bool:
+        """Return whether a linear layer is adapted."""
+        return adapted(self.config.method, linear)
+
+
+def sizes_of(config: TrialConfig, shapes: Shapes) -> Sizes:
+    """Return the sizes of a trial's micro-batch."""
+    cell = BYTES[config.precision.dtype]
+    return Sizes(
+        config=config,
+        shapes=shapes,
+        tokens=config.batch_size * config.seq_len,
+        cell=cell,
+        stream=4 if config.method.raise_to_fp32 else cell,
+        quantised=is_quantised(config.method),
+        rank=config.method.rank,
+        is_masked=_is_masked(config),
+    )
+
+
+def _is_masked(config: TrialConfig) -> bool:
+    if config.data.batching is Batching.packed:
+        return True
+    if config.engine.kind in (EngineKind.compile, EngineKind.graph):
+        return False
+    pads = config.batch_size > 1 or config.data.batching is Batching.seq_len
+    return pads and config.data.source is not DataSource.random_tokens
+
+
+def mask_bytes(sizes: Sizes) -> int:
+    """Return the bytes of attention's mask, which all layers share: as truth values, and in the products' format."""
+    config = sizes.config
+    return config.batch_size * config.seq_len**2 * (1 + sizes.cell) if sizes.is_masked else 0
+
+
+def checkpoints(mode: Checkpointing, number: int) -> bool:
+    """Return whether the layer with this number is calculated once more in the backward."""
+    return mode in (Checkpointing.full, Checkpointing.offloaded) or (
+        mode is Checkpointing.selective and number % 2 == 0
+    )
+
+
+def attention_bytes(sizes: Sizes) -> list[int]:
+    """Return the sizes of what attention keeps besides q and k: its output, a sum for each head, and without a fused
+    kernel (attention=eager) the scores' softmax in fp32 and in the products' format."""
+    shapes, config = sizes.shapes, sizes.config
+    kept = [sizes.wide(shapes.query_width), sizes.wide(shapes.heads, 4)]
+    if config.attention is Attention.eager:
+        scores = config.batch_size * shapes.heads * config.seq_len**2
+        kept += [4 * scores, sizes.cell * scores]
+    return kept
+
+
+def adapter_gradients(tape: Tape, sizes: Sizes, linear: Linear) -> None:
+    """Begin the gradients of a layer's adapter, in fp32, which stay until the optimizer has taken them."""
+    if sizes.config.grad_accum_steps == 1:
+        tape.new(4 * sizes.rank * (linear.inputs + linear.outputs), GRADIENTS)

@@ -1,0 +1,233 @@
+"""What fit says of whole trials, against stored measurements, rules and common sense. No torch, no GPU."""
+
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fit_error import SETTINGS, config_of
+from benchmarks.reports import stored
+from lora_lab.config import InvalidInput, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.data_config import DataConfig
+from lora_lab.fit.__main__ import main
+from lora_lab.fit.advice import advise
+from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
+from lora_lab.fit.search import Search
+from lora_lab.fit.shapes import read_shapes, shapes_of
+from lora_lab.fit.step import GRADIENTS
+from lora_lab.fit.weights import optimizer_state
+from lora_lab.libraries_cache import note_libraries
+from lora_lab.options import Checkpointing, EngineKind, ModelSource
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+ROWS: list[dict[str, Any]] = stored("fit_error")["rows"]
+SMALL: dict[str, Any] = {
+    "model": "qwen2_5_1_5b",
+    "engine": "eager",
+    "batch_size": 1,
+    "seq_len": 512,
+    "checkpointing": "full",
+    "optim": "adamw_torch_fused",
+    "precision": "bf16",
+    "quantised": True,
+    "rank": 16,
+    "raised": False,
+}
+
+
+def trial(**changed: Any) -> TrialConfig:
+    return config_of(**{**SMALL, **changed})
+
+
+def said(config: TrialConfig) -> Estimate:
+    return estimate(config, shapes_of(config.model))
+
+
+@pytest.mark.parametrize("row", ROWS[:: len(ROWS) // 12], ids=lambda row: " ".join(str(row[key]) for key in SETTINGS))
+def test_the_stored_errors_are_those_of_this_code(row: dict[str, Any]) -> None:
+    found = said(config_of(**{key: row[key] for key in SETTINGS}))
+    error = 100 * (found.allocated / GIB / row["allocated_gib"] - 1)
+    assert error == pytest.approx(row["allocated_error"], abs=0.1), "python -m benchmarks.fit_error makes it again"
+    assert -5 < error < 8
+
+
+def test_every_measured_process_is_within_its_interval() -> None:
+    asked = [row["within"] for row in ROWS if row["within"] is not None]
+    assert len(asked) >= 30
+    assert all(asked)
+
+
+def test_parts_add_up_and_the_ends_are_in_order() -> None:
+    for engine in EngineKind:
+        found = said(trial(engine=engine.name))
+        assert sum(found.parts.values()) == found.allocated
+        assert found.allocated <= found.least <= found.reserved
+        assert found.low < found.card < found.high
+
+
+@pytest.mark.parametrize("engine", [kind.name for kind in EngineKind])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_a_step_ends_every_tensor_that_it_begins_once(engine: str, family: str) -> None:
+    modes = (Checkpointing.none, Checkpointing.selective, Checkpointing.offloaded)
+    settings = itertools.product(modes, (True, False), (True, False), (True, False), (True, False))
+    for mode, quantised, raised, padded, plain_loss in settings:
+        config = trial(engine=engine, checkpointing=mode.name, quantised=quantised, raised=raised, batch_size=2)
+        config.model.architecture = {**(config.model.architecture or {}), "model_type": family, "num_hidden_layers": 3}
+        config.data = DataConfig() if padded else config.data
+        config.engine.chunked_loss = not plain_loss
+        config.method.use_dora = padded and engine == "eager"
+        tape, _ = tape_of(config, shapes_of(config.model))
+        live: set[int] = set()
+        for number, size in tape.events[tape.loaded :]:
+            assert (number in live) == (size < 0)
+            live ^= {number}
+        assert not live
+
+
+def test_an_estimate_takes_less_than_a_fifth_of_a_second() -> None:
+    config = trial(model="llama3_1_8b", batch_size=2, seq_len=4096)
+    shapes = shapes_of(config.model)
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        found = estimate(config, shapes)
+        assert found.low < found.high
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.2
+
+
+@pytest.mark.parametrize("engine", [kind.name for kind in EngineKind])
+def test_more_of_anything_takes_more(engine: str) -> None:
+    least = said(trial(engine=engine)).allocated
+    for more in ({"rank": 64}, {"seq_len": 2048}, {"batch_size": 4}, {"quantised": False}, {"checkpointing": "none"}):
+        assert said(trial(engine=engine, **more)).allocated > least
+    offloaded = said(trial(engine=engine, checkpointing="offloaded", seq_len=8192)).allocated
+    assert offloaded < said(trial(engine=engine, seq_len=8192)).allocated
+
+
+def test_an_accumulated_step_keeps_its_gradients() -> None:
+    once, often = (said(replace(trial(), grad_accum_steps=count)) for count in (1, 4))
+    assert often.parts[GRADIENTS] == pytest.approx(often.parts["adapters"], rel=0.01)
+    assert once.parts[GRADIENTS] < often.parts[GRADIENTS]
+
+
+@pytest.mark.parametrize(
+    ("optim", "total", "paged"),
+    [
+        # 1,000 in fp32; 4,096 and 100,000 in 8 bit with a scale for 256
+        ("adamw_bnb_8bit", 8_000 + 2 * 4096 + 2 * 4 * 16 + 2 * 100_000 + 2 * 4 * 391, 0),
+        ("paged_adamw_8bit", 8_000 + 2 * 4096 + 2 * 4 * 16 + 2 * 100_000 + 2 * 4 * 391, 200_000),
+        ("paged_adamw_32bit", 8 * 105_096, 800_000),
+        ("lion_8bit", 4_000 + 4096 + 4 * 16 + 100_000 + 4 * 391, 0),
+        ("adamw_torch_fused", 8 * 105_096, 0),
+        ("sgd", 0, 0),
+    ],
+)
+def test_an_optimizers_state_follows_its_own_rule(optim: str, total: int, paged: int) -> None:
+    state = optimizer_state(OptimizerConfig(optim=optim), [1_000, 4_096, 100_000], [])
+    assert (state.total, state.paged) == (total, paged)
+
+
+def test_the_state_of_a_measured_trial_is_what_was_measured() -> None:
+    found = said(trial(model="llama3_1_8b", seq_len=2048, optim="adamw_bnb_8bit"))
+    assert found.optimizer.total / GIB == pytest.approx(0.0793, abs=0.0005)
+
+
+def test_the_largest_fits_and_a_little_more_does_not() -> None:
+    config = trial(engine="graph")
+    shapes = shapes_of(config.model)
+    search = Search(config, shapes)
+    length = search.largest("seq_len", 8 * GIB, certain=True)
+    assert length % 64 == 0
+    assert said(replace(config, seq_len=length)).verdict(8 * GIB) == FITS
+    assert said(replace(config, seq_len=int(1.1 * length))).verdict(8 * GIB) != FITS
+    assert search.largest("seq_len", 8 * GIB, certain=False) > length
+    rows = search.largest("batch_size", 8 * GIB, certain=True)
+    assert rows == pytest.approx(length / 512, rel=0.1)
+    assert search.largest("batch_size", GIB, certain=True) == 0
+
+
+def test_advice_makes_it_fit_and_has_nothing_needless() -> None:
+    config = trial(seq_len=2048, batch_size=4, checkpointing="none")
+    shapes = shapes_of(config.model)
+    assert said(config).verdict(10 * GIB) == TOO_LARGE
+    changes = advise(config, shapes, 10 * GIB)
+    assert said(changes[-1].config).verdict(10 * GIB) == FITS
+    assert len({change.setting for change in changes}) == len(changes) > 1
+    assert len(advise(config, shapes, 24 * GIB)) == 1
+
+
+def test_rows_are_shortened_last() -> None:
+    config = trial(model="llama3_1_8b", seq_len=8192, engine="graph", checkpointing="offloaded")
+    changes = advise(config, shapes_of(config.model), 10 * GIB)
+    assert changes[-1].override.startswith("seq_len=")
+    assert said(changes[-1].config).verdict(10 * GIB) == FITS
+
+
+def test_what_was_not_measured_widens_the_interval() -> None:
+    usual = said(trial(engine="graph"))
+    for changed in (trial(engine="graph", rank=256), trial(engine="graph", checkpointing="selective")):
+        wider = said(changed)
+        assert wider.errors.reasons
+        assert wider.errors.above > usual.errors.above
+        assert wider.errors.below > usual.errors.below
+    assert usual.errors.reasons == ()
+
+
+def test_what_a_trial_measured_on_this_machine_narrows_the_answer() -> None:
+    before = said(trial())
+    tags = {"device": "a small card", "device.driver": "580", "version.torch": "2.11"}
+    note_libraries(trial(), tags, {"vram/other_gib": 0.4})
+    here, paged = said(trial()), said(trial(optim="paged_adamw_8bit"))
+    assert here.libraries.size == pytest.approx(0.4 * GIB, rel=0.01)
+    assert paged.libraries.size == pytest.approx(0.5 * GIB, rel=0.01)  # moved as far as the other
+    assert here.high - here.low < before.high - before.low
+    note_libraries(trial(), {**tags, "device": "another"}, {"vram/other_gib": 0.6})
+    assert said(trial()).libraries.size == pytest.approx(0.6 * GIB, rel=0.01)
+    note_libraries(trial(), tags, {"vram/other_gib": -0.1})
+    assert said(trial()).libraries.device.startswith("another")
+
+
+def test_padding_costs_a_mask() -> None:
+    even = trial(batch_size=4, seq_len=2048, checkpointing="none")
+    padded = replace(even, data=DataConfig())
+    assert said(padded).allocated > said(even).allocated + 4 * 2048**2
+
+
+def test_a_family_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="model_type=mamba"):
+        read_shapes({"model_type": "mamba"})
+
+
+def test_the_shapes_of_a_local_model_are_read_from_its_config(tmp_path: Path) -> None:
+    config = trial()
+    (tmp_path / "config.json").write_text(json.dumps(config.model.architecture))
+    model = ModelConfig(source=ModelSource.local, path=str(tmp_path))
+    assert shapes_of(model) == shapes_of(config.model)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        shapes_of(replace(model, path=str(tmp_path / "missing")))
+
+
+def test_parameters_are_counted_as_published() -> None:
+    assert shapes_of(trial().model).parameters == 1_543_714_304
+    assert shapes_of(trial(model="llama3_1_8b").model).parameters == 8_030_261_248
+
+
+def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fit"])
+    command = ["model=qwen2_5_1_5b", "data=random_tokens", "batch_size=4", "seq_len=2048"]
+    assert main(["--vram", "24,80", *command]) == 1
+    text = capsys.readouterr().out
+    assert f"80 GiB: {FITS}" in text
+    assert f"24 GiB: {TOO_LARGE}" in text
+    assert "engine=graph" in text
+    assert main(["--limits", *command]) == 2

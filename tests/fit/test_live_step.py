@@ -1,0 +1,140 @@
+"""What the worker really does, seen on the CPU, against what the tape says: the peak of a step, and the loss."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.data_config import DataConfig
+from lora_lab.fit.estimate import tape_of
+from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
+from lora_lab.fit.shapes import shapes_of
+from lora_lab.options import Checkpointing, DataSource, DType, Quantization, Weights
+from lora_lab.worker.engines import chunked_loss
+from lora_lab.worker.models import load_architecture, load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+ROWS, LENGTH = 2, 256
+SHAPES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def trial(family: str, method: MethodConfig, dtype: DType, **more: Any) -> TrialConfig:
+    return TrialConfig(
+        model=ModelConfig(weights=Weights.random, architecture={"model_type": family, **SHAPES, **more}),
+        method=method,
+        precision=PrecisionConfig(dtype=dtype),
+        data=DataConfig(source=DataSource.random_tokens),
+        batch_size=ROWS,
+        seq_len=LENGTH,
+    )
+
+
+class Live(TorchDispatchMode):
+    """Adds up the storages of all tensors that operations make, as long as they live."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._held = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self._held -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self._held += size
+        self.peak = max(self.peak, self._held)
+
+
+def live_peak(config: TrialConfig) -> int:
+    """Bytes of all live tensors of a first step at their peak, without weights and adapters."""
+    model = load_model(config, load_architecture(config.model), torch.device("cpu")).train()
+    if config.engine.chunked_loss:
+        chunked_loss.use_chunked_loss(model)
+    if config.gradient_checkpointing is Checkpointing.full:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(3, 500, (ROWS, LENGTH))
+    half = config.precision.dtype is not DType.fp32
+    with Live([*model.parameters(), *model.buffers(), ids]) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return live.peak
+
+
+def said_peak(config: TrialConfig) -> int:
+    """What the tape says of the same."""
+    tape, _ = tape_of(config, shapes_of(config.model))
+    return tape.peak().total() - sum(size for _, size in tape.events[: tape.loaded])
+
+
+LORA = MethodConfig(quantization=Quantization.none, rank=16)
+WIDE = {"head_dim": 128}
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("qwen3", WIDE), ("phi3", {}), ("gemma3_text", WIDE)])
+def test_the_peak_of_a_step_is_on_the_tape(family: str, more: dict[str, Any]) -> None:
+    config = trial(family, LORA, DType.bf16, **more)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gemma3_text", WIDE)])
+def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str, more: dict[str, Any]) -> None:
+    config = trial(family, LORA, DType.bf16, **more)
+    config.gradient_checkpointing = Checkpointing.full
+    config.engine.chunked_loss = True
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+
+
+def test_the_logits_are_the_peak_of_a_large_vocabulary() -> None:
+    config = trial("llama", LORA, DType.bf16, vocab_size=8192)
+    config.gradient_checkpointing = Checkpointing.full
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
+
+
+def test_in_fp32_norms_keep_the_stream_itself() -> None:
+    config = trial("llama", LORA, DType.fp32)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
+
+
+def test_a_raised_stream_costs_wider_activations() -> None:
+    """On a CPU PEFT converts the inputs of 4-bit layers as it does those of others; with a raised stream on both."""
+    nf4 = MethodConfig(quantization=Quantization.nf4, double_quantization=True, rank=16, raise_to_fp32=True)
+    config = trial("llama", nf4, DType.bf16)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+
+
+def test_chunks_of_the_loss_are_those_of_the_engine() -> None:
+    assert chunked_loss.CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    for rows, vocabulary, hidden in ((512, 151936, 1536), (16384, 151936, 1536), (8192, 128256, 4096), (100, 272, 0)):
+        assert chunk_rows(rows, vocabulary, hidden) == chunked_loss.chunk_rows(rows, vocabulary, hidden)
