@@ -83,13 +83,13 @@ THROUGHPUT = _measure("throughput", "throughput/tokens_per_second")
 ENERGY = _measure("energy", "energy/joules_per_token")
 VRAM = _measure("vram", "vram/peak_device_gib")
 LOSS = _measure("loss", "loss/eval", ratios=False)
+# three digits, because jobs of minutes are compared too
 HOURS = Measure(
     name="hours",
     metric=replace(METRICS["job/hours"], title="hours of the job", form="{:.3g}"),
     better=Better.lower,
 )
-"""Three digits, because jobs of minutes are compared too."""
-KWH = _measure("kwh", "job/kwh")
+KWH = Measure(name="kwh", metric=replace(METRICS["job/kwh"], form="{:.3g}"), better=Better.lower)
 COST = _measure("cost", "job/cost")
 GPU_WORK = Measure(name="gpu_work", metric=_GPU_WORK, better=Better.lower)
 OBJECTIVES = (THROUGHPUT, ENERGY, VRAM, LOSS)

@@ -9,12 +9,12 @@ from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
-from lora_lab.report.measures import MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.measures import LOSS, MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, outcome_text
-from lora_lab.report.writing.learnt import front_sentences, trade
+from lora_lab.report.writing.learnt import front_sentences, is_compared, no_worse, ordered, trade
 from lora_lab.report.writing.point_names import point_text
 from lora_lab.store.trials import Trial
 
@@ -86,7 +86,7 @@ def confounded(found: GroupFindings) -> list[Confounded]:
 
 
 def command(findings: Findings) -> str:
-    """Return the command that runs the fastest configuration; "" where there is none."""
+    """Return the command that runs the best configuration; "" where there is none."""
     main = findings.groups[0]
     best = best_point(main)
     trials = [] if best is None else [trial for trial in best.trials if trial in main.group.measured]
@@ -94,11 +94,21 @@ def command(findings: Findings) -> str:
 
 
 def best_point(found: GroupFindings) -> Point | None:
+    """Return the point with the lowest held-out loss among jobs whose losses are compared; else the fastest."""
+    return ordered(found)[0][0] if is_about_quality(found) else fastest_point(found)
+
+
+def fastest_point(found: GroupFindings) -> Point | None:
     """Return the point with the highest median throughput, or without any throughput one with figures."""
     rated = [point for point in found.points if THROUGHPUT.name in point.figures]
     if rated:
         return _best(rated, THROUGHPUT)
     return next((point for point in found.points if point.figures), None)
+
+
+def is_about_quality(found: GroupFindings) -> bool:
+    """Return whether what was learnt comes first: a job is trained for its model, a window for its speed."""
+    return found.kind is Kind.job and is_compared(found)
 
 
 def most_repeats(found: GroupFindings) -> int:
@@ -111,6 +121,12 @@ def _on_best(found: GroupFindings, is_judged: bool) -> str:
     best = best_point(found)
     assert best is not None
     name, device = point_text(best, found), found.group.place.device
+    if is_about_quality(found):
+        there = ordered(found)
+        return (
+            f"{name} had the lowest held-out loss of {count(len(there), 'configuration')} on {device}, "
+            f"{LOSS.write(there[0][1].loss)}; {no_worse(found)}."
+        )
     if len(found.points) == 1:
         figures = [m.write(best.figures[m.name][0]) for m in MEASURES if m.name in best.figures]
         return f"{name} reached {', '.join(figures)} on {device}."
@@ -182,6 +198,8 @@ def _to_do(found: GroupFindings) -> str:
         return f"Nothing was repeated: run it with repeats=5 before you rely on {what}."
     if len(found.points) == 1:
         return "There is nothing to compare it with yet: vary a setting, as in batch_size=1,2."
+    if is_about_quality(found):
+        return f"Use {name} if the held-out loss counts most."
     if found.as_fast:
         others = count(found.as_fast, "other configuration")
         verb = "is" if found.as_fast == 1 else "are"

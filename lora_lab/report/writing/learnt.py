@@ -8,6 +8,7 @@ from lora_lab.report.answers.learnt import Learnt
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.answers.quality import QualityFront, Standing
 from lora_lab.report.findings import GroupFindings
+from lora_lab.report.writing.labels import count
 from lora_lab.report.writing.point_names import point_text
 
 _NAMED = 4
@@ -36,6 +37,14 @@ def ordered(found: GroupFindings) -> list[tuple[Point, Learnt, list[CostCell]]]:
         if answer is not None
     ]
     return sorted(made, key=lambda one: one[1].loss)
+
+
+def no_worse(found: GroupFindings) -> str:
+    """Return how many points the held-out rows cannot tell from the one with the lowest loss."""
+    over = [other.over_lowest for _, other, _ in ordered(found) if other.over_lowest is not None]
+    close = sum(not change.is_seen for change in over if change.low is not None)
+    verb = "is" if close == 1 else "are"
+    return f"{close or 'none'} of {count(len(over), 'other')} {verb} no worse, as far as the rows can show"
 
 
 def front_sentences(found: GroupFindings) -> list[str]:

@@ -1,13 +1,13 @@
-"""The three cards that a page begins with: what to use, what mattered, how sure that is."""
+"""The cards that a page begins with: what to use, what it learnt, what mattered, how sure that is."""
 
 from dataclasses import dataclass
 
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import LOSS, THROUGHPUT
 from lora_lab.report.writing.effects import Effect, effects
-from lora_lab.report.writing.headline import best_point, most_repeats
+from lora_lab.report.writing.headline import fastest_point, is_about_quality, most_repeats
 from lora_lab.report.writing.labels import count
-from lora_lab.report.writing.learnt import is_compared, ordered
+from lora_lab.report.writing.learnt import is_compared, no_worse, ordered
 from lora_lab.report.writing.numbers import change, is_absurd
 from lora_lab.report.writing.point_names import point_text
 
@@ -27,7 +27,7 @@ class AnswerCard:
 def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
     """Return the cards of the machine with most trials; none where no trial has figures."""
     main = findings.groups[0]
-    best = best_point(main)
+    best = fastest_point(main)
     if best is None:
         return ()
     figures = [measure.write(best.figures[measure.name][0]) for measure in main.shown if measure.name in best.figures]
@@ -39,15 +39,13 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
         lines=tuple(figures[1:]),
     )
     learns = (_learns(main),) if is_compared(main) else ()
-    return use, *learns, _mattered(main), _how_sure(main, bool(findings.answers))
+    first = (*learns, use) if is_about_quality(main) else (use, *learns)
+    return *first, _mattered(main), _how_sure(main, bool(findings.answers))
 
 
 def _learns(found: GroupFindings) -> AnswerCard:
     """Return the card of the lowest held-out loss, with how many others the held-out rows cannot tell from it."""
     point, answer, _ = ordered(found)[0]
-    over = [other.over_lowest for _, other, _ in ordered(found) if other.over_lowest is not None]
-    close = sum(not change.is_seen for change in over if change.low is not None)
-    verb = "is" if close == 1 else "are"
     figures = [
         measure.write(point.figures[measure.name][0]) for measure in found.shown if measure.name in point.figures
     ]
@@ -56,7 +54,7 @@ def _learns(found: GroupFindings) -> AnswerCard:
         big=LOSS.form.format(answer.loss),
         about=point_text(point, found),
         lines=(
-            f"{close or 'none'} of {count(len(over), 'other')} {verb} no worse, as far as the rows can show",
+            no_worse(found),
             *(text for text in figures if text != LOSS.write(answer.loss)),
         ),
     )

@@ -18,7 +18,7 @@ from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.writing.effects import dropped, real, real_contrasts, rows
-from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
+from lora_lab.report.writing.headline import command, confounded, is_about_quality, notes, question, sentences
 from lora_lab.report.writing.labels import (
     count,
     level_text,
@@ -223,7 +223,7 @@ def _part(found: GroupFindings, timelines: Timelines, answers: Answers, number: 
         usual=usual,
         sure=_how_sure(found),
         one_point=points[0] if len(points) == 1 else None,
-        maps=tuple(heat_map(points, factors, m) for m in found.shown or [THROUGHPUT]) if len(points) > 1 else (),
+        maps=tuple(heat_map(points, factors, m) for m in _mapped(found)) if len(points) > 1 else (),
         pictures=tuple(_pictures(found, usual, number)),
         quality=tuple(_quality_pictures(found, usual, number)),
         forests=tuple((measure, bars) for measure, bars in drawn if bars),
@@ -239,6 +239,12 @@ def _part(found: GroupFindings, timelines: Timelines, answers: Answers, number: 
         answers=tuple(_answers(found, factors, usual, answers)),
         environment=tuple(_environment(found)),
     )
+
+
+def _mapped(found: GroupFindings) -> list[Measure]:
+    """Return the measures that have a map, first what the report is about."""
+    shown = found.shown or [THROUGHPUT]
+    return sorted(shown, key=lambda measure: measure is not LOSS) if is_about_quality(found) else shown
 
 
 def _how_sure(found: GroupFindings) -> str:
