@@ -1,7 +1,7 @@
-"""docs/jobs.md's tables of what two whole trainings learnt, from the stored trials of benchmarks/sweep/maths.yaml and
-lab_chat.yaml.
+"""docs/jobs.md's tables of what whole trainings learnt, from the stored trials of the sweeps maths, lab_chat and quality
+in benchmarks/sweep.
 
-The jobs of each ran at the same time on one card, so their losses and answers count here and their speeds do not.
+The jobs of maths and of lab_chat ran at the same time on one card, so their losses and answers count, and no speeds.
 """
 
 import statistics
@@ -82,6 +82,28 @@ def lab_chat() -> str:
         f"{markdown(head, rows)}\n\n"
         f"With the same seed, the engines' training losses differ by at most {steps:.4f} nats in any step, and their "
         f"held-out losses by at most {heldout:.4f} in any evaluation. Losses are in nats per token. {origin(trials)}"
+    )
+
+
+def quality() -> str:
+    """Return what each point of a sweep learnt, and what it took; and how many points were not reached."""
+    trials, [sweep] = _stored("quality").runs()
+    done = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.metrics["loss/eval"])
+    head = ["rank", "learning rate", "held-out loss", "its change", "minutes", "kWh"]
+    rows = [
+        [
+            trial.params["method.rank"],
+            trial.params["learning_rate"],
+            _loss(trial, "eval"),
+            _change(trial, "eval"),
+            f"{60 * trial.metrics['job/hours']:.2f}",
+            f"{trial.metrics['job/kwh']:.5f}",
+        ]
+        for trial in done
+    ]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"{len(done)} of the {sweep.planned} points were reached before the machine went back. {origin(done)}"
     )
 
 

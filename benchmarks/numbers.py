@@ -16,7 +16,7 @@ from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_error import table as fit_error
 from benchmarks.fit_others import table as fit_others
-from benchmarks.jobs_table import lab_chat, maths
+from benchmarks.jobs_table import lab_chat, maths, quality
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
@@ -55,6 +55,7 @@ MADE: dict[str, Callable[[], str]] = {
     "square-wave": square_wave,
     "maths": maths,
     "lab-chat": lab_chat,
+    "quality": quality,
     "fit-error": fit_error,
     "fit-others": fit_others,
     "peers-summary": peers.summary,
