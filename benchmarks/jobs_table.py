@@ -1,4 +1,4 @@
-"""docs/jobs.md's tables of what whole trainings learnt, from the stored trials of the sweeps maths, lab_chat and quality
+"""docs/jobs.md's tables of what whole trainings learnt, from the stored trials of the sweeps maths, lab_chat, quality
 in benchmarks/sweep.
 
 The jobs of maths and of lab_chat ran at the same time on one card, so their losses and answers count, and no speeds.
