@@ -40,6 +40,12 @@ python3 -m benchmarks.steady multirun/benchmarks/steady "$out"
 sweep engine_losses engine_losses
 python3 -m benchmarks.engine_losses multirun/benchmarks/engine_losses "$out"
 
+# what whole trainings learn: docs/jobs.md
+for name in maths lab_chat quality; do
+  sweep $name $name
+  python3 -m lora_lab.records pack "multirun/benchmarks/$name" "$out/$name.jsonl.gz"
+done
+
 # the presets with random weights and tokens, on the whole card and on an emulated smaller one
 random="model.weights=random data=random_tokens data.rows=128 measure.eval_rows=0 timeout_minutes=5"
 short="measure.warmup_steps=3 measure.steps=12"
