@@ -3,7 +3,7 @@
 import gzip
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ _FILES = (
     "h200/lab_chat.jsonl.gz",
     "h200/maths.jsonl.gz",
 )
+_ON_CARDS = (*(_RESULTS / name for name in _FILES), _SHIPPED)
 _PEERS = (
     "h100/peers_qlora",
     "h100/peers_qlora_3553787",
@@ -36,12 +37,16 @@ _PEERS = (
 _STACKS = {"plain": "eager", "plain_tutorial": "eager", "liger": "liger", "graph": "graph", "graph_offload": "graph"}
 """Contenders of benchmarks/peers and the engine that each is like."""
 
-MEMORY_BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}
-"""As published by NVIDIA (data sheets of the H100 SXM and the H200 SXM)."""
+MEMORY_BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12, "CPU": 22e9}
+"""As published by NVIDIA (data sheets of the H100 SXM and the H200 SXM); of the CPU as measured."""
 ATTAINED = 0.9
 """Assumed: the share of that which a copy attains. It was not measured on the stored trials' cards."""
 BOARD_WATTS = 700.0
 """The limit of both cards, as published."""
+
+
+HALF_BUSY = 0.75
+"""Above this share of busy time the card takes longer than the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,44 @@ def cells() -> list[Cell]:
     return [*_of_trials(), *_of_peers()]
 
 
+def repeated_steps() -> list[tuple[str, str, list[float]]]:
+    """Return all repeats of a configuration on a card in a session: what they share, whether host or card takes longer,
+    and the seconds of a step in the order in which they ran."""
+    found = []
+    for key, records in _grouped(_ON_CARDS).items():
+        ordered = sorted(records, key=lambda record: record["started_ms"])
+        by_card: dict[str, list[dict[str, Any]]] = {}
+        for record in ordered:
+            by_card.setdefault(record["tags"].get("device.uuid", ""), []).append(record)
+        for some in by_card.values():
+            if len(some) > 1:
+                busy = some[0]["metrics"].get("throughput/gpu_busy_share", 0.0)
+                steps = [1 / record["metrics"]["throughput/steps_per_second"] for record in some]
+                found.append((key, "card" if busy > HALF_BUSY else "host", steps))
+    return found
+
+
+def cpu_cells() -> list[Cell]:
+    """Return the stored cells of a CPU."""
+    return [_cell(records) for records in _grouped([_RESULTS / "cpu" / "forecast.jsonl.gz"]).values()]
+
+
 def _of_trials() -> Iterator[Cell]:
+    for records in _grouped(_ON_CARDS).values():
+        yield _cell(records)
+
+
+def _grouped(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of each configuration in each session."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in [*(_RESULTS / name for name in _FILES), _SHIPPED]:
+    for file in files:
         for line in gzip.open(file, "rt"):
             record = json.loads(line)
             if not record["is_sweep"] and record["outcome"] == "finished":
                 settings = {k: v for k, v in record["params"].items() if k not in ("seed", "repeat", "resume")}
                 key = json.dumps([record["parent"], settings], sort_keys=True)
                 found.setdefault(key, []).append(record | {"file": file.name})
-    for records in found.values():
-        yield _cell(records)
+    return found
 
 
 def _cell(records: list[dict[str, Any]]) -> Cell:
@@ -132,7 +164,7 @@ def _cell(records: list[dict[str, Any]]) -> Cell:
 
 
 def _card(name: str) -> str:
-    return "H200" if "H200" in name else "H100"
+    return next((card for card in ("H200", "H100") if card in name), "CPU")
 
 
 @cache
@@ -144,9 +176,7 @@ def _facts(shapes: str, rank: int) -> ModelFacts:
         for part in above:
             place = place.setdefault(part, {})
         place[last] = _value(value)
-    config = TrialConfig(
-        model=ModelConfig(weights=Weights.random, architecture=fields), method=MethodConfig(rank=rank)
-    )
+    config = TrialConfig(model=ModelConfig(weights=Weights.random, architecture=fields), method=MethodConfig(rank=rank))
     return model_facts(config, load_architecture(config.model))
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "report": "lora_lab.report.__main__",
     "best": "lora_lab.best",
     "data": "lora_lab.data",
+    "forecast": "lora_lab.forecast.__main__",
     "generate": "lora_lab.generate",
     "export": "lora_lab.export",
     "recompute": "lora_lab.recompute",

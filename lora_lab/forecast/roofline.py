@@ -6,12 +6,11 @@ linear layer and pass, which the card does not wait for where it has enough to d
 optimizer, where it does.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_lab.config import TrialConfig
-from lora_lab.options import Batching, Checkpointing, DataSource, DType, EngineKind, Quantization
+from lora_lab.options import Batching, DataSource, DType, EngineKind, Quantization
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.workload import MicroBatch, ModelFacts
 
@@ -50,7 +49,8 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """Return the whole time, in which card and host overlap."""
-        return math.hypot(self.card ** (_OVERLAP / 2), self.host ** (_OVERLAP / 2)) ** (2 / _OVERLAP) + self.waiting
+        together: float = (self.card**_OVERLAP + self.host**_OVERLAP) ** (1 / _OVERLAP)
+        return together + self.waiting
 
 
 class Roofline:
@@ -165,5 +165,3 @@ def _is_masked(config: TrialConfig) -> bool:
         return False
     pads = config.batch_size > 1 or config.data.batching is Batching.seq_len
     return pads and config.data.source is not DataSource.random_tokens
-
-

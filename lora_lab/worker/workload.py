@@ -128,9 +128,7 @@ def _window(config: TrialConfig, rows: int) -> tuple[int, int, int, int]:
     return config.measure.warmup_steps + config.measure.steps, per_epoch, 0, 0
 
 
-def _batches(
-    examples: "list[Example]", batch_size: int, collator: "Collator", whole: bool = False
-) -> list[MicroBatch]:
+def _batches(examples: "list[Example]", batch_size: int, collator: "Collator", whole: bool = False) -> list[MicroBatch]:
     """Return the micro-batches of examples; with `whole` without the last one where it is not full."""
     made = []
     for start in range(0, len(examples), batch_size):
