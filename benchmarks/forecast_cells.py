@@ -103,7 +103,7 @@ def _grouped(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     """Return the records of each configuration in each session."""
     found: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        for line in gzip.open(file, "rt"):
+        for line in gzip.decompress(file.read_bytes()).splitlines():
             record = json.loads(line)
             if not record["is_sweep"] and record["outcome"] == "finished":
                 settings = {k: v for k, v in record["params"].items() if k not in ("seed", "repeat", "resume")}

@@ -146,8 +146,8 @@ def held_out(every: Sequence[Cell]) -> list[tuple[Cell, StepTime]]:
 def summary(errors: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Return the table's row for errors of the logarithm, each with its group: every group weighs the same.
 
-    `half` is half the interval. It is the quantile of the errors times the least factor with which the other groups' quantile
-    covers COVERAGE of all errors: `covered`."""
+    `half` is half the interval. It is the quantile of the errors times the least factor with which the quantile of the
+    other groups covers COVERAGE of all errors: `covered`."""
     sizes: dict[str, list[float]] = {}
     for group, off in errors:
         sizes.setdefault(group, []).append(abs(off))

@@ -146,11 +146,12 @@ def _source(config: TrialConfig, device: _Device, roofline: Roofline, step: Step
         own = [trial for trial in _trials() if trial.tags.get("folder") == str(probed.resolve())]
         if not own:
             raise InvalidInput(f"the probe's record in {probed} cannot be read.")
-        half = found.cpu.judged.half if device.is_cpu else half_of(found.probe, step)
+        half = found.probe.host.half if device.is_cpu else half_of(found.probe, step)
         return of_trials(own, roofline, config, "a probe on this machine, just now", half)
     own = same_settings(_trials(), config, device.name) if device.is_here else []
     if own:
-        half = found.cpu.judged.half if device.is_cpu else max(half_of(found.stored, step), half_of(found.probe, step))
+        half = max(half_of(found.stored, step), half_of(found.probe, step))
+        half = found.stored.host.half if device.is_cpu else half
         many = f"{len(own)} finished trials" if len(own) > 1 else "a finished trial"
         return of_trials(own, roofline, config, f"{many} of these settings on {device.name}", between(half, len(own)))
     measured = any(kind in device.name for kind in found.cards)
@@ -171,8 +172,8 @@ def _notes(device: _Device, step: StepTime) -> list[str]:
     notes = []
     if device.is_cpu:
         notes.append(
-            f"No GPU was found or asked for, so this is for the CPU of this machine ({device.name}). For a card that is "
-            f"not here: --card {'|'.join(CARDS)}."
+            f"No GPU was found or asked for, so this is for this machine's CPU ({device.name}). For a card that is not "
+            f"here: --card {'|'.join(CARDS)}."
         )
     elif step.host > step.card:
         notes.append("The host takes longer than the card here, and hosts differ more than cards do: --probe tells.")

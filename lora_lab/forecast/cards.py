@@ -32,8 +32,8 @@ class PublishedCard:
         return Speeds(self.tflops * 1e12 * MATMUL_ATTAINED, self.gigabytes_per_second * 1e9 * MEMORY_ATTAINED)
 
 
-# NVIDIA's data sheets of H100 (SXM), H200 (SXM), A100 (80 GB, SXM), L40S and L4, without sparsity; NVIDIA's white papers
-# on GA102 (RTX 3090) and Ada (RTX 4090), tensor rate with FP32 accumulate
+# NVIDIA's data sheets of H100 (SXM), H200 (SXM), A100 (80 GB, SXM), L40S and L4, without sparsity; NVIDIA's white
+# papers on GA102 (RTX 3090) and Ada (RTX 4090), the tensor rate with FP32 accumulate
 CARDS = {
     "h100": PublishedCard("H100 SXM", 989, 3350, 700),
     "h200": PublishedCard("H200 SXM", 989, 4800, 700),
