@@ -19,14 +19,14 @@ def advice(config: TrialConfig, found: Forecast, on_card: bool) -> list[str]:
         return []
     said = [f"An epoch takes {hours:.1f} h, which is over {RENT_HOURS:g} h: rent a larger card."]
     if hours >= REDUCE_HOURS:
-        said[0] = f"An epoch takes {hours:.1f} h, which is over {REDUCE_HOURS:g} h: reduce the work."
+        said[0] = f"An epoch takes {hours:.1f} h, which is over {REDUCE_HOURS:g} h: reduce the work, or rent a larger card."
         said += _reductions(config, found, hours)
     return said + _faster(config, found, on_card)
 
 
 def _reductions(config: TrialConfig, found: Forecast, hours: float) -> list[str]:
     rows = found.work.data.rows_read
-    fewer = max(1, int(rows * REDUCE_HOURS / hours))
+    fewer = max(1, round(rows * REDUCE_HOURS / hours))
     said = [f"Fewer rows: data.rows={fewer} of {rows:,} takes about {REDUCE_HOURS:g} h an epoch."]
     if config.train.epochs is not None and config.train.epochs > 1:
         said.append(f"Fewer epochs: train.epochs=1 instead of {config.train.epochs:g}.")

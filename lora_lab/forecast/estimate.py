@@ -22,8 +22,9 @@ _WEIGHTS_PER_SECOND = 1e9
 _COMPILE_SECONDS = 13.0
 """For each length of rows; 5 to 20 s on an H100's host."""
 _CHECKPOINT_SECONDS = 0.7
-_TOKENS_OF_ANSWER = 128
-_ANSWERS_AT_ONCE = 8
+_MOST_TOKENS = 128
+_TOKENS_OF_ANSWER = _MOST_TOKENS / 2
+"""On average, for answers end earlier than they have to: the jobs on an H200 took this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,16 @@ def _parts(config: TrialConfig, work: Workload, roofline: Roofline, source: Sour
         parts.append(Part(f"{work.checkpoints} checkpoints", saving, _GUESSED, False))
     if work.answers:
         one = roofline.evaluation([MicroBatch(1, 1, 1, 1, 1)]) * source.scale
-        batches = math.ceil(work.answers / 2 / _ANSWERS_AT_ONCE) * 2
-        parts.append(Part(f"{work.answers} answers", batches * _TOKENS_OF_ANSWER * one, _GUESSED, False))
+        tokens = _answer_batches(config, work) * _TOKENS_OF_ANSWER
+        parts.append(Part(f"{work.answers} answers", tokens * one, _GUESSED, False))
     return parts
+
+
+def _answer_batches(config: TrialConfig, work: Workload) -> int:
+    """Return the batches of prompts, of the base and the tuned model together: worker/answers.py."""
+    length = (work.data.length_median or config.seq_len) + _MOST_TOKENS
+    at_once = max(8, 2 * config.batch_size * config.seq_len // length)
+    return 2 * math.ceil(work.answers / 2 / at_once)
 
 
 def _sum(parts: list[Part]) -> Range:
