@@ -14,6 +14,7 @@ from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
+from benchmarks.forecast_table import forecast_errors
 from benchmarks.jobs_table import lab_chat, maths
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
@@ -51,6 +52,7 @@ MADE: dict[str, Callable[[], str]] = {
     "auto-gpu-bound": gpu_bound,
     "auto-host-bound": host_bound,
     "square-wave": square_wave,
+    "forecast-errors": forecast_errors,
     "maths": maths,
     "lab-chat": lab_chat,
     "peers-summary": peers.summary,

@@ -19,7 +19,9 @@ def advice(config: TrialConfig, found: Forecast, on_card: bool) -> list[str]:
         return []
     said = [f"An epoch takes {hours:.1f} h, which is over {RENT_HOURS:g} h: rent a larger card."]
     if hours >= REDUCE_HOURS:
-        said[0] = f"An epoch takes {hours:.1f} h, which is over {REDUCE_HOURS:g} h: reduce the work, or rent a larger card."
+        said[0] = (
+            f"An epoch takes {hours:.1f} h, which is over {REDUCE_HOURS:g} h: reduce the work, or rent a larger card."
+        )
         said += _reductions(config, found, hours)
     return said + _faster(config, found, on_card)
 

@@ -24,7 +24,7 @@ _COMPILE_SECONDS = 13.0
 _CHECKPOINT_SECONDS = 0.7
 _MOST_TOKENS = 128
 _TOKENS_OF_ANSWER = _MOST_TOKENS / 2
-"""On average, for answers end earlier than they have to: the jobs on an H200 took this long."""
+"""On average, for answers end earlier than they have to. Jobs that shared an H200 took this long."""
 
 
 @dataclass(frozen=True, slots=True)

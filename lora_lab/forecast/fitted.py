@@ -20,7 +20,7 @@ class Judged:
     half: float
     """Half the 90 % interval, as a logarithm."""
     covered: float
-    """The share of held-out trials in it."""
+    """The share of held-out trials in the interval that the other groups of trials make."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,8 @@ _OVERLAP = 4.0
 """The power in the sum of host and card: between neither overlapping (1) and both wholly (infinite)."""
 
 _SHARE_OF_FORWARD = 1 / 2
-"""Of the host's time in forward and backward, for a forward that gives the losses: as the jobs on an H200 took."""
+"""Of the host's time in forward and backward, for a forward that gives the losses. Jobs that shared an H200 took this
+long."""
 
 
 @dataclass(frozen=True, slots=True)

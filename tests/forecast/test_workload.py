@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.helpers.tiny_trials import tiny_config
 
 from lora_lab.events import MatmulRate
 from lora_lab.forecast import __main__ as command
@@ -14,6 +13,7 @@ from lora_lab.memory_cache import load_bytes, store_bytes
 from lora_lab.options import Batching
 from lora_lab.worker.memory_rate import known_rates, measured_rates
 from lora_lab.worker.workload import DeviceRates, workload
+from tests.helpers.tiny_trials import tiny_config
 
 ROWS = [{"instruction": "q" * 20, "output": "a" * length} for length in range(1, 41)]
 
@@ -66,7 +66,9 @@ def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(memory_rate, "TOTAL_SECONDS", 0.01)
     monkeypatch.setattr(memory_rate, "_CPU_BYTES", 2**22)
     monkeypatch.setattr(
-        memory_rate, "measure_matmul_rate", lambda *_: MatmulRate(t=0.0, dtype="float32", size=256, flops_per_second=1e10)
+        memory_rate,
+        "measure_matmul_rate",
+        lambda *_: MatmulRate(t=0.0, dtype="float32", size=256, flops_per_second=1e10),
     )
     config = tiny_config()
     assert known_rates(config) is None
