@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lora-lab forecast", add_help=False)
+    parser = argparse.ArgumentParser("lora-lab forecast", add_help=False, allow_abbrev=False)
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--card")
     parser.add_argument("--price")

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from tiny_trials import tiny_config
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import DataCounted, ModelCounted
@@ -20,7 +21,6 @@ from lora_lab.options import Checkpointing, EngineKind, Quantization
 from lora_lab.store.record import params
 from lora_lab.store.trials import Trial
 from lora_lab.worker.workload import MicroBatch, ModelFacts, Workload
-from tests.helpers.tiny_trials import tiny_config
 
 H100 = Speeds(790e12, 3e12)
 QWEN = ModelFacts(

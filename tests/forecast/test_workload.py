@@ -6,14 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import lab_in
+from tiny_trials import tiny_config
 
+from lora_lab.composition.once import compose_once
 from lora_lab.events import MatmulRate
 from lora_lab.forecast import __main__ as command
+from lora_lab.machine import cpu_name
 from lora_lab.memory_cache import load_bytes, store_bytes
 from lora_lab.options import Batching
+from lora_lab.store.record import params
+from lora_lab.store.trials import Trial
 from lora_lab.worker.memory_rate import known_rates, measured_rates
 from lora_lab.worker.workload import DeviceRates, workload
-from tests.helpers.tiny_trials import tiny_config
 
 ROWS = [{"instruction": "q" * 20, "output": "a" * length} for length in range(1, 41)]
 
@@ -130,3 +135,50 @@ def test_the_command_answers_for_a_card_that_is_not_here(capsys: pytest.CaptureF
     assert command.main([*TINY, "--card", "h100", "--probe"]) == 2
     assert command.main([*TINY, "--rent", "cheap"]) == 2
     assert command.main([*TINY, "train.eval_every=0"]) == 2
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_finished_trial_comes_before_the_rates_and_a_probe_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Both measured steps of a fixed time, of which the forecast's steps take their time."""
+
+    def measured(step_seconds: float, folder: Path) -> Trial:
+        config = compose_once(TINY)
+        slots = config.batch_size * config.seq_len
+        return Trial(
+            run_id=str(step_seconds),
+            name="",
+            sweep=None,
+            outcome="finished",
+            params=params(config, {}),
+            metrics={
+                "throughput/steps_per_second": 1 / step_seconds,
+                "throughput/slots_per_second": slots / step_seconds,
+            },
+            tags={"device": "cpu (x)", "device.cpu": cpu_name(), "folder": str(folder)},
+            started_ms=0,
+        )
+
+    own, probed = measured(7.0, tmp_path / "own"), measured(3.0, tmp_path / "probe")
+    monkeypatch.setattr(command, "_trials", lambda: [own])
+    assert command.main(TINY) == 0
+    said = capsys.readouterr().out
+    assert "a finished trial" in said
+    assert "7 s a step" in said
+    monkeypatch.setattr(command, "_trials", lambda: [own, probed])
+    monkeypatch.setattr(command, "probe", lambda *_: tmp_path / "probe")
+    assert command.main([*TINY, "--probe"]) == 0
+    said = capsys.readouterr().out
+    assert "a probe" in said
+    assert "3 s a step" in said
+
+
+@pytest.mark.nightly
+def test_a_probe_is_a_trial_that_the_next_forecast_finds(tmp_path: Path) -> None:
+    forecast = lab_in(tmp_path, "lora_lab.forecast")
+    first = forecast(*TINY, "tracking=none", "--probe")
+    assert first.code == 0, first.text
+    assert "a probe on this machine" in first.out
+    assert len(list((tmp_path / "multirun").glob("*/*/record.json"))) >= 1
+    assert "a finished trial of these settings" in forecast(*TINY).out
