@@ -31,7 +31,7 @@ def show(found: Forecast, prices: Prices, notes: Sequence[str], advice: Sequence
     _line(
         console,
         f"{work.steps:,} steps ({share:.3g} epochs): {real * share:,.0f} real tokens, of which {trained * share:,.0f} "
-        f"are trained, in {slots * share:,.0f} slots with padding.",
+        f"are trained, in {slots * share:,.0f} slots with padding; {found.operations / 1e15:,.3g} PFLOP.",
     )
     pays = hours_to_own(found.kwh, found.seconds, prices)
     if isinstance(pays, str):

@@ -10,6 +10,7 @@ from lora_lab.forecast.roofline import Roofline, StepTime
 from lora_lab.forecast.sources import Source
 from lora_lab.options import EngineKind
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
+from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.workload import MicroBatch, Workload
 
 _GUESSED = math.log(2)
@@ -63,6 +64,8 @@ class Forecast:
     step_seconds: float
     """Of a mean step, by the source."""
     parts: list[Part]
+    operations: float
+    """Of all steps."""
     kwh: Range | None
     no_kwh: str
     """Why there is no kWh."""
@@ -95,7 +98,7 @@ def forecast(
     seconds = step.seconds * source.scale
     parts = _parts(config, work, roofline, source, seconds)
     kwh, no_kwh = _energy(parts, source, step, power, limit_watts)
-    return Forecast(work, source, step, seconds, parts, kwh, no_kwh)
+    return Forecast(work, source, step, seconds, parts, operations(config, work), kwh, no_kwh)
 
 
 def mean_step(config: TrialConfig, work: Workload, roofline: Roofline) -> StepTime:
@@ -111,6 +114,19 @@ def mean_step(config: TrialConfig, work: Workload, roofline: Roofline) -> StepTi
         waiting = one.waiting
     each = config.grad_accum_steps / len(work.epoch)
     return StepTime(card * each, host * each, waiting)
+
+
+def operations(config: TrialConfig, work: Workload) -> float:
+    """Return the operations of all steps: what flops/per_token counts for the real tokens, and what checkpointing
+    repeats of it."""
+    counted = work.model.counted
+    if counted is None:
+        raise ValueError("the model's products are not counted")
+    real = sum(batch.real for batch in work.epoch)
+    causal = attention_forward(counted, sum(batch.attended for batch in work.epoch)) / 2
+    again = repeated_share(config.gradient_checkpointing.name, work.model.layers)
+    epoch = products(counted, real) + causal * PASSES[False] + again * (repeated_products(counted, real) + causal)
+    return epoch * work.steps / work.steps_per_epoch
 
 
 def _parts(config: TrialConfig, work: Workload, roofline: Roofline, source: Source, step: float) -> list[Part]:

@@ -11,7 +11,7 @@ from lora_lab.events import DataCounted, ModelCounted
 from lora_lab.forecast.advice import advice
 from lora_lab.forecast.cards import CARDS, card_named
 from lora_lab.forecast.display import headline
-from lora_lab.forecast.estimate import Forecast, Range, forecast, mean_step
+from lora_lab.forecast.estimate import Forecast, Range, forecast, mean_step, operations
 from lora_lab.forecast.fitted import constants
 from lora_lab.forecast.money import Prices, electricity, hours_to_own, read_price, rented
 from lora_lab.forecast.probe import steps_of
@@ -147,6 +147,17 @@ def test_parts_add_up_and_the_interval_is_around_the_sum() -> None:
     assert found.seconds.value == pytest.approx(total)
     assert 0 < found.seconds.low < total < found.seconds.high < 2 * total
     assert found.epoch_seconds == pytest.approx(50 * found.step_seconds)
+
+
+def test_operations_are_those_of_the_real_tokens_and_grow_by_what_is_repeated() -> None:
+    """4 for a frozen weight and 6 for a trained one, of 100 steps x 512 tokens; attention's causal half on top."""
+    counted = QWEN.counted
+    assert counted is not None
+    weights = 100 * 512 * (4 * counted.frozen + 6 * counted.trainable)
+    attention = 100 * 4 * 512**2 * counted.attention_width / 2 * 3
+    assert operations(asked(), work()) == pytest.approx(weights + attention)
+    repeated = operations(asked(gradient_checkpointing=Checkpointing.full), work())
+    assert 1.3 * weights < repeated < 1.5 * (weights + attention)
 
 
 def test_a_measured_trial_sets_the_scale_whatever_the_width_of_its_rows() -> None:
