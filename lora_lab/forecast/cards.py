@@ -7,7 +7,7 @@ from lora_lab.forecast.roofline import Speeds
 from lora_lab.options import DType
 
 MATMUL_ATTAINED = 0.8
-"""Of the published rate of products: what H100s and H200s attained in every stored trial, 74 to 81 %."""
+"""Of the published rate of products: what H100s and H200s attained in every stored trial, 75 to 81 %."""
 MEMORY_ATTAINED = 0.9
 """Of the published memory rate. Assumed; the constants were fitted with it."""
 
