@@ -25,6 +25,9 @@ _FILES = (
 )
 _CELLS = ("h100/one_factor.json", "h100/smollm2.json", "h100/raise_to_fp32.json")
 """Files of named records. The jobs of h200/ are left out: they ran at the same time on one card."""
+_OF_ONE_TRIAL = ("seed", "repeat", "resume", "measure.", "timeout_minutes")
+"""Settings in which trials of one configuration may differ."""
+
 _ON_CARDS = (*(_RESULTS / name for name in _FILES), _SHIPPED)
 _PEERS = (
     "h100/peers_qlora",
@@ -90,8 +93,10 @@ def repeated_steps() -> list[tuple[str, str, list[float]]]:
 
 
 def cpu_cells() -> list[Cell]:
-    """Return the stored cells of a CPU: the step that took least for its slots, of all trials of a configuration. Other
-    processes ran on those two cores meanwhile, and made some steps ten times longer than others."""
+    """Return the stored cells of a CPU: the step that took least for its slots, of all trials of a configuration.
+
+    Other processes ran on those two cores meanwhile and made most steps many times longer. Trials in which no step was
+    spared are not stored."""
     groups = _grouped([_RESULTS / "cpu" / "forecast.jsonl.gz"]).values()
     return [_fastest(_cell(records), [s for record in records for s in record["steps"]]) for records in groups]
 
@@ -115,7 +120,7 @@ def _grouped(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         for line in gzip.decompress(file.read_bytes()).splitlines():
             record = json.loads(line)
             if not record["is_sweep"] and record["outcome"] == "finished":
-                settings = {k: v for k, v in record["params"].items() if k not in ("seed", "repeat", "resume")}
+                settings = {k: v for k, v in record["params"].items() if not k.startswith(_OF_ONE_TRIAL)}
                 key = json.dumps([record["parent"], settings], sort_keys=True)
                 found.setdefault(key, []).append(record | {"file": file.name})
     return found

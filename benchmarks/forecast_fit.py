@@ -77,7 +77,7 @@ START_CPU = {
     "weights": (1.0, 0.1, 10.0),
     "unpacking_eager": (6.0, 0.3, 200.0),
     "floor_eager": (1e-3, 1e-5, 1e-1),
-    "waiting_step": (2e-2, 1e-4, 1.0),
+    "waiting_step": (1e-2, 1e-4, 3e-2),
 }
 _NOT_ON_A_CPU = dict.fromkeys(
     (
