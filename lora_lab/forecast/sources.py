@@ -52,14 +52,24 @@ def _matters(key: str) -> bool:
 
 
 def of_trials(trials: Sequence[Trial], roofline: Roofline, config: TrialConfig, name: str, half: float) -> Source:
-    """Return a source that scales the roofline's times by those of trials.
+    """Return a source that scales the roofline's times by those of trials. How much their own steps varied is added to
+    the interval: where other programs run, steps vary.
 
     Args:
-        half: half the interval of one trial's time, as a logarithm.
+        half: half the interval of a forecast from these trials, as a logarithm.
     """
     scales = [_scale(trial, roofline, config) for trial in trials]
+    half = math.hypot(half, _own_error(trials))
     watts = [trial.metrics["energy/mean_power_watts"] for trial in trials if "energy/mean_power_watts" in trial.metrics]
     return Source(name, statistics.geometric_mean(scales), half, statistics.fmean(watts) if watts else None)
+
+
+def _own_error(trials: Sequence[Trial]) -> float:
+    """Return half the interval of the trials' mean speed that follows from their own steps, as a logarithm; 0 where no
+    trial was long enough to say."""
+    name = "throughput/tokens_per_second"
+    known = [t.metrics[f"{name}_error"] / t.metrics[name] for t in trials if f"{name}_error" in t.metrics]
+    return math.log1p(statistics.fmean(known)) / math.sqrt(len(known)) if known else 0.0
 
 
 def _scale(trial: Trial, roofline: Roofline, config: TrialConfig) -> float:

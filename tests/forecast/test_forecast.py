@@ -168,6 +168,18 @@ def test_a_measured_trial_sets_the_scale_whatever_the_width_of_its_rows() -> Non
     source = of_trials(slow, line, config_of_trial, "trial", 0.1)
     assert source.scale == pytest.approx(1.5)
     assert source.watts == 300.0
+    assert source.half == 0.1
+
+
+def test_steps_that_varied_widen_the_interval() -> None:
+    config = asked()
+    calm = trial(config, 1.0, 512)
+    speed = {"throughput/tokens_per_second": 512.0, "throughput/tokens_per_second_error": 256.0}
+    varied = replace(calm, metrics={**calm.metrics, **speed})
+    one = of_trials([varied], roofline(config), config, "trial", 0.1)
+    four = of_trials([varied] * 4, roofline(config), config, "trial", 0.1)
+    assert one.half == pytest.approx(math.hypot(0.1, math.log(1.5)))
+    assert 0.1 < four.half < one.half
 
 
 def test_only_finished_trials_of_the_same_settings_and_device_count() -> None:
