@@ -16,6 +16,7 @@ from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_error import table as fit_error
 from benchmarks.fit_others import table as fit_others
+from benchmarks.forecast_table import forecast_errors
 from benchmarks.jobs_table import lab_chat, maths, quality
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
@@ -53,6 +54,7 @@ MADE: dict[str, Callable[[], str]] = {
     "auto-gpu-bound": gpu_bound,
     "auto-host-bound": host_bound,
     "square-wave": square_wave,
+    "forecast-errors": forecast_errors,
     "maths": maths,
     "lab-chat": lab_chat,
     "quality": quality,

@@ -12,6 +12,7 @@ COMMANDS = {
     "best": "lora_lab.best",
     "data": "lora_lab.data",
     "fit": "lora_lab.fit.__main__",
+    "forecast": "lora_lab.forecast.__main__",
     "generate": "lora_lab.generate",
     "export": "lora_lab.export",
     "recompute": "lora_lab.recompute",

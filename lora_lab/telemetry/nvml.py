@@ -81,6 +81,10 @@ class Card:
             raise SensorFailed("NVML: no sensor of the card answers")
         return Sample(t=(before + time.monotonic()) / 2, **told)
 
+    def limit_watts(self) -> float | None:
+        """Return the most that the card may draw; None where the driver does not say."""
+        return _offered(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self._handle()) / 1e3)
+
     def _handle(self) -> Any:
         return _offered(lambda: pynvml.nvmlDeviceGetHandleByUUID(self.uuid))
 

@@ -135,6 +135,10 @@ def nvmlDeviceGetPowerUsage(handle: _Handle) -> int:
     return _POWER_MILLIWATTS
 
 
+def nvmlDeviceGetEnforcedPowerLimit(handle: _Handle) -> int:
+    return 3 * _POWER_MILLIWATTS
+
+
 @dataclass(frozen=True)
 class _Value:
     """A union: the members that a field was not written to hold nothing that is meant."""

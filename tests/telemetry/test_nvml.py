@@ -164,3 +164,11 @@ def test_what_one_call_has_told_is_not_asked_for_again(fake: Any, card: Card, mo
         monkeypatch.setattr(fake, call, lambda _, call=call: asked.append(call) or 1)
     card.sample(slow=False)
     assert asked == []
+
+
+def test_a_cards_limit_is_in_watts_and_none_where_the_driver_has_none(
+    card: Card, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert card.limit_watts() == 300.0
+    monkeypatch.setattr(fake, "nvmlDeviceGetEnforcedPowerLimit", fails(fake))
+    assert card.limit_watts() is None

@@ -1,0 +1,1 @@
+"""How long a trial will take, and what it will cost, before it runs."""

@@ -1,0 +1,190 @@
+"""Say how long a trial will take, how much energy and money, before it runs.
+
+    python -m lora_lab.forecast data=chat data.path=mine.jsonl train.epochs=3 --price 0.30/kWh --rent 2.50/h
+    python -m lora_lab.forecast data=chat data.path=mine.jsonl train.epochs=3 --probe
+    python -m lora_lab.forecast model=llama3_1_8b train.epochs=1 --card rtx4090
+
+It takes the settings of a trial. The answer comes from your own finished trials of the same settings on this card;
+without one, from the card's two rates, measured once. --probe measures about 50 rows first, as an ordinary trial.
+--card NAME forecasts for a card that is not here. --price is of a kWh, --rent of an hour, --card-price of the card, in
+any one currency; measure.price_per_kwh is used without --price. Nothing is trained without --probe.
+Exit code 0 with an answer, 2 for invalid input.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_lab.composition.once import compose_once
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.forecast.advice import advice
+from lora_lab.forecast.cards import CARDS, PublishedCard, card_named
+from lora_lab.forecast.display import show
+from lora_lab.forecast.estimate import forecast, mean_step
+from lora_lab.forecast.fitted import constants
+from lora_lab.forecast.look import look
+from lora_lab.forecast.money import Prices, read_price
+from lora_lab.forecast.probe import probe
+from lora_lab.forecast.roofline import Roofline, Speeds, StepTime
+from lora_lab.forecast.sources import Source, between, half_of, of_rates, of_trials, same_settings
+from lora_lab.machine import cpu_name
+from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
+from lora_lab.output import never_end_for_output
+from lora_lab.placement import Placement
+from lora_lab.store.errors import TrackingFailed
+from lora_lab.store.stored_runs import open_store
+from lora_lab.store.trials import Trial
+from lora_lab.trial.devices import choose_placement
+from lora_lab.trial.session import check_data
+from lora_lab.worker.workload import Workload
+
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """The device of a forecast."""
+
+    name: str
+    """As trials record it."""
+    speeds: Speeds
+    limit_watts: float | None
+    is_cpu: bool
+    is_here: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    never_end_for_output()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        options = "[--probe] [--card NAME] [--price P] [--rent P] [--card-price P]"
+        print(f"usage: lora-lab forecast {options} [group=option ...] [key=value ...]\n\n{__doc__}")
+        return 0
+    asked, typed = _parser().parse_known_args(arguments)
+    try:
+        _answer(asked, typed, Console())
+    except InvalidInput as refusal:
+        print(f"Refused:\n{refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    except BrokenProcessPool:
+        print("The process that read the rows ended early, perhaps for lack of memory.", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lora-lab forecast", add_help=False, allow_abbrev=False)
+    parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--card")
+    parser.add_argument("--price")
+    parser.add_argument("--rent")
+    parser.add_argument("--card-price")
+    return parser
+
+
+def _answer(asked: argparse.Namespace, typed: list[str], console: Console) -> None:
+    """Forecast and show.
+
+    Raises: InvalidInput."""
+    if asked.card and asked.probe:
+        raise InvalidInput("--probe measures this machine, and --card names another. Leave one of them out.")
+    config = compose_once(typed)
+    prices = _prices(asked, config)
+    check_data(config)
+    work, device = _look(config, card_named(asked.card) if asked.card else None)
+    if work.model.counted is None:
+        raise InvalidInput(
+            "this model's products cannot be counted (a mixture of experts, or layers that are not known here), so its "
+            "time cannot be calculated. Run a short trial: measure=quick."
+        )
+    found = constants()
+    fitted = found.cpu.constants if device.is_cpu else found.constants
+    roofline = Roofline(config, work.model, device.speeds, fitted)
+    step = mean_step(config, work, roofline)
+    folder = probe(typed, config, step.seconds) if asked.probe else None
+    source = _source(config, device, roofline, step, folder)
+    answer = forecast(config, work, roofline, source, found.power, device.limit_watts)
+    show(answer, prices, _notes(device, step), advice(config, answer, not device.is_cpu), console)
+
+
+def _prices(asked: argparse.Namespace, config: TrialConfig) -> Prices:
+    return Prices(
+        kwh=read_price(asked.price, "kWh", "--price") if asked.price else config.measure.price_per_kwh,
+        hour=read_price(asked.rent, "h", "--rent") if asked.rent else None,
+        card=read_price(asked.card_price, "", "--card-price") if asked.card_price else None,
+    )
+
+
+def _look(config: TrialConfig, named: PublishedCard | None) -> tuple[Workload, _Device]:
+    """Return the work, and the device it is for."""
+    if named is not None:
+        speeds = named.speeds(config)
+        work, _ = look(config, Placement(), None)
+        return work, _Device(named.name, speeds, named.watts, is_cpu=False, is_here=False)
+    placement = choose_placement(config.device)
+    work, rates = look(config, placement, lambda text: print(text, file=sys.stderr))
+    assert rates is not None
+    speeds = Speeds(rates.matmul.flops_per_second, rates.bytes_per_second)
+    if not placement.cards:
+        return work, _Device(cpu_name(), speeds, None, is_cpu=True, is_here=True)
+    card = placement.cards[0]
+    return work, _Device(card.name, speeds, card.limit_watts(), is_cpu=False, is_here=True)
+
+
+def _source(config: TrialConfig, device: _Device, roofline: Roofline, step: StepTime, probed: Path | None) -> Source:
+    """Return the best source there is: trials of the same settings, the probe among them, or the rates."""
+    found = constants()
+    if probed is not None:
+        own = [trial for trial in _trials() if trial.tags.get("folder") == str(probed.resolve())]
+        if not own:
+            raise InvalidInput(f"the probe's record in {probed} cannot be read.")
+        half = found.probe.host.half if device.is_cpu else half_of(found.probe, step)
+        return of_trials(own, roofline, config, "a probe on this machine, just now", half)
+    own = same_settings(_trials(), config, device.name) if device.is_here else []
+    if own:
+        half = max(half_of(found.stored, step), half_of(found.probe, step))
+        half = found.stored.host.half if device.is_cpu else half
+        many = f"{len(own)} finished trials" if len(own) > 1 else "a finished trial"
+        return of_trials(own, roofline, config, f"{many} of these settings on {device.name}", between(half, len(own)))
+    measured = any(kind in device.name for kind in found.cards)
+    return of_rates(step, found, device.name, measured, device.is_cpu)
+
+
+def _trials() -> list[Trial]:
+    """Return the own trials; none where there is no store."""
+    try:
+        trials, _ = open_store(None).runs()
+    except (InvalidInput, TrackingFailed):
+        return []
+    return trials
+
+
+def _notes(device: _Device, step: StepTime) -> list[str]:
+    """Return sentences about what the forecast rests on."""
+    notes = []
+    if device.is_cpu:
+        notes.append(
+            f"No GPU was found or asked for, so this is for this machine's CPU ({device.name}). For a card that is not "
+            f"here: --card {'|'.join(CARDS)}."
+        )
+    elif step.host > step.card:
+        notes.append("The host takes longer than the card here, and hosts differ more than cards do: --probe tells.")
+    if not device.is_here:
+        notes.append("The card's rates are published ones, less what measured cards did not attain.")
+    if not device.is_cpu and not any(kind in device.name for kind in constants().cards):
+        notes.append(
+            "No trial on such a card was measured; the interval is taken to be twice as wide as on those that were."
+        )
+    return notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Count the work of a trial before it runs: its micro-batches as they will be laid out, and the model's products. The
+imports at the top need no torch: the parent has them too."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.config import TrialConfig
+from lora_lab.events import DataCounted, MatmulRate, ModelCounted
+from lora_lab.options import DataSource
+
+if TYPE_CHECKING:
+    from lora_lab.worker.data import Collator, Example
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The size of one micro-batch."""
+
+    rows: int
+    width: int
+    """Slots of each row: tokens and padding."""
+    real: int
+    trained: int
+    attended: int
+    """Sum of the squares of the documents' lengths in tokens."""
+
+    @property
+    def slots(self) -> int:
+        """Return rows x width."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model's time follows from, counted on the meta device."""
+
+    counted: ModelCounted | None
+    """None where the model multiplies in a way that is not known."""
+    layers: int
+    linears: int
+    """Frozen linear layers inside the decoder layers."""
+    widths: int
+    """Their inputs and outputs added up."""
+    matrices: int
+    """Trained matrices."""
+    hidden: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The work of one trial."""
+
+    model: ModelFacts
+    data: DataCounted
+    epoch: list[MicroBatch]
+    """The micro-batches of one epoch, in a random order like those of training."""
+    steps: int
+    """Optimizer steps, of a window with its warm-up."""
+    steps_per_epoch: int
+    evaluations: int
+    """Between the first step and the last."""
+    checkpoints: int
+    heldout: list[MicroBatch]
+    """Of one evaluation."""
+    general: list[MicroBatch]
+    """Of the general text, which is evaluated before and after."""
+    answers: int
+    """Answers that are written: each prompt by the base and by the tuned model."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """How fast the device is, measured once and cached."""
+
+    matmul: MatmulRate
+    bytes_per_second: float
+    """Read and written by a copy in the device's memory."""
+
+
+def workload(config: TrialConfig) -> Workload:
+    """Read and tokenise the rows as the trial would, and plan it. No weights are loaded, and no device is used.
+
+    Raises: InvalidInput."""
+    from lora_lab.worker.answers import answers_asked, questions
+    from lora_lab.worker.check import checked_examples
+    from lora_lab.worker.data import Collator, train_collator
+    from lora_lab.worker.general_text import general_examples, general_rows
+    from lora_lab.worker.job_plan import plan_job
+    from lora_lab.worker.models import load_architecture, load_tokenizer
+    from lora_lab.worker.stages.data_loading import counted
+
+    architecture = load_architecture(config.model)
+    examples, padding = checked_examples(config, architecture)
+    order = list(examples.train)
+    random.Random(config.seed).shuffle(order)
+    steps, steps_per_epoch, evaluations, checkpoints = _window(config, len(order))
+    if config.train.is_job:
+        plan = plan_job(config, len(order))
+        steps, steps_per_epoch = plan.steps, plan.steps_per_epoch
+        evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
+        checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
+    heldout = examples.heldout[: config.measure.eval_rows]
+    general = []
+    if general_rows(config):
+        vocabulary = architecture.get_text_config().vocab_size
+        general = general_examples(config, load_tokenizer(config.model), vocabulary)
+    as_evaluated = Collator(pad_id=padding)
+    asked = 0 if config.data.source is DataSource.random_tokens else answers_asked(config)
+    return Workload(
+        model=model_facts(config, architecture),
+        data=counted(examples, config.seq_len),
+        epoch=_batches(order, config.batch_size, train_collator(config, padding), whole=True),
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        evaluations=evaluations if heldout else 0,
+        checkpoints=checkpoints,
+        heldout=_batches(heldout, config.batch_size, as_evaluated),
+        general=_batches(general, config.batch_size, as_evaluated),
+        answers=2 * len(questions(examples.heldout, asked)),
+    )
+
+
+def _window(config: TrialConfig, rows: int) -> tuple[int, int, int, int]:
+    """Return steps, steps of an epoch, evaluations and checkpoints of a measured window."""
+    per_epoch = max(1, rows // config.batch_size // config.grad_accum_steps)
+    return config.measure.warmup_steps + config.measure.steps, per_epoch, 0, 0
+
+
+def _batches(examples: "list[Example]", batch_size: int, collator: "Collator", whole: bool = False) -> list[MicroBatch]:
+    """Return the micro-batches of examples; with `whole` without the last one where it is not full."""
+    made = []
+    for start in range(0, len(examples), batch_size):
+        some = examples[start : start + batch_size]
+        if whole and len(some) < batch_size:
+            break
+        made.append(
+            MicroBatch(
+                rows=len(some),
+                width=collator.width_of(some),
+                real=sum(len(example.ids) for example in some),
+                trained=sum(example.trained for example in some),
+                attended=sum(length * length for example in some for length in example.document_lengths),
+            )
+        )
+    return made
+
+
+def model_facts(config: TrialConfig, architecture: Any) -> ModelFacts:
+    """Count the model with its adapters on the meta device.
+
+    Raises: InvalidInput when it cannot be adapted as asked."""
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from lora_lab.worker.checkpoint import make_skeleton
+    from lora_lab.worker.trainables import trainable_of
+    from lora_lab.worker.weight_counts import Uncountable, count_model
+
+    skeleton = make_skeleton(config, architecture)
+    trainable_of(config).check(skeleton)  # which puts the adapters on it
+    try:
+        counted = replace(count_model(skeleton), t=0.0)
+    except Uncountable:
+        counted = None
+    layers = [module for module in skeleton.modules() if isinstance(module, GradientCheckpointingLayer)]
+    frozen = [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+    ]
+    shapes = architecture.get_text_config()
+    return ModelFacts(
+        counted=counted,
+        layers=len(layers),
+        linears=len(frozen),
+        widths=sum(linear.in_features + linear.out_features for linear in frozen),
+        matrices=sum(p.requires_grad for p in skeleton.parameters()),
+        hidden=shapes.hidden_size,
+        vocabulary=shapes.vocab_size,
+    )
