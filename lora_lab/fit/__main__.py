@@ -46,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = compose_once(typed)
         shapes = shapes_of(config.model)
         found = estimate(config, shapes)
+        fits = not asked.vram or show_verdicts(found, config, shapes, asked.vram, console)
         show_estimate(found, console)
-        if not asked.vram:
-            return 0
-        fits = show_verdicts(found, config, shapes, asked.vram, console)
         if asked.limits:
             show_limits(config, shapes, asked.vram, console)
     except InvalidInput as refusal:
