@@ -18,6 +18,7 @@ from lora_lab.config import InvalidInput, ModelConfig, PrecisionConfig, TrialCon
 from lora_lab.export_gguf import gguf_file
 from lora_lab.options import DType, ModelSource, Weights
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.store.trained import Trained
 from lora_lab.worker.gguf_file import load_gguf, metadata_faults
 from lora_lab.worker.merging import GgufCheck, Losses, Merger
 from lora_lab.worker.models import load_architecture
@@ -234,7 +235,7 @@ def test_a_missing_program_is_named_with_what_to_type(tmp_path: Path, monkeypatc
 def test_a_file_beyond_its_types_bound_is_reported_and_one_that_is_not_read_is_said_to_be_unchecked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "find_trained", lambda *_: tmp_path)
+    monkeypatch.setattr(export, "find_trained", lambda *_: Trained(tmp_path, ""))
     monkeypatch.setattr(export, "stored_config", lambda _: WITH_WEIGHTS)
     monkeypatch.setattr(export, "check_programs", lambda _: None)
 

@@ -410,6 +410,15 @@ def test_invalid_trials_do_not_count() -> None:
     assert verdicts(against(grid("one", 10) + slow, grid("other", 10)))["throughput"] == NO_DIFFERENCE
 
 
+def test_jobs_are_not_compared_with_windows() -> None:
+    jobs = [trial({THROUGHPUT.key: 1.0}, sweep="one", batch_size="1", train__max_steps="3")]
+    windows = [trial({THROUGHPUT.key: 1.0}, sweep="other", batch_size="1", train__max_steps="None")]
+    for one, other in ((jobs, windows), (windows, jobs), (jobs + windows, windows)):
+        with pytest.raises(InvalidInput, match="whole training"):
+            compare((one, []), (other, []))
+    compare((jobs, []), (jobs, []))
+
+
 def test_nothing_on_a_side_is_refused() -> None:
     with pytest.raises(InvalidInput, match="no trial"):
         compare(([], []), (lone(1), []))

@@ -9,12 +9,12 @@ from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
-from lora_lab.report.measures import LOSS, MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.measures import HOURS, LOSS, MEASURES, THROUGHPUT, Better, Measure
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, outcome_text
-from lora_lab.report.writing.learnt import front_sentences, is_compared, no_worse, ordered, trade
+from lora_lab.report.writing.learnt import best_learnt, front_sentences, is_compared, no_worse, ordered, trade
 from lora_lab.report.writing.point_names import point_text
 from lora_lab.store.trials import Trial
 
@@ -94,15 +94,15 @@ def command(findings: Findings) -> str:
 
 
 def best_point(found: GroupFindings) -> Point | None:
-    """Return the point with the lowest held-out loss among jobs whose losses are compared; else the fastest."""
-    return ordered(found)[0][0] if is_about_quality(found) else fastest_point(found)
+    """Return the point that learnt best among jobs whose losses are compared; else the fastest."""
+    return best_learnt(found)[0] if is_about_quality(found) else fastest_point(found)
 
 
 def fastest_point(found: GroupFindings) -> Point | None:
-    """Return the point with the highest median throughput, or without any throughput one with figures."""
-    rated = [point for point in found.points if THROUGHPUT.name in point.figures]
-    if rated:
-        return _best(rated, THROUGHPUT)
+    """Return the point of the shortest job or of the highest median throughput; without any, one with figures."""
+    for measure in (HOURS, THROUGHPUT) if found.kind is Kind.job else (THROUGHPUT,):
+        if rated := [point for point in found.points if measure.name in point.figures]:
+            return _best(rated, measure)
     return next((point for point in found.points if point.figures), None)
 
 
@@ -122,10 +122,12 @@ def _on_best(found: GroupFindings, is_judged: bool) -> str:
     assert best is not None
     name, device = point_text(best, found), found.group.place.device
     if is_about_quality(found):
-        there = ordered(found)
+        loss, over = LOSS.write(best_learnt(found)[1].loss), count(len(ordered(found)), "configuration")
+        if best is ordered(found)[0][0]:
+            return f"{name} had the lowest held-out loss of {over} on {device}, {loss}; {no_worse(found)}."
         return (
-            f"{name} had the lowest held-out loss of {count(len(there), 'configuration')} on {device}, "
-            f"{LOSS.write(there[0][1].loss)}; {no_worse(found)}."
+            f"{name} learnt best of {over} on {device}: a held-out loss of {loss}. Lower ones took longer, within the "
+            "noise of the rows."
         )
     if len(found.points) == 1:
         figures = [m.write(best.figures[m.name][0]) for m in MEASURES if m.name in best.figures]
@@ -135,6 +137,9 @@ def _on_best(found: GroupFindings, is_judged: bool) -> str:
     rated, rate = _rated(found), THROUGHPUT.write(best.figures[THROUGHPUT.name][0])
     if rated == 1:
         return f"Only {name} of {len(found.points)} configurations has a throughput on {device}: {rate}."
+    if found.kind is Kind.job and HOURS.name in best.figures:
+        took = HOURS.write(best.figures[HOURS.name][0])
+        return f"{name} was the shortest job of {count(len(found.points), 'configuration')} on {device}: {took}."
     first = "had the highest median" if is_judged else "was the fastest"
     return f"{name} {first} of {count(rated, 'configuration')} on {device}, with {rate}."
 

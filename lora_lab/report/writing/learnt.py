@@ -39,6 +39,17 @@ def ordered(found: GroupFindings) -> list[tuple[Point, Learnt, list[CostCell]]]:
     return sorted(made, key=lambda one: one[1].loss)
 
 
+def best_learnt(found: GroupFindings) -> tuple[Point, Learnt]:
+    """Return the point with the lowest loss, of those that none is both better and cheaper than in the first cost.
+
+    So of two whose losses the rows cannot tell apart it is the cheaper one. Without a front it is the lowest of all."""
+    there = [(point, answer) for point, answer in zip(found.points, found.learnt, strict=True) if answer is not None]
+    if found.quality:
+        front = [found.points[place] for place in found.quality[0].places]
+        there = [(point, answer) for point, answer in there if point in front]
+    return min(there, key=lambda one: one[1].loss)
+
+
 def no_worse(found: GroupFindings) -> str:
     """Return how many points the held-out rows cannot tell from the one with the lowest loss."""
     over = [other.over_lowest for _, other, _ in ordered(found) if other.over_lowest is not None]

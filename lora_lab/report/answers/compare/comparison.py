@@ -11,6 +11,7 @@ from lora_lab.report.answers.compare.matched import WITHIN_RUNS, MatchedPoint, m
 from lora_lab.report.answers.compare.outcomes import OutcomeChange, ended
 from lora_lab.report.measures import OBJECTIVES, Better, Measure
 from lora_lab.report.statistics.estimates import Estimate
+from lora_lab.report.statistics.kinds import kind_of
 from lora_lab.report.statistics.settings import ABSENT, by_point, labels, settings
 from lora_lab.report.writing.labels import count
 from lora_lab.store.trials import Group, Sweep, Trial, groups
@@ -117,9 +118,11 @@ def compare(one: Found, other: Found, tolerance: float = 0.0) -> SideComparison:
         other: the same of the other side.
         tolerance: how much worse is acceptable: 0.02 for 2 percent.
 
-    Raises: InvalidInput when a side is empty or the tolerance negative."""
+    Raises: InvalidInput when a side is empty, when one side has jobs and the other windows, or when the tolerance is
+    negative."""
     if tolerance < 0 or not math.isfinite(tolerance):
         raise InvalidInput(f"--tolerance {tolerance:g} is negative or not a number. Give a share, such as 2% or 0.02.")
+    _check_kinds(one[0], other[0])
     return _compared(_side(one), _side(other), tolerance)
 
 
@@ -132,6 +135,17 @@ def exit_code(comparison: SideComparison) -> int:
         return EXIT_NOT_TOLD
     told = any(result.verdict != CANNOT_TELL for result in comparison.results)
     return EXIT_SAME if told or comparison.outcomes else EXIT_NOT_TOLD
+
+
+def _check_kinds(one: Sequence[Trial], other: Sequence[Trial]) -> None:
+    """Raise InvalidInput unless all trials are jobs, or all are windows."""
+    kinds = [{kind_of(trial) for trial in side} for side in (one, other)]
+    if len(set().union(*kinds)) > 1:
+        named = " against ".join(" and ".join(sorted(f"{kind}s" for kind in each)) for each in kinds)
+        raise InvalidInput(
+            f"{named}: figures of a measured window and of a whole training are not compared. Name sweeps or trials "
+            "of one kind on both sides."
+        )
 
 
 def _side(found: Found) -> Side:

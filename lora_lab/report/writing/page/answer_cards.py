@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from lora_lab.report.findings import Findings, GroupFindings
-from lora_lab.report.measures import LOSS, THROUGHPUT
+from lora_lab.report.measures import HOURS, LOSS, THROUGHPUT
+from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.effects import Effect, effects
 from lora_lab.report.writing.headline import fastest_point, is_about_quality, most_repeats
 from lora_lab.report.writing.labels import count
-from lora_lab.report.writing.learnt import is_compared, no_worse, ordered
+from lora_lab.report.writing.learnt import best_learnt, is_compared, no_worse, ordered
 from lora_lab.report.writing.numbers import change, is_absurd
 from lora_lab.report.writing.point_names import point_text
 
@@ -30,7 +31,8 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
     best = fastest_point(main)
     if best is None:
         return ()
-    figures = [measure.write(best.figures[measure.name][0]) for measure in main.shown if measure.name in best.figures]
+    shown = sorted(main.shown, key=lambda measure: measure is not HOURS) if main.kind is Kind.job else main.shown
+    figures = [measure.write(best.figures[measure.name][0]) for measure in shown if measure.name in best.figures]
     title = "Highest median" if findings.answers else "Fastest" if is_compared(main) else "Use"
     use = AnswerCard(
         title="What it takes" if len(main.points) == 1 else title,
@@ -44,19 +46,22 @@ def answer_cards(findings: Findings) -> tuple[AnswerCard, ...]:
 
 
 def _learns(found: GroupFindings) -> AnswerCard:
-    """Return the card of the lowest held-out loss, with how many others the held-out rows cannot tell from it."""
-    point, answer, _ = ordered(found)[0]
+    """Return the card of the configuration that learnt best, with how many others the held-out rows cannot tell from
+    the lowest loss."""
+    point, answer = best_learnt(found)
     figures = [
         measure.write(point.figures[measure.name][0]) for measure in found.shown if measure.name in point.figures
     ]
+    lowest, its, _ = ordered(found)[0]
+    if lowest is point:
+        others = no_worse(found)
+    else:
+        others = f"{point_text(lowest, found)}: {LOSS.form.format(its.loss)}, longer, and not seen to be better"
     return AnswerCard(
-        title="Lowest held-out loss, nats per token",
+        title="Held-out loss of the best, nats per token",
         big=LOSS.form.format(answer.loss),
         about=point_text(point, found),
-        lines=(
-            no_worse(found),
-            *(text for text in figures if text != LOSS.write(answer.loss)),
-        ),
+        lines=(others, *(text for text in figures if text != LOSS.write(answer.loss))),
     )
 
 

@@ -14,8 +14,10 @@ from lora_lab.report.answers.quality import QualityFront, quality_fronts
 from lora_lab.report.findings import Question, find
 from lora_lab.report.measures import COST, ENERGY, HOURS, KWH, LOSS, THROUGHPUT, VRAM
 from lora_lab.report.statistics.kinds import Kind
+from lora_lab.report.writing.headline import best_point, command, sentences
 from lora_lab.report.writing.learnt import front_sentences
 from lora_lab.report.writing.page.page import page
+from lora_lab.report.writing.point_names import point_text
 from lora_lab.report.writing.table import make_table
 from lora_lab.store.trials import Trial
 
@@ -59,6 +61,17 @@ def test_a_better_loss_keeps_a_dearer_job_on_the_front_only_beyond_noise() -> No
     assert beaten(against_hours(cheap, same)) == [(None, ""), (0, "cheaper and not seen to be worse")]
     assert beaten(against_hours(cheap, better)) == [(None, ""), (None, "")]
     assert beaten(against_hours(cheap, job(0.06, 2.0, seed=4))) == [(None, ""), (0, "better and cheaper")]
+
+
+@pytest.mark.parametrize(("shift", "best"), [(0.0, "2e-4"), (-0.03, "1e-4")], ids=["noise", "better"])
+def test_a_report_on_jobs_recommends_the_shorter_of_two_that_rows_cannot_tell_apart(shift: float, best: str) -> None:
+    low = min((job(shift, 2.0, seed=at, learning_rate="1e-4") for at in range(9)), key=lambda each: LOSS.of(each) or 9)
+    short = job(0.0, 1.0, seed=11, learning_rate="2e-4")
+    found = find([low, short], [], Question(), "1")
+    assert (LOSS.of(low) or 9) < (LOSS.of(short) or 0)
+    assert point_text(best_point(found.groups[0]), found.groups[0]) == f"learning_rate={best}"
+    assert best in sentences(found)[0]
+    assert best in command(found)
 
 
 def test_noise_leaves_the_cheaper_one_as_often_as_intervals_hold() -> None:
