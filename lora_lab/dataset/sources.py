@@ -1,14 +1,15 @@
 """Read the rows that a config names: from one path, from the hub, or from several sources with weights."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from lora_lab.config import InvalidInput
 from lora_lab.data_config import DataConfig, SourceConfig
-from lora_lab.dataset.content import by_content
+from lora_lab.dataset.content import by_content, row_digest
 from lora_lab.dataset.data_files import DataFile
 from lora_lab.dataset.file_kinds import FileKind, kind_of
 from lora_lab.dataset.folders import files_of_folder
@@ -196,12 +197,13 @@ def _rows_of_source(source: SourceConfig, data: DataConfig, keep: Callable[[Row]
 def _mixed(data: DataConfig, keep: Callable[[Row], _Kept]) -> Found[_Kept]:
     """Draw the rows of each source by its weight, as many as the scarcest source allows, and no row twice.
 
-    Which rows are drawn and their order depend on their content alone."""
+    Which rows are drawn and their order depend on their content alone. They are not drawn by the order that rows are
+    held out by: a source of which few rows are drawn would then be held out more than others."""
     _check_different(data.sources)
     found = [_rows_of_source(each, data, keep) for each in data.sources]
     remarks = [remark for each in found for remark in each.remarks]
     counts = shares([len(each.rows) for each in found], [each.weight for each in data.sources], data.rows)
-    drawn = [row for each, count in zip(found, counts, strict=True) for row in by_content(each.rows)[:count]]
+    drawn = [row for each, count in zip(found, counts, strict=True) for row in _drawn(each.rows, count)]
     used = (
         f"{count:,} of {len(each.rows):,} rows of {source.name}"
         for source, each, count in zip(data.sources, found, counts, strict=True)
@@ -214,6 +216,10 @@ def _mixed(data: DataConfig, keep: Callable[[Row], _Kept]) -> Found[_Kept]:
         )
     remarks.append(f"data.sources: {'; '.join(used)} are used")
     return Found(by_content(drawn), remarks)
+
+
+def _drawn(rows: Sequence[_Kept], count: int) -> list[_Kept]:
+    return sorted(rows, key=lambda row: hashlib.sha256(b"drawn" + row_digest(row)).digest())[:count]
 
 
 def shares(counts: list[int], weights: list[float | None], limit: int | None) -> list[int]:

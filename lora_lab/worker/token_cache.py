@@ -9,6 +9,8 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,10 @@ def load(key: str) -> tuple[TokenFile, dict[str, NDArray[np.int64]], dict[str, A
         with np.load(entry / _TABLES) as opened:
             tables = {name: opened[name] for name in opened.files}
         tokens = TokenFile(entry / TOKENS)
-        os.utime(entry / _FACTS)
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         return None
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(entry / _FACTS)
     return tokens, tables, facts
 
 
@@ -76,6 +79,7 @@ def store(folder: Path, key: str, tables: dict[str, NDArray[np.int64]], facts: d
     entry = tokens_folder() / key
     if load(key) is None:  # there may be a damaged one
         shutil.rmtree(entry, ignore_errors=True)
+        folder.chmod(0o755)  # other users of a shared cache read it; mkdtemp lets nobody
         folder.rename(entry)
     with contextlib.suppress(OSError):  # other processes remove entries too
         _remove_oldest(key)

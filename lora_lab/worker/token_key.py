@@ -83,7 +83,8 @@ def _digest_of(state: tuple[Path, int, int]) -> str:
 
 def _described(tokenizer: Any) -> dict[str, Any] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    is_known = type(tokenizer).__module__.startswith("transformers.")  # a model's own code may change
+    if backend is None or not is_known:
         return None
     # texts among them are where it was loaded from, or are named below
     flags = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}

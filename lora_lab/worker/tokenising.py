@@ -132,6 +132,7 @@ def _laid_out(config: TrialConfig, tokenizer: Any, vocab_size: int, writer: Toke
     if file.fault is not None:
         remarks.append(f"the text of the rows stays in memory, since the disk does not take it: {file.fault}")
     tokens = writer.finished()
+    writer.fault = writer.fault or file.fault  # so that what is said of the disk is not cached
     return _Made(
         chosen=cast(Selected[Mark], chosen),
         tokens=tokens,

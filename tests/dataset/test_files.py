@@ -24,6 +24,7 @@ from lora_lab.dataset.content import by_content
 from lora_lab.dataset.row import Conversation, Passage, Row
 from lora_lab.dataset.selection import Selected, check_rows, select
 from lora_lab.dataset.sources import Found, file_rows, heldout_rows, read_rows
+from lora_lab.dataset.split import heldout_indices
 from lora_lab.options import DataSource, Duplicates, Layout
 
 ROWS = [{"instruction": f"question {i}, é", "output": f'answer {i}:\n"so"'} for i in range(3)]
@@ -284,6 +285,16 @@ def test_sources_are_drawn_by_weight_and_no_row_twice(
     assert found.rows == by_content(found.rows) == file_rows(config_of(sources=sources[::-1], rows=limit)).rows
     for name, count in zip(names, used, strict=True):
         assert f"{count} of {100 if name == 'a' else 60} rows of {tmp_path / name}.jsonl" in found.remarks[-1]
+
+
+def test_held_out_rows_come_from_the_sources_as_those_to_train_on_do(tmp_path: Path) -> None:
+    """Of the large one few rows are drawn. Of 60 held-out rows 6 are expected from it: 18 are four sigmas off."""
+    paths = [many(tmp_path, "a", 540), many(tmp_path, "b", 3000)]
+    sources = [SourceConfig(path=str(path), weight=weight) for path, weight in zip(paths, (0.9, 0.1), strict=True)]
+    rows = file_rows(config_of(sources=sources)).rows
+    held = [rows[place] for place in heldout_indices(rows, 0.1)]
+    assert len(held) == 60
+    assert 1 <= len(of(held, "b")) <= 18
 
 
 def test_a_source_that_grew_leaves_most_drawn_rows_as_they_were(tmp_path: Path) -> None:
