@@ -52,13 +52,16 @@ def select(data: DataConfig, rows: Sequence[_Kept], of_file: Found[_Kept] | None
                 f"data.heldout_path={data.heldout_path} holds every row of the data, so that none is left to train on. "
                 "Give a file of other rows, or leave data.heldout_path out: then data.holdout splits them."
             )
+    twice = len(apart) - len(set(apart))
+    if data.duplicates is not Duplicates.keep:
+        apart = list(dict.fromkeys(apart))
     distinct = without_duplicates(kept, data.duplicates, apart)
     return Selected(
         rows=distinct.rows,
         heldout=apart,
-        repeated=distinct.repeated,
+        repeated=distinct.repeated + twice,
         near_repeated=distinct.near_repeated,
-        dropped=distinct.dropped,
+        dropped=distinct.dropped + (0 if data.duplicates is Duplicates.keep else twice),
         in_both=len(rows) - len(kept),
         remarks=remarks,
     )

@@ -333,6 +333,17 @@ def test_rows_of_the_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
         check_rows(data, 1)
 
 
+def test_equal_rows_of_the_held_out_file_are_counted_and_dropped_when_asked(tmp_path: Path) -> None:
+    path, apart = many(tmp_path, "a", 10), many(tmp_path, "b", 3)
+    apart.write_text(f"{apart.read_text()}\n{apart.read_text()}")
+    data = config_of(path, heldout_path=str(apart))
+    kept = selected(data)
+    assert (len(kept.heldout), kept.repeated, kept.dropped) == (6, 3, 0)
+    data.duplicates = Duplicates.exact
+    dropped = selected(data)
+    assert (len(dropped.heldout), dropped.repeated, dropped.dropped) == (3, 3, 3)
+
+
 @pytest.mark.parametrize(("layout", "said"), [("auto", "too"), ("instruct", "same data.layout")])
 def test_held_out_rows_of_another_layout_are_refused(tmp_path: Path, layout: str, said: str) -> None:
     apart = written(tmp_path / "text.jsonl", '{"text": "a"}\n{"text": "b"}\n')
