@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lab.base_weights import WEIGHTS
 from lora_lab.config import InvalidInput
 from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
@@ -93,4 +94,4 @@ def _fetched(run: str, place: Path) -> dict[str, str]:
         ) from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
-    return fetch_run(store, run, (CONFIG, ADAPTER), place)[1]
+    return fetch_run(store, run, (CONFIG, ADAPTER, WEIGHTS), place)[1]

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from lora_lab.config import TrialConfig
 from lora_lab.dataset.row import Role, Turn
 from lora_lab.options import Weights
-from lora_lab.worker.adapted import be_quiet, load_adapted, this_device
+from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
@@ -253,6 +253,7 @@ class Answerer:
 
         Raises: InvalidInput."""
         be_quiet()
+        config, _ = on_its_weights(config, adapter)
         self._model = load_adapted(config, adapter, this_device())
         self._tokenizer = load_tokenizer(config.model)
         has_template = as_conversations and self._tokenizer.chat_template is not None

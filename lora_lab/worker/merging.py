@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.options import ModelSource, Quantization
-from lora_lab.worker.adapted import be_quiet, load_adapted, this_device, without_quantisation
+from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device, without_quantisation
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.evaluation import row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
@@ -64,8 +64,9 @@ class Merger:
             progress: gets a line at the start of each part.
 
         Raises: InvalidInput."""
-        self._config, self._adapter, self._progress = config, adapter, progress
         be_quiet()
+        config, self._unchecked = on_its_weights(config, adapter)
+        self._config, self._adapter, self._progress = config, adapter, progress
         self._device = this_device()
         examples, self._padding = checked_examples(config, load_architecture(config.model))
         self._rows = examples.heldout[:MOST_ROWS]
