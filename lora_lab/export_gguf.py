@@ -11,7 +11,7 @@ from lora_lab.gguf_converter import TYPES, convert, convert_vocabulary
 from lora_lab.options import Weights
 
 if TYPE_CHECKING:
-    from lora_lab.worker.merging import GgufCheck, Losses, Merger
+    from lora_lab.worker.merging import GgufCheck, Merger, Written
 
 
 def gguf_file(named: str | None, name: str, config: TrialConfig) -> Path:
@@ -34,7 +34,7 @@ def gguf_file(named: str | None, name: str, config: TrialConfig) -> Path:
     return out
 
 
-def export_gguf(merger: "Merger", name: str, out: Path, say: Callable[[str], None]) -> tuple["Losses", "GgufCheck"]:
+def export_gguf(merger: "Merger", name: str, out: Path, say: Callable[[str], None]) -> tuple["Written", "GgufCheck"]:
     """Merge, convert, and read the file again. Nothing else is left behind.
 
     Args:
@@ -49,8 +49,8 @@ def export_gguf(merger: "Merger", name: str, out: Path, say: Callable[[str], Non
         say("trying llama.cpp's converter on config and tokenizer")
         merger.write_shapes(shapes)
         merger.check_vocabulary(convert_vocabulary(shapes))
-        losses = merger.merge(merged, more=kind.bits / 8 + between)
+        written = merger.merge(merged, more=kind.bits / 8 + between)
         say(f"converting to {name}")
         convert(merged, made, name)
         os.rename(made, out)
-    return losses, merger.gguf(out)
+    return written, merger.gguf(out)

@@ -20,7 +20,7 @@ from lora_lab.options import DType, ModelSource, Weights
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.store.trained import Trained
 from lora_lab.worker.gguf_file import load_gguf, metadata_faults
-from lora_lab.worker.merging import GgufCheck, Losses, Merger
+from lora_lab.worker.merging import GgufCheck, Losses, Merger, Written
 from lora_lab.worker.models import load_architecture
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
@@ -240,7 +240,7 @@ def test_a_file_beyond_its_types_bound_is_reported_and_one_that_is_not_read_is_s
     monkeypatch.setattr(export, "check_programs", lambda _: None)
 
     def ended(loss: float | None, unread: str = "") -> tuple[int, str, str]:
-        found = Losses(4.0, 4.0, None, 3, 100), GgufCheck(loss, unread, has_template=False)
+        found = Written(Losses(4.0, 4.0, None, 3, 100)), GgufCheck(loss, unread, has_template=False)
         monkeypatch.setattr(export, "_gguf", lambda *_: found)
         code = export.main(["latest", "--gguf", "q8_0", "--out", str(tmp_path / "out.gguf")])
         out, err = capsys.readouterr()

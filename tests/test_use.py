@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -23,15 +23,16 @@ from lora_lab.composition.compose import stored_config
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.dataset.row import Role, Turn, as_conversations
-from lora_lab.options import Layout, TrackingKind
+from lora_lab.options import DataSource, Layout, TrackingKind
 from lora_lab.outcome import EXIT_REFUSED
+from lora_lab.quality.row_losses import HeldoutRows
 from lora_lab.store.outbox import Outbox
 from lora_lab.store.trained import find_trained
 from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.worker.answers import Answerer, TimedAnswer
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.check import checked_examples
-from lora_lab.worker.merging import Losses, Merger
+from lora_lab.worker.merging import Losses, Merger, Written
 from lora_lab.worker.models import load_architecture, load_tokenizer
 from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
@@ -335,6 +336,47 @@ def test_a_merged_model_that_differs_too_much_is_reported_and_stays(
     lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for merged in (4.0002, float("nan")):
-        monkeypatch.setattr(export, "_merge", lambda *_, found=merged: Losses(4.0, found, None, 3, 100))
+        monkeypatch.setattr(export, "_merge", lambda *_, found=merged: Written(Losses(4.0, found, None, 3, 100)))
         assert export.main([str(lora.folder), "--merge", str(tmp_path / "out")]) == export.EXIT_DIFFERS
         assert "0.0001" in capsys.readouterr().err
+
+
+def test_losses_are_compared_with_the_record_and_what_cannot_be_is_said(lora: Trained, tmp_path: Path) -> None:
+    adapter, recorded = lora.folder / "adapter", find_trained(str(lora.folder), tmp_path).heldout
+    assert recorded is not None
+
+    def merged(config: TrialConfig, name: str, rows: HeldoutRows | None = recorded) -> Written:
+        return Merger(config, adapter, lambda _: None, rows).merge(tmp_path / name)
+
+    same = merged(lora.config, "same")
+    assert same.unchecked == ()
+    assert same.losses is not None
+    assert same.losses.recorded == pytest.approx(same.losses.adapter, abs=2e-5)
+
+    changed = replace(lora.config, data=replace(lora.config.data, rows=30))
+    other = merged(changed, "other")
+    assert other.losses is not None
+    assert other.losses.recorded is None
+    assert "not the held-out rows" in other.unchecked[0]
+
+    gone = replace(lora.config.data, source=DataSource.file, path=str(tmp_path / "gone.jsonl"))
+    unread = merged(replace(lora.config, data=gone), "unread")
+    assert unread.losses is None
+    assert "gone.jsonl" in unread.unchecked[0]
+    assert (tmp_path / "unread" / "model.safetensors").is_file()
+
+
+def test_an_export_without_rows_says_so_and_one_that_contradicts_the_record_is_reported(
+    lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(written: Written) -> tuple[int, str, str]:
+        monkeypatch.setattr(export, "_merge", lambda *_: written)
+        code = export.main([str(lora.folder), "--merge", str(tmp_path / "out")])
+        return code, *capsys.readouterr()
+
+    code, out, _ = ended(Written(None, ("Not checked: any loss.",)))
+    assert code == 0
+    assert "Not checked: any loss." in out
+    codes = [ended(Written(Losses(4.0, 4.0, None, 3, 100, recorded)))[0] for recorded in (3.981, 4.019, 3.979, 4.021)]
+    assert codes == [0, 0, export.EXIT_DIFFERS, export.EXIT_DIFFERS]
+    assert "record" in ended(Written(Losses(4.0, 4.0, None, 3, 100, 5.0)))[2]

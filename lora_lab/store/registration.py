@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_lab
-from lora_lab.base_weights import ADAPTER
+from lora_lab.base_weights import ADAPTER, WEIGHTS
 from lora_lab.store.record import KINDS, Record
 from lora_lab.store.tracker import ATTEMPT, attempt_in
 
@@ -53,6 +53,8 @@ def _write(place: Path, folder: Path, record: Record) -> None:
     data = place / "trial"
     shutil.copytree(folder / ADAPTER, data / ADAPTER)
     shutil.copy(folder / "config.yaml", data)
+    if (folder / WEIGHTS).is_file():
+        shutil.copy(folder / WEIGHTS, data)
     text = Schema([ColSpec(DataType.string)])
     pyfunc.save_model(
         str(place / "model"),

@@ -4,8 +4,10 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lab.base_weights import WEIGHTS
 from lora_lab.config import InvalidInput
 from lora_lab.paths import MULTIRUN
+from lora_lab.quality.row_losses import HeldoutRows, heldout_rows
 from lora_lab.reading import Damaged
 from lora_lab.store.folder_runs import FolderRuns
 from lora_lab.store.local_store import local_address
@@ -32,6 +34,8 @@ class Trained:
     """It holds the config and the adapter."""
     kinds: str
     """Whether its rows were conversations, passages or both; empty where the record does not say so."""
+    heldout: HeldoutRows | None = None
+    """The losses of its held-out rows; None where its record has none."""
 
 
 def find_trained(run: str, place: Path) -> Trained:
@@ -71,7 +75,8 @@ def find_trained(run: str, place: Path) -> Trained:
             f"{run} holds no adapter: the trial did not come to its end, or its disk was full. "
             + (cut_off if there.can_go_on else "Name a trial that finished.")
         )
-    return Trained(folder, (tags or _tags(folder)).get(KINDS, ""))
+    tags = tags or _tags(folder)
+    return Trained(folder, tags.get(KINDS, ""), heldout_rows(tags))
 
 
 def _tags(folder: Path) -> dict[str, str]:
@@ -93,4 +98,4 @@ def _fetched(run: str, place: Path) -> dict[str, str]:
         ) from None
     if len(run) < _WHOLE_ID:
         run = open_store(store).id_of(run)
-    return fetch_run(store, run, (CONFIG, ADAPTER), place)[1]
+    return fetch_run(store, run, (CONFIG, ADAPTER, WEIGHTS), place)[1]

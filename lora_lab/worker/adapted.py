@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.options import Quantization
+from lora_lab.options import Quantization, Weights
+from lora_lab.worker.exact_weights import exact_weights, noted_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import evaluation_mode
 
@@ -24,6 +25,40 @@ def be_quiet() -> None:
 def this_device() -> torch.device:
     """Return the card that is visible, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_its_weights(config: TrialConfig, adapter: Path) -> tuple[TrialConfig, str]:
+    """Return a config whose base model has the weights that the adapter's trial has noted, and why that could not be
+    checked; empty where it was. Of a hub model the noted commit is loaded, because a branch moves on.
+
+    Args:
+        adapter: lies in the folder where the trial notes them.
+
+    Raises: InvalidInput when a folder has other weights now."""
+    noted, model = noted_weights(adapter.parent), config.model
+    if model.weights is Weights.random:
+        return config, ""  # drawn with the seed
+    if noted is None:
+        return config, "the trial noted no weights"
+    if noted.commit:
+        return replace(config, model=replace(model, revision=noted.commit)), ""
+    if not noted.sha256:
+        return config, noted.remark
+    try:
+        found = exact_weights(model, digest=True)
+    except OSError as fault:
+        raise InvalidInput(f"the base model's files could not be read: {fault}") from fault
+    if found.sha256 and found.named() != noted.named():  # without any file, loading says what is missing
+        raise InvalidInput(
+            f"the adapter was trained on {noted.named()}, and its base model is now {found.named()}. "
+            f"{_changed(noted.files, found.files)}Put those weights back, or train again on these."
+        )
+    return config, ""
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return f"These files are not as they were: {', '.join(names)}. " if names else ""
 
 
 def load_adapted(config: TrialConfig, adapter: Path, device: torch.device) -> Any:

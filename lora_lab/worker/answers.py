@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from lora_lab.config import TrialConfig
 from lora_lab.dataset.row import Role, Turn
-from lora_lab.options import Weights
-from lora_lab.worker.adapted import be_quiet, load_adapted, this_device
+from lora_lab.options import TrainOn, Weights
+from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
@@ -72,6 +72,16 @@ def questions(rows: Sequence[Example], count: int) -> list[Question]:
 
     Of several answers in a row the last one is asked for, with everything before it as the prompt."""
     return list(islice((asked for row in rows if (asked := _question(row)) is not None), count))
+
+
+def why_no_question(config: TrialConfig) -> str:
+    """Say why no held-out row gives a question."""
+    if config.data.train_on is TrainOn.everything:
+        return (
+            "with data.train_on=everything no held-out prompt is answered, because no row has a prompt that is only "
+            "read. Use data.train_on=answers, or measure.answers=0"
+        )
+    return f"no held-out row has a prompt and is whole within seq_len={config.seq_len}: none is answered"
 
 
 def _question(row: Example) -> Question | None:
@@ -253,6 +263,7 @@ class Answerer:
 
         Raises: InvalidInput."""
         be_quiet()
+        config, _ = on_its_weights(config, adapter)
         self._model = load_adapted(config, adapter, this_device())
         self._tokenizer = load_tokenizer(config.model)
         has_template = as_conversations and self._tokenizer.chat_template is not None

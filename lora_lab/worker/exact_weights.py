@@ -1,12 +1,14 @@
 """Find out which exact weights a trial trains on."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
-from lora_lab.base_weights import BaseWeights
+from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.config import ModelConfig
 from lora_lab.options import ModelSource, Weights
 from lora_lab.packages import converted_folder
+from lora_lab.reading import Damaged, whole
 from lora_lab.worker.checkpoint import weight_files
 
 _DIGESTED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model")
@@ -53,6 +55,13 @@ def exact_weights(model: ModelConfig, digest: bool) -> BaseWeights:
         remote_code=remote_code,
         remark="" if files else "its files are digested in a job only, because that takes time",
     )
+
+
+def noted_weights(trial: Path) -> BaseWeights | None:
+    """Return the weights that a trial's folder notes; None where it notes none, or the note is damaged."""
+    with contextlib.suppress(Damaged):
+        return whole(BaseWeights, trial / WEIGHTS)
+    return None
 
 
 def hub_snapshot(model: ModelConfig) -> Path | None:

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.options import ModelSource, Quantization
-from lora_lab.worker.adapted import be_quiet, load_adapted, this_device, without_quantisation
+from lora_lab.quality.row_losses import HeldoutRows
+from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device, without_quantisation
 from lora_lab.worker.check import checked_examples
-from lora_lab.worker.evaluation import row_losses
+from lora_lab.worker.data import Example
+from lora_lab.worker.evaluation import digest_of, row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, save_tokenizer
 
@@ -40,6 +42,18 @@ class Losses:
     """The merged model loaded in 4 bit again; None where the trial did not train on 4 bit."""
     rows: int
     tokens: int
+    recorded: float | None = None
+    """The adapter's, as the trial recorded it; None where that is not known of these rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is known of a merged model that was written."""
+
+    losses: Losses | None
+    """None where there are no rows to measure them on."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be checked, and why, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class GgufCheck:
     """What a GGUF file holds when it is read again."""
 
     loss: float | None
-    """Its held-out loss, in nats per trained token; None where transformers does not read this kind of model."""
+    """Its held-out loss, in nats per trained token; None where it was not measured."""
     unread: str
     """Why there is no loss; empty where there is one."""
     has_template: bool
@@ -55,28 +69,67 @@ class GgufCheck:
 
 
 class Merger:
-    """Merges one adapter. The held-out rows are read first, so that nothing is written where they are missing."""
+    """Merges one adapter. Where its rows are gone it merges all the same, and measures no loss."""
 
-    def __init__(self, config: TrialConfig, adapter: Path, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        adapter: Path,
+        progress: Callable[[str], None],
+        recorded: HeldoutRows | None = None,
+    ) -> None:
         """Read the held-out rows.
 
         Args:
             progress: gets a line at the start of each part.
+            recorded: the losses that the trial recorded.
 
-        Raises: InvalidInput."""
-        self._config, self._adapter, self._progress = config, adapter, progress
+        Raises: InvalidInput when the base model is missing or is not as the trial had it."""
         be_quiet()
+        config, why = on_its_weights(config, adapter)
+        self._unchecked = [f"Not checked: whether the base weights are the trial's ({why})."] if why else []
+        self._config, self._adapter, self._progress = config, adapter, progress
         self._device = this_device()
-        examples, self._padding = checked_examples(config, load_architecture(config.model))
-        self._rows = examples.heldout[:MOST_ROWS]
+        self._rows: list[Example] = []
+        self._padding = 0
+        self._recorded: float | None = None
+        self._read_rows(recorded)
 
-    def merge(self, out: Path, more: float = 0.0) -> Losses:
+    def _read_rows(self, recorded: HeldoutRows | None) -> None:
+        architecture = load_architecture(self._config.model)
+        try:
+            examples, self._padding = checked_examples(self._config, architecture)
+        except InvalidInput as fault:
+            self._unchecked.append(f"Not checked: any held-out loss, because the rows could not be read: {fault}")
+            return
+        self._rows = examples.heldout[:MOST_ROWS]
+        if not self._rows:
+            self._unchecked.append("Not checked: any held-out loss, because no row is held out.")
+        elif recorded is None:
+            self._unchecked.append(
+                "Not checked: whether these are the trial's held-out rows, because its record has no losses of them."
+            )
+        elif digest_of(examples.heldout[: len(recorded.nats)]) != recorded.digest:
+            self._unchecked.append(
+                "These are not the held-out rows that the trial was evaluated on: the data was changed, or the "
+                "tokenizer makes other tokens of it."
+            )
+        else:  # it may have evaluated fewer rows
+            self._rows = self._rows[: len(recorded.nats)]
+            count = len(self._rows)
+            self._recorded = sum(recorded.nats[:count]) / sum(recorded.tokens[:count])
+
+    def merge(self, out: Path, more: float = 0.0) -> Written:
         """Write the merged model to `out`, and compare.
 
         Args:
             more: bytes per weight that the disk needs room for besides, for what is made of the merged model.
 
         Raises: InvalidInput when it does not fit on the disk or cannot be written; then `out` is not made."""
+        if not self._rows:
+            self._progress(f"merging in {self._config.precision.dtype.name}")
+            self._write(out, more)
+            return Written(None, tuple(self._unchecked))
         self._progress("measuring the adapter on the base model as it was trained")
         adapter, tokens = self._loss(load_adapted(self._config, self._adapter, self._device))
         self._progress(f"merging in {self._config.precision.dtype.name}")
@@ -87,7 +140,8 @@ class Merger:
         if self._config.method.quantization is not Quantization.none:
             self._progress("measuring the merged model in 4 bit")
             requantised, _ = self._loss(self._loaded(self._config, out))
-        return Losses(adapter, merged, requantised, len(self._rows), tokens)
+        losses = Losses(adapter, merged, requantised, len(self._rows), tokens, self._recorded)
+        return Written(losses, tuple(self._unchecked))
 
     def write_shapes(self, folder: Path) -> None:
         """Write the model's config and tokenizer to `folder`, without weights."""
@@ -105,12 +159,14 @@ class Merger:
 
     def gguf(self, file: Path) -> GgufCheck:
         """Measure a GGUF file that was made of the merged model."""
-        self._progress(f"measuring {file.name}, loaded again")
         has_template = load_tokenizer(self._config.model).chat_template is not None
+        if not self._rows:
+            return GgufCheck(None, "there are no rows to measure it on", has_template)
+        self._progress(f"measuring {file.name}, loaded again")
         try:
             model = load_gguf(file, self._config, load_architecture(self._config.model), self._device)
         except UnreadableGguf as reason:
-            return GgufCheck(None, str(reason), has_template)
+            return GgufCheck(None, f"transformers cannot read it: {reason}", has_template)
         return GgufCheck(self._loss(model)[0], "", has_template)
 
     def _write(self, out: Path, more: float) -> None:

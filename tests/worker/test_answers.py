@@ -12,7 +12,7 @@ from tiny_trials import ended, tiny_config
 
 from lora_lab.config import TrialConfig
 from lora_lab.events import Answered, Event, RowLosses, Warned
-from lora_lab.options import DataSource, Quantization
+from lora_lab.options import DataSource, Quantization, TrainOn
 from lora_lab.worker import answers
 from lora_lab.worker.answers import Question, Writer, most_tokens, questions
 from lora_lab.worker.data import IGNORED, Example
@@ -213,4 +213,19 @@ def test_a_trial_without_prompts_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     run_trial(config, tmp_path, events.append)
     assert ended(events) == ("finished", "")
     assert any("none is answered" in event.text for event in events if isinstance(event, Warned))
+    assert not any(isinstance(event, Answered) for event in events)
+
+
+def test_rows_that_are_trained_whole_ask_nothing_and_the_setting_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = tiny_config(eval_rows=0)
+    config.data.source, config.data.rows, config.data.holdout, config.seq_len = DataSource.shipped, 16, 0.25, 512
+    config.data.train_on, config.measure.answers = TrainOn.everything, 3
+    events: list[Event] = []
+    run_trial(config, tmp_path, events.append)
+    assert ended(events) == ("finished", "")
+    [said] = [event.text for event in events if isinstance(event, Warned) and "answered" in event.text]
+    assert "data.train_on=everything" in said
     assert not any(isinstance(event, Answered) for event in events)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,14 +17,17 @@ from huggingface_hub import constants
 from peft import PeftConfig
 from tiny_trials import ended, tiny_config
 
-from lora_lab.base_weights import WEIGHTS, BaseWeights
-from lora_lab.config import ModelConfig, PackageConfig, TrialConfig
+from lora_lab.base_weights import ADAPTER, WEIGHTS, BaseWeights
+from lora_lab.config import InvalidInput, ModelConfig, PackageConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.events import Event, Warned
 from lora_lab.files import write_json
 from lora_lab.options import DataSource, ModelSource
 from lora_lab.reading import whole
+from lora_lab.worker.adapted import on_its_weights
+from lora_lab.worker.answers import Answerer
 from lora_lab.worker.exact_weights import exact_weights
+from lora_lab.worker.merging import Merger
 from lora_lab.worker.stages import saving
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trial import run_trial
@@ -176,3 +181,38 @@ def test_a_job_does_not_go_on_with_other_weights(tmp_path: Path) -> None:
     assert outcome == "refused"
     assert "org/model at commit c0ffee" in why
     assert "random weights" in why
+
+
+def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(model_folder: Path, tmp_path: Path) -> None:
+    base, trial = tmp_path / "base", tmp_path / "trial"
+    shutil.copytree(model_folder, base)
+    trial.mkdir()
+    config = with_text(ModelConfig(source=ModelSource.local, path=str(base)))
+    write_json(trial / WEIGHTS, asdict(exact_weights(config.model, digest=True)))
+    assert on_its_weights(config, trial / ADAPTER) == (config, "")
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    for use in (
+        lambda: Merger(config, trial / ADAPTER, lambda _: None),
+        lambda: Answerer(config, trial / ADAPTER, as_conversations=True),
+    ):
+        with pytest.raises(InvalidInput, match=r"model\.safetensors\. Put those weights back"):
+            use()
+
+
+def test_an_adapter_of_a_branch_is_put_on_the_commit_it_was_trained_on(tmp_path: Path) -> None:
+    config = with_text(ModelConfig(source=ModelSource.hub, id="org/model", revision="main"))
+    assert on_its_weights(config, tmp_path / ADAPTER) == (config, "the trial noted no weights")  # an older one
+    write_json(tmp_path / WEIGHTS, asdict(BaseWeights(source="hub", id="org/model", commit="c0ffee")))
+    found, unchecked = on_its_weights(config, tmp_path / ADAPTER)
+    assert (found.model.revision, unchecked) == ("c0ffee", "")
+    assert replace(found, model=config.model) == config
+
+
+def test_weights_that_a_window_did_not_digest_are_said_to_be_unchecked(model_folder: Path, tmp_path: Path) -> None:
+    config = with_text(ModelConfig(source=ModelSource.local, path=str(model_folder)))
+    write_json(tmp_path / WEIGHTS, asdict(exact_weights(config.model, digest=False)))
+    found, unchecked = on_its_weights(config, tmp_path / ADAPTER)
+    assert found == config
+    assert "job" in unchecked

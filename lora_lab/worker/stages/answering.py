@@ -9,7 +9,7 @@ from lora_lab.phase import Phase
 from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
 from lora_lab.quality.exact_match import matches
 from lora_lab.quality.rouge import NOT_INSTALLED, rouge_l
-from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions
+from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions, why_no_question
 from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
@@ -21,7 +21,7 @@ def _is_needed(trial: TrialContext) -> bool:
 def _answer(trial: TrialContext) -> None:
     asked = questions(trial.examples.heldout, answers_asked(trial.config))
     if not asked:
-        trial.warn(f"no held-out row has a prompt and is whole within seq_len={trial.config.seq_len}: none is answered")
+        trial.warn(why_no_question(trial.config))
         return
     tokenizer = load_tokenizer(trial.config.model)
     writer = Writer(trial.model, tokenizer, trial.config, trial.padding, trial.examples.end_of_turn)

@@ -1,13 +1,11 @@
 """Write down which exact weights were loaded. It is part of the phase `model`."""
 
-import contextlib
 from dataclasses import asdict
 
 from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.config import InvalidInput
 from lora_lab.files import write_json
-from lora_lab.reading import Damaged, whole
-from lora_lab.worker.exact_weights import exact_weights
+from lora_lab.worker.exact_weights import exact_weights, noted_weights
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
@@ -25,9 +23,7 @@ def _note(trial: TrialContext) -> None:
 def _check_same(trial: TrialContext, found: BaseWeights) -> None:
     """Raise InvalidInput when a job would go on with other weights than it began with: a branch of the hub moves on,
     and a folder can be written to."""
-    before = None
-    with contextlib.suppress(Damaged):
-        before = whole(BaseWeights, trial.folder / WEIGHTS)
+    before = noted_weights(trial.folder)
     if before is not None and before.named() != found.named():
         raise InvalidInput(
             f"the job has been trained on {before.named()}, and its model is now {found.named()}. Put those weights "
