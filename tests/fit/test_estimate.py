@@ -183,6 +183,26 @@ def test_what_was_not_measured_widens_the_interval() -> None:
     assert usual.errors.reasons == ()
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"), [("rank", (2, 7, 8, 64, 72, 96)), ("seq_len", (64, 511, 512, 21848, 21888))]
+)
+def test_a_smaller_trial_never_needs_more(setting: str, values: tuple[int, ...]) -> None:
+    """Replays of nearly the same sizes differ by some MiB."""
+    found = [said(trial(**{setting: value})) for value in values]
+    for less, more in itertools.pairwise(found):
+        assert less.high < more.high + 20 * 2**20
+        assert less.low < more.low + 20 * 2**20
+    assert found[0].errors.above > found[2].errors.above < found[-1].errors.above
+
+
+def test_limits_do_not_contradict_the_answer() -> None:
+    config = trial(model="llama3_1_8b", engine="liger", checkpointing="offloaded", quantised=False, seq_len=2048)
+    assert said(config).verdict(20.5 * GIB) == FITS
+    for setting, own in (("seq_len", 2048), ("batch_size", 1)):
+        search = Search(replace(config, seq_len=64) if setting == "seq_len" else config, shapes_of(config.model))
+        assert search.largest(setting, 20.5 * GIB, certain=True) >= own
+
+
 def test_what_a_trial_measured_on_this_machine_narrows_the_answer() -> None:
     before = said(trial())
     tags = {"device": "a small card", "device.driver": "580", "version.torch": "2.11"}
