@@ -252,6 +252,52 @@ def test_a_family_that_is_not_known_is_refused() -> None:
         read_shapes({"model_type": "mamba"})
 
 
+@pytest.mark.parametrize(
+    ("changed", "said_of"),
+    [
+        ({"text_config": None}, "text_config"),
+        ({"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64}}, "vision_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_attention_heads": "many"}, "num_attention_heads=many"),
+        ({"num_attention_heads": 10**6, "head_dim": None}, "hidden_size"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings"),
+    ],
+)
+def test_a_config_that_states_no_usable_sizes_is_refused(changed: dict[str, Any], said_of: str) -> None:
+    with pytest.raises(InvalidInput, match=said_of):
+        read_shapes({**(trial().model.architecture or {}), **changed})
+
+
+@pytest.mark.parametrize(
+    ("typed", "said_of"),
+    [
+        ("method.target_modules=[q_proj,qkv]", "qkv, which"),
+        ("method.target_modules=[q_proj,lm_head]", "lm_head: the memory"),
+        ("method.target_modules=[model.embed_tokens]", "embed_tokens: the memory"),
+        ("seq_len=4096", "2048 positions"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, said_of: str
+) -> None:
+    fields = {**(trial().model.architecture or {}), "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["model=local", f"model.path={tmp_path}", typed]) == 2
+    assert said_of in capsys.readouterr().err
+
+
+def test_a_capacity_is_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model=qwen2_5_1_5b", "batch_size=4", "seq_len=2048"]
+    assert main([*command, "capacity=8gib"]) == 1
+    assert f"8 GiB: {TOO_LARGE}" in capsys.readouterr().out
+    assert main([*command, "capacity=8gib", "--vram", "80"]) == 0
+    assert f"80 GiB: {FITS}" in capsys.readouterr().out
+
+
 def test_the_shapes_of_a_local_model_are_read_from_its_config(tmp_path: Path) -> None:
     config = trial()
     (tmp_path / "config.json").write_text(json.dumps(config.model.architecture))
