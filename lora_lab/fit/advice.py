@@ -162,11 +162,12 @@ they cost. docs/engines.md and docs/peers.md have what was measured of them."""
 
 
 def _combinations() -> list[list[Make]]:
-    """Return every combination of these changes; the fewest changes first, and of as many the cheapest."""
+    """Return every combination of these changes: the fewest first, and among equals the one whose
+    costliest change costs least."""
     order = [make for kind in _KINDS_OF_CHANGE for make in kind]
     choices = itertools.product(*((None, *kind) for kind in _KINDS_OF_CHANGE))
     found = [[make for make in choice if make is not None] for choice in choices]
-    return sorted(found, key=lambda makes: (len(makes), sum(map(order.index, makes))))
+    return sorted(found, key=lambda makes: (len(makes), sorted(map(order.index, makes), reverse=True)))
 
 
 _SPARED = _combinations()
