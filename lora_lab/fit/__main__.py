@@ -5,9 +5,9 @@
     python -m lora_lab.fit --vram 8,12,16,24 --limits model=llama3_1_8b
 
 It takes the settings of a trial. With --vram it says whether the trial fits cards of these sizes in GiB, and what to
-change where it does not; --limits adds the largest batch and row length of each method, engine and checkpointing.
-Nothing is loaded, downloaded or run. Exit code 0 when the trial fits (or no card was named), 1 when that is not
-certain, 2 when the question cannot be answered.
+change where it does not; without --vram, capacity=8gib names the card. --limits adds the largest batch and row length
+of each method, engine and checkpointing. Nothing is loaded, downloaded or run. Exit code 0 when the trial fits (or no
+card was named), 1 when that is not certain, 2 when the question cannot be answered.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lora_lab.composition.once import compose_once
 from lora_lab.config import InvalidInput
+from lora_lab.fit.check import check
 from lora_lab.fit.display import show_estimate, show_limits, show_verdicts
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.shapes import shapes_of
@@ -41,15 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, typed = parser.parse_known_args(arguments)
     console = Console()
     try:
-        if asked.limits and not asked.vram:
-            raise InvalidInput("--limits needs the size of a card, for example --vram 8.")
         config = compose_once(typed)
+        cards = asked.vram or [size for size in [config.vram_limit_gib] if size is not None]
+        if asked.limits and not cards:
+            raise InvalidInput("--limits needs the size of a card, for example --vram 8.")
         shapes = shapes_of(config.model)
+        check(config, shapes)
         found = estimate(config, shapes)
-        fits = not asked.vram or show_verdicts(found, config, shapes, asked.vram, console)
+        fits = not cards or show_verdicts(found, config, shapes, cards, console)
         show_estimate(found, console)
         if asked.limits:
-            show_limits(config, shapes, asked.vram, console)
+            show_limits(config, shapes, cards, console)
     except InvalidInput as refusal:
         print(f"Refused:\n{refusal}", file=sys.stderr)
         return EXIT_REFUSED

@@ -1,8 +1,10 @@
 """Say what to change so that a trial fits, the cheapest change first."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
 from lora_lab.fit.estimate import FITS, estimate
 from lora_lab.fit.search import Search
@@ -11,6 +13,8 @@ from lora_lab.options import Checkpointing, EngineKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
+_SEARCHED = 5
+"""Ways to train for which the longest rows are looked for: those that hold least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +24,8 @@ class Change:
     override: str
     """What to type."""
     cost: str
+    """What it costs, in words."""
     config: TrialConfig
-
-    @property
-    def setting(self) -> str:
-        """Return the first setting that it changes."""
-        return self.override.partition("=")[0]
 
 
 Make = Callable[[TrialConfig], Change | None]
@@ -35,8 +35,8 @@ Make = Callable[[TrialConfig], Change | None]
 def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]:
     """Return the changes that together make a trial fit with certainty; empty where those known here do not.
 
-    The first single change that is enough, in the order of what it costs. Where none is enough by itself, they are
-    added one after the other, those that are not needed are left out again, and rows are shortened last.
+    First come all combinations of changes that leave alone what is learnt, the fewest changes first; then 4 bit and a
+    smaller rank are added to them. Where nothing is enough, rows are shortened as well.
 
     Args:
         capacity: of the card, in bytes.
@@ -45,41 +45,44 @@ def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]
     def fits(changed: TrialConfig) -> bool:
         return estimate(changed, shapes).verdict(capacity) == FITS
 
-    for make in _CHANGES:
-        change = make(config)
-        if change is not None and fits(change.config):
-            return [change]
-    taken: list[Make] = []
-    need = estimate(config, shapes).high
-    for make in _CHANGES:
-        less = estimate(_applied(config, [*taken, make])[0], shapes).high
-        if less < need:
-            need, taken = less, [*taken, make]
-        if need <= capacity:
-            break
-    now, changes = _applied(config, taken)
-    if need > capacity:
-        shorter = Search(now, shapes).largest("seq_len", capacity, certain=True)
-        if not 0 < shorter < now.seq_len:
-            return []
-        return [*changes, Change(f"seq_len={shorter}", "longer rows are cut", replace(now, seq_len=shorter))]
+    least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
+    for lossy in _LOSSY:
+        for spared in _SPARED:
+            makes = [*spared, *lossy]
+            changed, changes = _applied(config, makes)
+            if len(changes) < len(makes) or faults(changed):
+                continue
+            found = estimate(changed, shapes)
+            if found.verdict(capacity) == FITS:
+                return changes
+            way = changed.engine.kind, changed.gradient_checkpointing
+            if way not in least or found.allocated < least[way][0]:
+                least[way] = found.allocated, makes
+    shorter, taken = 0, list[Make]()
+    for _, makes in sorted(least.values(), key=lambda each: each[0])[:_SEARCHED]:
+        length = Search(_applied(config, makes)[0], shapes).largest("seq_len", capacity, certain=True)
+        shorter, taken = (length, makes) if length > shorter else (shorter, taken)
+    if not shorter:
+        return []
+    cut = replace(config, seq_len=shorter)
     for make in list(taken):
         others = [other for other in taken if other is not make]
-        if fits(_applied(config, others)[0]):
+        changed = _applied(cut, others)[0]
+        if not faults(changed) and fits(changed):
             taken = others
-    return _applied(config, taken)[1]
+    now, changes = _applied(cut, taken)
+    return [*changes, Change(f"seq_len={shorter}", "longer rows are cut", now)]
 
 
 def _applied(config: TrialConfig, makes: list[Make]) -> tuple[TrialConfig, list[Change]]:
-    """Apply changes one after the other; of two for one setting the last stays."""
-    changes: dict[str, Change] = {}
+    """Apply changes one after the other, but for those that have nothing to change."""
+    changes = []
     for make in makes:
         change = make(config)
         if change is not None:
-            changes.pop(change.setting, None)
-            changes[change.setting] = change
+            changes.append(change)
             config = change.config
-    return config, list(changes.values())
+    return config, changes
 
 
 def _chunked_loss(config: TrialConfig) -> Change | None:
@@ -89,13 +92,14 @@ def _chunked_loss(config: TrialConfig) -> Change | None:
     return Change("engine.chunked_loss=true", "the same loss, a few logits at a time", replace(config, engine=engine))
 
 
-def _graph(config: TrialConfig) -> Change | None:
-    if config.engine.kind is EngineKind.graph or config.method.use_dora or config.method.dropout:
-        return None
-    engine = replace(config.engine, kind=EngineKind.graph, chunked_loss=True)
-    return Change(
-        "engine=graph", "faster steps, after a compilation for each row length", replace(config, engine=engine)
-    )
+def _engine(kind: EngineKind, cost: str) -> Make:
+    def make(config: TrialConfig) -> Change | None:
+        if config.engine.kind is kind:
+            return None
+        engine = replace(config.engine, kind=kind, chunked_loss=True)
+        return Change(f"engine={kind.name}", cost, replace(config, engine=engine))
+
+    return make
 
 
 def _eight_bit_state(config: TrialConfig) -> Change | None:
@@ -139,15 +143,33 @@ def _rank(config: TrialConfig) -> Change | None:
     return Change(f"method.rank={rank}", "fewer trained weights", replace(config, method=method))
 
 
-_CHANGES: tuple[Make, ...] = (
-    _chunked_loss,
-    _graph,
-    _eight_bit_state,
-    _accumulation,
-    _checkpointing(Checkpointing.full, "each layer's forward runs twice"),
-    _checkpointing(Checkpointing.offloaded, "as full, and layers' inputs go to host memory and back"),
-    _four_bit,
-    _rank,
+_KINDS_OF_CHANGE: tuple[tuple[Make, ...], ...] = (
+    (
+        _chunked_loss,
+        _engine(EngineKind.graph, "faster steps, after a compilation for each row length"),
+        _engine(EngineKind.liger, "other kernels, from the package liger-kernel"),
+        _engine(EngineKind.compile, "other kernels, after a compilation"),
+    ),
+    (_eight_bit_state,),
+    (_accumulation,),
+    (
+        _checkpointing(Checkpointing.full, "each layer's forward runs twice"),
+        _checkpointing(Checkpointing.offloaded, "as full, and layers' inputs go to host memory and back"),
+    ),
 )
-"""In the order of what they cost, in speed and then in what is learnt. docs/engines.md and docs/peers.md have what was
-measured of the first six."""
+"""Changes that leave alone what is learnt, but for rounding; at most one of each line is taken. In the order of what
+they cost. docs/engines.md and docs/peers.md have what was measured of them."""
+
+
+def _combinations() -> list[list[Make]]:
+    """Return every combination of these changes: the fewest first, and among equals the one whose
+    costliest change costs least."""
+    order = [make for kind in _KINDS_OF_CHANGE for make in kind]
+    choices = itertools.product(*((None, *kind) for kind in _KINDS_OF_CHANGE))
+    found = [[make for make in choice if make is not None] for choice in choices]
+    return sorted(found, key=lambda makes: (len(makes), sorted(map(order.index, makes), reverse=True)))
+
+
+_SPARED = _combinations()
+_LOSSY: tuple[tuple[Make, ...], ...] = ((), (_four_bit,), (_rank,), (_four_bit, _rank))
+"""Changes of what is learnt, in the order of what they cost."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
 from lora_lab.fit.advice import advise
 from lora_lab.fit.estimate import FITS, GIB, Estimate
@@ -72,7 +73,7 @@ def show_verdicts(
 
 def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], console: Console) -> None:
     """Print the largest row length and batch for each method, engine and checkpointing, on each card."""
-    ways = [(way, Search(way, shapes)) for way in _ways(config)]
+    searches = [(way, Search(way, shapes)) for way in ways(config)]
     for card in cards:
         title = f"{card:g} GiB: fits for certain; in brackets, may fit"
         table = Table(title=title, title_justify="left")
@@ -80,28 +81,28 @@ def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], con
             table.add_column(name)
         table.add_column(f"longest rows at batch_size={config.batch_size}", justify="right")
         table.add_column(f"rows of {config.seq_len} tokens", justify="right")
-        for way, search in ways:
+        for way, search in searches:
             cells = [_limit(search, setting, card * GIB) for setting in ("seq_len", "batch_size")]
             method = "lora" if way.method.quantization is Quantization.none else "qlora"
             table.add_row(method, way.engine.kind.name, way.gradient_checkpointing.name, *cells)
         console.print(table)
 
 
-def _ways(config: TrialConfig) -> list[TrialConfig]:
-    """Return the trial under each method, engine and checkpointing; DoRA stays with engines that run it."""
+def ways(config: TrialConfig) -> list[TrialConfig]:
+    """Return the trial under each method, engine and checkpointing, without those that are refused."""
     quantised = replace(config.method, quantization=Quantization.nf4, double_quantization=True)
     methods = (replace(config.method, quantization=Quantization.none, double_quantization=False), quantised)
-    kinds = (EngineKind.eager, EngineKind.liger) if config.method.use_dora else tuple(EngineKind)
     modes = (Checkpointing.none, Checkpointing.full, Checkpointing.offloaded)
     own = config.engine
     engines = [
         own if own.kind is kind else replace(own, kind=kind, chunked_loss=kind is not EngineKind.eager)
-        for kind in kinds
+        for kind in EngineKind
     ]
-    return [
+    ways = [
         replace(config, method=method, engine=engine, gradient_checkpointing=mode)
         for method, engine, mode in itertools.product(methods, engines, modes)
     ]
+    return [way for way in ways if not faults(way)]
 
 
 def _limit(search: Search, setting: str, capacity: float) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step
-from lora_lab.fit.interval import Errors, errors_of
+from lora_lab.fit.interval import Errors, errors_of, larger_measured, smaller_measured
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
@@ -25,6 +25,8 @@ _CLOSE = 2**24
 class Estimate:
     """A trial's memory in bytes."""
 
+    config: TrialConfig
+    shapes: Shapes
     parts: dict[str, int]
     """What is held at the moment at which most is held, see step.PARTS."""
     optimizer: State
@@ -67,16 +69,19 @@ class Estimate:
         """Return the most likely peak of the worker's process on a card that has enough."""
         return self.reserved + self.outside
 
-    @property
+    @cached_property
     def low(self) -> int:
-        """Return what a card must have at the very least. Paged state can go to host memory."""
-        return int(self.least * (1 - self.errors.below) + self.libraries.size * (1 - self.libraries.error))
+        """Return what a card must have at the very least. Paged state can go to host memory. It is never less than for
+        a smaller trial that was measured."""
+        own = int(self.least * (1 - self.errors.below) + self.libraries.size * (1 - self.libraries.error))
+        return max([own, *(estimate(smaller, self.shapes).low for smaller in smaller_measured(self.config))])
 
-    @property
+    @cached_property
     def high(self) -> int:
-        """Return what is enough, with 95 % certainty."""
+        """Return what is enough, with 95 % certainty. It is never more than for a larger trial that was measured."""
         outside = self.libraries.size * (1 + self.libraries.error) + self.optimizer.paged
-        return int(self.reserved * (1 + self.errors.above) + outside)
+        own = int(self.reserved * (1 + self.errors.above) + outside)
+        return min([own, *(estimate(larger, self.shapes).high for larger in larger_measured(self.config))])
 
     def verdict(self, capacity: float) -> str:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
@@ -112,6 +117,8 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     tape, state = tape_of(config, shapes)
     held = tape.peak()
     return Estimate(
+        config=config,
+        shapes=shapes,
         parts={part: held[part] for part in PARTS},
         optimizer=state,
         libraries=libraries_of(config),

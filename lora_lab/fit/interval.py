@@ -1,7 +1,8 @@
 """State how far an estimate may be off, from what the same estimates were off where memory was measured."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_lab.config import TrialConfig
 from lora_lab.fit.shapes import Shapes
@@ -9,17 +10,15 @@ from lora_lab.fit.weights import is_known
 from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind
 
 _WIDER = 0.05
-"""For each way in which a trial is unlike those that were measured. A judgement: nothing was measured there."""
+"""For each way in which a trial is unlike those that were measured. A judgement: nothing was measured there. For a size
+outside its range it is reached at a factor of 2, so that the answer does not jump at the end of the range."""
 _BELOW = {EngineKind.eager: 0.03, EngineKind.liger: 0.04, EngineKind.compile: 0.08, EngineKind.graph: 0.06}
 _ABOVE = {EngineKind.eager: 0.06, EngineKind.liger: 0.10, EngineKind.compile: 0.10, EngineKind.graph: 0.08}
 """Shares of what the allocator needs: the largest errors of benchmarks/results/fit_error.md, rounded up."""
 _ABOVE_OFFLOADED = 0.04
 """More, where layers' inputs go to host memory: the copies' own stream makes the allocator keep more."""
-_MEASURED = {
-    "rank": (8, 64),
-    "hidden size": (1536, 4096),
-    "tokens in a micro-batch": (512, 21848),
-}
+_RANKS, _HIDDEN, _TOKENS = (8, 64), (1536, 4096), (512, 21848)
+"""The ranges that were measured."""
 _FAMILIES = ("qwen2", "llama")
 
 
@@ -37,18 +36,45 @@ class Errors:
 
 def errors_of(config: TrialConfig, shapes: Shapes) -> Errors:
     """Return the errors to expect of a trial's estimate, wider for each way in which it is unlike what was measured."""
-    reasons = tuple(_unlike(config, shapes))
-    kind, wider = config.engine.kind, _WIDER * len(reasons)
-    above = _ABOVE[kind] + (_ABOVE_OFFLOADED if config.gradient_checkpointing is Checkpointing.offloaded else 0.0)
-    return Errors(_BELOW[kind] + wider, above + wider, reasons)
+    kind, reasons = config.engine.kind, list(_unlike(config, shapes))
+    below = _BELOW[kind] + _WIDER * len(reasons)
+    above = _ABOVE[kind] + _WIDER * len(reasons)
+    above += _ABOVE_OFFLOADED if config.gradient_checkpointing is Checkpointing.offloaded else 0.0
+    for name, value, (least, most), is_bounded in (
+        ("rank", config.method.rank, _RANKS, True),
+        ("hidden size", shapes.hidden, _HIDDEN, False),
+        ("tokens in a micro-batch", config.batch_size * config.seq_len, _TOKENS, True),
+    ):
+        if least <= value <= most:
+            continue
+        reasons.append(f"{name} {value:,}: measured from {least:,} to {most:,}")
+        ramp = _WIDER * min(1.0, math.log2(max(least / value, value / most)))
+        # the nearer end cannot jump: the answer for the end of the range bounds it
+        below += _WIDER if is_bounded and value > most else ramp
+        above += _WIDER if is_bounded and value < least else ramp
+    return Errors(below, above, tuple(reasons))
+
+
+def larger_measured(config: TrialConfig) -> Iterator[TrialConfig]:
+    """Yield the trial with each size that is below its measured range raised to the range's least. What is enough for
+    these is enough for the trial."""
+    if config.method.rank < _RANKS[0]:
+        yield replace(config, method=replace(config.method, rank=_RANKS[0]))
+    if config.batch_size * config.seq_len < _TOKENS[0]:
+        yield replace(config, seq_len=-(-_TOKENS[0] // config.batch_size))
+
+
+def smaller_measured(config: TrialConfig) -> Iterator[TrialConfig]:
+    """Yield the trial with each size that is above its measured range lowered to the range's most. The trial needs at
+    least what these need."""
+    if config.method.rank > _RANKS[1]:
+        yield replace(config, method=replace(config.method, rank=_RANKS[1]))
+    if config.batch_size * config.seq_len > _TOKENS[1] >= config.batch_size:
+        yield replace(config, seq_len=_TOKENS[1] // config.batch_size)
 
 
 def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
     method, kind, mode = config.method, config.engine.kind, config.gradient_checkpointing
-    values = (method.rank, shapes.hidden, config.batch_size * config.seq_len)
-    for (name, (least, most)), value in zip(_MEASURED.items(), values, strict=True):
-        if not least <= value <= most:
-            yield f"{name} {value:,}: measured from {least:,} to {most:,}"
     if shapes.family not in _FAMILIES:
         yield f"model family {shapes.family}: not measured"
     if not is_known(config.optimizer):

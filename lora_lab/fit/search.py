@@ -26,7 +26,8 @@ class Search:
     def largest(self, setting: str, capacity: float, certain: bool) -> int:
         """Return the largest value of `setting` with which the trial fits, 0 where none does.
 
-        Between two estimates at powers of two it is taken as a straight line, and a certain answer is tried.
+        It looks at the trial's own value, at its doubles, and between the last two along a straight line. A certain
+        answer is tried.
 
         Args:
             setting: seq_len or batch_size.
@@ -40,9 +41,11 @@ class Search:
             verdict = self._at(setting, value).verdict(capacity)
             return verdict == FITS if certain else verdict != TOO_LARGE
 
-        if not fits(unit):
+        # the trial's own value first: the answer must not contradict what is said of the trial itself
+        own = self._config.seq_len if setting == "seq_len" else self._config.batch_size
+        value = next((start for start in (min(own, most), unit) if fits(start)), 0)
+        if not value:
             return 0
-        value = unit
         while value < most and fits(min(2 * value, most)):
             value = min(2 * value, most)
         if value >= most:

@@ -17,6 +17,8 @@ _QKV_BIAS = ("qwen2",)
 _HEAD_NORMS = ("qwen3", "gemma3_text")
 _FOUR_NORMS = ("gemma3_text",)
 _TIED_BY_DEFAULT = ("gemma", "gemma3_text", "smollm3")
+_NOT_TEXT = ("vision_config", "audio_config")
+_INSTEAD = "Run a short trial instead: measure=quick."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +102,21 @@ def shapes_of(model: ModelConfig) -> Shapes:
 def read_shapes(fields: dict[str, Any]) -> Shapes:
     """Return the shapes that a transformers config states.
 
-    Raises: InvalidInput for a family whose layers are not known here, or where a size is missing."""
-    fields = {**fields, **fields.get("text_config", {})}
+    Raises: InvalidInput for a family whose layers are not known here, for weights that are stored quantised, for models
+    of more than text, or where a size is missing or is not a positive whole number."""
+    fields = _of_text(fields)
     family = str(fields.get("model_type"))
     if family not in (*_SEPARATE, *_JOINED):
         raise InvalidInput(
             f"the memory of model_type={family} cannot be calculated: its layers are not known here. Known are "
-            f"{', '.join(sorted((*_SEPARATE, *_JOINED)))}. Run a short trial instead: measure=quick."
+            f"{', '.join(sorted((*_SEPARATE, *_JOINED)))}. {_INSTEAD}"
         )
-    try:
-        hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
-        wide, layers, vocabulary = (int(fields[k]) for k in ("intermediate_size", "num_hidden_layers", "vocab_size"))
-    except (KeyError, TypeError, ValueError) as missing:
-        raise InvalidInput(f"the model's config does not state its sizes: {missing}.") from missing
-    kv_heads = int(fields.get("num_key_value_heads") or heads)
-    size = int(fields.get("head_dim") or hidden // heads)
+    hidden, heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
+    wide, layers, vocabulary = (_size(fields, k) for k in ("intermediate_size", "num_hidden_layers", "vocab_size"))
+    kv_heads = _size(fields, "num_key_value_heads", heads)
+    size = _size(fields, "head_dim", hidden // heads)
+    if not size:
+        raise InvalidInput(f"the model's config has hidden_size={hidden} for num_attention_heads={heads}.")
     query, key = heads * size, kv_heads * size
     biased = family in _QKV_BIAS or bool(fields.get("attention_bias"))
     qkv: tuple[Linear, ...] = (
@@ -142,8 +144,38 @@ def read_shapes(fields: dict[str, Any]) -> Shapes:
         down=Linear("down_proj", wide, hidden),
         layer_norms=4 if family in _FOUR_NORMS else 2,
         head_norms=2 if family in _HEAD_NORMS else 0,
-        longest=fields.get("max_position_embeddings"),
+        longest=_size(fields, "max_position_embeddings", 0) or None,
     )
+
+
+def _of_text(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the text model, which may be nested."""
+    nested = fields.get("text_config", {})
+    if not isinstance(nested, dict):
+        raise InvalidInput(f"the model's config has text_config={nested}, which does not state any sizes.")
+    others = sorted(key for key in fields if key in _NOT_TEXT and fields[key])
+    if others:
+        raise InvalidInput(
+            f"the model's config has {' and '.join(others)}: the memory of what is not text is not calculated here. "
+            f"{_INSTEAD}"
+        )
+    merged = {**fields, **nested}
+    if merged.get("quantization_config"):
+        raise InvalidInput(
+            "the model's weights are stored quantised (quantization_config), and their memory is not calculated here. "
+            "Name the model with unquantised weights; method=qlora quantises it while loading."
+        )
+    return merged
+
+
+def _size(fields: dict[str, Any], key: str, default: int | None = None) -> int:
+    """Return a size; the default where the config has none."""
+    found = fields.get(key)
+    if found is None and default is not None:
+        return default
+    if not isinstance(found, int) or found <= 0:
+        raise InvalidInput(f"the model's config has {key}={found}, and a positive whole number is needed.")
+    return found
 
 
 def _read_config(model: ModelConfig) -> dict[str, Any]:

@@ -11,17 +11,19 @@ import pytest
 
 from benchmarks.fit_error import SETTINGS, config_of
 from benchmarks.reports import stored
+from lora_lab.composition.validation import faults
 from lora_lab.config import InvalidInput, ModelConfig, OptimizerConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.__main__ import main
 from lora_lab.fit.advice import advise
+from lora_lab.fit.display import ways
 from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.fit.weights import optimizer_state
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import Checkpointing, EngineKind, ModelSource
+from lora_lab.options import Attention, Checkpointing, EngineKind, ModelSource
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,8 @@ SMALL: dict[str, Any] = {
 
 
 def trial(**changed: Any) -> TrialConfig:
-    return config_of(**{**SMALL, **changed})
+    config = config_of(**{**SMALL, **changed})
+    return replace(config, data=replace(config.data, rows=256))
 
 
 def said(config: TrialConfig) -> Estimate:
@@ -162,15 +165,36 @@ def test_advice_makes_it_fit_and_has_nothing_needless() -> None:
     assert said(config).verdict(10 * GIB) == TOO_LARGE
     changes = advise(config, shapes, 10 * GIB)
     assert said(changes[-1].config).verdict(10 * GIB) == FITS
-    assert len({change.setting for change in changes}) == len(changes) > 1
+    assert len({change.override.partition("=")[0] for change in changes}) == len(changes) > 1
     assert len(advise(config, shapes, 24 * GIB)) == 1
+
+
+@pytest.mark.parametrize(("gib", "length"), [(9, 2048), (8, 512)])
+def test_what_is_learnt_changes_last(gib: int, length: int) -> None:
+    config = trial(model="llama3_1_8b", seq_len=length, checkpointing="none", optim="adamw_bnb_8bit")
+    changes = advise(config, shapes_of(config.model), gib * GIB)
+    assert [change.override for change in changes] == ["engine=liger", "gradient_checkpointing=full"]
+    assert said(changes[-1].config).verdict(gib * GIB) == FITS
+
+
+def test_advice_is_never_refused_by_the_trial() -> None:
+    config = trial(model="llama3_1_8b", seq_len=8192, batch_size=2, checkpointing="none")
+    config = replace(config, method=replace(config.method, dropout=0.1))
+    changed = advise(config, shapes_of(config.model), 12 * GIB)[-1].config
+    assert not faults(changed)
+    assert said(changed).verdict(12 * GIB) == FITS
+    offered = ways(config)
+    assert all(not faults(way) for way in offered)
+    assert EngineKind.graph in {way.engine.kind for way in offered}
+    attention = replace(config, attention=Attention.flash_attention_2)
+    assert EngineKind.graph not in {way.engine.kind for way in ways(attention)}
 
 
 def test_rows_are_shortened_last() -> None:
     config = trial(model="llama3_1_8b", seq_len=8192, engine="graph", checkpointing="offloaded")
-    changes = advise(config, shapes_of(config.model), 10 * GIB)
+    changes = advise(config, shapes_of(config.model), 8.5 * GIB)
     assert changes[-1].override.startswith("seq_len=")
-    assert said(changes[-1].config).verdict(10 * GIB) == FITS
+    assert said(changes[-1].config).verdict(8.5 * GIB) == FITS
 
 
 def test_what_was_not_measured_widens_the_interval() -> None:
@@ -181,6 +205,26 @@ def test_what_was_not_measured_widens_the_interval() -> None:
         assert wider.errors.above > usual.errors.above
         assert wider.errors.below > usual.errors.below
     assert usual.errors.reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"), [("rank", (2, 7, 8, 64, 72, 96)), ("seq_len", (64, 511, 512, 21848, 21888))]
+)
+def test_a_smaller_trial_never_needs_more(setting: str, values: tuple[int, ...]) -> None:
+    """Replays of nearly the same sizes differ by some MiB."""
+    found = [said(trial(**{setting: value})) for value in values]
+    for less, more in itertools.pairwise(found):
+        assert less.high < more.high + 20 * 2**20
+        assert less.low < more.low + 20 * 2**20
+    assert found[0].errors.above > found[2].errors.above < found[-1].errors.above
+
+
+def test_limits_do_not_contradict_the_answer() -> None:
+    config = trial(model="llama3_1_8b", engine="liger", checkpointing="offloaded", quantised=False, seq_len=2048)
+    assert said(config).verdict(20.5 * GIB) == FITS
+    for setting, own in (("seq_len", 2048), ("batch_size", 1)):
+        search = Search(replace(config, seq_len=64) if setting == "seq_len" else config, shapes_of(config.model))
+        assert search.largest(setting, 20.5 * GIB, certain=True) >= own
 
 
 def test_what_a_trial_measured_on_this_machine_narrows_the_answer() -> None:
@@ -206,6 +250,52 @@ def test_padding_costs_a_mask() -> None:
 def test_a_family_that_is_not_known_is_refused() -> None:
     with pytest.raises(InvalidInput, match="model_type=mamba"):
         read_shapes({"model_type": "mamba"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said_of"),
+    [
+        ({"text_config": None}, "text_config"),
+        ({"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64}}, "vision_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_attention_heads": "many"}, "num_attention_heads=many"),
+        ({"num_attention_heads": 10**6, "head_dim": None}, "hidden_size"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings"),
+    ],
+)
+def test_a_config_that_states_no_usable_sizes_is_refused(changed: dict[str, Any], said_of: str) -> None:
+    with pytest.raises(InvalidInput, match=said_of):
+        read_shapes({**(trial().model.architecture or {}), **changed})
+
+
+@pytest.mark.parametrize(
+    ("typed", "said_of"),
+    [
+        ("method.target_modules=[q_proj,qkv]", "qkv, which"),
+        ("method.target_modules=[q_proj,lm_head]", "lm_head: the memory"),
+        ("method.target_modules=[model.embed_tokens]", "embed_tokens: the memory"),
+        ("seq_len=4096", "2048 positions"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, said_of: str
+) -> None:
+    fields = {**(trial().model.architecture or {}), "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["model=local", f"model.path={tmp_path}", typed]) == 2
+    assert said_of in capsys.readouterr().err
+
+
+def test_a_capacity_is_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model=qwen2_5_1_5b", "batch_size=4", "seq_len=2048"]
+    assert main([*command, "capacity=8gib"]) == 1
+    assert f"8 GiB: {TOO_LARGE}" in capsys.readouterr().out
+    assert main([*command, "capacity=8gib", "--vram", "80"]) == 0
+    assert f"80 GiB: {FITS}" in capsys.readouterr().out
 
 
 def test_the_shapes_of_a_local_model_are_read_from_its_config(tmp_path: Path) -> None:
