@@ -91,7 +91,8 @@ def _faults(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config
     """Return what is wrong with what was written, a sentence each."""
     compared = []
     if losses.recorded is not None:
-        compared.append(("The adapter", "its trial's record", losses.adapter - losses.recorded, _BOUND_RECORDED))
+        named = "With the base model that is here now, the adapter"
+        compared.append((named, "its trial's record", losses.adapter - losses.recorded, _BOUND_RECORDED))
     compared.append(("The merged model", "the adapter", losses.merged - losses.adapter, bound_of(config)))
     if gguf is not None and kind is not None and gguf.loss is not None:
         compared.append(("The GGUF file", "the merged model", gguf.loss - losses.merged, TYPES[kind].bound))
