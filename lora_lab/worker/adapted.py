@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.options import Quantization, Weights
+from lora_lab.options import ModelSource, Quantization, Weights
 from lora_lab.worker.exact_weights import exact_weights, noted_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import evaluation_mode
@@ -34,7 +34,8 @@ def on_its_weights(config: TrialConfig, adapter: Path) -> tuple[TrialConfig, str
     Args:
         adapter: lies in the folder where the trial notes them.
 
-    Raises: InvalidInput when a folder has other weights now."""
+    Raises: InvalidInput when a folder has other weights now, or is not found from here."""
+    _check_found(config)
     noted, model = noted_weights(adapter.parent), config.model
     if model.weights is Weights.random:
         return config, ""  # drawn with the seed
@@ -54,6 +55,18 @@ def on_its_weights(config: TrialConfig, adapter: Path) -> tuple[TrialConfig, str
             f"{_changed(noted.files, found.files)}Put those weights back, or train again on these."
         )
     return config, ""
+
+
+def _check_found(config: TrialConfig) -> None:
+    """Raise InvalidInput for a model's folder that is not there; the loader would look for its name on the hub."""
+    path = config.model.path
+    if config.model.source is ModelSource.local and not (Path(str(path)) / "config.json").is_file():
+        remedy = (
+            "Put the base model back there."
+            if Path(str(path)).is_absolute()
+            else "The trial keeps the path as it was typed, so change to the folder where it was started."
+        )
+        raise InvalidInput(f"model.path={path} holds no config.json (looked in {Path.cwd()}). {remedy}")
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> str:

@@ -201,6 +201,15 @@ def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(model_fol
             use()
 
 
+@pytest.mark.parametrize(("path", "said"), [("base", "where it was started"), ("/nowhere/base", "Put the base model")])
+def test_a_base_model_that_is_not_found_from_here_is_not_looked_for_on_the_hub(
+    tmp_path: Path, path: str, said: str
+) -> None:
+    config = TrialConfig(model=ModelConfig(source=ModelSource.local, path=path))
+    with pytest.raises(InvalidInput, match=said):
+        on_its_weights(config, tmp_path / ADAPTER)
+
+
 def test_an_adapter_of_a_branch_is_put_on_the_commit_it_was_trained_on(tmp_path: Path) -> None:
     config = with_text(ModelConfig(source=ModelSource.hub, id="org/model", revision="main"))
     assert on_its_weights(config, tmp_path / ADAPTER) == (config, "the trial noted no weights")  # an older one
