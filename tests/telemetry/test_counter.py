@@ -87,7 +87,8 @@ def test_a_counter_that_begins_again_within_the_window_is_refused(
         measured(card, START, END, fault(at))
 
 
-@given(card=STEADY, at=st.one_of(st.floats(0, 1), st.floats(9.8, 10.4)), fault=st.sampled_from([reset, wrapped]))
+# up to 0.8: a counter that stands still for 0.9 s is only sound again with its next tick, up to 0.2 s later
+@given(card=STEADY, at=st.one_of(st.floats(0, 0.8), st.floats(9.8, 10.4)), fault=st.sampled_from([reset, wrapped]))
 def test_what_a_counter_does_well_outside_the_window_is_of_no_concern(
     card: SyntheticCard, at: float, fault: type[Fault]
 ) -> None:
