@@ -104,10 +104,22 @@ def test_answers_are_greedy_whatever_the_batch(engine: str, monkeypatch: pytest.
     model.train()
     assert [each.ids for each in write(writer(model, config), ASKED)] == expected
     monkeypatch.setattr(answers, "_AT_ONCE", 1)
+    monkeypatch.setattr(answers, "_TRAINED_TOKENS", 0)  # one after the other
     assert [each.ids for each in write(writer(model, config), ASKED)] == expected
     assert (model.get_base_model().__dict__.get("forward"), model.config._attn_implementation) == state
     assert model.training
     assert compilations() == compiled
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 8), (20, 32)])
+def test_a_batch_of_answers_has_at_most_twice_the_tokens_of_a_training_step(rows: int, at_once: int) -> None:
+    config = tiny_config()
+    longest, most = max(len(each.prompt) for each in ASKED), 2
+    config.batch_size, config.seq_len = rows, 16 * (longest + most) // 20
+    done: list[int] = []
+    writer(model_of(config), config).write(40 * ASKED[:1] + ASKED, most, True, done.append)
+    assert done[0] == pytest.approx(at_once, abs=1 if rows > 1 else 0)
+    assert done[-1] == 40 + len(ASKED)
 
 
 @pytest.mark.parametrize("quantization", [Quantization.none, Quantization.nf4])
