@@ -124,7 +124,7 @@ class Run:
         self._content = {"origin": {**environment(), **device_facts(placement)}, "trials": trials}
 
     def go(self, planned: Iterator[Case], at_once: int) -> None:
-        """Run those trials that are not done, at most so many at a time, until the time is over."""
+        """Run the trials that are not done, a limited number at a time, until the time is over."""
         running: dict[Future[dict[str, Any]], Case] = {}
         fresh = (case for case in planned if case.name not in self._content["trials"])
         waiting: list[Case] = []

@@ -27,8 +27,8 @@ from lora_lab.forecast.roofline import Roofline, Speeds, StepTime
 
 FILE = Path(__file__).parents[1] / "lora_lab" / "forecast" / "fitted.json"
 PRIOR = 0.3
-"""How much a constant's distance from its start weighs, as a residual of the same logarithm: several are told apart by
-few cells."""
+"""The weight of a constant's distance from its start, next to a residual: both are logarithms. Without it the few cells
+could not separate some of the constants."""
 COVERAGE = 0.9
 
 _CARD = {
