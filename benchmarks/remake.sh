@@ -82,8 +82,9 @@ else
   python3 -m benchmarks.flop_check "$out"
 fi
 python3 -m benchmarks.looking "$out"
-# what lora_lab.fit says, next to what short trials take
+# what lora_lab.fit says, next to what short trials take; the longest rows, confirmed
 python3 -m benchmarks.fit_memory "$out" --seconds 1800
+python3 -m benchmarks.fit_context "$out" --seconds 900
 # other stacks, where they are installed; bf16 LoRA likewise
 python3 -m benchmarks.peers "$out"
 python3 -m benchmarks.peers "$out" --method lora

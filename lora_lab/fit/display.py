@@ -37,6 +37,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("live tensors (vram/peak_allocated_gib)", _gib(found.allocated))
     table.add_row("with what the allocator keeps (vram/peak_reserved_gib)", _gib(found.reserved))
     table.add_row("the least that the allocator gets through with", _gib(found.least))
+    if found.first:
+        table.add_row("while the first step compiles, up to", _gib(found.first))
     if found.optimizer.paged:
         table.add_row("paged state, outside torch (vram/optimizer_paged_gib)", _gib(found.optimizer.paged))
     origin = "measured here" if found.libraries.device else "a stated default"

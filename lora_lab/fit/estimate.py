@@ -1,6 +1,5 @@
 """Estimate a trial's memory: what is held at the moment at which most is held, part by part."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,13 +48,18 @@ class Estimate:
     @cached_property
     def reserved(self) -> int:
         """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
-        return max(replay(self.tape), 0 if self.compiling is None else replay(self.compiling, times=1))
+        return replay(self.tape)
 
     @cached_property
     def least(self) -> int:
         """Return the least with which the allocator gets through a step, by returning what it has cached. Nothing is
         tried out: what was compiled before is not compiled again."""
         return _least(self.tape)
+
+    @cached_property
+    def first(self) -> int:
+        """Return what the allocator takes in a first step that compiles; 0 where none does."""
+        return 0 if self.compiling is None else replay(self.compiling, times=1)
 
     @property
     def outside(self) -> int:
@@ -85,7 +89,8 @@ class Estimate:
     @cached_property
     def high(self) -> int:
         """Return the upper end of the process' peak on a card that has plenty, where what is cached stays."""
-        return max(self.enough, int(self.reserved * (1 + self.errors.above + KEPT) + self._most_outside))
+        taken = max(self.reserved, self.first)
+        return max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
 
     @property
     def _most_outside(self) -> float:
@@ -93,7 +98,7 @@ class Estimate:
 
     def verdict(self, capacity: float) -> str:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
-        if sum(self.tape.peak().values()) * (1 - self.errors.below) > capacity:
+        if self.allocated * (1 - self.errors.below) > capacity:
             return TOO_LARGE  # without a replay
         if self.enough <= capacity:
             return FITS
@@ -121,7 +126,7 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
         is_compiling: whether kernels are tried out in the step; then the optimizer has no state yet.
     """
     sizes, tape = sizes_of(config, shapes), Tape()
-    load(tape, sizes)
+    load(tape, sizes, tries_out=is_compiling and config.engine.kind is EngineKind.graph)
     each = optimizer_state(config.optimizer, adapter_sizes(config.method, shapes), adapter_sides(config.method, shapes))
     state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
     if is_compiling:
@@ -146,7 +151,7 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     tape, state = tape_of(config, shapes)
     compiles = config.engine.kind in (EngineKind.compile, EngineKind.graph)
     compiling = tape_of(config, shapes, is_compiling=True)[0] if compiles else None
-    held = max((each.peak() for each in (tape, compiling) if each is not None), key=Counter.total)
+    held = tape.peak()
     return Estimate(
         config=config,
         shapes=shapes,

@@ -16,8 +16,12 @@ MOST_RANKS = 128
 """As worker/engines/fused_lora_layers.py has it: layers with more ranks together are not calculated as one."""
 
 
-def load(tape: Tape, sizes: Sizes) -> None:
-    """Write everything that stays on the card from before the first step, but the optimizer's state."""
+def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
+    """Write everything that stays on the card from before the first step, but the optimizer's state.
+
+    Args:
+        tries_out: whether graph runs steps before it records, on a stream with workspaces of its own.
+    """
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
     tape.new(table * other_bytes(config), WEIGHTS)
@@ -25,7 +29,7 @@ def load(tape: Tape, sizes: Sizes) -> None:
     if not shapes.is_tied:
         tape.new(table * other_bytes(config), WEIGHTS)
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
-    for _ in range(_THREADS):
+    for _ in range(_THREADS * (2 if tries_out else 1)):
         tape.new(_WORKSPACE, WORKING)
     each = adapter_sizes(config.method, shapes)
     for size in each * shapes.layers:
