@@ -8,6 +8,7 @@ from conftest import Lab, record_of, with_fakes
 
 from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.options import ModelSource
+from lora_lab.recompute import main as recompute
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.trial import estimated
 from lora_lab.trial.estimated import note_estimate
@@ -54,6 +55,8 @@ def test_with_plan_all_it_runs_and_its_record_keeps_the_estimate(
     assert tags["estimate_verdict"] == "too large"
     assert tags["absent.estimate/card_error"]
     assert "estimate/card_error" not in metrics
+    [folder] = tmp_path.glob("multirun/2*/*")
+    assert recompute([str(folder)]) == 0
 
 
 def test_a_doubtful_one_is_run_with_a_warning(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
