@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from conftest import Lab, record_of, with_fakes
 
+from lora_lab.composition.once import compose_once
 from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.options import ModelSource
 from lora_lab.recompute import main as recompute
+from lora_lab.store.trial_folder import TrialFolder
 from lora_lab.telemetry.host_facts import HostFacts
+from lora_lab.telemetry.summary import summarise
 from lora_lab.trial import estimated
 from lora_lab.trial.estimated import note_estimate
 
@@ -104,3 +107,19 @@ def test_a_model_that_is_not_here_yet_is_estimated_once_it_is(tmp_path: Path) ->
     assert seen.estimate is not None
     assert seen.estimate.verdict == "fits"
     assert seen.no_estimate == ""
+
+
+def test_a_trial_that_a_card_ran_is_compared_with_its_estimate() -> None:
+    folder = TrialFolder(Path(__file__).parents[2] / "benchmarks/results/h100/trial")
+    events, samples, seen, _ = folder.read_inputs()
+    asked = folder.manifest()
+    assert asked is not None
+    shape = [f"{name}={asked.record.params[name]}" for name in ("batch_size", "seq_len", "method.rank")]
+    same = compose_once([*QWEN, "optimizer=paged_adamw", *shape])
+    note_estimate(seen, same)
+    summary = summarise(events, samples, seen, asked.t)
+    off = [summary.metrics[f"estimate/{name}_error"] for name in ("allocated", "reserved", "card")]
+    assert all(abs(error) < 0.1 for error in off), off
+    low, high = (summary.metrics[f"estimate/{end}_gib"] for end in ("low", "high"))
+    assert low < summary.metrics["vram/peak_process_gib"] < high
+    assert summary.tags["estimate_verdict"] == "fits"
