@@ -15,6 +15,8 @@ from lora_lab.report.writing.estimates import estimate_sentences
 from lora_lab.report.writing.page.page import page
 from lora_lab.store.trials import Trial
 
+KINDS = ("card", "reserved", "allocated")
+
 
 def foretold(
     error: float | None, verdict: str = "fits", key: str = "card", why: str = "rows were shorter: 3 of 9", **more: str
@@ -22,11 +24,11 @@ def foretold(
     """A trial that was said to take 10 GiB, from 9 to 12."""
     metrics = {THROUGHPUT.key: 100.0} if more.get("outcome", "finished") == "finished" else {}
     metrics |= {"estimate/card_gib": 10.0, "estimate/low_gib": 9.0, "estimate/high_gib": 12.0}
-    tags = {"estimate_verdict": verdict}
+    tags = {"estimate_verdict": verdict, "phase": more.pop("phase", "window")}
     if error is None:
-        tags |= {f"absent.estimate/{each}_error": why for each in ("allocated", "reserved", "card")}
+        tags |= {f"absent.estimate/{each}_error": why for each in KINDS}
     else:
-        metrics[f"estimate/{key}_error"] = error
+        metrics |= {f"estimate/{each}_error": error for each in KINDS[KINDS.index(key) :]}
     return trial(metrics, tags=tags, **more)
 
 
@@ -73,13 +75,16 @@ def test_wrong_verdicts_are_named_both_ways() -> None:
         foretold(None, verdict="doubtful", batch_size="8", outcome="out_of_memory", validity="unknown"),
         foretold(None, verdict="too large", batch_size="16", outcome="out_of_memory", validity="unknown"),
         foretold(None, batch_size="32", outcome="out_of_memory", validity="invalid"),
+        foretold(None, verdict="too large", batch_size="64"),
+        foretold(None, batch_size="128", outcome="out_of_memory", validity="unknown", phase="evaluation_before"),
     )
     [group] = findings.groups
     assert group.estimates is not None
     assert (group.estimates.fits_but_ran_out, group.estimates.too_large_but_finished) == ((2,), (1,))
+    assert group.estimates.ran_out_elsewhere == (7,)
     said = estimate_sentences(group)
-    named = {name for name in ("1", "2", "4", "8", "16", "32") if any(f" {name}x512." in each for each in said[1:])}
-    assert named == {"2", "4"}
+    named = {number for number in (1, 2, 4, 8, 16, 32, 64, 128) if any(f" {number}x512." in each for each in said[1:])}
+    assert named == {2, 4, 128}
 
 
 def test_trials_that_cannot_be_compared_are_counted_by_reason() -> None:

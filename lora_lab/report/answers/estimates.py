@@ -2,10 +2,11 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_lab.outcome import Outcome
+from lora_lab.phase import Phase
 from lora_lab.report.answers.pareto import Point
 from lora_lab.store.trials import Trial
 from lora_lab.telemetry.metrics import Metric, metric
@@ -16,6 +17,7 @@ FITS, TOO_LARGE = "fits", "too large"
 _CARD = "estimate/card_error"
 _ERRORS = (_CARD, "estimate/reserved_error", "estimate/allocated_error")
 """The first that some trial has is shown: what counts first is what the process takes of the card."""
+_ESTIMATED = [phase.value for phase in (Phase.model, Phase.compilation, Phase.warm_up, Phase.window)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +45,11 @@ class Estimates:
     apart: Mapping[str, int]
     """How many trials that finished cannot be compared, by reason."""
     fits_but_ran_out: tuple[int, ...]
-    """Places of points that were said to fit and ran out of memory."""
+    """Places of points that were said to fit and ran out of memory in what is estimated: loading and steps."""
+    ran_out_elsewhere: tuple[int, ...]
+    """Those that ran out of memory in another phase."""
     too_large_but_finished: tuple[int, ...]
-    """Places of points that were said to be too large and finished."""
+    """Places of points that were said to be too large and finished, with full rows."""
 
 
 def estimates(points: Sequence[Point]) -> Estimates | None:
@@ -61,8 +65,9 @@ def estimates(points: Sequence[Point]) -> Estimates | None:
     return Estimates(
         errors=None if key is None else _errors(key, found),
         apart=Counter(reason.partition(":")[0] for reason in reasons),
-        fits_but_ran_out=tuple(_places(found, FITS, Outcome.out_of_memory)),
-        too_large_but_finished=tuple(_places(found, TOO_LARGE, Outcome.finished)),
+        fits_but_ran_out=_places(found, lambda trial: _ran_out(trial) and _is_estimated(trial)),
+        ran_out_elsewhere=_places(found, lambda trial: _ran_out(trial) and not _is_estimated(trial)),
+        too_large_but_finished=_places(found, _finished_all_the_same),
     )
 
 
@@ -90,7 +95,21 @@ def _is_within(metrics: Mapping[str, float]) -> bool:
     return metrics["estimate/low_gib"] <= measured <= metrics["estimate/high_gib"]
 
 
-def _places(found: Sequence[tuple[int, Trial]], verdict: str, outcome: Outcome) -> Iterator[int]:
-    """Yield the place of each point of which a trial was judged so and ended so."""
-    there = (place for place, trial in found if trial.tags[VERDICT] == verdict and trial.outcome == outcome.value)
-    yield from dict.fromkeys(there)
+def _ran_out(trial: Trial) -> bool:
+    return trial.tags[VERDICT] == FITS and trial.outcome == Outcome.out_of_memory.value
+
+
+def _is_estimated(trial: Trial) -> bool:
+    """Return whether a trial ended in a phase whose memory is estimated."""
+    return trial.tags.get("phase") in _ESTIMATED
+
+
+def _finished_all_the_same(trial: Trial) -> bool:
+    """Return whether a trial finished that was said to be too large. With shorter rows it needed less, and the error
+    of its live tensors is absent."""
+    return trial.tags[VERDICT] == TOO_LARGE and trial.finished and _ERRORS[-1] in trial.metrics
+
+
+def _places(found: Sequence[tuple[int, Trial]], is_one: Callable[[Trial], bool]) -> tuple[int, ...]:
+    """Return the places of the points that have such a trial."""
+    return tuple(dict.fromkeys(place for place, trial in found if is_one(trial)))

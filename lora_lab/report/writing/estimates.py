@@ -25,6 +25,10 @@ def estimate_sentences(found: GroupFindings) -> list[str]:
         )
     for places, words in (
         (answer.fits_but_ran_out, "Estimated to fit, but ran out of memory"),
+        (
+            answer.ran_out_elsewhere,
+            "Estimated to fit, but ran out of memory in an evaluation or in another phase that is not estimated",
+        ),
         (answer.too_large_but_finished, "Estimated to be too large, but finished"),
     ):
         if places:
