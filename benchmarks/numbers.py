@@ -17,7 +17,7 @@ from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_error import table as fit_error
 from benchmarks.fit_others import table as fit_others
 from benchmarks.forecast_table import forecast_errors
-from benchmarks.jobs_table import lab_chat, maths, quality
+from benchmarks.jobs_table import killed, lab_chat, maths, quality
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
@@ -58,6 +58,7 @@ MADE: dict[str, Callable[[], str]] = {
     "maths": maths,
     "lab-chat": lab_chat,
     "quality": quality,
+    "killed-jobs": killed,
     "fit-error": fit_error,
     "fit-others": fit_others,
     "peers-summary": peers.summary,

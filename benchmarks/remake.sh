@@ -45,6 +45,7 @@ for name in maths lab_chat quality; do
   sweep $name $name
   python3 -m lora_lab.records pack "multirun/benchmarks/$name" "$out/$name.jsonl.gz"
 done
+python3 -m benchmarks.killed_jobs "$out"
 
 # the presets with random weights and tokens, on the whole card and on an emulated smaller one
 random="model.weights=random data=random_tokens data.rows=128 measure.eval_rows=0 timeout_minutes=5"

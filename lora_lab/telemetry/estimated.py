@@ -7,7 +7,7 @@ from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.host_facts import HostFacts, MemoryEstimate
 
-_SIZES = ("allocated", "reserved", "card", "low", "high")
+_SIZES = ("allocated", "reserved", "card", "low", "enough", "high")
 _MEASURED = {
     "allocated": "vram/peak_allocated_gib",
     "reserved": "vram/peak_reserved_gib",

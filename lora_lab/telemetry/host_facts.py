@@ -40,8 +40,10 @@ class MemoryEstimate:
     """Of the worker's process."""
     low: int
     """What a card must have at the very least."""
+    enough: int
+    """What a card must have so that it is enough."""
     high: int
-    """What is enough."""
+    """The most that the worker's process takes of a card that has plenty."""
     slots: int
     """Token positions of a step of full rows."""
     verdict: str

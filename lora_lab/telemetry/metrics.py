@@ -194,6 +194,7 @@ _ALL = (
     Metric("host/peak_gib", "host memory, worker's peak", "GiB", "{:.2f}", _LOWER),
     Metric("estimate/low_gib", "estimated memory, at least", "GiB", "{:.2f}"),
     Metric("estimate/high_gib", "estimated memory, at most", "GiB", "{:.2f}"),
+    Metric("estimate/enough_gib", "estimated memory, enough", "GiB", "{:.2f}"),
     Metric("estimate/allocated_gib", "estimate of torch's peak", "GiB", "{:.2f}"),
     Metric("estimate/reserved_gib", "estimate of what torch reserves", "GiB", "{:.2f}"),
     Metric("estimate/card_gib", "estimate of the worker's peak", "GiB", "{:.2f}", None, "estimated GiB"),

@@ -27,6 +27,7 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
                 reserved=answer.estimate.reserved,
                 card=answer.estimate.card,
                 low=answer.estimate.low,
+                enough=answer.estimate.enough,
                 high=answer.estimate.high,
                 slots=config.batch_size * config.grad_accum_steps * config.seq_len,
                 verdict=answer.estimate.verdict(capacity(config, seen.card_bytes)),
@@ -48,8 +49,8 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
     whose = f"{placement.name} has" if room == seen.card_bytes else f"vram_limit_gib={config.vram_limit_gib:g} allows"
     if said.verdict == DOUBTFUL:
         return (
-            f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.high)} GiB, and {whose} "
-            f"{_gib(room)} GiB"
+            f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and "
+            f"{whose} {_gib(room)} GiB"
         )
     if said.verdict != TOO_LARGE:
         return ""

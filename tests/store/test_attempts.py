@@ -257,7 +257,9 @@ def test_the_estimate_is_the_one_that_was_made_first() -> None:
         return Inputs(asked=asked_at(UNIX), events=[], samples=[], seen=seen)
 
     first, second = (
-        MemoryEstimate(allocated=size, reserved=size, card=size, low=size, high=size, slots=1, verdict="fits")
+        MemoryEstimate(
+            allocated=size, reserved=size, card=size, low=size, enough=size, high=size, slots=1, verdict="fits"
+        )
         for size in (1, 2)
     )
     earlier = [attempt(HostFacts(no_estimate="not here yet")), attempt(HostFacts(estimate=first))]

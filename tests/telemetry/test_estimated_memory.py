@@ -11,7 +11,14 @@ from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.host_facts import HostFacts, MemoryEstimate
 
 SAID = MemoryEstimate(
-    allocated=4 * GIB, reserved=5 * GIB, card=6 * GIB, low=3 * GIB, high=7 * GIB, slots=2 * 512, verdict="fits"
+    allocated=4 * GIB,
+    reserved=5 * GIB,
+    card=6 * GIB,
+    low=3 * GIB,
+    enough=6 * GIB,
+    high=7 * GIB,
+    slots=2 * 512,
+    verdict="fits",
 )
 MEASURED = {"vram/peak_allocated_gib": 5.0, "vram/peak_reserved_gib": 4.0, "vram/peak_process_gib": 8.0}
 ERRORS = {"estimate/allocated_error": -0.2, "estimate/reserved_error": 0.25, "estimate/card_error": -0.25}
@@ -55,7 +62,7 @@ def test_an_error_is_what_was_said_over_what_was_measured() -> None:
     summary = summary_of()
     assert errors(summary) == pytest.approx(ERRORS)
     assert [summary.metrics[f"estimate/{name}_gib"] for name in ("allocated", "reserved", "card")] == [4, 5, 6]
-    assert [summary.metrics[f"estimate/{name}_gib"] for name in ("low", "high")] == [3, 7]
+    assert [summary.metrics[f"estimate/{name}_gib"] for name in ("low", "enough", "high")] == [3, 6, 7]
     assert summary.tags["estimate_verdict"] == "fits"
 
 
@@ -96,6 +103,6 @@ def test_without_an_estimate_every_figure_has_the_reason() -> None:
     summary = summary_of(seen=HostFacts(no_estimate="another family"))
     assert errors(summary) == {}
     absent = {name: why for name, why in summary.absent.items() if name.startswith("estimate/")}
-    assert len(absent) == 8
+    assert len(absent) == 9
     assert set(absent.values()) == {"another family"}
     assert "estimate_verdict" not in summary.tags

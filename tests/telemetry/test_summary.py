@@ -52,7 +52,7 @@ SEEN = HostFacts(
     idle=Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1),
     used_before_bytes=GIB // 2,
     estimate=MemoryEstimate(
-        allocated=2 * GIB, reserved=3 * GIB, card=GIB, low=GIB, high=GIB, slots=2000, verdict="fits"
+        allocated=2 * GIB, reserved=3 * GIB, card=GIB, low=GIB, enough=GIB, high=GIB, slots=2000, verdict="fits"
     ),
 )
 ASKED_T = -2.0

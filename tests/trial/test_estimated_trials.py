@@ -66,7 +66,7 @@ def test_a_doubtful_one_is_run_with_a_warning(lab: Lab, tmp_path: Path, faked: d
     assert lab(*QWEN, "batch_size=2", "seq_len=512", "vram_limit_gib=7", **faked).code == 1
     record = record_of(tmp_path)
     assert record["tags"]["estimate_verdict"] == "doubtful"
-    low, high = (f"{record['metrics'][f'estimate/{end}_gib']:.2f}" for end in ("low", "high"))
+    low, high = (f"{record['metrics'][f'estimate/{end}_gib']:.2f}" for end in ("low", "enough"))
     assert f"{low} to {high} GiB" in record["tags"]["warnings"]
 
 
