@@ -16,6 +16,7 @@ from lora_lab.options import (
     Isolation,
     ModelSource,
     OnSpike,
+    Plan,
     Quantization,
     Schedule,
     TrackingKind,
@@ -286,6 +287,12 @@ class TrialConfig:
     )
     vram_limit_gib: float | None = setting(
         None, "emulate a card with this much memory on a larger one; see capacity", above=0, most=10**6
+    )
+    plan: Plan | None = setting(
+        None,
+        "what runs of what certainly does not fit the card: all, or fits (nothing of it); by default a single trial of "
+        "that kind is refused, and a sweep runs everything",
+        effect=Effect.none,
     )
     timeout_minutes: float | None = setting(
         None,

@@ -137,6 +137,13 @@ class Isolation(Enum):
     inline = "inline"
 
 
+class Plan(Enum):
+    """Whether a trial runs that certainly does not fit its card, by lora_lab.fit."""
+
+    all = "all"
+    fits = "fits"
+
+
 class Schedule(Enum):
     """Course of the learning rate over a job, after its warm-up."""
 
