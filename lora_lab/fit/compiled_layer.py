@@ -49,7 +49,7 @@ class CompiledLayer:
         t.free(*attended)
         gate_up = self._products(shapes.gate_up, low)
         product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
-        down = self._products((shapes.down,), low)
+        down = self._products(shapes.down, low)
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(*down)
         return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
@@ -71,7 +71,7 @@ class CompiledLayer:
         t.free(mlp_input)
         product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
         t.free(*gate_up)
-        down = self._products((shapes.down,), low)
+        down = self._products(shapes.down, low)
         t.free(product, *low)
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(middle, *down)
@@ -116,7 +116,7 @@ class CompiledLayer:
     def backward(self, saved: CompiledSaved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        grad_product = self._products_backward((shapes.down,))
+        grad_product = self._products_backward(shapes.down)
         ended = [saved.product, grad_product, *saved.gate_up]
         if self.is_graph:
             t.free(saved.product)

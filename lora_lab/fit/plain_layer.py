@@ -6,6 +6,7 @@ tensor is dropped. Engine liger differs in the norms, in the MLP and in the rota
 
 from dataclasses import dataclass, field
 
+from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
@@ -27,6 +28,7 @@ class PlainLayer:
         self.tape, self.sizes, self.liger = tape, sizes, liger
         self._casts = sizes.stream != sizes.cell
         """Whether the residual stream is wider than the products."""
+        self._experts = PlainExperts(tape, sizes, sizes.shapes.experts) if sizes.shapes.experts else None
         self._keeps_stream = liger or sizes.stream == 4
         """Whether norms keep their input itself, and not a copy in fp32."""
 
@@ -50,21 +52,43 @@ class PlainLayer:
         if not (self._keeps_stream and has_gradient):
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
+        inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts)
+        saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(inner)
+        self._outer_norm(saved)
+        if not self._keeps_stream:
+            t.free(residual)
+        return saved
+
+    def _mlp(self, x: int, saved: "Saved", ends_input: bool = True) -> int:
+        """Begin what the MLP keeps, and its output; `x` is kept or ended."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate_up = [self._linear(linear, saved) for linear in shapes.gate_up]
-        saved.mlp_input = self._kept_input(shapes.gate_up, x)
+        if ends_input:
+            saved.mlp_input = self._kept_input(shapes.gate_up, x)
         inner = s.wide(shapes.intermediate, s.stream)
         if not self.liger:
             saved.mlp.append(t.new(inner, ACTIVATIONS))  # the activated gate
         saved.mlp += gate_up
         product = t.new(inner, ACTIVATIONS)
-        down = self._linear(shapes.down, saved)
-        saved.product = self._kept_input((shapes.down,), product)
-        saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(down)
-        self._outer_norm(saved)
-        if not self._keeps_stream:
-            t.free(residual)
-        return saved
+        [down] = (self._linear(linear, saved) for linear in shapes.down)
+        saved.product = self._kept_input(shapes.down, product)
+        return down
+
+    def _mixture(self, x: int, saved: "Saved", experts: PlainExperts) -> int:
+        """Begin what experts keep, and the MLP next to them where there is one, and their output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        if shapes.gate_up:
+            saved.shared = self._mlp(x, saved, ends_input=False)
+        output, saved.experts = experts.forward()
+        if experts.experts.shared_gate is not None:
+            t.free(self._linear(experts.experts.shared_gate, saved))
+            weighed = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+            both = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+            t.free(output, weighed)
+            output = both
+        saved.mlp_input = x if experts.keeps_input else self._kept_input(shapes.gate_up, x)
+        return output
 
     def forward_alone(self) -> int:
         """Run a forward that keeps nothing; return its output."""
@@ -78,17 +102,27 @@ class PlainLayer:
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
         x = self._norm_alone()
+        shared = self._mlp_alone(None if self._experts else x) if shapes.gate_up else None
+        inner = shared
+        if self._experts is not None:
+            inner = self._experts.forward_alone()
+            t.free(x, shared)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(inner, residual)
+        return output
+
+    def _mlp_alone(self, x: int | None) -> int:
+        """Run an MLP that keeps nothing; `x` ends, None is an input that stays."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate = self._linear_alone(shapes.gate_up[0])
         active = None if self.liger else t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
         others = [self._linear_alone(linear) for linear in shapes.gate_up[1:]]
         t.free(x)
         product = t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
         t.free(gate, active, *others)
-        down = self._linear_alone(shapes.down)
+        [down] = (self._linear_alone(linear) for linear in shapes.down)
         t.free(product)
-        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(down, residual)
-        return output
+        return down
 
     def _norm_alone(self) -> int:
         t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
@@ -194,17 +228,34 @@ class PlainLayer:
         else:
             t.free(*heads[:2])
             kept.append(heads[2])
-        if shapes.head_norms:
+        if shapes.head_norm_weights:
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, 4), ACTIVATIONS))
         return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
 
     def backward(self, saved: "Saved", gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
-        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        inner = s.wide(shapes.intermediate, s.stream)
-        *first, down = saved.products
+        t, s, shapes, n = self.tape, self.sizes, self.sizes.shapes, len(self.sizes.shapes.qkv)
         inner_gradient = self._outer_backward(saved, gradient)
-        grad_product = self._linear_backward(shapes.down, down, inner_gradient)
+        if saved.experts is None:
+            gradient = self._mlp_backward(saved, inner_gradient, gradient)
+        else:
+            gradient = self._mixture_backward(saved, saved.experts, gradient)
+        gradient = self._norm_backward(saved.norms[-1:], gradient)
+        inner_gradient = self._outer_backward(saved, gradient)
+        grad_attended = self._linear_backward(shapes.output, saved.products[n], inner_gradient)
+        t.free(None if inner_gradient == gradient else inner_gradient)
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
+        t.free(grad_attended, *saved.attention)
+        gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
+        return self._norm_backward(saved.norms[:-1], gradient)
+
+    def _mlp_backward(self, saved: "Saved", inner_gradient: int, gradient: int) -> int:
+        """Return the gradient of the MLP's input; `inner_gradient`, of its output, and `gradient`, of the stream, end
+        (they may be one)."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        inner, first = s.wide(shapes.intermediate, s.stream), len(shapes.qkv) + 1
+        down = first + len(shapes.gate_up)
+        grad_product = self._linear_backward(shapes.down[0], saved.products[down], inner_gradient)
         t.free(saved.product, None if inner_gradient == gradient else inner_gradient)
         if self.liger:
             grads = list(saved.mlp)  # its backward writes over what it had saved
@@ -218,16 +269,25 @@ class PlainLayer:
             grad_gate = t.new(inner, WORKING)
             t.free(grad_active, saved.mlp[1])
             grads = [grad_gate, grad_up]
-        n = len(shapes.qkv)
-        gradient = self._inputs_backward(shapes.gate_up, first[n + 1 :], grads, saved.mlp_input, gradient)
-        gradient = self._norm_backward(saved.norms[-1:], gradient)
-        inner_gradient = self._outer_backward(saved, gradient)
-        grad_attended = self._linear_backward(shapes.output, first[n], inner_gradient)
-        t.free(None if inner_gradient == gradient else inner_gradient)
-        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
-        t.free(grad_attended, *saved.attention)
-        gradient = self._inputs_backward(shapes.qkv, first[:n], grads, saved.attention_input, gradient)
-        return self._norm_backward(saved.norms[:-1], gradient)
+        return self._inputs_backward(shapes.gate_up, saved.products[first:down], grads, saved.mlp_input, gradient)
+
+    def _mixture_backward(self, saved: "Saved", kept: KeptExperts, gradient: int) -> int:
+        """Return the gradient of the experts' input; `gradient`, of their output and of the stream, ends."""
+        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
+        experts = self._experts
+        assert experts is not None
+        if saved.shared is None:
+            total = experts.backward(kept, gradient)
+            t.free(gradient, saved.mlp_input)
+            return total
+        of_shared, of_gate = t.new(s.wide(hidden, s.stream), WORKING), t.new(s.wide(1), WORKING)
+        assert experts.experts.shared_gate is not None
+        through_gate = self._linear_backward(experts.experts.shared_gate, saved.products[-1], of_gate)
+        t.free(saved.shared, of_gate)
+        total = experts.backward(kept, gradient)
+        through_shared = self._mlp_backward(saved, of_shared, gradient)
+        t.free(total, through_gate)
+        return through_shared
 
     def _outer_backward(self, saved: "Saved", gradient: int) -> int:
         """Return the gradient before a norm behind attention or the MLP; `gradient` itself in families without one."""
@@ -301,5 +361,8 @@ class Saved:
     """The activated gate where it is kept, then gate and up."""
     product: int | None = None
     """The input of the last linear layer."""
+    experts: KeptExperts | None = None
+    shared: int | None = None
+    """The output of the MLP next to experts."""
     products: list[_Product] = field(default_factory=list)
     output: int | None = None
