@@ -60,8 +60,12 @@ class PlainExperts:
         self.keeps_input = adapts_router(sizes.config.method, experts)
         """Whether the router keeps the layer's input."""
 
-    def forward(self) -> tuple[int, KeptExperts]:
-        """Begin what is kept, and the output of shape (tokens, hidden). The input stays."""
+    def forward(self, stops_early: bool = False) -> tuple[int, KeptExperts]:
+        """Begin what is kept, and the output of shape (tokens, hidden). The input stays.
+
+        Args:
+            stops_early: a checkpointed forward that runs once more stops when all that is kept is there.
+        """
         t, s, e, kept = self.tape, self.sizes, self.experts, KeptExperts()
         hidden, inner = s.shapes.hidden, e.down.inputs
         choices = t.new(s.tokens * e.count * (s.cell + 4), WORKING)
@@ -80,7 +84,8 @@ class PlainExperts:
             kept.gate_up.chosen, kept.down.chosen = chosen, product
         else:
             t.free(product)
-        weighed, moved = (t.new(self._wide(hidden, self._each), WORKING) for _ in range(2))
+        weighed = t.new(self._wide(hidden, self._each), WORKING)
+        moved = None if stops_early else t.new(self._wide(hidden, self._each), WORKING)
         t.free(weighed)
         total = t.new(s.wide(hidden, self._each), WORKING)
         result = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
@@ -94,14 +99,20 @@ class PlainExperts:
         self.tape.free(*kept.tensors())
         return result
 
-    def backward(self, kept: KeptExperts, gradient: int) -> int:
-        """End what the forward kept; return the gradient of the input. `gradient`, of the output, stays."""
+    def spread(self) -> int:
+        """Begin the gradient of each expert's output. Autograd makes it of the output's before it asks for anything that
+        the forward keeps, so before a checkpointed forward runs once more."""
+        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
+        cast = t.new(s.wide(hidden, self._each), WORKING) if self._each != s.stream else None
+        spread = t.new(self._wide(hidden, self._each), WORKING)
+        t.free(cast)
+        return spread
+
+    def backward(self, kept: KeptExperts, spread: int) -> int:
+        """End what the forward kept, and the gradient of each expert's output; return the gradient of the input."""
         t, s, e = self.tape, self.sizes, self.experts
         hidden, inner = s.shapes.hidden, e.down.inputs
-        cast = t.new(s.wide(hidden, self._each), WORKING) if self._each != s.stream else None
-        spread, zeros = (t.new(self._wide(hidden, self._each), WORKING) for _ in range(2))
-        t.free(cast)
-        moved = t.new(self._wide(hidden, self._each), WORKING)
+        zeros, moved = (t.new(self._wide(hidden, self._each), WORKING) for _ in range(2))
         t.free(spread, zeros)
         of_output, of_weights = (t.new(self._wide(hidden, self._each), WORKING) for _ in range(2))
         narrow = t.new(self._wide(hidden), WORKING) if self._each != s.cell else None

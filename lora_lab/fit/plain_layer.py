@@ -32,12 +32,13 @@ class PlainLayer:
         self._keeps_stream = liger or sizes.stream == 4
         """Whether norms keep their input itself, and not a copy in fp32."""
 
-    def forward(self, layer_input: int, has_gradient: bool = True) -> "Saved":
+    def forward(self, layer_input: int, has_gradient: bool = True, stops_early: bool = False) -> "Saved":
         """Begin what a forward keeps, and its output. `layer_input` is kept or ended.
 
         Args:
             layer_input: the tensor that the layer gets.
             has_gradient: False for the first layer where nothing before it needs a gradient.
+            stops_early: a checkpointed forward that runs once more stops when all that is kept is there.
         """
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         saved = Saved()
@@ -52,7 +53,7 @@ class PlainLayer:
         if not (self._keeps_stream and has_gradient):
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
-        inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts)
+        inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts, stops_early)
         saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(inner)
         self._outer_norm(saved)
@@ -75,12 +76,12 @@ class PlainLayer:
         saved.product = self._kept_input(shapes.down, product)
         return down
 
-    def _mixture(self, x: int, saved: "Saved", experts: PlainExperts) -> int:
+    def _mixture(self, x: int, saved: "Saved", experts: PlainExperts, stops_early: bool) -> int:
         """Begin what experts keep, and the MLP next to them where there is one, and their output."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         if shapes.gate_up:
             saved.shared = self._mlp(x, saved, ends_input=False)
-        output, saved.experts = experts.forward()
+        output, saved.experts = experts.forward(stops_early and saved.shared is None)
         if experts.experts.shared_gate is not None:
             t.free(self._linear(experts.experts.shared_gate, saved))
             weighed = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
@@ -232,6 +233,15 @@ class PlainLayer:
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, 4), ACTIVATIONS))
         return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
 
+    def forward_again(self, layer_input: int) -> "Saved":
+        """Begin what a layer keeps that is calculated once more: by then the backward has begun."""
+        between = None
+        if self._experts is not None and not self.sizes.shapes.gate_up:
+            between = self._experts.spread()
+        saved = self.forward(layer_input, stops_early=True)
+        saved.spread = between
+        return saved
+
     def backward(self, saved: "Saved", gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes, n = self.tape, self.sizes, self.sizes.shapes, len(self.sizes.shapes.qkv)
@@ -277,14 +287,14 @@ class PlainLayer:
         experts = self._experts
         assert experts is not None
         if saved.shared is None:
-            total = experts.backward(kept, gradient)
+            total = experts.backward(kept, experts.spread() if saved.spread is None else saved.spread)
             t.free(gradient, saved.mlp_input)
             return total
         of_shared, of_gate = t.new(s.wide(hidden, s.stream), WORKING), t.new(s.wide(1), WORKING)
         assert experts.experts.shared_gate is not None
         through_gate = self._linear_backward(experts.experts.shared_gate, saved.products[-1], of_gate)
         t.free(saved.shared, of_gate)
-        total = experts.backward(kept, gradient)
+        total = experts.backward(kept, experts.spread())
         through_shared = self._mlp_backward(saved, of_shared, gradient)
         t.free(total, through_gate)
         return through_shared
@@ -364,5 +374,7 @@ class Saved:
     experts: KeptExperts | None = None
     shared: int | None = None
     """The output of the MLP next to experts."""
+    spread: int | None = None
+    """The gradient of each expert's output, where it was there before the forward."""
     products: list[_Product] = field(default_factory=list)
     output: int | None = None
