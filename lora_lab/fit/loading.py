@@ -7,8 +7,8 @@ mixture in 4 bit it matters more: all its experts are there in 16 bit, before th
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ADAPTERS, GRADIENTS, WEIGHTS, WORKING, Sizes
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import adapter_sizes, linear_bytes, other_bytes, weight_bytes
-from lora_lab.options import EngineKind
+from lora_lab.fit.weights import BLOCK, adapter_sizes, linear_bytes, other_bytes, weight_bytes
+from lora_lab.options import EngineKind, Weights
 
 _WORKSPACES = (2**25, 2**25, 2**25)
 """cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies, and a trial has
@@ -54,14 +54,16 @@ def _load_linear(tape: Tape, sizes: Sizes, linear: Linear) -> list[int]:
 
 
 def _load_experts(tape: Tape, sizes: Sizes) -> list[int]:
-    """Begin a layer's stacked weights. What they are put together from takes about as much as the larger of them."""
+    """Begin a layer's stacked weights. Random ones are made with the layer's other stack next to them (see
+    worker/random_weights.py), others are put together from each expert's."""
     experts = sizes.shapes.experts
     if experts is None:
         return []
     each = sizes.cell if sizes.quantised else other_bytes(sizes.config)
     stored = []
-    for stack in experts.stacks:
-        parts = tape.new(experts.count * experts.gate_up.weights * sizes.cell, WORKING)
+    for stack, other in zip(experts.stacks, reversed(experts.stacks), strict=True):
+        beside = other if sizes.config.model.weights is Weights.random else stack
+        parts = tape.new(experts.count * beside.weights * sizes.cell, WORKING)
         stored.append(tape.new(experts.count * stack.weights * each, WEIGHTS))
         tape.free(parts)
     return stored
@@ -70,6 +72,8 @@ def _load_experts(tape: Tape, sizes: Sizes) -> list[int]:
 def _quantise_experts(tape: Tape, sizes: Sizes, stored: list[int]) -> None:
     """Put stacked weights into 4 bit, one after the other."""
     for whole in stored if sizes.quantised else ():
+        scales = [tape.new(4 * tape.sizes[whole] // sizes.cell // BLOCK, WORKING) for _ in range(2)]
+        tape.free(*scales)
         for size in weight_bytes(tape.sizes[whole] // sizes.cell, sizes.config):
             tape.new(size, WEIGHTS)
         tape.free(whole)

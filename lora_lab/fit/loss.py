@@ -33,7 +33,7 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
     the gradient of the logits.
     """
     vocabulary = sizes.shapes.vocabulary
-    head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.head_is_raised else None
     logits = tape.new(sizes.wide(vocabulary), LOSS)
     wide = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
     logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
@@ -54,7 +54,7 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
 def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: bool) -> int:
     """Write a loss in chunks, whose gradient is known in the forward; return the gradient of `hidden`, which ends."""
     vocabulary, width = sizes.shapes.vocabulary, sizes.shapes.hidden
-    head = tape.new(vocabulary * width * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    head = tape.new(vocabulary * width * sizes.cell, WORKING) if sizes.head_is_raised else None
     gradient = tape.new(sizes.wide(width), ACTIVATIONS)
     if liger:
         rows = min(sizes.tokens, liger_chunk_rows(sizes.tokens, vocabulary, width))

@@ -6,6 +6,7 @@ tensor is dropped. Engine liger differs in the norms, in the MLP and in the rota
 
 from dataclasses import dataclass, field
 
+from lora_lab.fit.dora import merged_weight, output_backward, scaled_output
 from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
@@ -18,6 +19,10 @@ class _Product:
 
     own_input: list[int] = field(default_factory=list)
     low: int | None = None
+    base: int | None = None
+    """The frozen layer's output, under DoRA."""
+    high: int | None = None
+    """The adapter's output, under DoRA."""
     copies: list[int] = field(default_factory=list)
 
 
@@ -54,7 +59,8 @@ class PlainLayer:
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
         inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts, stops_early)
-        saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        if not (stops_early and self._experts and saved.shared is None):
+            saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(inner)
         self._outer_norm(saved)
         if not self._keeps_stream:
@@ -138,7 +144,7 @@ class PlainLayer:
         saved = Saved()
         out = self._linear(linear, saved)
         [kept] = saved.products
-        self.tape.free(*kept.own_input, kept.low, *kept.copies)
+        self.tape.free(*kept.own_input, kept.low, kept.base, kept.high, *kept.copies)
         return out
 
     def _outer_norm(self, saved: "Saved") -> None:
@@ -197,6 +203,7 @@ class PlainLayer:
             t.free(base)
             base = clone
         wide = t.new(s.wide(linear.inputs, 4), WORKING) if not s.quantised and s.cell == 2 and not self._casts else None
+        merged = merged_weight(t, s, linear) if s.config.method.use_dora else []
         if self._keeps_own_input(linear):
             kept.own_input.append(t.new(s.wide(linear.inputs), ACTIVATIONS))
         if s.config.method.dropout:
@@ -205,14 +212,15 @@ class PlainLayer:
             kept.copies.append(t.new(2 * s.rank * (linear.inputs + linear.outputs), WORKING))
         kept.low = t.new(s.wide(s.rank), ACTIVATIONS)
         high = t.new(s.wide(linear.outputs), WORKING)
+        if s.config.method.use_dora:
+            kept.base, kept.high = base, high
+            result = scaled_output(t, s, linear)
+            t.free(*merged, wide)
+            return result
         scaled = t.new(s.wide(linear.outputs), WORKING)
         t.free(high)
         result = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
-        if s.config.method.use_dora:  # its norm takes the whole weight in fp32; both parts of the result are kept
-            t.free(*[t.new(4 * linear.weights, WORKING) for _ in range(3)], wide)
-            kept.own_input += [base, scaled]
-        else:
-            t.free(base, scaled, wide)
+        t.free(base, scaled, wide)
         return result
 
     def _attention(self, heads: list[int]) -> list[int]:
@@ -328,9 +336,12 @@ class PlainLayer:
     def _linear_backward(self, linear: Linear, kept: _Product, gradient: int) -> int:
         """Return the gradient of a linear layer's input. `gradient`, of its output, stays."""
         t, s = self.tape, self.sizes
-        low = None
+        low = of_base = None
         if s.has_adapter(linear):
-            scaled = t.new(s.wide(linear.outputs), WORKING)
+            if kept.base is not None and kept.high is not None:
+                of_base, scaled = output_backward(t, s, linear, kept.base, kept.high)
+            else:
+                scaled = t.new(s.wide(linear.outputs), WORKING)
             narrow = t.new(s.wide(s.rank), WORKING)
             t.free(scaled)
             low = t.new(s.wide(linear.inputs), WORKING)
@@ -343,7 +354,7 @@ class PlainLayer:
             t.free(narrow, kept.low, *kept.own_input)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised else None
         base = t.new(s.wide(linear.inputs, s.stream), WORKING)
-        t.free(weight, low, *kept.copies)
+        t.free(weight, low, of_base, *kept.copies)
         return base
 
     def _norm_backward(self, norm: list[int], gradient: int) -> int:

@@ -25,11 +25,17 @@ class Sizes:
     cell: int
     """Bytes of a number in products."""
     stream: int
-    """Bytes of a number between layers: 4 where embeddings are raised to fp32."""
+    """Bytes of a number between layers: 4 where embeddings are raised to fp32, and where DoRA's magnitudes, which are
+    in fp32, meet 4-bit layers, whose output PEFT does not convert back."""
     quantised: bool
     rank: int
     is_masked: bool
     """Whether attention gets a mask: rows of different lengths side by side, or packed."""
+
+    @property
+    def head_is_raised(self) -> bool:
+        """Return whether the head's weights are wider than products, which take a copy of them."""
+        return self.config.method.raise_to_fp32 and self.cell != 4
 
     def wide(self, columns: int, each: int | None = None) -> int:
         """Return the bytes of a tensor (tokens, columns)."""
@@ -42,14 +48,14 @@ class Sizes:
 
 def sizes_of(config: TrialConfig, shapes: Shapes) -> Sizes:
     """Return the sizes of a trial's micro-batch."""
-    cell = BYTES[config.precision.dtype]
+    cell, quantised = BYTES[config.precision.dtype], is_quantised(config.method)
     return Sizes(
         config=config,
         shapes=shapes,
         tokens=config.batch_size * config.seq_len,
         cell=cell,
-        stream=4 if config.method.raise_to_fp32 else cell,
-        quantised=is_quantised(config.method),
+        stream=4 if config.method.raise_to_fp32 or (quantised and config.method.use_dora) else cell,
+        quantised=quantised,
         rank=config.method.rank,
         is_masked=_is_masked(config),
     )
