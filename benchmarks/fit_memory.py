@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compose import compose
-from benchmarks.fit_cases import COMMON, cases, edges
+from benchmarks.fit_cases import COMMON, cases, edges, held_out
 from lora_lab.config import TrialConfig
 from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory
 from lora_lab.files import write_json
@@ -185,7 +185,7 @@ def main() -> None:
         tiny = {f"tiny {length}": ["model=tiny", *COMMON, f"seq_len={length}"] for length in (32, 64)}
         Run(asked.out, "cpu", asked.seconds, trials).go(planned(tiny), at_once=1)
         return
-    shared, alone = ({k: v for k, v in listed.items() if asked.only in k} for listed in (cases(), edges()))
+    shared, alone = ({k: v for k, v in listed.items() if asked.only in k} for listed in (cases() | held_out(), edges()))
     run = Run(asked.out, "auto", asked.seconds, trials)
     run.go(planned(shared), asked.at_once)
     run.go(planned_edges(alone), at_once=1)

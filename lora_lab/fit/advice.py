@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
-from lora_lab.fit.check import mixture_fault
+from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
@@ -51,7 +51,7 @@ def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]
         for spared in _SPARED:
             makes = [*spared, *lossy]
             changed, changes = _applied(config, makes)
-            if len(changes) < len(makes) or faults(changed) or mixture_fault(changed, shapes):
+            if len(changes) < len(makes) or faults(changed) or model_fault(changed, shapes):
                 continue
             found = estimate(changed, shapes)
             if found.verdict(capacity) == FITS:
@@ -69,7 +69,7 @@ def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]
     for make in list(taken):
         others = [other for other in taken if other is not make]
         changed = _applied(cut, others)[0]
-        if not faults(changed) and not mixture_fault(changed, shapes) and fits(changed):
+        if not faults(changed) and not model_fault(changed, shapes) and fits(changed):
             taken = others
     now, changes = _applied(cut, taken)
     return [*changes, Change(f"seq_len={shorter}", "longer rows are cut", now)]

@@ -10,7 +10,7 @@ from rich.table import Table
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
 from lora_lab.fit.advice import advise
-from lora_lab.fit.check import mixture_fault
+from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, GIB, Estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
@@ -76,7 +76,7 @@ def show_verdicts(
 
 def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], console: Console) -> None:
     """Print the largest row length and batch for each method, engine and checkpointing, on each card."""
-    searches = [(way, Search(way, shapes)) for way in ways(config) if not mixture_fault(way, shapes)]
+    searches = [(way, Search(way, shapes)) for way in ways(config) if not model_fault(way, shapes)]
     for card in cards:
         title = f"{card:g} GiB: fits for certain; in brackets, may fit"
         table = Table(title=title, title_justify="left")

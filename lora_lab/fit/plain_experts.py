@@ -1,4 +1,4 @@
-"""The allocations of a layer's experts: transformers' grouped_mm, the adapters of PEFT, weights unpacked by bitsandbytes.
+"""The allocations of a layer's experts: transformers' grouped_mm, PEFT's adapters, weights unpacked by bitsandbytes.
 
 Each token goes to a fixed number of experts. All their tokens lie in one tensor, sorted by expert, so its size does not
 depend on which experts were chosen. Weights that are merged with an adapter or unpacked from 4 bit are made for all
@@ -100,8 +100,8 @@ class PlainExperts:
         return result
 
     def spread(self) -> int:
-        """Begin the gradient of each expert's output. Autograd makes it of the output's before it asks for anything that
-        the forward keeps, so before a checkpointed forward runs once more."""
+        """Begin the gradient of each expert's output. Autograd makes it before it asks for anything that the forward
+        keeps, so before a checkpointed forward runs once more."""
         t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
         cast = t.new(s.wide(hidden, self._each), WORKING) if self._each != s.stream else None
         spread = t.new(self._wide(hidden, self._each), WORKING)

@@ -11,6 +11,7 @@ from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
+from lora_lab.options import Attention
 
 
 @dataclass(slots=True)
@@ -226,8 +227,8 @@ class PlainLayer:
     def _attention(self, heads: list[int]) -> list[int]:
         """Begin what attention keeps: q and k after their rotation, v, its output, and a sum for each head."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        # with a mask k and v are repeated for each query head: no kernel that takes one shares them
-        key = shapes.query_width if s.is_masked else shapes.key_width
+        # with a mask, and without a fused kernel, k and v are repeated for each query head
+        key = shapes.query_width if s.is_masked or s.config.attention is Attention.eager else shapes.key_width
         kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, key)]
         if self._casts or key != shapes.key_width:
             kept.append(t.new(s.wide(key), ACTIVATIONS))
@@ -239,7 +240,10 @@ class PlainLayer:
             kept.append(heads[2])
         if shapes.head_norm_weights:
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, 4), ACTIVATIONS))
-        return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        output, *others = attention_bytes(s)
+        if s.config.attention is not Attention.eager or not self._keeps_own_input(shapes.output):
+            others = [output, *others]  # a fused kernel keeps its output, otherwise the next layer's adapter may
+        return kept + [t.new(size, ACTIVATIONS) for size in others]
 
     def forward_again(self, layer_input: int) -> "Saved":
         """Begin what a layer keeps that is calculated once more: by then the backward has begun."""

@@ -26,6 +26,7 @@ _WIDE_NORMS = ("olmoe",)
 """Families that norm q and k over all heads together."""
 _FOUR_NORMS = ("gemma2", "gemma3_text")
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "smollm3")
+_CAPPED_BY_DEFAULT = ("gemma2",)
 _NOT_TEXT = ("vision_config", "audio_config")
 _INSTEAD = "Run a short trial instead: measure=quick."
 
@@ -97,6 +98,10 @@ class Shapes:
     """Norms over the hidden size, in each layer."""
     head_norm_weights: int
     """Weights of the norms of q and k, in each layer."""
+    caps_scores: bool
+    """Whether attention's scores go through a tanh, which no fused kernel for attention calculates."""
+    caps_logits: bool
+    """Whether logits go through a tanh."""
     longest: int | None
     """The most positions, where stated."""
 
@@ -193,6 +198,8 @@ def read_shapes(fields: dict[str, Any]) -> Shapes:
         experts=experts,
         layer_norms=4 if family in _FOUR_NORMS else 2,
         head_norm_weights=2 * size if family in _HEAD_NORMS else (query + key) * (family in _WIDE_NORMS),
+        caps_scores=bool(fields.get("attn_logit_softcapping", family in _CAPPED_BY_DEFAULT)),
+        caps_logits=bool(fields.get("final_logit_softcapping", family in _CAPPED_BY_DEFAULT)),
         longest=_size(fields, "max_position_embeddings", 0) or None,
     )
 

@@ -85,12 +85,13 @@ def checkpoints(mode: Checkpointing, number: int) -> bool:
 
 def attention_bytes(sizes: Sizes) -> list[int]:
     """Return the sizes of what attention keeps besides q and k: its output, a sum for each head, and without a fused
-    kernel (attention=eager) the scores' softmax in fp32 and in the products' format."""
+    kernel (attention=eager) the scores' softmax in fp32 and in the products' format, and their tanh."""
     shapes, config = sizes.shapes, sizes.config
     kept = [sizes.wide(shapes.query_width), sizes.wide(shapes.heads, 4)]
     if config.attention is Attention.eager:
         scores = config.batch_size * shapes.heads * config.seq_len**2
         kept += [4 * scores, sizes.cell * scores]
+        kept += [sizes.cell * scores] if shapes.caps_scores else []
     return kept
 
 
