@@ -26,6 +26,8 @@ _WIDE_NORMS = ("olmoe",)
 """Families that norm q and k over all heads together."""
 _FOUR_NORMS = ("gemma2", "gemma3_text")
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "smollm3")
+_WINDOWS = {"mistral": 4096, "mixtral": 0, "phi3": 0, "gemma2": 4096, "gemma3_text": 4096}
+"""Families whose window slides, and what it is where the config does not say; 0 where it is all."""
 _CAPPED_BY_DEFAULT = ("gemma2",)
 _NOT_TEXT = ("vision_config", "audio_config")
 _INSTEAD = "Run a short trial instead: measure=quick."
@@ -102,6 +104,8 @@ class Shapes:
     """Whether attention's scores go through a tanh, which no fused kernel for attention calculates."""
     caps_logits: bool
     """Whether logits go through a tanh."""
+    window: int | None
+    """Tokens that attention looks back at, in some layers or in all."""
     longest: int | None
     """The most positions, where stated."""
 
@@ -200,8 +204,14 @@ def read_shapes(fields: dict[str, Any]) -> Shapes:
         head_norm_weights=2 * size if family in _HEAD_NORMS else (query + key) * (family in _WIDE_NORMS),
         caps_scores=bool(fields.get("attn_logit_softcapping", family in _CAPPED_BY_DEFAULT)),
         caps_logits=bool(fields.get("final_logit_softcapping", family in _CAPPED_BY_DEFAULT)),
+        window=_size(fields, "sliding_window", _WINDOWS[family]) or None if _slides(fields, family) else None,
         longest=_size(fields, "max_position_embeddings", 0) or None,
     )
+
+
+def _slides(fields: dict[str, Any], family: str) -> bool:
+    """Return whether attention's window slides: a config may say that it does not."""
+    return family in _WINDOWS and fields.get("sliding_window", 0) is not None
 
 
 def _experts(fields: dict[str, Any], family: str, hidden: int, wide: int) -> Experts:

@@ -30,7 +30,8 @@ class Sizes:
     quantised: bool
     rank: int
     is_masked: bool
-    """Whether attention gets a mask: rows of different lengths side by side, or packed."""
+    """Whether attention gets a mask: rows of different lengths side by side, packed, or longer than a window that
+    slides. Where it slides in some layers alone, the others are taken to be like them."""
 
     @property
     def head_is_raised(self) -> bool:
@@ -57,12 +58,13 @@ def sizes_of(config: TrialConfig, shapes: Shapes) -> Sizes:
         stream=4 if config.method.raise_to_fp32 or (quantised and config.method.use_dora) else cell,
         quantised=quantised,
         rank=config.method.rank,
-        is_masked=_is_masked(config),
+        is_masked=_is_masked(config, shapes),
     )
 
 
-def _is_masked(config: TrialConfig) -> bool:
-    if config.data.batching is Batching.packed:
+def _is_masked(config: TrialConfig, shapes: Shapes) -> bool:
+    slides = shapes.window is not None and config.seq_len >= shapes.window
+    if slides or config.data.batching is Batching.packed:
         return True
     if config.engine.kind in (EngineKind.compile, EngineKind.graph):
         return False

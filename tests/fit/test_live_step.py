@@ -143,6 +143,12 @@ def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.02 if family == "gemma2" else 0.01)
 
 
+def test_rows_beyond_a_sliding_window_have_a_mask() -> None:
+    config = trial("phi3", LORA, DType.bf16, sliding_window=128)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+    assert said_peak(config) > said_peak(trial("phi3", LORA, DType.bf16, sliding_window=None))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
