@@ -61,7 +61,7 @@ def _mixture_fault(config: TrialConfig, experts: Experts) -> str:
     if (method.use_dora or method.dropout) and (adapts_experts(method) or adapts_router(method, experts)):
         what = "method.use_dora=true" if method.use_dora else f"method.dropout={method.dropout:g}"
         return (
-            f"{what}: PEFT adapts experts and their router without DoRA and dropout only. Leave it out, or name modules "
-            "that are neither: method.target_modules=[q_proj,k_proj,v_proj,o_proj]."
+            f"{what}: PEFT adapts experts and their router only without DoRA and dropout. Leave it out, or name other "
+            "modules: method.target_modules=[q_proj,k_proj,v_proj,o_proj]."
         )
     return ""
