@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compose import compose
-from benchmarks.fit_cases import COMMON, cases, edges
+from benchmarks.fit_cases import COMMON, cases, edges, held_out
 from lora_lab.config import TrialConfig
 from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory
 from lora_lab.files import write_json
@@ -187,7 +187,8 @@ def main() -> None:
         tiny = {f"tiny {length}": ["model=tiny", *COMMON, f"seq_len={length}"] for length in (32, 64)}
         Run(own, "cpu", asked.seconds, trials).go(planned(tiny), at_once=1)
         return
-    shared, alone = ({k: v for k, v in listed.items() if re.search(asked.only, k)} for listed in (cases(), edges()))
+    kept = (cases() | held_out(), edges())
+    shared, alone = ({k: v for k, v in listed.items() if re.search(asked.only, k)} for listed in kept)
     run = Run(own, "auto", asked.seconds, trials)
     run.go(planned(shared), asked.at_once)
     run.go(planned_edges(alone), at_once=1)

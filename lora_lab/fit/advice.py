@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
+from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
@@ -49,7 +50,7 @@ def advise(
         return estimate(changed, shapes).verdict(capacity) == FITS
 
     def is_refused(changed: TrialConfig) -> bool:
-        return bool(faults(changed)) or not runs_here(changed)
+        return bool(faults(changed) or model_fault(changed, shapes)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
     for lossy in _LOSSY:

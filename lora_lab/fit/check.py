@@ -1,13 +1,19 @@
 """Refuse settings that the trial refuses for the model's shapes, and those whose memory is not calculated here."""
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.fit.shapes import Shapes
+from lora_lab.fit.shapes import Experts, Shapes
+from lora_lab.fit.weights import adapts_experts, adapts_router
+from lora_lab.options import Attention, EngineKind
 
 _TABLES = ("lm_head", "embed_tokens")
 
 
 def check(config: TrialConfig, shapes: Shapes) -> None:
-    """Raise InvalidInput for rows longer than the model's positions, and for modules that get no adapter here."""
+    """Raise InvalidInput for rows longer than the model's positions, for modules that get no adapter here, and for what
+    a model of these shapes does not run with."""
+    found = model_fault(config, shapes)
+    if found:
+        raise InvalidInput(found)
     if shapes.longest is not None and config.seq_len > shapes.longest:
         raise InvalidInput(
             f"seq_len={config.seq_len} is beyond the model's {shapes.longest} positions; use {shapes.longest} or less."
@@ -29,3 +35,33 @@ def check(config: TrialConfig, shapes: Shapes) -> None:
             f"method.target_modules names {', '.join(missing)}, which the model's layers do not have; they have "
             f"{', '.join(there)}."
         )
+
+
+def model_fault(config: TrialConfig, shapes: Shapes) -> str:
+    """Return why a model of these shapes cannot be trained or calculated with these settings; empty where it can."""
+    if shapes.caps_scores and config.attention is Attention.sdpa:
+        return "attention=sdpa cannot cap the scores, as this model does. Use attention=eager."
+    if shapes.caps_logits and config.engine.chunked_loss and config.engine.kind is not EngineKind.liger:
+        return (
+            "engine.chunked_loss=true cannot cap the logits, as this model does. Use engine.chunked_loss=false or "
+            "engine=liger."
+        )
+    return _mixture_fault(config, shapes.experts) if shapes.experts else ""
+
+
+def _mixture_fault(config: TrialConfig, experts: Experts) -> str:
+    kind, method = config.engine.kind, config.method
+    if kind in (EngineKind.compile, EngineKind.graph):
+        return f"engine={kind.name} cannot compile PEFT's adapters on a mixture of experts. Use engine=eager."
+    if kind is EngineKind.liger:
+        return (
+            "the memory of a mixture of experts is not calculated for engine=liger, which has its own kernel for them. "
+            "Use engine=eager, or run a short trial instead: measure=quick."
+        )
+    if (method.use_dora or method.dropout) and (adapts_experts(method) or adapts_router(method, experts)):
+        what = "method.use_dora=true" if method.use_dora else f"method.dropout={method.dropout:g}"
+        return (
+            f"{what}: PEFT adapts experts and their router only without DoRA and dropout. Leave it out, or name other "
+            "modules: method.target_modules=[q_proj,k_proj,v_proj,o_proj]."
+        )
+    return ""

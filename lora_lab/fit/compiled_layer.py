@@ -49,7 +49,7 @@ class CompiledLayer:
         t.free(*attended)
         gate_up = self._products(shapes.gate_up, low)
         product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
-        down = self._products((shapes.down,), low)
+        down = self._products(shapes.down, low)
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(*down)
         return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
@@ -71,7 +71,7 @@ class CompiledLayer:
         t.free(mlp_input)
         product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
         t.free(*gate_up)
-        down = self._products((shapes.down,), low)
+        down = self._products(shapes.down, low)
         t.free(product, *low)
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(middle, *down)
@@ -89,7 +89,7 @@ class CompiledLayer:
             kept.append(heads[2])
             t.free(*heads[:2])
         kept += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
-        if shapes.head_norms:
+        if shapes.head_norm_weights:
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width), ACTIVATIONS))
         if shapes.layer_norms == 4:
             kept.append(t.new(s.wide(shapes.hidden), ACTIVATIONS))
@@ -119,7 +119,7 @@ class CompiledLayer:
     def backward(self, saved: CompiledSaved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        grad_product = self._products_backward((shapes.down,))
+        grad_product = self._products_backward(shapes.down)
         ended = [saved.product, grad_product, *saved.gate_up]
         if self.is_graph:
             t.free(saved.product)

@@ -10,6 +10,7 @@ from rich.table import Table
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
 from lora_lab.fit.advice import advise
+from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, GIB, Estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
@@ -35,6 +36,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
         table.add_row(_NAMES[part], _gib(size))
     table.add_section()
     table.add_row("live tensors (vram/peak_allocated_gib)", _gib(found.allocated))
+    if found.loading > found.allocated:
+        table.add_row("live tensors while the model is loaded (vram/load_allocated_gib)", _gib(found.loading))
     table.add_row("with what the allocator keeps (vram/peak_reserved_gib)", _gib(found.reserved))
     table.add_row("the least that the allocator gets through with", _gib(found.least))
     if found.first:
@@ -76,7 +79,7 @@ def show_verdicts(
 
 def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], console: Console) -> None:
     """Print the largest row length and batch for each method, engine and checkpointing, on each card."""
-    searches = [(way, Search(way, shapes)) for way in ways(config)]
+    searches = [(way, Search(way, shapes)) for way in ways(config) if not model_fault(way, shapes)]
     for card in cards:
         title = f"{card:g} GiB: fits for certain; in brackets, may fit"
         table = Table(title=title, title_justify="left")

@@ -45,9 +45,15 @@ class Estimate:
         """Return the peak of live tensors, `vram/peak_allocated_gib`."""
         return sum(self.parts.values())
 
+    @property
+    def loading(self) -> int:
+        """Return the peak of live tensors while the model is loaded, `vram/load_allocated_gib`."""
+        return self.tape.loading_peak()
+
     @cached_property
     def reserved(self) -> int:
-        """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`."""
+        """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`.
+        What loading took is a part of it, where it has not been returned."""
         return replay(self.tape)
 
     @cached_property

@@ -1,13 +1,14 @@
 """Write on a tape what loading leaves on the card: weights one after the other, adapters, and an engine's own copies.
 
-The order matters for the allocator alone. Where weights are quantised or stacked, what they were made from leaves gaps.
+The order matters for the allocator: where weights are quantised or stacked, what they were made from leaves gaps. Of a
+mixture in 4 bit it matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
 """
 
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ADAPTERS, GRADIENTS, WEIGHTS, WORKING, Sizes
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import adapter_sizes, linear_bytes, other_bytes
-from lora_lab.options import EngineKind
+from lora_lab.fit.weights import BLOCK, adapter_sizes, linear_bytes, other_bytes, weight_bytes
+from lora_lab.options import EngineKind, Weights
 
 _WORKSPACE, _THREADS = 2**25, 2
 """cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies: the forward's
@@ -25,10 +26,14 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
     tape.new(table * other_bytes(config), WEIGHTS)
-    held = [[_load_linear(tape, sizes, linear) for linear in shapes.linears] for _ in range(shapes.layers)]
+    held, experts = [], []
+    for _ in range(shapes.layers):
+        held.append([_load_linear(tape, sizes, linear) for linear in shapes.linears])
+        experts += _load_experts(tape, sizes)
     if not shapes.is_tied:
         tape.new(table * other_bytes(config), WEIGHTS)
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
+    _quantise_experts(tape, sizes, experts)
     for _ in range(_THREADS * (2 if tries_out else 1)):
         tape.new(_WORKSPACE, WORKING)
     each = adapter_sizes(config.method, shapes)
@@ -52,12 +57,38 @@ def _load_linear(tape: Tape, sizes: Sizes, linear: Linear) -> list[int]:
     return stored
 
 
+def _load_experts(tape: Tape, sizes: Sizes) -> list[int]:
+    """Begin a layer's stacked weights. Random ones are made with the layer's other stack next to them (see
+    worker/random_weights.py), others are put together from each expert's."""
+    experts = sizes.shapes.experts
+    if experts is None:
+        return []
+    each = sizes.cell if sizes.quantised else other_bytes(sizes.config)
+    stored = []
+    for stack, other in zip(experts.stacks, reversed(experts.stacks), strict=True):
+        beside = other if sizes.config.model.weights is Weights.random else stack
+        parts = tape.new(experts.count * beside.weights * sizes.cell, WORKING)
+        stored.append(tape.new(experts.count * stack.weights * each, WEIGHTS))
+        tape.free(parts)
+    return stored
+
+
+def _quantise_experts(tape: Tape, sizes: Sizes, stored: list[int]) -> None:
+    """Put stacked weights into 4 bit, one after the other."""
+    for whole in stored if sizes.quantised else ():
+        scales = [tape.new(4 * tape.sizes[whole] // sizes.cell // BLOCK, WORKING) for _ in range(2)]
+        tape.free(*scales)
+        for size in weight_bytes(tape.sizes[whole] // sizes.cell, sizes.config):
+            tape.new(size, WEIGHTS)
+        tape.free(whole)
+
+
 def _stack(tape: Tape, sizes: Sizes, held: list[list[list[int]]]) -> None:
     """Lay the weights of layers with the same input side by side, and make the adapters' copies in the products'
     format: A stacked, each B, and B block-diagonal over the group (worker/engines/compute_copies.py)."""
     shapes = sizes.shapes
     copies = 0
-    for group in (shapes.qkv, (shapes.output,), shapes.gate_up, (shapes.down,)):
+    for group in (shapes.qkv, (shapes.output,), shapes.gate_up, shapes.down):
         places = [place for place, linear in enumerate(shapes.linears) if linear in group and sizes.has_adapter(linear)]
         linears = [shapes.linears[place] for place in places]
         copies += sum(sizes.rank * (linear.inputs + linear.outputs) for linear in linears)

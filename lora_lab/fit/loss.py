@@ -33,8 +33,13 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
     the gradient of the logits.
     """
     vocabulary = sizes.shapes.vocabulary
-    head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.head_is_raised else None
     logits = tape.new(sizes.wide(vocabulary), LOSS)
+    capped = None
+    if sizes.shapes.caps_logits:  # divided, through a tanh, which is kept, and multiplied
+        divided, capped = (tape.new(sizes.wide(vocabulary), LOSS) for _ in range(2))
+        tape.free(logits, divided)
+        logits = tape.new(sizes.wide(vocabulary), LOSS)
     wide = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
     logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
     tape.free(wide)
@@ -46,15 +51,20 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
     of_logits = tape.new(sizes.wide(vocabulary), LOSS) if sizes.cell != 4 else None
     if of_logits is not None:
         tape.free(of_wide)
+    of_head = of_wide if of_logits is None else of_logits
+    if capped is not None:
+        of_capped, of_divided = (tape.new(sizes.wide(vocabulary), LOSS) for _ in range(2))
+        tape.free(of_head, of_capped, capped)
+        of_head = of_divided
     gradient = tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
-    tape.free(head, of_wide if of_logits is None else of_logits)
+    tape.free(head, of_head)
     return gradient
 
 
 def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: bool) -> int:
     """Write a loss in chunks, whose gradient is known in the forward; return the gradient of `hidden`, which ends."""
     vocabulary, width = sizes.shapes.vocabulary, sizes.shapes.hidden
-    head = tape.new(vocabulary * width * sizes.cell, WORKING) if sizes.stream != sizes.cell else None
+    head = tape.new(vocabulary * width * sizes.cell, WORKING) if sizes.head_is_raised else None
     gradient = tape.new(sizes.wide(width), ACTIVATIONS)
     if liger:
         rows = min(sizes.tokens, liger_chunk_rows(sizes.tokens, vocabulary, width))

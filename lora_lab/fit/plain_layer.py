@@ -6,9 +6,12 @@ tensor is dropped. Engine liger differs in the norms, in the MLP and in the rota
 
 from dataclasses import dataclass, field
 
+from lora_lab.fit.dora import merged_weight, output_backward, scaled_output
+from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
+from lora_lab.options import Attention
 
 
 @dataclass(slots=True)
@@ -17,6 +20,10 @@ class _Product:
 
     own_input: list[int] = field(default_factory=list)
     low: int | None = None
+    base: int | None = None
+    """The frozen layer's output, under DoRA."""
+    high: int | None = None
+    """The adapter's output, under DoRA."""
     copies: list[int] = field(default_factory=list)
 
 
@@ -27,15 +34,17 @@ class PlainLayer:
         self.tape, self.sizes, self.liger = tape, sizes, liger
         self._casts = sizes.stream != sizes.cell
         """Whether the residual stream is wider than the products."""
+        self._experts = PlainExperts(tape, sizes, sizes.shapes.experts) if sizes.shapes.experts else None
         self._keeps_stream = liger or sizes.stream == 4
         """Whether norms keep their input itself, and not a copy in fp32."""
 
-    def forward(self, layer_input: int, has_gradient: bool = True) -> "Saved":
+    def forward(self, layer_input: int, has_gradient: bool = True, stops_early: bool = False) -> "Saved":
         """Begin what a forward keeps, and its output. `layer_input` is kept or ended.
 
         Args:
             layer_input: the tensor that the layer gets.
             has_gradient: False for the first layer where nothing before it needs a gradient.
+            stops_early: a checkpointed forward that runs once more stops when all that is kept is there.
         """
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         saved = Saved()
@@ -50,21 +59,44 @@ class PlainLayer:
         if not (self._keeps_stream and has_gradient):
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
+        inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts, stops_early)
+        if not (stops_early and self._experts and saved.shared is None):
+            saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(inner)
+        self._outer_norm(saved)
+        if not self._keeps_stream:
+            t.free(residual)
+        return saved
+
+    def _mlp(self, x: int, saved: "Saved", ends_input: bool = True) -> int:
+        """Begin what the MLP keeps, and its output; `x` is kept or ended."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate_up = [self._linear(linear, saved) for linear in shapes.gate_up]
-        saved.mlp_input = self._kept_input(shapes.gate_up, x)
+        if ends_input:
+            saved.mlp_input = self._kept_input(shapes.gate_up, x)
         inner = s.wide(shapes.intermediate, s.stream)
         if not self.liger:
             saved.mlp.append(t.new(inner, ACTIVATIONS))  # the activated gate
         saved.mlp += gate_up
         product = t.new(inner, ACTIVATIONS)
-        down = self._linear(shapes.down, saved)
-        saved.product = self._kept_input((shapes.down,), product)
-        saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(down)
-        self._outer_norm(saved)
-        if not self._keeps_stream:
-            t.free(residual)
-        return saved
+        [down] = (self._linear(linear, saved) for linear in shapes.down)
+        saved.product = self._kept_input(shapes.down, product)
+        return down
+
+    def _mixture(self, x: int, saved: "Saved", experts: PlainExperts, stops_early: bool) -> int:
+        """Begin what experts keep, and the MLP next to them where there is one, and their output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        if shapes.gate_up:
+            saved.shared = self._mlp(x, saved, ends_input=False)
+        output, saved.experts = experts.forward(stops_early and saved.shared is None)
+        if experts.experts.shared_gate is not None:
+            t.free(self._linear(experts.experts.shared_gate, saved))
+            weighed = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+            both = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+            t.free(output, weighed)
+            output = both
+        saved.mlp_input = x if experts.keeps_input else self._kept_input(shapes.gate_up, x)
+        return output
 
     def forward_alone(self) -> int:
         """Run a forward that keeps nothing; return its output."""
@@ -78,17 +110,27 @@ class PlainLayer:
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
         x = self._norm_alone()
+        shared = self._mlp_alone(None if self._experts else x) if shapes.gate_up else None
+        inner = shared
+        if self._experts is not None:
+            inner = self._experts.forward_alone()
+            t.free(x, shared)
+        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        t.free(inner, residual)
+        return output
+
+    def _mlp_alone(self, x: int | None) -> int:
+        """Run an MLP that keeps nothing; `x` ends, None is an input that stays."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate = self._linear_alone(shapes.gate_up[0])
         active = None if self.liger else t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
         others = [self._linear_alone(linear) for linear in shapes.gate_up[1:]]
         t.free(x)
         product = t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
         t.free(gate, active, *others)
-        down = self._linear_alone(shapes.down)
+        [down] = (self._linear_alone(linear) for linear in shapes.down)
         t.free(product)
-        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(down, residual)
-        return output
+        return down
 
     def _norm_alone(self) -> int:
         t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
@@ -103,7 +145,7 @@ class PlainLayer:
         saved = Saved()
         out = self._linear(linear, saved)
         [kept] = saved.products
-        self.tape.free(*kept.own_input, kept.low, *kept.copies)
+        self.tape.free(*kept.own_input, kept.low, kept.base, kept.high, *kept.copies)
         return out
 
     def _outer_norm(self, saved: "Saved") -> None:
@@ -163,6 +205,7 @@ class PlainLayer:
             t.free(base)
             base = clone
         wide = t.new(s.wide(linear.inputs, 4), WORKING) if not s.quantised and s.cell == 2 and not self._casts else None
+        merged = merged_weight(t, s, linear) if s.config.method.use_dora else []
         if s.config.method.dropout or self._keeps_own_input(linear):
             kept.own_input.append(t.new(s.wide(linear.inputs), ACTIVATIONS))
         if s.config.method.dropout:  # which numbers were dropped
@@ -171,21 +214,22 @@ class PlainLayer:
             kept.copies.append(t.new(2 * s.rank * (linear.inputs + linear.outputs), WORKING))
         kept.low = t.new(s.wide(s.rank), ACTIVATIONS)
         high = t.new(s.wide(linear.outputs), WORKING)
+        if s.config.method.use_dora:
+            kept.base, kept.high = base, high
+            result = scaled_output(t, s, linear)
+            t.free(*merged, wide)
+            return result
         scaled = t.new(s.wide(linear.outputs), WORKING)
         t.free(high)
         result = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
-        if s.config.method.use_dora:  # its norm takes the whole weight in fp32; both parts of the result are kept
-            t.free(*[t.new(4 * linear.weights, WORKING) for _ in range(3)], wide)
-            kept.own_input += [base, scaled]
-        else:
-            t.free(base, scaled, wide)
+        t.free(base, scaled, wide)
         return result
 
     def _attention(self, heads: list[int]) -> list[int]:
         """Begin what attention keeps: q and k after their rotation, v, its output, and a sum for each head."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        # with a mask k and v are repeated for each query head: no kernel that takes one shares them
-        key = shapes.query_width if s.is_masked else shapes.key_width
+        # with a mask, and without a fused kernel, k and v are repeated for each query head
+        key = shapes.query_width if s.is_masked or s.config.attention is Attention.eager else shapes.key_width
         kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, key)]
         if self._casts or key != shapes.key_width:
             kept.append(t.new(s.wide(key), ACTIVATIONS))
@@ -195,18 +239,47 @@ class PlainLayer:
         else:
             t.free(*heads[:2])
             kept.append(heads[2])
-        if shapes.head_norms:
+        if shapes.head_norm_weights:
             each = s.cell if self.liger else 4
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, each), ACTIVATIONS))
-        return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        output, *others = attention_bytes(s)
+        if s.config.attention is not Attention.eager or not self._keeps_own_input(shapes.output):
+            others = [output, *others]  # a fused kernel keeps its output, otherwise the next layer's adapter may
+        return kept + [t.new(size, ACTIVATIONS) for size in others]
+
+    def forward_again(self, layer_input: int) -> "Saved":
+        """Begin what a layer keeps that is calculated once more: by then the backward has begun."""
+        between = None
+        if self._experts is not None and not self.sizes.shapes.gate_up:
+            between = self._experts.spread()
+        saved = self.forward(layer_input, stops_early=True)
+        saved.spread = between
+        return saved
 
     def backward(self, saved: "Saved", gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
-        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        inner = s.wide(shapes.intermediate, s.stream)
-        *first, down = saved.products
+        t, s, shapes, n = self.tape, self.sizes, self.sizes.shapes, len(self.sizes.shapes.qkv)
         inner_gradient = self._outer_backward(saved, gradient)
-        grad_product = self._linear_backward(shapes.down, down, inner_gradient)
+        if saved.experts is None:
+            gradient = self._mlp_backward(saved, inner_gradient, gradient)
+        else:
+            gradient = self._mixture_backward(saved, saved.experts, gradient)
+        gradient = self._norm_backward(saved.norms[-1:], gradient)
+        inner_gradient = self._outer_backward(saved, gradient)
+        grad_attended = self._linear_backward(shapes.output, saved.products[n], inner_gradient)
+        t.free(None if inner_gradient == gradient else inner_gradient)
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
+        t.free(grad_attended, *saved.attention)
+        gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
+        return self._norm_backward(saved.norms[:-1], gradient)
+
+    def _mlp_backward(self, saved: "Saved", inner_gradient: int, gradient: int) -> int:
+        """Return the gradient of the MLP's input; `inner_gradient`, of its output, and `gradient`, of the stream, end
+        (they may be one)."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        inner, first = s.wide(shapes.intermediate, s.stream), len(shapes.qkv) + 1
+        down = first + len(shapes.gate_up)
+        grad_product = self._linear_backward(shapes.down[0], saved.products[down], inner_gradient)
         t.free(saved.product, None if inner_gradient == gradient else inner_gradient)
         if self.liger:
             grads = list(saved.mlp)  # its backward writes over what it had saved
@@ -220,16 +293,25 @@ class PlainLayer:
             grad_gate = t.new(inner, WORKING)
             t.free(grad_active, saved.mlp[1])
             grads = [grad_gate, grad_up]
-        n = len(shapes.qkv)
-        gradient = self._inputs_backward(shapes.gate_up, first[n + 1 :], grads, saved.mlp_input, gradient)
-        gradient = self._norm_backward(saved.norms[-1:], gradient)
-        inner_gradient = self._outer_backward(saved, gradient)
-        grad_attended = self._linear_backward(shapes.output, first[n], inner_gradient)
-        t.free(None if inner_gradient == gradient else inner_gradient)
-        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
-        t.free(grad_attended, *saved.attention)
-        gradient = self._inputs_backward(shapes.qkv, first[:n], grads, saved.attention_input, gradient)
-        return self._norm_backward(saved.norms[:-1], gradient)
+        return self._inputs_backward(shapes.gate_up, saved.products[first:down], grads, saved.mlp_input, gradient)
+
+    def _mixture_backward(self, saved: "Saved", kept: KeptExperts, gradient: int) -> int:
+        """Return the gradient of the experts' input; `gradient`, of their output and of the stream, ends."""
+        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
+        experts = self._experts
+        assert experts is not None
+        if saved.shared is None:
+            total = experts.backward(kept, experts.spread() if saved.spread is None else saved.spread)
+            t.free(gradient, saved.mlp_input)
+            return total
+        of_shared, of_gate = t.new(s.wide(hidden, s.stream), WORKING), t.new(s.wide(1), WORKING)
+        assert experts.experts.shared_gate is not None
+        through_gate = self._linear_backward(experts.experts.shared_gate, saved.products[-1], of_gate)
+        t.free(saved.shared, of_gate)
+        total = experts.backward(kept, experts.spread())
+        through_shared = self._mlp_backward(saved, of_shared, gradient)
+        t.free(total, through_gate)
+        return through_shared
 
     def _outer_backward(self, saved: "Saved", gradient: int) -> int:
         """Return the gradient before a norm behind attention or the MLP; `gradient` itself in families without one."""
@@ -260,9 +342,12 @@ class PlainLayer:
     def _linear_backward(self, linear: Linear, kept: _Product, gradient: int) -> int:
         """Return the gradient of a linear layer's input. `gradient`, of its output, stays."""
         t, s = self.tape, self.sizes
-        low = None
+        low = of_base = None
         if s.has_adapter(linear):
-            scaled = t.new(s.wide(linear.outputs), WORKING)
+            if kept.base is not None and kept.high is not None:
+                of_base, scaled = output_backward(t, s, linear, kept.base, kept.high)
+            else:
+                scaled = t.new(s.wide(linear.outputs), WORKING)
             narrow = t.new(s.wide(s.rank), WORKING)
             t.free(scaled)
             low = t.new(s.wide(linear.inputs), WORKING)
@@ -275,7 +360,7 @@ class PlainLayer:
             t.free(narrow, kept.low, *kept.own_input)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised else None
         base = t.new(s.wide(linear.inputs, s.stream), WORKING)
-        t.free(weight, low, *kept.copies)
+        t.free(weight, low, of_base, *kept.copies)
         return base
 
     def _norm_backward(self, norm: list[int], gradient: int) -> int:
@@ -303,5 +388,10 @@ class Saved:
     """The activated gate where it is kept, then gate and up."""
     product: int | None = None
     """The input of the last linear layer."""
+    experts: KeptExperts | None = None
+    shared: int | None = None
+    """The output of the MLP next to experts."""
+    spread: int | None = None
+    """The gradient of each expert's output, where it was there before the forward."""
     products: list[_Product] = field(default_factory=list)
     output: int | None = None

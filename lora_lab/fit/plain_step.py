@@ -47,7 +47,7 @@ def _again(tape: Tape, sizes: Sizes, layer: PlainLayer, held: int | None) -> Sav
     """Calculate a layer once more from its input."""
     if held is None:  # it has come back from host memory
         held = tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
-    return layer.forward(held)
+    return layer.forward_again(held)
 
 
 def _output(saved: Saved) -> int:

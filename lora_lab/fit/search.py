@@ -20,7 +20,9 @@ class Search:
     def __init__(self, config: TrialConfig, shapes: Shapes) -> None:
         self._config, self._shapes = config, shapes
         self._known: dict[tuple[int, int], Estimate] = {}
-        self._by_tokens = config.attention is not Attention.eager and not sizes_of(config, shapes).is_masked
+        self._by_tokens = (
+            config.attention is not Attention.eager and shapes.window is None and not sizes_of(config, shapes).is_masked
+        )
         """Whether tokens alone count, however they are divided into rows."""
 
     def largest(self, setting: str, capacity: float, certain: bool) -> int:

@@ -25,11 +25,18 @@ class Sizes:
     cell: int
     """Bytes of a number in products."""
     stream: int
-    """Bytes of a number between layers: 4 where embeddings are raised to fp32."""
+    """Bytes of a number between layers: 4 where embeddings are raised to fp32, and where DoRA's magnitudes, which are
+    in fp32, meet 4-bit layers, whose output PEFT does not convert back."""
     quantised: bool
     rank: int
     is_masked: bool
-    """Whether attention gets a mask: rows of different lengths side by side, or packed."""
+    """Whether attention gets a mask: rows of different lengths side by side, packed, or longer than a window that
+    slides. Where it slides in some layers alone, the others are taken to be like them."""
+
+    @property
+    def head_is_raised(self) -> bool:
+        """Return whether the head's weights are wider than products, which take a copy of them."""
+        return self.config.method.raise_to_fp32 and self.cell != 4
 
     def wide(self, columns: int, each: int | None = None) -> int:
         """Return the bytes of a tensor (tokens, columns)."""
@@ -42,21 +49,22 @@ class Sizes:
 
 def sizes_of(config: TrialConfig, shapes: Shapes) -> Sizes:
     """Return the sizes of a trial's micro-batch."""
-    cell = BYTES[config.precision.dtype]
+    cell, quantised = BYTES[config.precision.dtype], is_quantised(config.method)
     return Sizes(
         config=config,
         shapes=shapes,
         tokens=config.batch_size * config.seq_len,
         cell=cell,
-        stream=4 if config.method.raise_to_fp32 else cell,
-        quantised=is_quantised(config.method),
+        stream=4 if config.method.raise_to_fp32 or (quantised and config.method.use_dora) else cell,
+        quantised=quantised,
         rank=config.method.rank,
-        is_masked=_is_masked(config),
+        is_masked=_is_masked(config, shapes),
     )
 
 
-def _is_masked(config: TrialConfig) -> bool:
-    if config.data.batching is Batching.packed:
+def _is_masked(config: TrialConfig, shapes: Shapes) -> bool:
+    slides = shapes.window is not None and config.seq_len >= shapes.window
+    if slides or config.data.batching is Batching.packed:
         return True
     if config.engine.kind in (EngineKind.compile, EngineKind.graph):
         return False
@@ -79,12 +87,13 @@ def checkpoints(mode: Checkpointing, number: int) -> bool:
 
 def attention_bytes(sizes: Sizes) -> list[int]:
     """Return the sizes of what attention keeps besides q and k: its output, a sum for each head, and without a fused
-    kernel (attention=eager) the scores' softmax in fp32 and in the products' format."""
+    kernel (attention=eager) the scores' softmax in fp32 and in the products' format, and their tanh."""
     shapes, config = sizes.shapes, sizes.config
     kept = [sizes.wide(shapes.query_width), sizes.wide(shapes.heads, 4)]
     if config.attention is Attention.eager:
         scores = config.batch_size * shapes.heads * config.seq_len**2
         kept += [4 * scores, sizes.cell * scores]
+        kept += [sizes.cell * scores] if shapes.caps_scores else []
     return kept
 
 

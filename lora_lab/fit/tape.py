@@ -39,6 +39,14 @@ class Tape:
         """End every tensor of a part that began after tensor number `after`."""
         self.free(*(number for number in range(after, len(self.sizes)) if self.parts[number] == part))
 
+    def loading_peak(self) -> int:
+        """Return the most bytes that are held before the first step."""
+        held = most = 0
+        for _, size in self.events[: self.loaded]:
+            held += size
+            most = max(most, held)
+        return most
+
     def peak(self) -> Counter[str]:
         """Return bytes by part at the moment after loading at which their sum is largest."""
         held = most = 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lab.config import MethodConfig, OptimizerConfig, TrialConfig
-from lora_lab.fit.shapes import Linear, Shapes, blocks_of
+from lora_lab.fit.shapes import Experts, Linear, Shapes, blocks_of
 from lora_lab.options import DType, Quantization
 
 BLOCK = 64
@@ -41,12 +41,17 @@ def other_bytes(config: TrialConfig) -> int:
 
 def linear_bytes(linear: Linear, config: TrialConfig) -> list[int]:
     """Return the bytes of a linear layer's weights, and of their scales where they are in 4 bit."""
+    return weight_bytes(linear.weights, config)
+
+
+def weight_bytes(weights: int, config: TrialConfig) -> list[int]:
+    """Return the bytes of as many weights, and of their scales where they are in 4 bit."""
     if not is_quantised(config.method):
-        return [linear.weights * other_bytes(config)]
-    scales = blocks_of(linear.weights, BLOCK)
+        return [weights * other_bytes(config)]
+    scales = blocks_of(weights, BLOCK)
     if not config.method.double_quantization:
-        return [linear.weights // 2, 4 * scales]
-    return [linear.weights // 2, scales, 4 * blocks_of(scales, SCALES_BLOCK)]
+        return [weights // 2, 4 * scales]
+    return [weights // 2, scales, 4 * blocks_of(scales, SCALES_BLOCK)]
 
 
 def adapted(method: MethodConfig, linear: Linear) -> bool:
@@ -55,13 +60,21 @@ def adapted(method: MethodConfig, linear: Linear) -> bool:
     return targets == ["all-linear"] or any(name.rsplit(".", 1)[-1] == linear.name for name in targets)
 
 
+def adapts_experts(method: MethodConfig) -> bool:
+    """Return whether stacked weights of experts get an adapter, as worker/experts.py decides."""
+    return method.target_modules == ["all-linear"] and not is_quantised(method)
+
+
+def adapts_router(method: MethodConfig, experts: Experts) -> bool:
+    """Return whether a mixture's router gets an adapter: where PEFT takes it for the linear layer that it was."""
+    return method.target_modules == ["all-linear"] and experts.is_read_as_before
+
+
 def adapter_sizes(method: MethodConfig, shapes: Shapes) -> list[int]:
     """Return the elements of each trained parameter of one decoder layer."""
-    sizes = []
-    for linear in shapes.linears:
-        if adapted(method, linear):
-            sizes += [method.rank * linear.inputs, method.rank * linear.outputs]
-            sizes += [linear.outputs] if method.use_dora else []
+    sizes = [rows * columns for rows, columns in adapter_sides(method, shapes)]
+    if method.use_dora:
+        sizes += [linear.outputs for linear in shapes.linears if adapted(method, linear)]
     return sizes
 
 
@@ -71,6 +84,13 @@ def adapter_sides(method: MethodConfig, shapes: Shapes) -> list[tuple[int, int]]
     for linear in shapes.linears:
         if adapted(method, linear):
             sides += [(method.rank, linear.inputs), (linear.outputs, method.rank)]
+    experts = shapes.experts
+    if experts and adapts_router(method, experts):
+        sides += [(method.rank, shapes.hidden), (experts.count, method.rank)]
+    if experts and adapts_experts(method):
+        for stack in experts.stacks:
+            ranks = experts.count * experts.rank(stack, method.rank)
+            sides += [(ranks, stack.inputs), (stack.outputs, ranks)]
     return sides
 
 

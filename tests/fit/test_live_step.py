@@ -2,23 +2,29 @@
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.estimate import tape_of
 from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.shapes import shapes_of
-from lora_lab.options import Checkpointing, DataSource, DType, Quantization, Weights
+from lora_lab.fit.weights import adapter_sizes
+from lora_lab.options import Attention, Checkpointing, DataSource, DType, Quantization, Weights
 from lora_lab.worker.engines import chunked_loss
 from lora_lab.worker.models import load_architecture, load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),
+]
 ROWS, LENGTH = 2, 256
 SHAPES: dict[str, Any] = {
     "vocab_size": 512,
@@ -99,21 +105,101 @@ def said_peak(config: TrialConfig) -> int:
 
 
 LORA = MethodConfig(quantization=Quantization.none, rank=16)
-WIDE = {"head_dim": 128}
+NF4 = MethodConfig(quantization=Quantization.nf4, double_quantization=True, rank=16)
+MORE: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"head_dim": 128},
+    "gemma3_text": {"head_dim": 128},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 128, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 384,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 4},
+}
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("qwen3", WIDE), ("phi3", {}), ("gemma3_text", WIDE)])
-def test_the_peak_of_a_step_is_on_the_tape(family: str, more: dict[str, Any]) -> None:
-    config = trial(family, LORA, DType.bf16, **more)
+def of_family(family: str, method: MethodConfig) -> TrialConfig:
+    config = trial(family, method, DType.bf16, **MORE.get(family, {}))
+    config.attention = Attention.eager if family == "gemma2" else Attention.sdpa
+    return config
+
+
+@pytest.fixture
+def autocast_as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT asks whether autocast is on for cards; where it is not, it converts the inputs of 4-bit layers."""
+    on = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": on(kind))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"]
+)
+def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
+    config = of_family(family, LORA)
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gemma3_text", WIDE)])
-def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str, more: dict[str, Any]) -> None:
-    config = trial(family, LORA, DType.bf16, **more)
+def test_rows_beyond_a_sliding_window_have_a_mask() -> None:
+    config = trial("phi3", LORA, DType.bf16, sliding_window=128)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+    assert said_peak(config) > said_peak(trial("phi3", LORA, DType.bf16, sliding_window=None))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str) -> None:
+    config = of_family(family, LORA)
     config.gradient_checkpointing = Checkpointing.full
     config.engine.chunked_loss = True
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+
+
+@pytest.mark.parametrize(("family", "full"), [("mixtral", True), ("qwen3_moe", False)])
+def test_experts_in_4_bit_are_unpacked_layer_by_layer(autocast_as_on_a_card: None, family: str, full: bool) -> None:
+    config = of_family(family, NF4)
+    if full:
+        config.gradient_checkpointing = Checkpointing.full
+        config.engine.chunked_loss = True
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "full"),
+    [("llama", LORA, False), ("llama", NF4, True), ("phi3", NF4, False)],
+    ids=["lora", "qlora", "phi3"],
+)
+def test_doras_norms_take_the_whole_weight(
+    autocast_as_on_a_card: None, family: str, method: MethodConfig, full: bool
+) -> None:
+    config = of_family(family, replace(method, use_dora=True))
+    if full:
+        config.gradient_checkpointing = Checkpointing.full
+        config.engine.chunked_loss = True
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", *MORE, "phi3"])
+def test_every_weight_of_a_family_is_counted(family: str) -> None:
+    config = of_family(family, LORA)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_architecture(config.model))
+    assert shapes_of(config.model).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mixtral", LORA), ("qwen2_moe", LORA), ("qwen3_moe", NF4)],
+    ids=["mixtral", "qwen2_moe", "qwen3_moe"],
+)
+def test_every_adapter_of_a_mixture_is_counted(family: str, method: MethodConfig) -> None:
+    config = of_family(family, method)
+    model = load_model(config, load_architecture(config.model), torch.device("cpu"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shapes = shapes_of(config.model)
+    assert shapes.layers * sum(adapter_sizes(config.method, shapes)) == trained
 
 
 def test_the_logits_are_the_peak_of_a_large_vocabulary() -> None:
@@ -129,8 +215,7 @@ def test_in_fp32_norms_keep_the_stream_itself() -> None:
 
 def test_a_raised_stream_costs_wider_activations() -> None:
     """On a CPU PEFT converts the inputs of 4-bit layers as it does those of others; with a raised stream on both."""
-    nf4 = MethodConfig(quantization=Quantization.nf4, double_quantization=True, rank=16, raise_to_fp32=True)
-    config = trial("llama", nf4, DType.bf16)
+    config = trial("llama", replace(NF4, raise_to_fp32=True), DType.bf16)
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
 
 
