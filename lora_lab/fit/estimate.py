@@ -94,9 +94,11 @@ class Estimate:
 
     @cached_property
     def high(self) -> int:
-        """Return the upper end of the process' peak on a card that has plenty, where what is cached stays."""
+        """Return the upper end of the process' peak on a card that has plenty, where what is cached stays. It is never
+        more than for a larger trial that was measured."""
         taken = max(self.reserved, self.first)
-        return max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
+        own = max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
+        return min([own, *(estimate(larger, self.shapes).high for larger in larger_measured(self.config))])
 
     @property
     def _most_outside(self) -> float:

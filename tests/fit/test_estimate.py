@@ -65,8 +65,8 @@ def test_the_stored_errors_are_those_of_this_code(row: dict[str, Any]) -> None:
 
 
 def test_every_measured_process_is_within_its_interval() -> None:
-    asked = [row["within"] for row in ROWS if row["within"] is not None]
-    assert len(asked) >= 30
+    asked = [row["within"] for row in (*ROWS, *stored("fit_error")["trials"]) if row["within"] is not None]
+    assert len(asked) >= 100
     assert all(asked)
 
 
@@ -233,7 +233,11 @@ def test_advice_makes_it_fit_and_has_nothing_needless() -> None:
 def test_what_is_learnt_changes_last(gib: int, length: int) -> None:
     config = trial(model="llama3_1_8b", seq_len=length, checkpointing="none", optim="adamw_bnb_8bit")
     changes = advise(config, shapes_of(config.model), gib * GIB)
-    assert [change.override for change in changes] == ["engine=liger", "gradient_checkpointing=full"]
+    assert {change.override.partition("=")[0] for change in changes} <= {
+        "engine",
+        "engine.chunked_loss",
+        "gradient_checkpointing",
+    }
     assert said(changes[-1].config).verdict(gib * GIB) == FITS
 
 
@@ -268,12 +272,13 @@ def test_what_was_not_measured_widens_the_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "values"), [("rank", (2, 7, 8, 64, 72, 96)), ("seq_len", (64, 511, 512, 21848, 21888))]
+    ("setting", "values"), [("rank", (2, 7, 8, 128, 144, 192)), ("seq_len", (64, 511, 512, 32768, 32832))]
 )
 def test_a_smaller_trial_never_needs_more(setting: str, values: tuple[int, ...]) -> None:
     """Replays of nearly the same sizes differ by some MiB."""
     found = [said(trial(**{setting: value})) for value in values]
     for less, more in itertools.pairwise(found):
+        assert less.enough < more.enough + 20 * 2**20
         assert less.high < more.high + 20 * 2**20
         assert less.low < more.low + 20 * 2**20
     assert found[0].errors.above > found[2].errors.above < found[-1].errors.above
@@ -380,4 +385,9 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert f"80 GiB: {FITS}" in text
     assert f"24 GiB: {TOO_LARGE}" in text
     assert "engine=graph" in text
-    assert main(["--limits", *command]) == 2
+    assert "longest rows" not in text
+    assert main(["--table", "context", *command]) == 2
+    assert main(["--vram", "8", "--table", "context", "model=smollm2_135m", "engine=liger"]) == 0
+    table = capsys.readouterr().out
+    assert "graph" in table
+    assert "compile" in table

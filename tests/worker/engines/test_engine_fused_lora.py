@@ -58,7 +58,15 @@ def assert_same_as_pefts(model: Any, x: Tensor, kind: type) -> None:
     assert [type(m) for m in model.modules() if isinstance(m, kind)] == [kind]
     assert len(copies) == 2
     for one, other in zip(slopes(model, x, copies), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9 if x.dtype is torch.float64 else 1e-4, atol=1e-4)
+        # sums over hundreds of rows cancel: their rounding is that of the largest
+        close = (
+            {"rtol": 1e-9, "atol": 1e-4} if x.dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-5 * size_of(other)}
+        )
+        torch.testing.assert_close(one, other, **close)
+
+
+def size_of(tensor: Tensor) -> float:
+    return max(1.0, float(tensor.abs().max()))
 
 
 @settings(max_examples=40)
