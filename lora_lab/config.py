@@ -16,6 +16,7 @@ from lora_lab.options import (
     Isolation,
     ModelSource,
     OnSpike,
+    Plan,
     Quantization,
     Schedule,
     TrackingKind,
@@ -318,6 +319,11 @@ class TrialConfig:
     )
     first_pairs: int = setting(
         5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000
+    )
+    plan: Plan | None = setting(
+        None,
+        "fits: a sweep leaves out the points that certainly need more memory than the card has; all: everything runs",
+        effect=Effect.none,
     )
     resume: bool = setting(
         False,

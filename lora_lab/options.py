@@ -137,6 +137,15 @@ class Isolation(Enum):
     inline = "inline"
 
 
+class Plan(Enum):
+    """What happens to a trial that certainly needs more memory than its card has."""
+
+    all = "all"
+    """It runs all the same."""
+    fits = "fits"
+    """It does not run."""
+
+
 class Schedule(Enum):
     """Course of the learning rate over a job, after its warm-up."""
 

@@ -192,6 +192,8 @@ _ALL = (
     Metric("time/waiting_seconds", "waiting for the device", "s", "{:.1f}"),
     Metric("overhead/before_first_step_seconds", "overhead before the first step", "s", "{:.2f}", _LOWER),
     Metric("host/peak_gib", "host memory, worker's peak", "GiB", "{:.2f}", _LOWER),
+    Metric("estimate/low_gib", "estimated memory, at least", "GiB", "{:.2f}"),
+    Metric("estimate/high_gib", "estimated memory, at most", "GiB", "{:.2f}"),
     Metric("out_of_memory/asked_gib", "allocation that failed", "GiB", "{:.2f}"),
     Metric("out_of_memory/peak_allocated_gib", "torch's peak when memory ran out", "GiB", "{:.2f}"),
     Metric("out_of_memory/peak_device_gib", "card's peak when memory ran out", "GiB", "{:.2f}"),
