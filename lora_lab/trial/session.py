@@ -280,11 +280,11 @@ def _measure(state: TrialState) -> End:
 
     Raises: KeyboardInterrupt."""
     config, placement, member = state.request.config, state.placement, state.request.member
+    if member is not None and member.too_large is not None:
+        state.seen.metrics |= member.too_large.metrics
+        return End(outcome=Outcome.predicted_out_of_memory, reason=member.too_large.reason)
     try:
         check_capable(config, placement)
-        if member is not None and member.too_large is not None:
-            state.seen.metrics |= member.too_large.metrics
-            return End(outcome=Outcome.predicted_out_of_memory, reason=member.too_large.reason)
         with state.display, _device(state), state.sampler:
             end = worker_process.run_workers(
                 replace(config, resume=state.request.resumed is not None),
