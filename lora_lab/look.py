@@ -1,6 +1,10 @@
 """Result of checking a trial before it runs."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_lab.worker.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9,3 +13,5 @@ class Look:
 
     faults: tuple[str, ...] = ()
     """Faults for which the trial would be refused."""
+    work: "Workload | None" = None
+    """The trial's work, for a forecast; None unless it was asked for and can be counted."""

@@ -24,9 +24,9 @@ from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput
+from lora_lab.forecast.display import in_one_line
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
-from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
@@ -37,16 +37,18 @@ from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
-from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder, outlines
+from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.checks import CHECK_LOG, check_new, check_points
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
+from lora_lab.sweep.forecasting import forecast_of
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
+from lora_lab.worker.workload import Workload
 
 
 @dataclass
@@ -118,23 +120,24 @@ class Grid(Sweeper):
         found = self._earlier(points, memory, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
+            works: dict[str, Workload] = {}
             if found:
                 trials = found[1]
             else:
-                check_new(points, new)
+                works = check_new(points, new)
                 memory = judged(points)
                 trials = memory.once(_first_trials(points))
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
             pending = _pending(folder, trials, memory)
             if found:
-                check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
+                works = check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
-            here = {point.conditions["device"] for point in points}
-            earlier = [outline for outline in outlines(MULTIRUN) if outline["device"] in here]
             show_judged(memory, trials)
-            show_forecast(folder.path, trials, pending, earlier)
+            to_run = [trial for trial in pending if trial.point not in memory.too_large]
+            forecast = in_one_line(forecast_of(points, to_run, works))
+            show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             self._write_plan(folder, trials, points, arguments, None)
             code = self._launch(folder, pending, store, memory) if pending else 0
             self._finish(folder, trials, store, code)

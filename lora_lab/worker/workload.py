@@ -11,6 +11,7 @@ from lora_lab.options import DataSource
 
 if TYPE_CHECKING:
     from lora_lab.worker.data import Collator, Example
+    from lora_lab.worker.examples import Examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +84,39 @@ def workload(config: TrialConfig) -> Workload:
     """Read and tokenise the rows as the trial would, and plan it. No weights are loaded, and no device is used.
 
     Raises: InvalidInput."""
-    from lora_lab.worker.answers import answers_asked, questions
     from lora_lab.worker.check import checked_examples
-    from lora_lab.worker.data import Collator, train_collator
-    from lora_lab.worker.general_text import general_examples, general_rows
-    from lora_lab.worker.job_plan import plan_job
-    from lora_lab.worker.models import load_architecture, load_tokenizer
-    from lora_lab.worker.stages.data_loading import counted
+    from lora_lab.worker.models import load_architecture
 
     architecture = load_architecture(config.model)
     examples, padding = checked_examples(config, architecture)
+    general = general_of(config, architecture)
+    return work_on(config, model_facts(config, architecture), examples, padding, general)
+
+
+def general_of(config: TrialConfig, architecture: Any) -> "list[Example]":
+    """Return the general text that is evaluated before and after; none where that was not asked for."""
+    from lora_lab.worker.general_text import general_examples, general_rows
+    from lora_lab.worker.models import load_tokenizer
+
+    if not general_rows(config):
+        return []
+    return general_examples(config, load_tokenizer(config.model), architecture.get_text_config().vocab_size)
+
+
+def work_on(
+    config: TrialConfig, model: ModelFacts, examples: "Examples", padding: int, general: "list[Example]"
+) -> Workload:
+    """Plan the work on rows that are tokens already.
+
+    Args:
+        padding: the token that rows are padded with.
+
+    Raises: InvalidInput."""
+    from lora_lab.worker.answers import answers_asked, questions
+    from lora_lab.worker.data import Collator, train_collator
+    from lora_lab.worker.job_plan import plan_job
+    from lora_lab.worker.stages.data_loading import counted
+
     order = list(examples.train)
     random.Random(config.seed).shuffle(order)
     steps, steps_per_epoch, evaluations, checkpoints = _window(config, len(order))
@@ -102,14 +126,10 @@ def workload(config: TrialConfig) -> Workload:
         evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
         checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
     heldout = examples.heldout[: config.measure.eval_rows]
-    general = []
-    if general_rows(config):
-        vocabulary = architecture.get_text_config().vocab_size
-        general = general_examples(config, load_tokenizer(config.model), vocabulary)
     as_evaluated = Collator(pad_id=padding)
     asked = 0 if config.data.source is DataSource.random_tokens else answers_asked(config)
     return Workload(
-        model=model_facts(config, architecture),
+        model=model,
         data=counted(examples, config.seq_len),
         epoch=_batches(order, config.batch_size, train_collator(config, padding), whole=True),
         steps=steps,

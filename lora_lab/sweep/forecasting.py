@@ -1,0 +1,49 @@
+"""Say what a sweep's trials will take, from what is known before it starts."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_lab.config import TrialConfig
+from lora_lab.forecast.total import Asked, Total, speeds_of, total
+from lora_lab.outcome import Outcome
+from lora_lab.paths import MULTIRUN
+from lora_lab.store.sweep_folder import Planned, outlines
+from lora_lab.sweep.plan import GridPoint
+from lora_lab.telemetry.nvml import Card
+from lora_lab.trial.devices import choose_placement
+from lora_lab.worker.workload import Workload
+
+
+def rates_known(config: TrialConfig) -> bool:
+    """Return whether the rates of a trial's card were measured here before."""
+    card = _card(config)
+    return card is not None and speeds_of(config, card) is not None
+
+
+def forecast_of(points: Sequence[GridPoint], pending: Sequence[Planned], works: Mapping[str, Workload]) -> Total:
+    """Forecast the trials that are pending.
+
+    Args:
+        works: the work of points, by their digests, as far as it was counted.
+    """
+    counts = Counter(trial.point for trial in pending)
+    ran: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for outline in outlines(MULTIRUN) if counts else []:
+        if outline["outcome"] == Outcome.finished.value:
+            ran.setdefault((outline["point"], outline["device"]), []).append(outline)
+    return total(
+        Asked(
+            config=point.config,
+            count=counts[point.digest],
+            card=_card(point.config),
+            earlier=ran.get((point.digest, point.conditions["device"]), ()),
+            work=works.get(point.digest),
+        )
+        for point in points
+        if point.digest in counts
+    )
+
+
+def _card(config: TrialConfig) -> Card | None:
+    return next(iter(choose_placement(config.device).cards), None)

@@ -1,0 +1,48 @@
+"""Count the work of a sweep's points before they run; points that share a model or rows share what that takes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.outcome import Unsupported
+from lora_lab.worker.examples import Examples
+from lora_lab.worker.models import load_architecture
+from lora_lab.worker.workload import ModelFacts, Workload, general_of, model_facts, work_on
+
+_MICRO_BATCHES = 500
+"""Of an epoch are kept, in their random order: enough for the mean time of a step."""
+
+
+class Works:
+    """Counts the work of one config after the other."""
+
+    def __init__(self) -> None:
+        self._architectures: dict[str, Any] = {}
+        self._models: dict[str, ModelFacts] = {}
+
+    def of(self, config: TrialConfig, examples_of: Callable[[TrialConfig], tuple[Examples, int]]) -> Workload | None:
+        """Return the work, with a part of the epoch's micro-batches; None where it cannot be counted.
+
+        Args:
+            examples_of: gives a config's examples, and the token that rows are padded with.
+        """
+        try:
+            architecture = self._architecture(config)
+            examples, padding = examples_of(config)
+            work = work_on(config, self._model(config), examples, padding, general_of(config, architecture))
+        except (InvalidInput, Unsupported, OSError, RuntimeError):
+            return None
+        return replace(work, epoch=work.epoch[:_MICRO_BATCHES])
+
+    def _architecture(self, config: TrialConfig) -> Any:
+        key = str(config.model)
+        if key not in self._architectures:
+            self._architectures[key] = load_architecture(config.model)
+        return self._architectures[key]
+
+    def _model(self, config: TrialConfig) -> ModelFacts:
+        key = f"{config.model} {config.method} {config.precision} {config.attention}"
+        if key not in self._models:
+            self._models[key] = model_facts(config, self._architecture(config))
+        return self._models[key]
