@@ -1,10 +1,8 @@
 """Result of checking a trial before it runs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,5 +11,5 @@ class Look:
 
     faults: tuple[str, ...] = ()
     """Faults for which the trial would be refused."""
-    work: "Workload | None" = None
+    work: Workload | None = None
     """The trial's work, for a forecast; None unless it was asked for and can be counted."""

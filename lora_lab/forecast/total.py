@@ -17,7 +17,7 @@ from lora_lab.matmul_cache import known_rate
 from lora_lab.memory_cache import known_bytes
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
 from lora_lab.telemetry.nvml import Card
-from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 EARLIER, RATES = "from earlier trials", "from the card's rates"
 """The sources, best first."""

@@ -11,7 +11,7 @@ from lora_lab.sweep.forecasting import rates_known
 from lora_lab.sweep.plan import GridPoint
 from lora_lab.sweep.points import conditions_here, raise_faults
 from lora_lab.trial import worker_process
-from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 CHECK_LOG = "check.log"
 

@@ -12,7 +12,7 @@ from lora_lab.store.sweep_folder import Planned, outlines
 from lora_lab.sweep.plan import GridPoint
 from lora_lab.telemetry.nvml import Card
 from lora_lab.trial.devices import choose_placement
-from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 
 def rates_known(config: TrialConfig) -> bool:

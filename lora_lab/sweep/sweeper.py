@@ -48,7 +48,7 @@ from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
-from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 
 @dataclass

@@ -9,6 +9,7 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.look import Look
 from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
+from lora_lab.work import Workload
 from lora_lab.worker.examples import Examples, check_token_ids, pad_id
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.loading import load_examples
@@ -50,7 +51,7 @@ Tokenised = Callable[[TrialConfig], tuple[Examples, int]]
 
 
 def check_trials(
-    configs: list[TrialConfig], work_of: Callable[[TrialConfig, Tokenised], Any] | None = None
+    configs: list[TrialConfig], work_of: Callable[[TrialConfig, Tokenised], Workload | None] | None = None
 ) -> Iterator[Look]:
     """Look at many trials before the first of them starts; nothing is loaded onto a device.
 

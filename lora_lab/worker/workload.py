@@ -2,82 +2,16 @@
 imports at the top need no torch: the parent has them too."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, MatmulRate, ModelCounted
 from lora_lab.options import DataSource
+from lora_lab.work import MicroBatch, ModelFacts, Workload
 
 if TYPE_CHECKING:
     from lora_lab.worker.data import Collator, Example
     from lora_lab.worker.examples import Examples
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The size of one micro-batch."""
-
-    rows: int
-    width: int
-    """Slots of each row: tokens and padding."""
-    real: int
-    trained: int
-    attended: int
-    """Sum of the squares of the documents' lengths in tokens."""
-
-    @property
-    def slots(self) -> int:
-        """Return rows x width."""
-        return self.rows * self.width
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a model's time follows from, counted on the meta device."""
-
-    counted: ModelCounted | None
-    """None where the model multiplies in a way that is not known."""
-    layers: int
-    linears: int
-    """Frozen linear layers inside the decoder layers."""
-    widths: int
-    """Their inputs and outputs added up."""
-    matrices: int
-    """Trained matrices."""
-    hidden: int
-    vocabulary: int
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The work of one trial."""
-
-    model: ModelFacts
-    data: DataCounted
-    epoch: list[MicroBatch]
-    """The micro-batches of one epoch, in a random order like those of training."""
-    steps: int
-    """Optimizer steps, of a window with its warm-up."""
-    steps_per_epoch: int
-    evaluations: int
-    """Between the first step and the last."""
-    checkpoints: int
-    heldout: list[MicroBatch]
-    """Of one evaluation."""
-    general: list[MicroBatch]
-    """Of the general text, which is evaluated before and after."""
-    answers: int
-    """Answers that are written: each prompt by the base and by the tuned model."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRates:
-    """How fast the device is, measured once and cached."""
-
-    matmul: MatmulRate
-    bytes_per_second: float
-    """Read and written by a copy in the device's memory."""
 
 
 def workload(config: TrialConfig) -> Workload:

@@ -6,9 +6,10 @@ from typing import Any
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.outcome import Unsupported
+from lora_lab.work import ModelFacts, Workload
 from lora_lab.worker.examples import Examples
 from lora_lab.worker.models import load_architecture
-from lora_lab.worker.workload import ModelFacts, Workload, general_of, model_facts, work_on
+from lora_lab.worker.workload import general_of, model_facts, work_on
 
 _MICRO_BATCHES = 500
 """Of an epoch are kept, in their random order: enough for the mean time of a step."""
