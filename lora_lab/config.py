@@ -288,6 +288,12 @@ class TrialConfig:
     vram_limit_gib: float | None = setting(
         None, "emulate a card with this much memory on a larger one; see capacity", above=0, most=10**6
     )
+    plan: Plan | None = setting(
+        None,
+        "what runs of what certainly does not fit the card: all, or fits (nothing of it); by default a single trial of "
+        "that kind is refused, and a sweep runs everything",
+        effect=Effect.none,
+    )
     timeout_minutes: float | None = setting(
         None,
         "end a trial that takes longer, with outcome timed_out; not with isolation=inline",
@@ -319,11 +325,6 @@ class TrialConfig:
     )
     first_pairs: int = setting(
         5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000
-    )
-    plan: Plan | None = setting(
-        None,
-        "fits: a sweep leaves out the points that certainly need more memory than the card has; all: everything runs",
-        effect=Effect.none,
     )
     resume: bool = setting(
         False,

@@ -52,7 +52,7 @@ def known_rate(card: str, torch: str, dtype: str) -> float | None:
     because a process without torch does not know it, and one version of torch is built for one of CUDA."""
     for file in cache_folder().glob("matmul-rate-*.json"):
         stored = read_json(file)
-        with contextlib.suppress(KeyError, TypeError):
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # a damaged file
             key = RateKey(**stored["key"])
             if key.is_of(card, torch) and key.dtype == dtype and (rate := load_rate(key)) is not None:
                 return rate.flops_per_second

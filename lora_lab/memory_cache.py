@@ -25,7 +25,7 @@ def known_bytes(card: str, torch: str) -> float | None:
     """Return the bytes per second stored for a card; None when there are none. See `known_rate`."""
     for file in cache_folder().glob("memory-rate-*.json"):
         stored = read_json(file)
-        with contextlib.suppress(KeyError, TypeError):
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # a damaged file
             key = RateKey(**stored["key"])
             if key.is_of(card, torch) and (rate := load_bytes(key)) is not None:
                 return rate

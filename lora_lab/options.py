@@ -138,12 +138,10 @@ class Isolation(Enum):
 
 
 class Plan(Enum):
-    """What happens to a trial that certainly needs more memory than its card has."""
+    """Whether a trial runs that certainly does not fit its card, by lora_lab.fit."""
 
     all = "all"
-    """It runs all the same."""
     fits = "fits"
-    """It does not run."""
 
 
 class Schedule(Enum):

@@ -65,7 +65,7 @@ def _money(cost: Range) -> str:
 def in_one_line(found: Total) -> str:
     """Return what many trials will take, and where that is from."""
     named = sum(found.points.values())
-    parts = [f"{number} points {source}" for source, number in found.points.items()]
+    parts = [f"{number} point{'' if number == 1 else 's'} {source}" for source, number in found.points.items()]
     parts += [f"{number} unknown ({why})" for why, number in found.unknown.items()]
     if not named:
         return f"time: {', '.join(parts)}"

@@ -12,14 +12,15 @@ from lora_lab.config import TrialConfig
 from lora_lab.forecast.estimate import Range, forecast, mean_step
 from lora_lab.forecast.fitted import constants
 from lora_lab.forecast.roofline import Roofline, Speeds
-from lora_lab.forecast.sources import between, of_rates
+from lora_lab.forecast.sources import between, half_of, of_rates, of_trials, same_settings
 from lora_lab.matmul_cache import known_rate
 from lora_lab.memory_cache import known_bytes
+from lora_lab.store.trials import Trial
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
 from lora_lab.telemetry.nvml import Card
 from lora_lab.work import Workload
 
-EARLIER, RATES = "from earlier trials", "from the card's rates"
+EARLIER, ALIKE, RATES = "from earlier trials", "from trials of the same settings", "from the card's rates"
 """The sources, best first."""
 
 _TRAINING = ("warm_up", "window", "evaluation", "evaluation_before", "evaluation_after")
@@ -36,6 +37,8 @@ class Asked:
     card: Card | None
     earlier: Sequence[Mapping[str, Any]]
     """Outlines of this point's finished trials on this device."""
+    others: Sequence[Trial]
+    """Other trials, among which some may have the same settings and other rows or another length."""
     work: Workload | None
 
 
@@ -123,7 +126,8 @@ def _joules(trial: Mapping[str, Any], card: Card | None) -> float | None:
 
 
 def _of_rates(point: Asked) -> _One | str:
-    """Return what the card's rates say, or why they say nothing."""
+    """Return what the card's rates say, scaled by trials of the same settings where there are some; or why they say
+    nothing."""
     config, card, work = point.config, point.card, point.work
     if card is None:
         return "no trial of theirs has finished here before, and on a CPU nothing else tells"
@@ -134,7 +138,12 @@ def _of_rates(point: Asked) -> _One | str:
         return "their work cannot be counted"
     found = constants()
     roofline = Roofline(config, work.model, speeds, found.constants)
-    measured = any(kind in card.name for kind in found.cards)
-    source = of_rates(mean_step(config, work, roofline), found, card.name, measured, is_cpu=False)
+    step, alike = mean_step(config, work, roofline), same_settings(point.others, config, card.name)
+    if alike:
+        half = max(half_of(found.stored, step), half_of(found.probe, step))
+        source = of_trials(alike, roofline, config, ALIKE, between(half, len(alike)))
+    else:
+        measured = any(kind in card.name for kind in found.cards)
+        source = of_rates(step, found, card.name, measured, is_cpu=False)
     made = forecast(config, work, roofline, source, found.power, card.limit_watts())
-    return _One(RATES, made.seconds, made.kwh)
+    return _One(ALIKE if alike else RATES, made.seconds, made.kwh)

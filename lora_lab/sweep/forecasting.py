@@ -9,6 +9,7 @@ from lora_lab.forecast.total import Asked, Total, speeds_of, total
 from lora_lab.outcome import Outcome
 from lora_lab.paths import MULTIRUN
 from lora_lab.store.sweep_folder import Planned, outlines
+from lora_lab.store.trials import Trial
 from lora_lab.sweep.plan import GridPoint
 from lora_lab.telemetry.nvml import Card
 from lora_lab.trial.devices import choose_placement
@@ -28,20 +29,36 @@ def forecast_of(points: Sequence[GridPoint], pending: Sequence[Planned], works: 
         works: the work of points, by their digests, as far as it was counted.
     """
     counts = Counter(trial.point for trial in pending)
+    finished = [each for each in outlines(MULTIRUN) if each["outcome"] == Outcome.finished.value] if counts else []
     ran: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for outline in outlines(MULTIRUN) if counts else []:
-        if outline["outcome"] == Outcome.finished.value:
-            ran.setdefault((outline["point"], outline["device"]), []).append(outline)
+    for outline in finished:
+        ran.setdefault((outline["point"], outline["device"]), []).append(outline)
+    others = [_trial(outline) for outline in finished]
     return total(
         Asked(
             config=point.config,
             count=counts[point.digest],
             card=_card(point.config),
             earlier=ran.get((point.digest, point.conditions["device"]), ()),
+            others=others,
             work=works.get(point.digest),
         )
         for point in points
         if point.digest in counts
+    )
+
+
+def _trial(outline: Mapping[str, Any]) -> Trial:
+    """Return a trial as the forecast compares its settings."""
+    return Trial(
+        run_id="",
+        name=outline["name"],
+        sweep=None,
+        outcome=outline["outcome"],
+        params=outline["params"],
+        metrics=outline["metrics"],
+        tags=outline["tags"] | {"device": outline["device"]},
+        started_ms=0,
     )
 
 

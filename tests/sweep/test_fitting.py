@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Said, lab_in, records_in, with_fakes
+from planted_rates import plant_rates
 
 from lora_lab.config import TrialConfig
 from lora_lab.store.sweep_folder import Planned, TooLarge
@@ -22,7 +23,7 @@ AS_PLANNED = {(ENOUGH, "unsupported"): 2, (SCARCE, "predicted_out_of_memory"): 1
 
 def run(folder: Path, *arguments: str) -> Said:
     card = {"PYTHONPATH": with_fakes(), "CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CAPABILITY": "7.5"}
-    return lab_in(folder)(*arguments, **card)
+    return lab_in(folder)(*arguments, XDG_CACHE_HOME=str(folder / "cache"), **card)
 
 
 def ends(records: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
@@ -44,6 +45,9 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("only what fits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        plant_rates(1e14, 1e12)
     first = run(folder, *POINTS, "plan=fits")
     after_first = records_in(folder)
     again = run(folder, *POINTS, "plan=fits", "resume=true")
@@ -70,6 +74,13 @@ def test_what_certainly_does_not_fit_is_recorded_once_and_nothing_of_it_is_begun
 def test_the_start_says_what_is_tried_and_what_is_not(story: Story) -> None:
     assert "1 fit, 0 doubtful and tried, 1 skipped" in story.first.out
     assert "skipped: vram_limit_gib=0.3:" in story.first.out
+
+
+def test_the_start_says_time_and_energy_of_what_is_tried_alone(story: Story) -> None:
+    [line] = [line for line in story.first.out.splitlines() if line.startswith("time:")]
+    assert "1 point from the card's rates" in line
+    assert "kWh" in line, "the fake card says how much it may draw"
+    assert "unknown" not in line
 
 
 def test_a_resume_with_the_same_plan_skips_without_another_record(story: Story) -> None:
