@@ -130,10 +130,10 @@ def _of_rates(point: Asked) -> _One | str:
     nothing."""
     config, card, work = point.config, point.card, point.work
     if card is None:
-        return "no trial of theirs has finished here before, and on a CPU nothing else tells"
+        return "none has finished here before, and on a CPU nothing else tells"
     speeds = speeds_of(config, card)
     if speeds is None:
-        return "no trial of theirs has finished here before, and `lora-lab forecast` has not measured the card's rates"
+        return "none has finished here before, and `lora-lab forecast` has not measured the card's rates"
     if work is None or work.model.counted is None:
         return "their work cannot be counted"
     found = constants()
