@@ -127,6 +127,7 @@ class Grid(Sweeper):
                 works = check_new(points, new)
                 memory = judged(points)
                 trials = memory.once(_first_trials(points))
+            show_judged(memory, trials)
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
             pending = _pending(folder, trials, memory)
@@ -134,7 +135,6 @@ class Grid(Sweeper):
                 works = check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
-            show_judged(memory, trials)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
             forecast = in_one_line(forecast_of(points, to_run, works))
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)

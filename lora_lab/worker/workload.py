@@ -38,12 +38,18 @@ def general_of(config: TrialConfig, architecture: Any) -> "list[Example]":
 
 
 def work_on(
-    config: TrialConfig, model: ModelFacts, examples: "Examples", padding: int, general: "list[Example]"
+    config: TrialConfig,
+    model: ModelFacts,
+    examples: "Examples",
+    padding: int,
+    general: "list[Example]",
+    most: int | None = None,
 ) -> Workload:
     """Plan the work on rows that are tokens already.
 
     Args:
         padding: the token that rows are padded with.
+        most: how many of the epoch's micro-batches are laid out, the first of their random order; None for all.
 
     Raises: InvalidInput."""
     from lora_lab.worker.answers import answers_asked, questions
@@ -51,7 +57,7 @@ def work_on(
     from lora_lab.worker.job_plan import plan_job
     from lora_lab.worker.stages.data_loading import counted
 
-    order = list(examples.train)
+    order = list(range(len(examples.train)))
     random.Random(config.seed).shuffle(order)
     steps, steps_per_epoch, evaluations, checkpoints = _window(config, len(order))
     if config.train.is_job:
@@ -59,13 +65,14 @@ def work_on(
         steps, steps_per_epoch = plan.steps, plan.steps_per_epoch
         evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
         checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
+    rows = [examples.train[place] for place in order[: None if most is None else most * config.batch_size]]
     heldout = examples.heldout[: config.measure.eval_rows]
     as_evaluated = Collator(pad_id=padding)
     asked = 0 if config.data.source is DataSource.random_tokens else answers_asked(config)
     return Workload(
         model=model,
         data=counted(examples, config.seq_len),
-        epoch=_batches(order, config.batch_size, train_collator(config, padding), whole=True),
+        epoch=_batches(rows, config.batch_size, train_collator(config, padding), whole=True),
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         evaluations=evaluations if heldout else 0,

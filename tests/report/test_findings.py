@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 from rich.console import Console
 
+from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
