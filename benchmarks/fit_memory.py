@@ -1,6 +1,6 @@
 """Measure the memory of many short trials on one card, next to what lora_lab.fit says of each.
 
-    python -m benchmarks.fit_memory OUT [--seconds 530] [--at-once 6] [--have FILE ...] [--only WORD] [--rehearse]
+    python -m benchmarks.fit_memory OUT [--seconds 530] [--at-once 12] [--have FILE ...] [--only WORD] [--rehearse]
 
 Writes OUT/fit_memory.json after every trial. A later call goes on with what earlier files (--have) do not have; one
 that failed is tried again. Trials run several at a time, each in a worker of its own, as long as their estimates
@@ -13,6 +13,7 @@ the tiny model on the CPU.
 import argparse
 import json
 import multiprocessing
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,7 @@ def said(found: Estimate) -> dict[str, Any]:
         "least": found.least,
         "libraries": found.libraries.size,
         "low": found.low,
+        "enough": found.enough,
         "high": found.high,
         "unlike": list(found.errors.reasons),
     }
@@ -108,7 +110,7 @@ def planned_edges(listed: dict[str, list[str]]) -> Iterator[Case]:
     """Yield each trial on the whole card, and within an emulated capacity at each end of its interval."""
     for case in planned(listed):
         yield case
-        for end, size in (("high", case.said.high), ("low", case.said.low)):
+        for end, size in (("enough", case.said.enough), ("low", case.said.low)):
             limited = replace(case.config, vram_limit_gib=round(size / GIB, 3))
             yield replace(case, name=f"{case.name} {end}", config=limited)
 
@@ -116,12 +118,12 @@ def planned_edges(listed: dict[str, list[str]]) -> Iterator[Case]:
 class Run:
     """Runs trials until they are done or the time is over."""
 
-    def __init__(self, out: Path, device: str, seconds: float, trials: dict[str, Any]) -> None:
-        self._file, self._device = out / "fit_memory.json", device
+    def __init__(self, file: Path, device: str, seconds: float, trials: dict[str, Any], **more: Any) -> None:
+        self._file, self._device = file, device
         self._due = time.monotonic() + seconds
         placement = choose_placement(device)
         self._room = _ROOM * placement.cards[0].total_bytes if placement.cards else float("inf")
-        self._content = {"origin": {**environment(), **device_facts(placement)}, "trials": trials}
+        self._content = {"origin": {**environment(), **device_facts(placement)}, "trials": trials, **more}
 
     def go(self, planned: Iterator[Case], at_once: int) -> None:
         """Run the trials that are not done, a limited number at a time, until the time is over."""
@@ -173,9 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=530.0)
-    parser.add_argument("--at-once", type=int, default=6)
+    parser.add_argument("--at-once", type=int, default=12)
     parser.add_argument("--have", type=Path, nargs="*", default=[])
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="a regular expression: trials whose names have a match")
     parser.add_argument("--rehearse", action="store_true")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -183,10 +185,10 @@ def main() -> None:
     trials = earlier([*asked.have, *([own] if own.is_file() else [])])
     if asked.rehearse:
         tiny = {f"tiny {length}": ["model=tiny", *COMMON, f"seq_len={length}"] for length in (32, 64)}
-        Run(asked.out, "cpu", asked.seconds, trials).go(planned(tiny), at_once=1)
+        Run(own, "cpu", asked.seconds, trials).go(planned(tiny), at_once=1)
         return
-    shared, alone = ({k: v for k, v in listed.items() if asked.only in k} for listed in (cases(), edges()))
-    run = Run(asked.out, "auto", asked.seconds, trials)
+    shared, alone = ({k: v for k, v in listed.items() if re.search(asked.only, k)} for listed in (cases(), edges()))
+    run = Run(own, "auto", asked.seconds, trials)
     run.go(planned(shared), asked.at_once)
     run.go(planned_edges(alone), at_once=1)
     print(

@@ -1,12 +1,12 @@
-"""Ask fitcheck-llm for the same trials that lora_lab.fit is compared with.
+"""Ask fitcheck-llm and accelerate for the trials of benchmarks.fit_memory that they know something of.
 
     pip install --no-deps fitcheck-llm==0.3.1
     python -m benchmarks.fit_others benchmarks/results
 
-Writes fit_others.json. It models plain training alone, so only engine=eager is asked, without raised embeddings, and
-optimizers that it knows. What it is compared with is the worker's process; where the driver did not list that, what
-the allocator took and the context and libraries of other trials on such a card. accelerate's estimate-memory is not
-asked: it knows neither adapters nor activations.
+Writes fit_others.json. fitcheck-llm models plain training alone, so only engine=eager is asked, with the optimizers and
+settings that it knows. accelerate knows neither adapters nor activations: it says what weights take in 4 bit, and what
+full training takes in 16 bit. Both are compared with what torch took in training and what context and libraries take
+on such a card.
 """
 
 import importlib
@@ -14,13 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fit_error import SETTINGS, config_of, errors
+from benchmarks.compose import compose
+from benchmarks.fit_cases import cases
+from benchmarks.fit_error import errors
 from benchmarks.reports import markdown, stored
+from lora_lab.config import TrialConfig
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, estimate
 from lora_lab.fit.shapes import Shapes, shapes_of
+from lora_lab.options import Batching, Checkpointing, EngineKind, Quantization
 
-_LIBRARIES_GIB = 0.75
 _OPTIMIZERS = {
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -32,26 +35,41 @@ _OPTIMIZERS = {
 def main() -> None:
     out = Path(sys.argv[1])
     fitcheck: Any = importlib.import_module("fitcheck")
-    rows = []
-    for row in stored("fit_error")["rows"]:
-        if row["engine"] != "eager" or row["raised"] or row["optim"] not in _OPTIMIZERS or not row["reserved_gib"]:
+    rows, listed = [], cases()
+    for row in stored("fit_error")["trials"]:
+        config = compose(listed[row["case"]])
+        if not _is_known(config):
             continue
-        config = config_of(**{key: row[key] for key in SETTINGS})
         shapes = shapes_of(config.model)
-        measured = row["process_gib"] or row["reserved_gib"] + _LIBRARIES_GIB
-        theirs = _theirs(fitcheck, row, shapes) / 1024
-        ours = estimate(config, shapes).card / GIB
-        named = {key: row[key] for key in SETTINGS}
-        found = {"measured_gib": round(measured, 3), "fitcheck_gib": round(theirs, 3), "fit_gib": round(ours, 3)}
-        rows.append({**named, **found})
+        said = estimate(config, shapes)
+        measured = said.reserved / (1 + row["reserved_error"] / 100) + said.libraries.size
+        found = {
+            "measured": measured,
+            "fit": said.card,
+            "fitcheck": _fitcheck(fitcheck, row["case"], config, shapes) * 2**20,
+            "accelerate": _accelerate(config, shapes),
+        }
+        rows.append({"case": row["case"]} | {f"{name}_gib": round(size / GIB, 3) for name, size in found.items()})
     write_json(out / "fit_others.json", {"fitcheck": fitcheck.__version__, "rows": rows})
     print(table())
 
 
-def _theirs(fitcheck: Any, row: dict[str, Any], shapes: Shapes) -> float:
+def _is_known(config: TrialConfig) -> bool:
+    method = config.method
+    return (
+        config.engine.kind is EngineKind.eager
+        and not config.engine.chunked_loss
+        and config.optimizer.optim in _OPTIMIZERS
+        and config.gradient_checkpointing in (Checkpointing.none, Checkpointing.full)
+        and config.data.batching is not Batching.packed
+        and not (method.use_dora or method.dropout or method.raise_to_fp32)
+    )
+
+
+def _fitcheck(fitcheck: Any, name: str, config: TrialConfig, shapes: Shapes) -> float:
     """Return fitcheck's MiB on the card."""
     model = fitcheck.ModelConfig(
-        name=row["model"],
+        name=name.split()[0],
         num_params=shapes.parameters,
         hidden_size=shapes.hidden,
         num_layers=shapes.layers,
@@ -62,29 +80,44 @@ def _theirs(fitcheck: Any, row: dict[str, Any], shapes: Shapes) -> float:
         head_dim=shapes.head_size,
         tie_word_embeddings=shapes.is_tied,
     )
+    quantised = config.method.quantization is not Quantization.none
+    targets = config.method.target_modules
     training = fitcheck.TrainingConfig(
-        precision=row["precision"],
-        quantization="nf4" if row["quantised"] else "none",
-        double_quant=row["quantised"],
-        optimizer=_OPTIMIZERS[row["optim"]],
-        batch_size=row["batch_size"],
-        seq_len=row["seq_len"],
-        lora_rank=row["rank"],
-        lora_targets=[linear.name for linear in shapes.linears],
-        grad_checkpoint=row["checkpointing"] != "none",
+        precision=config.precision.dtype.name,
+        quantization="nf4" if quantised else "none",
+        double_quant=quantised,
+        optimizer=_OPTIMIZERS[str(config.optimizer.optim)],
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        lora_rank=config.method.rank,
+        lora_targets=[linear.name for linear in shapes.linears] if targets == ["all-linear"] else targets,
+        grad_checkpoint=config.gradient_checkpointing is Checkpointing.full,
         flash_attn=True,
     )
     return float(fitcheck.estimate(model, training, fitcheck.get_gpu("h200")).total_mib)
+
+
+def _accelerate(config: TrialConfig, shapes: Shapes) -> float:
+    """Return what `accelerate estimate-memory` says in bytes: of 4-bit weights their size, and otherwise of training in
+    16 bit."""
+    from accelerate.commands.estimate import estimate_training_usage  # it imports torch, and table() needs none
+
+    whole = 4 * shapes.parameters
+    if config.method.quantization is not Quantization.none:
+        return whole / 8
+    return float(max(estimate_training_usage(whole, "bfloat16").values()))
 
 
 def table() -> str:
     """Return docs/fit.md's comparison, from the stored answers."""
     content = stored("fit_others")
     lines = []
-    for name, key in (("`lora-lab fit`", "fit_gib"), (f"fitcheck-llm {content['fitcheck']}", "fitcheck_gib")):
-        found = [100 * (row[key] / row["measured_gib"] - 1) for row in content["rows"]]
+    asked = {"fit": "`lora-lab fit`", "fitcheck": f"fitcheck-llm {content['fitcheck']}"}
+    asked["accelerate"] = "accelerate estimate-memory"
+    for key, name in asked.items():
+        found = [100 * (row[f"{key}_gib"] / row["measured_gib"] - 1) for row in content["rows"]]
         lines.append([name, str(len(found)), *errors(found)])
-    return markdown(["on the card, `eager`", "shapes", "mean", "worst", "too low"], lines)
+    return markdown(["on the card, `eager`", "trials", "mean", "worst", "too low"], lines)
 
 
 if __name__ == "__main__":

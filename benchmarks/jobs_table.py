@@ -10,7 +10,8 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from benchmarks.reports import markdown, origin
+from benchmarks.killed_jobs import table
+from benchmarks.reports import markdown, origin, stored, where
 from lora_lab.store.packed_runs import PackedRuns
 from lora_lab.store.stored_runs import StoredRuns
 from lora_lab.store.trials import Trial
@@ -101,10 +102,13 @@ def quality() -> str:
         ]
         for trial in done
     ]
-    return (
-        f"{markdown(head, rows)}\n\n"
-        f"{len(done)} of the {sweep.planned} points were reached before the machine went back. {origin(done)}"
-    )
+    return f"{markdown(head, rows)}\n\n{len(done)} of the {sweep.planned} points finished. {origin(done)}"
+
+
+def killed() -> str:
+    """Return how far jobs by several settings are from eager's, and from themselves when killed and resumed."""
+    found = stored("h200/killed_jobs")
+    return f"{table(found['jobs'])}\n\nMeasured on {where(found['origin'])}."
 
 
 def _stored(name: str) -> StoredRuns:

@@ -14,10 +14,12 @@ from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
+from benchmarks.fit_context import table as fit_context
 from benchmarks.fit_error import table as fit_error
+from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
 from benchmarks.forecast_table import forecast_errors
-from benchmarks.jobs_table import lab_chat, maths, quality
+from benchmarks.jobs_table import killed, lab_chat, maths, quality
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
@@ -58,7 +60,10 @@ MADE: dict[str, Callable[[], str]] = {
     "maths": maths,
     "lab-chat": lab_chat,
     "quality": quality,
+    "killed-jobs": killed,
     "fit-error": fit_error,
+    "fit-trials": fit_trials,
+    "fit-context": fit_context,
     "fit-others": fit_others,
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),

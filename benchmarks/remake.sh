@@ -45,6 +45,7 @@ for name in maths lab_chat quality; do
   sweep $name $name
   python3 -m lora_lab.records pack "multirun/benchmarks/$name" "$out/$name.jsonl.gz"
 done
+python3 -m benchmarks.killed_jobs "$out"
 
 # the presets with random weights and tokens, on the whole card and on an emulated smaller one
 random="model.weights=random data=random_tokens data.rows=128 measure.eval_rows=0 timeout_minutes=5"
@@ -81,8 +82,9 @@ else
   python3 -m benchmarks.flop_check "$out"
 fi
 python3 -m benchmarks.looking "$out"
-# what lora_lab.fit says, next to what short trials take
+# what lora_lab.fit says, next to what short trials take; the longest rows, confirmed
 python3 -m benchmarks.fit_memory "$out" --seconds 1800
+python3 -m benchmarks.fit_context "$out" --seconds 900
 # other stacks, where they are installed; bf16 LoRA likewise
 python3 -m benchmarks.peers "$out"
 python3 -m benchmarks.peers "$out" --method lora

@@ -32,7 +32,9 @@ Make = Callable[[TrialConfig], Change | None]
 """Makes a change of a configuration; None where it has nothing to change."""
 
 
-def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]:
+def advise(
+    config: TrialConfig, shapes: Shapes, capacity: float, runs_here: Callable[[TrialConfig], bool] = lambda _: True
+) -> list[Change]:
     """Return the changes that together make a trial fit with certainty; empty where those known here do not.
 
     First come all combinations of changes that leave alone what is learnt, the fewest changes first; then 4 bit and a
@@ -40,17 +42,21 @@ def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]
 
     Args:
         capacity: of the card, in bytes.
+        runs_here: whether the machine has what a changed trial needs; by default everything is there.
     """
 
     def fits(changed: TrialConfig) -> bool:
         return estimate(changed, shapes).verdict(capacity) == FITS
+
+    def is_refused(changed: TrialConfig) -> bool:
+        return bool(faults(changed)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
     for lossy in _LOSSY:
         for spared in _SPARED:
             makes = [*spared, *lossy]
             changed, changes = _applied(config, makes)
-            if len(changes) < len(makes) or faults(changed):
+            if len(changes) < len(makes) or is_refused(changed):
                 continue
             found = estimate(changed, shapes)
             if found.verdict(capacity) == FITS:
@@ -68,7 +74,7 @@ def advise(config: TrialConfig, shapes: Shapes, capacity: float) -> list[Change]
     for make in list(taken):
         others = [other for other in taken if other is not make]
         changed = _applied(cut, others)[0]
-        if not faults(changed) and fits(changed):
+        if not is_refused(changed) and fits(changed):
             taken = others
     now, changes = _applied(cut, taken)
     return [*changes, Change(f"seq_len={shorter}", "longer rows are cut", now)]

@@ -78,7 +78,8 @@ class CompiledLayer:
         return output
 
     def _attention(self, heads: list[int]) -> list[int]:
-        """Begin what attention keeps: q and k after their rotation, v, and what `attention_bytes` says."""
+        """Begin what attention keeps: q and k after their rotation, and before their norms in families that have some;
+        v, and what `attention_bytes` says."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, shapes.key_width)]
         if len(heads) == 1:
@@ -88,8 +89,10 @@ class CompiledLayer:
             kept.append(heads[2])
             t.free(*heads[:2])
         kept += [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
+        if shapes.head_norms:
+            kept.append(t.new(s.wide(shapes.query_width + shapes.key_width), ACTIVATIONS))
         if shapes.layer_norms == 4:
-            kept.append(t.new(2 * s.wide(shapes.hidden), ACTIVATIONS))
+            kept.append(t.new(s.wide(shapes.hidden), ACTIVATIONS))
         return kept
 
     def _products(self, linears: tuple[Linear, ...], low: list[int]) -> list[int]:

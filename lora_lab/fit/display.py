@@ -37,13 +37,16 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("live tensors (vram/peak_allocated_gib)", _gib(found.allocated))
     table.add_row("with what the allocator keeps (vram/peak_reserved_gib)", _gib(found.reserved))
     table.add_row("the least that the allocator gets through with", _gib(found.least))
+    if found.first:
+        table.add_row("while the first step compiles, up to", _gib(found.first))
     if found.optimizer.paged:
         table.add_row("paged state, outside torch (vram/optimizer_paged_gib)", _gib(found.optimizer.paged))
     origin = "measured here" if found.libraries.device else "a stated default"
     table.add_row(f"CUDA context and libraries (vram/other_gib), {origin}", _gib(found.libraries.size))
     table.add_section()
     table.add_row("on the card (vram/peak_process_gib)", _gib(found.card))
-    table.add_row("a card must have", f"{_gib(found.low)} to {_gib(found.high)}", style="bold")
+    table.add_row("at most, on a card with plenty", _gib(found.high))
+    table.add_row("a card must have", f"{_gib(found.low)} to {_gib(found.enough)}", style="bold")
     console.print(table)
     for reason in found.errors.reasons:
         console.print(f"The interval is wider because of {reason}.", highlight=False, markup=False)
@@ -86,6 +89,23 @@ def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], con
             method = "lora" if way.method.quantization is Quantization.none else "qlora"
             table.add_row(method, way.engine.kind.name, way.gradient_checkpointing.name, *cells)
         console.print(table)
+
+
+def show_context(config: TrialConfig, shapes: Shapes, cards: Sequence[float], console: Console) -> None:
+    """Print the longest rows that fit each card, for each engine and checkpointing of the trial's own method."""
+    title = f"longest rows at batch_size={config.batch_size}: fits for certain; in brackets, may fit"
+    table = Table(title=title, title_justify="left")
+    for name in ("engine", "checkpointing"):
+        table.add_column(name)
+    for card in cards:
+        table.add_column(f"{card:g} GiB", justify="right")
+    same = [way for way in ways(config) if way.method.quantization is config.method.quantization]
+    for number, way in enumerate(same, start=1):
+        with console.status(f"{number} of {len(same)}"):
+            search = Search(way, shapes)
+            cells = [_limit(search, "seq_len", card * GIB) for card in cards]
+        table.add_row(way.engine.kind.name, way.gradient_checkpointing.name, *cells)
+    console.print(table)
 
 
 def ways(config: TrialConfig) -> list[TrialConfig]:

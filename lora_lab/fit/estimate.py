@@ -6,7 +6,7 @@ from functools import cached_property
 from lora_lab.config import TrialConfig
 from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step
-from lora_lab.fit.interval import Errors, errors_of, larger_measured, smaller_measured
+from lora_lab.fit.interval import KEPT, Errors, errors_of, larger_measured, smaller_measured
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
@@ -19,6 +19,9 @@ from lora_lab.options import EngineKind
 GIB = 2**30
 FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
 _CLOSE = 2**24
+_TRYING_OUT = 2**28
+"""What torch.compile takes while it tries out kernels for the first time: in benchmarks.fit_memory, the most that the
+first step had more than later ones."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Estimate:
     """The CUDA context and libraries, `vram/other_gib`."""
     errors: Errors
     tape: Tape
+    compiling: Tape | None
+    """Where the first step compiles: that step, with what trying out kernels takes."""
 
     @property
     def allocated(self) -> int:
@@ -47,17 +52,14 @@ class Estimate:
 
     @cached_property
     def least(self) -> int:
-        """Return the least with which the allocator gets through a step, by returning what it has cached; to 16 MiB."""
-        low, high = self.allocated, self.reserved
-        while high - low > _CLOSE:
-            middle = (low + high) // 2
-            try:
-                replay(self.tape, middle, times=1)
-            except OutOfMemory:
-                low = middle
-            else:
-                high = middle
-        return high
+        """Return the least with which the allocator gets through a step, by returning what it has cached. Nothing is
+        tried out: what was compiled before is not compiled again."""
+        return _least(self.tape)
+
+    @cached_property
+    def first(self) -> int:
+        """Return what the allocator takes in a first step that compiles; 0 where none does."""
+        return 0 if self.compiling is None else replay(self.compiling, times=1)
 
     @property
     def outside(self) -> int:
@@ -77,28 +79,60 @@ class Estimate:
         return max([own, *(estimate(smaller, self.shapes).low for smaller in smaller_measured(self.config))])
 
     @cached_property
+    def enough(self) -> int:
+        """Return what a card must have so that it is enough with 95 % certainty, where the allocator returns what it
+        has cached. It is never more than for a larger trial that was measured."""
+        needs = max(self.least, 0 if self.compiling is None else _least(self.compiling))
+        own = int(needs * (1 + self.errors.above) + self._most_outside)
+        return min([own, *(estimate(larger, self.shapes).enough for larger in larger_measured(self.config))])
+
+    @cached_property
     def high(self) -> int:
-        """Return what is enough, with 95 % certainty. It is never more than for a larger trial that was measured."""
-        outside = self.libraries.size * (1 + self.libraries.error) + self.optimizer.paged
-        own = int(self.reserved * (1 + self.errors.above) + outside)
-        return min([own, *(estimate(larger, self.shapes).high for larger in larger_measured(self.config))])
+        """Return the upper end of the process' peak on a card that has plenty, where what is cached stays."""
+        taken = max(self.reserved, self.first)
+        return max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
+
+    @property
+    def _most_outside(self) -> float:
+        return self.libraries.size * (1 + self.libraries.error) + self.optimizer.paged
 
     def verdict(self, capacity: float) -> str:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
         if self.allocated * (1 - self.errors.below) > capacity:
             return TOO_LARGE  # without a replay
-        if self.high <= capacity:
+        if self.enough <= capacity:
             return FITS
         return DOUBTFUL if self.low <= capacity else TOO_LARGE
 
 
-def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
-    """Write a trial's memory as a tape: what stays, then a step from its forward to the optimizer."""
+def _least(tape: Tape) -> int:
+    """Return the least number of reserved bytes with which a tape's step gets through, to 16 MiB."""
+    low, high = sum(tape.peak().values()), replay(tape)
+    while high - low > _CLOSE:
+        middle = (low + high) // 2
+        try:
+            replay(tape, middle, times=1)
+        except OutOfMemory:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> tuple[Tape, State]:
+    """Write a trial's memory as a tape: what stays, then a step from its forward to the optimizer.
+
+    Args:
+        is_compiling: whether kernels are tried out in the step; then the optimizer has no state yet.
+    """
     sizes, tape = sizes_of(config, shapes), Tape()
-    load(tape, sizes)
+    load(tape, sizes, tries_out=is_compiling and config.engine.kind is EngineKind.graph)
     each = optimizer_state(config.optimizer, adapter_sizes(config.method, shapes), adapter_sides(config.method, shapes))
     state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
-    for _ in range(shapes.layers):
+    if is_compiling:
+        tape.new(_TRYING_OUT, WORKING)
+        tape.has_own_pool = False  # nothing is recorded yet
+    for _ in range(0 if is_compiling else shapes.layers):
         tape.new((state.total - state.paged) // shapes.layers, OPTIMIZER)
     tape.loaded = len(tape.events)
     stays = len(tape.sizes)
@@ -106,7 +140,7 @@ def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
         compiled_step(tape, sizes)
     else:
         plain_step(tape, sizes)
-    if state.working:
+    if state.working and not is_compiling:
         tape.free(tape.new(state.working, WORKING))
     tape.end(GRADIENTS, after=stays)
     return tape, state
@@ -115,6 +149,8 @@ def tape_of(config: TrialConfig, shapes: Shapes) -> tuple[Tape, State]:
 def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
     """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
     tape, state = tape_of(config, shapes)
+    compiles = config.engine.kind in (EngineKind.compile, EngineKind.graph)
+    compiling = tape_of(config, shapes, is_compiling=True)[0] if compiles else None
     held = tape.peak()
     return Estimate(
         config=config,
@@ -124,4 +160,5 @@ def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
         libraries=libraries_of(config),
         errors=errors_of(config, shapes),
         tape=tape,
+        compiling=compiling,
     )

@@ -9,15 +9,19 @@ from lora_lab.fit.tape import Tape
 from lora_lab.fit.weights import adapter_sizes, linear_bytes, other_bytes
 from lora_lab.options import EngineKind
 
-_WORKSPACES = (2**25, 2**25, 2**25)
-"""cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies, and a trial has
-three: the same difference in every stored trial. Smaller cards take less."""
+_WORKSPACE, _THREADS = 2**25, 2
+"""cuBLAS takes 32 MiB of torch's memory on Hopper cards for each thread and stream that multiplies: the forward's
+thread and the backward's. Smaller cards take less."""
 MOST_RANKS = 128
 """As worker/engines/fused_lora_layers.py has it: layers with more ranks together are not calculated as one."""
 
 
-def load(tape: Tape, sizes: Sizes) -> None:
-    """Write everything that stays on the card from before the first step, but the optimizer's state."""
+def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
+    """Write everything that stays on the card from before the first step, but the optimizer's state.
+
+    Args:
+        tries_out: whether graph runs steps before it records, on a stream with workspaces of its own.
+    """
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
     tape.new(table * other_bytes(config), WEIGHTS)
@@ -25,8 +29,8 @@ def load(tape: Tape, sizes: Sizes) -> None:
     if not shapes.is_tied:
         tape.new(table * other_bytes(config), WEIGHTS)
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
-    for size in _WORKSPACES:
-        tape.new(size, WORKING)
+    for _ in range(_THREADS * (2 if tries_out else 1)):
+        tape.new(_WORKSPACE, WORKING)
     each = adapter_sizes(config.method, shapes)
     for size in each * shapes.layers:
         tape.new(4 * size, ADAPTERS)

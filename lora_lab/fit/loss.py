@@ -15,7 +15,7 @@ def chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
     most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden, vocabulary // _PARTS)) // vocabulary)
     even = math.ceil(rows / math.ceil(rows / most))
     aligned = math.ceil(even / _ALIGNED) * _ALIGNED
-    return aligned if aligned <= most else even
+    return aligned if aligned <= most else max(most // _ALIGNED * _ALIGNED, min(even, _ALIGNED))
 
 
 def liger_chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
@@ -61,9 +61,7 @@ def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: b
         chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS)]  # its kernel writes the gradient over the logits
     elif compiled:
         rows = chunk_rows(sizes.tokens, vocabulary, width)
-        chunk = [
-            tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(3)
-        ]  # measured: three, where the code shows two
+        chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(2)]
     else:
         rows = chunk_rows(sizes.tokens, vocabulary, 0)
         chunk = [tape.new(rows * vocabulary * 4, LOSS) for _ in range(4)]

@@ -121,7 +121,8 @@ class PlainLayer:
 
     def _kept_input(self, linears: tuple[Linear, ...], x: int) -> int | None:
         """Return the input that layers share where an adapter saves it; end it otherwise."""
-        if any(self.sizes.has_adapter(linear) and not self._keeps_own_input(linear) for linear in linears):
+        keeps_shared = (self.sizes.has_adapter(linear) and not self._keeps_own_input(linear) for linear in linears)
+        if any(keeps_shared) and not self.sizes.config.method.dropout:
             return x
         self.tape.free(x)
         return None
@@ -162,10 +163,10 @@ class PlainLayer:
             t.free(base)
             base = clone
         wide = t.new(s.wide(linear.inputs, 4), WORKING) if not s.quantised and s.cell == 2 and not self._casts else None
-        if self._keeps_own_input(linear):
+        if s.config.method.dropout or self._keeps_own_input(linear):
             kept.own_input.append(t.new(s.wide(linear.inputs), ACTIVATIONS))
-        if s.config.method.dropout:
-            kept.own_input += [t.new(s.wide(linear.inputs), ACTIVATIONS), t.new(s.wide(linear.inputs, 1), ACTIVATIONS)]
+        if s.config.method.dropout:  # which numbers were dropped
+            kept.own_input.append(t.new(s.wide(linear.inputs, 1), ACTIVATIONS))
         if s.cell == 2:
             kept.copies.append(t.new(2 * s.rank * (linear.inputs + linear.outputs), WORKING))
         kept.low = t.new(s.wide(s.rank), ACTIVATIONS)
@@ -195,7 +196,8 @@ class PlainLayer:
             t.free(*heads[:2])
             kept.append(heads[2])
         if shapes.head_norms:
-            kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, 4), ACTIVATIONS))
+            each = s.cell if self.liger else 4
+            kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, each), ACTIVATIONS))
         return kept + [t.new(size, ACTIVATIONS) for size in attention_bytes(s)]
 
     def backward(self, saved: "Saved", gradient: int) -> int:

@@ -60,7 +60,7 @@ class Search:
 
     def _need(self, setting: str, value: int, certain: bool) -> int:
         found = self._at(setting, value)
-        return found.high if certain else found.low
+        return found.enough if certain else found.low
 
     def _at(self, setting: str, value: int) -> Estimate:
         rows, length = self._config.batch_size, self._config.seq_len

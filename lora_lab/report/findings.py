@@ -10,6 +10,7 @@ from lora_lab.report.answers.claims.judge import judge
 from lora_lab.report.answers.claims.required_effect import Needed, needed
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
+from lora_lab.report.answers.estimates import Estimates, estimates
 from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.learnt import Learnt, learnt
 from lora_lab.report.answers.pareto import Point, front, points
@@ -56,6 +57,8 @@ class GroupFindings:
     splits: tuple[Split, ...]
     needed: tuple[Needed, ...]
     fits: tuple[Fit, ...]
+    estimates: Estimates | None
+    """What became of the estimates of memory; None where no record has one. Places are those of `points`."""
     fronts: Mapping[str, tuple[Point, ...]]
     """Pareto fronts of throughput against energy and memory, by that measure's name."""
     quality: tuple[QualityFront, ...]
@@ -177,6 +180,7 @@ def _of_group(group: Group, sweeps: Sequence[Sweep], question: Question, is_main
         splits=splits,
         needed=how_much,
         fits=tuple(fits(group.trials, factors)),
+        estimates=estimates(found),
         fronts={measure.name: tuple(front(found, THROUGHPUT, measure)) for measure in others},
         quality=tuple(quality_fronts(by_point)),
         learnt=tuple(learnt(by_point)),

@@ -59,6 +59,7 @@ def _seen(earlier: list[HostFacts], latest: HostFacts) -> HostFacts:
     return replace(
         latest,
         idle=next((seen.idle for seen in reversed(every) if seen.idle is not None), None),
+        estimate=next((seen.estimate for seen in every if seen.estimate is not None), None),
         used_before_bytes=next((s.used_before_bytes for s in reversed(every) if s.used_before_bytes is not None), None),
         warnings=[*dict.fromkeys(warning for seen in every for warning in seen.warnings)],
         metrics=latest.metrics | waited,

@@ -69,18 +69,12 @@ class TooLarge:
     """Why a sweep with plan=fits does not run a point: the memory that it needs, and what there is, in GiB."""
 
     low_gib: float
-    high_gib: float
     card_gib: float
 
     @property
     def reason(self) -> str:
         """Return it in words."""
         return f"needs at least {self.low_gib:.2f} GiB, and there are {self.card_gib:.2f}"
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Return it as figures of a record."""
-        return {"estimate/low_gib": self.low_gib, "estimate/high_gib": self.high_gib}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,9 +72,7 @@ def _judge(point: GridPoint, found: Judged) -> None:
     verdict = known.estimate.verdict(there)
     if verdict == TOO_LARGE:
         needs = known.estimate
-        found.too_large[point.digest] = TooLarge(
-            low_gib=needs.low / GIB, high_gib=needs.high / GIB, card_gib=there / GIB
-        )
+        found.too_large[point.digest] = TooLarge(low_gib=needs.low / GIB, card_gib=there / GIB)
     else:
         (found.fit if verdict == FITS else found.doubtful).append(point.digest)
 

@@ -7,6 +7,7 @@ GIB = 2**30
 TAGS = (
     "energy_source",
     "energy_source_reason",
+    "estimate_verdict",
     "idle_source",
     "idle_state",
     "regime",

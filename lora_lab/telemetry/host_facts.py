@@ -30,6 +30,26 @@ class Stated:
     co2_grams_per_kwh: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What lora_lab.fit said of the trial's memory, in bytes. Rows were taken as full."""
+
+    allocated: int
+    reserved: int
+    card: int
+    """Of the worker's process."""
+    low: int
+    """What a card must have at the very least."""
+    enough: int
+    """What a card must have so that it is enough."""
+    high: int
+    """The most that the worker's process takes of a card that has plenty."""
+    slots: int
+    """Token positions of a step of full rows."""
+    verdict: str
+    """Whether that fits the card, in lora_lab.fit's words."""
+
+
 @dataclass(slots=True, kw_only=True)
 class HostFacts:
     """What the parent observed, and what the user stated."""
@@ -45,6 +65,9 @@ class HostFacts:
     """Device memory in use just before the worker began."""
     card_bytes: int | None = None
     """All memory of the card."""
+    estimate: MemoryEstimate | None = None
+    no_estimate: str = "nothing was estimated beforehand"
+    """Why there is no `estimate`."""
     parent_pid: int | None = None
     """This process."""
     stated: Stated = field(default_factory=Stated)

@@ -10,6 +10,7 @@ from lora_lab.telemetry.durations import durations
 from lora_lab.telemetry.efficientllm import add_efficientllm
 from lora_lab.telemetry.energy_figures import add_energy
 from lora_lab.telemetry.engine import add_engine
+from lora_lab.telemetry.estimated import add_estimate
 from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.flops import flops, repeated_share
 from lora_lab.telemetry.host_facts import HostFacts
@@ -42,6 +43,8 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     add_engine(summary, events)
     _add_flops(summary, window, events)
     add_memory(summary, events, samples, seen)
+    ended = _ended(events)
+    add_estimate(summary, events, seen, has_finished=ended is not None and ended.outcome == Outcome.finished.value)
     add_energy(summary, window, samples, seen)
     if window is not None:
         add_efficientllm(summary, window, events, samples, seen)
@@ -50,7 +53,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     _add_losses(summary, events, whole)
     add_quality(summary, events)
     summary.metrics |= durations(events, asked_t, seen.metrics.get("time/waiting_seconds", 0.0))
-    _add_limits(summary, events, samples)
+    _add_limits(summary, events, ended, samples)
     summary.warnings += seen.warnings
     summary.metrics |= seen.metrics
     return summary
@@ -82,9 +85,13 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
     summary.absent |= absent
 
 
-def _add_limits(summary: Summary, events: Sequence[Event], samples: Sequence[Sample]) -> None:
+def _ended(events: Sequence[Event]) -> Ended | None:
+    """Return how the last attempt ended; None where its worker could not say."""
+    return next((event for event in split(events)[-1] if isinstance(event, Ended)), None) if events else None
+
+
+def _add_limits(summary: Summary, events: Sequence[Event], ended: Ended | None, samples: Sequence[Sample]) -> None:
     """Add the peak of the whole trial, not of training alone, and for an out-of-memory error the last request."""
-    ended = next((event for event in split(events)[-1] if isinstance(event, Ended)), None) if events else None
     if ended is not None and ended.peak_host_bytes is not None:
         summary.metrics["host/peak_gib"] = ended.peak_host_bytes / GIB
     if ended is None or ended.outcome != Outcome.out_of_memory.value:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_lab.config import InvalidInput, MeasureConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
 from lora_lab.libraries_cache import note_libraries
@@ -39,9 +39,11 @@ from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
+from lora_lab.trial.capacity import within_capacity
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 from lora_lab.trial.display import Display
+from lora_lab.trial.estimated import check_fits, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
 from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
@@ -101,9 +103,9 @@ class TrialState:
 def run_session(request: Request) -> Outcome:
     """Run one trial and record it. Everything about it is in `request.folder` before any store is asked.
 
-    Raises: InvalidInput before a worker starts, and when the worker finds invalid input (in a sweep, which has checked
-        all its points before, that is a recorded failure); KeyboardInterrupt on Ctrl-C, after the worker was ended and
-        all measurements so far were recorded.
+    Raises: InvalidInput before a worker starts (also for a single trial that cannot fit its card), and when the worker
+        finds invalid input (in a sweep, which has checked all its points before, that is a recorded failure);
+        KeyboardInterrupt on Ctrl-C, after the worker was ended and all measurements so far were recorded.
     """
     asked_t = time.monotonic()
     config = request.config
@@ -112,13 +114,18 @@ def run_session(request: Request) -> Outcome:
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
     placement = choose_placement(config.device)
+    seen = _seen_so_far(config, placement)
+    doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
         worker_process.prepare()  # imports torch in the background while MLflow is imported here
     store = Outbox(absolute(config.tracking))
     if request.member is None:
         look_after_earlier_runs(store)
     with Heartbeat(request.folder):
-        return _run(_begin(request, placement, asked_t), store)
+        state = _begin(request, placement, seen, asked_t)
+        if doubt:
+            state.warn(doubt)
+        return _run(state, store)
 
 
 def _run(state: TrialState, store: Outbox) -> Outcome:
@@ -183,7 +190,7 @@ def look_after_earlier_runs(store: Outbox) -> None:
         print(f"warning: {store.outlook('the records')}", flush=True)
 
 
-def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState:
+def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: float) -> TrialState:
     """Write down what was asked and where it runs. A job that goes on keeps its record's id, name and start."""
     config, member = request.config, request.member
     owner = this_process()
@@ -195,7 +202,7 @@ def _begin(request: Request, placement: Placement, asked_t: float) -> TrialState
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
     folder, rapl = TrialFolder(request.folder), Rapl()
-    seen = _seen_so_far(config.measure, placement, rapl)
+    seen.no_cpu_sensor = rapl.absent
     if member is None:
         remember_outside(request.folder)
         point_latest(request.folder)
@@ -260,11 +267,11 @@ def _claimed(request: Request) -> Iterator[None]:
         yield
 
 
-def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> HostFacts:
+def _seen_so_far(config: TrialConfig, placement: Placement) -> HostFacts:
     """Return what is known before any measurement."""
-    return HostFacts(
+    measure = config.measure
+    seen = HostFacts(
         no_sensor="" if placement.cards else "no NVIDIA card was used",
-        no_cpu_sensor=rapl.absent,
         card_bytes=min((card.total_bytes for card in placement.cards), default=None),
         parent_pid=os.getpid(),
         stated=Stated(
@@ -273,6 +280,8 @@ def _seen_so_far(measure: MeasureConfig, placement: Placement, rapl: Rapl) -> Ho
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
+    note_estimate(seen, config)
+    return seen
 
 
 def _measure(state: TrialState) -> End:
@@ -281,7 +290,6 @@ def _measure(state: TrialState) -> End:
     Raises: KeyboardInterrupt."""
     config, placement, member = state.request.config, state.placement, state.request.member
     if member is not None and member.too_large is not None:
-        state.seen.metrics |= member.too_large.metrics
         return End(outcome=Outcome.predicted_out_of_memory, reason=member.too_large.reason)
     try:
         check_capable(config, placement)
@@ -295,7 +303,12 @@ def _measure(state: TrialState) -> End:
             )
     except (Unsupported, InvalidInput, OSError) as error:
         return end_of(error)
-    return _within_capacity(state, end)
+    limit, before = config.vram_limit_gib, state.before.used_bytes
+    if limit is None or not before or None in before:
+        return end
+    state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, with its speed and power")
+    _, samples, _ = state.folder.read_lines()
+    return within_capacity(end, limit, before, samples)
 
 
 @contextlib.contextmanager
@@ -355,25 +368,6 @@ def _take_idle(state: TrialState) -> None:
             keep_for_block(folder.path, placement, member.repeat, owner)
 
 
-def _within_capacity(state: TrialState, end: End) -> End:
-    """Return out of memory when the card's own reading exceeded vram_limit_gib. The allocator's cap does not limit what
-    others allocate (the context, libraries, managed memory)."""
-    limit, before = state.request.config.vram_limit_gib, state.before.used_bytes
-    if limit is None or not before or None in before:
-        return end
-    state.seen.warnings.append(f"capacity emulated: {limit:g} GiB of a larger card, with its speed and power")
-    _, samples, _ = state.folder.read_lines()
-    rises = (sample.used_bytes - (before[sample.card] or 0) for sample in samples if sample.used_bytes)
-    peak_gib = max(rises, default=0) / GIB
-    if end.outcome is not Outcome.finished or peak_gib <= limit:
-        return end
-    return End(
-        outcome=Outcome.out_of_memory,
-        reason=f"the card's reading rose by {peak_gib:.2f} GiB, beyond vram_limit_gib={limit:g}: torch stayed within "
-        "its share, but CUDA's context, libraries and managed memory needed more than the rest",
-    )
-
-
 def _finish(state: TrialState, end: End, store: Outbox) -> None:
     """Summarise, write the files, hand the record to the store, show the result."""
     sampler, seen = state.sampler, state.seen
@@ -382,6 +376,8 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
+    if seen.estimate is None:
+        note_estimate(seen, state.request.config)  # by now the worker has fetched a hub model's config
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)

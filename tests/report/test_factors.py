@@ -241,7 +241,17 @@ def test_nothing_varied():
 
 def test_what_changes_no_result_is_no_factor():
     assert {
-        *("seed", "repeat", "repeats", "resume", "tracking", "timeout_minutes", "share_device", "cooldown_celsius"),
+        *(
+            "seed",
+            "repeat",
+            "repeats",
+            "resume",
+            "tracking",
+            "plan",
+            "timeout_minutes",
+            "share_device",
+            "cooldown_celsius",
+        ),
         *(
             "measure.idle_seconds",
             "measure.board_power_watts",

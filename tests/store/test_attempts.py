@@ -18,15 +18,15 @@ from lora_lab.options import TrackingKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.recompute import main
 from lora_lab.store import heartbeat
-from lora_lab.store.attempts import moved_from
+from lora_lab.store.attempts import joined, moved_from
 from lora_lab.store.claim import claim
 from lora_lab.store.finishing import finish, finish_for_dead
 from lora_lab.store.outbox import Outbox
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Point, Record, thinned
 from lora_lab.store.recovery import recover
-from lora_lab.store.trial_folder import Manifest, TrialFolder
-from lora_lab.telemetry.host_facts import HostFacts
+from lora_lab.store.trial_folder import Inputs, Manifest, TrialFolder
+from lora_lab.telemetry.host_facts import HostFacts, MemoryEstimate
 from lora_lab.trial import session
 from lora_lab.trial.session import Request, _claimed
 
@@ -250,6 +250,21 @@ def test_a_long_series_is_thinned_evenly_with_both_its_ends() -> None:
     assert (len(steps), steps[0], steps[-1]) == (2000, 0, 19_999)
     assert {after - before for before, after in pairwise(steps)} <= {10, 11}
     assert [point for point in found if point.key == "b"] == short
+
+
+def test_the_estimate_is_the_one_that_was_made_first() -> None:
+    def attempt(seen: HostFacts) -> Inputs:
+        return Inputs(asked=asked_at(UNIX), events=[], samples=[], seen=seen)
+
+    first, second = (
+        MemoryEstimate(
+            allocated=size, reserved=size, card=size, low=size, enough=size, high=size, slots=1, verdict="fits"
+        )
+        for size in (1, 2)
+    )
+    earlier = [attempt(HostFacts(no_estimate="not here yet")), attempt(HostFacts(estimate=first))]
+    assert joined(earlier, attempt(HostFacts(estimate=second))).seen.estimate == first
+    assert joined(earlier[:1], attempt(HostFacts(no_estimate="not here"))).seen.estimate is None
 
 
 def test_what_differs_between_the_places_of_two_attempts_is_named() -> None:

@@ -132,7 +132,7 @@ def test_repeats_of_a_skipped_point_are_left_out_and_numbers_stay_unique() -> No
         )
 
     trials = [planned(2 * repeat + place, point, repeat) for repeat in range(3) for place, point in enumerate("ab")]
-    memory = Judged(too_large={"a": TooLarge(low_gib=9.0, high_gib=10.0, card_gib=8.0)})
+    memory = Judged(too_large={"a": TooLarge(low_gib=9.0, card_gib=8.0)})
     kept = memory.once(trials)
     assert [(trial.number, trial.fingerprint) for trial in kept] == [(0, "a0"), (1, "b0"), (2, "b1"), (3, "b2")]
     assert TrialConfig().plan is None

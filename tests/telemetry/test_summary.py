@@ -27,7 +27,7 @@ from lora_lab.events import (
 )
 from lora_lab.phase import Phase
 from lora_lab.telemetry.figures import GIB, Summary
-from lora_lab.telemetry.host_facts import HostFacts, Idle
+from lora_lab.telemetry.host_facts import HostFacts, Idle, MemoryEstimate
 from lora_lab.telemetry.sampler import Sample
 from lora_lab.telemetry.summary import summarise
 
@@ -51,6 +51,9 @@ WATTS = 300.0
 SEEN = HostFacts(
     idle=Idle(watts=60.0, error_watts=0.5, source="counter", start=0.0, end=5.0, state="at rest", measured_ms=1),
     used_before_bytes=GIB // 2,
+    estimate=MemoryEstimate(
+        allocated=2 * GIB, reserved=3 * GIB, card=GIB, low=GIB, enough=GIB, high=GIB, slots=2000, verdict="fits"
+    ),
 )
 ASKED_T = -2.0
 

@@ -16,6 +16,7 @@ from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.step_split import StepSplit
 from lora_lab.report.writing.effects import Row, dropped, real, real_contrasts, rows
+from lora_lab.report.writing.estimates import estimate_sentences
 from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
 from lora_lab.report.writing.labels import (
     count,
@@ -51,7 +52,7 @@ def show(findings: Findings, console: Console) -> None:
             console.print(f"  [bold]{verdict.words}[/bold]: {escape(verdict.says)}", highlight=False)
     for each in confounded(main):
         console.print(f"Cannot be separated: {escape(', '.join(each.names))}.", highlight=False)
-    for note in notes(findings):
+    for note in (*notes(findings), *estimate_sentences(main)):
         console.print(escape(note), highlight=False)
     if main.group.excluded:
         console.print(f"Left out: {count(len(main.group.excluded), 'trial')}.", highlight=False)
@@ -141,6 +142,8 @@ def _show_group(found: GroupFindings, machine: str, console: Console) -> None:
         console.print(_fits_table(found.fits))
         for note in dict.fromkeys(fit.note for fit in found.fits if fit.note):
             console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
+    for sentence in estimate_sentences(found):
+        console.print(escape(sentence), highlight=False)
     for trial in found.group.doubtful:
         reasons = trial.tags.get("validity_reasons", "no reason kept")
         console.print(f"doubtful, but used: {escape(trial.name)}: {escape(reasons)}", highlight=False)

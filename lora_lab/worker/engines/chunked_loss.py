@@ -84,7 +84,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
-    """Return the rows of a chunk: as few chunks as allowed, all of one size but the last, aligned where possible.
+    """Return the rows of a chunk: as few chunks as allowed, all of one size but the last. More than 64 are aligned; for
+    others torch.compile tries out a padded product when it first sees the size, with a copy of the head's weight.
 
     Args:
         hidden_size: 0 where no more than CHUNK_ELEMENTS logits may exist.
@@ -93,7 +94,7 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
     chunks = -(-rows // most)
     even = -(-rows // chunks)
     aligned = -(-even // _ALIGNED) * _ALIGNED
-    return aligned if aligned <= most else even
+    return aligned if aligned <= most else max(most // _ALIGNED * _ALIGNED, min(even, _ALIGNED))
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss) -> Tensor:

@@ -133,13 +133,15 @@ class GraphStep:
         torch.cuda.synchronize()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # cuBLAS keeps 32 MiB for each thread and stream that multiplied; a recorded step gets workspaces of its own
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
         self.recording_peak_bytes = max(self.recording_peak_bytes, torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         with torch.cuda.graph(graph, pool=self._pool):
             loss = run()
-        self.working_bytes = max(self.working_bytes, torch.cuda.max_memory_allocated() - before)
+        used_within = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        self.working_bytes = max(self.working_bytes, used_within)
         self._recorded[_shape(fixed)] = _Recorded(fixed, loss, graph)
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
 from lora_lab.report.writing.effects import dropped, real, real_contrasts, rows
+from lora_lab.report.writing.estimates import estimate_sentences
 from lora_lab.report.writing.headline import command, confounded, is_about_quality, notes, question, sentences
 from lora_lab.report.writing.labels import (
     count,
@@ -159,6 +160,7 @@ def page(findings: Findings, timelines: Timelines, answers: Answers | None = Non
         "real": real,
         "dropped": dropped,
         "confounded": confounded,
+        "estimate_sentences": estimate_sentences,
         "is_compared": is_compared,
         "ordered": ordered,
         "front_sentences": front_sentences,

@@ -1,0 +1,77 @@
+"""Ask lora_lab.fit about a trial's memory before it runs: for its record, and to refuse what cannot fit."""
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.fit.advice import advise
+from lora_lab.fit.beforehand import beforehand, capacity
+from lora_lab.fit.estimate import DOUBTFUL, TOO_LARGE
+from lora_lab.fit.shapes import shapes_of
+from lora_lab.options import Plan
+from lora_lab.outcome import Unsupported
+from lora_lab.placement import Placement
+from lora_lab.telemetry.figures import GIB
+from lora_lab.telemetry.host_facts import HostFacts, MemoryEstimate
+from lora_lab.trial.devices import check_capable
+
+
+def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
+    """Keep what lora_lab.fit says of the trial on its card, or why it says nothing. No failure of it is raised."""
+    if seen.card_bytes is None:
+        seen.no_estimate = seen.no_sensor
+        return
+    try:
+        answer = beforehand(config)
+        seen.no_estimate = answer.reason
+        if answer.estimate is not None:
+            seen.estimate = MemoryEstimate(
+                allocated=answer.estimate.allocated,
+                reserved=answer.estimate.reserved,
+                card=answer.estimate.card,
+                low=answer.estimate.low,
+                enough=answer.estimate.enough,
+                high=answer.estimate.high,
+                slots=config.batch_size * config.grad_accum_steps * config.seq_len,
+                verdict=answer.estimate.verdict(capacity(config, seen.card_bytes)),
+            )
+    except Exception as fault:  # an estimate is worth less than a trial
+        seen.no_estimate = f"the estimate failed ({type(fault).__name__}: {fault})"
+
+
+def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> str:
+    """Check a trial before it starts, unless plan=all.
+
+    Returns: a warning where it is doubtful whether the trial fits; otherwise nothing.
+
+    Raises: InvalidInput when it is certainly too large."""
+    said = seen.estimate
+    if said is None or seen.card_bytes is None or config.plan is Plan.all:
+        return ""
+    room = capacity(config, seen.card_bytes)
+    whose = f"{placement.name} has" if room == seen.card_bytes else f"vram_limit_gib={config.vram_limit_gib:g} allows"
+    if said.verdict == DOUBTFUL:
+        return (
+            f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and "
+            f"{whose} {_gib(room)} GiB"
+        )
+    if said.verdict != TOO_LARGE:
+        return ""
+    changes = advise(config, shapes_of(config.model), room, lambda changed: _runs_on(changed, placement))
+    raise InvalidInput(
+        f"this trial does not fit: with rows of seq_len={config.seq_len} tokens it needs at least {_gib(said.low)} "
+        f"GiB, and {whose} {_gib(room)} GiB.",
+        f"This fits: {' '.join(change.override for change in changes)}"
+        if changes
+        else "No change known here makes it fit. Choose a smaller model.",
+        "If all rows are shorter than seq_len, lower seq_len to the longest. plan=all runs it all the same.",
+    )
+
+
+def _runs_on(config: TrialConfig, placement: Placement) -> bool:
+    try:
+        check_capable(config, placement)
+    except Unsupported:
+        return False
+    return True
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
