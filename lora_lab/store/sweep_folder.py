@@ -74,7 +74,9 @@ class TooLarge:
     @property
     def reason(self) -> str:
         """Return it in words."""
-        return f"needs at least {self.low_gib:.2f} GiB, and there are {self.card_gib:.2f}"
+        return (
+            f"with rows of seq_len tokens it needs at least {self.low_gib:.2f} GiB, and there are {self.card_gib:.2f}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
