@@ -12,8 +12,9 @@ from typing import Any
 from lora_lab.config import EngineConfig, MethodConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.options import Batching, Checkpointing, DataSource, DType, EngineKind, Quantization, Weights
+from lora_lab.work import MicroBatch, ModelFacts
 from lora_lab.worker.models import load_architecture
-from lora_lab.worker.workload import MicroBatch, ModelFacts, model_facts
+from lora_lab.worker.workload import model_facts
 
 _RESULTS = Path(__file__).parent / "results"
 _SHIPPED = Path(__file__).parents[1] / "lora_lab" / "shipped" / "h100.jsonl.gz"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lora_lab.work import Workload
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
@@ -9,3 +11,5 @@ class Look:
 
     faults: tuple[str, ...] = ()
     """Faults for which the trial would be refused."""
+    work: Workload | None = None
+    """The trial's work, for a forecast; None unless it was asked for and can be counted."""

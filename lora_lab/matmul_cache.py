@@ -25,6 +25,11 @@ class RateKey:
     dtype: str
     """The precision that was asked for; a rate has the dtype of a stand-in."""
 
+    def is_of(self, card: str, torch: str) -> bool:
+        """Return whether it is of this card, by NVML's UUID, and this installed version of torch. torch's own UUID has
+        no GPU- before it, and its own version may say which CUDA it was built for."""
+        return self.device.removeprefix("GPU-") == card.removeprefix("GPU-") and _public(self.torch) == _public(torch)
+
 
 def load_rate(key: RateKey) -> MatmulRate | None:
     """Return the rate stored for `key`, with `t` set to now; None when there is none, or its file is damaged."""
@@ -42,6 +47,18 @@ def load_rate(key: RateKey) -> MatmulRate | None:
     return MatmulRate(t=time.monotonic(), dtype=dtype, size=size, flops_per_second=rate)
 
 
+def known_rate(card: str, torch: str, dtype: str) -> float | None:
+    """Return the operations per second stored for a card; None when there are none. CUDA's version is not asked for,
+    because a process without torch does not know it, and one version of torch is built for one of CUDA."""
+    for file in cache_folder().glob("matmul-rate-*.json"):
+        stored = read_json(file)
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # a damaged file
+            key = RateKey(**stored["key"])
+            if key.is_of(card, torch) and key.dtype == dtype and (rate := load_rate(key)) is not None:
+                return rate.flops_per_second
+    return None
+
+
 def store_rate(key: RateKey, rate: MatmulRate) -> None:
     """Store `rate` for `key` atomically. Write errors are ignored."""
     file = _file(key)
@@ -50,6 +67,10 @@ def store_rate(key: RateKey, rate: MatmulRate) -> None:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _file(key: RateKey) -> Path:

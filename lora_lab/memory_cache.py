@@ -21,6 +21,17 @@ def load_bytes(key: RateKey) -> float | None:
     return rate if isinstance(rate, float) and math.isfinite(rate) and rate > 0 else None
 
 
+def known_bytes(card: str, torch: str) -> float | None:
+    """Return the bytes per second stored for a card; None when there are none. See `known_rate`."""
+    for file in cache_folder().glob("memory-rate-*.json"):
+        stored = read_json(file)
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # a damaged file
+            key = RateKey(**stored["key"])
+            if key.is_of(card, torch) and (rate := load_bytes(key)) is not None:
+                return rate
+    return None
+
+
 def store_bytes(key: RateKey, rate: float) -> None:
     """Store the bytes per second for `key` atomically. Write errors are ignored."""
     file = _file(key)

@@ -18,6 +18,8 @@ class Outcome(Enum):
 
     finished = "finished"
     out_of_memory = "out_of_memory"
+    predicted_out_of_memory = "predicted_out_of_memory"
+    """It was not run, because it certainly needs more memory than there is: plan=fits. Nothing was measured."""
     diverged = "diverged"
     unsupported = "unsupported"
     timed_out = "timed_out"
@@ -28,10 +30,12 @@ class Outcome(Enum):
 
     @property
     def exit_code(self) -> int:
-        """Return 0 for finished, 3 for measured but not finished, 2 for invalid input, 1 for anything else."""
+        """Return 0 for finished, 3 for measured or predicted but not finished, 2 for invalid input, 1 for anything
+        else."""
         if self is Outcome.finished:
             return 0
-        if self in (Outcome.out_of_memory, Outcome.diverged, Outcome.unsupported):
+        predicted = Outcome.predicted_out_of_memory
+        if self in (Outcome.out_of_memory, predicted, Outcome.diverged, Outcome.unsupported):
             return 3
         return EXIT_REFUSED if self is Outcome.refused else 1
 

@@ -177,6 +177,7 @@ def test_exit_codes_are_those_of_the_readme() -> None:
     assert codes == {
         "finished": 0,
         "out_of_memory": 3,
+        "predicted_out_of_memory": 3,
         "diverged": 3,
         "unsupported": 3,
         "timed_out": 1,

@@ -41,7 +41,7 @@ from lora_lab.store.stored_runs import open_store
 from lora_lab.store.trials import Trial
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import check_data
-from lora_lab.worker.workload import Workload
+from lora_lab.work import Workload
 
 EXIT_FAILED = 1
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lora_lab.forecast.estimate import Forecast, Range
 from lora_lab.forecast.money import Prices, electricity, hours_to_own, rented
+from lora_lab.forecast.total import Total
 
 _MINUTE, _HOUR = 60.0, 3600.0
 
@@ -59,6 +60,19 @@ def headline(found: Forecast, prices: Prices) -> str:
 
 def _money(cost: Range) -> str:
     return f"{cost.value:,.2f}" if cost.value >= 0.1 else f"{cost.value:.2g}"
+
+
+def in_one_line(found: Total) -> str:
+    """Return what many trials will take, and where that is from."""
+    named = sum(found.points.values())
+    parts = [f"{number} point{'' if number == 1 else 's'} {source}" for source, number in found.points.items()]
+    parts += [f"{number} unknown ({why})" for why, number in found.unknown.items()]
+    if not named:
+        return f"time: {', '.join(parts)}"
+    energy = f", {_interval(found.kwh, 'kWh')}" if found.without_energy < named else ", energy not measured"
+    if 0 < found.without_energy < named:
+        energy += f" without that of {found.without_energy} points"
+    return f"time: about {interval_of_time(found.seconds)}{energy}; {', '.join(parts)}"
 
 
 def duration(seconds: float) -> str:

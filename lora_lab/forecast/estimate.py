@@ -11,7 +11,7 @@ from lora_lab.forecast.sources import Source
 from lora_lab.options import EngineKind
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
-from lora_lab.worker.workload import MicroBatch, Workload
+from lora_lab.work import MicroBatch, Workload
 
 _GUESSED = math.log(2)
 """Half the interval of what was fitted on a few trials only: half to twice."""

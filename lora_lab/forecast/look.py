@@ -9,7 +9,8 @@ from lora_lab.config import TrialConfig
 from lora_lab.placement import Placement
 from lora_lab.trial.device_lock import device_lock
 from lora_lab.trial.devices import worker_environment
-from lora_lab.worker.workload import DeviceRates, Workload, workload
+from lora_lab.work import DeviceRates, Workload
+from lora_lab.worker.workload import workload
 
 
 def look(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lora_lab.config import TrialConfig
 from lora_lab.options import Batching, DataSource, DType, EngineKind, Quantization
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
-from lora_lab.worker.workload import MicroBatch, ModelFacts
+from lora_lab.work import MicroBatch, ModelFacts
 
 _OVERLAP = 4.0
 """The power in the sum of host and card: between neither overlapping (1) and both wholly (infinite)."""

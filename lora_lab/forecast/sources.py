@@ -10,7 +10,7 @@ from lora_lab.forecast.fitted import ByRegime, Constants
 from lora_lab.forecast.roofline import Roofline, StepTime
 from lora_lab.store.record import params
 from lora_lab.store.trials import Trial
-from lora_lab.worker.workload import MicroBatch
+from lora_lab.work import MicroBatch
 
 _SETTINGS = ("optimizer.", "precision.", "engine.", "method.", "model.", "attention", "gradient_checkpointing")
 _SIZES = ("batch_size", "grad_accum_steps", "seq_len", "data.batching")

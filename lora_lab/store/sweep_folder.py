@@ -28,8 +28,9 @@ _PUT_RIGHT = (
     "its artifacts. Without it everything is measured again. To give the sweep up, move its folder away"
 )
 
-AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value)
-"""Outcomes that say nothing about the point itself: resume runs these trials again."""
+SKIPPED = Outcome.predicted_out_of_memory.value
+AGAIN = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value, SKIPPED)
+"""Outcomes of trials that were not measured: resume runs these again, unless plan=fits skips them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,21 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TooLarge:
+    """Why a sweep with plan=fits does not run a point: the memory that it needs, and what there is, in GiB."""
+
+    low_gib: float
+    card_gib: float
+
+    @property
+    def reason(self) -> str:
+        """Return it in words."""
+        return (
+            f"with rows of seq_len tokens it needs at least {self.low_gib:.2f} GiB, and there are {self.card_gib:.2f}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
     """What a sweep hands to each trial that it starts, on any machine."""
 
@@ -76,6 +92,8 @@ class Membership:
     point: str
     fingerprint: str
     """`number`, `repeat`, `point` and `fingerprint` are those of `Planned`."""
+    too_large: TooLarge | None = None
+    """Why it is recorded and not run; None for a trial that runs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,7 +113,7 @@ class Plan:
     spent_seconds: float = 0.0
     """The time that the blocks of trials took until the latest began; counted with repeats=auto only."""
 
-    def membership(self, trial: Planned) -> Membership:
+    def membership(self, trial: Planned, too_large: TooLarge | None = None) -> Membership:
         """Return what one of the trials needs to know about its sweep."""
         return Membership(
             name=trial.name,
@@ -104,6 +122,7 @@ class Plan:
             repeat=trial.repeat,
             point=trial.point,
             fingerprint=trial.fingerprint,
+            too_large=too_large,
         )
 
     def planned(self, name: str) -> Planned | None:

@@ -102,6 +102,8 @@ class _Outline:
     absent: dict[str, str] = field(default_factory=dict)
     warnings: list[str]
     tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    """Every setting; empty in a folder of an older version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,4 +365,5 @@ def _outline(record: Record, summary: Summary, between_seconds: float) -> dict[s
         "device": record.tags.get("device", ""),
         **asdict(summary),
         "tags": summary.tags | ran,
+        "params": record.params,
     }

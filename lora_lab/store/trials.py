@@ -134,8 +134,17 @@ def groups(trials: Sequence[Trial]) -> list[Group]:
     return sorted(made, key=lambda group: -len(group.measured))
 
 
-_SAYS_NOTHING = (Outcome.killed.value, Outcome.failed.value, Outcome.timed_out.value, Outcome.refused.value)
-"""Outcomes of trials that say nothing about their point: resume runs these again."""
+_SAYS_NOTHING = tuple(
+    outcome.value
+    for outcome in (
+        Outcome.killed,
+        Outcome.failed,
+        Outcome.timed_out,
+        Outcome.refused,
+        Outcome.predicted_out_of_memory,  # an estimate is no evidence of what fits
+    )
+)
+"""Outcomes of trials that measured nothing about their point: resume runs these again."""
 
 
 def _group(place: Place, trials: Sequence[Trial]) -> Group:

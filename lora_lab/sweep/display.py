@@ -5,10 +5,9 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from lora_lab.comparison.rule import Rule
 from lora_lab.store.sweep_folder import Attempt, Planned
-from lora_lab.trial.standing import FIGURES, clock, colour, estimate
+from lora_lab.trial.standing import FIGURES, colour
 
 _WIDE = 160
 
@@ -46,25 +45,21 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def show_forecast(
-    folder: Path, trials: Sequence[Planned], pending: Sequence[Planned], earlier: Sequence[dict[str, Any]]
+    folder: Path, trials: Sequence[Planned], pending: Sequence[Planned], skipped: Container[str], forecast: str
 ) -> None:
-    """Print what will run and how long that takes, estimated from `earlier` trials on the same device."""
-    points, repeats = len({trial.point for trial in trials}), 1 + max(trial.repeat for trial in trials)
+    """Print what will run and what that takes.
+
+    Args:
+        skipped: the points that are not run.
+        forecast: of what is pending, in words.
+    """
+    run = [trial for trial in trials if trial.point not in skipped]
+    points, repeats = len({trial.point for trial in run}), 1 + max((trial.repeat for trial in run), default=0)
     console = Console(file=sys.stdout)
-    what = f"{len(trials)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
+    what = f"{len(run)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
     done = len(trials) - len(pending)
     console.print(what + (f", {done} of them done already" if done else ""), highlight=False)
-    ran = [(outline["point"], outline["seconds"]) for outline in earlier if outline["outcome"] == "finished"]
-    seconds, unknown = estimate(pending, ran)
-    if not pending:
-        said = "nothing left to do"
-    elif unknown == len(pending):
-        said = "time: unknown, none of these points has finished here before"
-    elif unknown:
-        said = f"time: {clock(seconds)} for the points that finished here before, unknown for {unknown} others"
-    else:
-        said = f"time: about {clock(seconds)}, as these points took here before"
-    console.print(said, highlight=False)
+    console.print(forecast if pending else "nothing left to do", highlight=False, markup=False, soft_wrap=True)
     console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput
+from lora_lab.forecast.display import in_one_line
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
-from lora_lab.paths import MULTIRUN
 from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
@@ -37,14 +37,18 @@ from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
-from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder, outlines
+from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
+from lora_lab.sweep.checks import CHECK_LOG, check_new, check_points
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
-from lora_lab.sweep.display import progress, show_forecast, show_rule, show_table, write_table
+from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
+from lora_lab.sweep.fitting import Judged, judged, show_judged
+from lora_lab.sweep.forecasting import forecast_of
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
-from lora_lab.sweep.points import combinations, compose_points, conditions_here, raise_faults
+from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
+from lora_lab.work import Workload
 
 
 @dataclass
@@ -61,8 +65,6 @@ class GridConf:
     trial: str = ""
     """The trial's Membership as JSON. The sweep sets it for each trial; it is not for users."""
 
-
-_CHECK_LOG = "check.log"
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="lora_lab")
 
@@ -114,22 +116,30 @@ class Grid(Sweeper):
         check_chdir(self._config.hydra.job.chdir)
         check_sweep_folder(new.path, first.tracking)
         rule = rule_of(points) if first.repeats == AUTO else None
-        found = self._earlier(points, new) if first.resume else None
+        memory = judged(points) if first.resume else Judged()
+        found = self._earlier(points, memory, new) if first.resume else None
         folder = found[0] if found else new
         with _alone(folder):
-            trials = found[1] if found else self._plan_anew(points, new)
+            works: dict[str, Workload] = {}
+            if found:
+                trials = found[1]
+            else:
+                works = check_new(points, new)
+                memory = judged(points)
+                trials = memory.once(_first_trials(points))
+            show_judged(memory, trials)
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
-            pending = [t for t in trials if not ((attempt := folder.attempt(t)) and attempt.done)]
+            pending = _pending(folder, trials, memory)
             if found:
-                _check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
+                works = check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
-            here = {point.conditions["device"] for point in points}
-            earlier = [outline for outline in outlines(MULTIRUN) if outline["device"] in here]
-            show_forecast(folder.path, trials, pending, earlier)
+            to_run = [trial for trial in pending if trial.point not in memory.too_large]
+            forecast = in_one_line(forecast_of(points, to_run, works))
+            show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             self._write_plan(folder, trials, points, arguments, None)
-            code = self._launch(folder, pending, store) if pending else 0
+            code = self._launch(folder, pending, store, memory) if pending else 0
             self._finish(folder, trials, store, code)
             return code or _code_of(folder, trials)
 
@@ -149,16 +159,18 @@ class Grid(Sweeper):
             Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
         self._write_plan(folder, trials, points, arguments, rule)
         show_rule(folder.path, rule, len(points))
-        code = run_blocks(folder, points, lambda block: self._launch(folder, block, store))
+        code = run_blocks(folder, points, lambda block: self._launch(folder, block, store, Judged()))
         plan = folder.read()
         self._finish(folder, plan.trials, store, code)
         found = judged(folder, plan)
         print("", *found.lines, sep="\n")
         return code or (0 if found.comparable else _code_of(folder, plan.trials))
 
-    def _earlier(self, points: list[GridPoint], new: SweepFolder) -> tuple[SweepFolder, list[Planned]] | None:
+    def _earlier(
+        self, points: list[GridPoint], memory: Judged, new: SweepFolder
+    ) -> tuple[SweepFolder, list[Planned]] | None:
         """Find the sweep to resume and its trials. None, which is reported, when there is none."""
-        found = take_up(_first_trials(points), new.path, compares=points[0].config.repeats == AUTO)
+        found = take_up(memory.once(_first_trials(points)), new.path, compares=points[0].config.repeats == AUTO)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
             for line in found[0].damaged(found[1]):
@@ -169,16 +181,6 @@ class Grid(Sweeper):
         for line in done_elsewhere(points):
             print(line)
         return None
-
-    def _plan_anew(self, points: list[GridPoint], folder: SweepFolder) -> list[Planned]:
-        if folder.exists:
-            raise InvalidInput(
-                f"{folder.path} already holds a sweep. Add resume=true to continue it, or name another folder."
-            )
-        _check_points(folder, points)
-        # only now: the check may have fetched a hub model's description, and with it its commit
-        points[:] = [replace(point, conditions=conditions_here(point.config)) for point in points]
-        return _first_trials(points)
 
     def _write_plan(
         self,
@@ -244,7 +246,7 @@ class Grid(Sweeper):
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
         return Record(name=name, is_sweep=True, params=params, tags=tags)
 
-    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox) -> int:
+    def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox, memory: Judged) -> int:
         """Run the remaining trials. Return 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
         point_latest(folder.path)
@@ -256,7 +258,7 @@ class Grid(Sweeper):
             folder.write(plan)
         store.deliver_sweep(folder)
         jobs = [
-            [*trial.overrides, *_place(folder.path, name, plan.membership(trial))]
+            [*trial.overrides, *_place(folder.path, name, plan.membership(trial, memory.too_large.get(trial.point)))]
             for trial, name in zip(pending, plan.launched, strict=True)
         ]
         with open_dict(self._config):
@@ -291,8 +293,11 @@ class Grid(Sweeper):
                 places.append(store.outlook("the records"))
         show_table(trials, attempts)
         continues = folder.read().rule is None  # with repeats=auto a new block is run instead
-        if continues and any(attempt is None or not attempt.done for attempt in attempts):
+        left = {attempt.outcome if attempt else "" for attempt in attempts if attempt is None or not attempt.done}
+        if continues and left - {SKIPPED}:
             places.append("to run again what was not measured, add resume=true to the same command")
+        if continues and SKIPPED in left:
+            places.append("to run what was skipped all the same, add plan=all resume=true")
         for place in places:
             print(place)
 
@@ -301,6 +306,18 @@ def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:
     """Return the exit code of a sweep that ran to its end."""
     attempts = [folder.attempt(trial) for trial in trials]
     return combined_exit_code([1 if each is None else Outcome(each.outcome).exit_code for each in attempts])
+
+
+def _pending(folder: SweepFolder, trials: list[Planned], memory: Judged) -> list[Planned]:
+    """Return the trials that are still to be run, and first those that are to be recorded as skipped."""
+
+    def is_over(trial: Planned) -> bool:
+        attempt = folder.attempt(trial)
+        skipped = trial.point in memory.too_large
+        return attempt is not None and (attempt.done or (skipped and attempt.outcome == SKIPPED))
+
+    pending = [trial for trial in trials if not is_over(trial)]
+    return sorted(pending, key=lambda trial: trial.point not in memory.too_large)
 
 
 def _first_trials(points: list[GridPoint]) -> list[Planned]:
@@ -340,7 +357,7 @@ def _alone(folder: SweepFolder) -> Iterator[None]:
             yield
     finally:
         if not folder.exists:
-            for name in (".sweep.lock", _CHECK_LOG):
+            for name in (".sweep.lock", CHECK_LOG):
                 (folder.path / name).unlink(missing_ok=True)
             with suppress(OSError):  # it may be a folder of the user's, with files in it
                 folder.path.rmdir()
@@ -357,19 +374,3 @@ def _warn_of_other_figures(folder: SweepFolder) -> None:
             f"({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows the new figures of an earlier trial.",
             file=sys.stderr,
         )
-
-
-def _check_points(folder: SweepFolder, points: list[GridPoint]) -> None:
-    """Raise InvalidInput for faults that only the tokenizer, the model's shapes and the rows show."""
-    chosen = [point for point in points if point.config.isolation is Isolation.process]
-    if not chosen:
-        return
-    with progress("checking rows and models of the points", len(chosen)) as seen:
-        looks, untold = worker_process.check_trials([point.config for point in chosen], folder.path / _CHECK_LOG, seen)
-    if untold:
-        print(f"warning: {untold}; each trial checks its own point when it starts", file=sys.stderr, flush=True)
-    faults: dict[str, list[str]] = {}
-    for point, look in zip(chosen, looks, strict=True):
-        for fault in look.faults:
-            faults.setdefault(fault, []).append(" ".join(point.overrides))
-    raise_faults(faults, len(points))

@@ -288,7 +288,9 @@ def _measure(state: TrialState) -> End:
     """Wait for the device, run the worker to its end, wait until the device is free again.
 
     Raises: KeyboardInterrupt."""
-    config, placement = state.request.config, state.placement
+    config, placement, member = state.request.config, state.placement, state.request.member
+    if member is not None and member.too_large is not None:
+        return End(outcome=Outcome.predicted_out_of_memory, reason=member.too_large.reason)
     try:
         check_capable(config, placement)
         with state.display, _device(state), state.sampler:

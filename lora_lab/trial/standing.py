@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from lora_lab.outcome import End, Outcome
 from lora_lab.store.record import Record
-from lora_lab.store.sweep_folder import Planned, SweepFolder
+from lora_lab.store.sweep_folder import SKIPPED, Planned, SweepFolder
 from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.metrics import metric
 
@@ -39,7 +39,8 @@ def standing(folder: SweepFolder) -> Standing:
     plan = folder.read()
     launched = [(plan.planned(name), folder.over(name)) for name in plan.launched]
     pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
-    over = [(trial.point, seen) for trial in plan.trials if (seen := folder.attempt(trial)) is not None]
+    attempts = [(trial.point, folder.attempt(trial)) for trial in plan.trials]
+    over = [(point, seen) for point, seen in attempts if seen is not None and seen.outcome != SKIPPED]
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
     open_ended = plan.rule is not None  # nobody knows how many blocks will follow
@@ -83,4 +84,4 @@ def clock(seconds: float) -> str:
 
 def colour(outcome: str) -> str:
     """Return rich's colour for an outcome."""
-    return {"finished": "green", "not run": "dim"}.get(outcome, "red")
+    return {"finished": "green", "not run": "dim", SKIPPED: "yellow"}.get(outcome, "red")

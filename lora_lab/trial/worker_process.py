@@ -181,13 +181,18 @@ def _rank_variables(rank: int, world_size: int) -> dict[str, str]:
 
 
 def check_trials(
-    configs: list[TrialConfig], log: Path, seen: Callable[[int], None], seconds: float = LOOK_SECONDS
+    configs: list[TrialConfig],
+    log: Path,
+    seen: Callable[[int], None],
+    works: bool = False,
+    seconds: float = LOOK_SECONDS,
 ) -> tuple[list[Look], str]:
     """Check trials before they run, in a worker.
 
     Args:
         log: gets what the worker prints.
         seen: called with the number of trials checked so far.
+        works: whether to count each trial's work, too.
         seconds: how long one check may take.
 
     Returns: the result for each trial, empty where the worker did not reach it (the trial itself then reports its
@@ -198,7 +203,7 @@ def check_trials(
     from lora_lab.worker import process
 
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    worker = forkserver.context.Process(target=process.check, args=(sender, configs, log), name="lora_lab check")
+    worker = forkserver.context.Process(target=process.check, args=(sender, configs, log, works), name="lora_lab check")
     looks: list[Look] = []
     why = ""
     try:

@@ -9,12 +9,16 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.look import Look
 from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
+from lora_lab.work import Workload
 from lora_lab.worker.examples import Examples, check_token_ids, pad_id
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.loading import load_examples
 from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
 from lora_lab.worker.tokenising import Report, quiet
 from lora_lab.worker.training import check_optimizer
+
+_KEPT = 2
+"""Data sets in tokens that are kept for the next points: they may be large."""
 
 
 def checked_architecture(config: TrialConfig) -> tuple[Any, list[str]]:
@@ -42,13 +46,23 @@ def checked_examples(config: TrialConfig, architecture: Any, report: Report = qu
     return examples, pad_id(tokenizer, vocab_size)
 
 
-def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
+Tokenised = Callable[[TrialConfig], tuple[Examples, int]]
+"""Gives a config's examples, and the token that rows are padded with."""
+
+
+def check_trials(
+    configs: list[TrialConfig], work_of: Callable[[TrialConfig, Tokenised], Workload | None] | None = None
+) -> Iterator[Look]:
     """Look at many trials before the first of them starts; nothing is loaded onto a device.
+
+    Args:
+        work_of: counts a trial's work, see works.py; None where that is not wanted.
 
     Yields: what is known of each config.
     """
     seen: dict[str, tuple[str, ...]] = {}
     rows: dict[str, int] = {}
+    kept: dict[str, tuple[Examples, int]] = {}
 
     def once(check: Callable[[TrialConfig], object], config: TrialConfig) -> tuple[str, ...]:
         key = f"{check.__name__} {config}"
@@ -57,8 +71,16 @@ def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
         return seen[key]
 
     def check_data(config: TrialConfig) -> None:
-        examples, _ = checked_examples(config, load_architecture(config.model))
-        rows[str(config)] = len(examples.train)
+        rows[str(config)] = len(examples_of(config)[0].train)
+
+    def examples_of(config: TrialConfig) -> tuple[Examples, int]:
+        config = _what_data_needs(config)
+        found = kept.get(str(config)) or checked_examples(config, load_architecture(config.model))
+        if work_of is not None:
+            kept[str(config)] = found
+            for old in list(kept)[:-_KEPT]:
+                del kept[old]
+        return found
 
     def check_job(config: TrialConfig) -> None:
         count = rows.get(str(_what_data_needs(config)))
@@ -66,12 +88,13 @@ def check_trials(configs: list[TrialConfig]) -> Iterator[Look]:
             plan_job(config, count)
 
     for config in configs:
-        yield Look(
-            faults=once(_check_optimizer, TrialConfig(optimizer=config.optimizer))
+        faults = (
+            once(_check_optimizer, TrialConfig(optimizer=config.optimizer))
             or once(checked_architecture, _what_the_model_needs(config))
             or once(check_data, _what_data_needs(config))
             or _faults(check_job, config)
         )
+        yield Look(faults=faults, work=None if faults or work_of is None else work_of(config, examples_of))
 
 
 def _what_the_model_needs(config: TrialConfig) -> TrialConfig:

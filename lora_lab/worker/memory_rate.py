@@ -8,9 +8,9 @@ import torch
 from lora_lab.config import TrialConfig
 from lora_lab.matmul_cache import RateKey, load_rate, store_rate
 from lora_lab.memory_cache import load_bytes, store_bytes
+from lora_lab.work import DeviceRates
 from lora_lab.worker.matmul_rate import measure_matmul_rate, rate_key
 from lora_lab.worker.models import working_dtype
-from lora_lab.worker.workload import DeviceRates
 
 _GPU_BYTES = 2**30
 _CPU_BYTES = 2**27

@@ -36,16 +36,18 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
     connection.close()
 
 
-def check(connection: Connection, configs: list[TrialConfig], log: Path) -> None:
+def check(connection: Connection, configs: list[TrialConfig], log: Path, works: bool) -> None:
     """Look at many trials in this process, on the CPU.
 
     Args:
         connection: takes one Look a trial.
+        works: whether to count each trial's work, too.
     """
     _begin({"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, log)
     from lora_lab.worker.check import check_trials
+    from lora_lab.worker.works import Works
 
-    for look in check_trials(configs):
+    for look in check_trials(configs, Works().of if works else None):
         connection.send(look)
     connection.close()
 

@@ -2,98 +2,62 @@
 imports at the top need no torch: the parent has them too."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.config import TrialConfig
-from lora_lab.events import DataCounted, MatmulRate, ModelCounted
 from lora_lab.options import DataSource
+from lora_lab.work import MicroBatch, ModelFacts, Workload
 
 if TYPE_CHECKING:
     from lora_lab.worker.data import Collator, Example
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The size of one micro-batch."""
-
-    rows: int
-    width: int
-    """Slots of each row: tokens and padding."""
-    real: int
-    trained: int
-    attended: int
-    """Sum of the squares of the documents' lengths in tokens."""
-
-    @property
-    def slots(self) -> int:
-        """Return rows x width."""
-        return self.rows * self.width
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a model's time follows from, counted on the meta device."""
-
-    counted: ModelCounted | None
-    """None where the model multiplies in a way that is not known."""
-    layers: int
-    linears: int
-    """Frozen linear layers inside the decoder layers."""
-    widths: int
-    """Their inputs and outputs added up."""
-    matrices: int
-    """Trained matrices."""
-    hidden: int
-    vocabulary: int
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The work of one trial."""
-
-    model: ModelFacts
-    data: DataCounted
-    epoch: list[MicroBatch]
-    """The micro-batches of one epoch, in a random order like those of training."""
-    steps: int
-    """Optimizer steps, of a window with its warm-up."""
-    steps_per_epoch: int
-    evaluations: int
-    """Between the first step and the last."""
-    checkpoints: int
-    heldout: list[MicroBatch]
-    """Of one evaluation."""
-    general: list[MicroBatch]
-    """Of the general text, which is evaluated before and after."""
-    answers: int
-    """Answers that are written: each prompt by the base and by the tuned model."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRates:
-    """How fast the device is, measured once and cached."""
-
-    matmul: MatmulRate
-    bytes_per_second: float
-    """Read and written by a copy in the device's memory."""
+    from lora_lab.worker.examples import Examples
 
 
 def workload(config: TrialConfig) -> Workload:
     """Read and tokenise the rows as the trial would, and plan it. No weights are loaded, and no device is used.
 
     Raises: InvalidInput."""
-    from lora_lab.worker.answers import answers_asked, questions
     from lora_lab.worker.check import checked_examples
-    from lora_lab.worker.data import Collator, train_collator
-    from lora_lab.worker.general_text import general_examples, general_rows
-    from lora_lab.worker.job_plan import plan_job
-    from lora_lab.worker.models import load_architecture, load_tokenizer
-    from lora_lab.worker.stages.data_loading import counted
+    from lora_lab.worker.models import load_architecture
 
     architecture = load_architecture(config.model)
     examples, padding = checked_examples(config, architecture)
-    order = list(examples.train)
+    general = general_of(config, architecture)
+    return work_on(config, model_facts(config, architecture), examples, padding, general)
+
+
+def general_of(config: TrialConfig, architecture: Any) -> "list[Example]":
+    """Return the general text that is evaluated before and after; none where that was not asked for."""
+    from lora_lab.worker.general_text import general_examples, general_rows
+    from lora_lab.worker.models import load_tokenizer
+
+    if not general_rows(config):
+        return []
+    return general_examples(config, load_tokenizer(config.model), architecture.get_text_config().vocab_size)
+
+
+def work_on(
+    config: TrialConfig,
+    model: ModelFacts,
+    examples: "Examples",
+    padding: int,
+    general: "list[Example]",
+    most: int | None = None,
+) -> Workload:
+    """Plan the work on rows that are tokens already.
+
+    Args:
+        padding: the token that rows are padded with.
+        most: how many of the epoch's micro-batches are laid out, the first of their random order; None for all.
+
+    Raises: InvalidInput."""
+    from lora_lab.worker.answers import answers_asked, questions
+    from lora_lab.worker.data import Collator, train_collator
+    from lora_lab.worker.job_plan import plan_job
+    from lora_lab.worker.stages.data_loading import counted
+
+    order = list(range(len(examples.train)))
     random.Random(config.seed).shuffle(order)
     steps, steps_per_epoch, evaluations, checkpoints = _window(config, len(order))
     if config.train.is_job:
@@ -101,17 +65,14 @@ def workload(config: TrialConfig) -> Workload:
         steps, steps_per_epoch = plan.steps, plan.steps_per_epoch
         evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
         checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
+    rows = [examples.train[place] for place in order[: None if most is None else most * config.batch_size]]
     heldout = examples.heldout[: config.measure.eval_rows]
-    general = []
-    if general_rows(config):
-        vocabulary = architecture.get_text_config().vocab_size
-        general = general_examples(config, load_tokenizer(config.model), vocabulary)
     as_evaluated = Collator(pad_id=padding)
     asked = 0 if config.data.source is DataSource.random_tokens else answers_asked(config)
     return Workload(
-        model=model_facts(config, architecture),
+        model=model,
         data=counted(examples, config.seq_len),
-        epoch=_batches(order, config.batch_size, train_collator(config, padding), whole=True),
+        epoch=_batches(rows, config.batch_size, train_collator(config, padding), whole=True),
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         evaluations=evaluations if heldout else 0,

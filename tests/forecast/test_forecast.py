@@ -20,7 +20,7 @@ from lora_lab.forecast.sources import Source, of_rates, of_trials, same_settings
 from lora_lab.options import Checkpointing, EngineKind, Quantization
 from lora_lab.store.record import params
 from lora_lab.store.trials import Trial
-from lora_lab.worker.workload import MicroBatch, ModelFacts, Workload
+from lora_lab.work import MicroBatch, ModelFacts, Workload
 
 H100 = Speeds(790e12, 3e12)
 QWEN = ModelFacts(

@@ -17,8 +17,9 @@ from lora_lab.memory_cache import load_bytes, store_bytes
 from lora_lab.options import Batching
 from lora_lab.store.record import params
 from lora_lab.store.trials import Trial
+from lora_lab.work import DeviceRates
 from lora_lab.worker.memory_rate import known_rates, measured_rates
-from lora_lab.worker.workload import DeviceRates, workload
+from lora_lab.worker.workload import workload
 
 ROWS = [{"instruction": "q" * 20, "output": "a" * length} for length in range(1, 41)]
 

@@ -261,7 +261,7 @@ def test_what_changes_no_result_is_no_factor():
             "measure.co2_grams_per_kwh",
         ),
         *("device", "capacity"),
-        *("contrast", "margin", "budget_minutes", "first_pairs"),
+        *("contrast", "margin", "budget_minutes", "first_pairs", "plan"),
     } == NO_EFFECT
     plain = {key.replace(".", "__"): "1" for key in NO_EFFECT - {"repeat"}}
     found = design([trial(tracking__root="here"), trial(tracking__root="there", **plain)])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from planted import factorial, trial
 from rich.console import Console
 
+from lora_lab.outcome import Outcome
 from lora_lab.report.answers.best.candidates import Wish
 from lora_lab.report.answers.best.choice import choose
 from lora_lab.report.answers.claims.study_file import shipped
@@ -33,7 +34,7 @@ def said(findings: Findings, width: int = 100, full: bool = False) -> str:
     return " ".join(text.getvalue().split())
 
 
-OUTCOMES = ["finished", "finished", "finished", "out_of_memory", "diverged", "failed", "killed", "unsupported"]
+OUTCOMES = ["finished"] * 2 + [outcome.value for outcome in Outcome]
 RATE = st.one_of(st.floats(1e-6, 1e6), st.sampled_from([math.nan, math.inf, 0.0]))
 """What a trial that diverged, or was too short, can have recorded."""
 MEMORY = st.floats(0.5, 80)

@@ -176,3 +176,21 @@ def test_many_configurations_do_not_make_a_slow_one_as_fast() -> None:
     effects = {"optimizer=o0": 1.0, "optimizer=o1": 0.98}
     [group] = found(factorial(levels, effects, noise=0.03, drift=0.03, repeats=3, random=2)).groups
     assert 3 <= group.as_fast <= 5  # o0 and o1 in each precision; at 3 % of noise 2 % are not seen
+
+
+def test_what_was_only_predicted_is_named_and_counts_for_nothing() -> None:
+    """A skipped point is no run out of memory, no trial that is missing, and nothing once it ran."""
+    ran = pairs((1000.0, 900.0))
+    skipped = trial(outcome="predicted_out_of_memory", batch_size="64", tags={"point": "large"})
+    sweep = Sweep(run_id="sweep0", name="", outcome="finished", params={"trials": "11"}, tags={}, started_ms=0)
+    made = find([*ran, skipped], [sweep], Question(), "0")
+    told = " ".join(notes(made))
+    assert "1 point skipped" in told
+    assert "planned" not in told, "nothing is missing"
+    assert "out of memory" not in told
+    assert [each.trial.run_id for each in made.groups[0].group.excluded] == [skipped.run_id]
+    assert not [fit for fit in made.groups[0].fits if fit.next]
+    since = trial(outcome="out_of_memory", batch_size="64", tags={"point": "large"})
+    told = " ".join(notes(find([*ran, skipped, since], [sweep], Question(), "0")))
+    assert "skipped" not in told
+    assert "1 out of memory" in told

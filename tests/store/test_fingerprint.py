@@ -65,7 +65,8 @@ def another(value: Any, hint: Any) -> Any:
     if isinstance(value, Enum):
         return next(other for other in type(value) if other is not value)
     kinds = [typing.get_origin(part) or part for part in (hint, *typing.get_args(hint))]
-    return next(KINDS[kind](value) for kind in kinds if kind in KINDS)
+    words = [word for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]
+    return words[0] if words else next(KINDS[kind](value) for kind in kinds if kind in KINDS)
 
 
 KINDS: dict[Any, Any] = {
@@ -89,7 +90,7 @@ def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_
     tracking = {key for key in LEAVES if key.startswith("tracking.")}
     beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
     auto = {"contrast", "margin", "budget_minutes", "first_pairs"}
-    assert ignored == tracking | beside | auto | {"timeout_minutes", "repeats", "resume"}
+    assert ignored == tracking | beside | auto | {"timeout_minutes", "plan", "repeats", "resume"}
 
 
 def test_settings_of_a_job_change_nothing_in_a_window() -> None:

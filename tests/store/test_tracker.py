@@ -372,7 +372,10 @@ def test_answers_are_a_table_in_mlflow_and_are_read_back(mlflow: Mlflow, root: P
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [("finished", "FINISHED"), ("killed", "KILLED"), (RUNNING, "RUNNING")]
-    + [(outcome, "FAILED") for outcome in ("out_of_memory", "diverged", "unsupported", "timed_out", "failed")],
+    + [
+        (outcome, "FAILED")
+        for outcome in ("out_of_memory", "predicted_out_of_memory", "diverged", "unsupported", "timed_out", "failed")
+    ],
 )
 def test_mlflows_status_is_its_nearest_word_for_the_outcome(mlflow: Mlflow, outcome: str, status: str) -> None:
     mlflow.tracker().deliver(record(outcome), [])

@@ -238,7 +238,7 @@ def test_without_resume_it_is_a_new_sweep(story: Story) -> None:
 
 def test_the_forecast_knows_points_that_have_run_here_before(story: Story) -> None:
     [said] = [line for line in story.anew.said.out.splitlines() if line.startswith("time:")]
-    assert re.search(r"about \d+ (s|min)\b", said), said
+    assert re.search(r"about [\d.]+ (s|min)\b", said), said
     [half] = [line for line in story.bigger.said.out.splitlines() if line.startswith("time:")]
     assert "unknown" in half, "nothing tells how long the new points take"
 

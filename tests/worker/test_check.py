@@ -9,9 +9,11 @@ from tiny_trials import ended, tiny_config
 from lora_lab.config import OptimizerConfig, TrainConfig, TrialConfig
 from lora_lab.events import Event
 from lora_lab.look import Look
-from lora_lab.worker import check
+from lora_lab.work import ModelFacts
+from lora_lab.worker import check, works
 from lora_lab.worker.check import check_trials
 from lora_lab.worker.trial import run_trial
+from lora_lab.worker.workload import model_facts, workload
 
 
 def unknown_optimizer(config: TrialConfig) -> None:
@@ -79,3 +81,41 @@ def test_points_share_what_they_have_in_common(monkeypatch: pytest.MonkeyPatch) 
         config.seed = number
     assert list(check_trials(configs)) == [Look()] * 3
     assert len(looked) == 1
+
+
+def test_each_points_own_work_is_counted_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points that share a model count it once; one that would be refused has no work."""
+    counted: list[TrialConfig] = []
+
+    def facts(config: TrialConfig, architecture: object) -> ModelFacts:
+        counted.append(config)
+        return model_facts(config, architecture)
+
+    monkeypatch.setattr(works, "model_facts", facts)
+    configs = [tiny_config() for _ in range(4)]
+    configs[1].learning_rate *= 2
+    configs[2].seq_len = 8
+    too_few_rows(configs[3])
+    *found, refused = [look.work for look in check_trials(configs, works.Works().of)]
+    assert refused is None
+    for work, config in zip(found, configs[:3], strict=True):
+        alone = workload(config)
+        assert work is not None
+        assert (work.model, work.epoch, work.steps, work.heldout) == (
+            alone.model,
+            alone.epoch,
+            alone.steps,
+            alone.heldout,
+        )
+    assert len(counted) == 1
+
+
+def test_a_part_of_the_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(works, "_MICRO_BATCHES", 3)
+    config = tiny_config()
+    config.data.rows = 40
+    [look] = check_trials([config], works.Works().of)
+    whole = workload(config)
+    assert look.work is not None
+    assert look.work.epoch == whole.epoch[:3]
+    assert (look.work.steps, look.work.steps_per_epoch) == (whole.steps, whole.steps_per_epoch)

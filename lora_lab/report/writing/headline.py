@@ -65,6 +65,7 @@ def notes(findings: Findings) -> tuple[str, ...]:
     main = findings.groups[0]
     said = [
         _not_run(findings),
+        _skipped(findings),
         _ended(main),
         dropped(main),
         trade(main),
@@ -240,11 +241,33 @@ def _ended_by(trial: Trial) -> str:
 def _not_run(findings: Findings) -> str:
     """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
     over = Counter(trial.sweep for found in findings.groups for trial in found.group.trials)
+    over += Counter(sweep for sweep, _ in _predicted(findings))
     planned = sum(sweep.planned or 0 for sweep in findings.sweeps)
     done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in findings.sweeps)
     if done == planned:
         return ""
     return f"Only {done} of the {planned} planned trials have been run; resume=true runs the rest."
+
+
+def _skipped(findings: Findings) -> str:
+    """Return how many points plan=fits has skipped."""
+    number = len(_predicted(findings))
+    if not number:
+        return ""
+    return f"{count(number, 'point')} skipped, because an estimate says that the memory is too small: not measured."
+
+
+def _predicted(findings: Findings) -> set[tuple[str | None, str]]:
+    """Return the sweep and the point of each trial that was skipped and not run since."""
+    groups = [found.group for found in findings.groups]
+    ran = {_place_in_sweep(trial) for group in groups for trial in group.trials}
+    left_out = [each.trial for group in groups for each in group.excluded]
+    predicted = Outcome.predicted_out_of_memory.value
+    return {_place_in_sweep(trial) for trial in left_out if trial.outcome == predicted} - ran
+
+
+def _place_in_sweep(trial: Trial) -> tuple[str | None, str]:
+    return trial.sweep, trial.tags.get("point", trial.run_id)
 
 
 def _ended(found: GroupFindings) -> str:

@@ -7,8 +7,9 @@ from lora_lab.outcome import Outcome
 from lora_lab.report.statistics.settings import Settings, by_point, labels
 from lora_lab.store.trials import Trial
 
-_SAYS_NOTHING = (Outcome.killed.value, Outcome.refused.value)
-"""Outcomes that come from outside. A crash or a time-out may come from what changed, so these two count here."""
+_SAYS_NOTHING = (Outcome.killed.value, Outcome.refused.value, Outcome.predicted_out_of_memory.value)
+"""Outcomes that come from outside, or that were only predicted. A crash or a time-out may come from what
+changed, so these two count here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,66 @@
+"""Say what a sweep's trials will take, from what is known before it starts."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_lab.config import TrialConfig
+from lora_lab.forecast.total import Asked, Total, speeds_of, total
+from lora_lab.outcome import Outcome
+from lora_lab.paths import MULTIRUN
+from lora_lab.store.sweep_folder import Planned, outlines
+from lora_lab.store.trials import Trial
+from lora_lab.sweep.plan import GridPoint
+from lora_lab.telemetry.nvml import Card
+from lora_lab.trial.devices import choose_placement
+from lora_lab.work import Workload
+
+
+def rates_known(config: TrialConfig) -> bool:
+    """Return whether the rates of a trial's card were measured here before."""
+    card = _card(config)
+    return card is not None and speeds_of(config, card) is not None
+
+
+def forecast_of(points: Sequence[GridPoint], pending: Sequence[Planned], works: Mapping[str, Workload]) -> Total:
+    """Forecast the trials that are pending.
+
+    Args:
+        works: the work of points, by their digests, as far as it was counted.
+    """
+    counts = Counter(trial.point for trial in pending)
+    finished = [each for each in outlines(MULTIRUN) if each["outcome"] == Outcome.finished.value] if counts else []
+    ran: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for outline in finished:
+        ran.setdefault((outline["point"], outline["device"]), []).append(outline)
+    others = [_trial(outline) for outline in finished]
+    return total(
+        Asked(
+            config=point.config,
+            count=counts[point.digest],
+            card=_card(point.config),
+            earlier=ran.get((point.digest, point.conditions["device"]), ()),
+            others=others,
+            work=works.get(point.digest),
+        )
+        for point in points
+        if point.digest in counts
+    )
+
+
+def _trial(outline: Mapping[str, Any]) -> Trial:
+    """Return a trial as the forecast compares its settings."""
+    return Trial(
+        run_id="",
+        name=outline["name"],
+        sweep=None,
+        outcome=outline["outcome"],
+        params=outline["params"],
+        metrics=outline["metrics"],
+        tags=outline["tags"] | {"device": outline["device"]},
+        started_ms=0,
+    )
+
+
+def _card(config: TrialConfig) -> Card | None:
+    return next(iter(choose_placement(config.device).cards), None)

@@ -1,0 +1,138 @@
+"""plan=fits: a sweep on a card of 8 GiB that is none leaves out what certainly needs more, and says so. That card
+does not calculate in bf16, so what is tried ends as unsupported."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Said, lab_in, records_in, with_fakes
+from planted_rates import plant_rates
+
+from lora_lab.config import TrialConfig
+from lora_lab.store.sweep_folder import Planned, TooLarge
+from lora_lab.sweep.fitting import Judged
+
+SMALL = ("measure=quick", "measure.idle_seconds=0", "data=random_tokens", "data.rows=16", "seq_len=32")
+POINTS = ("-m", *SMALL, "model=tiny", "vram_limit_gib=0.3,0.9,2", "repeats=2")
+SCARCE, NARROW, ENOUGH = "0.3", "0.9", "2.0"
+AS_PLANNED = {(ENOUGH, "unsupported"): 2, (NARROW, "unsupported"): 2, (SCARCE, "predicted_out_of_memory"): 1}
+
+
+def run(folder: Path, *arguments: str) -> Said:
+    card = {"PYTHONPATH": with_fakes(), "CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CAPABILITY": "7.5"}
+    return lab_in(folder)(*arguments, XDG_CACHE_HOME=str(folder / "cache"), **card)
+
+
+def ends(records: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
+    return Counter((record["params"]["vram_limit_gib"], record["outcome"]) for record in records)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A sweep with plan=fits, the same resumed, and resumed with everything."""
+
+    folder: Path
+    first: Said
+    after_first: list[dict[str, Any]]
+    again: Said
+    after_again: list[dict[str, Any]]
+    everything: Said
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("only what fits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        plant_rates(1e14, 1e12)
+    first = run(folder, *POINTS, "plan=fits")
+    after_first = records_in(folder)
+    again = run(folder, *POINTS, "plan=fits", "resume=true")
+    after_again = records_in(folder)
+    everything = run(folder, *POINTS, "plan=all", "resume=true")
+    return Story(folder, first, after_first, again, after_again, everything)
+
+
+def test_what_certainly_does_not_fit_is_recorded_once_and_nothing_of_it_is_begun(story: Story) -> None:
+    assert ends(story.after_first) == AS_PLANNED, story.first.text
+    [skipped] = [record for record in story.after_first if record["params"]["vram_limit_gib"] == SCARCE]
+    low, high = (skipped["metrics"][f"estimate/{name}_gib"] for name in ("low", "high"))
+    assert 0.3 < low < high < 2
+    assert f"{low:.2f} GiB" in skipped["tags"]["reason"]
+    assert not [name for name in skipped["metrics"] if name.startswith(("vram/", "throughput/", "time/"))]
+    records = story.folder.glob("multirun/*/*/*/record.json")
+    [place] = [path.parent for path in records if skipped["id"] in path.read_text()]
+    assert not (place / "worker.log").exists(), "no worker was started"
+    assert json.loads((place / "delivered.json").read_text())["run_id"], "the store has it"
+
+
+def test_the_start_says_what_is_tried_and_what_is_not(story: Story) -> None:
+    assert "1 fit, 1 doubtful and tried, 1 skipped" in story.first.out
+    assert "doubtful: vram_limit_gib=0.9" in story.first.out
+    assert "skipped: vram_limit_gib=0.3:" in story.first.out
+
+
+def test_the_start_says_time_and_energy_of_what_is_tried_alone(story: Story) -> None:
+    [line] = [line for line in story.first.out.splitlines() if line.startswith("time:")]
+    assert "2 points from the card's rates" in line
+    assert "kWh" in line, "the fake card says how much it may draw"
+    assert "unknown" not in line
+
+
+def test_a_resume_with_the_same_plan_skips_without_another_record(story: Story) -> None:
+    assert ends(story.after_again) == AS_PLANNED, story.again.text
+
+
+def test_a_resume_with_everything_runs_what_was_skipped_as_often_as_asked(story: Story) -> None:
+    counts = ends(records_in(story.folder))
+    assert counts[SCARCE, "unsupported"] == 2, story.everything.text
+    assert counts[SCARCE, "predicted_out_of_memory"] == 1
+
+
+def test_every_point_skipped_is_the_exit_code_of_nothing_finished(tmp_path: Path) -> None:
+    large = ("model=llama3_1_8b", "model.weights=random", "method=lora")
+    said = run(tmp_path, "-m", *SMALL, *large, "plan=fits", "tracking=none")
+    assert said.code == 3, said.text
+    [record] = records_in(tmp_path)
+    assert record["outcome"] == "predicted_out_of_memory"
+    assert record["metrics"]["estimate/low_gib"] > 14, "the weights alone are 8 billion times two bytes"
+
+
+def test_without_a_card_nothing_is_known_and_everything_runs(tmp_path: Path) -> None:
+    said = lab_in(tmp_path)(
+        *("-m", *SMALL, "model=tiny", "method=lora", "precision=fp32", "device=cpu", "plan=fits", "tracking=none"),
+        OMP_NUM_THREADS="1",
+    )
+    assert said.code == 0, said.text
+    assert "1 run without an estimate" in said.out
+    assert [record["outcome"] for record in records_in(tmp_path)] == ["finished"]
+
+
+def test_a_comparison_cannot_leave_out_one_of_its_sides(tmp_path: Path) -> None:
+    auto = ("repeats=auto", "contrast=batch_size", "tracking=none")
+    said = run(tmp_path, "-m", *SMALL, "model=tiny", "vram_limit_gib=0.3", "batch_size=1,2", *auto, "plan=fits")
+    assert said.code == 2, said.text
+    assert "plan=all" in said.err
+    assert not records_in(tmp_path)
+
+
+def test_repeats_of_a_skipped_point_are_left_out_and_numbers_stay_unique() -> None:
+    def planned(number: int, point: str, repeat: int) -> Planned:
+        return Planned(
+            number=number,
+            settings={},
+            asked_place=0,
+            repeat=repeat,
+            overrides=[],
+            point=point,
+            fingerprint=f"{point}{repeat}",
+        )
+
+    trials = [planned(2 * repeat + place, point, repeat) for repeat in range(3) for place, point in enumerate("ab")]
+    memory = Judged(too_large={"a": TooLarge(low_gib=9.0, card_gib=8.0)})
+    kept = memory.once(trials)
+    assert [(trial.number, trial.fingerprint) for trial in kept] == [(0, "a0"), (1, "b0"), (2, "b1"), (3, "b2")]
+    assert TrialConfig().plan is None
