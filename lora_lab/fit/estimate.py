@@ -18,7 +18,8 @@ from lora_lab.options import EngineKind
 
 GIB = 2**30
 FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
-_CLOSE = 2**24
+_CLOSE = 200
+"""What the allocator gets through with is known to this part of what it takes: a few replays, each of some 20 ms."""
 _TRYING_OUT = 2**28
 """What torch.compile takes while it tries out kernels for the first time: in benchmarks.fit_memory, the most that the
 first step had more than later ones."""
@@ -114,9 +115,10 @@ class Estimate:
 
 
 def _least(tape: Tape) -> int:
-    """Return the least number of reserved bytes with which a tape's step gets through, to 16 MiB."""
+    """Return the least number of reserved bytes with which a tape's step gets through, to half a percent."""
     low, high = sum(tape.peak().values()), replay(tape)
-    while high - low > _CLOSE:
+    close = high // _CLOSE
+    while high - low > close:
         middle = (low + high) // 2
         try:
             replay(tape, middle, times=1)
