@@ -20,6 +20,7 @@ from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
 from benchmarks.forecast_table import forecast_errors
 from benchmarks.jobs_table import killed, lab_chat, maths, quality
+from benchmarks.mask_check import table as mask_check
 from benchmarks.one_factor_table import one_factor
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
@@ -61,6 +62,7 @@ MADE: dict[str, Callable[[], str]] = {
     "lab-chat": lab_chat,
     "quality": quality,
     "killed-jobs": killed,
+    "mask-check": mask_check,
     "fit-error": fit_error,
     "fit-trials": fit_trials,
     "fit-context": fit_context,
