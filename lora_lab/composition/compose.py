@@ -14,6 +14,7 @@ from lora_lab.composition.explanations import explain
 from lora_lab.composition.keys import help_text, unknown_key
 from lora_lab.composition.validation import faults
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import DataSource
 from lora_lab.settings import settings_of
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -49,18 +50,34 @@ def load(composed: DictConfig) -> TrialConfig:
 def stored_config(path: Path) -> TrialConfig:
     """Read the config that a trial wrote into its folder.
 
+    A relative path of rows or of a model that leads nowhere from here is looked for from the folders that the trial's
+    folder lies in: one of them is most likely where the trial was started.
+
     Raises: InvalidInput when it cannot be read, or is of another version."""
     try:
         stored = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
-        return load(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrialConfig), stored)))
+        config = load(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrialConfig), stored)))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as fault:
         raise InvalidInput(f"{path} cannot be read, or was edited, or another version wrote it: {fault}") from fault
+    for group, key in _paths(config):
+        typed = getattr(group, key)
+        if typed and not Path(typed).exists():  # joined to another folder, an absolute path stays as it is
+            found = next((each / typed for each in path.absolute().parents if (each / typed).exists()), None)
+            setattr(group, key, typed if found is None else str(found))
+    return config
+
+
+def _paths(config: TrialConfig) -> list[tuple[Any, str]]:
+    """Return the settings that are paths of the user's files, each with its group."""
+    paths: list[tuple[Any, str]] = [(config.data, "heldout_path"), (config.model, "path")]
+    if config.data.source is not DataSource.shipped:  # there it is a name
+        paths.append((config.data, "path"))
+    return [*paths, *((source, "path") for source in config.data.sources)]
 
 
 def _expand_home(config: TrialConfig) -> None:
     """Expand ~/ at the start of a path from a yaml; on the command line it is expanded already."""
-    paths = [(config.data, "path"), (config.data, "heldout_path"), (config.model, "path"), (config.tracking, "root")]
-    for group, key in [*paths, *((source, "path") for source in config.data.sources)]:
+    for group, key in [*_paths(config), (config.tracking, "root")]:
         path = getattr(group, key)
         if path and path.startswith("~/"):
             with suppress(RuntimeError):  # nobody knows where home is

@@ -195,7 +195,8 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
     config, member = request.config, request.member
     owner = this_process()
     facts = environment() | device_facts(placement) | owner_tags(owner, request.folder)
-    facts["point"] = point_digest(config)
+    if request.resumed is None:  # a job stays the same point also where its files are found by another path
+        facts["point"] = point_digest(config)
     facts["command"] = without_secrets(request.command)
     if member is not None:
         facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
