@@ -37,13 +37,14 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
 
 
 def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> str:
-    """Check a trial before it starts, unless plan=all.
+    """Check a trial before it starts, unless plan=all. What this machine cannot run ends as unsupported, for a reason
+    that no change of its size mends.
 
     Returns: a warning where it is doubtful whether the trial fits; otherwise nothing.
 
     Raises: InvalidInput when it is certainly too large."""
     said = seen.estimate
-    if said is None or seen.card_bytes is None or config.plan is Plan.all:
+    if said is None or seen.card_bytes is None or config.plan is Plan.all or not _runs_on(config, placement):
         return ""
     room = capacity(config, seen.card_bytes)
     whose = f"{placement.name} has" if room == seen.card_bytes else f"vram_limit_gib={config.vram_limit_gib:g} allows"

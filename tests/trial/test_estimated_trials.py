@@ -83,6 +83,22 @@ def test_a_trial_on_the_cpu_has_no_estimate(lab: Lab, tmp_path: Path) -> None:
     assert not [name for name in record["metrics"] if name.startswith("estimate/")]
 
 
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [((), "compute capability 8.0"), (("precision=fp16", "capacity=24gib"), "vram_limit_gib=24")],
+    ids=["format", "capacity"],
+)
+def test_what_the_card_cannot_run_at_any_size_is_not_called_too_large(
+    lab: Lab, tmp_path: Path, faked: dict[str, str], more: tuple[str, ...], needed: str
+) -> None:
+    said = lab(*QWEN, *more, **faked, FAKE_NVML_CAPABILITY="7.5")
+    assert said.code == 3, said.text
+    record = record_of(tmp_path)
+    assert record["outcome"] == "unsupported"
+    assert needed in record["tags"]["reason"]
+    assert record["tags"]["estimate_verdict"] == "too large"
+
+
 def test_a_failure_of_the_estimate_costs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(config: TrialConfig) -> None:
         raise ZeroDivisionError("a layer without heads")
