@@ -1,9 +1,11 @@
 """Ask lora_lab.fit about a trial's memory before it runs: for its record, and to refuse what cannot fit."""
 
+from collections.abc import Sequence
+
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.fit.advice import advise
 from lora_lab.fit.beforehand import beforehand, capacity
-from lora_lab.fit.estimate import DOUBTFUL, TOO_LARGE
+from lora_lab.fit.estimate import DOUBTFUL, FITS, TOO_LARGE
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.options import Plan
 from lora_lab.outcome import Unsupported
@@ -63,6 +65,20 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
         if changes
         else "No change known here makes it fit. Choose a smaller model.",
         "If all rows are shorter than seq_len, lower seq_len to the longest. plan=all runs it all the same.",
+    )
+
+
+def check_free(seen: HostFacts, used: Sequence[int | None]) -> str:
+    """Return a warning where a trial fits its card, but perhaps not what is left of it.
+
+    Args:
+        used: bytes in use on each card before the trial; None without a reading."""
+    said, held = seen.estimate, max((each for each in used if each is not None), default=0)
+    if said is None or seen.card_bytes is None or said.verdict != FITS or said.enough <= seen.card_bytes - held:
+        return ""
+    return (
+        f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and of the "
+        f"card's {_gib(seen.card_bytes)} GiB {_gib(held)} are in use already. To free some, end programs that nvidia-smi lists"
     )
 
 
