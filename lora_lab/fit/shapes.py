@@ -275,15 +275,8 @@ def _read_config(model: ModelConfig) -> dict[str, Any]:
         remedy = "Name a folder that has a config.json: model=local model.path=FOLDER."
     else:
         from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
-        from huggingface_hub.errors import HFValidationError
 
-        try:
-            found = try_to_load_from_cache(str(model.id), "config.json", revision=model.revision)
-        except HFValidationError as fault:
-            raise InvalidInput(
-                f"model.id={model.id} is not the name of a model of the hub. Write it as OWNER/NAME, for example "
-                "model.id=Qwen/Qwen2.5-1.5B. A folder is model=local model.path=FOLDER."
-            ) from fault
+        found = try_to_load_from_cache(str(model.id), "config.json", revision=model.revision)
         remedy = f"Type hf download {model.id} config.json, or choose a named model, for example model=llama3_1_8b."
     if not isinstance(found, str | Path):
         raise InvalidInput(f"the shapes of model.id={model.id} are not in the hub's local cache. {remedy}")

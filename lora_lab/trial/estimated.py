@@ -78,7 +78,7 @@ def check_free(seen: HostFacts, used: Sequence[int | None]) -> str:
         return ""
     return (
         f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and of the "
-        f"card's {_gib(seen.card_bytes)} GiB {_gib(held)} are in use already. To free some, end programs that nvidia-smi lists"
+        f"card's {_gib(seen.card_bytes)} GiB {_gib(held)} are in use already. End programs that nvidia-smi lists"
     )
 
 

@@ -28,8 +28,3 @@ def test_advice_typed_after_the_users_words_is_the_trial_that_was_judged(
     assert compose_once([*typed, *words]) == changes[-1].config
     assert main(["--vram", str(gib), *typed, *words]) == 0
     capsys.readouterr()
-
-
-def test_what_is_no_name_of_a_model_is_refused_with_how_to_write_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model=hub", "model.id=a model"]) == 2
-    assert "model.id=a model" in capsys.readouterr().err
