@@ -40,7 +40,7 @@ _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 _MODEL_NAME = re.compile(r"\w[\w .-]{0,255}")
 """MLflow's databases hold 256 characters, and its addresses take no / : and %."""
 
-_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")
+_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 """As huggingface_hub checks it: OWNER/NAME."""
 
 
