@@ -40,6 +40,9 @@ _DEVICE = re.compile(r"auto|cpu|gpu:\d+|GPU-[0-9a-fA-F-]+")
 _MODEL_NAME = re.compile(r"\w[\w .-]{0,255}")
 """MLflow's databases hold 256 characters, and its addresses take no / : and %."""
 
+_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
+"""As huggingface_hub checks it: OWNER/NAME."""
+
 
 def faults(config: TrialConfig) -> list[str]:
     """Return everything in `config` that cannot work on any machine, one sentence each; empty if valid."""
@@ -140,6 +143,11 @@ def _model_faults(model: ModelConfig, seq_len: int) -> list[str]:
     found = []
     if model.source is ModelSource.hub and not model.id and model.weights is Weights.pretrained:
         found.append("model.id is missing; name a model on the hub, for example model.id=Qwen/Qwen2.5-0.5B-Instruct.")
+    if model.source is ModelSource.hub and model.id and not _HUB_NAME.fullmatch(model.id):
+        found.append(
+            f"model.id={model.id} is not a name of the hub. Write OWNER/NAME, for example "
+            "model.id=Qwen/Qwen2.5-0.5B-Instruct. For a folder type model=local model.path=FOLDER."
+        )
     if model.source is ModelSource.local and not model.path:
         found.append("model.path is missing; give the folder of a model, for example model.path=models/mine.")
     if model.source is ModelSource.package and not model.package:

@@ -104,7 +104,10 @@ def _engine(kind: EngineKind, cost: str) -> Make:
         if config.engine.kind is kind:
             return None
         engine = replace(config.engine, kind=kind, chunked_loss=True)
-        return Change(f"engine={kind.name}", cost, replace(config, engine=engine))
+        # what was typed stays: another engine has whole logits only where somebody asked for them
+        kept = config.engine.kind is not EngineKind.eager and not config.engine.chunked_loss
+        override = f"engine={kind.name}" + (" engine.chunked_loss=true" if kept else "")
+        return Change(override, cost, replace(config, engine=engine))
 
     return make
 
@@ -139,7 +142,10 @@ def _four_bit(config: TrialConfig) -> Change | None:
     if config.method.quantization is not Quantization.none or config.method.use_dora:
         return None
     method = replace(config.method, quantization=Quantization.nf4, double_quantization=True)
-    return Change("method=qlora", "frozen weights are rounded to 4 bit", replace(config, method=method))
+    override = "method=qlora" + (
+        " method.use_rslora=true" if method.use_rslora else ""
+    )  # it takes method=rslora's place
+    return Change(override, "frozen weights are rounded to 4 bit", replace(config, method=method))
 
 
 def _rank(config: TrialConfig) -> Change | None:

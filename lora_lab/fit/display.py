@@ -73,7 +73,7 @@ def show_verdicts(
         if not changes:
             console.print("  No change known here makes that certain. Choose a smaller model.", highlight=False)
         for change in changes:
-            console.print(f"  {change.override}    ({change.cost})", highlight=False, markup=False)
+            console.print(f"  {change.override}    ({change.cost})", highlight=False, markup=False, soft_wrap=True)
     return found.verdict(cards[0] * GIB) == FITS
 
 

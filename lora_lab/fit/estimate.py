@@ -91,7 +91,7 @@ class Estimate:
         has cached. It is never more than for a larger trial that was measured."""
         needs = max(self.least, 0 if self.compiling is None else _least(self.compiling))
         own = int(needs * (1 + self.errors.above) + self._most_outside)
-        return min([own, *(estimate(larger, self.shapes).enough for larger in larger_measured(self.config))])
+        return min([own, *(larger.enough for larger in self._larger)])
 
     @cached_property
     def high(self) -> int:
@@ -99,7 +99,11 @@ class Estimate:
         more than for a larger trial that was measured."""
         taken = max(self.reserved, self.first)
         own = max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
-        return min([own, *(estimate(larger, self.shapes).high for larger in larger_measured(self.config))])
+        return min([own, *(larger.high for larger in self._larger)])
+
+    @cached_property
+    def _larger(self) -> list["Estimate"]:
+        return [estimate(larger, self.shapes) for larger in larger_measured(self.config)]
 
     @property
     def _most_outside(self) -> float:

@@ -1,9 +1,11 @@
 """Ask lora_lab.fit about a trial's memory before it runs: for its record, and to refuse what cannot fit."""
 
+from collections.abc import Sequence
+
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.fit.advice import advise
 from lora_lab.fit.beforehand import beforehand, capacity
-from lora_lab.fit.estimate import DOUBTFUL, TOO_LARGE
+from lora_lab.fit.estimate import DOUBTFUL, FITS, TOO_LARGE
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.options import Plan
 from lora_lab.outcome import Unsupported
@@ -37,13 +39,14 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
 
 
 def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> str:
-    """Check a trial before it starts, unless plan=all.
+    """Check a trial before it starts, unless plan=all. What this machine cannot run ends as unsupported, for a reason
+    that no change of its size mends.
 
     Returns: a warning where it is doubtful whether the trial fits; otherwise nothing.
 
     Raises: InvalidInput when it is certainly too large."""
     said = seen.estimate
-    if said is None or seen.card_bytes is None or config.plan is Plan.all:
+    if said is None or seen.card_bytes is None or config.plan is Plan.all or not _runs_on(config, placement):
         return ""
     room = capacity(config, seen.card_bytes)
     whose = f"{placement.name} has" if room == seen.card_bytes else f"vram_limit_gib={config.vram_limit_gib:g} allows"
@@ -62,6 +65,20 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
         if changes
         else "No change known here makes it fit. Choose a smaller model.",
         "If all rows are shorter than seq_len, lower seq_len to the longest. plan=all runs it all the same.",
+    )
+
+
+def check_free(seen: HostFacts, used: Sequence[int | None]) -> str:
+    """Return a warning where a trial fits its card, but perhaps not what is left of it.
+
+    Args:
+        used: bytes in use on each card before the trial; None without a reading."""
+    said, held = seen.estimate, max((each for each in used if each is not None), default=0)
+    if said is None or seen.card_bytes is None or said.verdict != FITS or said.enough <= seen.card_bytes - held:
+        return ""
+    return (
+        f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and of the "
+        f"card's {_gib(seen.card_bytes)} GiB {_gib(held)} are in use already. End programs that nvidia-smi lists"
     )
 
 

@@ -43,7 +43,7 @@ from lora_lab.trial.capacity import within_capacity
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 from lora_lab.trial.display import Display
-from lora_lab.trial.estimated import check_fits, note_estimate
+from lora_lab.trial.estimated import check_fits, check_free, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
 from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
@@ -321,6 +321,8 @@ def _device(state: TrialState) -> Iterator[None]:
         state.before = look_at(placement, config.share_device)
         if state.before.shared_with:
             state.warn(f"the card was shared with {state.before.shared_with}")
+        if doubt := check_free(state.seen, state.before.used_bytes):
+            state.warn(doubt)
         warm = cool_down(placement, config.cooldown_celsius, state.display.note)
         if warm:
             state.warn(warm)

@@ -70,6 +70,19 @@ def test_a_doubtful_one_is_run_with_a_warning(lab: Lab, tmp_path: Path, faked: d
     assert f"{low} to {high} GiB" in record["tags"]["warnings"]
 
 
+@pytest.mark.parametrize(("held", "is_certain"), [(1.0, False), (0.0, True)])
+def test_what_other_programs_hold_of_the_card_makes_it_doubtful(
+    lab: Lab, tmp_path: Path, faked: dict[str, str], held: float, is_certain: bool
+) -> None:
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"used": round(held * 2**30)}))
+    assert lab(*QWEN, "batch_size=2", "seq_len=512", **faked, FAKE_NVML_STATE=str(state)).code == 1
+    record = record_of(tmp_path)
+    assert record["tags"]["estimate_verdict"] == "fits", "the card alone is enough"
+    assert 7 < record["metrics"]["estimate/enough_gib"] < 8
+    assert ("1.00 are in use" not in record["tags"].get("warnings", "")) is is_certain
+
+
 def test_a_sweep_runs_what_a_single_trial_would_not(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
     assert lab("-m", *QWEN, "seed=0", **faked).code == 1
     [summary] = tmp_path.rglob("summary.json")
@@ -81,6 +94,22 @@ def test_a_trial_on_the_cpu_has_no_estimate(lab: Lab, tmp_path: Path) -> None:
     record = record_of(tmp_path)
     assert record["tags"]["absent.estimate/card_gib"] == "no NVIDIA card was used"
     assert not [name for name in record["metrics"] if name.startswith("estimate/")]
+
+
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [((), "compute capability 8.0"), (("precision=fp16", "capacity=24gib"), "vram_limit_gib=24")],
+    ids=["format", "capacity"],
+)
+def test_what_the_card_cannot_run_at_any_size_is_not_called_too_large(
+    lab: Lab, tmp_path: Path, faked: dict[str, str], more: tuple[str, ...], needed: str
+) -> None:
+    said = lab(*QWEN, *more, **faked, FAKE_NVML_CAPABILITY="7.5")
+    assert said.code == 3, said.text
+    record = record_of(tmp_path)
+    assert record["outcome"] == "unsupported"
+    assert needed in record["tags"]["reason"]
+    assert record["tags"]["estimate_verdict"] == "too large"
 
 
 def test_a_failure_of_the_estimate_costs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
