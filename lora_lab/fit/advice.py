@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lora_lab.composition.validation import faults
 from lora_lab.config import TrialConfig
 from lora_lab.fit.check import model_fault
-from lora_lab.fit.estimate import FITS, estimate
+from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
 from lora_lab.options import Checkpointing, EngineKind, Quantization
@@ -47,7 +47,7 @@ def advise(
     """
 
     def fits(changed: TrialConfig) -> bool:
-        return estimate(changed, shapes).verdict(capacity) == FITS
+        return estimate(changed, shapes).is_enough(capacity)
 
     def is_refused(changed: TrialConfig) -> bool:
         return bool(faults(changed) or model_fault(changed, shapes)) or not runs_here(changed)
@@ -60,7 +60,7 @@ def advise(
             if len(changes) < len(makes) or is_refused(changed):
                 continue
             found = estimate(changed, shapes)
-            if found.verdict(capacity) == FITS:
+            if found.is_enough(capacity):
                 return changes
             way = changed.engine.kind, changed.gradient_checkpointing
             if way not in least or found.allocated < least[way][0]:

@@ -113,9 +113,17 @@ class Estimate:
         """Return FITS, DOUBTFUL or TOO_LARGE for a card of `capacity` bytes."""
         if self.allocated * (1 - self.errors.below) > capacity:
             return TOO_LARGE  # without a replay
-        if self.enough <= capacity:
+        if self.is_enough(capacity):
             return FITS
         return DOUBTFUL if self.low <= capacity else TOO_LARGE
+
+    def is_enough(self, capacity: float) -> bool:
+        """Return whether `enough` is within `capacity`. Where live tensors or what is reserved decide that, the least
+        is not looked for."""
+        room = (capacity - self._most_outside) / (1 + self.errors.above)
+        if self.allocated > room and not self._larger:
+            return False
+        return max(self.reserved, self.first) <= room or self.enough <= capacity
 
 
 def _least(tape: Tape) -> int:

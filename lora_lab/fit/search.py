@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lora_lab.config import TrialConfig
-from lora_lab.fit.estimate import FITS, TOO_LARGE, Estimate, estimate
+from lora_lab.fit.estimate import TOO_LARGE, Estimate, estimate
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import sizes_of
 from lora_lab.options import Attention
@@ -40,8 +40,8 @@ class Search:
         most = self._shapes.longest if setting == "seq_len" and self._shapes.longest else _MOST
 
         def fits(value: int) -> bool:
-            verdict = self._at(setting, value).verdict(capacity)
-            return verdict == FITS if certain else verdict != TOO_LARGE
+            found = self._at(setting, value)
+            return found.is_enough(capacity) if certain else found.verdict(capacity) != TOO_LARGE
 
         # the trial's own value first: the answer must not contradict what is said of the trial itself
         own = self._config.seq_len if setting == "seq_len" else self._config.batch_size
