@@ -5,13 +5,16 @@ Each is an ordinary trial of the sweep, with its number as batch_size or seq_len
 
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from lora_lab.composition.limits import number_faults
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.dataset.split import check_row_count
 from lora_lab.fit import search as fit_search
 from lora_lab.fit.beforehand import beforehand, capacity
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.options import Batching
 from lora_lab.outcome import Outcome
 from lora_lab.store.sweep_folder import Attempt, Plan, Planned, SweepFolder
 from lora_lab.sweep.plan import GridPoint, plan_block
@@ -96,11 +99,11 @@ class Search:
     @property
     def plan_line(self) -> str:
         """Return in words what the estimate says, and how many trials may follow the first."""
-        bounds = self.bounds
-        sure = f"{bounds.certain} fits for certain" if bounds.certain else "no value fits for certain"
+        bounds, first = self.bounds, self.bounds.following({})
+        sure = f"{bounds.certain} fits for certain" if bounds.certain else "nothing fits for certain"
         return (
-            f"{self.name}: {sure}, {bounds.possible} is the most to try; begins with {bounds.following({})}, and at "
-            f"most {bounds.most_further} trials follow if that finishes"
+            f"{self.name}: by the estimate {sure}, and {bounds.possible} is the most to try. At most "
+            f"{1 + bounds.most_further} trials, if the first ({first}) finishes"
         )
 
     @property
@@ -252,23 +255,32 @@ def _bounds(setting: str, config: TrialConfig) -> tuple[Bounds, str]:
     unit = fit_search.UNITS[setting]
     looks = fit_search.Search(config, shapes)
     certain, possible = (looks.largest(setting, there, certain) // unit * unit for certain in (True, False))
-    valid = _most_valid(setting, config, unit, possible)
-    beyond = f"{max(possible, unit) + unit} certainly does not fit, by the estimate for full rows"
-    if valid < possible:
-        beyond = "no trial may have more"
-    elif setting == "seq_len" and shapes.longest and possible + unit > shapes.longest:
-        beyond = "the model takes no longer rows"
-    bounds = Bounds(unit, min(certain, valid), max(unit, min(max(certain, possible), valid)), _FURTHER[setting])
-    return bounds, beyond
+    valid, why = _most_valid(setting, config, unit, possible)
+    if valid == possible and setting == "seq_len" and shapes.longest and possible + unit > shapes.longest:
+        why = "the model takes no longer rows"
+    possible = max(unit, min(max(certain, possible), valid))
+    beyond = why or f"{possible + unit} certainly does not fit, by the estimate for full rows"
+    return Bounds(unit, min(certain, valid), possible, _FURTHER[setting]), beyond
 
 
-def _most_valid(setting: str, config: TrialConfig, unit: int, possible: int) -> int:
-    """Return the largest value up to `possible` that a config may have."""
+def _most_valid(setting: str, config: TrialConfig, unit: int, possible: int) -> tuple[int, str]:
+    """Return the largest value up to `possible` that a trial may have, and why no larger one; empty for `possible`."""
 
-    def is_refused(value: int) -> bool:
-        return bool(number_faults(replace(config, **{setting: value})))
+    def why_not(value: int) -> str:
+        by_rows = setting == "batch_size"
+        if number_faults(replace(config, batch_size=value) if by_rows else replace(config, seq_len=value)):
+            return "no trial may have more tokens in memory"
+        counted = config.data.rows is not None and config.data.batching is not Batching.packed
+        if by_rows and counted and config.data.heldout_path is None:
+            with suppress(InvalidInput):
+                check_row_count(config.data.rows or 0, config.data.holdout, value * config.grad_accum_steps)
+                return ""
+            return "the data has no more rows for a step"
+        return ""
 
-    return unit * bisect.bisect_left(range(unit, possible + 1, unit), True, key=is_refused)
+    values = range(unit, possible + 1, unit)
+    valid = unit * bisect.bisect_left(values, True, key=lambda value: bool(why_not(value)))
+    return valid, why_not(valid + unit) if valid < possible else ""
 
 
 def _with(overrides: Sequence[str], setting: str, value: int) -> list[str]:

@@ -65,8 +65,8 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
 
 def settings_of_points(points: Sequence[GridPoint]) -> list[dict[str, str]]:
     """Return for each point the settings in which it differs from others; for a single point all that were asked for.
-    A key that only other points were given is "default" there, so that no two points have the same name. A setting whose
-    largest value is looked for is among them: other values of it follow."""
+    A key that only other points were given is "default" there, so that no two points have the same name. A setting
+    whose largest value is looked for is among them: other values of it follow."""
     asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
     keys = dict.fromkeys(key for settings in asked for key in settings)
     filled = [{key: settings.get(key, "default") for key in keys} for settings in asked]

@@ -4,13 +4,12 @@ Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `swee
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -27,18 +26,17 @@ from lora_lab.config import AUTO, InvalidInput
 from lora_lab.forecast.display import in_one_line
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
-from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
-from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
-from lora_lab.sweep.checks import CHECK_LOG, check_new, check_points
+from lora_lab.sweep.alone import alone
+from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
@@ -122,7 +120,7 @@ class Grid(Sweeper):
         memory = judged(points) if first.resume else Judged()
         found = self._earlier(points, memory, new) if first.resume else None
         folder = found[0] if found else new
-        with _alone(folder):
+        with alone(folder):
             works: dict[str, Workload] = {}
             if found:
                 trials = found[1]
@@ -367,34 +365,6 @@ def _place(sweep: Path, name: str, member: Membership) -> list[str]:
         f"hydra.sweep.subdir={quoted(name)}",
         f"hydra.sweeper.trial={quoted(handed)}",
     ]
-
-
-@contextmanager
-def _alone(folder: SweepFolder) -> Iterator[None]:
-    """Hold the right to run this sweep, which one process has at a time. A folder that was not used is removed again.
-
-    Raises: InvalidInput when another process has it."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".sweep.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        which = "another process"
-        with suppress(Damaged):  # or it has not written its plan yet
-            which = f"process {folder.read().owner.pid}"
-        raise InvalidInput(
-            f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
-        ) from None
-    try:
-        with Heartbeat(folder.path):
-            yield
-    finally:
-        if not folder.exists:
-            for name in (".sweep.lock", CHECK_LOG):
-                (folder.path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # it may be a folder of the user's, with files in it
-                folder.path.rmdir()
-        lock.release()
 
 
 def _warn_of_other_figures(folder: SweepFolder) -> None:
