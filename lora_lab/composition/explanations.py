@@ -93,7 +93,7 @@ def _of_composition(refusal: str) -> str:
     if largest:
         return (
             f"{largest[1]}=max takes several trials to find the largest value that the card takes. Add -m: python -m "
-            f"lora_lab -m {largest[1]}=max. Everything else needs a number, for example {largest[1]}=512."
+            f"lora_lab -m {largest[1]}=max. A single trial and other commands need a number."
         )
     sweep = re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", refusal)
     if sweep:

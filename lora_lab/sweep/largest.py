@@ -111,17 +111,17 @@ class Search:
         """Return in words what the trials have shown."""
         finished = [value for value, ended_well in self.tried.items() if ended_well]
         failed = [value for value, ended_well in self.tried.items() if not ended_well]
-        early = "" if self.next_value is None and not self.stopped else self.stopped or "the sweep ended before"
+        early = self.stopped or ("the sweep ended before" if self.next_value is not None else "")
+        why = early or f"{len(self.tried)} trials are the most"
         if finished:
             largest = f"{self.setting}={max(finished)}"
-        elif early:
-            largest = f"not known ({early})"
-        elif self.bounds.unit in failed:
-            largest = "none"
         else:
-            largest = f"not known ({len(self.tried)} trials are the most)"
-        least = str(min(failed)) if failed else f"not known ({early or self.beyond})"
-        wrong = self.tried.get(self.bounds.certain) is False
+            largest = "none" if self.bounds.unit in failed else f"not known ({why})"
+        if failed:
+            least = str(min(failed))
+        else:
+            least = f"not known ({self.beyond if self.bounds.possible in finished else why})"
+        wrong = self.bounds.certain in failed
         return (
             f"{self.name}: largest that finished: {largest}; least that ran out of memory: {least}"
             + (f"; the estimate was wrong: it had said that {self.bounds.certain} fits for certain" if wrong else "")
@@ -145,7 +145,7 @@ def searches_of(found: Sequence[list[str]], compose: Compose) -> list[Search]:
                 "or several: batch_size=max seq_len=512,1024."
             )
         for setting in asked:
-            # the least value: a point that is refused with it is refused with every value
+            # with the least value: what is wrong then does not come from the value
             config = compose(_with(overrides, setting, fit_search.UNITS[setting])).config
             bounds, beyond = _bounds(setting, config)
             searches.append(Search(setting, overrides, bounds, beyond))

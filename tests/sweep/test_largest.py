@@ -1,5 +1,5 @@
-"""batch_size=max and seq_len=max: a sweep looks for the largest that fits. The card is a fake one of 8 GiB. The CPU runs
-its trials up to a number of tokens; a trial of more ends as out of memory."""
+"""batch_size=max and seq_len=max: a sweep looks for the largest that fits. The card is a fake one of 8 GiB. The
+CPU runs its trials up to a number of tokens; a trial of more ends as out of memory."""
 
 import json
 import os
