@@ -11,7 +11,7 @@ from conftest import FAKES, Said, give_store, lab_in, records_in, store_of, with
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.sweep.largest import Bounds
+from lora_lab.sweep.largest import Bounds, Search
 
 QUICK = (
     *("measure=quick", "measure.steps=1", "measure.warmup_steps=0", "measure.eval_rows=0", "measure.idle_seconds=0"),
@@ -155,3 +155,18 @@ def test_what_cannot_be_looked_for_is_refused_with_what_to_type(
     assert said.code == 2, said.text
     assert advice in said.err
     assert not records_in(tmp_path)
+
+
+def test_an_answer_gives_the_estimate_as_reason_only_where_all_below_it_was_tried() -> None:
+    def answer(possible: int, *tried: int) -> str:
+        where = Bounds(unit=64, certain=64, possible=possible, further=4)
+        search = Search("seq_len", ["seq_len=max"], where, beyond="by the estimate")
+        search.tried = dict.fromkeys(tried, True)
+        return search.answer_line
+
+    assert "by the estimate" in answer(128, 64, 128)
+    used_up = answer(64 * 100, 64, 3200, 4800, 5600, 6016)
+    assert "seq_len=6016;" in used_up
+    assert "5 trials" in used_up
+    assert "by the estimate" not in used_up
+    assert "the sweep ended before" in answer(64 * 100, 64)
