@@ -251,9 +251,11 @@ class TrialConfig:
     measure: MeasureConfig = setting(factory=MeasureConfig)
     train: TrainConfig = setting(factory=TrainConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig, effect=Effect.none)
-    batch_size: int = setting(2, "rows in a micro-batch", above=0, most=10**6)
+    batch_size: int = setting(2, "rows in a micro-batch; max in a sweep finds the most that fit", above=0, most=10**6)
     grad_accum_steps: int = setting(1, "micro-batches in an optimizer step", above=0, most=10**6)
-    seq_len: int = setting(512, "longest row in tokens; longer ones are cut", above=0, most=2**24)
+    seq_len: int = setting(
+        512, "longest row in tokens; longer ones are cut; max in a sweep finds the most that fit", above=0, most=2**24
+    )
     gradient_checkpointing: Checkpointing = setting(
         Checkpointing.none, "none, or recompute activations for less memory: full, selective, offloaded"
     )

@@ -38,7 +38,7 @@ def in_order(typed: Sequence[str]) -> list[str]:
         if action.option_strings and value not in (None, False):
             option = action.option_strings[0]
             options.append(option if value is True else f"{option}={value}")
-    return [*options, *(_one_text(_at_home(override)) for override in found.overrides)]
+    return [*options, *(_searched(_one_text(_at_home(override))) for override in found.overrides)]
 
 
 def _no_option(typed: str) -> str:
@@ -62,6 +62,17 @@ def _one_text(override: str) -> str:
     key, _, value = override.partition("=")
     is_list = key == "contrast" and "," in value and not re.search(r"""['"\[\]]""", value)
     return f"{key}={quoted(value)}" if is_list else override
+
+
+def _searched(override: str) -> str:
+    """Make batch_size=max and seq_len=max values of a sweep, which Hydra does not compose with the rest of its config:
+    max is no number."""
+    return re.sub(r"^(\+*(?:batch_size|seq_len)=)max$", r"\1choice(max)", override)
+
+
+def as_typed(override: str) -> str:
+    """Undo this."""
+    return override.replace("=choice(max)", "=max")
 
 
 def quoted(text: str) -> str:

@@ -87,6 +87,14 @@ def _of_composition(refusal: str) -> str:
     twice = re.search(r"Multiple values for (\S+)\. .* 'override [^:]+: (.+)'", refusal)
     if twice:
         return f"'{twice[1]}' has an option already; to choose another, write {twice[1]}={twice[2]} without a +."
+    largest = re.search(
+        r"(?:Error merging override|Sweep parameters|argument) '?\+*(batch_size|seq_len)=(choice\()?max", refusal
+    )
+    if largest:
+        return (
+            f"{largest[1]}=max takes several trials to find the largest value that the card takes. Add -m: python -m "
+            f"lora_lab -m {largest[1]}=max. A single trial and other commands need a number."
+        )
     sweep = re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", refusal)
     if sweep:
         return _several(sweep[1])

@@ -8,7 +8,7 @@ from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import sizes_of
 from lora_lab.options import Attention
 
-_UNITS = {"seq_len": 64, "batch_size": 1}
+UNITS = {"seq_len": 64, "batch_size": 1}
 """Row lengths are looked at in steps of as many tokens."""
 _MOST = 2**22
 _LESS = 0.97
@@ -36,7 +36,7 @@ class Search:
             capacity: of the card, in bytes.
             certain: False asks for the largest that may fit.
         """
-        unit = _UNITS[setting]
+        unit = UNITS[setting]
         most = self._shapes.longest if setting == "seq_len" and self._shapes.longest else _MOST
 
         def fits(value: int) -> bool:

@@ -22,6 +22,8 @@ class GridPoint:
     digest: str
     conditions: dict[str, str]
     """What decides the result besides the config."""
+    searched: str = ""
+    """The setting whose largest value is looked for; empty for most points."""
 
 
 def plan_trials(points: Sequence[GridPoint], repeats: int, seed: int) -> list[Planned]:
@@ -63,11 +65,18 @@ def without_twins(points: Sequence[GridPoint]) -> list[GridPoint]:
 
 def settings_of_points(points: Sequence[GridPoint]) -> list[dict[str, str]]:
     """Return for each point the settings in which it differs from others; for a single point all that were asked for.
-    A key that only other points were given is "default" there, so that no two points have the same name."""
+    A key that only other points were given is "default" there, so that no two points have the same name. A setting
+    whose largest value is looked for is among them: other values of it follow."""
     asked = [{key: value for key, _, value in (o.partition("=") for o in point.overrides)} for point in points]
     keys = dict.fromkeys(key for settings in asked for key in settings)
     filled = [{key: settings.get(key, "default") for key in keys} for settings in asked]
-    differing = [key for key in keys if len(points) == 1 or len({settings[key] for settings in filled}) > 1]
+    searched = {point.searched for point in points} - {""}
+    alone = len(points) == 1 and not searched
+
+    def differs(key: str) -> bool:
+        return alone or key.lstrip("+") in searched or len({settings[key] for settings in filled}) > 1
+
+    differing = [key for key in keys if differs(key)]
     return [{key: settings[key] for key in differing} for settings in filled]
 
 

@@ -4,13 +4,12 @@ Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `swee
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -21,28 +20,28 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lora_lab.comparison.rule import RULE_TAG, Rule
-from lora_lab.composition.arguments import quoted
+from lora_lab.composition.arguments import as_typed, quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput
 from lora_lab.forecast.display import in_one_line
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
-from lora_lab.reading import Damaged
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
-from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
-from lora_lab.sweep.checks import CHECK_LOG, check_new, check_points
+from lora_lab.sweep.alone import alone
+from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
 from lora_lab.sweep.forecasting import forecast_of
+from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.trial import worker_process
@@ -105,7 +104,9 @@ class Grid(Sweeper):
         raise SystemExit(code)
 
     def _run(self, overrides: list[list[str]], arguments: Sequence[str]) -> int:
-        points = compose_points(self._context.config_loader, self._config, overrides)
+        searches = searches_of(overrides, self._point)
+        composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
+        points = marked(composed, searches)
         first = points[0].config
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
@@ -119,7 +120,7 @@ class Grid(Sweeper):
         memory = judged(points) if first.resume else Judged()
         found = self._earlier(points, memory, new) if first.resume else None
         folder = found[0] if found else new
-        with _alone(folder):
+        with alone(folder):
             works: dict[str, Workload] = {}
             if found:
                 trials = found[1]
@@ -138,8 +139,12 @@ class Grid(Sweeper):
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
             forecast = in_one_line(forecast_of(points, to_run, works))
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
+            for search in searches:
+                print(search.plan_line)
             self._write_plan(folder, trials, points, arguments, None)
             code = self._launch(folder, pending, store, memory) if pending else 0
+            if searches:
+                return self._search(folder, searches, points, store, code)
             self._finish(folder, trials, store, code)
             return code or _code_of(folder, trials)
 
@@ -161,10 +166,28 @@ class Grid(Sweeper):
         show_rule(folder.path, rule, len(points))
         code = run_blocks(folder, points, lambda block: self._launch(folder, block, store, Judged()))
         plan = folder.read()
-        self._finish(folder, plan.trials, store, code)
+        self._finish(folder, plan.trials, store, code, continues=False)  # a new block is run instead
         found = judged(folder, plan)
         print("", *found.lines, sep="\n")
         return code or (0 if found.comparable else _code_of(folder, plan.trials))
+
+    def _search(
+        self, folder: SweepFolder, searches: list[Search], points: list[GridPoint], store: Outbox, code: int
+    ) -> int:
+        """Go on with the searches whose first trials have run, unless their exit code says otherwise."""
+        if code == 0:
+            code = run_searches(
+                folder, searches, points, self._point, lambda block: self._launch(folder, block, store, Judged())
+            )
+        note_answers(folder, searches)
+        trials = folder.read().trials
+        self._finish(folder, trials, store, code, continues=False)
+        print("", *(search.answer_line for search in searches), sep="\n")
+        return code or _code_of(folder, trials)
+
+    def _point(self, overrides: list[str]) -> GridPoint:
+        [point] = compose_points(self._context.config_loader, self._config, [overrides])
+        return point
 
     def _earlier(
         self, points: list[GridPoint], memory: Judged, new: SweepFolder
@@ -230,16 +253,19 @@ class Grid(Sweeper):
         for point in points:
             for override in point.overrides:
                 key, _, value = override.partition("=")
+                value = "max" if point.searched and key.lstrip("+") == point.searched else value
                 if value not in axes.setdefault(key, []):
                     axes[key].append(value)
-        varied = {key: values for key, values in axes.items() if len(values) > 1}
+        searched = {point.searched for point in points} - {""}
+        varied = {key: values for key, values in axes.items() if len(values) > 1 or key.lstrip("+") in searched}
         params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        params["points"] = str(len(points))
-        if points[0].config.repeats != AUTO:  # with auto nobody knows yet
+        if not searched:
+            params["points"] = str(len(points))
+        if points[0].config.repeats != AUTO and not searched:  # else nobody knows yet
             params |= {"repeats": str(points[0].config.repeats), "trials": str(len(trials))}
         if preset:
             params["sweep"] = str(preset)
-        words = " ".join(["python -m lora_lab -m", *(without_secrets(argument) for argument in arguments)])
+        words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
         tags = environment() | device_facts(choose_placement(points[0].config.device)) | facts | {"command": words}
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
@@ -274,8 +300,14 @@ class Grid(Sweeper):
             print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
         return 1 if broken else 0
 
-    def _finish(self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int) -> None:
-        """Deliver what the store did not take at once, and print the table."""
+    def _finish(
+        self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int, continues: bool = True
+    ) -> None:
+        """Deliver what the store did not take at once, and print the table.
+
+        Args:
+            continues: whether resume=true runs again what was not measured.
+        """
         attempts = [folder.attempt(trial) for trial in trials]
         places: list[str] = []
         if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
@@ -292,7 +324,6 @@ class Grid(Sweeper):
             if store.fault:
                 places.append(store.outlook("the records"))
         show_table(trials, attempts)
-        continues = folder.read().rule is None  # with repeats=auto a new block is run instead
         left = {attempt.outcome if attempt else "" for attempt in attempts if attempt is None or not attempt.done}
         if continues and left - {SKIPPED}:
             places.append("to run again what was not measured, add resume=true to the same command")
@@ -334,34 +365,6 @@ def _place(sweep: Path, name: str, member: Membership) -> list[str]:
         f"hydra.sweep.subdir={quoted(name)}",
         f"hydra.sweeper.trial={quoted(handed)}",
     ]
-
-
-@contextmanager
-def _alone(folder: SweepFolder) -> Iterator[None]:
-    """Hold the right to run this sweep, which one process has at a time. A folder that was not used is removed again.
-
-    Raises: InvalidInput when another process has it."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".sweep.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        which = "another process"
-        with suppress(Damaged):  # or it has not written its plan yet
-            which = f"process {folder.read().owner.pid}"
-        raise InvalidInput(
-            f"{which} runs a sweep in {folder.path} now. Wait for it, or name another folder (without resume=true)."
-        ) from None
-    try:
-        with Heartbeat(folder.path):
-            yield
-    finally:
-        if not folder.exists:
-            for name in (".sweep.lock", CHECK_LOG):
-                (folder.path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # it may be a folder of the user's, with files in it
-                folder.path.rmdir()
-        lock.release()
 
 
 def _warn_of_other_figures(folder: SweepFolder) -> None:

@@ -3,6 +3,8 @@ Harms workers from outside lora_lab. Python imports this at its start wherever t
 
 SABOTAGE names a JSON file: `{"0.0003": ["kill", "in data"]}` does `kill` in the trial whose learning_rate is 0.0003,
 as soon as it has said that it is in the phase data; with `after step 3`, as soon as it has told that step.
+`{"small card": ["1024", ""]}` lets every trial run as on a card that takes micro-batches of up to 1,024 tokens. The
+work is done by the CPU; a larger micro-batch ends as torch's allocator ends it.
 """
 
 import ctypes
@@ -119,7 +121,29 @@ def place(event: Any) -> str:
     return f"after step {event.step}" if type(event).__name__ == "Step" else ""
 
 
+def on_small_card(run_trial: Callable[..., None], tokens: int) -> Callable[..., None]:
+    def run(config: Any, folder: Path, emit: Callable[[Any], None]) -> None:
+        from dataclasses import replace
+
+        from lora_lab.worker import trial
+
+        if config.batch_size * config.seq_len > tokens:
+            import torch
+
+            def too_much(_: object) -> None:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+            trial.STAGES = [replace(trial.STAGES[0], run=too_much)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        run_trial(replace(config, vram_limit_gib=None), folder, emit)
+
+    return run
+
+
 def sabotaged(run_trial: Callable[..., None], plan: dict[str, list[str]]) -> Callable[..., None]:
+    if "small card" in plan:
+        return on_small_card(run_trial, int(plan["small card"][0]))
+
     def run(config: Any, folder: Path, emit: Callable[[Any], None]) -> None:
         act, where = plan.get(str(config.learning_rate), ["", "nowhere"])
 
