@@ -51,6 +51,8 @@ class Workload:
     steps: int
     """Optimizer steps, of a window with its warm-up."""
     steps_per_epoch: int
+    epoch_in_full_steps: float
+    """The same in steps of all their micro-batches: the last of a job's epoch may have fewer."""
     evaluations: int
     """Between the first step and the last."""
     checkpoints: int

@@ -1,5 +1,6 @@
 """Show a forecast: the answer first, then where it comes from, then what to do."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -71,7 +72,7 @@ def in_one_line(found: Total) -> str:
         return f"time: {', '.join(parts)}"
     energy = f", {_interval(found.kwh, 'kWh')}" if found.without_energy < named else ", energy not measured"
     if 0 < found.without_energy < named:
-        energy += f" without that of {found.without_energy} points"
+        energy += f" without that of {found.without_energy} of the points"
     return f"time: about {interval_of_time(found.seconds)}{energy}; {', '.join(parts)}"
 
 
@@ -95,6 +96,8 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def _interval(found: Range, unit: str) -> str:
     digits = 0 if found.value >= 20 else 1 if found.value >= 1 else 3
+    if 0 < found.value < 0.1:
+        digits = 1 - math.floor(math.log10(found.value))  # two that are not 0: a short trial takes 0.00035 kWh
     low, high = max(0.0, found.low), found.high
     return f"{found.value:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
 

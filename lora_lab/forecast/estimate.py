@@ -78,7 +78,7 @@ class Forecast:
     @property
     def epoch_seconds(self) -> float:
         """Return the time of the steps of one epoch."""
-        return self.step_seconds * self.work.steps_per_epoch
+        return self.step_seconds * self.work.epoch_in_full_steps
 
 
 def forecast(
@@ -135,9 +135,10 @@ def _parts(config: TrialConfig, work: Workload, roofline: Roofline, source: Sour
     lengths = len({batch.width for batch in work.epoch})
     evaluation = roofline.evaluation(work.heldout) * source.scale
     general = roofline.evaluation(work.general) * source.scale
+    full_steps = work.steps * work.epoch_in_full_steps / work.steps_per_epoch
     parts = [
         Part("start and loading", _START + weights / _WEIGHTS_PER_SECOND, _GUESSED, False),
-        Part(f"{work.steps:,} steps", work.steps * step, source.half, True),
+        Part(f"{work.steps:,} steps", full_steps * step, source.half, True),
     ]
     if config.engine.kind in (EngineKind.compile, EngineKind.graph):
         parts.insert(1, Part(f"compiling for {lengths} row lengths", lengths * _COMPILE_SECONDS, _GUESSED, False))

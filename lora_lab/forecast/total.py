@@ -106,12 +106,17 @@ def _of_earlier(point: Asked) -> _One:
     half = between(max(found.stored.host.half, found.probe.host.half), len(point.earlier))
     joules = [each for each in (_joules(trial, point.card) for trial in point.earlier) if each is not None]
     kwh = _around(statistics.median(joules) / JOULES_PER_KWH, half) if joules else None
-    seconds = statistics.median(trial["seconds"] for trial in point.earlier)
+    seconds = statistics.median(_took(trial) for trial in point.earlier)
     return _One(EARLIER, _around(seconds, half), kwh)
 
 
 def _around(value: float, half: float) -> Range:
     return Range(value, value * math.exp(-half), value * math.exp(half))
+
+
+def _took(trial: Mapping[str, Any]) -> float:
+    """Return the seconds of a trial without its wait for the device, which depends on what else runs."""
+    return float(trial["seconds"] - trial["metrics"].get("time/waiting_seconds", 0.0))
 
 
 def _joules(trial: Mapping[str, Any], card: Card | None) -> float | None:
@@ -121,7 +126,7 @@ def _joules(trial: Mapping[str, Any], card: Card | None) -> float | None:
     if watts is None or limit is None:
         return None
     training = sum(metrics.get(f"time/{phase}_seconds", 0.0) for phase in _TRAINING)
-    resting = max(0.0, trial["seconds"] - training)
+    resting = max(0.0, _took(trial) - training)
     return float(training * watts + resting * min(watts, limit * constants().power.base))
 
 

@@ -214,9 +214,15 @@ class SweepFolder:
         """Return the name of a folder for one more attempt. The folders of earlier attempts stay. A job that saved a
         checkpoint goes on in its own folder."""
         last = max(self._attempts(trial), default=0)
-        if last and TrialFolder(self.path / _name(trial, last)).can_go_on:
-            return _name(trial, last)
-        return _name(trial, last + 1)
+        return _name(trial, last if self._goes_on(trial, last) else last + 1)
+
+    def has_measured(self, trial: Planned) -> bool:
+        """Return whether the trial was measured, or is a job that was cut off and goes on from a checkpoint."""
+        attempt = self.attempt(trial)
+        return (attempt is not None and attempt.done) or self._goes_on(trial, max(self._attempts(trial), default=0))
+
+    def _goes_on(self, trial: Planned, last: int) -> bool:
+        return last > 0 and TrialFolder(self.path / _name(trial, last)).can_go_on
 
     def attempt(self, trial: Planned) -> Attempt | None:
         """Return how the latest attempt that is over ended; None when there is none that can be read."""

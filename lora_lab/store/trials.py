@@ -49,9 +49,16 @@ class Sweep:
 
     @property
     def planned(self) -> int | None:
-        """Return how many trials were planned; None when that is not recorded."""
+        """Return how many trials were planned, all repeats of skipped points among them; None when that is not
+        recorded."""
         told = self.params.get("trials", "")
         return int(told) if told.isdecimal() else None
+
+    @property
+    def repeats(self) -> int:
+        """Return how often each point was planned."""
+        told = self.params.get("repeats", "")
+        return int(told) if told.isdecimal() else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,15 +51,16 @@ def show_forecast(
 
     Args:
         skipped: the points that are not run.
-        forecast: of what is pending, in words.
+        forecast: of what is pending and not skipped, in words.
     """
-    run = [trial for trial in trials if trial.point not in skipped]
+    run, left = ([trial for trial in each if trial.point not in skipped] for each in (trials, pending))
     points, repeats = len({trial.point for trial in run}), 1 + max((trial.repeat for trial in run), default=0)
     console = Console(file=sys.stdout)
-    what = f"{len(run)} trials: {points} points" + (f" x {repeats} repeats" if repeats > 1 else "")
-    done = len(trials) - len(pending)
+    what = f"{_counted(len(run), 'trial')}: {_counted(points, 'point')}"
+    what += f" x {repeats} repeats" if repeats > 1 else ""
+    done = len(run) - len(left)
     console.print(what + (f", {done} of them done already" if done else ""), highlight=False)
-    console.print(forecast if pending else "nothing left to do", highlight=False, markup=False, soft_wrap=True)
+    console.print(forecast if left else "nothing left to run", highlight=False, markup=False, soft_wrap=True)
     console.print(f"files {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -130,6 +131,10 @@ def write_table(path: Path, trials: Sequence[Planned], attempts: Sequence[Attemp
                 continue
             figures = [attempt.metrics.get(name, "") for name in names]
             rows.writerow([trial.label, trial.repeat, attempt.outcome, attempt.reason, attempt.seconds, *figures])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _in_order(trials: Sequence[Planned], attempts: Sequence[Attempt | None]) -> list[tuple[Planned, Attempt | None]]:

@@ -2,13 +2,13 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
 from lora_lab.config import AUTO, InvalidInput
-from lora_lab.fit.beforehand import beforehand, capacity
+from lora_lab.fit.beforehand import Beforehand, beforehand, capacity
 from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE
 from lora_lab.options import Plan
 from lora_lab.store.sweep_folder import Planned, TooLarge
@@ -31,6 +31,12 @@ class Judged:
         """Return the trials without the repeats of points that are not run."""
         kept = [trial for trial in trials if trial.repeat == 0 or trial.point not in self.too_large]
         return [replace(trial, number=number) for number, trial in enumerate(kept)]
+
+    def know(self, measured: Iterable[str]) -> None:
+        """Let points run of which trials were measured before, whatever their estimate says."""
+        for point in self.too_large.keys() & set(measured):
+            del self.too_large[point]
+            self.unknown[point] = "a trial was measured before, which says more"
 
 
 def judged(points: Sequence[GridPoint]) -> Judged:
@@ -64,7 +70,10 @@ def _judge(point: GridPoint, found: Judged) -> None:
     if not cards:
         found.unknown[point.digest] = "no NVIDIA card is used"
         return
-    known = beforehand(point.config)
+    try:
+        known = beforehand(point.config)
+    except Exception as fault:  # an estimate is worth less than a trial
+        known = Beforehand(None, f"the estimate failed ({type(fault).__name__}: {fault})")
     if known.estimate is None:
         found.unknown[point.digest] = known.reason
         return

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_lab.config import TrialConfig
+from lora_lab.forecast.display import in_one_line
 from lora_lab.forecast.total import Asked, Total, speeds_of, total
 from lora_lab.outcome import Outcome
 from lora_lab.paths import MULTIRUN
@@ -20,6 +21,18 @@ def rates_known(config: TrialConfig) -> bool:
     """Return whether the rates of a trial's card were measured here before."""
     card = _card(config)
     return card is not None and speeds_of(config, card) is not None
+
+
+def forecast_line(points: Sequence[GridPoint], pending: Sequence[Planned], works: Mapping[str, Workload]) -> str:
+    """Say in one line what the trials that are pending will take. No failure is raised: a sweep runs without it.
+
+    Args:
+        works: the work of points, by their digests, as far as it was counted.
+    """
+    try:
+        return in_one_line(forecast_of(points, pending, works))
+    except Exception as fault:
+        return f"time: unknown (the forecast failed: {type(fault).__name__}: {fault})"
 
 
 def forecast_of(points: Sequence[GridPoint], pending: Sequence[Planned], works: Mapping[str, Workload]) -> Total:
@@ -39,13 +52,18 @@ def forecast_of(points: Sequence[GridPoint], pending: Sequence[Planned], works: 
             config=point.config,
             count=counts[point.digest],
             card=_card(point.config),
-            earlier=ran.get((point.digest, point.conditions["device"]), ()),
+            earlier=_valid(ran.get((point.digest, point.conditions["device"]), [])),
             others=others,
             work=works.get(point.digest),
         )
         for point in points
         if point.digest in counts
     )
+
+
+def _valid(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out invalid trials, such as those that shared their device, unless there are no others."""
+    return [trial for trial in trials if trial["tags"].get("validity") != "invalid"] or trials
 
 
 def _trial(outline: Mapping[str, Any]) -> Trial:

@@ -23,7 +23,6 @@ from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import as_typed, quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput
-from lora_lab.forecast.display import in_one_line
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.secrets import without_secrets
@@ -40,7 +39,7 @@ from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
-from lora_lab.sweep.forecasting import forecast_of
+from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points
@@ -137,7 +136,7 @@ class Grid(Sweeper):
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = in_one_line(forecast_of(points, to_run, works))
+            forecast = forecast_line(points, to_run, works)
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -193,7 +192,11 @@ class Grid(Sweeper):
         self, points: list[GridPoint], memory: Judged, new: SweepFolder
     ) -> tuple[SweepFolder, list[Planned]] | None:
         """Find the sweep to resume and its trials. None, which is reported, when there is none."""
-        found = take_up(memory.once(_first_trials(points)), new.path, compares=points[0].config.repeats == AUTO)
+        trials, compares = _first_trials(points), points[0].config.repeats == AUTO
+        found = take_up(trials, new.path, compares)
+        if found is not None:
+            memory.know(trial.point for trial in found[1] if found[0].has_measured(trial))
+            found = take_up(memory.once(trials), found[0].path, compares)
         if found is not None:
             print(f"resuming the sweep in {found[0].path}")
             for line in found[0].damaged(found[1]):
@@ -232,7 +235,7 @@ class Grid(Sweeper):
                 plan = Plan(
                     owner=owner,
                     tracking=absolute(first.tracking),
-                    record=self._record(trials, points, arguments, facts),
+                    record=self._record(points, arguments, facts),
                     conditions=now,
                     trials=trials,
                     rule=rule,
@@ -245,9 +248,7 @@ class Grid(Sweeper):
                 f"nothing can be written to {folder.path} ({error.strerror}). Make room there."
             ) from error
 
-    def _record(
-        self, trials: list[Planned], points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]
-    ) -> Record:
+    def _record(self, points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]) -> Record:
         preset = self._config.hydra.runtime.choices.get("sweep")
         axes: dict[str, list[str]] = {}
         for point in points:
@@ -259,10 +260,11 @@ class Grid(Sweeper):
         searched = {point.searched for point in points} - {""}
         varied = {key: values for key, values in axes.items() if len(values) > 1 or key.lstrip("+") in searched}
         params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        if not searched:
+        repeats = points[0].config.repeats
+        if not searched:  # else nobody knows yet, and neither with repeats=auto
             params["points"] = str(len(points))
-        if points[0].config.repeats != AUTO and not searched:  # else nobody knows yet
-            params |= {"repeats": str(points[0].config.repeats), "trials": str(len(trials))}
+            if isinstance(repeats, int):
+                params |= {"repeats": str(repeats), "trials": str(repeats * len(points))}
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])

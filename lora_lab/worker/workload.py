@@ -60,9 +60,11 @@ def work_on(
     order = list(range(len(examples.train)))
     random.Random(config.seed).shuffle(order)
     steps, steps_per_epoch, evaluations, checkpoints = _window(config, len(order))
+    full_steps = float(steps_per_epoch)
     if config.train.is_job:
         plan = plan_job(config, len(order))
         steps, steps_per_epoch = plan.steps, plan.steps_per_epoch
+        full_steps = len(order) // config.batch_size / config.grad_accum_steps
         evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
         checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
     rows = [examples.train[place] for place in order[: None if most is None else most * config.batch_size]]
@@ -75,6 +77,7 @@ def work_on(
         epoch=_batches(rows, config.batch_size, train_collator(config, padding), whole=True),
         steps=steps,
         steps_per_epoch=steps_per_epoch,
+        epoch_in_full_steps=full_steps,
         evaluations=evaluations if heldout else 0,
         checkpoints=checkpoints,
         heldout=_batches(heldout, config.batch_size, as_evaluated),

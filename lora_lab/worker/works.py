@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lora_lab.config import InvalidInput, OptimizerConfig, TrackingConfig, TrialConfig
-from lora_lab.outcome import Unsupported
+from lora_lab.config import OptimizerConfig, TrackingConfig, TrialConfig
 from lora_lab.work import ModelFacts, Workload
 from lora_lab.worker.examples import Examples
 from lora_lab.worker.models import load_architecture
@@ -34,7 +33,7 @@ class Works:
             try:
                 general = general_of(config, self._architecture(config))
                 work = work_on(config, self._model(config), *examples_of(config), general, _MICRO_BATCHES)
-            except (InvalidInput, Unsupported, OSError, RuntimeError):
+            except Exception:  # the check goes on with the next point: a forecast is worth less than that
                 return None
             self._works[key] = work
         return self._works[key]

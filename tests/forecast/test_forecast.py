@@ -70,6 +70,7 @@ def work(steps: int = 100, heldout: int = 0, epoch: list[MicroBatch] | None = No
         epoch=epoch or [batch()] * 50,
         steps=steps,
         steps_per_epoch=50,
+        epoch_in_full_steps=50.0,
         evaluations=2 if heldout else 0,
         checkpoints=2,
         heldout=[batch()] * heldout,
@@ -169,6 +170,14 @@ def test_a_measured_trial_sets_the_scale_whatever_the_width_of_its_rows() -> Non
     assert source.scale == pytest.approx(1.5)
     assert source.watts == 300.0
     assert source.half == 0.1
+
+
+def test_steps_take_as_long_as_their_micro_batches() -> None:
+    config = asked()
+    whole, part = (made(config, replace(work(), epoch_in_full_steps=full)) for full in (50.0, 40.0))
+    steps = [next(part.seconds for part in each.parts if part.name == "100 steps") for each in (whole, part)]
+    assert steps[1] == pytest.approx(0.8 * steps[0])
+    assert part.epoch_seconds == pytest.approx(0.8 * whole.epoch_seconds)
 
 
 def test_steps_that_varied_widen_the_interval() -> None:

@@ -1,6 +1,7 @@
 """What many trials will take together, from what is known of each."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from planted_rates import UUID, plant_rates
 from tiny_trials import tiny_config
 
 from lora_lab.events import DataCounted, ModelCounted
+from lora_lab.forecast.display import in_one_line
 from lora_lab.forecast.estimate import Range
 from lora_lab.forecast.total import ALIKE, EARLIER, RATES, Asked, total
 from lora_lab.matmul_cache import known_rate
@@ -88,6 +90,7 @@ WORK = Workload(
     epoch=[MicroBatch(2, 16, 32, 32, 512)] * 4,
     steps=4,
     steps_per_epoch=4,
+    epoch_in_full_steps=4.0,
     evaluations=0,
     checkpoints=0,
     heldout=[],
@@ -119,6 +122,23 @@ def test_more_earlier_trials_make_the_interval_narrower_and_their_median_counts(
     one, three = total([asked(1, earlier(60.0))]), total([asked(1, *map(earlier, (59.0, 60.0, 600.0)))])
     assert three.seconds.value == 60
     assert three.seconds.high < one.seconds.high
+
+
+def test_the_wait_of_an_earlier_trial_for_its_device_is_not_expected_again() -> None:
+    waited = earlier(3660.0, **{"time/waiting_seconds": 3600.0, "energy/mean_power_watts": 200.0})
+    found = total([asked(1, waited)])
+    assert found.seconds.value == 60
+    assert found.kwh.value * 3.6e6 <= 60 * 200.0
+
+
+def test_a_small_amount_is_never_said_to_be_nothing() -> None:
+    """A short trial takes a fraction of a watt-hour."""
+    watched = earlier(6.0, **{"energy/mean_power_watts": 200.0, "time/window_seconds": 6.0})
+    said = re.search(r"([\d.]+) kWh \(([\d.]+) to ([\d.]+)\)", in_one_line(total([asked(1, watched)])))
+    assert said
+    value, low, high = map(float, said.groups())
+    assert value == pytest.approx(6 * 200 / 3.6e6, rel=0.05)
+    assert 0 < low < value < high
 
 
 def test_the_energy_is_that_of_training_and_of_waiting() -> None:

@@ -47,6 +47,14 @@ def test_a_jobs_evaluations_and_checkpoints_are_those_of_its_plan() -> None:
     assert (found.evaluations, found.checkpoints) == (6, 3)
 
 
+def test_a_last_step_of_fewer_micro_batches_is_no_full_step() -> None:
+    """Five micro-batches in steps of four: an epoch has two steps, and the work of one and a quarter."""
+    config = tiny_config()
+    job = replace(config, data=replace(config.data, rows=10), train=replace(config.train, epochs=3), batch_size=1)
+    found = workload(replace(job, grad_accum_steps=4))
+    assert (found.steps, found.steps_per_epoch, found.epoch_in_full_steps) == (6, 2, 1.25)
+
+
 def test_rows_are_counted_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Packed rows have no padding but their ends, and as many real tokens."""
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))

@@ -190,6 +190,9 @@ def test_what_was_only_predicted_is_named_and_counts_for_nothing() -> None:
     assert "out of memory" not in told
     assert [each.trial.run_id for each in made.groups[0].group.excluded] == [skipped.run_id]
     assert not [fit for fit in made.groups[0].fits if fit.next]
+    more = dataclasses.replace(sweep, params={"trials": "18", "repeats": "5"})
+    told = " ".join(notes(find([*ran, skipped], [more], Question(), "0")))
+    assert "10 of the 13 planned" in told, "a skipped point is no trial that has been run, and takes its repeats along"
     since = trial(outcome="out_of_memory", batch_size="64", tags={"point": "large"})
     told = " ".join(notes(find([*ran, skipped, since], [sweep], Question(), "0")))
     assert "skipped" not in told

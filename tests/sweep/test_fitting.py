@@ -2,6 +2,7 @@
 does not calculate in bf16, so what is tried ends as unsupported."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,19 @@ from conftest import Said, lab_in, records_in, with_fakes
 from planted_rates import plant_rates
 
 from lora_lab.config import TrialConfig
-from lora_lab.store.sweep_folder import Planned, TooLarge
-from lora_lab.sweep.fitting import Judged
+from lora_lab.options import Plan
+from lora_lab.placement import Placement
+from lora_lab.store.sweep_folder import Planned, SweepFolder, TooLarge
+from lora_lab.sweep import fitting, forecasting
+from lora_lab.sweep.fitting import Judged, judged
+from lora_lab.sweep.forecasting import forecast_line
+from lora_lab.sweep.plan import GridPoint
+from lora_lab.telemetry.nvml import Card
 
 SMALL = ("measure=quick", "measure.idle_seconds=0", "data=random_tokens", "data.rows=16", "seq_len=32")
 POINTS = ("-m", *SMALL, "model=tiny", "vram_limit_gib=0.3,0.9,2", "repeats=2")
 SCARCE, NARROW, ENOUGH = "0.3", "0.9", "2.0"
+CARD = Card(index=0, uuid="GPU-0", name="a card", total_bytes=2**33, compute_capability=(8, 6), driver="1")
 AS_PLANNED = {(ENOUGH, "unsupported"): 2, (NARROW, "unsupported"): 2, (SCARCE, "predicted_out_of_memory"): 1}
 
 
@@ -84,6 +92,7 @@ def test_the_start_says_time_and_energy_of_what_is_tried_alone(story: Story) -> 
 
 def test_a_resume_with_the_same_plan_skips_without_another_record(story: Story) -> None:
     assert ends(story.after_again) == AS_PLANNED, story.again.text
+    assert "4 trials: 2 points x 2 repeats, 4 of them done already" in story.again.out, "the skipped one is no trial"
 
 
 def test_a_resume_with_everything_runs_what_was_skipped_as_often_as_asked(story: Story) -> None:
@@ -96,9 +105,47 @@ def test_every_point_skipped_is_the_exit_code_of_nothing_finished(tmp_path: Path
     large = ("model=llama3_1_8b", "model.weights=random", "method=lora")
     said = run(tmp_path, "-m", *SMALL, *large, "plan=fits", "tracking=none")
     assert said.code == 3, said.text
+    assert not [line for line in said.out.splitlines() if line.startswith("time:")], "nothing takes any"
     [record] = records_in(tmp_path)
     assert record["outcome"] == "predicted_out_of_memory"
     assert record["metrics"]["estimate/low_gib"] > 14, "the weights alone are 8 billion times two bytes"
+
+
+def test_what_was_measured_before_is_not_left_out_by_an_estimate(tmp_path: Path) -> None:
+    points = ("-m", *SMALL, "model=tiny", "vram_limit_gib=0.3,2", "tracking=none")
+    run(tmp_path, *points)
+    said = run(tmp_path, *points, "repeats=2", "plan=fits", "resume=true")
+    assert ends(records_in(tmp_path)) == {(SCARCE, "unsupported"): 2, (ENOUGH, "unsupported"): 2}, said.text
+    [skipped] = [line for line in said.out.splitlines() if line.startswith("plan=fits:")]
+    assert "0 skipped" in skipped
+
+
+def test_a_failure_of_the_estimate_or_the_forecast_stops_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(fitting, "beforehand", fail)
+    monkeypatch.setattr(forecasting, "total", fail)
+    monkeypatch.setattr(fitting, "choose_placement", lambda _: Placement(cards=(CARD,)))
+    point = GridPoint(overrides=[], config=TrialConfig(plan=Plan.fits), digest="a", conditions={})
+    found = judged([point])
+    assert "by nothing" in found.unknown["a"]
+    assert not found.too_large
+    assert "by nothing" in forecast_line([point], [], {})
+
+
+def test_a_job_that_goes_on_from_a_checkpoint_counts_as_measured(story: Story, tmp_path: Path) -> None:
+    [sweep] = {path.parent for path in story.folder.glob("multirun/*/*/sweep.json")}
+    shutil.copytree(sweep, tmp_path / "sweep")
+    folder = SweepFolder(tmp_path / "sweep")
+    trial = folder.read().trials[0]
+    (tmp_path / "sweep" / "0000" / "record.json").unlink()
+    for later in (tmp_path / "sweep").glob("0000-*"):
+        shutil.rmtree(later)
+    assert not folder.has_measured(trial)
+    (tmp_path / "sweep" / "0000" / "checkpoints" / "000002").mkdir(parents=True)
+    (tmp_path / "sweep" / "0000" / "checkpoints" / "000002" / "complete.json").write_text("{}")
+    assert folder.has_measured(trial)
 
 
 def test_without_a_card_nothing_is_known_and_everything_runs(tmp_path: Path) -> None:

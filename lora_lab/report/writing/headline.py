@@ -239,11 +239,14 @@ def _ended_by(trial: Trial) -> str:
 
 
 def _not_run(findings: Findings) -> str:
-    """Return how many planned trials have not been run, so that a part is not mistaken for the whole."""
+    """Return how many planned trials have not been run, so that a part is not mistaken for the whole. All repeats of
+    a point that was skipped are left out."""
     over = Counter(trial.sweep for found in findings.groups for trial in found.group.trials)
-    over += Counter(sweep for sweep, _ in _predicted(findings))
-    planned = sum(sweep.planned or 0 for sweep in findings.sweeps)
-    done = sum(min(over[sweep.run_id], sweep.planned or 0) for sweep in findings.sweeps)
+    skipped = Counter(sweep for sweep, _ in _predicted(findings))
+    to_run = {
+        sweep.run_id: max(0, (sweep.planned or 0) - skipped[sweep.run_id] * sweep.repeats) for sweep in findings.sweeps
+    }
+    planned, done = sum(to_run.values()), sum(min(over[run_id], number) for run_id, number in to_run.items())
     if done == planned:
         return ""
     return f"Only {done} of the {planned} planned trials have been run; resume=true runs the rest."

@@ -84,8 +84,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
-    """Return the rows of a chunk: as few chunks as allowed, all of one size but the last. More than 64 are aligned; for
-    others torch.compile tries out a padded product when it first sees the size, with a copy of the head's weight.
+    """Return the rows of a chunk: all of one size but the last, in as few chunks as alignment allows. More than 64 are
+    aligned; for others torch.compile tries out a padded product when it first sees the size, with a copy of the head's
+    weight.
 
     Args:
         hidden_size: 0 where no more than CHUNK_ELEMENTS logits may exist.
