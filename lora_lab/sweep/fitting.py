@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 
 from lora_lab.config import AUTO, InvalidInput
-from lora_lab.fit.beforehand import Beforehand, beforehand, capacity
+from lora_lab.fit.beforehand import Beforehand, beforehand, capacity, verdict_of
 from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE
 from lora_lab.options import Plan
 from lora_lab.store.sweep_folder import Planned, TooLarge
@@ -78,7 +78,7 @@ def _judge(point: GridPoint, found: Judged) -> None:
         found.unknown[point.digest] = known.reason
         return
     there = capacity(point.config, min(card.total_bytes for card in cards))
-    verdict = known.estimate.verdict(there)
+    verdict = verdict_of(known.estimate, there)
     if verdict == TOO_LARGE:
         needs = known.estimate
         found.too_large[point.digest] = TooLarge(low_gib=needs.low / GIB, card_gib=there / GIB)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.fit.advice import advise
-from lora_lab.fit.beforehand import beforehand, capacity
+from lora_lab.fit.beforehand import beforehand, capacity, verdict_of
 from lora_lab.fit.estimate import DOUBTFUL, FITS, TOO_LARGE
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.options import Plan
@@ -32,7 +32,7 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
                 enough=answer.estimate.enough,
                 high=answer.estimate.high,
                 slots=config.batch_size * config.grad_accum_steps * config.seq_len,
-                verdict=answer.estimate.verdict(capacity(config, seen.card_bytes)),
+                verdict=verdict_of(answer.estimate, capacity(config, seen.card_bytes)),
             )
     except Exception as fault:  # an estimate is worth less than a trial
         seen.no_estimate = f"the estimate failed ({type(fault).__name__}: {fault})"
@@ -50,6 +50,12 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
         return ""
     room = capacity(config, seen.card_bytes)
     whose = f"{placement.name} has" if room == seen.card_bytes else f"vram_limit_gib={config.vram_limit_gib:g} allows"
+    if said.verdict == DOUBTFUL and said.low > room:
+        return (
+            f"rows of seq_len={config.seq_len} tokens do not fit: they need at least {_gib(said.low)} GiB, and {whose} "
+            f"{_gib(room)} GiB. It goes on because your rows may be shorter. Lower seq_len to the longest to be sure; "
+            "`lora-lab fit --vram` with the same settings says what fits"
+        )
     if said.verdict == DOUBTFUL:
         return (
             f"it is not certain that this trial fits: it needs {_gib(said.low)} to {_gib(said.enough)} GiB, and "

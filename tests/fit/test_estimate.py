@@ -16,15 +16,16 @@ from lora_lab.config import InvalidInput, ModelConfig, OptimizerConfig, TrialCon
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.__main__ import main
 from lora_lab.fit.advice import advise
+from lora_lab.fit.beforehand import verdict_of
 from lora_lab.fit.check import check
 from lora_lab.fit.display import ways
-from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
+from lora_lab.fit.estimate import DOUBTFUL, FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.fit.weights import optimizer_state
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import Attention, Checkpointing, EngineKind, ModelSource
+from lora_lab.options import Attention, Batching, Checkpointing, EngineKind, ModelSource
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +283,14 @@ def test_a_smaller_trial_never_needs_more(setting: str, values: tuple[int, ...])
         assert less.high < more.high + 20 * 2**20
         assert less.low < more.low + 20 * 2**20
     assert found[0].errors.above > found[2].errors.above < found[-1].errors.above
+
+
+def test_long_rows_of_text_are_too_large_only_if_short_ones_are() -> None:
+    full = trial(model="llama3_1_8b", seq_len=8192)
+    text = replace(full, data=DataConfig())
+    padded = replace(full, data=DataConfig(batching=Batching.seq_len))
+    for gib, expected in ((12, [TOO_LARGE, DOUBTFUL, TOO_LARGE]), (4, [TOO_LARGE] * 3), (40, [FITS] * 3)):
+        assert [verdict_of(said(config), gib * GIB) for config in (full, text, padded)] == expected
 
 
 def test_limits_do_not_contradict_the_answer() -> None:
