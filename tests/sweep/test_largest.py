@@ -65,6 +65,7 @@ def test_bisection_finds_the_largest_that_fits_within_its_bounds(where: Bounds, 
         assert len(seen) <= 1 + where.most_further
 
 
+@pytest.mark.nightly
 def test_a_search_for_each_card_ends_at_the_largest_batch_that_finishes(tmp_path: Path, empty_store: Path) -> None:
     give_store(tmp_path, empty_store)
     said = run(tmp_path, 1500, "-m", "batch_size=max", "vram_limit_gib=0.75,1.2", *QUICK, "seq_len=1024")
