@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 
 from lora_lab.config import AUTO, InvalidInput
-from lora_lab.fit.beforehand import Beforehand, beforehand, capacity, verdict_of
+from lora_lab.fit.beforehand import beforehand, capacity, verdict_of
 from lora_lab.fit.estimate import FITS, GIB, TOO_LARGE
 from lora_lab.options import Plan
 from lora_lab.store.sweep_folder import Planned, TooLarge
@@ -70,20 +70,17 @@ def _judge(point: GridPoint, found: Judged) -> None:
     if not cards:
         found.unknown[point.digest] = "no NVIDIA card is used"
         return
+    there = capacity(point.config, min(card.total_bytes for card in cards))
     try:
         known = beforehand(point.config)
-    except Exception as fault:  # an estimate is worth less than a trial
-        known = Beforehand(None, f"the estimate failed ({type(fault).__name__}: {fault})")
-    if known.estimate is None:
-        found.unknown[point.digest] = known.reason
-        return
-    there = capacity(point.config, min(card.total_bytes for card in cards))
-    verdict = verdict_of(known.estimate, there)
-    if verdict == TOO_LARGE:
-        needs = known.estimate
-        found.too_large[point.digest] = TooLarge(low_gib=needs.low / GIB, card_gib=there / GIB)
-    else:
-        (found.fit if verdict == FITS else found.doubtful).append(point.digest)
+        if known.estimate is None:
+            found.unknown[point.digest] = known.reason
+        elif (verdict := verdict_of(known.estimate, there)) == TOO_LARGE:
+            found.too_large[point.digest] = TooLarge(low_gib=known.estimate.low / GIB, card_gib=there / GIB)
+        else:
+            (found.fit if verdict == FITS else found.doubtful).append(point.digest)
+    except Exception as fault:  # an estimate is worth less than a trial; the verdict replays the allocator
+        found.unknown[point.digest] = f"the estimate failed ({type(fault).__name__}: {fault})"
 
 
 def show_judged(found: Judged, trials: Sequence[Planned]) -> None:

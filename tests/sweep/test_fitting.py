@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import Said, lab_in, records_in, with_fakes
@@ -120,11 +121,15 @@ def test_what_was_measured_before_is_not_left_out_by_an_estimate(tmp_path: Path)
     assert "0 skipped" in skipped
 
 
-def test_a_failure_of_the_estimate_or_the_forecast_stops_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["beforehand", "verdict_of"])
+def test_a_failure_of_the_estimate_or_the_forecast_stops_no_sweep(
+    monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(fitting, "beforehand", fail)
+    monkeypatch.setattr(fitting, "beforehand", lambda _: Mock(estimate=Mock()))
+    monkeypatch.setattr(fitting, failing, fail)
     monkeypatch.setattr(forecasting, "total", fail)
     monkeypatch.setattr(fitting, "choose_placement", lambda _: Placement(cards=(CARD,)))
     point = GridPoint(overrides=[], config=TrialConfig(plan=Plan.fits), digest="a", conditions={})
