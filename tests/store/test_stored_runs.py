@@ -484,7 +484,7 @@ def test_a_deleted_run_does_not_get_the_page(here: Path, tmp_path: Path) -> None
         open_store(None).keep(run_id, page)
 
 
-def test_a_thousand_trials_of_full_size_are_read_from_their_folders_within_five_seconds(here: Path) -> None:
+def test_a_thousand_trials_of_full_size_are_read_in_less_than_four_times_what_parsing_takes(here: Path) -> None:
     above = a_sweep()
     put(here, above)
     whole = a_trial(
@@ -502,6 +502,10 @@ def test_a_thousand_trials_of_full_size_are_read_from_their_folders_within_five_
         other = folder.parent / f"0{number}"
         other.mkdir()
         (other / RECORD).write_text(text.replace(whole.id, f"{number:032x}"))
+    begin = time.process_time()
+    for _ in range(1000):
+        json.loads(text)
+    parsing = time.process_time() - begin
     seconds = []
     for _ in range(2):  # the first one waits for what others do on a busy machine, and for its caches
         begin = time.process_time()
@@ -509,7 +513,7 @@ def test_a_thousand_trials_of_full_size_are_read_from_their_folders_within_five_
         seconds.append(time.process_time() - begin)
         assert len(trials) == 1000
         assert {(len(trial.params), len(trial.metrics), len(trial.tags)) for trial in trials} == {(90, 110, 52)}
-    assert min(seconds) < 5
+    assert min(seconds) < 4 * parsing
 
 
 # --- what is kept with a run -------------------------------------------------------------------------------------
