@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.compose import compose
 from benchmarks.fit_cases import COMMON, cases, edges, held_out
 from lora_lab.config import TrialConfig
-from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory
+from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory, Ran
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, Estimate, estimate
 from lora_lab.fit.shapes import shapes_of
@@ -73,6 +73,8 @@ def measure(config: TrialConfig, device: str) -> dict[str, Any]:
             found["optimizer"] = [event.total_bytes, event.eligible_bytes, event.paged_bytes]
         elif isinstance(event, Compiled):
             found["working_bytes"] = event.working_bytes
+        elif isinstance(event, Ran):
+            found["segments"] = event.facts.get("segments")
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lora_lab.config import TrialConfig
-from lora_lab.fit.allocator import OutOfMemory, replay
 from lora_lab.fit.compiled_step import compiled_step
+from lora_lab.fit.fixed import OutOfMemory
 from lora_lab.fit.interval import KEPT, Errors, errors_of, larger_measured, smaller_measured
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
+from lora_lab.fit.replay import replay
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
 from lora_lab.options import EngineKind
+from lora_lab.segments import are_expandable
 
 GIB = 2**30
 FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
@@ -83,7 +85,7 @@ class Estimate:
         """Return what a card must have at the very least. Paged state can go to host memory. It is never less than for
         a smaller trial that was measured."""
         own = int(self.least * (1 - self.errors.below) + self.libraries.size * (1 - self.libraries.error))
-        return max([own, *(estimate(smaller, self.shapes).low for smaller in smaller_measured(self.config))])
+        return max([own, *(self._of(smaller).low for smaller in smaller_measured(self.config))])
 
     @cached_property
     def enough(self) -> int:
@@ -103,7 +105,10 @@ class Estimate:
 
     @cached_property
     def _larger(self) -> list["Estimate"]:
-        return [estimate(larger, self.shapes) for larger in larger_measured(self.config)]
+        return [self._of(larger) for larger in larger_measured(self.config)]
+
+    def _of(self, config: TrialConfig) -> "Estimate":
+        return estimate(config, self.shapes, self.tape.is_expandable)
 
     @property
     def _most_outside(self) -> float:
@@ -127,8 +132,11 @@ class Estimate:
 
 
 def _least(tape: Tape) -> int:
-    """Return the least number of reserved bytes with which a tape's step gets through, to half a percent."""
-    low, high = sum(tape.peak().values()), replay(tape)
+    """Return the least number of reserved bytes with which a tape's step gets through, to half a percent. torch needs
+    room for the whole of a request, though a part of it may be cached; where nothing is returned, that is more than it
+    takes in the end."""
+    low = sum(tape.peak().values())
+    high = replay(tape) + max(tape.sizes)
     close = high // _CLOSE
     while high - low > close:
         middle = (low + high) // 2
@@ -153,7 +161,6 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
     state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
     if is_compiling:
         tape.new(_TRYING_OUT, WORKING)
-        tape.has_own_pool = False  # nothing is recorded yet
     for _ in range(0 if is_compiling else shapes.layers):
         tape.new((state.total - state.paged) // shapes.layers, OPTIMIZER)
     tape.loaded = len(tape.events)
@@ -168,11 +175,17 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
     return tape, state
 
 
-def estimate(config: TrialConfig, shapes: Shapes) -> Estimate:
-    """Estimate a trial's memory. Rows are taken as full: seq_len tokens each."""
+def estimate(config: TrialConfig, shapes: Shapes, expandable: bool | None = None) -> Estimate:
+    """Estimate a trial's memory. Rows are taken as full: seq_len tokens each.
+
+    Args:
+        expandable: whether the allocator's segments grow; None: as in a trial on this machine.
+    """
     tape, state = tape_of(config, shapes)
     compiles = config.engine.kind in (EngineKind.compile, EngineKind.graph)
     compiling = tape_of(config, shapes, is_compiling=True)[0] if compiles else None
+    for each in filter(None, (tape, compiling)):
+        each.is_expandable = are_expandable() if expandable is None else expandable
     held = tape.peak()
     return Estimate(
         config=config,

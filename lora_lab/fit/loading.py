@@ -47,6 +47,7 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     elif config.grad_accum_steps > 1:
         tape.new(trained, GRADIENTS)
     tape.has_own_pool = config.engine.kind is EngineKind.graph
+    tape.is_recorded = tape.has_own_pool and not tries_out
     tape.returns_cached = config.engine.kind in (EngineKind.compile, EngineKind.graph)
 
 

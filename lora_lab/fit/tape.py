@@ -20,8 +20,12 @@ class Tape:
     returns_cached: bool = False
     """Whether what is cached after loading is returned to the driver."""
 
+    is_expandable: bool = True
+    """Whether the allocator's segments grow, see lora_lab/segments.py."""
     has_own_pool: bool = False
-    """Whether steps have segments of their own, as those of a CUDA graph do."""
+    """Whether steps have addresses of their own, as those on another stream and of a CUDA graph do."""
+    is_recorded: bool = False
+    """Whether the step is recorded as a CUDA graph: once, and while nothing that is cached is returned."""
 
     def new(self, size: float, part: str) -> int:
         """Begin a tensor of `size` bytes; return its number."""

@@ -9,6 +9,7 @@ import os
 import re
 
 from lora_lab.paths import cache_folder
+from lora_lab.segments import allocator_variables
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONUTF8": "1"}
 """Hiding the cards from the server is not enough: a plain `torch.cuda.is_available()` during an import would ask the
@@ -58,7 +59,7 @@ def is_launchers(name: str) -> bool:
 
 def of_server() -> dict[str, str | None]:
     """Return the changes to this process's environment for the server that forks workers; None removes a variable."""
-    return {**without_launchers(), **_HIDDEN}
+    return {**without_launchers(), **_HIDDEN, **allocator_variables()}
 
 
 def without_launchers() -> dict[str, str | None]:
@@ -67,10 +68,10 @@ def without_launchers() -> dict[str, str | None]:
 
 
 def of_worker(shown: str) -> dict[str, str]:
-    """Return what a worker's environment has besides the server's. One variable is the card that it sees (Trainer would
-    use all). The others say where compiled code is kept: torch's own place is under /tmp, which a reboot empties."""
+    """Return what a worker's environment has besides this process's. One variable is the card that it sees (Trainer
+    would use all). Others say where compiled code is kept: torch's own place is under /tmp, which a reboot empties."""
     kept = {
         name: os.environ.get(name) or str(cache_folder() / folder)
         for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
     }
-    return {"CUDA_VISIBLE_DEVICES": shown, "TOKENIZERS_PARALLELISM": "false"} | kept
+    return {"CUDA_VISIBLE_DEVICES": shown, "TOKENIZERS_PARALLELISM": "false", **allocator_variables(), **kept}

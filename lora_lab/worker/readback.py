@@ -57,8 +57,14 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "autocast": str(trainer.accelerator.mixed_precision),
         "grad_scaler": str(scaler is not None and scaler.is_enabled()),
         "gradient_checkpointing": checkpointing_of(model).value,
+        **({"segments": _segments()} if device.type == "cuda" else {}),
     }
     return facts
+
+
+def _segments() -> str:
+    """Return how torch's allocator takes memory: in segments that grow, or of fixed size."""
+    return "expandable" if any(each["is_expandable"] for each in torch.cuda.memory_snapshot()) else "fixed"
 
 
 def optimizer_memory(trainer: Any) -> OptimizerMemory:

@@ -1,15 +1,15 @@
-"""Replay a tape through the rules of torch's caching allocator, for the memory that it takes from the driver.
+"""Follow the rules of torch's caching allocator with segments of fixed size: what it takes from the driver.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings: requests are rounded to 512 bytes;
+The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings. Requests are rounded to 512 bytes;
 up to 1 MiB they come out of segments of 2 MiB, below 10 MiB out of segments of 20 MiB, and larger ones get a segment of
 their own, rounded to 2 MiB. The smallest free block that is large enough is taken, and split where enough is left.
 Neighbours that are free become one block. Where the driver has no more, segments that are free as a whole are returned.
 """
 
+import functools
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from lora_lab.fit.tape import Tape
 
 _ROUND, _SMALL, _MIDDLE = 512, 2**20, 10 * 2**20
 _SMALL_SEGMENT, _MIDDLE_SEGMENT, _LARGE_ROUND = 2 * 2**20, 20 * 2**20, 2 * 2**20
@@ -30,18 +30,22 @@ class _Block:
     is_free: bool = False
 
 
-class Allocator:
+class FixedAllocator:
     """Counts what is reserved, and remembers the most."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        """Set the limit of reserved bytes; None is no limit."""
+    def __init__(self, limit: int | None = None, gives_back: bool = True) -> None:
+        """Set the limit of reserved bytes; None is no limit.
+
+        Args:
+            gives_back: whether cached segments are returned at the limit; while a graph is recorded, they are not.
+        """
         self.reserved = self.most_reserved = 0
-        self._limit = limit
+        self._limit, self._gives_back = limit, gives_back
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
         self._next = 0
 
-    def take(self, size: int) -> _Block:
-        """Return a block for `size` bytes.
+    def take(self, size: int) -> Callable[[], None]:
+        """Take `size` bytes; return what gives them back.
 
         Raises: OutOfMemory beyond the limit."""
         size = max(_ROUND, -(-size // _ROUND) * _ROUND)
@@ -57,10 +61,16 @@ class Allocator:
                 block.after.before = rest
             block.after, block.size = rest, size
             self._put(rest)
-        return block
+        return functools.partial(self._give, block)
 
-    def give(self, block: _Block) -> None:
-        """Take a block back."""
+    def return_cached(self) -> None:
+        """Return the segments that are free as a whole to the driver."""
+        for free in self._free.values():
+            whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
+            self.reserved -= sum(size for size, _, _ in whole)
+            free[:] = [entry for entry in free if entry[2].before is not None or entry[2].after is not None]
+
+    def _give(self, block: _Block) -> None:
         before, after = block.before, block.after
         if before is not None and before.is_free:
             self._remove(before)
@@ -77,20 +87,14 @@ class Allocator:
                 after.after.before = block
         self._put(block)
 
-    def return_cached(self) -> None:
-        """Return the segments that are free as a whole to the driver."""
-        for free in self._free.values():
-            whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
-            self.reserved -= sum(size for size, _, _ in whole)
-            free[:] = [entry for entry in free if entry[2].before is not None or entry[2].after is not None]
-
     def _segment(self, size: int, is_small: bool) -> _Block:
         if is_small:
             whole = _SMALL_SEGMENT
         else:
             whole = _MIDDLE_SEGMENT if size < _MIDDLE else -(-size // _LARGE_ROUND) * _LARGE_ROUND
         if self._limit is not None and self.reserved + whole > self._limit:
-            self.return_cached()
+            if self._gives_back:
+                self.return_cached()
             if self.reserved + whole > self._limit:
                 raise OutOfMemory
         self.reserved += whole
@@ -106,34 +110,3 @@ class Allocator:
         block.is_free = False
         free = self._free[block.is_small]
         free.pop(bisect_left(free, (block.size, block.start)))
-
-
-def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
-    """Replay loading, and steps after it; return the most that is reserved during the steps.
-
-    Args:
-        tape: of a whole trial.
-        limit: of what may be reserved, in bytes.
-        times: steps. What the first leaves behind is used by the second.
-
-    Raises: OutOfMemory beyond the limit."""
-    loading = Allocator(limit)
-    held: dict[int, _Block] = {}
-    _run(loading, held, tape.events[: tape.loaded])
-    if tape.returns_cached:
-        loading.return_cached()
-    loading.most_reserved = loading.reserved
-    stepping = loading
-    if tape.has_own_pool:
-        stepping = Allocator(None if limit is None else limit - loading.reserved)
-    for _ in range(times):
-        _run(stepping, held, tape.events[tape.loaded :])
-    return stepping.most_reserved + (loading.reserved if tape.has_own_pool else 0)
-
-
-def _run(allocator: Allocator, held: dict[int, _Block], events: list[tuple[int, int]]) -> None:
-    for number, size in events:
-        if size >= 0:
-            held[number] = allocator.take(size)
-        else:
-            allocator.give(held.pop(number))
