@@ -13,6 +13,7 @@ the tiny model on the CPU.
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import tempfile
 import time
@@ -125,7 +126,9 @@ class Run:
         self._due = time.monotonic() + seconds
         placement = choose_placement(device)
         self._room = _ROOM * placement.cards[0].total_bytes if placement.cards else float("inf")
-        self._content = {"origin": {**environment(), **device_facts(placement)}, "trials": trials, **more}
+        facts = {**environment(), **device_facts(placement)}
+        facts["commit"] = os.environ.get("LORA_LAB_COMMIT", facts["commit"])  # where only the files are
+        self._content = {"origin": facts, "trials": trials, **more}
 
     def go(self, planned: Iterator[Case], at_once: int) -> None:
         """Run the trials that are not done, a limited number at a time, until the time is over."""

@@ -19,7 +19,7 @@ KEPT = 0.08
 """More, where the allocator need not return what it has cached: its replay was off by as much."""
 _RANKS, _HIDDEN, _TOKENS = (8, 128), (576, 4096), (512, 32768)
 """The ranges that were measured."""
-_FAMILIES = ("qwen2", "llama", "qwen3", "gemma3_text")
+_FAMILIES = ("qwen2", "llama", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
         yield f"model family {shapes.family}: not measured"
     if not is_known(config.optimizer):
         yield f"optimizer {config.optimizer.optim or config.optimizer.target}: taken for AdamW in fp32"
-    if method.use_dora and kind is not EngineKind.eager:
+    if method.use_dora and kind not in (EngineKind.eager, EngineKind.liger):
         yield f"DoRA with engine={kind.name}: not measured"
     if (method.dropout or method.target_modules != ["all-linear"]) and kind is not EngineKind.eager:
         yield f"dropout or chosen target modules with engine={kind.name}: not measured"
@@ -87,4 +87,4 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
     if config.precision.dtype is DType.fp32:
         yield "fp32: measured at one shape"
     if config.attention is not Attention.sdpa or config.data.batching is Batching.packed:
-        yield "attention or packing other than the default: not measured"
+        yield "attention or packing other than the default: measured at few shapes"

@@ -1,6 +1,7 @@
 """Write on a tape what loading leaves on the card: weights one after the other, adapters, and an engine's own copies.
 
-The order matters for the allocator: where weights are quantised or stacked, what they were made from leaves gaps. Of a
+transformers loads weights in the order of their names: the head, the embeddings, then of each layer the feed-forward
+part before attention, and each part in alphabetical order (core_model_loading.dot_natural_key). The order matters for the allocator: where weights are quantised or stacked, what they were made from leaves gaps. Of a
 mixture in 4 bit it matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
 """
 
@@ -25,13 +26,15 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     """
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
-    tape.new(table * other_bytes(config), WEIGHTS)
-    held, experts = [], []
-    for _ in range(shapes.layers):
-        held.append([_load_linear(tape, sizes, linear) for linear in shapes.linears])
-        experts += _load_experts(tape, sizes)
-    if not shapes.is_tied:
+    for _ in range(1 if shapes.is_tied else 2):
         tape.new(table * other_bytes(config), WEIGHTS)
+    held: list[dict[Linear, list[int]]] = []
+    experts = []
+    feed_forward = (*shapes.gate_up, *shapes.down)
+    named = sorted(shapes.linears, key=lambda linear: (linear not in feed_forward, linear.name))
+    for _ in range(shapes.layers):
+        experts += _load_experts(tape, sizes)
+        held.append({linear: _load_linear(tape, sizes, linear) for linear in named})
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
     _quantise_experts(tape, sizes, experts)
     for _ in range(_THREADS * (2 if tries_out else 1)):
@@ -48,7 +51,7 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
         tape.new(trained, GRADIENTS)
     tape.has_own_pool = config.engine.kind is EngineKind.graph
     tape.is_recorded = tape.has_own_pool and not tries_out
-    tape.returns_cached = config.engine.kind in (EngineKind.compile, EngineKind.graph)
+    tape.returns_cached = True
 
 
 def _load_linear(tape: Tape, sizes: Sizes, linear: Linear) -> list[int]:
@@ -84,20 +87,19 @@ def _quantise_experts(tape: Tape, sizes: Sizes, stored: list[int]) -> None:
         tape.free(whole)
 
 
-def _stack(tape: Tape, sizes: Sizes, held: list[list[list[int]]]) -> None:
+def _stack(tape: Tape, sizes: Sizes, held: list[dict[Linear, list[int]]]) -> None:
     """Lay the weights of layers with the same input side by side, and make the adapters' copies in the products'
     format: A stacked, each B, and B block-diagonal over the group (worker/engines/compute_copies.py)."""
     shapes = sizes.shapes
     copies = 0
     for group in (shapes.qkv, (shapes.output,), shapes.gate_up, shapes.down):
-        places = [place for place, linear in enumerate(shapes.linears) if linear in group and sizes.has_adapter(linear)]
-        linears = [shapes.linears[place] for place in places]
+        linears = [linear for linear in group if linear is not None and sizes.has_adapter(linear)]
         copies += sum(sizes.rank * (linear.inputs + linear.outputs) for linear in linears)
         if len(linears) < 2 or sizes.rank * len(linears) > MOST_RANKS:
             continue
         copies += sum(linear.outputs for linear in linears) * sizes.rank * len(linears)
         for layer in held:
-            for parts in zip(*(layer[place] for place in places), strict=True):
+            for parts in zip(*(layer[linear] for linear in linears), strict=True):
                 tape.new(sum(tape.sizes[part] for part in parts), WEIGHTS)
                 tape.free(*parts)
     tape.new(shapes.layers * copies * sizes.cell, WORKING)
