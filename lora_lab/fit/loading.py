@@ -1,8 +1,9 @@
 """Write on a tape what loading leaves on the card: weights one after the other, adapters, and an engine's own copies.
 
 transformers loads weights in the order of their names: the head, the embeddings, then of each layer the feed-forward
-part before attention, and each part in alphabetical order (core_model_loading.dot_natural_key). The order matters for the allocator: where weights are quantised or stacked, what they were made from leaves gaps. Of a
-mixture in 4 bit it matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
+part before attention, and each part in alphabetical order (core_model_loading.dot_natural_key). The order matters for
+the allocator: where weights are quantised or stacked, what they were made from leaves gaps. Of a mixture in 4 bit it
+matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
 """
 
 from lora_lab.fit.shapes import Linear
