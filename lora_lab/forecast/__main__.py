@@ -15,47 +15,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
 from lora_lab.composition.once import compose_once
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.forecast.advice import advice
-from lora_lab.forecast.cards import CARDS, PublishedCard, card_named
+from lora_lab.forecast.ask import Device, ask
+from lora_lab.forecast.cards import CARDS, card_named
 from lora_lab.forecast.display import show
-from lora_lab.forecast.estimate import forecast, mean_step
 from lora_lab.forecast.fitted import constants
-from lora_lab.forecast.look import look
 from lora_lab.forecast.money import Prices, read_price
 from lora_lab.forecast.probe import probe
-from lora_lab.forecast.roofline import Roofline, Speeds, StepTime
-from lora_lab.forecast.sources import Source, between, half_of, of_rates, of_trials, same_settings
-from lora_lab.machine import cpu_name
+from lora_lab.forecast.roofline import StepTime
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.placement import Placement
-from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.stored_runs import open_store
-from lora_lab.store.trials import Trial
-from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import check_data
-from lora_lab.work import Workload
 
 EXIT_FAILED = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    """The device of a forecast."""
-
-    name: str
-    """As trials record it."""
-    speeds: Speeds
-    limit_watts: float | None
-    is_cpu: bool
-    is_here: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,20 +76,11 @@ def _answer(asked: argparse.Namespace, typed: list[str], console: Console) -> No
     config = compose_once(typed)
     prices = _prices(asked, config)
     check_data(config)
-    work, device = _look(config, card_named(asked.card) if asked.card else None)
-    if work.model.counted is None:
-        raise InvalidInput(
-            "this model's products cannot be counted (a mixture of experts, or layers that are not known here), so its "
-            "time cannot be calculated. Run a short trial: measure=quick."
-        )
-    found = constants()
-    fitted = found.cpu.constants if device.is_cpu else found.constants
-    roofline = Roofline(config, work.model, device.speeds, fitted)
-    step = mean_step(config, work, roofline)
-    folder = probe(typed, config, step.seconds) if asked.probe else None
-    source = _source(config, device, roofline, step, folder)
-    answer = forecast(config, work, roofline, source, found.power, device.limit_watts)
-    show(answer, prices, _notes(device, step), advice(config, answer, not device.is_cpu), console)
+    question = ask(config, card_named(asked.card) if asked.card else None)
+    folder = probe(typed, config, question.step.seconds) if asked.probe else None
+    answer = question.answer(folder)
+    notes = _notes(question.device, question.step)
+    show(answer, prices, notes, advice(config, answer, not question.device.is_cpu), console)
 
 
 def _prices(asked: argparse.Namespace, config: TrialConfig) -> Prices:
@@ -123,51 +91,7 @@ def _prices(asked: argparse.Namespace, config: TrialConfig) -> Prices:
     )
 
 
-def _look(config: TrialConfig, named: PublishedCard | None) -> tuple[Workload, _Device]:
-    """Return the work, and the device it is for."""
-    if named is not None:
-        speeds = named.speeds(config)
-        work, _ = look(config, Placement(), None)
-        return work, _Device(named.name, speeds, named.watts, is_cpu=False, is_here=False)
-    placement = choose_placement(config.device)
-    work, rates = look(config, placement, lambda text: print(text, file=sys.stderr))
-    assert rates is not None
-    speeds = Speeds(rates.matmul.flops_per_second, rates.bytes_per_second)
-    if not placement.cards:
-        return work, _Device(cpu_name(), speeds, None, is_cpu=True, is_here=True)
-    card = placement.cards[0]
-    return work, _Device(card.name, speeds, card.limit_watts(), is_cpu=False, is_here=True)
-
-
-def _source(config: TrialConfig, device: _Device, roofline: Roofline, step: StepTime, probed: Path | None) -> Source:
-    """Return the best source there is: trials of the same settings, the probe among them, or the rates."""
-    found = constants()
-    if probed is not None:
-        own = [trial for trial in _trials() if trial.tags.get("folder") == str(probed.resolve())]
-        if not own:
-            raise InvalidInput(f"the probe's record in {probed} cannot be read.")
-        half = found.probe.host.half if device.is_cpu else half_of(found.probe, step)
-        return of_trials(own, roofline, config, "a probe on this machine, just now", half)
-    own = same_settings(_trials(), config, device.name) if device.is_here else []
-    if own:
-        half = max(half_of(found.stored, step), half_of(found.probe, step))
-        half = found.stored.host.half if device.is_cpu else half
-        many = f"{len(own)} finished trials" if len(own) > 1 else "a finished trial"
-        return of_trials(own, roofline, config, f"{many} of these settings on {device.name}", between(half, len(own)))
-    measured = any(kind in device.name for kind in found.cards)
-    return of_rates(step, found, device.name, measured, device.is_cpu)
-
-
-def _trials() -> list[Trial]:
-    """Return the own trials; none where there is no store."""
-    try:
-        trials, _ = open_store(None).runs()
-    except (InvalidInput, TrackingFailed):
-        return []
-    return trials
-
-
-def _notes(device: _Device, step: StepTime) -> list[str]:
+def _notes(device: Device, step: StepTime) -> list[str]:
     """Return sentences about what the forecast rests on."""
     notes = []
     if device.is_cpu:
