@@ -3,8 +3,9 @@
     python -m benchmarks.forecast_jobs OUT [--seconds 300] [--have FILE ...] [--rehearse]
 
 Each case is a short job on rows of text, alone on the card, with random weights of the model's shapes. It is forecast
-from the card's rates, then from a probe as `lora-lab forecast --probe` makes it; then it runs as its own command. Writes
-OUT/forecast_jobs.json after every case; a later call goes on with the cases that earlier files (--have) do not have.
+from the card's rates, then from a probe as `lora-lab forecast --probe` makes it; then it runs as its own command.
+Writes OUT/forecast_jobs.json after every case; a later call goes on with the cases that earlier files (--have) do not
+have.
 --rehearse runs one case of the tiny model on the CPU.
 """
 
