@@ -137,13 +137,14 @@ def _least(tape: Tape) -> int:
     takes in the end."""
     low = sum(tape.peak().values())
     high = replay(tape) + max(tape.sizes)
-    close = high // _CLOSE
+    close = step = high // _CLOSE
     while high - low > close:
-        middle = (low + high) // 2
+        # upwards in growing steps first: it lies near the live tensors
+        middle = min(low + step, (low + high) // 2)
         try:
             replay(tape, middle, times=1)
         except OutOfMemory:
-            low = middle
+            low, step = middle, 2 * step
         else:
             high = middle
     return high

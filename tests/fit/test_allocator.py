@@ -130,7 +130,8 @@ def test_reserved_is_never_less_than_what_is_live(steps: list[tuple[int, bool]],
     enough = reserved + max(tape.sizes) + 20 * MIB
     assert replay(tape, limit=enough) <= enough
     with pytest.raises(OutOfMemory):
-        replay(tape, limit=most - 1)
+        # torch compares in steps of 2 MiB with the limit, and then takes a page of 20 MiB
+        replay(tape, limit=most - 1 - (20 * MIB if is_expandable else 0))
 
 
 @given(SIZES)

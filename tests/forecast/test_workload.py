@@ -12,6 +12,7 @@ from tiny_trials import tiny_config
 from lora_lab.composition.once import compose_once
 from lora_lab.events import MatmulRate
 from lora_lab.forecast import __main__ as command
+from lora_lab.forecast import ask
 from lora_lab.machine import cpu_name
 from lora_lab.memory_cache import load_bytes, store_bytes
 from lora_lab.options import Batching
@@ -117,7 +118,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora-lab"])
-    monkeypatch.setattr(command, "look", look)
+    monkeypatch.setattr(ask, "look", look)
 
 
 TINY = ["model=tiny", "data=random_tokens", "seq_len=32", "train.epochs=1", "data.rows=40", "device=cpu"]
@@ -170,12 +171,12 @@ def test_a_finished_trial_comes_before_the_rates_and_a_probe_before_it(
         )
 
     own, probed = measured(7.0, tmp_path / "own"), measured(3.0, tmp_path / "probe")
-    monkeypatch.setattr(command, "_trials", lambda: [own])
+    monkeypatch.setattr(ask, "_trials", lambda: [own])
     assert command.main(TINY) == 0
     said = capsys.readouterr().out
     assert "a finished trial" in said
     assert "7 s a step" in said
-    monkeypatch.setattr(command, "_trials", lambda: [own, probed])
+    monkeypatch.setattr(ask, "_trials", lambda: [own, probed])
     monkeypatch.setattr(command, "probe", lambda *_: tmp_path / "probe")
     assert command.main([*TINY, "--probe"]) == 0
     said = capsys.readouterr().out
