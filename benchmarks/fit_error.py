@@ -86,7 +86,7 @@ def trials_table() -> str:
         [
             _table(growing, {"engine": _engine}),
             _table(growing, {"shapes of": _model}),
-            f"With segments of fixed size, as under WSL, before:\n\n{_table(fixed, {'engine': _engine})}",
+            f"With segments of fixed size, as under WSL:\n\n{_table(fixed, {'engine': _engine})}",
             _origins(rows),
         ]
     )

@@ -6,7 +6,7 @@
 Writes fit_others.json. fitcheck-llm models plain training alone, so only engine=eager is asked, with the optimizers and
 settings that it knows. accelerate knows neither adapters nor activations: it says what weights take in 4 bit, and what
 full training takes in 16 bit. Both are compared with what torch took in training and what context and libraries take
-on such a card.
+on such a card: in the trials with segments of fixed size, torch's default, which fitcheck-llm was made for.
 """
 
 import importlib
@@ -37,11 +37,13 @@ def main() -> None:
     fitcheck: Any = importlib.import_module("fitcheck")
     rows, listed = [], cases()
     for row in stored("fit_error")["trials"]:
+        if row["held_out"] or row["segments"] != "fixed":
+            continue
         config = compose(listed[row["case"]])
         if not _is_known(config):
             continue
         shapes = shapes_of(config.model)
-        said = estimate(config, shapes)
+        said = estimate(config, shapes, expandable=False)
         measured = said.reserved / (1 + row["reserved_error"] / 100) + said.libraries.size
         found = {
             "measured": measured,

@@ -15,6 +15,7 @@ from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, 
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_context import table as fit_context
+from benchmarks.fit_error import held_out_table as fit_held_out
 from benchmarks.fit_error import table as fit_error
 from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
@@ -64,6 +65,7 @@ MADE: dict[str, Callable[[], str]] = {
     "killed-jobs": killed,
     "mask-check": mask_check,
     "fit-error": fit_error,
+    "fit-held-out": fit_held_out,
     "fit-trials": fit_trials,
     "fit-context": fit_context,
     "fit-others": fit_others,
