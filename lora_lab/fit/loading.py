@@ -47,9 +47,8 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     if config.engine.kind is EngineKind.graph:
         _stack(tape, sizes, held)
         tape.new(trained, GRADIENTS)  # of a micro-batch
-        tape.new(trained, GRADIENTS)  # handed to the optimizer
-    elif config.grad_accum_steps > 1:
-        tape.new(trained, GRADIENTS)
+    if config.grad_accum_steps > 1:
+        tape.new(trained, GRADIENTS)  # their sum
     tape.has_own_pool = config.engine.kind is EngineKind.graph
     tape.is_recorded = tape.has_own_pool and not tries_out
     tape.returns_cached = True

@@ -110,7 +110,12 @@ class Engine(TrainerCallback):
         use_fused_dequantization(model)
         copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
-        self._step = GraphStep(model, functools.partial(self._autocast, cache_enabled=False), copies=copies)
+        self._step = GraphStep(
+            model,
+            functools.partial(self._autocast, cache_enabled=False),
+            copies=copies,
+            accumulates=config.grad_accum_steps > 1,
+        )
         self._step.on_unrecorded = self._warn_unrecorded
         use_graph_step(model, self._step)
         self._clock.replayed = self._step

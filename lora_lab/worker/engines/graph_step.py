@@ -59,6 +59,7 @@ class GraphStep:
         autocast: Callable[[], Any],
         graphs: bool = True,
         copies: ComputeCopies | None = None,
+        accumulates: bool = True,
     ) -> None:
         """Take the model's present forward.
 
@@ -68,6 +69,8 @@ class GraphStep:
                 would go stale.
             copies: what the forward uses instead of some of the parameters, in another format.
             graphs: False calculates each step operation by operation: on a CPU, for tests.
+            accumulates: whether an optimizer step takes the gradients of more than one micro-batch. Otherwise the
+                optimizer gets the buffer that the step writes, and there is no second one.
         """
         self.forward = model.forward
         self.parameters = trained_parameters(model)
@@ -91,7 +94,7 @@ class GraphStep:
         self._steps = 0
         self._flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
         self._gradients = _views(self._flat, self.parameters)
-        self._handed = torch.zeros_like(self._flat)
+        self._handed = torch.zeros_like(self._flat) if accumulates else self._flat
         self._handed_gradients = _views(self._handed, self.parameters)
         self._scaler: Any = None
         self._scale = torch.ones((), device=self.device)
@@ -181,13 +184,17 @@ class GraphStep:
 
     def hand_over(self, grad: Tensor) -> None:
         """Add the gradients of the last `run` to those of the parameters, for a loss that was multiplied with `grad`
-        since. All of them are in one buffer, so that this is one kernel."""
+        since. All of them are in one buffer, so that this is one kernel.
+
+        Raises: RuntimeError for a second micro-batch of a step that accumulates none."""
         factor = grad / self._scale
         if self.parameters[0].grad is None:
             self._steps += 1
             torch.mul(self._flat, factor, out=self._handed)
             for parameter, gradient in zip(self.parameters, self._handed_gradients, strict=True):
                 parameter.grad = gradient
+        elif self._handed is self._flat:
+            raise RuntimeError("a step with one micro-batch got a second: set grad_accum_steps to as many as it has")
         else:
             self._handed.addcmul_(self._flat, factor)
 

@@ -23,15 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 WIDTHS = (32, 48, 64)
 
 
-def plain_step(model: Any, dtype: torch.dtype = torch.float32) -> GraphStep:
+def plain_step(model: Any, dtype: torch.dtype = torch.float32, accumulates: bool = True) -> GraphStep:
     autocast = functools.partial(
         torch.autocast, "cpu", torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=False
     )
-    return GraphStep(model, autocast, graphs=False)
+    return GraphStep(model, autocast, graphs=False, accumulates=accumulates)
 
 
-def stepped(model: Any, dtype: torch.dtype = torch.float32) -> GraphStep:
-    step = plain_step(model, dtype)
+def stepped(model: Any, dtype: torch.dtype = torch.float32, accumulates: bool = True) -> GraphStep:
+    step = plain_step(model, dtype, accumulates)
     use_graph_step(model, step)
     return step
 
@@ -104,7 +104,8 @@ def run(
     if chunked:
         use_chunked_loss(made)
     dtype = torch.bfloat16 if arguments.get("bf16") else torch.float32
-    step = stepped(made, dtype) if static else None
+    often = arguments.get("gradient_accumulation_steps", 1)
+    step = stepped(made, dtype, accumulates=often > 1) if static else None
     order = Order()
     asked: dict[str, Any] = {
         "output_dir": str(folder),
@@ -500,3 +501,13 @@ def test_quick_zero_grad_takes_every_gradient_away() -> None:
     assert all(parameter.grad is None for _, parameter in model.named_parameters())
     quick.on_train_end(arguments, arguments, arguments, model=model)
     quick.on_train_end(arguments, arguments, arguments, model=model)
+
+
+def test_a_second_micro_batch_where_none_was_announced_is_an_error() -> None:
+    model = adapted()
+    stepped(model, accumulates=False)
+    batch = padded([32, 32], 32)
+    model.train()
+    model(**batch).loss.backward()
+    with pytest.raises(RuntimeError, match="grad_accum_steps"):
+        model(**batch).loss.backward()
