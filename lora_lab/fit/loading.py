@@ -88,18 +88,22 @@ def _quantise_experts(tape: Tape, sizes: Sizes, stored: list[int]) -> None:
 
 
 def _stack(tape: Tape, sizes: Sizes, held: list[dict[Linear, list[int]]]) -> None:
-    """Lay the weights of layers with the same input side by side, and make the adapters' copies in the products'
-    format: A stacked, each B, and B block-diagonal over the group (worker/engines/compute_copies.py)."""
-    shapes = sizes.shapes
-    copies = 0
+    """Make the adapters' copies in the products' format: A stacked, each B, and B block-diagonal over the group
+    (worker/engines/compute_copies.py). Then lay the weights of layers with the same input side by side, and move the
+    others, decoder layer by decoder layer."""
+    shapes, copies = sizes.shapes, 0
+    groups: list[list[Linear]] = []
     for group in (shapes.qkv, (shapes.output,), shapes.gate_up, shapes.down):
         linears = [linear for linear in group if linear is not None and sizes.has_adapter(linear)]
         copies += sum(sizes.rank * (linear.inputs + linear.outputs) for linear in linears)
-        if len(linears) < 2 or sizes.rank * len(linears) > MOST_RANKS:
-            continue
-        copies += sum(linear.outputs for linear in linears) * sizes.rank * len(linears)
-        for layer in held:
+        if len(linears) > 1 and sizes.rank * len(linears) <= MOST_RANKS:
+            copies += sum(linear.outputs for linear in linears) * sizes.rank * len(linears)
+            groups.append(linears)
+        else:
+            groups += [[linear] for linear in linears]
+    tape.new(shapes.layers * copies * sizes.cell, WORKING)
+    for layer in held:
+        for linears in groups:
             for parts in zip(*(layer[linear] for linear in linears), strict=True):
                 tape.new(sum(tape.sizes[part] for part in parts), WEIGHTS)
                 tape.free(*parts)
-    tape.new(shapes.layers * copies * sizes.cell, WORKING)

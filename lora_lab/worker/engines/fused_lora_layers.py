@@ -12,7 +12,7 @@ from lora_lab.worker.engines.compute_copies import ComputeCopies
 from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
 from lora_lab.worker.engines.fused_lora import lora_linear
 from lora_lab.worker.engines.input_groups import group_by_input
-from lora_lab.worker.engines.stacked_weights import weights_of
+from lora_lab.worker.engines.stacked_weights import move, weights_of
 
 _MOST_RANKS = 128
 """Of the layers in a group together: a product with that many columns takes about as long as one with fewer (estimated;
@@ -111,18 +111,24 @@ def use_fused_lora(model: Any, dtype: torch.dtype) -> ComputeCopies:
     for group in groups:
         alike[tuple((_pair(layer)[0].shape, _pair(layer)[1].shape) for layer in group)].append(group)
     copies = ComputeCopies()
+    stacks: dict[int, tuple[Tensor, Tensor]] = {}
     for like in alike.values():
-        stacks = copies.add([[_pair(layer) for layer in group] for group in like], dtype)
-        for group, (a, b) in zip(like, stacks, strict=True):
-            _adapt(group, a, b, copies)
+        made = copies.add([[_pair(layer) for layer in group] for group in like], dtype)
+        stacks |= {id(group[0]): pair for group, pair in zip(like, made, strict=True)}
+    # decoder layer by decoder layer: what one of them leaves is as large as what the next one takes
+    place = {id(module): number for number, module in enumerate(model.modules())}
+    for group in sorted(groups, key=lambda group: place[id(group[0])]):
+        _adapt(group, *stacks[id(group[0])], copies)
     # outputs are handed over as an attribute: compiled code keeps nothing of that for checkpointing to repeat
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    torch.cuda.empty_cache()  # where weights lay before, in pieces too small for those that lie together
+    torch.cuda.empty_cache()  # where the first decoder layer's weights lay before
     return copies
 
 
 def _adapt(group: list[Any], a: Tensor, b: Tensor, copies: ComputeCopies) -> None:
     """Change the class of the layers. Each gets what it needs by itself, and the first what all of them need."""
+    if len(group) == 1:
+        move(group[0].base_layer)
     together = weights_of(group)
     for layer in group:
         layer.compute_a, layer.compute_b = (copies[part] for part in _pair(layer))

@@ -26,6 +26,18 @@ def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
     return [stacked], []
 
 
+def move(base: Any) -> None:
+    """Give a linear layer's weight a new place in memory. Where its neighbours move into stacks, one that stays would
+    leave gaps that nothing fits."""
+    base.weight.data = base.weight.data.clone()
+    if not has_whole_blocks(base):
+        return
+    state = base.weight.quant_state
+    state.absmax = state.absmax.clone()
+    if state.nested:
+        state.state2.absmax = state.state2.absmax.clone()
+
+
 def _packed(bases: list[Any]) -> tuple[list[Tensor], list[int]]:
     """Stack 4-bit weights, or list them one after the other where a block of scales would span two layers."""
     each = [packed_weight(base)[0] for base in bases]
