@@ -50,7 +50,7 @@ def advise(
         return estimate(changed, shapes).is_enough(capacity)
 
     def is_refused(changed: TrialConfig) -> bool:
-        return bool(faults(changed) or model_fault(changed, shapes)) or not runs_here(changed)
+        return bool(model_fault(changed, shapes) or faults(changed)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
     for lossy in _LOSSY:
