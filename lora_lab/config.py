@@ -128,6 +128,18 @@ class EngineConfig:
         least=1,
         most=16,  # each is compiled by itself, for seconds
     )
+    host_embeddings: bool | str = setting(
+        False,
+        "keep the frozen input embeddings in host memory, where a step reads a few of their rows: true, false or auto "
+        "(where the head has weights of its own)",
+    )
+
+    def hosts_embeddings(self, is_tied: bool) -> bool:
+        """Return whether the input embeddings go to host memory.
+
+        Args:
+            is_tied: whether the head is the embeddings' weights, so that every step multiplies with all of them."""
+        return self.host_embeddings is not False and not is_tied
 
 
 @dataclass(kw_only=True, slots=True)
@@ -337,7 +349,13 @@ class TrialConfig:
 
 
 AUTO = "auto"
-"""The value of `repeats` with which a sweep stops by itself."""
+"""The value of `repeats` with which a sweep stops by itself, and of `engine.host_embeddings` for where it can be."""
+
+TIED = (
+    "engine.host_embeddings=true: the head of this model is its embeddings (tie_word_embeddings), and every step reads "
+    "all of the head. Use engine.host_embeddings=auto, which leaves them on the card."
+)
+"""Why embeddings have to stay on the card."""
 
 
 class InvalidInput(ValueError):

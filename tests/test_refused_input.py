@@ -177,6 +177,8 @@ def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
             ["engine.chunked_loss=true", "method.target_modules=[q_proj,lm_head]"],
             ["method.target_modules names lm_head", "engine.chunked_loss=false"],
         ),
+        (["model=tiny", "engine.host_embeddings=true"], ["engine.host_embeddings=true", "tie_word_embeddings", "auto"]),
+        (["engine.host_embeddings=yes"], ["engine.host_embeddings=yes", "true, false and auto"]),
         (["tracking=server"], ["tracking.uri is missing", "tracking.uri=http://"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
@@ -412,6 +414,13 @@ def test_checkpoints_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> 
         "runs on the CPU."
     )
     assert_unsupported(said, tmp_path, f"{why} Use gradient_checkpointing=full.")
+
+
+def test_embeddings_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> None:
+    untied = ("model=tiny", "model.architecture.tie_word_embeddings=false", "tracking=none", "device=cpu")
+    said = lab(*untied, "engine.host_embeddings=true")
+    why = "engine.host_embeddings=true moves the embeddings from a card to host memory, and this trial runs on the CPU."
+    assert_unsupported(said, tmp_path, f"{why} Use engine.host_embeddings=auto.")
 
 
 def test_a_compiler_that_is_not_there_is_unsupported(lab: Lab, tmp_path: Path) -> None:

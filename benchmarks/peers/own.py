@@ -7,7 +7,18 @@ import torch
 import transformers
 
 from benchmarks.compose import compose
-from benchmarks.peers.plan import ALPHA, LEARNING_RATE, LINEAR_LAYERS, MAX_GRAD_NORM, OFFLOADED, RANK, SEED, Setup
+from benchmarks.peers.plan import (
+    ALPHA,
+    LEAN,
+    LEARNING_RATE,
+    LINEAR_LAYERS,
+    MAX_GRAD_NORM,
+    RANK,
+    SEED,
+    SMALLER,
+    TILED,
+    Setup,
+)
 from benchmarks.peers.stacks import Built, Job
 from lora_lab.events import Event
 from lora_lab.worker.attention import AttentionKernels
@@ -75,17 +86,22 @@ def overrides(setup: Setup) -> list[str]:
         f"batch_size={setup.cell.batch_size}",
         f"seq_len={setup.cell.seq_len}",
         f"gradient_checkpointing={_checkpointing(setup)}",
+        *_FURTHER.get(setup.contender, ()),
         f"learning_rate={LEARNING_RATE}",
         f"max_grad_norm={MAX_GRAD_NORM}",
         f"seed={SEED}",
     ]
 
 
+_HOST = "engine.host_embeddings=auto"
+_FURTHER = {LEAN: (_HOST,), TILED: (_HOST, "engine.mlp_tile=4096")}
+
+
 def _engine(contender: str) -> str:
-    return "graph" if contender == OFFLOADED else contender.removeprefix("lab_")
+    return "graph" if contender in SMALLER else contender.removeprefix("lab_")
 
 
 def _checkpointing(setup: Setup) -> str:
     if not setup.cell.checkpointing:
         return "none"
-    return "offloaded" if setup.contender == OFFLOADED else "full"
+    return "offloaded" if setup.contender in SMALLER else "full"

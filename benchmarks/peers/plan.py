@@ -30,6 +30,12 @@ OTHER_KERNEL = "plain_other_kernel"
 """Plain Hugging Face with another attention kernel: for the spread of losses alone, not for time."""
 OFFLOADED = "graph_offload"
 """Graph with its checkpoints in host memory, where Unsloth has them."""
+LEAN = "graph_lean"
+"""Graph with memory=lean: checkpoints and embeddings in host memory."""
+TILED = "graph_tiled"
+"""The same, and the MLP over a part of the tokens at a time."""
+SMALLER = (OFFLOADED, LEAN, TILED)
+"""Graph with checkpoints in host memory."""
 _UNSLOTH_NEEDS = ("unsloth", "unsloth_zoo", "trl")
 NEEDS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -41,6 +47,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "eager": (),
     "compile": (),
     OFFLOADED: (),
+    LEAN: (),
+    TILED: (),
     "lab_liger": ("liger_kernel",),
     OTHER_KERNEL: (),
 }
@@ -127,7 +135,7 @@ def applies(contender: str, cell: Cell, method: str) -> bool:
         return method == "qlora"
     if contender == UNSLOTH_NO_CHECKPOINTING:
         return not cell.checkpointing
-    return cell.checkpointing or contender != OFFLOADED
+    return cell.checkpointing or contender not in SMALLER
 
 
 def missing_packages(contender: str, method: str) -> list[str]:

@@ -9,6 +9,7 @@ from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
 from lora_lab.config import (
     AUTO,
+    TIED,
     InvalidInput,
     MethodConfig,
     ModelConfig,
@@ -127,6 +128,10 @@ def _engine_faults(config: TrialConfig) -> list[str]:
             "engine.chunked_loss=true needs a frozen head, and method.target_modules names lm_head. "
             "Use engine.chunked_loss=false, or leave lm_head out."
         )
+    if isinstance(engine.host_embeddings, str) and engine.host_embeddings != AUTO:
+        found.append(f"engine.host_embeddings={engine.host_embeddings} is none of true, false and auto.")
+    if engine.host_embeddings is True and (config.model.architecture or {}).get("tie_word_embeddings"):
+        found.append(TIED)
     return found
 
 

@@ -50,7 +50,7 @@ def advise(
         return estimate(changed, shapes).is_enough(capacity)
 
     def is_refused(changed: TrialConfig) -> bool:
-        return bool(faults(changed) or model_fault(changed, shapes)) or not runs_here(changed)
+        return bool(model_fault(changed, shapes) or faults(changed)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
     for lossy in _LOSSY:
@@ -112,6 +112,15 @@ def _engine(kind: EngineKind, cost: str) -> Make:
     return make
 
 
+def _host_embeddings(config: TrialConfig) -> Change | None:
+    if config.engine.host_embeddings is not False:
+        return None
+    engine = replace(config.engine, host_embeddings=True)
+    return Change(
+        "engine.host_embeddings=true", "rows of the embeddings come from the host", replace(config, engine=engine)
+    )
+
+
 def _eight_bit_state(config: TrialConfig) -> Change | None:
     if config.optimizer.optim not in _IN_FP32:
         return None
@@ -163,6 +172,7 @@ _KINDS_OF_CHANGE: tuple[tuple[Make, ...], ...] = (
         _engine(EngineKind.liger, "other kernels, from the package liger-kernel"),
         _engine(EngineKind.compile, "other kernels, after a compilation"),
     ),
+    (_host_embeddings,),
     (_eight_bit_state,),
     (_accumulation,),
     (

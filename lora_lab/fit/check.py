@@ -1,6 +1,6 @@
 """Refuse settings that the trial refuses for the model's shapes, and those whose memory is not calculated here."""
 
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import TIED, InvalidInput, TrialConfig
 from lora_lab.fit.shapes import Experts, Shapes
 from lora_lab.fit.weights import adapts_experts, adapts_router
 from lora_lab.options import Attention, EngineKind
@@ -46,6 +46,8 @@ def model_fault(config: TrialConfig, shapes: Shapes) -> str:
             "engine.chunked_loss=true cannot cap the logits, as this model does. Use engine.chunked_loss=false or "
             "engine=liger."
         )
+    if config.engine.host_embeddings is True and shapes.is_tied:
+        return TIED
     return _mixture_fault(config, shapes.experts) if shapes.experts else ""
 
 

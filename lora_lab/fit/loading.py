@@ -1,4 +1,5 @@
 """Write on a tape what loading leaves on the card: weights one after the other, adapters, and an engine's own copies.
+Embeddings that are kept in host memory are loaded too, and leave the card when the adapters are there.
 
 transformers loads weights in the order of their names: the head, the embeddings, then of each layer the feed-forward
 part before attention, and each part in alphabetical order (core_model_loading.dot_natural_key). The order matters for
@@ -27,8 +28,7 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     """
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
-    for _ in range(1 if shapes.is_tied else 2):
-        tape.new(table * other_bytes(config), WEIGHTS)
+    tables = [tape.new(table * other_bytes(config), WEIGHTS) for _ in range(1 if shapes.is_tied else 2)]
     held: list[dict[Linear, list[int]]] = []
     experts = []
     feed_forward = (*shapes.gate_up, *shapes.down)
@@ -43,6 +43,8 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     each = adapter_sizes(config.method, shapes)
     for size in each * shapes.layers:
         tape.new(4 * size, ADAPTERS)
+    if config.engine.hosts_embeddings(shapes.is_tied):
+        tape.free(tables[-1])
     trained = 4 * shapes.layers * sum(each)
     if config.engine.kind is EngineKind.graph:
         _stack(tape, sizes, held)

@@ -76,6 +76,11 @@ def _check_cpu(config: TrialConfig) -> None:
             "gradient_checkpointing=offloaded moves the input of each layer from a card to host memory, and this "
             "trial runs on the CPU. Use gradient_checkpointing=full."
         )
+    if config.engine.host_embeddings is True:
+        raise Unsupported(
+            "engine.host_embeddings=true moves the embeddings from a card to host memory, and this trial runs on the "
+            "CPU. Use engine.host_embeddings=auto."
+        )
     limit = config.vram_limit_gib
     if limit is not None:
         raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.config import TIED, InvalidInput, MethodConfig, ModelConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType, ModelSource, Quantization, Weights
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.worker.checkpoint import (
@@ -91,6 +91,8 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
             f"{_NEED_LAYERS[config.gradient_checkpointing]}, and the model ({model_name(config.model)}) has one. "
             "Use gradient_checkpointing=full or gradient_checkpointing=none."
         )
+    if config.engine.host_embeddings is True and getattr(architecture, "tie_word_embeddings", False):
+        raise InvalidInput(TIED)
     check_not_quantised(config, architecture)
     with _conversion_errors():
         skeleton = make_skeleton(config, architecture)

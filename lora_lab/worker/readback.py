@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.options import DType, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
+from lora_lab.worker.engines.host_embeddings import place_of_embeddings
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.trainables import trainable_of
@@ -57,7 +58,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "autocast": str(trainer.accelerator.mixed_precision),
         "grad_scaler": str(scaler is not None and scaler.is_enabled()),
         "gradient_checkpointing": checkpointing_of(model).value,
-        **({"segments": _segments()} if device.type == "cuda" else {}),
+        **({"segments": _segments(), "embeddings": place_of_embeddings(model)} if device.type == "cuda" else {}),
     }
     return facts
 
@@ -135,6 +136,8 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         asked["optimizer_class"] = _class_name(optimizer_class(config.optimizer.target))
     if device.type == "cpu":
         asked["device"] = "cpu"
+    elif config.engine.host_embeddings != AUTO:
+        asked["embeddings"] = "host" if config.engine.host_embeddings else "card"
     if name:
         asked["optimizer_paged"] = str("paged" in name)
         asked["optimizer_bits"] = "8" if "8bit" in name else "32"

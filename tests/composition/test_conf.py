@@ -23,7 +23,7 @@ from lora_lab.settings import settings_of
 from lora_lab.worker.models import load_architecture
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-ACROSS = {"capacity", "sweep"}
+ACROSS = {"capacity", "memory", "sweep"}
 """Groups whose options set keys of any group: no field of the schema, each file says so in its first line."""
 NEEDED = {
     ("model", "hub"): ["model.id=owner/name"],
@@ -78,7 +78,7 @@ def test_the_defaults_load_as_they_are() -> None:
 def test_every_option_loads_with_the_other_groups_defaults(group: str, option: str) -> None:
     config = composed(f"{group}={option}", *NEEDED.get((group, option), []))
     written = yaml.safe_load(path_of(group, option).read_text())
-    assert written, "an option that sets nothing is no option"
+    assert written or option == "default", "an option that sets nothing is no option"
     if group in ACROSS:
         _assert_holds(config, {key: value for key, value in written.items() if key not in ("defaults", "hydra")})
     else:
@@ -135,6 +135,26 @@ def test_a_capacity_limits_the_memory_as_its_name_says(option: str) -> None:
 
 def test_a_limit_on_the_command_line_beats_a_capacity() -> None:
     assert composed("capacity=8gib", "vram_limit_gib=3").vram_limit_gib == 3
+
+
+def test_memory_is_three_steps_of_which_the_first_changes_nothing() -> None:
+    default, lean, leanest = (composed(f"memory={option}") for option in ("default", "lean", "leanest"))
+    assert default == composed()
+    offloaded = composed("gradient_checkpointing=offloaded", "engine.host_embeddings=auto")
+    assert lean == offloaded
+    assert leanest == dataclasses.replace(offloaded, optimizer=composed("optimizer=adamw_8bit").optimizer)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_what_is_typed_beats_a_step_of_memory(before: bool) -> None:
+    typed = ["optimizer=adamw", "gradient_checkpointing=full", "engine.host_embeddings=false", "engine=graph"]
+    both = [*typed, "memory=leanest"] if before else ["memory=leanest", *typed]
+    assert composed(*both) == composed(*typed)
+    assert composed("memory=leanest", "optimizer.optim=adafactor").optimizer.optim == "adafactor"
+
+
+def test_a_step_of_memory_beats_a_sweep() -> None:
+    assert composed("sweep=engines", "memory=lean").gradient_checkpointing is Checkpointing.offloaded
 
 
 SWEEPS = {"engines": (16, 5), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from odd_models import NO_SDPA, edit, make, trial
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import AUTO, EngineConfig, InvalidInput, TrialConfig
 from lora_lab.options import Attention, DType, Quantization
 from lora_lab.worker.checkpoint import check_quantized_share
 from lora_lab.worker.models import check_model, load_architecture, load_model
@@ -44,6 +45,17 @@ def look(config: TrialConfig) -> list[str]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_sound_folder_passes_without_a_word(made: Path, name: str) -> None:
     assert look(trial(name, made / name)) == []
+
+
+def test_embeddings_that_are_the_head_by_its_config_cannot_leave_the_card(made: Path) -> None:
+    for asked in (True, AUTO):
+        for name in ("llama", "llama_tied"):
+            config = replace(trial(name, made / name), engine=EngineConfig(host_embeddings=asked))
+            if asked is True and name == "llama_tied":
+                with pytest.raises(InvalidInput, match="tie_word_embeddings"):
+                    look(config)
+            else:
+                assert look(config) == []
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

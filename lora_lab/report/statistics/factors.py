@@ -22,6 +22,7 @@ TOKENS = "tokens per step"
 NO_EFFECT = frozenset(each.key for each in settings_of(TrialConfig) if each.effect is not Effect.result) | {
     "repeat",
     "capacity",  # one name for vram_limit_gib
+    "memory",  # one name for several settings
 }
 """Settings that cannot change what is compared. They are not factors; trials that differ only in them are repeats."""
 

@@ -20,6 +20,7 @@ from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
 from lora_lab.worker.engines.graph_step import Batch, GraphStep, forward_and_backward, tensors, use_graph_step
+from lora_lab.worker.engines.host_embeddings import move_embeddings
 from lora_lab.worker.engines.inspection import check_liger_support, engine_of, has_dropout, loss_is_chunked
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
@@ -64,6 +65,8 @@ class Engine(TrainerCallback):
         Raises: Unsupported when the engine can't run this model.
         """
         kind = config.engine.kind
+        if config.engine.host_embeddings is not False and model.device.type == "cuda":
+            move_embeddings(model, config.engine.host_embeddings)
         self._emit = emit
         self._clock = clock
         self._attention = attention
