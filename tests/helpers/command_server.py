@@ -29,11 +29,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from unsynced_stores import leave_stores_unsynced
+from quick_stores import MIGRATED, copy_tables, leave_stores_unsynced, make_first_store
 
 _READ_LATE = {
     *("COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"),
     *("CXX", "TORCHINDUCTOR_CACHE_DIR"),  # by what is looked at before a worker is asked for; torch reads CXX early
+    *("TORCHDYNAMO_DISABLE", "HF_TOKEN", MIGRATED),
 }
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
@@ -268,6 +269,8 @@ def _import_everything() -> None:
     for words in _OFTEN:
         command._composed(words, ())  # what most trials' commands are compared with
     leave_stores_unsynced()
+    copy_tables()
+    make_first_store()
     sqlalchemy.orm.configure_mappers()
     local_store.LOCKED_SECONDS = 0.5  # tests lock a store for a whole sweep; each delivery waits
     gc.collect()

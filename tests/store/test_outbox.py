@@ -20,6 +20,7 @@ from conftest import Said, Server, SmallDisk, give_store, lab_in, records_in, st
 from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from quick_stores import MIGRATED
 
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.outcome import End, Outcome
@@ -315,7 +316,7 @@ def test_two_sweeps_and_two_trials_started_at_once_in_an_empty_folder(tmp_path: 
 def test_a_kill_while_the_very_first_store_is_made_leaves_a_folder_that_works(tmp_path: Path) -> None:
     for pattern, seconds in (("mlflow.db.lock", 0.0), ("tmp*/mlflow.db", 0.7)):
         before = set(tmp_path.glob(f"mlruns/{pattern}"))
-        with started(tmp_path, *TINY) as trial:
+        with started(tmp_path, *TINY, **{MIGRATED: "1"}) as trial:
             until(lambda b=before, p=pattern: set(tmp_path.glob(f"mlruns/{p}")) - b != set(), pattern)  # type: ignore[misc]
             time.sleep(seconds)
             trial.kill()
