@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,16 +157,12 @@ compiles = pytest.mark.skipif(
 """For tests that compile in earnest."""
 
 
-def some_by_day(cases: Iterable[Any], *places: int) -> list[Any]:
-    """The cases of a parametrised test: those at these places run on each push, the others by night."""
-    return [
-        case if place in places else pytest.param(*_as_tuple(case), marks=pytest.mark.nightly)
-        for place, case in enumerate(cases)
-    ]
-
-
-def _as_tuple(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
+def some_by_day(cases: Iterable[Any], by_day: Sequence[Any]) -> list[Any]:
+    """The cases of a parametrised test: those of `by_day` run on each push, the others by night."""
+    cases = list(cases)
+    assert all(case in cases for case in by_day)
+    values = [(case if isinstance(case, tuple) else (case,), case in by_day) for case in cases]
+    return [pytest.param(*case, marks=[] if day else [pytest.mark.nightly]) for case, day in values]
 
 
 @pytest.fixture

@@ -112,7 +112,10 @@ def test_a_packed_layer_with_bytes_across_rows_stays_pefts() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("dtype", "nested"),
-    some_by_day(product([torch.bfloat16, torch.float16, torch.float32], [True, False]), 0, 5),
+    some_by_day(
+        product([torch.bfloat16, torch.float16, torch.float32], [True, False]),
+        by_day=[(torch.bfloat16, True), (torch.float32, False)],
+    ),
 )
 def test_unpacked_weights_are_bitsandbytes_own_bits(dtype: torch.dtype, nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
