@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from command_server import ADDRESS, CommandServer, Running
 from hypothesis import settings
-from unsynced_stores import leave_stores_unsynced
+from quick_stores import copy_tables, leave_stores_unsynced
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -109,6 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     if "sqlalchemy" in sys.modules:  # a file was collected that uses stores in this process
         leave_stores_unsynced()
+        copy_tables()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -156,6 +157,14 @@ compiles = pytest.mark.skipif(
 """For tests that compile in earnest."""
 
 
+def some_by_day(cases: Iterable[Any], by_day: Sequence[Any]) -> list[Any]:
+    """The cases of a parametrised test: those of `by_day` run on each push, the others by night."""
+    cases = list(cases)
+    assert all(case in cases for case in by_day)
+    values = [(case if isinstance(case, tuple) else (case,), case in by_day) for case in cases]
+    return [pytest.param(*case, marks=[] if day else [pytest.mark.nightly]) for case, day in values]
+
+
 @pytest.fixture
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch.compile trace, guard and differentiate as ever, but call the traced operations: machine code for the
@@ -164,8 +173,11 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
     import torch
 
+    from lora_lab.worker.engines import dequantize
+
     if not request.config.getoption("--nightly"):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(dequantize, "_compiled_dequantize", torch.compile(dequantize.dequantize, dynamic=False))
 
 
 @dataclass(frozen=True)
@@ -211,9 +223,9 @@ def lab_in(folder: Path, module: str = "lora_lab", real: bool = False) -> Lab:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[Running]:
+def started(folder: Path, *arguments: str, **environment: str) -> Iterator[Running]:
     """`python -m lora_lab arguments` in `folder` while it runs; it and its workers are gone afterwards."""
-    process = SERVER.start("lora_lab", arguments, folder, SERVER.environment)
+    process = SERVER.start("lora_lab", arguments, folder, {**SERVER.environment, **environment})
     try:
         yield process
     finally:

@@ -46,13 +46,34 @@ def test_the_console_script_does_the_same_and_completes(tmp_path: Path) -> None:
     assert "complete" in completion.stdout
 
 
-def test_a_wheel_runs_from_an_empty_folder(tmp_path: Path) -> None:
-    """The wheel brings conf/ and the shipped data along."""
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with what the wheel brings along."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(CLONE)]
     subprocess.run(build, check=True, capture_output=True)
     [wheel] = (tmp_path / "dist").glob("*.whl")
-    site, empty = tmp_path / "site", tmp_path / "an empty folder"
-    zipfile.ZipFile(wheel).extractall(site)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    return tmp_path / "site"
+
+
+def files_below(folder: Path) -> set[str]:
+    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {str(path) for path in found if "__pycache__" not in path.parts}
+
+
+def test_a_wheel_has_every_file_of_the_package_and_reads_its_own_settings(site: Path, tmp_path: Path) -> None:
+    package = site / "lora_lab"
+    assert files_below(package) >= files_below(CLONE / "lora_lab")
+    assert files_below(package / "conf") == files_below(CONF)
+    (package / "conf" / "optimizer" / "of_the_wheel.yaml").write_text("optim: adafactor\n")
+    said = lab_in(tmp_path, real=True)("--cfg", "job", "optimizer=of_the_wheel", PYTHONPATH=str(site))
+    assert (said.code, "optim: adafactor" in said.out) == (0, True), said.text
+
+
+@pytest.mark.nightly  # an interpreter of its own takes 20 s
+def test_a_wheel_runs_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    """The wheel brings conf/ and the shipped data along."""
+    empty = tmp_path / "an empty folder"
     empty.mkdir()
     said = lab_in(empty)("model=tiny", "measure=quick", "seq_len=128", PYTHONPATH=str(site))
     assert said.code == 0, said.text

@@ -12,7 +12,10 @@ import pytest
 from command_server import Running
 from conftest import lab_in, record_of, started, store_of, until
 
-LONG = ("model=tiny", "seq_len=64", "measure.warmup_steps=1", "measure.steps=100000", "measure.eval_rows=2")
+LONG = (
+    *("model=tiny", "data=random_tokens", "data.rows=16", "seq_len=64"),
+    *("measure.warmup_steps=1", "measure.steps=100000", "measure.eval_rows=2"),
+)
 
 
 @pytest.fixture

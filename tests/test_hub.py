@@ -111,6 +111,7 @@ def test_any_model_of_the_hub_is_fine_tuned_on_rows_of_the_hub_and_of_a_file(
     assert any("model.safetensors" in path for path in server.asked)
 
 
+@pytest.mark.nightly  # an interpreter of its own takes 20 s; by day test_models.py has the message
 def test_a_gated_model_says_what_to_do(lab: Lab, tmp_path: Path, hub: tuple[Hub, dict[str, str]]) -> None:
     said = lab("model=llama3_2_1b", "measure=quick", **hub[1])
     assert said.code == 2, said.text

@@ -88,13 +88,10 @@ def test_an_unknown_option_is_refused_at_once_and_without_torch(real_lab: Lab) -
     ("arguments", "words"),
     [
         (["batchsize=4"], ["'batchsize' is not a setting", "Did you mean batch_size"]),
-        (["+batchsize=4"], ["'batchsize' is not a setting", "Did you mean batch_size"]),
         (["++batchsize=4"], ["'batchsize' is not a setting", "Did you mean batch_size"]),
-        (["method.rnak=8"], ["'method.rnak' is not a setting", "Did you mean method.rank"]),
         (["+method.rnak=8"], ["'method.rnak' is not a setting", "Did you mean method.rank"]),
         (["optimzer=adamw"], ["'optimzer' is not a setting", "Did you mean optimizer"]),
         (["lr=1e-4"], ["'lr' is not a setting", "Did you mean learning_rate"]),
-        (["+method.lora_r=8"], ["'method.lora_r' is not a setting", "Did you mean method.rank"]),
         (["+qqqq=1"], ["'qqqq' is not a setting", "--cfg job lists every setting"]),
         (["+optimizer=adamw"], ["'optimizer' has an option already", "write optimizer=adamw without a +"]),
     ],
@@ -108,11 +105,8 @@ def test_an_unknown_key_names_the_nearest(lab: Lab, tmp_path: Path, arguments: l
     ("argument", "words"),
     [
         ("batch_size=two", ["batch_size=two", "Integer", "batch_size=2"]),
-        ("seq_len=1.5", ["seq_len=1.5", "Integer", "seq_len=512"]),
         ("method.dropout=high", ["method.dropout=high", "Float", "method.dropout=0.0"]),
         ("gradient_checkpointing=true", ["gradient_checkpointing=true", "[none, full, selective, offloaded]"]),
-        ("gradient_checkpointing=maybe", ["gradient_checkpointing=maybe", "selective", "gradient_checkpointing=none"]),
-        ("precision.dtype=fp8", ["precision.dtype=fp8", "[fp32, fp16, bf16]"]),
         ("data.rows=many", ["data.rows=many", "Integer", "data.rows=null"]),
         ("method.target_modules=3", ["method.target_modules=3", "list", "method.target_modules=[all-linear]"]),
         ("optimizer=3", ["name of one of its options", "--help"]),
@@ -124,30 +118,23 @@ def test_a_wrong_type_says_what_is_expected(lab: Lab, tmp_path: Path, argument: 
     assert "full_key" not in said.err
 
 
-@pytest.mark.parametrize(
-    ("argument", "wanted"),
-    [
-        ("batch_size=0", "must be greater than 0"),
-        ("batch_size=-1", "must be greater than 0"),
-        ("grad_accum_steps=0", "must be greater than 0"),
-        ("seq_len=0", "must be greater than 0"),
-        ("seq_len=-512", "must be greater than 0"),
-        ("method.rank=0", "must be greater than 0"),
-        ("measure.steps=0", "must be greater than 0"),
-        ("learning_rate=-1.0", "must be greater than 0"),
-        ("learning_rate=nan", "must be greater than 0"),
-        ("data.rows=0", "must be greater than 0"),
-        ("measure.warmup_steps=-1", "must be at least 0"),
-        ("measure.eval_rows=-1", "must be at least 0"),
-        ("data.holdout=1.5", "must be greater than 0 and less than 1"),
-    ],
-)
-def test_an_impossible_size_is_refused(lab: Lab, tmp_path: Path, argument: str, wanted: str) -> None:
-    assert_refused(lab(argument), tmp_path, f"{argument} {wanted}")
+IMPOSSIBLE = {
+    "batch_size=0": "must be greater than 0",
+    "grad_accum_steps=0": "must be greater than 0",
+    "seq_len=-512": "must be greater than 0",
+    "method.rank=0": "must be greater than 0",
+    "measure.steps=0": "must be greater than 0",
+    "learning_rate=nan": "must be greater than 0",
+    "data.rows=0": "must be greater than 0",
+    "measure.warmup_steps=-1": "must be at least 0",
+    "measure.eval_rows=-1": "must be at least 0",
+    "data.holdout=1.5": "must be greater than 0 and less than 1",
+    "device=tpu": "is not known",
+}
 
 
-def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
-    assert_refused(lab("batch_size=0", "seq_len=0", "device=tpu"), tmp_path, "batch_size=0", "seq_len=0", "device=tpu")
+def test_every_impossible_size_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
+    assert_refused(lab(*IMPOSSIBLE), tmp_path, *(f"{argument} {wanted}" for argument, wanted in IMPOSSIBLE.items()))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +151,6 @@ def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
         (["model=local"], ["model.path is missing"]),
         (["device=cuda"], ["device=cuda is not known", "gpu:0"]),
         (["engine=compile", "engine.lengths=0"], ["engine.lengths=0 must be at least 1 and at most 16"]),
-        (["engine=compile", "engine.lengths=17"], ["engine.lengths=17 must be at least 1 and at most 16"]),
         (["engine=graph", "attention=flash_attention_2"], ["engine=graph with attention=flash", "attention=sdpa"]),
         (["engine=liger", "isolation=inline"], ["engine=liger with isolation=inline", "isolation=process"]),
         (
@@ -172,7 +158,6 @@ def test_every_fault_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
             ["gradient_checkpointing=selective and method.dropout=0.1", "method.dropout=0", "engine=compile"],
         ),
         (["engine=compile", "method=dora"], ["engine=compile with method.use_dora=true", "Use engine=eager"]),
-        (["engine=graph", "method=dora"], ["engine=graph with method.use_dora=true", "Use engine=eager"]),
         (
             ["engine.chunked_loss=true", "method.target_modules=[q_proj,lm_head]"],
             ["method.target_modules names lm_head", "engine.chunked_loss=false"],
@@ -192,7 +177,6 @@ def test_what_cannot_go_together_is_refused(lab: Lab, tmp_path: Path, arguments:
     [
         (None, ["there is no such file", "Check its name"]),
         (b"", ["is empty", "one JSON object per line"]),
-        (b"\n  \n", ["is empty"]),
         (
             (ROW + "not json\n" + ROW + "[1]\n" + '{"instruction": 1, "output": "b"}\n').encode(),
             ["3 broken line(s)", "line 2: not JSON", "line 4: expected a JSON object, found list", "line 5:", "text"],
@@ -211,7 +195,7 @@ def test_what_cannot_go_together_is_refused(lab: Lab, tmp_path: Path, arguments:
         ),
         (ROW.encode() * 2, ["has 2 rows", "1 after holding out", "one step needs 2", "smaller batch_size"]),
     ],
-    ids=["missing", "empty", "blank", "broken", "many_broken", "columns", "latin1", "too_few"],
+    ids=["missing", "empty", "broken", "many_broken", "columns", "latin1", "too_few"],
 )
 def test_an_unusable_jsonl_says_why(lab: Lab, tmp_path: Path, content: bytes | None, words: list[str]) -> None:
     if content is not None:

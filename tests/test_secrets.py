@@ -215,7 +215,7 @@ def test_no_byte_that_a_trial_leaves_or_prints_holds_a_secret(tmp_path: Path, em
     folder = tmp_path / "here"
     folder.mkdir()
     give_store(folder, empty_store)
-    (tmp_path / "leaky.py").write_text(LEAKY)
+    (folder / "leaky.py").write_text(LEAKY)
     secrets = {
         "HF_TOKEN": "hf-Planted0123456789",
         "MY_PASSWORD": "Planted/Password",
@@ -223,7 +223,7 @@ def test_no_byte_that_a_trial_leaves_or_prints_holds_a_secret(tmp_path: Path, em
     }
     tiny = ("model=tiny", "measure=quick", "data=random_tokens", "seq_len=32", "data.rows=16", "measure.steps=1")
     own = ("optimizer.optim=null", "optimizer.target=leaky.Leaky")
-    said = lab_in(folder)(*tiny, *own, **secrets, PYTHONPATH=f"{Path(__file__).parents[1]}:{tmp_path}", COLUMNS="1000")
+    said = lab_in(folder)(*tiny, *own, **secrets, COLUMNS="1000")
     assert said.code == 1, said.text
     assert "RuntimeError: https://***@host refused ***" in said.out
     holding = [path for path in folder.rglob("*") if path.is_file() and b"Planted" in path.read_bytes()]

@@ -1,5 +1,6 @@
 """Every yaml under conf/, found by looking: it composes, loads, and is what its name and the help say."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -18,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.composition.keys import GROUPS, help_text
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
-from lora_lab.options import Checkpointing, Weights
+from lora_lab.options import Batching, Checkpointing, Weights
 from lora_lab.settings import settings_of
 from lora_lab.worker.models import load_architecture
 
@@ -45,6 +46,11 @@ PARAMETERS = {
 
 
 def composed(*overrides: str) -> TrialConfig:
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> TrialConfig:
     register_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load(compose("config", overrides=list(overrides)))
@@ -205,6 +211,7 @@ def chosen_by(option: str) -> dict[str, str]:
     return {key.removeprefix("override /"): chosen for entry in defaults for key, chosen in entry.items()}
 
 
+@functools.cache
 def hydra_of(*overrides: str) -> Any:
     """The part of the composed config that is Hydra's."""
     register_schema()
@@ -215,7 +222,8 @@ def hydra_of(*overrides: str) -> Any:
 def test_the_papers_runs_are_among_the_points_of_the_factorial() -> None:
     factorial = [composed("sweep=paper_factorial", *point) for point in points_of("paper_factorial")]
     for point in points_of("paper"):
-        run = composed("sweep=paper", *point, "data.batching=seq_len")
+        run = composed("sweep=paper", *point)
+        run.data.batching = Batching.seq_len
         assert run in factorial, f"{point} is not"
 
 

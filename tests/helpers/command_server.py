@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -29,11 +30,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from unsynced_stores import leave_stores_unsynced
+from quick_stores import MIGRATED, copy_tables, leave_stores_unsynced, make_first_store
 
 _READ_LATE = {
     *("COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"),
     *("CXX", "TORCHINDUCTOR_CACHE_DIR"),  # by what is looked at before a worker is asked for; torch reads CXX early
+    *("TORCHDYNAMO_DISABLE", "HF_TOKEN", "MY_PASSWORD", "DB_URL", MIGRATED),
 }
 """Variables that no module reads while it is imported; neither are those of the fake driver (tests/fakes)."""
 _FAKE_DRIVER = "FAKE_NVML_"
@@ -253,6 +255,7 @@ def _import_everything() -> None:
     import hydra._internal.core_plugins.file_config_source  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import sqlalchemy.orm
+    from transformers import conversion_mapping
 
     import lora_lab.sweep.sweeper
     import lora_lab.worker.preload  # noqa: F401
@@ -268,7 +271,11 @@ def _import_everything() -> None:
     for words in _OFTEN:
         command._composed(words, ())  # what most trials' commands are compared with
     leave_stores_unsynced()
+    copy_tables()
+    make_first_store()
     sqlalchemy.orm.configure_mappers()
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # hundreds of patterns, compiled once a process
+    inspect.getmodule(compile("", "nowhere", "exec"))  # it looks every module's path up, and torch.library asks it
     local_store.LOCKED_SECONDS = 0.5  # tests lock a store for a whole sweep; each delivery waits
     gc.collect()
     gc.freeze()

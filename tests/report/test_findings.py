@@ -70,7 +70,7 @@ def any_trial(draw: st.DrawFn) -> Trial:
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings().max_examples // 4)
 @given(st.lists(any_trial(), min_size=1, max_size=12))
 def test_any_trials_make_a_report_without_figures_that_are_none(trials: list[Trial]) -> None:
     findings = found(trials)

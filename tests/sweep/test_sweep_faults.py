@@ -6,13 +6,14 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import Lab, Said, lab_in, save_tiny, store_of, until
+from conftest import Lab, Said, lab_in, save_tiny, some_by_day, store_of, until
 from mlflow.entities import Run
 
 SABOTEUR = Path(__file__).parents[1] / "fakes" / "saboteur"
@@ -105,6 +106,16 @@ CASES = (
     Case("exception", "failed", "fault", "after step 3", phase="window", step="4", reason="^RuntimeError: sabotaged$"),
     Case("exit", "failed", "exit", "in model", reason="left with exit code 7"),
 )
+BY_DAY = [
+    case
+    for case in CASES
+    if case.name
+    not in {
+        *("left alone too", "SIGTERM", "numpy", "rising", "deaf hang"),
+        *(f"SIGKILL {phase}" for phase in ("start", "model", "evaluation_before", "evaluation_after")),
+    }
+]
+"""Of each kind of end one, and of kills those in the phases that differ most."""
 RATES = {case: f"{number / 1000:g}" for number, case in enumerate(CASES, start=1)}
 """The learning rate is what tells the points apart."""
 for _case in CASES:
@@ -116,6 +127,7 @@ for _case in CASES:
 class Look:
     """What a command said, and what there was in its folder when it had ended."""
 
+    cases: Sequence[Case]
     folder: Path
     said: Said
     parents: list[Run]
@@ -131,9 +143,10 @@ class Look:
         return Path(self.run_of(case).data.tags["folder"])
 
 
-def look(folder: Path, said: Said) -> Look:
+def look(cases: Sequence[Case], folder: Path, said: Said) -> Look:
     _, runs = store_of(folder)
     return Look(
+        cases=cases,
         folder=folder,
         said=said,
         parents=[run for run in runs if PARENT not in run.data.tags],
@@ -142,17 +155,18 @@ def look(folder: Path, said: Said) -> Look:
     )
 
 
-def command(folder: Path, *more: str, **environment: str) -> Look:
+def command(cases: Sequence[Case], folder: Path, *more: str, **environment: str) -> Look:
     lab = lab_in(folder)
-    return look(folder, lab("--config-dir", "own", "sweep=harmed", *more, OMP_NUM_THREADS="1", **environment))
+    return look(cases, folder, lab("--config-dir", "own", "sweep=harmed", *more, OMP_NUM_THREADS="1", **environment))
 
 
 @pytest.fixture(scope="module")
-def harmed(tmp_path_factory: pytest.TempPathFactory) -> Look:
+def harmed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Look:
     """The sweep with the saboteur at work."""
+    cases = CASES if request.config.getoption("--nightly") else BY_DAY
     folder = tmp_path_factory.mktemp("harmed")
     save_tiny(folder / "mine")
-    points = [f"learning_rate={RATES[case]} {case.settings}" for case in CASES]
+    points = [f"learning_rate={RATES[case]} {case.settings}" for case in cases]
     preset = {
         "defaults": [{f"override /{group}": option} for group, option in FAST.items()],
         "seq_len": 64,
@@ -162,18 +176,18 @@ def harmed(tmp_path_factory: pytest.TempPathFactory) -> Look:
     (folder / "own" / "sweep").mkdir(parents=True)
     (folder / "own" / "sweep" / "harmed.yaml").write_text("# @package _global_\n" + yaml.safe_dump(preset))
     plan = folder / "sabotage.json"
-    plan.write_text(json.dumps({RATES[case]: [case.act, case.where] for case in CASES if case.act}))
+    plan.write_text(json.dumps({RATES[case]: [case.act, case.where] for case in cases if case.act}))
     path = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return command(folder, PYTHONPATH=path, SABOTAGE=str(plan))
+    return command(cases, folder, PYTHONPATH=path, SABOTAGE=str(plan))
 
 
 @pytest.fixture(scope="module")
 def resumed(harmed: Look) -> Look:
     """The same command again, with nobody to harm it."""
-    return command(harmed.folder, "resume=true", "timeout_minutes=5")
+    return command(harmed.cases, harmed.folder, "resume=true", "timeout_minutes=5")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some_by_day(CASES, BY_DAY), ids=lambda case: case.name)
 def test_each_point_ends_as_what_it_is(harmed: Look, case: Case) -> None:
     run = harmed.run_of(case)
     tags = run.data.tags
@@ -196,19 +210,19 @@ def test_a_phase_before_training_has_no_step(harmed: Look) -> None:
 
 def test_every_point_has_one_run_below_the_one_parent_and_none_is_running(harmed: Look) -> None:
     assert harmed.said.code == 1, harmed.said.text
-    assert len(CASES) == 24
     [parent] = harmed.parents
-    assert Counter(run.data.params["learning_rate"] for run in harmed.trials) == dict.fromkeys(RATES.values(), 1)
+    rates = Counter(run.data.params["learning_rate"] for run in harmed.trials)
+    assert rates == dict.fromkeys([RATES[case] for case in harmed.cases], 1)
     assert {run.data.tags[PARENT] for run in harmed.trials} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
     metrics = parent.data.metrics.items()
     counted = {name: n for name, n in metrics if name.startswith("sweep/") and name != "sweep/trials" and n}
     assert counted == {f"sweep/{name}": n for name, n in Counter(r.data.tags["outcome"] for r in harmed.trials).items()}
-    assert parent.data.metrics["sweep/trials"] == 24
+    assert parent.data.metrics["sweep/trials"] == len(harmed.cases)
 
 
 def test_what_failed_by_an_exception_left_its_traceback(harmed: Look) -> None:
-    [fault] = [case for case in CASES if case.act == "fault"]
+    [fault] = [case for case in harmed.cases if case.act == "fault"]
     assert "in fault\n" in (harmed.folder_of(fault) / "traceback.txt").read_text()
     left = {path.parent for path in harmed.folder.glob("multirun/*/*/*/traceback.txt")}
     assert left <= {Path(run.data.tags["folder"]) for run in harmed.trials if run.data.tags["outcome"] == "failed"}
@@ -218,10 +232,11 @@ def test_what_was_measured_before_the_end_is_kept(harmed: Look) -> None:
     client, _ = store_of(harmed.folder)
     steps = {
         case.name: len(client.get_metric_history(harmed.run_of(case).info.run_id, "Steps/loss"))
-        for case in CASES
+        for case in harmed.cases
         if case.where.startswith("after step")
     }
-    assert steps == {"SIGSEGV": 2, "SIGTERM": 3, "torch": 2, "exception": 3}
+    assert steps.keys() >= {"SIGSEGV", "torch", "exception"}
+    assert steps == {name: {"SIGSEGV": 2, "SIGTERM": 3, "torch": 2, "exception": 3}[name] for name in steps}
 
 
 def test_no_worker_is_left_behind(harmed: Look) -> None:
@@ -251,7 +266,7 @@ def test_a_person_is_told_each_reason_and_what_to_type(harmed: Look) -> None:
 
 
 def test_nothing_is_said_to_be_left_when_the_last_trial_is_over(harmed: Look) -> None:
-    last = re.findall(r"^\[\d+/24\] .+$", harmed.said.out, re.MULTILINE)[-1]
+    last = re.findall(rf"^\[\d+/{len(harmed.cases)}\] .+$", harmed.said.out, re.MULTILINE)[-1]
     assert not re.search(r"\d (s|min|h) left", last), last
 
 
@@ -260,7 +275,7 @@ def test_resume_runs_again_what_was_not_measured_and_nothing_else(harmed: Look, 
     known = {run.info.run_id for run in harmed.trials}
     new = [run for run in resumed.trials if run.info.run_id not in known]
     again = [run for run in harmed.trials if run.data.tags["outcome"] in AGAIN]
-    assert len(again) > 10
+    assert len(again) > len(harmed.cases) // 3
     assert Counter(r.data.params["learning_rate"] for r in new) == Counter(
         r.data.params["learning_rate"] for r in again
     )
@@ -292,24 +307,18 @@ def test_after_resume_the_parent_counts_no_outcome_that_no_trial_has_any_more(re
     latest = {run.data.tags["trial"]: run for run in sorted(resumed.trials, key=lambda run: run.info.start_time)}
     counts = {f"sweep/{outcome}": n for outcome, n in Counter(r.data.tags["outcome"] for r in latest.values()).items()}
     metrics = {name: n for name, n in parent.data.metrics.items() if name != "sweep/trials" and n}
-    assert (metrics, parent.data.metrics["sweep/trials"]) == (counts, 24)
+    assert (metrics, parent.data.metrics["sweep/trials"]) == (counts, len(resumed.cases))
 
 
 def test_resume_gives_what_timed_out_the_time_that_is_asked_for_now(harmed: Look, resumed: Look) -> None:
-    slow = [harmed.folder_of(case) for case in CASES if case.outcome == "timed_out"]
+    slow = [harmed.folder_of(case) for case in harmed.cases if case.outcome == "timed_out"]
     configs = [yaml.safe_load((folder.parent / f"{folder.name}-2" / "config.yaml").read_text()) for folder in slow]
-    assert [config["timeout_minutes"] for config in configs] == [5, 5]
+    assert {config["timeout_minutes"] for config in configs} == {5}
 
 
 @pytest.mark.parametrize(
     "axes",
-    [
-        ("repeats=1000000000",),
-        ("repeats=1000", "seed=1,2,3,4,5,6,7,8,9,10,11"),
-        ("seed=range(1,1000000000)",),
-        ("seed=shuffle(range(1,1000000000))",),
-        ("seed=range(1,200)", "batch_size=range(1,200)"),
-    ],
+    [("repeats=1000000000",), ("repeats=1000", "seed=range(0,11)"), ("seed=range(1,200)", "batch_size=range(1,200)")],
 )
 def test_a_sweep_beyond_sense_is_refused_before_it_is_planned(lab: Lab, tmp_path: Path, axes: tuple[str, ...]) -> None:
     said = lab("-m", "model=tiny", "data=random_tokens", "seq_len=32", *axes)

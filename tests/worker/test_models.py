@@ -1,13 +1,16 @@
 """Loading a model as a trial does."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 
-from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.options import Attention, DType, ModelSource, Quantization, Weights
 from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.pretrained import from_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -36,3 +39,17 @@ def test_no_model_keeps_a_cache_in_training_also_not_one_within_another() -> Non
     ids = torch.randint(3, 60, (1, 8))
     out = model(input_ids=ids, token_type_ids=torch.zeros_like(ids), labels=ids)
     assert out.past_key_values is None
+
+
+class Gated:
+    """Stands for a class of transformers where the hub refuses the model's files."""
+
+    @staticmethod
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=Mock())
+
+
+def test_a_gated_model_says_what_to_do() -> None:
+    model = ModelConfig(source=ModelSource.hub, id="me/mine")
+    with pytest.raises(InvalidInput, match=r"me/mine is gated.*licence.*hf auth login.*weights=random"):
+        from_pretrained(Gated, model)

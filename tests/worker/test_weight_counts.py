@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import some_by_day
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab.composition.compose import CONF
@@ -103,8 +104,10 @@ def test_an_example_by_hand() -> None:
     assert counted.weight_bytes == 4 * counted.weight_elements
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, UNTIED, QWEN, WIDE_HEADS, GPT2])
-@pytest.mark.parametrize("method", [{}, {"use_rslora": True, "rank": 3}])
+@pytest.mark.parametrize(
+    ("shapes", "method"),
+    [*((shapes, {}) for shapes in (SHAPES, UNTIED, QWEN, WIDE_HEADS, GPT2)), (GPT2, {"use_rslora": True, "rank": 3})],
+)
 def test_a_forward_does_two_operations_a_weight_and_token(shapes: dict[str, Any], method: dict[str, Any]) -> None:
     model = built(shapes, **method)
     counted = count_model(model)
@@ -120,19 +123,24 @@ def test_an_untied_head_is_multiplied_with_just_as_often_and_held_twice() -> Non
     assert untied.weight_bytes == tied.weight_bytes + 4 * HEAD
 
 
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (SHAPES, {}),
+    (ONE_MORE_LAYER, {}),
+    (QWEN, {}),
+    (UNTIED, {"rank": 64}),
+    (SHAPES, {"target_modules": ["q_proj", "v_proj"]}),
+]
+
+
 @pytest.mark.parametrize(
-    ("shapes", "method"),
-    [
-        (SHAPES, {}),
-        (ONE_MORE_LAYER, {}),
-        (QWEN, {}),
-        (UNTIED, {"rank": 64}),
-        (SHAPES, {"target_modules": ["q_proj", "v_proj"]}),
-    ],
+    ("checkpointing", "shapes", "method"),
+    some_by_day(
+        [(kind, *case) for kind in ("none", "full", "selective") for case in CASES],
+        by_day=[("none", *CASES[3]), ("full", *CASES[2]), ("full", *CASES[4]), ("selective", *CASES[1])],
+    ),
 )
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_the_formula_is_within_two_percent_of_torchs_count(
-    shapes: dict[str, Any], method: dict[str, Any], checkpointing: str
+    checkpointing: str, shapes: dict[str, Any], method: dict[str, Any]
 ) -> None:
     model = built(shapes, **method)
     checkpoint(model, checkpointing)
@@ -160,8 +168,9 @@ def test_what_checkpointing_repeats_ends_before_the_last_product(method: dict[st
     assert counted.frozen_in_layers == LAYERS * LAYER - (0 if not_repeated else LAYERS * HIDDEN * INNER)
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", [Quantization.nf4, Quantization.fp4])
+@pytest.mark.parametrize(
+    ("kind", "double"), [(Quantization.nf4, True), (Quantization.nf4, False), (Quantization.fp4, True)]
+)
 def test_packed_weights_count_as_unpacked_ones(kind: Quantization, double: bool) -> None:
     plain = count_model(built(precision=DType.bf16))
     counted = count_model(built(precision=DType.bf16, quantization=kind, double_quantization=double))

@@ -1,11 +1,12 @@
 """A layer and its adapter as few products: PEFT's own result and gradients, however the work is laid out."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from conftest import compiles
+from conftest import compiles, some_by_day
 from engine_models import adapted, adapters, furthest, loss_and_gradients, pack, padded, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,8 +110,13 @@ def test_a_packed_layer_with_bytes_across_rows_stays_pefts() -> None:
 
 @compiles
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "nested"),
+    some_by_day(
+        product([torch.bfloat16, torch.float16, torch.float32], [True, False]),
+        by_day=[(torch.bfloat16, True), (torch.float32, False)],
+    ),
+)
 def test_unpacked_weights_are_bitsandbytes_own_bits(dtype: torch.dtype, nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -210,6 +216,7 @@ def test_what_is_saved_names_no_copies() -> None:
 
 
 @compiles
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "16 bits"])
 def test_gradients_in_bf16_are_as_near_to_fp32_as_pefts(packed: bool) -> None:

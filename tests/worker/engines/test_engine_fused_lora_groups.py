@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compiles
+from conftest import compiles, some_by_day
 from engine_models import (
     adapted,
     adapters,
@@ -51,8 +51,10 @@ def both(slopes: Tensor, b: Tensor, lora_hidden: Tensor, scaling: float) -> tupl
 
 @pytest.mark.usefixtures("ways", "thin")
 @pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "whole"])
-@pytest.mark.parametrize("width", [20, 96], ids=["few rows", "many"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    some_by_day([("llama", 20), ("llama", 96), ("qwen2", 20), ("qwen2", 96)], by_day=[("llama", 20), ("qwen2", 96)]),
+)
 def test_loss_and_gradients_are_pefts(kind: str, packed: bool, width: int) -> None:
     few, plain = adapted(kind, **SHAPES), adapted(kind, **SHAPES)
     for model in (few, plain):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_by_day
 from engine_models import adapted, adapters, loss_and_gradients, padded
 from peft import get_peft_model_state_dict
 from torch import Tensor
@@ -182,7 +183,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-BY_NIGHT = {"bf16", "fp32, four micro-batches", "clipped", "cosine", "fused", "weight decay", "chunked, evaluated"}
+BY_NIGHT = {
+    *("fp32", "bf16", "fp32, four micro-batches", "clipped", "not clipped", "cosine", "fused", "weight decay"),
+    *("adafactor", "chunked, evaluated"),
+}
 """Each of their settings is in another case or test too."""
 
 
@@ -207,7 +211,7 @@ def test_several_widths_really_came(tmp_path: Path) -> None:
     assert ran.step.unrecorded + ran.step.replays == 8
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", some_by_day([False, True], by_day=[False]))
 def test_shapes_that_were_not_recorded_train_the_same(tmp_path: Path, bf16: bool) -> None:
     eager = run(tmp_path / "eager", False, bf16=bf16)
     static = run(tmp_path / "static", True, record=(), bf16=bf16)
@@ -229,7 +233,7 @@ def test_a_run_that_was_cut_and_resumed_ends_as_the_whole_one(tmp_path: Path, st
     assert resumed.history[-4:] == whole.history[-4:]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", some_by_day([False, True], by_day=[True]))
 def test_after_training_the_model_still_answers(tmp_path: Path, bf16: bool) -> None:
     """run_trial takes accelerate's autocast wrapper off before it evaluates."""
     ran = run(tmp_path, True, bf16=bf16)
