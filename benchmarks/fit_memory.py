@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.compose import compose
 from benchmarks.fit_cases import COMMON, cases, edges, held_out
 from lora_lab.config import TrialConfig
-from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory, Ran
+from lora_lab.events import Compiled, Event, OptimizerMemory, PhaseMemory, Ran, Step, WindowOpened
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, Estimate, estimate
 from lora_lab.fit.shapes import shapes_of
@@ -60,6 +60,8 @@ def measure(config: TrialConfig, device: str) -> dict[str, Any]:
     placement = choose_placement(device)
     phases: dict[str, list[int | None]] = {}
     found: dict[str, Any] = {"phases": phases}
+    measured: list[Step] = []
+    opened: list[int] = []
 
     def note(event: Event) -> None:
         if isinstance(event, PhaseMemory):
@@ -74,6 +76,10 @@ def measure(config: TrialConfig, device: str) -> dict[str, Any]:
             found["optimizer"] = [event.total_bytes, event.eligible_bytes, event.paged_bytes]
         elif isinstance(event, Compiled):
             found["working_bytes"] = event.working_bytes
+        elif isinstance(event, WindowOpened):
+            opened.append(event.after_step)
+        elif isinstance(event, Step) and opened and event.step > opened[0] and event.seconds is not None:
+            measured.append(event)
         elif isinstance(event, Ran):
             found["segments"] = event.facts.get("segments")
 
@@ -81,6 +87,8 @@ def measure(config: TrialConfig, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         end = worker_process.run_workers(config, worker_environment(placement), Path(folder), note)
     found |= {"outcome": end.outcome.value, "reason": end.reason[:300], "seconds": round(time.monotonic() - began, 1)}
+    if measured:
+        found["tokens_per_second"] = sum(step.real for step in measured) / sum(step.seconds or 0 for step in measured)
     if end.asked_bytes is not None:
         found["asked_bytes"] = end.asked_bytes
     return found

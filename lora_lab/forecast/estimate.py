@@ -16,8 +16,9 @@ from lora_lab.work import MicroBatch, Workload
 _GUESSED = math.log(2)
 """Half the interval of what was fitted on a few trials only: half to twice."""
 
-_START = 3.0
-"""Seconds of a start without the model: processes, imports, and Trainer."""
+_START = 8.0
+"""Seconds of a start without the model: processes, imports, MLflow's store and Trainer. 14 and 15 s were seen on a
+machine that had just started, 3 s on one that had everything in memory."""
 _WEIGHTS_PER_SECOND = 1e9
 """16-bit weights that are read and converted; 8 B took 8 s on an H100's host."""
 _COMPILE_SECONDS = 13.0

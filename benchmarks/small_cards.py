@@ -1,0 +1,142 @@
+"""Run trials within emulated small cards, each alone on the card: what trains there, and how fast.
+
+    python -m benchmarks.small_cards OUT [--seconds 300] [--have FILE ...] [--only WORD]
+
+Writes OUT/small_cards.json after every trial; a later call goes on with what earlier files (--have) do not have.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compose import compose
+from benchmarks.fit_cases import COMMON, MODELS
+from benchmarks.fit_memory import Case, Run, earlier
+from benchmarks.reports import markdown, stored, where
+from lora_lab.fit.estimate import GIB, estimate
+from lora_lab.fit.shapes import shapes_of
+
+_SHAPES = {
+    **{name: MODELS[name] for name in ("llama3.1", "qwen2.5")},
+    "llama2-13b": [
+        *MODELS["llama3.1"],
+        "model.architecture.vocab_size=32000",
+        "model.architecture.hidden_size=5120",
+        "model.architecture.intermediate_size=13824",
+        "model.architecture.num_hidden_layers=40",
+        "model.architecture.num_attention_heads=40",
+        "model.architecture.num_key_value_heads=40",
+    ],
+    "qwen2.5-7b": [
+        *MODELS["qwen2.5"],
+        "model.architecture.vocab_size=152064",
+        "model.architecture.hidden_size=3584",
+        "model.architecture.intermediate_size=18944",
+        "model.architecture.num_attention_heads=28",
+        "model.architecture.num_key_value_heads=4",
+        "model.architecture.tie_word_embeddings=false",
+    ],
+}
+_TITLES = {
+    "llama3.1": "Llama-3.1-8B",
+    "qwen2.5": "Qwen2.5-1.5B",
+    "llama2-13b": "Llama-2-13B",
+    "qwen2.5-7b": "Qwen2.5-7B",
+}
+_LONG = "method=qlora method.rank=32 optimizer=adamw_8bit engine=graph memory=lean engine.mlp_tile=4096"
+_QLORA = "method=qlora engine=graph"
+_FULL = f"{_QLORA} gradient_checkpointing=full"
+_LORA = "method=lora engine=graph gradient_checkpointing=full grad_accum_steps=16"
+
+
+_SHORT = 16384
+"""Up to these tokens in a step, more steps are measured."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A trial on a small card."""
+
+    model: str
+    rows: int
+    length: int
+    card: int | None
+    """In GiB; None is the whole card."""
+    settings: str
+
+    @property
+    def name(self) -> str:
+        """Return model, batch, settings and card."""
+        return f"{self.model} {self.rows}x{self.length} on {self.card or 'all'}: {self.settings}"
+
+
+CASES = (
+    Small("llama3.1", 1, 4096, 8, _LONG),
+    Small("llama3.1", 1, 22000, 12, _LONG),
+    Small("llama2-13b", 1, 2048, 12, f"{_QLORA} memory=leanest"),
+    Small("qwen2.5", 1, 32768, 8, f"{_QLORA} memory=lean"),
+    Small("qwen2.5", 2, 2048, 8, _FULL),
+    Small("qwen2.5", 2, 2048, 8, f"{_FULL} precision=fp16"),
+    Small("qwen2.5", 8, 2048, 8, _FULL),
+    Small("llama3.1", 1, 41000, 16, _LONG),
+    Small("qwen2.5-7b", 2, 4096, None, _LORA),
+    Small("llama3.1", 1, 79000, 24, _LONG),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--have", type=Path, nargs="*", default=[])
+    parser.add_argument("--only", default="", help="a regular expression: trials whose names have a match")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    trials: dict[str, Any] = earlier(asked.have)
+    run = Run(asked.out / "small_cards.json", "auto", asked.seconds, trials)
+    run.go((_case(case) for case in CASES if re.search(asked.only, case.name)), at_once=1)
+
+
+def _case(case: Small) -> Case:
+    is_long = case.rows * case.length > _SHORT or "accum" in case.settings
+    sizes = [f"batch_size={case.rows}", f"seq_len={case.length}", f"measure.steps={2 if is_long else 10}"]
+    config = compose([*_SHAPES[case.model], *COMMON, "data.rows=256", *sizes, *case.settings.split()])
+    limit = None if case.card is None else float(case.card)
+    return Case(case.name, replace(config, vram_limit_gib=limit), estimate(config, shapes_of(config.model)))
+
+
+def table() -> str:
+    """Return docs/small_cards.md's table, from the stored trials."""
+    content = stored("h200/small_cards")
+    lines = []
+    for case in CASES:
+        trial = content["trials"].get(case.name)
+        if trial is None:
+            continue
+        phases = trial["phases"]
+        live, reserved = (
+            max((phases[each][place] or 0 for each in _TRAINING if each in phases), default=0) for place in (0, 1)
+        )
+        speed = trial.get("tokens_per_second")
+        lines.append(
+            [
+                _TITLES[case.model],
+                f"{case.rows} x {case.length:,}",
+                "all of it" if case.card is None else f"{case.card} GiB",
+                f"`{case.settings}`",
+                trial["outcome"].replace("_", " "),
+                f"{live / GIB:.2f} / {reserved / GIB:.2f}" if live else "-",
+                f"{speed:,.0f}" if speed else "-",
+            ]
+        )
+    head = ["model", "batch", "card", "settings", "outcome", "live / reserved GiB", "tokens/s"]
+    return f"{markdown(head, lines)}\n\nCapacities emulated on {where(content['origin'])}."
+
+
+_TRAINING = ("first_step", "warm_up", "window")
+
+
+if __name__ == "__main__":
+    main()
