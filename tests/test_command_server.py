@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import SERVER, Said, lab_in, some_by_day
+from conftest import SERVER, Said, lab_in
 
 ASKS = """
 import multiprocessing, os, signal, sys, threading
@@ -57,10 +57,8 @@ def test_it_ends_as_an_interpreter_ends(how: str, tmp_path: Path) -> None:
     assert forked.err.splitlines()[-1:] == real.err.splitlines()[-1:]  # a traceback has the server's own lines too
 
 
-@pytest.mark.parametrize(
-    "command",
-    some_by_day(["lora_lab", "lora_lab.report", "lora_lab.best", "lora_lab.recompute"], by_day=["lora_lab.report"]),
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["lora_lab", "lora_lab.report", "lora_lab.best", "lora_lab.recompute"])
 def test_each_command_says_the_same(command: str, tmp_path: Path) -> None:
     forked, real = both(tmp_path, command, "--help")
     assert forked == real

@@ -95,7 +95,7 @@ SETTINGS = [
 ]
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 6)
 @given(st.lists(st.one_of(SETTINGS), max_size=8, unique_by=lambda pair: pair[0]))
 def test_any_settings_come_back(asked: list[tuple[str, object]]) -> None:
     assert_comes_back([f"{key}={value}" for key, value in asked])

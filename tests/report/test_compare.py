@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from conftest import some_by_day
 from planted import trial
 from rich.console import Console
 from scipy import stats
@@ -74,8 +75,9 @@ def text_of(comparison: SideComparison) -> str:
     return " ".join(written.getvalue().split())
 
 
-@pytest.mark.parametrize("block", [0.0, 0.03], ids=["steady", "slow blocks"])
-@pytest.mark.parametrize("repeats", [2, 3])
+@pytest.mark.parametrize(
+    ("block", "repeats"), some_by_day([(0.0, 2), (0.0, 3), (0.03, 2), (0.03, 3)], by_day=[(0.0, 2), (0.03, 3)])
+)
 def test_where_nothing_changed_the_gate_stays_open(block: float, repeats: int) -> None:
     """At most 2.5 % a measure are expected; three measures are noisy here. With slow blocks throughput and energy are
     off together, so each is counted by itself."""

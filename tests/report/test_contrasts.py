@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import some_by_day
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import factorial, trial
@@ -61,7 +62,11 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("lost", PLANTED.values(), ids=PLANTED.keys())
+@pytest.mark.parametrize(
+    "lost",
+    some_by_day(PLANTED.values(), by_day=[PLANTED["cells missing"], PLANTED["one setting, a trial gone"]]),
+    ids=PLANTED.keys(),
+)
 def test_a_planted_effect_lies_in_95_of_100_intervals_whatever_is_missing_and_however_blocks_drift(lost):
     found = [
         optimizer_contrast(
