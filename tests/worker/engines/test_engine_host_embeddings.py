@@ -217,3 +217,31 @@ def test_a_trial_has_the_same_losses_in_less_memory(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     card, host = (record["metrics"]["vram/peak_allocated_gib"] for record in records)
     assert card - host == pytest.approx(TABLE_GIB, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_job_is_saved_answers_and_is_merged(tmp_path: Path) -> None:
+    lab = lab_in(tmp_path, real=True)
+    said = lab(
+        *UNTIED,
+        "engine.host_embeddings=auto",
+        "train.max_steps=4",
+        "train.checkpoint_every=2",
+        "train.eval_every=2",
+        "measure.answers=2",
+        "measure.eval_rows=8",
+        "measure.idle_seconds=0",
+        "seq_len=256",
+        "tracking=none",
+        "cooldown_celsius=95",
+        "share_device=true",
+    )
+    assert said.code == 0, said.text
+    [place] = tmp_path.glob("multirun/*/*/record.json")
+    record = json.loads(place.read_text())
+    assert record["tags"]["ran.embeddings"] == "host"
+    assert "loss/eval" in record["metrics"]
+    answered = lab_in(tmp_path, "lora_lab.generate", real=True)(str(place.parent), "Why?", "--max-new-tokens", "4")
+    assert answered.code == 0, answered.text
+    merged = lab_in(tmp_path, "lora_lab.export", real=True)(str(place.parent), "--merge", "merged")
+    assert merged.code == 0, merged.text
