@@ -84,6 +84,8 @@ SETTINGS = [
     st.tuples(st.just("vram_limit_gib"), st.sampled_from(["8", "7.5", "null"])),
     st.tuples(st.just("capacity"), st.sampled_from(["8gib", "12gib"])),
     st.tuples(st.just("gradient_checkpointing"), st.sampled_from(["none", "full", "selective", "offloaded"])),
+    st.tuples(st.just("memory"), st.sampled_from(["lean", "leanest"])),
+    st.tuples(st.just("engine.host_embeddings"), st.sampled_from(["false", "auto"])),
     st.tuples(st.just("measure"), st.just("quick")),
     st.tuples(st.just("measure.steps"), st.integers(1, 100)),
     st.tuples(st.just("measure.price_per_kwh"), st.just(0.3)),

@@ -260,7 +260,7 @@ def test_what_changes_no_result_is_no_factor():
             "measure.price_per_kwh",
             "measure.co2_grams_per_kwh",
         ),
-        *("device", "capacity"),
+        *("device", "capacity", "memory"),
         *("contrast", "margin", "budget_minutes", "first_pairs", "plan"),
     } == NO_EFFECT
     plain = {key.replace(".", "__"): "1" for key in NO_EFFECT - {"repeat"}}
