@@ -7,12 +7,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.worker.experts import expert_weights
+from lora_lab.worker.trainables.trainable import base_of
 
 
 def mlps_of(model: Any) -> list[Any]:
-    """List the MLPs of the layers that transformers repeats, in order; None for a layer without a module of that
-    name."""
-    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    """List the MLPs of the text's layers that transformers repeats, in order; None for a layer without a module of
+    that name."""
+    modules = base_of(model).get_decoder().modules()
+    layers = (module for module in modules if isinstance(module, GradientCheckpointingLayer))
     return [getattr(layer, "mlp", None) for layer in layers]
 
 

@@ -43,7 +43,7 @@ class _TiledMlp:
         """Map (..., hidden size) to the same."""
         if not (torch.is_grad_enabled() and (x.requires_grad or self.trained)):
             own: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
-            return _over_tiles(own, x, self.tile)
+            return _over_tiles(own, x, self.tile) if x[..., 0].numel() > self.tile else own(x)
         if not x.requires_grad:  # `_Keep` would have no node
             x = x.detach().requires_grad_()
         found: Tensor = _Tiles.apply(_Keep.apply(x), self, *self.trained)
