@@ -124,6 +124,9 @@ def _over_tiles(run: Callable[..., Tensor], x: Tensor, tile: int, *more: Tensor)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         found = run(*(_tile(each[rows], size) for each in given))
+        if size == tokens:
+            whole = found
+            break
         if whole is None:
             whole = found.new_empty(tokens, found.shape[-1])
         whole[rows] = found[0, : rows.stop - start]
