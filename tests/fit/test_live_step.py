@@ -256,4 +256,6 @@ def test_tiles_are_those_of_the_engine() -> None:
 def test_chunks_of_the_loss_are_those_of_the_engine() -> None:
     assert chunked_loss.CHUNK_ELEMENTS == CHUNK_ELEMENTS
     for rows, vocabulary, hidden in ((512, 151936, 1536), (16384, 151936, 1536), (8192, 128256, 4096), (100, 272, 0)):
-        assert chunk_rows(rows, vocabulary, hidden) == chunked_loss.chunk_rows(rows, vocabulary, hidden)
+        for tile in (None, 4096):
+            assert chunk_rows(rows, vocabulary, hidden, tile) == chunked_loss.chunk_rows(rows, vocabulary, hidden, tile)
+    assert chunk_rows(78475, 128256, 4096, 4096) < chunk_rows(78475, 128256, 4096) / 10

@@ -78,6 +78,7 @@ class Engine(TrainerCallback):
         """The model's own, before accelerate wraps it; without the telemetry's hooks."""
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
+        self._tile = config.engine.mlp_tile
         self._counts_labels = True
         self._warned: set[tuple[int, ...]] = set()
         self._step: GraphStep | None = None
@@ -90,11 +91,11 @@ class Engine(TrainerCallback):
         if kind is EngineKind.liger:
             check_liger_support(model)
         elif config.engine.chunked_loss:  # liger brings its own
-            use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
+            chunk = torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss
+            use_chunked_loss(model, chunk, self._tile)
         if self._compiles:
             _settle_masks(config, model)
         copies = self._become_graph(config, model) if kind is EngineKind.graph else {}
-        self._tile = config.engine.mlp_tile
         if self._tile is not None:
             tile_mlps(model, self._tile, self._compiles, copies, self._autocast)
         if self._compiles:
