@@ -133,6 +133,12 @@ class EngineConfig:
         "keep the frozen input embeddings in host memory, where a step reads a few of their rows: true, false or auto "
         "(where the head has weights of its own)",
     )
+    mlp_tile: int | None = setting(
+        None,
+        "for long rows, calculate each layer's MLP for at most this many tokens at a time, and keep only its input",
+        least=64,
+        most=2**24,
+    )
 
     def hosts_embeddings(self, is_tied: bool) -> bool:
         """Return whether the input embeddings go to host memory.

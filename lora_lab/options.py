@@ -123,11 +123,6 @@ class Checkpointing(Enum):
     offloaded = "offloaded"
     """Like full, and each layer's input goes to host memory in between."""
 
-    @property
-    def by_trainer(self) -> bool:
-        """Return whether Trainer's own arguments switch it on."""
-        return self in (Checkpointing.full, Checkpointing.selective)
-
 
 class Isolation(Enum):
     """Process of a trial. `process`: one worker process per trial. `inline`: everything in one process, for

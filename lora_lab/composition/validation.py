@@ -123,6 +123,16 @@ def _engine_faults(config: TrialConfig) -> list[str]:
             "engine=liger with isolation=inline: liger changes functions for the whole process, and with them what "
             "runs after it. Use isolation=process."
         )
+    if engine.mlp_tile is not None and engine.kind is EngineKind.liger:
+        found.append(
+            f"engine.mlp_tile={engine.mlp_tile} with engine=liger, which has a kernel of its own for the MLP. "
+            "Use engine=graph, or engine.mlp_tile=null."
+        )
+    if engine.mlp_tile is not None and method.dropout > 0:
+        found.append(
+            f"engine.mlp_tile={engine.mlp_tile} with method.dropout={method.dropout:g}: each tile would have to draw "
+            "dropout's random numbers twice. Use method.dropout=0 or engine.mlp_tile=null."
+        )
     if engine.chunked_loss and any(name.rpartition(".")[2] == "lm_head" for name in method.target_modules):
         found.append(
             "engine.chunked_loss=true needs a frozen head, and method.target_modules names lm_head. "

@@ -53,6 +53,11 @@ def model_fault(config: TrialConfig, shapes: Shapes) -> str:
 
 def _mixture_fault(config: TrialConfig, experts: Experts) -> str:
     kind, method = config.engine.kind, config.method
+    if config.engine.mlp_tile is not None:
+        return (
+            f"engine.mlp_tile={config.engine.mlp_tile} takes an MLP apart by tokens, and a mixture gathers those of "
+            "each expert from all rows. Use engine.mlp_tile=null."
+        )
     if kind in (EngineKind.compile, EngineKind.graph):
         return f"engine={kind.name} cannot compile PEFT's adapters on a mixture of experts. Use engine=eager."
     if kind is EngineKind.liger:

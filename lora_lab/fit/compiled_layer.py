@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
+from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
 
 
 @dataclass(slots=True)
@@ -22,23 +23,46 @@ class CompiledSaved:
     middle: int
     """The stream between attention and MLP."""
     mlp_input: int
-    gate_up: list[int]
-    product: int
-    output: int
+    mlp: "CompiledMlp | None"
+    """None for an MLP in tiles, which keeps its input alone."""
+    output: int | None
+    """None where a layer that is calculated once more ends before its MLP."""
     low: list[int] = field(default_factory=list)
     """The adapters' inner results."""
+    mlp_output: int | None = None
+    """Where a norm behind an MLP in tiles keeps it."""
+
+
+@dataclass(slots=True)
+class CompiledMlp:
+    """What an MLP's forward keeps besides its input, by tensor number."""
+
+    gate_up: list[int]
+    product: int
+    low: list[int]
 
 
 class CompiledLayer:
     """A decoder layer; forward and backward write on a tape."""
 
-    def __init__(self, tape: Tape, sizes: Sizes, is_graph: bool) -> None:
+    def __init__(self, tape: Tape, sizes: Sizes, is_graph: bool, is_tile: bool = False) -> None:
+        """Begin nothing yet.
+
+        Args:
+            is_tile: True for one that stands for a tile of another's MLP.
+        """
         self.tape, self.sizes, self.is_graph = tape, sizes, is_graph
         self.gradients: list[int] = []
         """Of the adapters, under graph: the caller ends them."""
+        tile = None if is_tile else tile_of(sizes)
+        self._tile = None if tile is None else CompiledLayer(tape, tile, is_graph, is_tile=True)
 
-    def forward(self, layer_input: int) -> CompiledSaved:
-        """Begin what a forward keeps, and its output."""
+    def forward(self, layer_input: int, again: bool = False) -> CompiledSaved:
+        """Begin what a forward keeps, and its output.
+
+        Args:
+            again: True in a layer that is calculated once more.
+        """
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         low: list[int] = []
         x = t.new(s.wide(shapes.hidden), ACTIVATIONS)
@@ -47,12 +71,41 @@ class CompiledLayer:
         middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
         t.free(*attended)
+        saved = CompiledSaved(layer_input, x, attention, middle, mlp_input, None, None, low)
+        has_norm_behind = shapes.layer_norms == 4
+        if self._tile is not None and again and not has_norm_behind:
+            return saved
+        if self._tile is None:
+            saved.mlp, down = self.mlp()
+            saved.low += saved.mlp.low
+        else:
+            down = self._tiles_forward(self._tile)
+        saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
+        if self._tile is not None and has_norm_behind:
+            saved.mlp_output = down
+        else:
+            t.free(down)
+        return saved
+
+    def mlp(self) -> tuple[CompiledMlp, int]:
+        """Begin what an MLP keeps, and its output."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        low: list[int] = []
         gate_up = self._products(shapes.gate_up, low)
         product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
-        down = self._products(shapes.down, low)
-        output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(*down)
-        return CompiledSaved(layer_input, x, attention, middle, mlp_input, gate_up, product, output, low)
+        [down] = self._products(shapes.down, low)
+        return CompiledMlp(gate_up, product, low), down
+
+    def _tiles_forward(self, tile: "CompiledLayer") -> int:
+        """Run the MLP's tiles; begin their output."""
+
+        def run() -> int:
+            kept, down = tile.mlp()
+            tile.tape.free(*kept.gate_up, kept.product, *kept.low)
+            return down
+
+        s = self.sizes
+        return over_tiles(self.tape, s, tile.sizes, s.wide(s.shapes.hidden), ACTIVATIONS, run)
 
     def forward_alone(self) -> int:
         """Run a forward that keeps nothing; return its output."""
@@ -67,14 +120,19 @@ class CompiledLayer:
         middle = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         mlp_input = t.new(s.wide(shapes.hidden), ACTIVATIONS)
         t.free(*attended)
-        gate_up = self._products(shapes.gate_up, low)
-        t.free(mlp_input)
-        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
-        t.free(*gate_up)
-        down = self._products(shapes.down, low)
-        t.free(product, *low)
+        if self._tile is None:
+            gate_up = self._products(shapes.gate_up, low)
+            t.free(mlp_input)
+            product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
+            t.free(*gate_up)
+            [down] = self._products(shapes.down, low)
+            t.free(product)
+        else:
+            down = self._tiles_forward(self._tile)
+            t.free(mlp_input)
+        t.free(*low)
         output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
-        t.free(middle, *down)
+        t.free(middle, down)
         return output
 
     def _attention(self, heads: list[int]) -> list[int]:
@@ -119,18 +177,12 @@ class CompiledLayer:
     def backward(self, saved: CompiledSaved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        grad_product = self._products_backward(shapes.down)
-        ended = [saved.product, grad_product, *saved.gate_up]
-        if self.is_graph:
-            t.free(saved.product)
-            ended.remove(saved.product)
-        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.gate_up]
-        if self.is_graph:
-            t.free(*ended)
-        grad_x = self._products_backward(shapes.gate_up)
-        if not self.is_graph:  # measured: nothing of the MLP ends before its backward is over
-            t.free(*ended)
-        t.free(*grads, saved.mlp_input)
+        if saved.mlp is not None:
+            grad_x = self.mlp_backward(saved.mlp)
+        else:
+            assert self._tile is not None
+            grad_x = self._tiles_backward(self._tile, saved)
+        t.free(saved.mlp_input)
         gradient = self._norm_backward(grad_x, gradient)
         t.free(saved.middle)
         grad_attended = self._products_backward((shapes.output,))
@@ -141,6 +193,44 @@ class CompiledLayer:
         gradient = self._norm_backward(grad_x, gradient)
         t.free(saved.layer_input)
         return gradient
+
+    def mlp_backward(self, kept: CompiledMlp) -> int:
+        """End what an MLP kept, but for the adapters' inner results; return the gradient of its input."""
+        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        grad_product = self._products_backward(shapes.down)
+        ended = [kept.product, grad_product, *kept.gate_up]
+        if self.is_graph:
+            t.free(kept.product)
+            ended.remove(kept.product)
+        grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.gate_up]
+        if self.is_graph:
+            t.free(*ended)
+        grad_x = self._products_backward(shapes.gate_up)
+        if not self.is_graph:  # measured: nothing of the MLP ends before its backward is over
+            t.free(*ended)
+        t.free(*grads)
+        return grad_x
+
+    def _tiles_backward(self, tile: "CompiledLayer", saved: CompiledSaved) -> int:
+        """Calculate the MLP's tiles once more and go back through them; return the gradient of its input."""
+        t, s = self.tape, self.sizes
+        grad_mlp_output = None
+        if saved.mlp_output is not None:
+            grad_mlp_output = t.new(s.wide(s.shapes.hidden), WORKING)
+            t.free(saved.mlp_output)
+
+        def run() -> int:
+            kept, down = tile.mlp()
+            found = tile.mlp_backward(kept)
+            t.free(down, *kept.low)
+            return found
+
+        sums = t.new(mlp_sums(s), WORKING)
+        grad_x = over_tiles(t, s, tile.sizes, s.wide(s.shapes.hidden), WORKING, run)
+        t.free(sums, grad_mlp_output)
+        self.gradients += tile.gradients
+        tile.gradients.clear()
+        return grad_x
 
     def _products_backward(self, linears: tuple[Linear, ...]) -> int:
         """Begin the gradient of the input that layers share, and those of their adapters."""

@@ -18,6 +18,7 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
     for number in range(shapes.layers):
         if not checkpoints(mode, number):
             saved = layer.forward(stream)
+            assert saved.output is not None
             kept.append((None, saved))
             stream = saved.output
             continue
@@ -42,7 +43,7 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
         arriving = _bring(tape, sizes) if is_next_away else None
         if once is None:
             assert held is not None
-            again = layer.forward(held)
+            again = layer.forward(held, again=True)
             tape.free(again.output)
             gradient = layer.backward(again, gradient)
         else:

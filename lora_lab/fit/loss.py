@@ -10,9 +10,10 @@ CHUNK_ELEMENTS = 2**26
 _WIDER, _PARTS, _ALIGNED = 8, 4, 64
 
 
-def chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
+def chunk_rows(rows: int, vocabulary: int, hidden: int, mlp_tile: int | None = None) -> int:
     """Return the rows of a chunk of our own loss; `hidden` is 0 where it is not compiled."""
-    most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden, vocabulary // _PARTS)) // vocabulary)
+    together = min(rows, mlp_tile or rows)
+    most = max(1, max(CHUNK_ELEMENTS, together * min(_WIDER * hidden, vocabulary // _PARTS)) // vocabulary)
     even = math.ceil(rows / math.ceil(rows / most))
     aligned = math.ceil(even / _ALIGNED) * _ALIGNED
     return aligned if aligned <= most else max(most // _ALIGNED * _ALIGNED, min(even, _ALIGNED))
@@ -70,7 +71,7 @@ def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: b
         rows = min(sizes.tokens, liger_chunk_rows(sizes.tokens, vocabulary, width))
         chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS)]  # its kernel writes the gradient over the logits
     elif compiled:
-        rows = chunk_rows(sizes.tokens, vocabulary, width)
+        rows = chunk_rows(sizes.tokens, vocabulary, width, sizes.config.engine.mlp_tile)
         chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(2)]
     else:
         rows = chunk_rows(sizes.tokens, vocabulary, 0)

@@ -4,41 +4,35 @@ Read from their code: what each operation saves for the backward, which copies a
 tensor is dropped. Engine liger differs in the norms, in the MLP and in the rotation, by its kernels' code.
 """
 
-from dataclasses import dataclass, field
-
 from lora_lab.fit.dora import merged_weight, output_backward, scaled_output
 from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
+from lora_lab.fit.saved import Product, Saved
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
 from lora_lab.fit.tape import Tape
+from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
 from lora_lab.options import Attention
-
-
-@dataclass(slots=True)
-class _Product:
-    """What a linear layer with its adapter keeps for the backward."""
-
-    own_input: list[int] = field(default_factory=list)
-    low: int | None = None
-    base: int | None = None
-    """The frozen layer's output, under DoRA."""
-    high: int | None = None
-    """The adapter's output, under DoRA."""
-    copies: list[int] = field(default_factory=list)
 
 
 class PlainLayer:
     """A decoder layer; forward and backward write on a tape."""
 
-    def __init__(self, tape: Tape, sizes: Sizes, liger: bool) -> None:
+    def __init__(self, tape: Tape, sizes: Sizes, liger: bool, is_tile: bool = False) -> None:
+        """Begin nothing yet.
+
+        Args:
+            is_tile: True for one that stands for a tile of another's MLP.
+        """
         self.tape, self.sizes, self.liger = tape, sizes, liger
         self._casts = sizes.stream != sizes.cell
         """Whether the residual stream is wider than the products."""
         self._experts = PlainExperts(tape, sizes, sizes.shapes.experts) if sizes.shapes.experts else None
+        tile = None if is_tile else tile_of(sizes)
+        self._tile = None if tile is None else PlainLayer(tape, tile, liger, is_tile=True)
         self._keeps_stream = liger or sizes.stream == 4
         """Whether norms keep their input itself, and not a copy in fp32."""
 
-    def forward(self, layer_input: int, has_gradient: bool = True, stops_early: bool = False) -> "Saved":
+    def forward(self, layer_input: int, has_gradient: bool = True, stops_early: bool = False) -> Saved:
         """Begin what a forward keeps, and its output. `layer_input` is kept or ended.
 
         Args:
@@ -59,16 +53,44 @@ class PlainLayer:
         if not (self._keeps_stream and has_gradient):
             t.free(layer_input)
         x = self._norm(saved.norms, residual, has_gradient=True)
-        inner = self._mlp(x, saved) if self._experts is None else self._mixture(x, saved, self._experts, stops_early)
+        if self._tile is not None:
+            saved.mlp_input = x
+            if stops_early and shapes.layer_norms != 4:  # all that is kept is there
+                return self._without_stream(saved, residual)
+            inner = self._tiles_forward(self._tile)
+        elif self._experts is None:
+            inner = self._mlp(x, saved)
+        else:
+            inner = self._mixture(x, saved, self._experts, stops_early)
         if not (stops_early and self._experts and saved.shared is None):
             saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(inner)
         self._outer_norm(saved)
+        return self._without_stream(saved, residual)
+
+    def _without_stream(self, saved: Saved, residual: int) -> Saved:
+        """End the stream between attention and MLP, where no norm keeps it."""
         if not self._keeps_stream:
-            t.free(residual)
+            self.tape.free(residual)
         return saved
 
-    def _mlp(self, x: int, saved: "Saved", ends_input: bool = True) -> int:
+    def _nothing_yet(self) -> Saved:
+        """Return what is kept before an MLP, without anything of attention."""
+        return Saved(products=[Product() for _ in (*self.sizes.shapes.qkv, self.sizes.shapes.output)])
+
+    def _tiles_forward(self, tile: "PlainLayer") -> int:
+        """Run the MLP's tiles; begin their output."""
+
+        def run() -> int:
+            kept = tile._nothing_yet()
+            down = tile._mlp(tile.tape.new(0, ACTIVATIONS), kept)
+            tile.tape.free(*kept.of_mlp())
+            return down
+
+        s = self.sizes
+        return over_tiles(self.tape, s, tile.sizes, s.wide(s.shapes.hidden, s.stream), ACTIVATIONS, run)
+
+    def _mlp(self, x: int, saved: Saved, ends_input: bool = True) -> int:
         """Begin what the MLP keeps, and its output; `x` is kept or ended."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate_up = [self._linear(linear, saved) for linear in shapes.gate_up]
@@ -83,7 +105,7 @@ class PlainLayer:
         saved.product = self._kept_input(shapes.down, product)
         return down
 
-    def _mixture(self, x: int, saved: "Saved", experts: PlainExperts, stops_early: bool) -> int:
+    def _mixture(self, x: int, saved: Saved, experts: PlainExperts, stops_early: bool) -> int:
         """Begin what experts keep, and the MLP next to them where there is one, and their output."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         if shapes.gate_up:
@@ -110,8 +132,12 @@ class PlainLayer:
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
         x = self._norm_alone()
-        shared = self._mlp_alone(None if self._experts else x) if shapes.gate_up else None
-        inner = shared
+        shared = inner = None
+        if self._tile is not None:
+            inner = self._tiles_forward(self._tile)
+            t.free(x)
+        elif shapes.gate_up:
+            shared = inner = self._mlp_alone(None if self._experts else x)
         if self._experts is not None:
             inner = self._experts.forward_alone()
             t.free(x, shared)
@@ -148,7 +174,7 @@ class PlainLayer:
         self.tape.free(*kept.own_input, kept.low, kept.base, kept.high, *kept.copies)
         return out
 
-    def _outer_norm(self, saved: "Saved") -> None:
+    def _outer_norm(self, saved: Saved) -> None:
         """Begin what a norm behind attention or the MLP keeps, in families that have one."""
         if self.sizes.shapes.layer_norms == 4:
             saved.outer.append(self.tape.new(self.sizes.wide(self.sizes.shapes.hidden, 4), ACTIVATIONS))
@@ -188,9 +214,9 @@ class PlainLayer:
             t.free(wide)
         return out
 
-    def _linear(self, linear: Linear, saved: "Saved") -> int:
+    def _linear(self, linear: Linear, saved: Saved) -> int:
         t, s = self.tape, self.sizes
-        kept = _Product()
+        kept = Product()
         saved.products.append(kept)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised or s.stream != s.cell else None
         base = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
@@ -247,7 +273,7 @@ class PlainLayer:
             others = [output, *others]  # a fused kernel keeps its output, otherwise the next layer's adapter may
         return kept + [t.new(size, ACTIVATIONS) for size in others]
 
-    def forward_again(self, layer_input: int) -> "Saved":
+    def forward_again(self, layer_input: int) -> Saved:
         """Begin what a layer keeps that is calculated once more: by then the backward has begun."""
         between = None
         if self._experts is not None and not self.sizes.shapes.gate_up:
@@ -256,11 +282,13 @@ class PlainLayer:
         saved.spread = between
         return saved
 
-    def backward(self, saved: "Saved", gradient: int) -> int:
+    def backward(self, saved: Saved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes, n = self.tape, self.sizes, self.sizes.shapes, len(self.sizes.shapes.qkv)
         inner_gradient = self._outer_backward(saved, gradient)
-        if saved.experts is None:
+        if self._tile is not None:
+            gradient = self._tiles_backward(self._tile, saved, inner_gradient, gradient)
+        elif saved.experts is None:
             gradient = self._mlp_backward(saved, inner_gradient, gradient)
         else:
             gradient = self._mixture_backward(saved, saved.experts, gradient)
@@ -273,7 +301,7 @@ class PlainLayer:
         gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
         return self._norm_backward(saved.norms[:-1], gradient)
 
-    def _mlp_backward(self, saved: "Saved", inner_gradient: int, gradient: int) -> int:
+    def _mlp_backward(self, saved: Saved, inner_gradient: int, gradient: int) -> int:
         """Return the gradient of the MLP's input; `inner_gradient`, of its output, and `gradient`, of the stream, end
         (they may be one)."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
@@ -295,7 +323,23 @@ class PlainLayer:
             grads = [grad_gate, grad_up]
         return self._inputs_backward(shapes.gate_up, saved.products[first:down], grads, saved.mlp_input, gradient)
 
-    def _mixture_backward(self, saved: "Saved", kept: KeptExperts, gradient: int) -> int:
+    def _tiles_backward(self, tile: "PlainLayer", saved: Saved, inner_gradient: int, gradient: int) -> int:
+        """Calculate the MLP's tiles once more and go back through them; return and end what `_mlp_backward` does."""
+        t, s = self.tape, self.sizes
+
+        def run() -> int:
+            kept, part = tile._nothing_yet(), t.new(0, WORKING)
+            down = tile._mlp(t.new(0, WORKING), kept)
+            found = tile._mlp_backward(kept, part, part)
+            t.free(down)
+            return found
+
+        sums = t.new(mlp_sums(s), WORKING)
+        found = over_tiles(t, s, tile.sizes, s.wide(s.shapes.hidden, s.stream), WORKING, run)
+        t.free(sums, saved.mlp_input, None if inner_gradient == gradient else inner_gradient, gradient)
+        return found
+
+    def _mixture_backward(self, saved: Saved, kept: KeptExperts, gradient: int) -> int:
         """Return the gradient of the experts' input; `gradient`, of their output and of the stream, ends."""
         t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
         experts = self._experts
@@ -313,7 +357,7 @@ class PlainLayer:
         t.free(total, through_gate)
         return through_shared
 
-    def _outer_backward(self, saved: "Saved", gradient: int) -> int:
+    def _outer_backward(self, saved: Saved, gradient: int) -> int:
         """Return the gradient before a norm behind attention or the MLP; `gradient` itself in families without one."""
         if not saved.outer:
             return gradient
@@ -324,7 +368,7 @@ class PlainLayer:
         return out
 
     def _inputs_backward(
-        self, linears: tuple[Linear, ...], kept: list[_Product], grads: list[int], shared: int | None, gradient: int
+        self, linears: tuple[Linear, ...], kept: list[Product], grads: list[int], shared: int | None, gradient: int
     ) -> int:
         """Add up the gradients of the input that some layers share, behind a norm."""
         total = None
@@ -339,7 +383,7 @@ class PlainLayer:
         assert total is not None
         return total
 
-    def _linear_backward(self, linear: Linear, kept: _Product, gradient: int) -> int:
+    def _linear_backward(self, linear: Linear, kept: Product, gradient: int) -> int:
         """Return the gradient of a linear layer's input. `gradient`, of its output, stays."""
         t, s = self.tape, self.sizes
         low = of_base = None
@@ -372,26 +416,3 @@ class PlainLayer:
         out = t.new(s.wide(hidden, s.stream), WORKING)
         t.free(*working, *norm, gradient)
         return out
-
-
-@dataclass(slots=True)
-class Saved:
-    """What a layer's forward keeps for its backward, by tensor number."""
-
-    norms: list[int] = field(default_factory=list)
-    outer: list[int] = field(default_factory=list)
-    """Of norms behind attention and MLP."""
-    attention_input: int | None = None
-    mlp_input: int | None = None
-    attention: list[int] = field(default_factory=list)
-    mlp: list[int] = field(default_factory=list)
-    """The activated gate where it is kept, then gate and up."""
-    product: int | None = None
-    """The input of the last linear layer."""
-    experts: KeptExperts | None = None
-    shared: int | None = None
-    """The output of the MLP next to experts."""
-    spread: int | None = None
-    """The gradient of each expert's output, where it was there before the forward."""
-    products: list[_Product] = field(default_factory=list)
-    output: int | None = None

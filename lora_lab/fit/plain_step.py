@@ -1,7 +1,8 @@
 """Write a whole training step of engines eager and liger on a tape."""
 
 from lora_lab.fit.loss import chunked_loss, whole_loss
-from lora_lab.fit.plain_layer import PlainLayer, Saved
+from lora_lab.fit.plain_layer import PlainLayer
+from lora_lab.fit.saved import Saved
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind

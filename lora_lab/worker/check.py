@@ -5,7 +5,7 @@ A trial begins with the same functions, so that a sweep's check of its points an
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import EngineConfig, InvalidInput, TrialConfig
 from lora_lab.look import Look
 from lora_lab.options import DataSource
 from lora_lab.outcome import Unsupported
@@ -103,6 +103,7 @@ def _what_the_model_needs(config: TrialConfig) -> TrialConfig:
         model=config.model,
         method=config.method,
         precision=config.precision,
+        engine=EngineConfig(mlp_tile=config.engine.mlp_tile),
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
         seq_len=config.seq_len,

@@ -24,6 +24,7 @@ from lora_lab.worker.checkpoint import (
     make_skeleton,
 )
 from lora_lab.worker.experts import quantise_experts
+from lora_lab.worker.mlps import check_mlps
 from lora_lab.worker.pretrained import from_pretrained, model_name
 from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
@@ -96,6 +97,7 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
     check_not_quantised(config, architecture)
     with _conversion_errors():
         skeleton = make_skeleton(config, architecture)
+    check_mlps(config, skeleton)
     remarks = []
     if config.model.weights is Weights.pretrained:
         remarks = check_files(config.model, architecture, skeleton)

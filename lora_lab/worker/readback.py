@@ -128,6 +128,7 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         "gradient_checkpointing": config.gradient_checkpointing.value,
         "engine": config.engine.kind.value,
         "chunked_loss": str(config.engine.chunked_loss),
+        "mlp_tile": str(config.engine.mlp_tile),
         "autocast": _AUTOCAST[dtype],
         "grad_scaler": str(dtype is torch.float16),
     }

@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.worker.data import Collator, Example
-from lora_lab.worker.engines.engine import trainer_arguments
+from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 
 
 def make_trainer(
@@ -43,7 +43,7 @@ def training_arguments(config: TrialConfig, folder: str, device: torch.device, m
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum_steps,
-        gradient_checkpointing=config.gradient_checkpointing.by_trainer,
+        gradient_checkpointing=checkpoints_by_trainer(config),
         gradient_checkpointing_kwargs=checkpointing_arguments(config),
         learning_rate=config.learning_rate,
         weight_decay=config.optimizer.weight_decay,
@@ -68,7 +68,7 @@ def training_arguments(config: TrialConfig, folder: str, device: torch.device, m
 
 def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
     """Return TrainingArguments.gradient_checkpointing_kwargs; None where Trainer does no checkpointing."""
-    if not config.gradient_checkpointing.by_trainer:
+    if not checkpoints_by_trainer(config):
         return None
     return {
         "use_reentrant": False,

@@ -1,5 +1,6 @@
 """What the worker really does, seen on the CPU, against what the tape says: the peak of a step, and the loss."""
 
+import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,9 +17,10 @@ from lora_lab.data_config import DataConfig
 from lora_lab.fit.estimate import tape_of
 from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.fit.tiles import tile_tokens
 from lora_lab.fit.weights import adapter_sizes
 from lora_lab.options import Attention, Checkpointing, DataSource, DType, Quantization, Weights
-from lora_lab.worker.engines import chunked_loss
+from lora_lab.worker.engines import chunked_loss, tiled_mlp
 from lora_lab.worker.models import load_architecture, load_model
 
 pytestmark = [
@@ -86,6 +88,10 @@ def live_peak(config: TrialConfig) -> int:
     model = load_model(config, load_architecture(config.model), torch.device("cpu")).train()
     if config.engine.chunked_loss:
         chunked_loss.use_chunked_loss(model)
+    if config.engine.mlp_tile:
+        half = config.precision.dtype is not DType.fp32
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
+        tiled_mlp.tile_mlps(model, config.engine.mlp_tile, compiled=False, copies={}, autocast=autocast)
     if config.gradient_checkpointing is Checkpointing.full:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -219,7 +225,37 @@ def test_a_raised_stream_costs_wider_activations() -> None:
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", LORA), ("gemma3_text", LORA), ("llama", replace(NF4, raise_to_fp32=True))],
+    ids=["llama", "gemma3", "raised"],
+)
+def test_an_mlp_in_tiles_holds_a_tiles_tensors(
+    autocast_as_on_a_card: None, family: str, method: MethodConfig, full: bool
+) -> None:
+    """Of four tiles, in an MLP that is wider than everything else."""
+    config = of_family(family, method)
+    assert config.model.architecture is not None
+    config.model.architecture["intermediate_size"] = 2048
+    if full:
+        config.gradient_checkpointing = Checkpointing.full
+        config.engine.chunked_loss = True
+    whole = said_peak(config)
+    config.engine.mlp_tile = 128
+    tiled = live_peak(config)
+    assert said_peak(config) == pytest.approx(tiled, rel=0.03)
+    assert tiled < 0.6 * whole
+
+
+def test_tiles_are_those_of_the_engine() -> None:
+    for tokens, tile in ((1, 64), (64, 64), (65, 64), (300, 100), (5000, 4096), (78475, 4096), (4096, 4096)):
+        assert tile_tokens(tokens, tile) == tiled_mlp.tile_tokens(tokens, tile)
+
+
 def test_chunks_of_the_loss_are_those_of_the_engine() -> None:
     assert chunked_loss.CHUNK_ELEMENTS == CHUNK_ELEMENTS
     for rows, vocabulary, hidden in ((512, 151936, 1536), (16384, 151936, 1536), (8192, 128256, 4096), (100, 272, 0)):
-        assert chunk_rows(rows, vocabulary, hidden) == chunked_loss.chunk_rows(rows, vocabulary, hidden)
+        for tile in (None, 4096):
+            assert chunk_rows(rows, vocabulary, hidden, tile) == chunked_loss.chunk_rows(rows, vocabulary, hidden, tile)
+    assert chunk_rows(78475, 128256, 4096, 4096) < chunk_rows(78475, 128256, 4096) / 10

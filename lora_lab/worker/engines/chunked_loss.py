@@ -22,8 +22,9 @@ CHUNK_ELEMENTS = 2**26
 """Logits that may always exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
 
 _WIDER = 8
-"""Compiled, this many times the elements of the hidden state, about what the tensors of one layer's MLP take anyway:
-for many rows, larger products come closer to the card's peak. In eager mode a logit takes eight times the memory."""
+"""Compiled, this many times the elements of the hidden state, about what the tensors of one layer's MLP take anyway,
+or of a tile of it: for many rows, larger products come closer to the card's peak. In eager mode a logit takes eight
+times the memory."""
 
 _PARTS = 4
 """But no more than all logits divided by this."""
@@ -59,10 +60,10 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk, mlp_tile: int | None) -> Tensor:
         ctx.headroom = _HEADROOM if hidden.dtype is torch.float16 else 1.0
         compiled = chunk is not chunk_loss and ctx.needs_input_grad[0]
-        size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0)
+        size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0, mlp_tile)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], size):
@@ -80,25 +81,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
         # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
-        return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None
+        return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None, None
 
 
-def chunk_rows(rows: int, vocabulary: int, hidden_size: int) -> int:
+def chunk_rows(rows: int, vocabulary: int, hidden_size: int, mlp_tile: int | None = None) -> int:
     """Return the rows of a chunk: all of one size but the last, in as few chunks as alignment allows. More than 64 are
     aligned; for others torch.compile tries out a padded product when it first sees the size, with a copy of the head's
     weight.
 
     Args:
         hidden_size: 0 where no more than CHUNK_ELEMENTS logits may exist.
+        mlp_tile: the most rows that an MLP takes at a time, where it is in tiles.
     """
-    most = max(1, max(CHUNK_ELEMENTS, rows * min(_WIDER * hidden_size, vocabulary // _PARTS)) // vocabulary)
+    together = min(rows, mlp_tile or rows)
+    most = max(1, max(CHUNK_ELEMENTS, together * min(_WIDER * hidden_size, vocabulary // _PARTS)) // vocabulary)
     chunks = -(-rows // most)
     even = -(-rows // chunks)
     aligned = -(-even // _ALIGNED) * _ALIGNED
     return aligned if aligned <= most else max(most // _ALIGNED * _ALIGNED, min(even, _ALIGNED))
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss, mlp_tile: int | None = None
+) -> Tensor:
     """Sum the loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
 
     Args:
@@ -106,13 +111,14 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
         weight: the head's, (vocabulary, hidden size).
         labels: (rows,), already shifted.
         chunk: `chunk_loss`, or that compiled.
+        mlp_tile: see `chunk_rows`.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # the format that a linear layer would use
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(kind, enabled=False):
-        total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+        total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, mlp_tile)
         return total
 
 
@@ -128,9 +134,13 @@ def chunked_row_losses(causal: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
     return torch.stack([chunked_cross_entropy(h, weight, row) for h, row in zip(hidden, shifted, strict=True)])
 
 
-def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
+def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss, mlp_tile: int | None = None) -> None:
     """Make the causal language model calculate its loss in chunks whenever it gets labels. Its output then has no
     logits. The model's class is not touched.
+
+    Args:
+        chunk: `chunk_loss`, or that compiled.
+        mlp_tile: see `chunk_rows`.
 
     Raises: Unsupported when its head is not one frozen matrix, or when its loss is not the cross entropy of that head's
     logits (softcapped or scaled logits, say), found on a few tokens.
@@ -150,7 +160,7 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss) -> None:
         inputs.pop("return_dict", None)
         hidden = decoder(**inputs).last_hidden_state
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
-        total = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted, chunk)
+        total = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted, chunk, mlp_tile)
         count = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 

@@ -1,5 +1,6 @@
 """Compile decoder layers by torch.compile, one compilation for all of them."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -8,12 +9,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_lab.options import Checkpointing
 from lora_lab.outcome import Unsupported
+from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
 """Of one layer's code: one for each row length, twice that where only every other layer is checkpointed. And of the
 dequantization, one for each shape of a weight."""
+
+MEANT_TO_BREAK = "the MLP is calculated in tiles"
+"""Why a layer's compiled code is left at its MLP: a loop over tiles within it would be unrolled."""
 
 
 def compilations() -> int:
@@ -26,9 +31,12 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, whole: bool = True) -> None:
     """Compile each decoder layer for the shapes that come. A graph break or too many shapes is an error, never a silent
     slow path.
+
+    Args:
+        whole: False lets a layer leave its compiled code; `check_breaks` then says where else than it should.
 
     Raises: Unsupported when the model has no layers of the kind that transformers repeats.
     """
@@ -41,13 +49,28 @@ def compile_layers(model: Any) -> None:
     # without it the first layer's input needs no gradient, which would be one more compilation
     base_of(model).enable_input_require_grads()
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=whole, dynamic=False)
+
+
+def graph_breaks() -> Counter[str]:
+    """Count how often compiled code was left in this process, by torch's reasons."""
+    return Counter(counters["graph_break"])
+
+
+def check_breaks(found: Counter[str]) -> None:
+    """Raise Unsupported where compiled code was left for another reason than MEANT_TO_BREAK."""
+    others = [reason for reason in found if MEANT_TO_BREAK not in reason]
+    if others:
+        raise Unsupported(
+            "engine.mlp_tile: torch.compile leaves this model's layers elsewhere than at their MLP, which would be "
+            f"slow: {others[0].splitlines()[0]}. Use engine.mlp_tile=null or engine=eager."
+        )
 
 
 def is_compiled(layer: Any) -> bool:
     """Return True for a layer whose call torch compiles."""
     call = layer._compiled_call_impl
-    return call.is_compiled if isinstance(call, OffloadedCall) else call is not None
+    return call.is_compiled if isinstance(call, CheckpointedCall) else call is not None
 
 
 def checkpointing_of(model: Any) -> Checkpointing:
@@ -55,7 +78,7 @@ def checkpointing_of(model: Any) -> Checkpointing:
     layers = decoder_layers(model)
     if layers and all(isinstance(layer._compiled_call_impl, OffloadedCall) for layer in layers):
         return Checkpointing.offloaded
-    on = [bool(layer.gradient_checkpointing) for layer in layers]
+    on = [isinstance(layer._compiled_call_impl, CheckpointedCall) or layer.gradient_checkpointing for layer in layers]
     if not any(on):
         return Checkpointing.none
     return Checkpointing.full if all(on) else Checkpointing.selective

@@ -2,10 +2,11 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import TrialConfig
@@ -16,13 +17,15 @@ from lora_lab.phase import Phase
 from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.data import IGNORED, Collator, Example, sizes_of
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
+from lora_lab.worker.engines.checkpointed_calls import checkpoint_layers
 from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
-from lora_lab.worker.engines.compiled import compilations, compile_layers, decoder_layers
+from lora_lab.worker.engines.compiled import check_breaks, compilations, compile_layers, decoder_layers, graph_breaks
 from lora_lab.worker.engines.graph_step import Batch, GraphStep, forward_and_backward, tensors, use_graph_step
 from lora_lab.worker.engines.host_embeddings import move_embeddings
 from lora_lab.worker.engines.inspection import check_liger_support, engine_of, has_dropout, loss_is_chunked
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
+from lora_lab.worker.engines.tiled_mlp import mlp_tile_of, tile_mlps
 from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.phases import Emit, PhaseClock
@@ -75,6 +78,7 @@ class Engine(TrainerCallback):
         """The model's own, before accelerate wraps it; without the telemetry's hooks."""
         self._batches = batches
         self._compiles = kind in (EngineKind.compile, EngineKind.graph)
+        self._tile = config.engine.mlp_tile
         self._counts_labels = True
         self._warned: set[tuple[int, ...]] = set()
         self._step: GraphStep | None = None
@@ -87,18 +91,19 @@ class Engine(TrainerCallback):
         if kind is EngineKind.liger:
             check_liger_support(model)
         elif config.engine.chunked_loss:  # liger brings its own
-            use_chunked_loss(model, torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss)
+            chunk = torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss
+            use_chunked_loss(model, chunk, self._tile)
         if self._compiles:
             _settle_masks(config, model)
-        if kind is EngineKind.graph:
-            self._become_graph(config, model)
+        copies = self._become_graph(config, model) if kind is EngineKind.graph else {}
+        if self._tile is not None:
+            tile_mlps(model, self._tile, self._compiles, copies, self._autocast)
         if self._compiles:
-            compile_layers(model)
-        if config.gradient_checkpointing is Checkpointing.offloaded:
-            # a CUDA graph can't keep random state, and has no dropout then
-            offload_checkpoints(decoder_layers(model), model.device, keeps_random_state=kind is not EngineKind.graph)
+            compile_layers(model, whole=self._tile is None)
+        _checkpoint(config, model)
 
-    def _become_graph(self, config: TrialConfig, model: Any) -> None:
+    def _become_graph(self, config: TrialConfig, model: Any) -> Mapping[Tensor, Tensor]:
+        """Return the copies of trained parameters that the model's products then use."""
         if config.gradient_checkpointing is not Checkpointing.none and has_dropout(model):
             raise Unsupported(
                 f"engine=graph with gradient_checkpointing={config.gradient_checkpointing.name}: this model has dropout"
@@ -123,6 +128,7 @@ class Engine(TrainerCallback):
         use_graph_step(model, self._step)
         self._clock.replayed = self._step
         self.callbacks.append(TrainerShortcuts())
+        return copies
 
     def attach(self, trainer: Any) -> None:
         """Take from the trainer what it has made for this model."""
@@ -148,6 +154,7 @@ class Engine(TrainerCallback):
             return
         self._clock.enter(Phase.compilation)
         model.train()
+        breaks = graph_breaks()
         with compiling():
             began = time.monotonic()
             for batch in self._batches:
@@ -157,6 +164,8 @@ class Engine(TrainerCallback):
             if self._model.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+        if self._tile is not None:
+            check_breaks(graph_breaks() - breaks)
         self._compiled = compilations()
         self._emit(
             Compiled(
@@ -194,7 +203,11 @@ class Engine(TrainerCallback):
 
     def ran(self) -> dict[str, str]:
         """Read from the live model what really runs: facts by name, as in readback."""
-        return {"engine": engine_of(self._model, self._step).value, "chunked_loss": str(loss_is_chunked(self._model))}
+        return {
+            "engine": engine_of(self._model, self._step).value,
+            "chunked_loss": str(loss_is_chunked(self._model)),
+            "mlp_tile": str(mlp_tile_of(self._model)),
+        }
 
     def _watch(self, run: Callable[[], object]) -> None:
         self._attention.seen = kernels_of(run) | (self._attention.seen or frozenset())
@@ -213,6 +226,25 @@ def shapes(config: TrialConfig, examples: Sequence[Example], collator: Collator)
     by_size = {size: place for place, size in enumerate(sizes_of(examples))}
     by_width = {collator.width_of([example]): example for example in map(examples.__getitem__, by_size.values())}
     return [tensors(collator([by_width[width]] * config.batch_size)) for width in sorted(by_width, reverse=True)]
+
+
+def checkpoints_by_trainer(config: TrialConfig) -> bool:
+    """Return whether Trainer's own arguments switch checkpointing on."""
+    if config.gradient_checkpointing not in (Checkpointing.full, Checkpointing.selective):
+        return False
+    # it does so within compiled code, which tiles leave
+    return config.engine.mlp_tile is None or config.engine.kind not in (EngineKind.compile, EngineKind.graph)
+
+
+def _checkpoint(config: TrialConfig, model: Any) -> None:
+    """Checkpoint the layers, where Trainer does not."""
+    mode, layers = config.gradient_checkpointing, decoder_layers(model)
+    # a CUDA graph can't keep random state, and has no dropout then
+    keeps = config.engine.kind is not EngineKind.graph
+    if mode is Checkpointing.offloaded:
+        offload_checkpoints(layers, model.device, keeps_random_state=keeps)
+    elif mode is not Checkpointing.none and not checkpoints_by_trainer(config):
+        checkpoint_layers(layers[:: 2 if mode is Checkpointing.selective else 1], keeps_random_state=keeps)
 
 
 def _settle_masks(config: TrialConfig, model: Any) -> None:

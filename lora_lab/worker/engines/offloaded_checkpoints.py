@@ -7,15 +7,14 @@ during the backward of the next layer. The last layer's input stays: its backwar
 torch.autograd.graph.save_on_cpu offloads too, but waits for each copy, which a CUDA graph can't record.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lora_lab.outcome import Unsupported, says_out_of_memory
+from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
 
 
 @dataclass(slots=True)
@@ -127,7 +126,7 @@ class HostShelf:
             ) from error
 
 
-class OffloadedCall:
+class OffloadedCall(CheckpointedCall):
     """Calls a decoder layer checkpointed, with its input on the shelf."""
 
     def __init__(self, layer: Any, number: int, shelf: HostShelf | None, keeps_random_state: bool) -> None:
@@ -139,24 +138,14 @@ class OffloadedCall:
             shelf: None for a layer whose input stays on the card.
             keeps_random_state: see `offload_checkpoints`.
         """
-        self._layer = layer
-        self._call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
+        super().__init__(layer, keeps_random_state)
         self._number = number
         self._shelf = shelf
-        self._keeps_random_state = keeps_random_state
 
-    @property
-    def is_compiled(self) -> bool:
-        """True where the layer itself is compiled."""
-        return bool(self._call != self._layer._call_impl)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer."""
-        if not (self._layer.training and torch.is_grad_enabled()):
-            return self._call(*args, **kwargs)
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
         shelf, number = self._shelf, self._number
         if shelf is None:
-            return self._checkpointed(*args, **kwargs)
+            return super()._checkpointed(*args, **kwargs)
         if not (args and isinstance(args[0], Tensor)):
             raise Unsupported(
                 f"gradient_checkpointing=offloaded: {type(self._layer).__name__} is not given its input first. "
@@ -173,11 +162,7 @@ class OffloadedCall:
 
         # checkpoint has hooks of its own inside: these see what it keeps, and nothing of the layer
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self._checkpointed(*args, **kwargs)
-
-    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
-        kept = self._keeps_random_state
-        return checkpoint(self._call, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
+            return super()._checkpointed(*args, **kwargs)
 
 
 def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_state: bool) -> None:
