@@ -62,7 +62,9 @@ class Roofline:
         self._model = model
         self._speeds = speeds
         self._fitted = fitted
-        self._repeated = repeated_share(config.gradient_checkpointing.name, model.layers)
+        # an MLP in tiles is calculated twice in any case, and is most of its layer
+        is_tiled = config.engine.mlp_tile is not None
+        self._repeated = 1.0 if is_tiled else repeated_share(config.gradient_checkpointing.name, model.layers)
 
     def step(self, batches: Iterable[MicroBatch]) -> StepTime:
         """Return the time of an optimizer step over these micro-batches."""

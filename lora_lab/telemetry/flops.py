@@ -26,6 +26,7 @@ _NO_WINDOW = "the measured window was not completed"
 _NO_COUNT = "the model's weights were not counted"
 _NO_LENGTHS = "the steps do not say how long their documents are"
 _NO_RATE = "the device's matrix product rate was not measured"
+_TILES = "MLPs in tiles are calculated twice here, and their share of a layer was not counted"
 
 _OF_THE_MODEL = (
     "flops/per_token",
@@ -42,7 +43,7 @@ _OF_THE_DEVICE = ("flops/hardware_tflop_per_second", "flops/hfu")
 def flops(
     counted: ModelCounted | None,
     window: Window | None,
-    repeated: float,
+    repeated: float | None,
     attention_kernel: str,
     rate: MatmulRate | None,
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -57,8 +58,9 @@ def flops(
         counted: the model's weights; None when the worker did not count them.
         window: the measured steps; None when there is no window.
         repeated: share of the decoder layers whose forward gradient checkpointing calculates once more in the
-            backward, see `repeated_share`. A compiler's own choice is not known: with engine=compile and graph it may
-            keep some of that, or recompute more.
+            backward, see `repeated_share`; None where MLPs in tiles are calculated once more and the rest of their
+            layer is not. A compiler's own choice is not known: with engine=compile and graph it may keep some of that,
+            or recompute more.
         attention_kernel: the read-back fact of that name, as in "flash" or "flash, memory_efficient".
         rate: the device's best rate in operations per second; None when it was not measured.
     """
@@ -89,12 +91,14 @@ def flops(
         "flops/per_token_products": products(counted, real) / real,
         "flops/per_token_attention_causal": causal / real,
         "flops/per_token_attention_square": square / real,
-        "flops/per_token_recomputation": repeated * again / real,
         "flops/model_tflop_per_second": work / window.seconds / 1e12,
     }
     if rate is not None:
         metrics["flops/mfu"] = work / window.seconds / rate.flops_per_second
 
+    if repeated is None:
+        return metrics, dict.fromkeys((*_OF_THE_DEVICE, "flops/per_token_recomputation"), _TILES) | absent
+    metrics["flops/per_token_recomputation"] = repeated * again / real
     kernels = frozenset(attention_kernel.split(", "))
     if not (kernels <= FUSED or kernels <= UNFUSED):
         seen = "was not seen" if attention_kernel == "not seen" else f"is {attention_kernel}, whose cost is not known"

@@ -1,6 +1,6 @@
 """Calculate all figures of a trial: a pure function of its events, samples and host facts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_lab.events import Ended, Evaluated, Event, MatmulRate, ModelCounted, PhaseMemory, Ran, Step, Warned
 from lora_lab.outcome import Outcome
@@ -77,12 +77,18 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
     metrics, absent = flops(
         counted,
         window,
-        repeated_share(ran.get("gradient_checkpointing", "none"), layers),
+        _repeated(ran, layers),
         ran.get("attention_kernel", "not seen"),
         next((event for event in events if isinstance(event, MatmulRate)), None),
     )
     summary.metrics |= metrics
     summary.absent |= absent
+
+
+def _repeated(ran: Mapping[str, str], layers: int | None) -> float | None:
+    """Return the share of the layers that are calculated twice; None where it is not known."""
+    share = repeated_share(ran.get("gradient_checkpointing", "none"), layers)
+    return share if share == 1 or ran.get("mlp_tile", "None") == "None" else None
 
 
 def _ended(events: Sequence[Event]) -> Ended | None:

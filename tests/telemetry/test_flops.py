@@ -227,6 +227,7 @@ OF_THE_KERNEL = {"flops/hardware_tflop_per_second", "flops/hfu"}
         ({"attention_kernel": "not seen"}, OF_THE_KERNEL, "kernel was not seen"),
         ({"attention_kernel": "ring"}, OF_THE_KERNEL, "is ring"),
         ({"attention_kernel": "flash, math"}, OF_THE_KERNEL, "is flash, math"),
+        ({"repeated": None}, OF_THE_KERNEL | {"flops/per_token_recomputation"}, "MLPs in tiles"),
         ({"window": None}, NAMES - {"flops/matmul_tflop_per_second"}, "window was not completed"),
         ({"counted": None}, NAMES - {"flops/matmul_tflop_per_second"}, "were not counted"),
         ({"window": WITHOUT_LENGTHS}, NAMES - {"flops/matmul_tflop_per_second"}, "how long their documents"),

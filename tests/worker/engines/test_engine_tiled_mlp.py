@@ -2,19 +2,22 @@
 
 import functools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import compiles
 from engine_models import adapted, adapters, furthest, loss_and_gradients, pack, padded
+from tiny_trials import ended, tiny_config
 from torch import Tensor, nn
 
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.events import Evaluated, Event, Ran, Step
 from lora_lab.options import Attention, Checkpointing, DType, EngineKind, Quantization, Weights
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.engines import tiled_mlp
+from lora_lab.worker.engines import engine, tiled_mlp
 from lora_lab.worker.engines.compiled import (
     check_breaks,
     checkpointing_of,
@@ -29,6 +32,7 @@ from lora_lab.worker.mlps import mlps_of
 from lora_lab.worker.models import check_model, load_architecture
 from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.training import checkpointing_arguments
+from lora_lab.worker.trial import run_trial
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
@@ -296,6 +300,33 @@ def test_tiles_are_as_few_as_there_must_be_and_of_one_size(tile: int) -> None:
         assert tiles == -(-tokens // tile)
         assert tiles == 1 or size % 64 == 0 or size == -(-tokens // tiles)
     assert tile_tokens(5000, 4096) == 2560, "two of 4096 would calculate 3192 tokens too many"
+
+
+def test_a_trial_trains_evaluates_and_reads_back_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said: dict[int | None, list[Event]] = {None: [], TILE: []}
+    for tile, events in said.items():
+        config = tiny_config(rank=4)
+        config.seq_len, config.gradient_checkpointing, config.grad_accum_steps = 80, Checkpointing.full, 2
+        config.data.rows = 12
+        config.engine.mlp_tile = tile
+        run_trial(config, tmp_path / str(tile), events.append)
+        assert ended(events) == ("finished", "")
+        assert next(event.facts for event in events if isinstance(event, Ran))["mlp_tile"] == str(tile)
+    whole, tiled = ([e.loss for e in events if isinstance(e, (Step, Evaluated))] for events in said.values())
+    assert tiled == pytest.approx(whole, abs=1e-4)
+    assert tiled[-1] < tiled[0]
+
+
+def test_a_trial_whose_mlp_is_whole_after_all_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(engine, "tile_mlps", lambda *_: None)
+    config, events = tiny_config(rank=4), list[Event]()
+    config.engine.mlp_tile = TILE
+    run_trial(config, tmp_path, events.append)
+    outcome, reason = ended(events)
+    assert outcome == "failed"
+    assert "mlp_tile: asked for 64, got None" in reason
 
 
 class Shifting(nn.Module):
