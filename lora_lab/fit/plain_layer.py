@@ -6,6 +6,7 @@ tensor is dropped. Engine liger differs in the norms, in the MLP and in the rota
 
 from lora_lab.fit.dora import merged_weight, output_backward, scaled_output
 from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
+from lora_lab.fit.plain_norms import PlainNorms
 from lora_lab.fit.saved import Product, Saved
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
@@ -29,8 +30,7 @@ class PlainLayer:
         self._experts = PlainExperts(tape, sizes, sizes.shapes.experts) if sizes.shapes.experts else None
         tile = None if is_tile else tile_of(sizes)
         self._tile = None if tile is None else PlainLayer(tape, tile, liger, is_tile=True)
-        self._keeps_stream = liger or sizes.stream == 4
-        """Whether norms keep their input itself, and not a copy in fp32."""
+        self._norms = PlainNorms(tape, sizes, liger)
 
     def forward(self, layer_input: int, has_gradient: bool = True, stops_early: bool = False) -> Saved:
         """Begin what a forward keeps, and its output. `layer_input` is kept or ended.
@@ -42,17 +42,17 @@ class PlainLayer:
         """
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         saved = Saved()
-        x = self._norm(saved.norms, layer_input, has_gradient)
+        x = self._norms.forward(saved.norms, layer_input, has_gradient)
         heads = [self._linear(linear, saved) for linear in shapes.qkv]
         saved.attention_input = self._kept_input(shapes.qkv, x)
         saved.attention = self._attention(heads)
         attended = self._linear(shapes.output, saved)
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
-        self._outer_norm(saved)
-        if not (self._keeps_stream and has_gradient):
+        self._norms.outer_forward(saved.outer)
+        if not (self._norms.keeps_stream and has_gradient):
             t.free(layer_input)
-        x = self._norm(saved.norms, residual, has_gradient=True)
+        x = self._norms.forward(saved.norms, residual, has_gradient=True)
         if self._tile is not None:
             saved.mlp_input = x
             if stops_early and shapes.layer_norms != 4:  # all that is kept is there
@@ -65,12 +65,12 @@ class PlainLayer:
         if not (stops_early and self._experts and saved.shared is None):
             saved.output = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(inner)
-        self._outer_norm(saved)
+        self._norms.outer_forward(saved.outer)
         return self._without_stream(saved, residual)
 
     def _without_stream(self, saved: Saved, residual: int) -> Saved:
         """End the stream between attention and MLP, where no norm keeps it."""
-        if not self._keeps_stream:
+        if not self._norms.keeps_stream:
             self.tape.free(residual)
         return saved
 
@@ -123,7 +123,7 @@ class PlainLayer:
     def forward_alone(self) -> int:
         """Run a forward that keeps nothing; return its output."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        x = self._norm_alone()
+        x = self._norms.forward_alone()
         heads = [self._linear_alone(linear) for linear in shapes.qkv]
         t.free(x)
         attention = self._attention(heads)
@@ -131,7 +131,7 @@ class PlainLayer:
         t.free(*attention)
         residual = t.new(s.wide(shapes.hidden, s.stream), ACTIVATIONS)
         t.free(attended)
-        x = self._norm_alone()
+        x = self._norms.forward_alone()
         shared = inner = None
         if self._tile is not None:
             inner = self._tiles_forward(self._tile)
@@ -158,26 +158,12 @@ class PlainLayer:
         t.free(product)
         return down
 
-    def _norm_alone(self) -> int:
-        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
-        working = (
-            [] if self.liger else [t.new(s.wide(hidden, 4), WORKING) for _ in range(1 if self._keeps_stream else 2)]
-        )
-        out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
-        t.free(*working)
-        return out
-
     def _linear_alone(self, linear: Linear) -> int:
         saved = Saved()
         out = self._linear(linear, saved)
         [kept] = saved.products
         self.tape.free(*kept.own_input, kept.low, kept.base, kept.high, *kept.copies)
         return out
-
-    def _outer_norm(self, saved: Saved) -> None:
-        """Begin what a norm behind attention or the MLP keeps, in families that have one."""
-        if self.sizes.shapes.layer_norms == 4:
-            saved.outer.append(self.tape.new(self.sizes.wide(self.sizes.shapes.hidden, 4), ACTIVATIONS))
 
     def _keeps_own_input(self, linear: Linear) -> bool:
         """Return whether the adapter saves a copy of its input, and not the tensor that it is given: PEFT casts it to
@@ -194,25 +180,6 @@ class PlainLayer:
             return x
         self.tape.free(x)
         return None
-
-    def _norm(self, norms: list[int], stream: int, has_gradient: bool) -> int:
-        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
-        if self._keeps_stream:
-            if has_gradient:
-                norms.append(stream)
-            scaled = None if self.liger else t.new(s.wide(hidden, 4), WORKING)
-            out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
-            t.free(scaled)
-            return out
-        wide = t.new(s.wide(hidden, 4), ACTIVATIONS)
-        scaled = t.new(s.wide(hidden, 4), WORKING)
-        out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
-        t.free(scaled)
-        if has_gradient:
-            norms.append(wide)
-        else:
-            t.free(wide)
-        return out
 
     def _linear(self, linear: Linear, saved: Saved) -> int:
         t, s = self.tape, self.sizes
@@ -285,21 +252,21 @@ class PlainLayer:
     def backward(self, saved: Saved, gradient: int) -> int:
         """End what the forward kept; return the gradient of the layer's input, which has taken `gradient`'s place."""
         t, s, shapes, n = self.tape, self.sizes, self.sizes.shapes, len(self.sizes.shapes.qkv)
-        inner_gradient = self._outer_backward(saved, gradient)
+        inner_gradient = self._norms.outer_backward(saved.outer, gradient)
         if self._tile is not None:
             gradient = self._tiles_backward(self._tile, saved, inner_gradient, gradient)
         elif saved.experts is None:
             gradient = self._mlp_backward(saved, inner_gradient, gradient)
         else:
             gradient = self._mixture_backward(saved, saved.experts, gradient)
-        gradient = self._norm_backward(saved.norms[-1:], gradient)
-        inner_gradient = self._outer_backward(saved, gradient)
+        gradient = self._norms.backward(saved.norms[-1:], gradient)
+        inner_gradient = self._norms.outer_backward(saved.outer, gradient)
         grad_attended = self._linear_backward(shapes.output, saved.products[n], inner_gradient)
         t.free(None if inner_gradient == gradient else inner_gradient)
         grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
         t.free(grad_attended, *saved.attention)
         gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
-        return self._norm_backward(saved.norms[:-1], gradient)
+        return self._norms.backward(saved.norms[:-1], gradient)
 
     def _mlp_backward(self, saved: Saved, inner_gradient: int, gradient: int) -> int:
         """Return the gradient of the MLP's input; `inner_gradient`, of its output, and `gradient`, of the stream, end
@@ -357,16 +324,6 @@ class PlainLayer:
         t.free(total, through_gate)
         return through_shared
 
-    def _outer_backward(self, saved: Saved, gradient: int) -> int:
-        """Return the gradient before a norm behind attention or the MLP; `gradient` itself in families without one."""
-        if not saved.outer:
-            return gradient
-        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
-        working = [t.new(s.wide(hidden, 4), WORKING) for _ in range(4)]
-        out = t.new(s.wide(hidden, s.stream), WORKING)
-        t.free(*working, saved.outer.pop())
-        return out
-
     def _inputs_backward(
         self, linears: tuple[Linear, ...], kept: list[Product], grads: list[int], shared: int | None, gradient: int
     ) -> int:
@@ -406,13 +363,3 @@ class PlainLayer:
         base = t.new(s.wide(linear.inputs, s.stream), WORKING)
         t.free(weight, low, of_base, *kept.copies)
         return base
-
-    def _norm_backward(self, norm: list[int], gradient: int) -> int:
-        t, s, hidden = self.tape, self.sizes, self.sizes.shapes.hidden
-        if self.liger:
-            t.free(*norm)
-            return gradient
-        working = [t.new(s.wide(hidden, 4), WORKING) for _ in range(4)]
-        out = t.new(s.wide(hidden, s.stream), WORKING)
-        t.free(*working, *norm, gradient)
-        return out

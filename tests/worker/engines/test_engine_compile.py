@@ -26,15 +26,17 @@ COMMON = [
 CASES: dict[str, list[str]] = {
     "qlora": ["precision=bf16", "gradient_checkpointing=full", "grad_accum_steps=2"],
     "selective": ["method=lora", "precision=fp32", "gradient_checkpointing=selective", "data.batching=packed"],
+    "tiles": ["precision=bf16", "gradient_checkpointing=selective", "engine.mlp_tile=64", "batch_size=3"],
 }
-SHAPES = {"qlora": [[2, 128]], "selective": [[2, 128]]}
+SHAPES = {"qlora": [[2, 128]], "selective": [[2, 128]], "tiles": [[3, 128]]}
+BY_NIGHT = ("selective", "tiles")
 APART = 2e-2
 """Nats a token that a step's loss may differ by."""
 
 Said = dict[str, list[list[Event]]]
 
 
-NAMES = ["qlora", pytest.param("selective", marks=pytest.mark.nightly)]
+NAMES = ["qlora", *(pytest.param(name, marks=pytest.mark.nightly) for name in BY_NIGHT)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     """What eager and compile said in each case."""
     found: Said = {}
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    for name in ["qlora", *(["selective"] if request.config.getoption("--nightly") else [])]:
+    for name in ["qlora", *(BY_NIGHT if request.config.getoption("--nightly") else [])]:
         home = tmp_path_factory.mktemp(name)
         trials = [[*COMMON, *CASES[name], f"engine={kind}"] for kind in ("eager", "compile")]
         said = lab_in(home, "engine_trials")(str(home), json.dumps(trials), PYTHONPATH=path)
