@@ -19,13 +19,18 @@ from benchmarks.fit_error import held_out_table as fit_held_out
 from benchmarks.fit_error import table as fit_error
 from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
+from benchmarks.forecast_jobs import table as forecast_jobs
 from benchmarks.forecast_table import forecast_errors
 from benchmarks.jobs_table import killed, lab_chat, maths, quality
+from benchmarks.lean_losses import table as lean_losses
 from benchmarks.mask_check import table as mask_check
 from benchmarks.one_factor_table import one_factor
+from benchmarks.outside_torch import table as outside_torch
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
 from benchmarks.raise_table import raising
+from benchmarks.small_cards import said_table as small_cards_said
+from benchmarks.small_cards import table as small_cards
 from benchmarks.square_table import square_wave
 from benchmarks.steady_table import steady
 from benchmarks.trial_example import by_hand, recomputed
@@ -69,6 +74,12 @@ MADE: dict[str, Callable[[], str]] = {
     "fit-trials": fit_trials,
     "fit-context": fit_context,
     "fit-others": fit_others,
+    "forecast-jobs": forecast_jobs,
+    "small-cards": small_cards,
+    "small-cards-said": small_cards_said,
+    "lean-losses": lean_losses,
+    "outside-torch": outside_torch,
+    "peers-8b-lean": partial(peers.page, "h200/peers_qlora_llama3_1_8b_lean"),
     "peers-summary": peers.summary,
     "peers-1_5b": partial(peers.page, "h200/peers_qlora_qwen2_5_1_5b"),
     "peers-8b": partial(peers.page, "h200/peers_qlora_llama3_1_8b"),

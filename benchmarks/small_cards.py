@@ -1,12 +1,16 @@
 """Run trials within emulated small cards, each alone on the card: what trains there, and how fast.
 
     python -m benchmarks.small_cards OUT [--seconds 300] [--have FILE ...] [--only WORD]
+    python -m benchmarks.small_cards said OUT          the longest rows that lora_lab.fit names; needs no card
 
 Writes OUT/small_cards.json after every trial; a later call goes on with what earlier files (--have) do not have.
 """
 
 import argparse
+import os
 import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,9 @@ from benchmarks.compose import compose
 from benchmarks.fit_cases import COMMON, MODELS
 from benchmarks.fit_memory import Case, Run, earlier
 from benchmarks.reports import markdown, stored, where
+from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, estimate
+from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import shapes_of
 
 _SHAPES = {
@@ -45,7 +51,9 @@ _TITLES = {
     "llama2-13b": "Llama-2-13B",
     "qwen2.5-7b": "Qwen2.5-7B",
 }
-_LONG = "method=qlora method.rank=32 optimizer=adamw_8bit engine=graph memory=lean engine.mlp_tile=4096"
+_RANK_32 = "method=qlora method.rank=32 optimizer=adamw_8bit"
+_TILED = "engine=graph memory=lean engine.mlp_tile=4096"
+_LONG = f"{_RANK_32} {_TILED}"
 _QLORA = "method=qlora engine=graph"
 _FULL = f"{_QLORA} gradient_checkpointing=full"
 _LORA = "method=lora engine=graph gradient_checkpointing=full grad_accum_steps=16"
@@ -86,7 +94,47 @@ CASES = (
 )
 
 
+CARDS = (6, 8, 12, 16, 24)
+_LONGEST_BY = ("engine=liger gradient_checkpointing=full", "engine=graph memory=lean", _TILED)
+
+
+def said(out: Path) -> None:
+    """Write out/small_cards_said.json: of each model, way and card the longest rows that fit for certain and that may
+    fit, with the stated default for context and libraries."""
+    os.environ["XDG_CACHE_HOME"] = str(out / "nowhere")
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(_lengths, ((model, way) for model in ("llama3.1", "qwen2.5") for way in _LONGEST_BY)))
+    write_json(out / "small_cards_said.json", {"cards": CARDS, "rows": rows})
+
+
+def _lengths(asked: tuple[str, str]) -> dict[str, Any]:
+    model, way = asked
+    config = compose([*_SHAPES[model], *COMMON, *_RANK_32.split(), "batch_size=1", *way.split()])
+    search = Search(config, shapes_of(config.model))
+    ends = [[search.largest("seq_len", card * GIB, certain=sure) for sure in (True, False)] for card in CARDS]
+    return {"model": model, "settings": way, "lengths": ends}
+
+
+def said_table() -> str:
+    """Return docs/small_cards.md's table of the longest rows."""
+    content = stored("small_cards_said")
+    lines = [
+        [_TITLES[row["model"]], f"`{row['settings']}`", *(_between(*ends) for ends in row["lengths"])]
+        for row in content["rows"]
+    ]
+    return markdown(["model", "settings", *(f"{card} GiB" for card in content["cards"])], lines)
+
+
+def _between(certain: int, possible: int) -> str:
+    if not possible:
+        return "-"
+    return f"{certain:,} to {possible:,}" if possible > certain else f"{certain:,}"
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["said"]:
+        said(Path(sys.argv[2]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=300.0)

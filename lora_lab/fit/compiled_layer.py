@@ -8,7 +8,7 @@ worker/engines/fused_lora.py, and layers with the same input are unpacked togeth
 from dataclasses import dataclass, field
 
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_backward, attention_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
 
@@ -183,15 +183,17 @@ class CompiledLayer:
             assert self._tile is not None
             grad_x = self._tiles_backward(self._tile, saved)
         t.free(saved.mlp_input)
-        gradient = self._norm_backward(grad_x, gradient)
+        # the attention half is compiled by itself then, and autograd holds what it hands over until it returns
+        held = () if self._tile is None else (grad_x, gradient)
+        gradient = self._norm_backward(grad_x, gradient, ends=self._tile is None)
         t.free(saved.middle)
         grad_attended = self._products_backward((shapes.output,))
         grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
-        t.free(grad_attended, *saved.attention)
+        t.free(*attention_backward(t, s), grad_attended, *saved.attention)
         grad_x = self._products_backward(shapes.qkv)
         t.free(*grads, saved.attention_input, *saved.low)
         gradient = self._norm_backward(grad_x, gradient)
-        t.free(saved.layer_input)
+        t.free(saved.layer_input, *held)
         return gradient
 
     def mlp_backward(self, kept: CompiledMlp) -> int:
@@ -248,10 +250,10 @@ class CompiledLayer:
         t.free(*working, *scaled)
         return found
 
-    def _norm_backward(self, grad_x: int, gradient: int) -> int:
+    def _norm_backward(self, grad_x: int, gradient: int, ends: bool = True) -> int:
         t, s = self.tape, self.sizes
         out = t.new(s.wide(s.shapes.hidden, s.stream), WORKING)
-        t.free(grad_x, gradient)
+        t.free(*((grad_x, gradient) if ends else ()))
         return out
 
 

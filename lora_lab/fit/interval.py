@@ -85,7 +85,7 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
     if mode is Checkpointing.selective and kind is not EngineKind.eager:
         yield f"gradient_checkpointing=selective with engine={kind.name}: not measured"
     if config.engine.mlp_tile is not None:
-        yield "an MLP in tiles: not measured"
+        yield "an MLP in tiles: measured at two lengths"
     if config.precision.dtype is DType.fp32:
         yield "fp32: measured at one shape"
     if config.attention is not Attention.sdpa or config.data.batching is Batching.packed:

@@ -9,7 +9,7 @@ from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.plain_norms import PlainNorms
 from lora_lab.fit.saved import Product, Saved
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_bytes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_backward, attention_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
 from lora_lab.options import Attention
@@ -264,7 +264,7 @@ class PlainLayer:
         grad_attended = self._linear_backward(shapes.output, saved.products[n], inner_gradient)
         t.free(None if inner_gradient == gradient else inner_gradient)
         grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
-        t.free(grad_attended, *saved.attention)
+        t.free(*attention_backward(t, s), grad_attended, *saved.attention)
         gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
         return self._norms.backward(saved.norms[:-1], gradient)
 

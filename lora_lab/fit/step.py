@@ -97,6 +97,19 @@ def attention_bytes(sizes: Sizes) -> list[int]:
     return kept
 
 
+def attention_backward(tape: Tape, sizes: Sizes) -> list[int]:
+    """Begin what the flash kernel needs for its backward: the gradient of q, added up in fp32; and those of k and v for
+    each head of q, where several share one of k (mha_bwd in torch's flash_attn/flash_api.cpp). Other kernels need less.
+    """
+    shapes = sizes.shapes
+    if sizes.is_masked or sizes.config.attention is Attention.eager:
+        return []
+    found = [tape.new(sizes.wide(shapes.query_width, 4), WORKING)]
+    if shapes.key_width < shapes.query_width:
+        found += [tape.new(sizes.wide(shapes.query_width), WORKING) for _ in range(2)]
+    return found
+
+
 def adapter_gradients(tape: Tape, sizes: Sizes, linear: Linear) -> None:
     """Begin the gradients of a layer's adapter, in fp32, which stay until the optimizer has taken them."""
     if sizes.config.grad_accum_steps == 1:
