@@ -20,10 +20,10 @@ def mlps_of(model: Any) -> list[Any]:
 
 def check_mlps(config: TrialConfig, skeleton: Any) -> None:
     """Raise InvalidInput where `engine.mlp_tile` is asked for and the model's modules do not allow it."""
-    tile, mlps = config.engine.mlp_tile, mlps_of(skeleton)
+    tile = config.engine.mlp_tile
     if tile is None:
         return
-    fault = ""
+    mlps, fault = mlps_of(skeleton), ""
     if not mlps or None in mlps:
         fault = "its layers have no module named mlp"
     elif any(next(expert_weights(mlp), None) for mlp in mlps):

@@ -225,11 +225,15 @@ def test_a_raised_stream_costs_wider_activations() -> None:
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [("llama", LORA), ("gemma3_text", LORA), ("llama", replace(NF4, raise_to_fp32=True))],
-    ids=["llama", "gemma3", "raised"],
+    ("family", "method", "full"),
+    [
+        ("llama", LORA, False),
+        ("llama", LORA, True),
+        ("gemma3_text", LORA, True),
+        ("llama", replace(NF4, raise_to_fp32=True), True),
+    ],
+    ids=["kept", "recomputed", "gemma3", "raised"],
 )
 def test_an_mlp_in_tiles_holds_a_tiles_tensors(
     autocast_as_on_a_card: None, family: str, method: MethodConfig, full: bool

@@ -25,7 +25,7 @@ from lora_lab.worker.mlps import mlps_of
 _ALIGNED = 64
 
 _ROUNDING = 0.05
-"""Of the largest number, in any format."""
+"""What rounding may change, as a share of the largest number: in any format, and by any kernels."""
 
 
 class _TiledMlp:
@@ -36,7 +36,7 @@ class _TiledMlp:
     calculate: Callable[[Any, Tensor], Tensor]
     """The MLP's own forward, perhaps compiled: of the module, and (1, tokens, hidden size)."""
     trained: list[Tensor]
-    """What its products use that is trained."""
+    """What its products use that is trained: parameters, or the copies of them that an engine works with."""
 
     @torch.compiler.disable(reason=MEANT_TO_BREAK)  # type: ignore[untyped-decorator]
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -116,7 +116,14 @@ def _as_it_is(saved: Tensor) -> Tensor:
 
 
 def _over_tiles(run: Callable[..., Tensor], x: Tensor, tile: int, *more: Tensor) -> Tensor:
-    """Run over tiles of (..., any) tensors that have the same tokens; return (..., any), as `run` does for a tile."""
+    """Run over tiles of tensors (..., any) with the same tokens.
+
+    Args:
+        run: takes a tile of each, (1, tokens, any), and returns (1, tokens, any).
+        tile: the most tokens of a tile.
+
+    Returns: (..., any).
+    """
     given = [each.reshape(-1, each.shape[-1]) for each in (x, *more)]
     tokens = len(given[0])
     size = tile_tokens(tokens, tile)
@@ -210,5 +217,5 @@ def mlp_tile_of(model: Any) -> int | None:
 
 
 def _tile_of(mlp: Any) -> int | None:
-    """Return an MLP's tile; None where another forward was put in the place of its class's."""
+    """Return an MLP's tile; None where it is not in tiles, or has a forward other than its class's."""
     return mlp.tile if isinstance(mlp, _TiledMlp) and "forward" not in vars(mlp) else None

@@ -17,7 +17,7 @@ from lora_lab.events import Evaluated, Event, Ran, Step
 from lora_lab.options import Attention, Checkpointing, DType, EngineKind, Quantization, Weights
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.attention import AttentionKernels
-from lora_lab.worker.engines import engine, tiled_mlp
+from lora_lab.worker.engines import dequantize, engine, tiled_mlp
 from lora_lab.worker.engines.compiled import (
     check_breaks,
     checkpointing_of,
@@ -236,9 +236,10 @@ def test_code_that_is_left_elsewhere_is_refused() -> None:
 @compiles
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("is_packed", [True, *by_night(False)])
-def test_a_recordable_step_uses_its_copies_of_the_adapters(is_packed: bool) -> None:
+def test_a_recordable_step_uses_its_copies_of_the_adapters(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As engine=graph has it, but for the recording: fused products, compiled layers, gradients in fixed memory."""
     torch.compiler.reset()
+    monkeypatch.setattr(dequantize, "_compiled_dequantize", dequantize.dequantize)
     shapes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3}
     tiled, plain = adapted(**shapes), adapted(**shapes)
     for model in (tiled, plain):
