@@ -7,7 +7,7 @@ import sys
 
 _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """torch reads both. The first is the older name, which every version honours for this setting."""
-_GROWS = re.compile(r"expandable_segments\s*:\s*true", re.IGNORECASE)
+_GROWS = re.compile(r"expandable_segments\s*:\s*true\b", re.IGNORECASE)
 
 
 def are_expandable() -> bool:

@@ -138,7 +138,8 @@ def test_a_model_that_is_not_here_yet_is_estimated_once_it_is(tmp_path: Path) ->
     assert seen.no_estimate == ""
 
 
-def test_a_trial_that_a_card_ran_is_compared_with_its_estimate() -> None:
+def test_a_trial_that_a_card_ran_is_compared_with_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")  # as it was measured
     folder = TrialFolder(Path(__file__).parents[2] / "benchmarks/results/h100/trial")
     events, samples, seen, _ = folder.read_inputs()
     asked = folder.manifest()
