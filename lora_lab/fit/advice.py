@@ -14,6 +14,7 @@ from lora_lab.options import Checkpointing, EngineKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
+_TILE_TOKENS = 4096
 _SEARCHED = 5
 """Ways to train for which the longest rows are looked for: those that hold least."""
 
@@ -38,8 +39,8 @@ def advise(
 ) -> list[Change]:
     """Return the changes that together make a trial fit with certainty; empty where those known here do not.
 
-    First come all combinations of changes that leave alone what is learnt, the fewest changes first; then 4 bit and a
-    smaller rank are added to them. Where nothing is enough, rows are shortened as well.
+    First come all combinations of changes that leave alone what is learnt, the fewest changes first; then an MLP in
+    tiles, 4 bit and a smaller rank are added to them. Where nothing is enough, rows are shortened as well.
 
     Args:
         capacity: of the card, in bytes.
@@ -53,9 +54,9 @@ def advise(
         return bool(model_fault(changed, shapes) or faults(changed)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
-    for lossy in _LOSSY:
+    for further in _FURTHER:
         for spared in _SPARED:
-            makes = [*spared, *lossy]
+            makes = [*spared, *further]
             changed, changes = _applied(config, makes)
             if len(changes) < len(makes) or is_refused(changed):
                 continue
@@ -119,6 +120,20 @@ def _host_embeddings(config: TrialConfig) -> Change | None:
     return Change(
         "engine.host_embeddings=true", "rows of the embeddings come from the host", replace(config, engine=engine)
     )
+
+
+def _tile(config: TrialConfig) -> Change | None:
+    is_recalculated = config.gradient_checkpointing in (Checkpointing.full, Checkpointing.offloaded)
+    is_long = config.batch_size * config.seq_len > _TILE_TOKENS
+    if (
+        config.engine.kind is EngineKind.liger
+        or config.engine.mlp_tile is not None
+        or not (is_recalculated and is_long)
+    ):
+        return None
+    engine = replace(config.engine, mlp_tile=_TILE_TOKENS)
+    override = f"engine.mlp_tile={_TILE_TOKENS}"
+    return Change(override, "the MLP of long rows in parts", replace(config, engine=engine))
 
 
 def _eight_bit_state(config: TrialConfig) -> Change | None:
@@ -194,5 +209,6 @@ def _combinations() -> list[list[Make]]:
 
 
 _SPARED = _combinations()
-_LOSSY: tuple[tuple[Make, ...], ...] = ((), (_four_bit,), (_rank,), (_four_bit, _rank))
-"""Changes of what is learnt, in the order of what they cost."""
+_FURTHER: tuple[tuple[Make, ...], ...] = ((), (_tile,), (_four_bit,), (_rank,), (_four_bit, _rank))
+"""What is added to these: tiles, which serve long rows alone, then changes of what is learnt, in the order of what they
+cost."""

@@ -26,7 +26,7 @@ _NO_WINDOW = "the measured window was not completed"
 _NO_COUNT = "the model's weights were not counted"
 _NO_LENGTHS = "the steps do not say how long their documents are"
 _NO_RATE = "the device's matrix product rate was not measured"
-_TILES = "MLPs in tiles are calculated twice here, and their share of a layer was not counted"
+_TILES = "MLPs in tiles are calculated more than once, and how often was not counted"
 
 _OF_THE_MODEL = (
     "flops/per_token",
@@ -58,8 +58,8 @@ def flops(
         counted: the model's weights; None when the worker did not count them.
         window: the measured steps; None when there is no window.
         repeated: share of the decoder layers whose forward gradient checkpointing calculates once more in the
-            backward, see `repeated_share`; None where MLPs in tiles are calculated once more and the rest of their
-            layer is not. A compiler's own choice is not known: with engine=compile and graph it may keep some of that,
+            backward, see `repeated_share`; None where MLPs are in tiles, which are calculated more than once by
+            themselves. A compiler's own choice is not known: with engine=compile and graph it may keep some of that,
             or recompute more.
         attention_kernel: the read-back fact of that name, as in "flash" or "flash, memory_efficient".
         rate: the device's best rate in operations per second; None when it was not measured.

@@ -86,9 +86,10 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
 
 
 def _repeated(ran: Mapping[str, str], layers: int | None) -> float | None:
-    """Return the share of the layers that are calculated twice; None where it is not known."""
-    share = repeated_share(ran.get("gradient_checkpointing", "none"), layers)
-    return share if share == 1 or ran.get("mlp_tile", "None") == "None" else None
+    """Return the share of the layers that are calculated twice; None where it is not known: with an MLP in tiles, which
+    is calculated twice without checkpointing, and three times where a norm lies behind it."""
+    is_tiled = ran.get("mlp_tile", "None") != "None"
+    return None if is_tiled else repeated_share(ran.get("gradient_checkpointing", "none"), layers)
 
 
 def _ended(events: Sequence[Event]) -> Ended | None:

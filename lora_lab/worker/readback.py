@@ -64,7 +64,10 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
 
 
 def _segments() -> str:
-    """Return how torch's allocator takes memory: in segments that grow, or of fixed size."""
+    """Return how memory is taken from the driver: in segments that grow or of fixed size, or by another allocator."""
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":  # it has no segments to look at
+        return backend
     return "expandable" if any(each["is_expandable"] for each in torch.cuda.memory_snapshot()) else "fixed"
 
 

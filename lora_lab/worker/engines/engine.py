@@ -70,6 +70,7 @@ class Engine(TrainerCallback):
         kind = config.engine.kind
         if config.engine.host_embeddings is not False and model.device.type == "cuda":
             move_embeddings(model, config.engine.host_embeddings)
+            torch.cuda.empty_cache()  # where they lay before
         self._emit = emit
         self._clock = clock
         self._attention = attention

@@ -26,6 +26,8 @@ _ALIGNED = 64
 
 _ROUNDING = 0.05
 """What rounding may change, as a share of the largest number: in any format, and by any kernels."""
+_PARTS = [1, 5, 26]
+"""Tokens that are tried together, and in these parts."""
 
 
 class _TiledMlp:
@@ -192,21 +194,22 @@ def _tiled_class(kind: Any, compiled: bool) -> type:
 
 
 def _is_by_token(mlp: Any, hidden_size: int, autocast: Callable[[], Any]) -> bool:
-    """Compare what the MLP makes of four tokens with what it makes of two and two. Rounding may differ a little."""
+    """Compare what the MLP makes of some tokens with what it makes of parts of them. Rounding may differ a little."""
     device = next(mlp.parameters()).device
-    tokens = torch.sin(torch.arange(4 * hidden_size, device=device)).view(1, 4, hidden_size)
+    count = sum(_PARTS)
+    tokens = torch.sin(torch.arange(count * hidden_size, device=device)).view(1, count, hidden_size)
     was_training = mlp.training
     mlp.train()  # bitsandbytes repacks weights when it evaluates on a CPU
     try:
         with torch.no_grad(), autocast(), torch.compiler.set_stance("force_eager"):
-            whole, halves = mlp(tokens), [mlp(half) for half in tokens.split(2, 1)]
+            whole, parts = mlp(tokens), [mlp(part) for part in tokens.split(_PARTS, 1)]
     except TypeError:  # it takes more than the tokens
         return False
     finally:
         mlp.train(was_training)
     if not isinstance(whole, Tensor) or whole.shape != tokens.shape:
         return False
-    apart = (whole - torch.cat(halves, 1)).abs().max()
+    apart = (whole - torch.cat(parts, 1)).abs().max()
     return bool(apart <= _ROUNDING * whole.abs().max())
 
 
