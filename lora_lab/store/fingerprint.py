@@ -12,6 +12,7 @@ from lora_lab.dataset.shipped import shipped_file
 from lora_lab.dataset.sources import files_of_path, heldout_file
 from lora_lab.options import DataSource, ModelSource, Weights
 from lora_lab.placement import Placement
+from lora_lab.segments import are_expandable
 from lora_lab.settings import Effect, settings_of
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.record import plain
@@ -35,10 +36,13 @@ def point_digest(config: TrialConfig) -> str:
 
 
 def conditions(config: TrialConfig, placement: Placement) -> dict[str, str]:
-    """Return what decides a trial's result besides the config: code, packages, device, content of data and model."""
+    """Return what decides a trial's result besides the config: code, packages, device, how its memory is taken, content
+    of data and model."""
     facts = environment()
     decisive = {f"version.{name}": facts[f"version.{name}"] for name in _DECISIVE}
-    return {**decisive, "code": facts["code"], **device_facts(placement), **_contents(config)}
+    # on a card: by gigabytes for a large model
+    segments = {"segments": "expandable" if are_expandable() else "fixed"} if placement.cards else {}
+    return {**decisive, "code": facts["code"], **segments, **device_facts(placement), **_contents(config)}
 
 
 def digest(content: object) -> str:
