@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lora_lab.config import TrialConfig
+from lora_lab.fit.allocator import OutOfMemory
 from lora_lab.fit.compiled_step import compiled_step
-from lora_lab.fit.fixed import OutOfMemory
 from lora_lab.fit.interval import KEPT, Errors, errors_of, larger_measured, smaller_measured
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load

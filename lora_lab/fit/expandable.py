@@ -12,10 +12,9 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_lab.fit.fixed import OutOfMemory
+from lora_lab.fit.allocator import ROUND, SMALL, Allocator, rounded, segment_bytes
 
-_ROUND, _SMALL, _MIDDLE = 512, 2**20, 10 * 2**20
-_SMALL_PAGE, _PAGE, _LARGE_ROUND = 2 * 2**20, 20 * 2**20, 2 * 2**20
+_SMALL_PAGE, _PAGE = 2 * 2**20, 20 * 2**20
 _ENDLESS = 2**50
 """Addresses of a range: more than any card has memory."""
 
@@ -72,7 +71,7 @@ class _Range:
     def split(self, block: _Block, size: int) -> None:
         """Take `size` bytes of a block; what is left is free."""
         block.is_free = False
-        if block.size - size >= _ROUND:
+        if block.size - size >= ROUND:
             self._put(_cut(block, size))
 
     def give(self, block: _Block) -> None:
@@ -171,47 +170,28 @@ def _in_a_row(block: _Block | None) -> int:
     return size
 
 
-class ExpandableAllocator:
-    """Counts what is reserved, and remembers the most."""
+class ExpandableAllocator(Allocator):
+    """The allocator with segments that grow."""
 
     def __init__(self, limit: int | None = None, gives_back: bool = True) -> None:
-        """Set the limit of reserved bytes; None is no limit.
-
-        Args:
-            gives_back: whether cached pages are returned at the limit; while a graph is recorded, they are not.
-        """
-        self.reserved = self.most_reserved = 0
-        self._limit, self._gives_back = limit, gives_back
+        """Begin without segments; see Allocator."""
+        super().__init__(limit, gives_back)
         self._ranges = {True: _Range(_SMALL_PAGE), False: _Range(_PAGE)}
 
     def take(self, size: int) -> Callable[[], None]:
         """Take `size` bytes; return what gives them back.
 
         Raises: OutOfMemory beyond the limit."""
-        size = max(_ROUND, -(-size // _ROUND) * _ROUND)
-        of = self._ranges[size <= _SMALL]
+        size = rounded(size)
+        of = self._ranges[size <= SMALL]
         block = of.find(size)
         if block is None:
-            self._make_room(size)
+            self._make_room(segment_bytes(size))  # torch compares as if all of it were new
             block, taken = of.grow(size)
-            self.reserved += taken
-            self.most_reserved = max(self.most_reserved, self.reserved)
+            self._reserve(taken)
         of.split(block, size)
         return functools.partial(of.give, block)
 
     def return_cached(self) -> None:
         """Return pages that are free as a whole to the driver."""
         self.reserved -= sum(of.give_back() for of in self._ranges.values())
-
-    def _make_room(self, size: int) -> None:
-        """Return what is cached where the limit needs it. torch compares as if all of `size` were new.
-
-        Raises: OutOfMemory where that is not enough."""
-        if self._limit is None:
-            return
-        large = _PAGE if size < _MIDDLE else -(-size // _LARGE_ROUND) * _LARGE_ROUND
-        asked = _SMALL_PAGE if size <= _SMALL else large
-        if self.reserved + asked > self._limit and self._gives_back:
-            self.return_cached()
-        if self.reserved + asked > self._limit:
-            raise OutOfMemory

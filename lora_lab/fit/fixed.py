@@ -11,12 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_ROUND, _SMALL, _MIDDLE = 512, 2**20, 10 * 2**20
-_SMALL_SEGMENT, _MIDDLE_SEGMENT, _LARGE_ROUND = 2 * 2**20, 20 * 2**20, 2 * 2**20
-
-
-class OutOfMemory(Exception):
-    """The driver has no more memory, and nothing that is cached can be returned."""
+from lora_lab.fit.allocator import ROUND, SMALL, Allocator, rounded, segment_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -30,17 +25,12 @@ class _Block:
     is_free: bool = False
 
 
-class FixedAllocator:
-    """Counts what is reserved, and remembers the most."""
+class FixedAllocator(Allocator):
+    """The allocator with segments of fixed size."""
 
     def __init__(self, limit: int | None = None, gives_back: bool = True) -> None:
-        """Set the limit of reserved bytes; None is no limit.
-
-        Args:
-            gives_back: whether cached segments are returned at the limit; while a graph is recorded, they are not.
-        """
-        self.reserved = self.most_reserved = 0
-        self._limit, self._gives_back = limit, gives_back
+        """Begin without segments; see Allocator."""
+        super().__init__(limit, gives_back)
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
         self._next = 0
 
@@ -48,14 +38,14 @@ class FixedAllocator:
         """Take `size` bytes; return what gives them back.
 
         Raises: OutOfMemory beyond the limit."""
-        size = max(_ROUND, -(-size // _ROUND) * _ROUND)
-        is_small = size <= _SMALL
+        size = rounded(size)
+        is_small = size <= SMALL
         free = self._free[is_small]
         place = bisect_left(free, (size, -1))
         block = free.pop(place)[2] if place < len(free) else self._segment(size, is_small)
         block.is_free = False
         left = block.size - size
-        if left >= _ROUND if is_small else left > _SMALL:
+        if left >= ROUND if is_small else left > SMALL:
             rest = _Block(block.start + size, left, is_small, block, block.after)
             if block.after is not None:
                 block.after.before = rest
@@ -88,17 +78,9 @@ class FixedAllocator:
         self._put(block)
 
     def _segment(self, size: int, is_small: bool) -> _Block:
-        if is_small:
-            whole = _SMALL_SEGMENT
-        else:
-            whole = _MIDDLE_SEGMENT if size < _MIDDLE else -(-size // _LARGE_ROUND) * _LARGE_ROUND
-        if self._limit is not None and self.reserved + whole > self._limit:
-            if self._gives_back:
-                self.return_cached()
-            if self.reserved + whole > self._limit:
-                raise OutOfMemory
-        self.reserved += whole
-        self.most_reserved = max(self.most_reserved, self.reserved)
+        whole = segment_bytes(size)
+        self._make_room(whole)
+        self._reserve(whole)
         self._next += 2**50
         return _Block(self._next, whole, is_small)
 

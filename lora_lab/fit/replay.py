@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+from lora_lab.fit.allocator import Allocator
 from lora_lab.fit.expandable import ExpandableAllocator
 from lora_lab.fit.fixed import FixedAllocator
 from lora_lab.fit.tape import Tape
-
-_Allocator = ExpandableAllocator | FixedAllocator
 
 
 def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
@@ -25,7 +24,7 @@ def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
     if tape.returns_cached:
         loading.return_cached()
     loading.most_reserved = loading.reserved
-    stepping: _Allocator = loading
+    stepping: Allocator = loading
     if tape.has_own_pool:
         stepping = allocator(None if limit is None else limit - loading.reserved, gives_back=not tape.is_recorded)
     for _ in range(1 if tape.is_recorded else times):
@@ -33,7 +32,7 @@ def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
     return stepping.most_reserved + (loading.reserved if tape.has_own_pool else 0)
 
 
-def _run(allocator: _Allocator, held: dict[int, Callable[[], None]], events: Sequence[tuple[int, int]]) -> None:
+def _run(allocator: Allocator, held: dict[int, Callable[[], None]], events: Sequence[tuple[int, int]]) -> None:
     for number, size in events:
         if size > 0:
             held[number] = allocator.take(size)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_lab.fit.allocator import OutOfMemory
 from lora_lab.fit.expandable import ExpandableAllocator
-from lora_lab.fit.fixed import FixedAllocator, OutOfMemory
+from lora_lab.fit.fixed import FixedAllocator
 from lora_lab.fit.replay import replay
 from lora_lab.fit.tape import Tape
 
