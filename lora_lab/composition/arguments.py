@@ -1,5 +1,6 @@
 """Read what was typed: options anywhere, ~ as the home folder, and the quoting that Hydra's grammar needs."""
 
+import difflib
 import math
 import os
 import re
@@ -19,9 +20,12 @@ _SHELLS = "[$`!]"
 """Characters that a shell also replaces within double quotes."""
 
 
-def in_order(typed: Sequence[str]) -> list[str]:
+def in_order(typed: Sequence[str], own: Sequence[str] = ()) -> list[str]:
     """Put options with their values before the overrides, because argparse accepts overrides only on one side of an
     option.
+
+    Args:
+        own: the command's own options, which were taken out of `typed`; a message names those that are near.
 
     Raises: InvalidInput for an option that Hydra does not have; SystemExit, as argparse does, for an option's wrong
     value.
@@ -29,7 +33,8 @@ def in_order(typed: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     found, unknown = parser.parse_known_intermixed_args(list(typed))
     if unknown:
-        raise InvalidInput(*map(_no_option, unknown))
+        every = [*own, *(option for action in parser._actions for option in action.option_strings)]
+        raise InvalidInput(*(_no_option(word, every) for word in unknown))
     if found.experimental_rerun is not None:
         raise InvalidInput("--experimental-rerun is not supported; type the command that the tag 'command' has.")
     options = []
@@ -41,7 +46,10 @@ def in_order(typed: Sequence[str]) -> list[str]:
     return [*options, *(_searched(_one_text(_at_home(override))) for override in found.overrides)]
 
 
-def _no_option(typed: str) -> str:
+def _no_option(typed: str, every: Sequence[str]) -> str:
+    near = difflib.get_close_matches(typed.partition("=")[0], every, n=1, cutoff=0.75)
+    if near:
+        return f"'{typed}' is not an option of lora_lab. Did you mean {near[0]}?"
     setting = f" A setting has no dashes: {typed.lstrip('-')}." if "=" in typed else ""
     return f"'{typed}' is not an option of lora_lab.{setting} --hydra-help lists the options, --help the settings."
 

@@ -15,8 +15,11 @@ _NO_FOLDER = ("hydra.run.dir=.", "hydra.mode=RUN")
 """Hydra makes the folder of a run, and this one is there."""
 
 
-def compose_once(arguments: Sequence[str]) -> TrialConfig:
+def compose_once(arguments: Sequence[str], own: Sequence[str] = ()) -> TrialConfig:
     """Return the config that these arguments compose to, as the command line of a trial does.
+
+    Args:
+        own: the command's own options, for the message on an unknown one.
 
     Raises: InvalidInput for a faulty config; SystemExit with code 2, after a message, for what Hydra cannot compose."""
     found: list[DictConfig] = []
@@ -27,7 +30,7 @@ def compose_once(arguments: Sequence[str]) -> TrialConfig:
 
     register_schema()
     with COMPOSING:
-        typed = in_order(arguments)
+        typed = in_order(arguments, own)
         if {"-m", "--multirun"} & set(typed) or any(word.startswith("sweep=") for word in typed):
             raise InvalidInput("this looks at one configuration, not at a sweep. Leave -m and sweep=NAME out.")
         sys.argv[1:] = [*typed, *_NO_FOLDER]

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, typed = parser.parse_known_args(arguments)
     console = Console()
     try:
-        config = compose_once(typed)
+        config = compose_once(typed, own=[f"--{name}" for name in vars(asked)])
         cards = asked.vram or [size for size in [config.vram_limit_gib] if size is not None]
         if asked.table and not cards:
             raise InvalidInput("--table context needs sizes of cards, for example --vram 8,12,16,24.")

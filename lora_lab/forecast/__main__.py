@@ -73,7 +73,7 @@ def _answer(asked: argparse.Namespace, typed: list[str], console: Console) -> No
     Raises: InvalidInput."""
     if asked.card and asked.probe:
         raise InvalidInput("--probe measures this machine, and --card names another. Leave one of them out.")
-    config = compose_once(typed)
+    config = compose_once(typed, own=[f"--{name.replace('_', '-')}" for name in vars(asked)])
     prices = _prices(asked, config)
     check_data(config)
     question = ask(config, card_named(asked.card) if asked.card else None)

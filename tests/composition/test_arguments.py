@@ -103,7 +103,10 @@ def test_every_option_may_stand_anywhere(words: list[list[str]]) -> None:
     assert (found.cfg, found.resolve, found.info) == ("job", True, None)
 
 
-@pytest.mark.parametrize(("option", "means"), [("--batch_size=4", "batch_size=4"), ("--foo", "--hydra-help")])
+@pytest.mark.parametrize(
+    ("option", "means"),
+    [("--batch_size=4", "batch_size=4"), ("--foo", "--hydra-help"), ("--multirn", "--multirun")],
+)
 def test_what_is_no_option_is_said_to_be_none(typed: Type, option: str, means: str) -> None:
     said = typed("model=tiny", option)
     assert (said.code, option in said.said, means in said.said) == (2, True, True), said.said
@@ -316,3 +319,8 @@ def test_who_asks_hydra_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatc
 def test_an_unsafe_way_to_run_again_is_refused() -> None:
     with pytest.raises(InvalidInput, match="not supported"):
         in_order(["--experimental-rerun", "config.pickle"])
+
+
+def test_a_commands_own_option_is_named_where_it_is_near() -> None:
+    with pytest.raises(InvalidInput, match="--table"):
+        in_order(["--tabel", "context"], own=["--vram", "--table"])
