@@ -109,6 +109,10 @@ def show_context(config: TrialConfig, shapes: Shapes, cards: Sequence[float], co
             cells = [_limit(search, "seq_len", card * GIB) for card in cards]
         table.add_row(way.engine.kind.name, way.gradient_checkpointing.name, *cells)
     console.print(table)
+    shown = {way.engine.kind for way in same}
+    left_out = [kind.name for kind in EngineKind if kind not in shown]
+    if left_out:
+        console.print(f"Not with these settings: engine={', '.join(left_out)}. Typed, it says why.", highlight=False)
 
 
 def ways(config: TrialConfig) -> list[TrialConfig]:
