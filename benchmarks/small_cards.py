@@ -144,10 +144,11 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     trials: dict[str, Any] = earlier(asked.have)
     run = Run(asked.out / "small_cards.json", "auto", asked.seconds, trials)
-    run.go((_case(case) for case in CASES if re.search(asked.only, case.name)), at_once=1)
+    run.go((case_of(case) for case in CASES if re.search(asked.only, case.name)), at_once=1)
 
 
-def _case(case: Small) -> Case:
+def case_of(case: Small) -> Case:
+    """Return a trial with its capacity, and what lora_lab.fit says of it now."""
     steps = 1 if case.length > _LONGEST else 2 if "accum" in case.settings or case.length > _SHORT else 10
     sizes = [f"batch_size={case.rows}", f"seq_len={case.length}", f"measure.steps={steps}"]
     config = compose([*_SHAPES[case.model], *COMMON, "data.rows=256", *sizes, *case.settings.split()])
