@@ -10,7 +10,7 @@ from lora_lab.fit.interval import KEPT, Errors, errors_of, larger_measured, smal
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
 from lora_lab.fit.plain_step import plain_step
-from lora_lab.fit.replay import replay
+from lora_lab.fit.replay import replay, replay_loading
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
@@ -55,9 +55,14 @@ class Estimate:
 
     @cached_property
     def reserved(self) -> int:
-        """Return the peak that the allocator takes from the driver where there is enough, `vram/peak_reserved_gib`.
-        What loading took is a part of it, where it has not been returned."""
+        """Return the peak in training that the allocator takes from the driver where there is enough,
+        `vram/peak_reserved_gib`."""
         return replay(self.tape)
+
+    @cached_property
+    def ever(self) -> int:
+        """Return the same of the whole trial. Loading a mixture in 4 bit takes more than a step."""
+        return max(self.reserved, replay_loading(self.tape))
 
     @cached_property
     def least(self) -> int:
@@ -78,7 +83,7 @@ class Estimate:
     @property
     def card(self) -> int:
         """Return the most likely peak of the worker's process on a card that has enough."""
-        return self.reserved + self.outside
+        return self.ever + self.outside
 
     @cached_property
     def low(self) -> int:
@@ -99,7 +104,7 @@ class Estimate:
     def high(self) -> int:
         """Return the upper end of the process' peak on a card that has plenty, where what is cached stays. It is never
         more than for a larger trial that was measured."""
-        taken = max(self.reserved, self.first)
+        taken = max(self.ever, self.first)
         own = max(self.enough, int(taken * (1 + self.errors.above + KEPT) + self._most_outside))
         return min([own, *(larger.high for larger in self._larger)])
 
@@ -128,15 +133,15 @@ class Estimate:
         room = (capacity - self._most_outside) / (1 + self.errors.above)
         if self.allocated > room and not self._larger:
             return False
-        return max(self.reserved, self.first) <= room or self.enough <= capacity
+        return max(self.ever, self.first) <= room or self.enough <= capacity
 
 
 def _least(tape: Tape) -> int:
-    """Return the least number of reserved bytes with which a tape's step gets through, to half a percent. torch needs
+    """Return the least number of reserved bytes that is enough for loading and a step, to half a percent. torch needs
     room for the whole of a request, though a part of it may be cached; where nothing is returned, that is more than it
     takes in the end."""
-    low = sum(tape.peak().values())
-    high = replay(tape) + max(tape.sizes)
+    low = max(tape.peak().total(), tape.loading_peak())
+    high = max(replay(tape), replay_loading(tape)) + max(tape.sizes)
     close = step = high // _CLOSE
     while high - low > close:
         # upwards in growing steps first: it lies near the live tensors

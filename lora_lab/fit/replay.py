@@ -17,7 +17,7 @@ def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
         times: steps, where they are not recorded. What the first leaves behind is used by the second.
 
     Raises: OutOfMemory beyond the limit."""
-    allocator = ExpandableAllocator if tape.is_expandable else FixedAllocator
+    allocator = _kind(tape)
     loading = allocator(limit)
     held: dict[int, Callable[[], None]] = {}
     _run(loading, held, tape.events[: tape.loaded])
@@ -30,6 +30,17 @@ def replay(tape: Tape, limit: int | None = None, times: int = 2) -> int:
     for _ in range(1 if tape.is_recorded else times):
         _run(stepping, held, tape.events[tape.loaded :])
     return stepping.most_reserved + (loading.reserved if tape.has_own_pool else 0)
+
+
+def replay_loading(tape: Tape) -> int:
+    """Return the most that is reserved while the model is loaded."""
+    loading = _kind(tape)()
+    _run(loading, {}, tape.events[: tape.loaded])
+    return loading.most_reserved
+
+
+def _kind(tape: Tape) -> type[ExpandableAllocator | FixedAllocator]:
+    return ExpandableAllocator if tape.is_expandable else FixedAllocator
 
 
 def _run(allocator: Allocator, held: dict[int, Callable[[], None]], events: Sequence[tuple[int, int]]) -> None:

@@ -47,7 +47,9 @@ def test_short_trials_with_segments_that_grow(name: str) -> None:
     live, reserved = measured(TRIALS[name])
     assert said.allocated == pytest.approx(live, rel=0.05)
     assert said.reserved == pytest.approx(reserved, rel=0.08)
-    assert said.low < reserved + said.libraries.size < said.high
+    # the interval covers loading too, which takes more than a step of a mixture
+    ever = max(memory[1] or 0 for phase, memory in TRIALS[name]["phases"].items() if phase != "matmul_rate")
+    assert said.low < ever + said.libraries.size < said.high
 
 
 SMALL = stored("h200/small_cards")["trials"]
