@@ -1,4 +1,4 @@
-"""Every figure of a run anew, through the real command line, from what real trials stored."""
+"""Every figure of a run calculated again, through the real command line, from what real trials stored."""
 
 import json
 import math

@@ -157,7 +157,7 @@ def frozen(at: float, seconds: float, catches_up: bool) -> Fault:
 
 
 def reset(at: float) -> Fault:
-    """The counter begins again at 0: a driver that was loaded anew."""
+    """The counter begins again at 0: a driver that was loaded again."""
 
     def fault(samples: list[Sample]) -> list[Sample]:
         kept = max((s.energy_joules or 0.0 for s in samples if s.t <= at), default=0.0)

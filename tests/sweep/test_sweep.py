@@ -115,7 +115,7 @@ class Story:
     first: Look
     again: Look
     bigger: Look
-    anew: Look
+    new_sweep: Look
     beside: Look
 
 
@@ -130,7 +130,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         first=look(folder, lab(*twice, "batch_size=1,2")),
         again=look(folder, lab(*twice, "batch_size=1,2", "resume=true")),
         bigger=look(folder, lab(*twice, "batch_size=1,2,4", "resume=true")),
-        anew=look(folder, lab(*once, "batch_size=1,2")),
+        new_sweep=look(folder, lab(*once, "batch_size=1,2")),
         beside=look(folder, lab(*once, "batch_size=2,8", "resume=true")),
     )
 
@@ -228,16 +228,16 @@ def test_resume_does_not_change_where_a_sweep_says_its_files_are(story: Story) -
 
 
 def test_without_resume_it_is_a_new_sweep(story: Story) -> None:
-    anew = story.anew
-    assert anew.said.code == 0, anew.said.text
-    old, new = anew.parents
+    new_sweep = story.new_sweep
+    assert new_sweep.said.code == 0, new_sweep.said.text
+    old, new = new_sweep.parents
     assert old.info.run_id == story.first.parents[0].info.run_id
-    assert (len(anew.trials_below(old)), len(anew.trials_below(new))) == (6, 2)
+    assert (len(new_sweep.trials_below(old)), len(new_sweep.trials_below(new))) == (6, 2)
     assert len(sweeps_in(story.folder)) == 2
 
 
 def test_the_forecast_knows_points_that_have_run_here_before(story: Story) -> None:
-    [said] = [line for line in story.anew.said.out.splitlines() if line.startswith("time:")]
+    [said] = [line for line in story.new_sweep.said.out.splitlines() if line.startswith("time:")]
     assert re.search(r"about [\d.]+ (s|min)\b", said), said
     [half] = [line for line in story.bigger.said.out.splitlines() if line.startswith("time:")]
     assert "unknown" in half, "nothing tells how long the new points take"
@@ -268,7 +268,7 @@ def write_rows(path: Path, plus: int) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_resume_measures_anew_what_was_measured_on_other_rows(lab: Lab, tmp_path: Path) -> None:
+def test_resume_measures_again_what_was_measured_on_other_rows(lab: Lab, tmp_path: Path) -> None:
     command = ("-m", *SMALL, "data=jsonl", "data.path=rows.jsonl", "seq_len=64", "batch_size=1,2", "resume=true")
     write_rows(tmp_path / "rows.jsonl", plus=1)
     first = look(tmp_path, lab(*command))
@@ -507,7 +507,7 @@ def at_rest(tmp_path_factory: pytest.TempPathFactory) -> list[Rested]:
     return found
 
 
-def test_the_idle_draw_is_measured_once_in_a_block_and_anew_in_the_next(at_rest: list[Rested]) -> None:
+def test_the_idle_draw_is_measured_once_in_each_block(at_rest: list[Rested]) -> None:
     blocks = [[r for r in at_rest if r.repeat == block and r.point in ("1", "2")] for block in (0, 1)]
     for one, other in blocks:
         assert one.seen["idle"] == other.seen["idle"]

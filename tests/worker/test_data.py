@@ -121,7 +121,7 @@ def test_packing_leaves_no_row_that_another_had_room_for(examples: list[Example]
 
 
 @given(examples=EXAMPLES)
-def test_positions_begin_anew_with_every_document(examples: list[Example]) -> None:
+def test_positions_begin_again_with_every_document(examples: list[Example]) -> None:
     rows = pack(examples, SEQ_LEN)
     batch, _ = collated(trial(Batching.packed), rows)
     assert "attention_mask" not in batch, "with a mask transformers would not look at the positions"

@@ -15,7 +15,7 @@ from lora_lab.worker.process import forget_hidden_gpus
 from lora_lab.worker.stages.stage import Stage
 
 
-def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_library_asked_while_the_gpus_were_hidden_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchao asks for Triton while it is imported; torch remembers the answer, and would compile nothing."""
     monkeypatch.setattr(_triton, "has_triton_package", lambda: True)
     monkeypatch.setattr(CpuInterface, "is_available", staticmethod(lambda: False))  # else it looks into Triton
