@@ -32,7 +32,7 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
             stage.run(trial)
         clock.leave()
         end = End(outcome=Outcome.finished, reason="")
-    except Exception as error:  # the one broad except: every way to stop becomes a recorded end
+    except Exception as error:  # broad: every way to stop becomes a recorded end
         end = end_of(error)
         with contextlib.suppress(RuntimeError):  # a CUDA context that failed answers nothing any more
             clock.leave()
