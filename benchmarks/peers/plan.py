@@ -25,6 +25,8 @@ TUTORIAL = "plain_tutorial"
 """Hugging Face by PEFT's tutorials: prepare_model_for_kbit_training raises embeddings, head and norms to fp32."""
 UNSLOTH = "unsloth"
 """Unsloth with its own default checkpointing, in every cell."""
+UNSLOTH_LEAN = "unsloth_lean"
+"""Unsloth with its own two switches for less memory: embeddings on the host, and the MLP in tiles."""
 UNSLOTH_NO_CHECKPOINTING = "unsloth_no_checkpointing"
 OTHER_KERNEL = "plain_other_kernel"
 """Plain Hugging Face with another attention kernel: for the spread of losses alone, not for time."""
@@ -42,6 +44,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     TUTORIAL: (),
     "liger": ("liger_kernel",),
     UNSLOTH: _UNSLOTH_NEEDS,
+    UNSLOTH_LEAN: _UNSLOTH_NEEDS,
     UNSLOTH_NO_CHECKPOINTING: _UNSLOTH_NEEDS,
     "graph": (),
     "eager": (),
@@ -135,7 +138,7 @@ def applies(contender: str, cell: Cell, method: str) -> bool:
         return method == "qlora"
     if contender == UNSLOTH_NO_CHECKPOINTING:
         return not cell.checkpointing
-    return cell.checkpointing or contender not in SMALLER
+    return cell.checkpointing or contender not in (*SMALLER, UNSLOTH_LEAN)
 
 
 def missing_packages(contender: str, method: str) -> list[str]:

@@ -15,6 +15,7 @@ from benchmarks.peers.plan import (
     SEED,
     TUTORIAL,
     UNSLOTH,
+    UNSLOTH_LEAN,
     UNSLOTH_NO_CHECKPOINTING,
     Cell,
     Setup,
@@ -53,7 +54,7 @@ def build(setup: Setup, device: str) -> Built:
     """Load the contender onto `device` (cuda or cpu)."""
     if setup.contender in ("plain", TUTORIAL, "liger", OTHER_KERNEL):
         return _hugging_face(setup, device)
-    if setup.contender in (UNSLOTH, UNSLOTH_NO_CHECKPOINTING):
+    if setup.contender in (UNSLOTH, UNSLOTH_LEAN, UNSLOTH_NO_CHECKPOINTING):
         return _unsloth(setup)
     from benchmarks.peers import own
 
@@ -113,7 +114,8 @@ def _unsloth(setup: Setup) -> Built:
     unsloth: Any = importlib.import_module("unsloth")
     import torch
 
-    checkpointing: str | bool = "unsloth" if setup.contender == UNSLOTH else False
+    checkpointing: str | bool = False if setup.contender == UNSLOTH_NO_CHECKPOINTING else "unsloth"
+    lean = {"offload_embedding": True, "unsloth_tiled_mlp": True} if setup.contender == UNSLOTH_LEAN else {}
     model, _tokenizer = unsloth.FastLanguageModel.from_pretrained(
         model_name=f"{setup.material}/model",
         max_seq_length=setup.cell.seq_len,
@@ -123,6 +125,7 @@ def _unsloth(setup: Setup) -> Built:
         use_gradient_checkpointing=checkpointing,
         use_exact_model_name=True,  # never another, prequantised model instead
         local_files_only=True,
+        **lean,
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
