@@ -133,6 +133,13 @@ class EngineConfig:
         "keep the frozen input embeddings in host memory, where a step reads a few of their rows: true, false or auto "
         "(where the head has weights of its own)",
     )
+    host_layers: int | str = setting(
+        0,
+        "keep the 4-bit weights of this many layers in host memory, and read them over PCIe in each pass; all for a "
+        "model that is larger than the card",
+        least=0,
+        most=10**4,
+    )
     mlp_tile: int | None = setting(
         None,
         "for long rows, calculate each layer's MLP for at most this many tokens at a time, and keep only its input",
@@ -146,6 +153,10 @@ class EngineConfig:
         Args:
             is_tied: whether the head is the embeddings' weights, so that every step multiplies with all of them."""
         return self.host_embeddings is not False and not is_tied
+
+    def hosted_layers(self, layers: int) -> int:
+        """Return how many layers of a model with `layers` layers have their 4-bit weights in host memory."""
+        return layers if self.host_layers == ALL else int(self.host_layers)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -356,6 +367,17 @@ class TrialConfig:
 
 AUTO = "auto"
 """The value of `repeats` with which a sweep stops by itself, and of `engine.host_embeddings` for where it can be."""
+
+ALL = "all"
+"""The value of `engine.host_layers` for every layer."""
+
+
+def too_many_layers(asked: int | str, layers: int) -> str:
+    """Say that `engine.host_layers` names more layers than the model has; empty where it does not."""
+    if not isinstance(asked, int) or asked <= layers:
+        return ""
+    return f"engine.host_layers={asked}: the model has {layers} layers. Use engine.host_layers={ALL}."
+
 
 TIED = (
     "engine.host_embeddings=true: the head of this model is its embeddings (tie_word_embeddings), and every step reads "

@@ -164,6 +164,10 @@ def test_every_impossible_size_is_said_at_once(lab: Lab, tmp_path: Path) -> None
         ),
         (["model=tiny", "engine.host_embeddings=true"], ["engine.host_embeddings=true", "tie_word_embeddings", "auto"]),
         (["engine.host_embeddings=yes"], ["engine.host_embeddings=yes", "true, false and auto"]),
+        (["engine.host_layers=most"], ["engine.host_layers=most is neither a number of layers nor all"]),
+        (["engine.host_layers=-1"], ["engine.host_layers=-1 must be at least 0"]),
+        (["method=lora", "engine.host_layers=all"], ["engine.host_layers=all keeps 4-bit weights", "method=qlora"]),
+        (["model=tiny", "engine.host_layers=3"], ["engine.host_layers=3", "has 2 layers", "engine.host_layers=all"]),
         (["engine=liger", "engine.mlp_tile=4096"], ["engine.mlp_tile=4096 with engine=liger", "engine=graph"]),
         (["engine.mlp_tile=63"], ["engine.mlp_tile=63 must be at least 64"]),
         (["engine.mlp_tile=64", "method.dropout=0.1"], ["engine.mlp_tile=64 with method.dropout=0.1", "mlp_tile=null"]),
@@ -401,6 +405,12 @@ def test_checkpoints_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> 
         "runs on the CPU."
     )
     assert_unsupported(said, tmp_path, f"{why} Use gradient_checkpointing=full.")
+
+
+def test_layers_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> None:
+    said = lab("model=tiny", "tracking=none", "device=cpu", "method=qlora", "engine.host_layers=all")
+    why = "engine.host_layers=all moves weights from a card to host memory, and this trial runs on the CPU."
+    assert_unsupported(said, tmp_path, f"{why} Use engine.host_layers=0.")
 
 
 def test_embeddings_have_nowhere_to_go_from_a_cpu(lab: Lab, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
 from lora_lab.config import (
+    ALL,
     AUTO,
     TIED,
     InvalidInput,
@@ -17,6 +18,7 @@ from lora_lab.config import (
     TrackingConfig,
     TrainConfig,
     TrialConfig,
+    too_many_layers,
 )
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.layouts import map_fault
@@ -140,6 +142,16 @@ def _engine_faults(config: TrialConfig) -> list[str]:
         )
     if isinstance(engine.host_embeddings, str) and engine.host_embeddings != AUTO:
         found.append(f"engine.host_embeddings={engine.host_embeddings} is none of true, false and auto.")
+    if isinstance(engine.host_layers, str) and engine.host_layers != ALL:
+        found.append(f"engine.host_layers={engine.host_layers} is neither a number of layers nor {ALL}.")
+    elif engine.host_layers and method.quantization is Quantization.none:
+        found.append(
+            f"engine.host_layers={engine.host_layers} keeps 4-bit weights in host memory, and "
+            "method.quantization=none has none. Use method=qlora, or engine.host_layers=0."
+        )
+    layers = (config.model.architecture or {}).get("num_hidden_layers")
+    if isinstance(layers, int) and too_many_layers(engine.host_layers, layers):
+        found.append(too_many_layers(engine.host_layers, layers))
     if engine.host_embeddings is True and (config.model.architecture or {}).get("tie_word_embeddings"):
         found.append(TIED)
     return found

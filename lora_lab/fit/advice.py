@@ -1,11 +1,12 @@
 """Say what to change so that a trial fits, the cheapest change first."""
 
+import bisect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import TrialConfig
+from lora_lab.config import ALL, TrialConfig
 from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
@@ -15,6 +16,7 @@ from lora_lab.options import Checkpointing, EngineKind, Quantization
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
 _TILE_TOKENS = 4096
+_ALL_LAYERS = f"engine.host_layers={ALL}"
 _SEARCHED = 5
 """Ways to train for which the longest rows are looked for: those that hold least."""
 
@@ -39,8 +41,9 @@ def advise(
 ) -> list[Change]:
     """Return the changes that together make a trial fit with certainty; empty where those known here do not.
 
-    First come all combinations of changes that leave alone what is learnt, the fewest changes first; then an MLP in
-    tiles, 4 bit and a smaller rank are added to them. Where nothing is enough, rows are shortened as well.
+    First come all combinations of changes that leave alone what is learnt, the fewest changes first, then the same with
+    an MLP in tiles. Where no combination is enough, layers in host memory are added to the leanest ones. Then come 4
+    bit and a smaller rank. At last rows are shortened as well.
 
     Args:
         capacity: of the card, in bytes.
@@ -54,9 +57,8 @@ def advise(
         return bool(model_fault(changed, shapes) or faults(changed)) or not runs_here(changed)
 
     least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]] = {}
-    for further in _FURTHER:
-        for spared in _SPARED:
-            makes = [*spared, *further]
+    for group in _FURTHER:
+        for makes in ([*spared, *further] for further in group for spared in _SPARED):
             changed, changes = _applied(config, makes)
             if len(changes) < len(makes) or is_refused(changed):
                 continue
@@ -66,20 +68,49 @@ def advise(
             way = changed.engine.kind, changed.gradient_checkpointing
             if way not in least or found.allocated < least[way][0]:
                 least[way] = found.allocated, makes
+        for makes in _leanest(least):
+            changed, changes = _applied(config, [*makes, _host_layers])
+            if len(changes) > len(makes) and not is_refused(changed) and fits(changed):
+                needed = _needed([*makes, _host_layers], lambda some: fits(_applied(config, some)[0]))
+                return _with_fewest_layers(_applied(config, needed)[1], shapes.layers, fits)
     shorter, taken = 0, list[Make]()
-    for _, makes in sorted(least.values(), key=lambda each: each[0])[:_SEARCHED]:
-        length = Search(_applied(config, makes)[0], shapes).largest("seq_len", capacity, certain=True)
-        shorter, taken = (length, makes) if length > shorter else (shorter, taken)
-    if not shorter:
+    for further in ([], [_host_layers]):
+        for makes in ([*makes, *further] for makes in _leanest(least)):
+            length = Search(_applied(config, makes)[0], shapes).largest("seq_len", capacity, certain=True)
+            shorter, taken = (length, makes) if length > shorter else (shorter, taken)
+        if shorter:
+            break
+    else:
         return []
     cut = replace(config, seq_len=shorter)
-    for make in list(taken):
-        others = [other for other in taken if other is not make]
-        changed = _applied(cut, others)[0]
-        if not is_refused(changed) and fits(changed):
-            taken = others
+    taken = _needed(taken, lambda some: not is_refused(_applied(cut, some)[0]) and fits(_applied(cut, some)[0]))
     now, changes = _applied(cut, taken)
     return [*changes, Change(f"seq_len={shorter}", "longer rows are cut", now)]
+
+
+def _leanest(least: dict[tuple[EngineKind, Checkpointing], tuple[int, list[Make]]]) -> list[list[Make]]:
+    return [makes for _, makes in sorted(least.values(), key=lambda each: each[0])[:_SEARCHED]]
+
+
+def _needed(makes: list[Make], is_enough: Callable[[list[Make]], bool]) -> list[Make]:
+    """Leave out every change without which the others are enough."""
+    for make in makes:
+        others = [other for other in makes if other is not make]
+        makes = others if is_enough(others) else makes
+    return makes
+
+
+def _with_fewest_layers(changes: list[Change], layers: int, fits: Callable[[TrialConfig], bool]) -> list[Change]:
+    """Replace `engine.host_layers=all`, where it is the last change, by the fewest layers that are enough."""
+    if not changes or changes[-1].override != _ALL_LAYERS:
+        return changes
+    last = changes[-1]
+
+    def change(number: int) -> Change:
+        return replace(last, override=f"engine.host_layers={number}", config=_hosting(last.config, number))
+
+    enough = bisect.bisect_left(range(layers), True, lo=1, key=lambda number: fits(change(number).config))
+    return changes if enough == layers else [*changes[:-1], change(enough)]
 
 
 def _applied(config: TrialConfig, makes: list[Make]) -> tuple[TrialConfig, list[Change]]:
@@ -134,6 +165,16 @@ def _tile(config: TrialConfig) -> Change | None:
     engine = replace(config.engine, mlp_tile=_TILE_TOKENS)
     override = f"engine.mlp_tile={_TILE_TOKENS}"
     return Change(override, "the MLP of long rows in parts", replace(config, engine=engine))
+
+
+def _host_layers(config: TrialConfig) -> Change | None:
+    if config.engine.host_layers == ALL or config.method.quantization is Quantization.none:
+        return None
+    return Change(_ALL_LAYERS, "weights of layers come from the host in each pass", _hosting(config, ALL))
+
+
+def _hosting(config: TrialConfig, layers: int | str) -> TrialConfig:
+    return replace(config, engine=replace(config.engine, host_layers=layers))
 
 
 def _eight_bit_state(config: TrialConfig) -> Change | None:
@@ -209,6 +250,9 @@ def _combinations() -> list[list[Make]]:
 
 
 _SPARED = _combinations()
-_FURTHER: tuple[tuple[Make, ...], ...] = ((), (_tile,), (_four_bit,), (_rank,), (_four_bit, _rank))
+_FURTHER: tuple[tuple[tuple[Make, ...], ...], ...] = (
+    ((), (_tile,)),
+    ((_four_bit,), (_rank,), (_four_bit, _rank)),
+)
 """What is added to these: tiles, which serve long rows alone, then changes of what is learnt, in the order of what they
-cost."""
+cost. Layers in host memory, which cost time in each pass, are added to a group of which nothing is enough."""

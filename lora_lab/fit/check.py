@@ -1,6 +1,6 @@
 """Refuse settings that the trial refuses for the model's shapes, and those whose memory is not calculated here."""
 
-from lora_lab.config import TIED, InvalidInput, TrialConfig
+from lora_lab.config import TIED, InvalidInput, TrialConfig, too_many_layers
 from lora_lab.fit.shapes import Experts, Shapes
 from lora_lab.fit.weights import adapts_experts, adapts_router
 from lora_lab.options import Attention, EngineKind
@@ -48,11 +48,19 @@ def model_fault(config: TrialConfig, shapes: Shapes) -> str:
         )
     if config.engine.host_embeddings is True and shapes.is_tied:
         return TIED
+    fault = too_many_layers(config.engine.host_layers, shapes.layers)
+    if fault:
+        return fault
     return _mixture_fault(config, shapes.experts) if shapes.experts else ""
 
 
 def _mixture_fault(config: TrialConfig, experts: Experts) -> str:
     kind, method = config.engine.kind, config.method
+    if config.engine.host_layers:
+        return (
+            f"engine.host_layers={config.engine.host_layers} moves linear layers, and a mixture's experts are none. "
+            "Use engine.host_layers=0."
+        )
     if config.engine.mlp_tile is not None:
         return (
             f"engine.mlp_tile={config.engine.mlp_tile} takes an MLP apart by tokens, and a mixture gathers those of "

@@ -1,5 +1,6 @@
 """Write on a tape what loading leaves on the card: weights one after the other, adapters, and an engine's own copies.
-Embeddings that are kept in host memory are loaded too, and leave the card when the adapters are there.
+Embeddings that are kept in host memory are loaded too, and leave the card when the adapters are there. Layers that are
+kept there leave it weight by weight.
 
 transformers loads weights in the order of their names: the head, the embeddings, then of each layer the feed-forward
 part before attention, and each part in alphabetical order (core_model_loading.dot_natural_key). The order matters for
@@ -30,12 +31,13 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     table = shapes.vocabulary * shapes.hidden
     tables = [tape.new(table * other_bytes(config), WEIGHTS) for _ in range(1 if shapes.is_tied else 2)]
     held: list[dict[Linear, list[int]]] = []
+    hosted = config.engine.hosted_layers(shapes.layers)
     experts = []
     feed_forward = (*shapes.gate_up, *shapes.down)
     named = sorted(shapes.linears, key=lambda linear: (linear not in feed_forward, linear.name))
-    for _ in range(shapes.layers):
+    for number in range(shapes.layers):
         experts += _load_experts(tape, sizes)
-        held.append({linear: _load_linear(tape, sizes, linear) for linear in named})
+        held.append({linear: _load_linear(tape, sizes, linear, number < hosted) for linear in named})
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
     _quantise_experts(tape, sizes, experts)
     for _ in range(_THREADS * (2 if tries_out else 1)):
@@ -56,9 +58,12 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     tape.returns_cached = True
 
 
-def _load_linear(tape: Tape, sizes: Sizes, linear: Linear) -> list[int]:
+def _load_linear(tape: Tape, sizes: Sizes, linear: Linear, is_hosted: bool) -> list[int]:
+    """Return what stays on the card: weights and scales, or the scales alone."""
     whole = tape.new(linear.weights * sizes.cell, WEIGHTS) if sizes.quantised else None
     stored = [tape.new(size, WEIGHTS) for size in linear_bytes(linear, sizes.config)]
+    if is_hosted:
+        tape.free(stored.pop(0))
     tape.free(whole)
     return stored
 

@@ -17,6 +17,10 @@ from lora_lab.work import MicroBatch, ModelFacts
 _OVERLAP = 4.0
 """The power in the sum of host and card: between neither overlapping (1) and both wholly (infinite)."""
 
+_LINK_BYTES_PER_SECOND = 40e9
+"""At which a kernel reads host memory, measured over PCIe 5 with 16 lanes (docs/small_cards.md). Slower links are not
+known here."""
+
 _SHARE_OF_FORWARD = 1 / 2
 """Of the host's time in forward and backward, for a forward that gives the losses. Jobs that shared an H200 took this
 long."""
@@ -129,8 +133,15 @@ class Roofline:
 
     def _training(self, batch: MicroBatch) -> tuple[float, float]:
         """Return the seconds of the card and of the host for one micro-batch."""
-        card = sum(self._fitted[name] * seconds for name, seconds in self.parts(batch).items())
+        card = sum(self._fitted[name] * seconds for name, seconds in self.parts(batch).items()) + self._from_host()
         return card, self._fitted[f"host_{_kind(self._config)}"] * self._model.linears * self._launches()
+
+    def _from_host(self) -> float:
+        """Return the seconds in which the 4-bit weights of layers in host memory come over PCIe, in each pass."""
+        counted, layers = self._model.counted, self._model.layers
+        assert counted is not None
+        share = self._config.engine.hosted_layers(layers) / layers
+        return share * counted.frozen_in_layers * 0.5 * (2 + self._repeated) / _LINK_BYTES_PER_SECOND
 
     def _launches(self) -> float:
         """Return what the host launches as a multiple of the launches without checkpointing, in 4 bit."""

@@ -81,6 +81,11 @@ def _check_cpu(config: TrialConfig) -> None:
             "engine.host_embeddings=true moves the embeddings from a card to host memory, and this trial runs on the "
             "CPU. Use engine.host_embeddings=auto."
         )
+    if config.engine.host_layers:
+        raise Unsupported(
+            f"engine.host_layers={config.engine.host_layers} moves weights from a card to host memory, and this trial "
+            "runs on the CPU. Use engine.host_layers=0."
+        )
     limit = config.vram_limit_gib
     if limit is not None:
         raise Unsupported(f"vram_limit_gib={limit:g} limits an NVIDIA card, and this trial runs on the CPU.")

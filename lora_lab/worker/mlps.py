@@ -10,12 +10,15 @@ from lora_lab.worker.experts import expert_weights
 from lora_lab.worker.trainables.trainable import base_of
 
 
-def mlps_of(model: Any) -> list[Any]:
-    """List the MLPs of the text's layers that transformers repeats, in order; None for a layer without a module of
-    that name."""
+def text_layers(model: Any) -> list[Any]:
+    """List the text's layers that transformers repeats, in order."""
     modules = base_of(model).get_decoder().modules()
-    layers = (module for module in modules if isinstance(module, GradientCheckpointingLayer))
-    return [getattr(layer, "mlp", None) for layer in layers]
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+
+
+def mlps_of(model: Any) -> list[Any]:
+    """List the MLPs of the text's layers, in order; None for a layer without a module of that name."""
+    return [getattr(layer, "mlp", None) for layer in text_layers(model)]
 
 
 def check_mlps(config: TrialConfig, skeleton: Any) -> None:

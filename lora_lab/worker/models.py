@@ -24,6 +24,7 @@ from lora_lab.worker.checkpoint import (
     make_skeleton,
 )
 from lora_lab.worker.experts import quantise_experts
+from lora_lab.worker.host_layers import check_host_layers, hosting, move_layers
 from lora_lab.worker.mlps import check_mlps
 from lora_lab.worker.pretrained import from_pretrained, model_name
 from lora_lab.worker.probe import judge, look_through
@@ -98,6 +99,7 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
     with _conversion_errors():
         skeleton = make_skeleton(config, architecture)
     check_mlps(config, skeleton)
+    check_host_layers(config, skeleton)
     remarks = []
     if config.model.weights is Weights.pretrained:
         remarks = check_files(config.model, architecture, skeleton)
@@ -146,7 +148,9 @@ def _frozen(
     }
     if getattr(architecture, "quantization_config", None) is None:  # else the files say how
         asked["quantization_config"] = _quantization(config.method, dtype)
-    with _conversion_errors():
+    is_hosted = device.type == "cuda" and config.engine.host_layers
+    hosts = hosting(config) if is_hosted else contextlib.nullcontext()
+    with _conversion_errors(), hosts:
         if config.model.weights is Weights.random:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
@@ -160,6 +164,8 @@ def _frozen(
                 check_files(config.model, architecture, make_skeleton(config, architecture))
             asked["trust_remote_code"] = config.model.trust_remote_code
             model, info = from_pretrained(AutoModelForCausalLM, config.model, use_safetensors=True, **asked)
+    if is_hosted:
+        move_layers(model, config.engine.host_layers)
     for remark in check_weights_complete(info):
         warn(remark)
     return model

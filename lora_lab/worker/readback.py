@@ -12,6 +12,7 @@ from lora_lab.options import DType, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
+from lora_lab.worker.host_layers import layers_in_host_memory
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.trainables import trainable_of
@@ -58,8 +59,11 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "autocast": str(trainer.accelerator.mixed_precision),
         "grad_scaler": str(scaler is not None and scaler.is_enabled()),
         "gradient_checkpointing": checkpointing_of(model).value,
-        **({"segments": _segments(), "embeddings": place_of_embeddings(model)} if device.type == "cuda" else {}),
     }
+    if device.type == "cuda":
+        facts["segments"] = _segments()
+        facts["embeddings"] = place_of_embeddings(model)
+        facts["host_layers"] = "{} of {}".format(*layers_in_host_memory(model))
     return facts
 
 
@@ -154,6 +158,7 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
     asked = expected(config, device)
     differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
     differences += _dtype_differences(facts, config, device)
+    differences += _host_layers_difference(facts, config)
     stand_ins = []
     if device.type == "cpu":
         if config.precision.dtype is DType.fp16:
@@ -177,3 +182,11 @@ def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch
     if plain - allowed:
         found.append(f"weight_dtypes: asked for {min(allowed)} where not quantised, got {facts['weight_dtypes']}")
     return found
+
+
+def _host_layers_difference(facts: dict[str, str], config: TrialConfig) -> list[str]:
+    if "host_layers" not in facts:
+        return []
+    there, _, layers = facts["host_layers"].partition(" of ")
+    asked = config.engine.hosted_layers(int(layers))
+    return [] if asked == int(there) else [f"host_layers: asked for {asked}, got {there}"]

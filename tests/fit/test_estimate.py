@@ -25,7 +25,7 @@ from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.fit.weights import optimizer_state
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import Attention, Batching, Checkpointing, EngineKind, ModelSource
+from lora_lab.options import Attention, Batching, Checkpointing, EngineKind, ModelSource, Quantization
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +215,40 @@ def test_host_memory_for_embeddings_is_advised_where_it_is_enough_and_possible()
     assert all("host_embeddings" not in change.override for change in changes)
 
 
+def layered(config: TrialConfig, asked: int | str) -> TrialConfig:
+    return replace(config, engine=replace(config.engine, host_layers=asked))
+
+
+@pytest.mark.parametrize("engine", [kind.name for kind in EngineKind])
+def test_packed_weights_of_layers_in_host_memory_take_nothing(engine: str) -> None:
+    config = trial(model="llama3_1_8b", engine=engine)
+    packed = shapes_of(config.model).layers * [sum(each.weights for each in shapes_of(config.model).linears) // 2]
+    for asked in (0, 5, "all"):
+        gone = sum(packed[: len(packed) if asked == "all" else asked])
+        assert said(config).parts["weights"] - said(layered(config, asked)).parts["weights"] == gone
+        assert said(config).allocated - said(layered(config, asked)).allocated == gone
+    assert said(config).loading - said(layered(config, "all")).loading > 0.95 * sum(packed)
+
+
+def test_the_fewest_layers_that_are_enough_are_advised() -> None:
+    config = trial(model="llama3_1_8b", engine="graph", checkpointing="offloaded", seq_len=2048)
+    config = hosted(replace(config, optimizer=replace(config.optimizer, optim="adamw_bnb_8bit")))
+    room = said(layered(config, 12)).enough
+    changes = [change.override for change in advise(config, shapes_of(config.model), room)]
+    assert changes == ["engine.host_layers=12"]
+    assert not said(layered(config, 11)).is_enough(room)
+    in_16_bit = replace(config, method=replace(config.method, quantization=Quantization.none))
+    changes = [change.override for change in advise(in_16_bit, shapes_of(config.model), room)]
+    assert changes[-2:] == ["method=qlora", "engine.host_layers=12"]
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    config = trial()
+    check(layered(config, 28), shapes_of(config.model))
+    with pytest.raises(InvalidInput, match="the model has 28 layers"):
+        check(layered(config, 29), shapes_of(config.model))
+
+
 def test_an_accumulated_step_keeps_its_gradients() -> None:
     once, often = (said(replace(trial(), grad_accum_steps=count)) for count in (1, 4))
     assert often.parts[GRADIENTS] == pytest.approx(often.parts["adapters"], rel=0.01)
@@ -293,10 +327,12 @@ def test_advice_is_never_refused_by_the_trial() -> None:
 
 
 def test_rows_are_shortened_last() -> None:
-    config = trial(model="llama3_1_8b", seq_len=8192, engine="graph", checkpointing="offloaded")
-    changes = advise(config, shapes_of(config.model), 7.5 * GIB)
-    assert changes[-1].override.startswith("seq_len=")
-    assert said(changes[-1].config).verdict(7.5 * GIB) == FITS
+    config = trial(model="llama3_1_8b", seq_len=131072, engine="graph", checkpointing="offloaded")
+    for room, is_hosted in ((9 * GIB, False), (4.5 * GIB, True)):
+        changes = advise(config, shapes_of(config.model), room)
+        assert changes[-1].override.startswith("seq_len=")
+        assert ("host_layers" in " ".join(change.override for change in changes)) is is_hosted
+        assert said(changes[-1].config).verdict(room) == FITS
 
 
 def test_what_was_not_measured_widens_the_interval() -> None:

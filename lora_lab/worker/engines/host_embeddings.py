@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_lab.config import TIED
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.engines.host_memory import copy_to_host, is_in_host_memory
+from lora_lab.worker.host_memory import copy_to_host, is_in_host_memory
 from lora_lab.worker.trainables.trainable import base_of
 
 _TRAINED = (

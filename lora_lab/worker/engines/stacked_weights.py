@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.worker.engines.dequantize import has_whole_blocks, packed_weight
+from lora_lab.worker.host_memory import is_in_host_memory, joined
 
 
 def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
@@ -29,7 +30,8 @@ def weights_of(layers: list[Any]) -> tuple[list[Tensor], list[int]]:
 def move(base: Any) -> None:
     """Give a linear layer's weight a new place in memory. Where its neighbours move into stacks, one that stays would
     leave gaps that nothing fits."""
-    base.weight.data = base.weight.data.clone()
+    if not is_in_host_memory(base.weight):
+        base.weight.data = base.weight.data.clone()
     if not has_whole_blocks(base):
         return
     state = base.weight.quant_state
@@ -64,5 +66,5 @@ def _packed(bases: list[Any]) -> tuple[list[Tensor], list[int]]:
 
 
 def _stacked(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    stacked = torch.cat(tensors)
+    stacked = joined(tensors)
     return stacked, list(stacked.split([len(tensor) for tensor in tensors]))

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_lab.config import AUTO, EngineConfig, TrialConfig
 from lora_lab.outcome import Unsupported
-from lora_lab.worker.engines import host_memory
+from lora_lab.worker import host_memory
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.compiled import compile_layers
 from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 from lora_lab.worker.engines.host_embeddings import move_embeddings, place_of_embeddings
-from lora_lab.worker.engines.host_memory import HostMemory, copy_to_host, is_in_host_memory
+from lora_lab.worker.host_memory import HostMemory, copy_to_host, is_in_host_memory
 from lora_lab.worker.readback import expected
 from lora_lab.worker.trainables.trainable import base_of
 

@@ -85,9 +85,25 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     Raises: MemoryError when the driver cannot page-lock as much, with its reason."""
     memory = HostMemory(tensor.nbytes, _cuda())
     memory.on_host().view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).view(tensor.shape)
+    return _as_on_card(memory, tensor, tensor.shape)
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """Return tensors of one kind one after the other, in the memory that they are in: the card's or the host's.
+
+    Raises: MemoryError when the driver cannot page-lock as much, with its reason."""
+    first = tensors[0]
+    if not is_in_host_memory(first):
+        return torch.cat(tensors)
+    memory = HostMemory(sum(tensor.nbytes for tensor in tensors), _cuda())
+    whole = _as_on_card(memory, first, (sum(map(len, tensors)), *first.shape[1:]))
+    return torch.cat(tensors, out=whole)
+
+
+def _as_on_card(memory: HostMemory, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.as_tensor(memory, device=like.device).view(like.dtype).view(shape)
 
 
 def is_in_host_memory(tensor: Tensor) -> bool:
-    """Ask the driver whether the memory of a tensor on the card is the host's."""
-    return _cuda().is_host(tensor.data_ptr())
+    """Return whether the memory of a tensor that torch takes for the card's is the host's, as the driver says."""
+    return tensor.is_cuda and _cuda().is_host(tensor.data_ptr())
