@@ -1,9 +1,10 @@
 """Compare the losses of every way to save memory with those of engine=eager, and the memory that each takes.
 
-    python -m benchmarks.lean_losses OUT
+    python -m benchmarks.lean_losses OUT          20 steps of random tokens, four layers of Llama-3.1-8B's shapes
+    python -m benchmarks.lean_losses text OUT     100 steps of real text, SmolLM2's weights, AdamW and SGD
 
-Short trials of four layers of Llama-3.1-8B's shapes, several at a time on one card: 20 steps of one row of 4,096 random
-tokens, the same in all of them. Writes OUT/lean_losses.json.
+Several trials at a time on one card, the same rows in all of them. Writes OUT/lean_losses.json or OUT/lean_text.json.
+SGD sees a gradient that is too large by a factor, which AdamW does not. One trial of the text has such a fault planted.
 """
 
 import json
@@ -58,6 +59,11 @@ _TRAINING = ("first_step", "warm_up", "window")
 
 def measure(case: str) -> dict[str, Any]:
     """Run one trial; return its losses, its peak of live tensors in bytes, and what ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run([*_BASE, *case.split()], Path(folder))
+
+
+def _run(overrides: list[str], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "peak": 0, "ran": {}}
 
     def note(event: Event) -> None:
@@ -69,19 +75,107 @@ def measure(case: str) -> dict[str, Any]:
             found["ran"] = event.facts
 
     placement = choose_placement("auto")
-    with tempfile.TemporaryDirectory() as folder:
-        config = compose([*_BASE, *case.split()])
-        end = worker_process.run_workers(config, worker_environment(placement), Path(folder), note)
+    end = worker_process.run_workers(compose(overrides), worker_environment(placement), folder, note)
     return {**found, "outcome": end.outcome.value, "reason": end.reason}
 
 
+_TEXT = [
+    *("model=smollm2_135m", "data=maths", "data.batching=packed", "seq_len=512", "batch_size=4", "method=qlora"),
+    *("measure.warmup_steps=5", "measure.steps=95", "measure.eval_rows=0", "measure.profile_steps=0"),
+    *("measure.idle_seconds=0", "tracking=none"),
+]
+_ADAMW = "optimizer=adamw_fused learning_rate=1e-3"
+_SGD = "optimizer.optim=null optimizer.target=torch.optim.SGD learning_rate=0.05 max_grad_norm=0"
+_SMALL_TILE, _LAYERS = "engine.mlp_tile=512", "engine.host_layers=all"
+_WAYS = (
+    "engine=eager",
+    "engine=eager seed=0",  # once more: what eager differs from itself
+    f"engine=eager {_OFFLOADED} {_SMALL_TILE}",
+    f"engine=eager {_LAYERS}",
+    f"engine=liger {_OFFLOADED} {_LAYERS}",
+    f"engine=compile {_OFFLOADED} {_SMALL_TILE} {_LAYERS}",
+    f"engine=graph {_OFFLOADED}",
+    f"engine=graph {_OFFLOADED} {_SMALL_TILE}",
+    f"engine=graph {_OFFLOADED} {_SMALL_TILE} {_LAYERS}",
+    f"engine=graph {_FULL} {_SMALL_TILE}",
+)
+_PLANTED = f"engine=eager {_OFFLOADED} {_SMALL_TILE} planted"
+_SHORT_OF = "engine=eager grad_accum_steps=2", f"engine=graph {_OFFLOADED} {_SMALL_TILE} {_LAYERS} grad_accum_steps=2"
+_IN_FP16 = "engine=eager precision=fp16", f"engine=graph {_OFFLOADED} {_SMALL_TILE} {_LAYERS} precision=fp16"
+TEXT_CASES = (
+    *(f"{way} {_ADAMW}" for way in _WAYS),
+    *(f"{way} {_SGD}" for way in (*_WAYS, _PLANTED, *_SHORT_OF, *_IN_FP16)),
+)
+
+
+def measure_text(case: str) -> dict[str, Any]:
+    """Run one trial of real text; return its losses, what ran, and the trained B matrices' place."""
+    words = case.split()
+    if "planted" in words:
+        words.remove("planted")
+        _plant()
+        words.append("isolation=inline")
+    with tempfile.TemporaryDirectory() as folder:
+        found = _run([*_TEXT, *words], Path(folder))
+        adapter = Path(folder) / "adapter" / "adapter_model.safetensors"
+        if adapter.is_file():
+            (_ADAPTERS / f"{TEXT_CASES.index(case)}.safetensors").write_bytes(adapter.read_bytes())
+    return found
+
+
+def _plant() -> None:
+    """Make the gradients of the MLP's adapters half as large again, where the MLP is in tiles."""
+    import torch
+
+    right = torch.autograd.grad
+
+    def wrong(*arguments: Any, **named: Any) -> Any:
+        of_input, *of_adapters = right(*arguments, **named)
+        return (of_input, *(1.5 * each for each in of_adapters))
+
+    torch.autograd.grad = wrong
+
+
+_ADAPTERS = Path(tempfile.gettempdir()) / "lean_text_adapters"
+
+
+def distances() -> dict[str, float]:
+    """Compare the adapters' B, which starts at zero, with eager's: the norm of the difference over eager's norm."""
+    from safetensors.torch import load_file
+
+    found, loaded = {}, {}
+    for number, case in enumerate(TEXT_CASES):
+        path = _ADAPTERS / f"{number}.safetensors"
+        if path.is_file():
+            loaded[case] = {name: b.float() for name, b in load_file(path).items() if "lora_B" in name}
+    for case, each in loaded.items():
+        other = loaded.get(reference_of(case))
+        if other is not None:
+            apart = sum(float((each[name] - other[name]).square().sum()) for name in other) ** 0.5
+            found[case] = apart / sum(float(b.square().sum()) for b in other.values()) ** 0.5
+    return found
+
+
+def reference_of(case: str) -> str:
+    """Return eager's trial with the same optimizer, precision and accumulation."""
+    settings = next((each for each in ("grad_accum_steps=2", "precision=fp16") if each in case), "")
+    return " ".join(["engine=eager", *([settings] if settings else []), _SGD if _SGD in case else _ADAMW])
+
+
 def main() -> None:
-    out = Path(sys.argv[1])
+    is_text = sys.argv[1] == "text"
+    out = Path(sys.argv[-1])
     facts = {**environment(), **device_facts(choose_placement("auto"))}
     facts["commit"] = os.environ.get("LORA_LAB_COMMIT", facts["commit"])  # where only the files are
-    with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
-        trials = dict(zip(CASES, pool.map(measure, CASES), strict=True))
-    write_json(out / "lean_losses.json", {"origin": facts, "trials": trials})
+    cases, run = (TEXT_CASES, measure_text) if is_text else (CASES, measure)
+    _ADAPTERS.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        trials = dict(zip(cases, pool.map(run, cases), strict=True))
+    if is_text:
+        apart = distances()
+        trials = {case: {**trial, "adapters_apart": apart.get(case)} for case, trial in trials.items()}
+    name = "lean_text" if is_text else "lean_losses"
+    write_json(out / f"{name}.json", {"origin": facts, "trials": trials})
     print(json.dumps({case: trial["outcome"] for case, trial in trials.items()}, indent=0))
 
 

@@ -35,6 +35,13 @@ _SHAPES = {
         "model.architecture.num_attention_heads=40",
         "model.architecture.num_key_value_heads=40",
     ],
+    "llama3.1-70b": [
+        *MODELS["llama3.1"],
+        "model.architecture.hidden_size=8192",
+        "model.architecture.intermediate_size=28672",
+        "model.architecture.num_hidden_layers=80",
+        "model.architecture.num_attention_heads=64",
+    ],
     "qwen2.5-7b": [
         *MODELS["qwen2.5"],
         "model.architecture.vocab_size=152064",
@@ -49,6 +56,7 @@ _TITLES = {
     "llama3.1": "Llama-3.1-8B",
     "qwen2.5": "Qwen2.5-1.5B",
     "llama2-13b": "Llama-2-13B",
+    "llama3.1-70b": "Llama-3.1-70B",
     "qwen2.5-7b": "Qwen2.5-7B",
 }
 _RANK_32 = "method=qlora method.rank=32 optimizer=adamw_8bit"
@@ -80,17 +88,23 @@ class Small:
         return f"{self.model} {self.rows}x{self.length} on {self.card or 'all'}: {self.settings}"
 
 
+_HOSTED = f"{_QLORA} memory=leanest engine.host_layers=all"
 CASES = (
+    Small("llama3.1", 1, 2048, 4, _HOSTED),
     Small("llama3.1", 1, 6144, 8, _LONG),
+    Small("llama3.1", 1, 32768, 12, _LONG),
     Small("llama3.1", 1, 41000, 12, _LONG),
+    Small("llama3.1", 1, 56000, 16, _LONG),
+    Small("llama3.1", 1, 80000, 24, _LONG),
+    Small("llama3.1", 4, 2048, 6, _HOSTED),
     Small("llama2-13b", 1, 2048, 12, f"{_QLORA} memory=leanest"),
-    Small("llama3.1", 1, 79000, 16, _LONG),
+    Small("llama2-13b", 1, 2048, 4, _HOSTED),
+    Small("llama3.1-70b", 1, 2048, 12, _HOSTED),
     Small("qwen2.5", 1, 32768, 8, f"{_QLORA} memory=lean"),
     Small("qwen2.5", 8, 2048, 8, _FULL),
     Small("qwen2.5", 2, 2048, 8, _FULL),
     Small("qwen2.5", 2, 2048, 8, f"{_FULL} precision=fp16"),
     Small("qwen2.5-7b", 2, 4096, None, _LORA),
-    Small("llama3.1", 1, 118000, 24, _LONG),
 )
 
 
