@@ -26,7 +26,9 @@ TUTORIAL = "plain_tutorial"
 UNSLOTH = "unsloth"
 """Unsloth with its own default checkpointing, in every cell."""
 UNSLOTH_LEAN = "unsloth_lean"
-"""Unsloth with its own two switches for less memory: embeddings on the host, and the MLP in tiles."""
+"""Unsloth with its own switch for embeddings on the host."""
+UNSLOTH_TILED = "unsloth_tiled"
+"""The same, with its own switch for the MLP in tiles."""
 UNSLOTH_NO_CHECKPOINTING = "unsloth_no_checkpointing"
 OTHER_KERNEL = "plain_other_kernel"
 """Plain Hugging Face with another attention kernel: for the spread of losses alone, not for time."""
@@ -45,6 +47,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "liger": ("liger_kernel",),
     UNSLOTH: _UNSLOTH_NEEDS,
     UNSLOTH_LEAN: _UNSLOTH_NEEDS,
+    UNSLOTH_TILED: _UNSLOTH_NEEDS,
     UNSLOTH_NO_CHECKPOINTING: _UNSLOTH_NEEDS,
     "graph": (),
     "eager": (),
@@ -138,7 +141,7 @@ def applies(contender: str, cell: Cell, method: str) -> bool:
         return method == "qlora"
     if contender == UNSLOTH_NO_CHECKPOINTING:
         return not cell.checkpointing
-    return cell.checkpointing or contender not in (*SMALLER, UNSLOTH_LEAN)
+    return cell.checkpointing or contender not in (*SMALLER, UNSLOTH_LEAN, UNSLOTH_TILED)
 
 
 def missing_packages(contender: str, method: str) -> list[str]:

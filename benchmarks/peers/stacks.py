@@ -17,6 +17,7 @@ from benchmarks.peers.plan import (
     UNSLOTH,
     UNSLOTH_LEAN,
     UNSLOTH_NO_CHECKPOINTING,
+    UNSLOTH_TILED,
     Cell,
     Setup,
 )
@@ -54,7 +55,7 @@ def build(setup: Setup, device: str) -> Built:
     """Load the contender onto `device` (cuda or cpu)."""
     if setup.contender in ("plain", TUTORIAL, "liger", OTHER_KERNEL):
         return _hugging_face(setup, device)
-    if setup.contender in (UNSLOTH, UNSLOTH_LEAN, UNSLOTH_NO_CHECKPOINTING):
+    if setup.contender in (UNSLOTH, UNSLOTH_LEAN, UNSLOTH_TILED, UNSLOTH_NO_CHECKPOINTING):
         return _unsloth(setup)
     from benchmarks.peers import own
 
@@ -115,7 +116,8 @@ def _unsloth(setup: Setup) -> Built:
     import torch
 
     checkpointing: str | bool = False if setup.contender == UNSLOTH_NO_CHECKPOINTING else "unsloth"
-    lean = {"offload_embedding": True, "unsloth_tiled_mlp": True} if setup.contender == UNSLOTH_LEAN else {}
+    lean = {"offload_embedding": True} if setup.contender in (UNSLOTH_LEAN, UNSLOTH_TILED) else {}
+    lean |= {"unsloth_tiled_mlp": True} if setup.contender == UNSLOTH_TILED else {}
     model, _tokenizer = unsloth.FastLanguageModel.from_pretrained(
         model_name=f"{setup.material}/model",
         max_seq_length=setup.cell.seq_len,

@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peers.plan import OTHER_KERNEL, TUTORIAL, UNSLOTH, UNSLOTH_LEAN, UNSLOTH_NO_CHECKPOINTING
+from benchmarks.peers.plan import OTHER_KERNEL, TUTORIAL, UNSLOTH, UNSLOTH_LEAN, UNSLOTH_NO_CHECKPOINTING, UNSLOTH_TILED
 from benchmarks.reports import markdown
 
-BASELINES = ("plain", TUTORIAL, "liger", UNSLOTH, UNSLOTH_LEAN, UNSLOTH_NO_CHECKPOINTING)
+BASELINES = ("plain", TUTORIAL, "liger", UNSLOTH, UNSLOTH_LEAN, UNSLOTH_TILED, UNSLOTH_NO_CHECKPOINTING)
 _PAYS = ("plain", UNSLOTH)
 """Against which contenders a compilation has to pay."""
 NOTES = """\

@@ -46,6 +46,7 @@ def hosting(config: TrialConfig, copied: Copied = copy_to_host) -> Iterator[None
     that is larger than the card can be loaded.
 
     Raises: Unsupported when there is not enough host memory."""
+    from transformers import modeling_utils
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize  # imports bitsandbytes, as loading 4 bit does
 
     asked, convert = config.engine.host_layers, Bnb4bitQuantize.convert
@@ -64,6 +65,8 @@ def hosting(config: TrialConfig, copied: Copied = copy_to_host) -> Iterator[None
                     raise
         return made
 
+    # it reserves as much of the card as the whole model takes, to load faster
+    warm_up, modeling_utils.caching_allocator_warmup = modeling_utils.caching_allocator_warmup, lambda *_: None
     Bnb4bitQuantize.convert = convert_and_move
     try:
         yield
@@ -71,7 +74,7 @@ def hosting(config: TrialConfig, copied: Copied = copy_to_host) -> Iterator[None
         if not refused:
             raise
     finally:
-        Bnb4bitQuantize.convert = convert
+        Bnb4bitQuantize.convert, modeling_utils.caching_allocator_warmup = convert, warm_up
     if refused:
         raise _no_room(asked, refused[0])
 
