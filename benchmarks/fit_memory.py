@@ -168,7 +168,8 @@ class Run:
     def _keep(self, case: Case, future: Future[dict[str, Any]], is_alone: bool) -> None:
         fault = future.exception()
         found = {"outcome": "failed", "reason": repr(fault)[:300]} if fault else future.result()
-        self._content["trials"][case.name] = {**found, "alone": is_alone, "said": said(case.said)}
+        commit = self._content["origin"]["commit"]
+        self._content["trials"][case.name] = {**found, "alone": is_alone, "said": said(case.said), "commit": commit}
         write_json(self._file, self._content)
         line = f"{found['outcome']:14s} {case.name}"
         peak = max((memory[0] or 0 for memory in found.get("phases", {}).values()), default=0)

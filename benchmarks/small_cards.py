@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.compose import compose
 from benchmarks.fit_cases import COMMON, MODELS
 from benchmarks.fit_memory import Case, Run, earlier
-from benchmarks.reports import markdown, stored, where
+from benchmarks.reports import markdown, stored
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, estimate
 from lora_lab.fit.search import Search
@@ -108,8 +108,13 @@ CASES = (
 )
 
 
-CARDS = (6, 8, 12, 16, 24)
-_LONGEST_BY = ("engine=liger gradient_checkpointing=full", "engine=graph memory=lean", _TILED)
+CARDS = (4, 6, 8, 12, 16, 24)
+_LAYERS = f"{_TILED} engine.host_layers=all"
+_LONGEST_BY = ("engine=liger gradient_checkpointing=full", "engine=graph memory=lean", _TILED, _LAYERS)
+_SAID = (
+    *((model, way) for model in ("llama3.1", "qwen2.5") for way in _LONGEST_BY),
+    *((model, _LAYERS) for model in ("llama2-13b", "llama3.1-70b")),
+)
 
 
 def said(out: Path) -> None:
@@ -117,7 +122,7 @@ def said(out: Path) -> None:
     fit, with the stated default for context and libraries."""
     os.environ["XDG_CACHE_HOME"] = str(out / "nowhere")
     with ProcessPoolExecutor() as pool:
-        rows = list(pool.map(_lengths, ((model, way) for model in ("llama3.1", "qwen2.5") for way in _LONGEST_BY)))
+        rows = list(pool.map(_lengths, _SAID))
     write_json(out / "small_cards_said.json", {"cards": CARDS, "rows": rows})
 
 
@@ -196,7 +201,8 @@ def table() -> str:
             ]
         )
     head = ["model", "batch", "card", "settings", "outcome", "live / reserved GiB", "as said before", "tokens/s"]
-    return f"{markdown(head, lines)}\n\nCapacities emulated on {where(content['origin'])}."
+    commits = ", ".join(sorted({trial["commit"][:7] for trial in content["trials"].values()}))
+    return f"{markdown(head, lines)}\n\nCapacities emulated on an {content['origin']['device']}, commits {commits}."
 
 
 _TRAINING = ("first_step", "warm_up", "window")
