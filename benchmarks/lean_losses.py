@@ -7,12 +7,11 @@ Several trials at a time on one card, the same rows in all of them. Writes OUT/l
 SGD sees a gradient that is too large by a factor, which AdamW does not. One trial of the text has such a fault planted.
 """
 
-import json
 import multiprocessing
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +168,41 @@ def main() -> None:
     facts["commit"] = os.environ.get("LORA_LAB_COMMIT", facts["commit"])  # where only the files are
     cases, run = (TEXT_CASES, measure_text) if is_text else (CASES, measure)
     _ADAPTERS.mkdir(exist_ok=True)
+    trials: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        trials = dict(zip(cases, pool.map(run, cases), strict=True))
-    if is_text:
-        apart = distances()
-        trials = {case: {**trial, "adapters_apart": apart.get(case)} for case, trial in trials.items()}
-    name = "lean_text" if is_text else "lean_losses"
-    write_json(out / f"{name}.json", {"origin": facts, "trials": trials})
-    print(json.dumps({case: trial["outcome"] for case, trial in trials.items()}, indent=0))
+        running = {pool.submit(run, case): case for case in cases}
+        for future in as_completed(running):
+            trials[running[future]] = future.result()
+            print(trials[running[future]]["outcome"], running[future], flush=True)
+            apart = distances() if is_text else {}
+            stored_trials = {case: {**trial, "adapters_apart": apart.get(case)} for case, trial in trials.items()}
+            name = "lean_text" if is_text else "lean_losses"
+            write_json(out / f"{name}.json", {"origin": facts, "trials": stored_trials})
+
+
+def text_table() -> str:
+    """Return docs/small_cards.md's table of real text, from the stored trials."""
+    content = stored("h200/lean_text")
+    lines = []
+    for case in TEXT_CASES:
+        trial, reference = (content["trials"].get(each) for each in (case, reference_of(case)))
+        if trial is None or reference is None or case == reference_of(case):
+            continue
+        apart = [abs(one - other) for one, other in zip(trial["losses"], reference["losses"], strict=True)]
+        ways = case.removesuffix(_SGD).removesuffix(_ADAMW).strip().replace(" seed=0", "` once more`")
+        distance = trial["adapters_apart"]
+        lines.append(
+            [
+                f"`{ways}`".replace("``", ""),
+                "SGD" if _SGD in case else "AdamW",
+                f"{max(apart):.4f}",
+                f"{sum(apart) / len(apart):.4f}",
+                "-" if distance is None else f"{100 * distance:.2f} %",
+            ]
+        )
+    head = ["settings", "optimizer", "largest difference from eager, nats", "mean of 100 steps", "adapters' distance"]
+    origin = content["origin"]
+    return f"{markdown(head, lines)}\n\nMeasured on an {origin['device']}, commit {origin['commit'][:7]}."
 
 
 def table() -> str:
