@@ -82,7 +82,7 @@ class Roofline:
         total = 0.0
         for batch in batches:
             parts = self._forward_parts(batch)
-            card = sum(self._fitted[name] * seconds for name, seconds in parts.items())
+            card = sum(self._fitted[name] * seconds for name, seconds in parts.items()) + self._from_host(1)
             host = self._fitted["host_eager"] * self._model.linears * _SHARE_OF_FORWARD
             total += StepTime(card, host, self._fitted["waiting_step"]).seconds
         return total
@@ -133,15 +133,17 @@ class Roofline:
 
     def _training(self, batch: MicroBatch) -> tuple[float, float]:
         """Return the seconds of the card and of the host for one micro-batch."""
-        card = sum(self._fitted[name] * seconds for name, seconds in self.parts(batch).items()) + self._from_host()
+        card = sum(self._fitted[name] * seconds for name, seconds in self.parts(batch).items()) + self._from_host(
+            2 + self._repeated
+        )
         return card, self._fitted[f"host_{_kind(self._config)}"] * self._model.linears * self._launches()
 
-    def _from_host(self) -> float:
-        """Return the seconds in which the 4-bit weights of layers in host memory come over PCIe, in each pass."""
+    def _from_host(self, passes: float) -> float:
+        """Return the seconds in which the 4-bit weights of layers in host memory come over PCIe in these passes."""
         counted, layers = self._model.counted, self._model.layers
         assert counted is not None
         share = self._config.engine.hosted_layers(layers) / layers
-        return share * counted.frozen_in_layers * 0.5 * (2 + self._repeated) / _LINK_BYTES_PER_SECOND
+        return share * counted.frozen_in_layers * 0.5 * passes / _LINK_BYTES_PER_SECOND
 
     def _launches(self) -> float:
         """Return what the host launches as a multiple of the launches without checkpointing, in 4 bit."""

@@ -76,7 +76,7 @@ def hosting(config: TrialConfig, copied: Copied = copy_to_host) -> Iterator[None
     finally:
         Bnb4bitQuantize.convert, modeling_utils.caching_allocator_warmup = convert, warm_up
     if refused:
-        raise _no_room(asked, refused[0])
+        raise no_room(asked, refused[0])
 
 
 def move_layers(model: Any, asked: int | str, copied: Copied = copy_to_host) -> None:
@@ -92,7 +92,7 @@ def move_layers(model: Any, asked: int | str, copied: Copied = copy_to_host) -> 
                 try:
                     weight.data = copied(weight.data)
                 except MemoryError as error:
-                    raise _no_room(asked, error) from error
+                    raise no_room(asked, error) from error
 
 
 def layers_in_host_memory(model: Any) -> tuple[int, int]:
@@ -115,7 +115,8 @@ def _first(layers: list[Any], asked: int | str) -> list[Any]:
     return layers if asked == ALL else layers[: int(asked)]
 
 
-def _no_room(asked: int | str, error: MemoryError) -> Unsupported:
+def no_room(asked: int | str, error: MemoryError) -> Unsupported:
+    """Return what ends a trial when the driver refuses host memory."""
     return Unsupported(
         f"engine.host_layers={asked}: this machine did not give as much host memory that stays in place ({error}). "
         "Name fewer layers, or use engine.host_layers=0."

@@ -117,6 +117,21 @@ def test_the_card_works_longer_for_checkpointing_longer_rows_and_a_slower_card()
     assert slower.host == plain.host
 
 
+def test_layers_in_host_memory_take_the_time_of_their_passes_over_pcie() -> None:
+    def seconds(layers: int | str, checkpointing: Checkpointing = Checkpointing.none) -> float:
+        config = asked(EngineKind.graph, gradient_checkpointing=checkpointing)
+        engine = replace(config.engine, host_layers=layers)
+        return roofline(replace(config, engine=engine)).step([batch()]).card
+
+    counted = QWEN.counted
+    assert counted is not None
+    pass_seconds = counted.frozen_in_layers / 2 / 40e9
+    assert seconds("all") - seconds(0) == pytest.approx(2 * pass_seconds)
+    assert seconds(QWEN.layers // 2) - seconds(0) == pytest.approx(pass_seconds)
+    again = Checkpointing.full
+    assert seconds("all", again) - seconds(0, again) == pytest.approx(3 * pass_seconds)
+
+
 def test_graph_takes_what_was_measured_of_it_on_an_h100() -> None:
     """Qwen2.5-1.5B at 1x512 under engine=graph took 0.0165 to 0.0216 s a step, eager 0.22 to 0.32."""
     assert 0.0145 < roofline(asked(EngineKind.graph)).step([batch()]).seconds < 0.022

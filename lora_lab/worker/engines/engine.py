@@ -27,6 +27,7 @@ from lora_lab.worker.engines.inspection import check_liger_support, engine_of, h
 from lora_lab.worker.engines.offloaded_checkpoints import offload_checkpoints
 from lora_lab.worker.engines.tiled_mlp import mlp_tile_of, tile_mlps
 from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
+from lora_lab.worker.host_layers import no_room
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.trainables.trainable import base_of, trained_parameters
@@ -117,7 +118,10 @@ class Engine(TrainerCallback):
 
         # for graph alone: their launches cost more than they save where the host is waited for
         use_fused_dequantization(model)
-        copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
+        try:
+            copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
+        except MemoryError as error:  # weights in host memory are stacked there
+            raise no_room(config.engine.host_layers, error) from error
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
         self._step = GraphStep(
             model,
