@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_lab.options import Checkpointing
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
+from lora_lab.worker.engines.input_gradient import require_input_gradient
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
 from lora_lab.worker.trainables.trainable import base_of
 
@@ -46,8 +47,7 @@ def compile_layers(model: Any, whole: bool = True) -> None:
         raise Unsupported(f"{name} has no layers that could be compiled one by one. Use engine=eager.")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
-    # without it the first layer's input needs no gradient, which would be one more compilation
-    base_of(model).enable_input_require_grads()
+    require_input_gradient(model)
     for layer in layers:
         layer.compile(fullgraph=whole, dynamic=False)
 
