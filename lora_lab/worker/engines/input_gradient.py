@@ -4,6 +4,7 @@ transformers has a switch for that, which makes a leaf of the embeddings' output
 step: for long rows a tensor of the hidden size that nothing else needs.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -34,3 +35,5 @@ def require_input_gradient(model: Any) -> None:
         return needed if torch.is_grad_enabled() else output
 
     embeddings.register_forward_hook(hook)
+    # torch.compile looks whether it has a gradient already, and torch warns of that
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
