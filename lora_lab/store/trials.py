@@ -96,11 +96,13 @@ class Trial:
         """Return where it ran."""
         tags = self.tags
         versions = [f"{name} {tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in tags]
+        cores = tags.get("machine.cpu_count", "?")
+        cores = f"{tags['device.cores']} of {cores}" if "device.cores" in tags else cores
         driver = [f"driver {tags['device.driver']}"] if "device.driver" in tags else []
         return Place(
             device=tags.get("device.cpu") or tags.get("device", "device not recorded"),
             unit=tags.get("device.uuid") or tags.get("process.host", "host not recorded"),
-            host=f"{tags.get('machine.cpu', 'CPU not recorded')}, {tags.get('machine.cpu_count', '?')} cores",
+            host=f"{tags.get('machine.cpu', 'CPU not recorded')}, {cores} cores",
             versions=", ".join(versions + driver),
             code=tags.get("code", "not recorded"),
             dirty=tags.get("dirty") == "true",

@@ -16,6 +16,9 @@ ANSWER_SECONDS = 180.0
 """Time for the server to import torch and fork a worker, and for the worker's first event. It usually takes seconds; on
 a slow network disk it takes a minute."""
 
+_ONE_AT_A_TIME = threading.Lock()
+"""Trials in several threads ask one after the other: meanwhile the environment is changed."""
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lora_lab.worker.preload"])
 
@@ -60,11 +63,12 @@ def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> s
     Raises: KeyboardInterrupt.
     """
     why = ""
-    for _ in range(2):
-        prepare()
-        why = _ask(worker, interrupt, seconds)
-        if not why:
-            break
+    with _ONE_AT_A_TIME:
+        for _ in range(2):
+            prepare()
+            why = _ask(worker, interrupt, seconds)
+            if not why:
+                break
     return why
 
 

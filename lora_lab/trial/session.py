@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
+from lora_lab.trial.beside import Beside
 from lora_lab.trial.capacity import within_capacity
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
@@ -50,6 +52,8 @@ from lora_lab.trial.standing import show_line
 
 _MOST_SECONDS_TO_CLAIM = 10.0
 """How long a job that goes on waits for another start that delivers its record."""
+
+_ENDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,8 @@ class Request:
     """Its place in a planned sweep; None for a single trial."""
     resumed: Manifest | None = None
     """The latest attempt at the job that goes on in `folder`; None for a trial that begins."""
+    beside: Beside | None = None
+    """Its place among trials that run side by side; None for a trial that runs alone."""
 
 
 @dataclass(slots=True)
@@ -113,7 +119,7 @@ def run_session(request: Request) -> Outcome:
     check_folder_name(request.folder)
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
-    placement = choose_placement(config.device)
+    placement = request.beside.placement if request.beside else choose_placement(config.device)
     seen = _seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
@@ -200,6 +206,8 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
     facts["command"] = without_secrets(request.command)
     if member is not None:
         facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
+    if request.beside is not None:
+        facts["slot"] = request.beside.slot
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
     folder, rapl = TrialFolder(request.folder), Rapl()
@@ -226,7 +234,9 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
     recent = RECENT if config.train.is_job else None
     sampler = Sampler(reader(placement.cards, rapl), folder.note_sample, recent=recent)
     sweep = SweepFolder(request.folder.parent) if member else None
-    display = Display(record.name, config, sampler, sweep)
+    beside = request.beside
+    name, bars = (record.name, None) if beside is None else (f"{beside.slot}: {record.name}", beside.bars)
+    display = Display(name, config, sampler, sweep, bars)
     state = TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
     changes = moved_from(request.resumed.record.tags, facts) if request.resumed is not None else ""
     if changes:
@@ -372,8 +382,16 @@ def _take_idle(state: TrialState) -> None:
 
 
 def _finish(state: TrialState, end: End, store: Outbox) -> None:
-    """Summarise, write the files, hand the record to the store, show the result."""
-    sampler, seen = state.sampler, state.seen
+    """Summarise, write the files, hand the record to the store, show the result. Of the trials of this process one at a
+    time, so that their lines do not mix, nor what they write into the store."""
+    with _ENDING:
+        _record(state, end, store)
+
+
+def _record(state: TrialState, end: End, store: Outbox) -> None:
+    sampler, seen, beside = state.sampler, state.seen, state.request.beside
+    if beside is not None:
+        state.asked.record.tags["beside"] = ", ".join(beside.others()) or "no other trial"
     if sampler.fault:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
     if sampler.seconds:

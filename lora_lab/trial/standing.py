@@ -44,7 +44,7 @@ def standing(folder: SweepFolder) -> Standing:
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
     open_ended = plan.rule is not None  # nobody knows how many blocks will follow
-    left = None if open_ended or (unknown and usual is None) else known + unknown * (usual or 0.0)
+    left = None if open_ended or (unknown and usual is None) else (known + unknown * (usual or 0.0)) / plan.at_once
     return Standing(len(launched) - len(pending), len(launched), left)
 
 
