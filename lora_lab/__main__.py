@@ -69,7 +69,7 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
     """Run one composed trial. A trial of a sweep returns its exit code; a single trial exits with it.
 
     Args:
-        run: takes the trial in place of `run_session`.
+        run: takes the trial; `run_session` unless it is given.
     """
     from dataclasses import replace
 

@@ -198,7 +198,6 @@ class Threads:
         thread, slot = self._threads.pop(self._ended.recv())
         thread.join()
         self._free.append(slot)
-        self._show()
 
     def _run(self, request: Request) -> None:
         """Run one trial in this thread, whatever becomes of it."""
@@ -219,11 +218,11 @@ class Threads:
                 self._ends.send(name)
 
     def _show(self) -> None:
-        """Show how far the sweep is, and what runs on each slot."""
-        runs = "; ".join(f"{slot}: {self._named(trial)}" for slot, trial in sorted(self._stays.now().items()))
+        """Show how far the sweep is and what runs on each slot, when a trial begins."""
+        runs = sorted(self._stays.now().items())
         if not self._console.is_terminal:
-            if runs:
-                self._console.print(f"  now on {escape(runs)}", highlight=False, soft_wrap=True)
+            said = "; ".join(f"{slot}: {self._named(trial)}" for slot, trial in runs)
+            self._console.print(f"  now on {escape(said)}", highlight=False, soft_wrap=True)
             return
         now = standing(self._sweep)
         left = "" if now.seconds_left is None else f"{clock(now.seconds_left)} left"

@@ -1,0 +1,292 @@
+"""A sweep with placement=each_gpu through the real command line: trials run at the same time, one a slot, and are
+recorded as those of any other sweep."""
+
+import itertools
+import json
+import os
+import signal
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Said, lab_in, records_in, started, store_of, until, with_fakes
+from mlflow.entities import Run
+
+from lora_lab.config import InvalidInput, PlacementConfig, TrialConfig
+from lora_lab.options import PlacementKind
+from lora_lab.sweep import slots as module
+from lora_lab.sweep.slots import slots_of
+from lora_lab.trial.device_lock import device_lock
+
+FAST = ("model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len=32", "data=random_tokens")
+SWEEP = ("-m", *FAST, "data.rows=16", "batch_size=1,2", "repeats=2")
+TWO = ("placement=each_gpu", "placement.workers=2")
+LONG = ("measure.steps=2000",)
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two shares need two cores")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A sweep that has ended, as its folder and its store show it."""
+
+    said: Said
+    folder: Path
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """In the order of the trials' numbers."""
+        return records_in(self.folder)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for run in store_of(self.folder)[1] if "mlflow.parentRunId" in run.data.tags]
+
+    @property
+    def spans(self) -> dict[str, tuple[float, float]]:
+        """From the first to the last word of each worker, by the name of the trial's folder."""
+        found = {}
+        for path in sorted(self.folder.glob("multirun/*/*/*/events.jsonl")):
+            times = [json.loads(line)["t"] for line in path.read_text().splitlines()]
+            found[path.parent.name] = min(times), max(times)
+        return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Two points twice, two at a time."""
+    folder = tmp_path_factory.mktemp("side by side")
+    return Ran(lab_in(folder)(*SWEEP, *TWO), folder)
+
+
+@needs_two_cores
+def test_trials_run_at_the_same_time_and_each_is_recorded_once(pair: Ran) -> None:
+    assert pair.said.code == 0, pair.said.text
+    spans = pair.spans
+    assert sorted(spans) == ["0000", "0001", "0002", "0003"]
+    for one, other in (("0000", "0001"), ("0002", "0003")):
+        assert spans[one][0] < spans[other][1], f"{one} and {other}, of one block, ran at the same time"
+        assert spans[other][0] < spans[one][1]
+    assert {run.info.status for run in pair.runs} == {"FINISHED"}
+    assert sorted(run.data.tags["trial"] for run in pair.runs) == ["0", "1", "2", "3"]
+    assert len({run.data.tags["mlflow.parentRunId"] for run in pair.runs}) == 1
+    assert [line.partition(":")[0] for line in pair.said.out.splitlines() if line[:1] == "["] == [
+        f"[{number}/4] finished" for number in range(1, 5)
+    ]
+
+
+@needs_two_cores
+def test_a_block_begins_when_the_one_before_is_over(pair: Ran) -> None:
+    spans = pair.spans
+    assert max(spans[trial][1] for trial in ("0000", "0001")) < min(spans[trial][0] for trial in ("0002", "0003"))
+    ran = [(record["params"]["repeat"], record["params"]["seed"]) for record in pair.records]
+    assert ran == [("0", "0")] * 2 + [("1", "1")] * 2
+
+
+@needs_two_cores
+def test_a_record_says_on_which_slot_it_ran_and_who_ran_beside(pair: Ran) -> None:
+    cores = {tuple(sorted(Counter(record["tags"]["slot"] for record in pair.records).items()))}
+    [((one, first), (other, second))] = cores
+    assert (first, second) == (2, 2), "each slot has a trial of each block"
+    for number, record in enumerate(pair.records):
+        neighbour = number + 1 if number % 2 == 0 else number - 1
+        place = other if record["tags"]["slot"] == one else one
+        assert record["tags"]["beside"] == f"{neighbour:04d} on {place}"
+        assert record["tags"]["device.cores"] == record["tags"]["ran.threads"] or int(
+            record["tags"]["ran.threads"]
+        ) < int(record["tags"]["device.cores"])
+
+
+@needs_two_cores
+def test_a_trial_is_the_same_point_as_one_that_runs_alone(pair: Ran) -> None:
+    for record in pair.records:
+        assert (record["params"]["placement"], record["params"]["placement.kind"]) == ("one", "one")
+        assert "placement" not in record["tags"]["command"], "the command runs this trial alone"
+
+
+@needs_two_cores
+def test_resume_runs_nothing_again_and_another_number_of_shares_is_another_condition(pair: Ran) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pair.folder.rglob("record.json")}
+    again = lab_in(pair.folder)(*SWEEP, *TWO, "resume=true")
+    assert again.code == 0, again.text
+    assert "resuming" in again.out
+    assert {path: path.stat().st_mtime_ns for path in pair.folder.rglob("record.json")} == before
+    whole = lab_in(pair.folder)(*SWEEP, "repeats=1", "resume=true", "tracking=none")
+    assert "device.cores 1 -> absent" in whole.out or len(os.sched_getaffinity(0)) > 3
+    assert "starting a new" in whole.out
+
+
+@needs_two_cores
+def test_a_report_takes_the_shares_of_one_cpu_for_one_place(pair: Ran) -> None:
+    said = lab_in(pair.folder, module="lora_lab.report")()
+    assert said.code == 0, said.text
+    [place] = re.findall(r"on (.+?), 2 trials each", said.out)
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    paths = folder.glob("multirun/*/*/*/events.jsonl")
+    return [json.loads(line) | {"trial": path.parent.name} for path in paths for line in path.read_text().splitlines()]
+
+
+def in_window(folder: Path, trials: int) -> bool:
+    """Whether that many trials are in their window."""
+    return len({each["trial"] for each in events_of(folder) if each["event"] == "Step" and each["step"] > 2}) >= trials
+
+
+def workers_of(folder: Path) -> dict[str, int]:
+    return {each["trial"]: each["pid"] for each in events_of(folder) if each["event"] == "Ready"}
+
+
+@needs_two_cores
+def test_a_killed_trial_is_recorded_and_the_others_go_on_and_ctrl_c_and_kill_lose_nothing(tmp_path: Path) -> None:
+    command = ("-m", *FAST, "data.rows=16", "batch_size=1,2,4", *TWO)
+    with started(tmp_path, *command, *LONG) as sweep:
+        until(lambda: in_window(tmp_path, 2), "two trials run")
+        os.kill(workers_of(tmp_path)["0000"], signal.SIGKILL)
+        until(lambda: "0002" in workers_of(tmp_path), "the third takes the free slot")
+        until(lambda: in_window(tmp_path, 3), "it runs")
+        assert [(r["outcome"], r["tags"]["trial"]) for r in records_in(tmp_path)] == [("killed", "0")]
+        os.kill(sweep.pid, signal.SIGINT)
+        assert sweep.wait(30) == 130
+    ended = records_in(tmp_path)
+    assert [record["outcome"] for record in ended] == ["killed"] * 3
+    assert [record["tags"]["reason"].partition(";")[0] for record in ended] == [
+        "the worker was ended by SIGKILL",
+        *["interrupted by Ctrl-C"] * 2,
+    ]
+    with started(tmp_path, *command, *LONG, "resume=true") as sweep:
+        until(lambda: {"0000-2", "0001-2"} <= workers_of(tmp_path).keys(), "both run again")
+        workers = [psutil.Process(workers_of(tmp_path)[name]) for name in ("0000-2", "0001-2")]
+        sweep.kill()
+        sweep.wait(30)
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive, "no worker outlives its sweep"
+    said = lab_in(tmp_path)(*command, *LONG, "measure.steps=3", "resume=true")
+    assert "starting a new" in said.out, "other steps are other points"
+    statuses = Counter(run.info.status for run in store_of(tmp_path)[1] if run.data.tags.get("trial"))
+    assert statuses == {"KILLED": 5, "FINISHED": 3}
+    assert said.code == 0, said.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fakes", "words"),
+    [
+        ((*FAST, *TWO), {}, ["placement=each_gpu", "-m", "device=gpu:N"]),
+        ((*SWEEP, "placement=each_gpu"), {}, ["placement.workers=2"]),
+        ((*SWEEP, "placement=each_gpu", "placement.workers=1000"), {}, ["placement.workers=1000"]),
+        ((*SWEEP, "placement=each_gpu", "placement.gpus=2"), {}, ["placement.gpus=2", "placement.workers=2"]),
+        ((*SWEEP, *TWO, "placement.gpus=2"), {}, ["placement.gpus", "placement.workers"]),
+        ((*SWEEP, "placement.workers=2"), {}, ["placement.workers=2", "placement=each_gpu"]),
+        ((*SWEEP, *TWO, "isolation=inline"), {}, ["isolation=inline"]),
+        ((*SWEEP, *TWO, "hydra/launcher=joblib"), {}, ["hydra/launcher=joblib"]),
+        (
+            ("-m", *FAST, "batch_size=max", "data.rows=64", "placement=each_gpu"),
+            {"FAKE_NVML_NAME": "Twin"},
+            ["batch_size=max", "placement=each_gpu"],
+        ),
+        (("-m", *FAST, "batch_size=1,2", *TWO, "repeats=auto", "contrast=batch_size"), {}, ["repeats=auto"]),
+        (("-m", *FAST, "placement=one,each_gpu", "device=cpu"), {}, ["placement"]),
+        ((*SWEEP, "placement=each_gpu", "placement.gpus=3"), {"FAKE_NVML_NAME": "Twin"}, ["placement.gpus=3", "gpu:1"]),
+        ((*SWEEP, *TWO), {"FAKE_NVML_NAME": "Twin"}, ["placement.workers=2", "placement.gpus=2", "device=cpu"]),
+        ((*SWEEP, "placement=each_gpu", "device=gpu:1"), {"FAKE_NVML_NAME": "Twin"}, ["device=gpu:1"]),
+        ((*SWEEP, "placement=each_gpu"), {"FAKE_NVML_NAME": ""}, ["Fake Card 0", "Fake Card 1", "one kind"]),
+    ],
+)
+def test_what_cannot_run_side_by_side_is_refused_before_anything_starts(
+    tmp_path: Path, arguments: tuple[str, ...], fakes: dict[str, str], words: list[str]
+) -> None:
+    driver = {"PYTHONPATH": with_fakes(), "FAKE_NVML_CARDS": "2", **fakes} if fakes else {}
+    said = lab_in(tmp_path)(*arguments, **driver)
+    assert said.code == 2, said.text
+    assert [word for word in words if word not in said.err] == [], said.err
+    assert "Traceback" not in said.text
+    assert not list(tmp_path.rglob("events.jsonl"))
+    assert not list(tmp_path.rglob("trial.json"))
+
+
+def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> None:
+    said = lab_in(tmp_path)(
+        *("-m", *FAST, "data.rows=16", "batch_size=1,2,4", "placement=each_gpu", "measure.idle_seconds=1.5"),
+        "tracking=none",
+        PYTHONPATH=with_fakes(),
+        FAKE_NVML_CARDS="2",
+        FAKE_NVML_NAME="Twin",
+    )
+    assert said.code == 1, "this torch sees no card, so all fail"
+    [sweep] = [path.parent for path in tmp_path.glob("multirun/*/*/sweep.json")]
+    slots = {}
+    for record in records_in(tmp_path):
+        tags = record["tags"]
+        assert tags["device"] == "Twin"
+        assert tags["device.uuid"] == f"GPU-{int(tags['slot'].removeprefix('gpu:')):08x}-0000-0000-0000-000000000000"
+        slots[tags["trial"]] = tags["slot"]
+    assert (slots["0"], slots["1"], len(slots)) == ("gpu:0", "gpu:1", 3)
+    assert said.err.count("measuring the idle power of Twin") == 2, "once a card"
+    seen = {trial: json.loads((sweep / f"000{trial}" / "seen.json").read_text())["idle"] for trial in slots}
+    assert seen["0"]["start"] < seen["1"]["end"], "at the block's start, on both cards at once"
+    assert seen["1"]["start"] < seen["0"]["end"]
+    earlier = next(trial for trial in ("0", "1") if slots[trial] == slots["2"])
+    assert seen["2"] == seen[earlier]
+    digests = [set(json.loads((sweep / "sweep.json").read_text())["conditions"])]
+    assert len(digests[0]) == 3
+
+
+def test_ctrl_c_ends_what_waits_for_a_card_in_each_thread(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"temperature": 90}')
+    hot = {"PYTHONPATH": with_fakes(), "FAKE_NVML_CARDS": "2", "FAKE_NVML_NAME": "Twin"}
+    hot["FAKE_NVML_STATE"] = str(tmp_path / "state.json")
+    command = ("-m", *FAST, "data.rows=16", "batch_size=1,2", "placement=each_gpu", "cooldown_celsius=50")
+    with started(tmp_path, *command, "tracking=none", **hot) as sweep:
+        until(lambda: len(list(tmp_path.glob("multirun/*/*/*/trial.json"))) == 2, "both were begun")
+        os.kill(sweep.pid, signal.SIGINT)
+        assert sweep.wait(20) == 130
+    assert [record["tags"]["reason"] for record in records_in(tmp_path)] == ["interrupted by Ctrl-C"] * 2
+
+
+def test_the_cores_are_divided_equally_and_no_core_is_in_two_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6, 7, 9})
+    config = TrialConfig(device="cpu", placement=PlacementConfig(kind=PlacementKind.each_gpu, workers=3))
+    shares = slots_of(config)
+    assert [share.placement.cores for share in shares] == [(0, 1), (2, 3), (6, 7)]
+    assert [share.name for share in shares] == ["cores 0-1", "cores 2-3", "cores 6-7"]
+    config.placement.workers = 8
+    with pytest.raises(InvalidInput, match=r"placement.workers=8 .*\(7\)"):
+        slots_of(config)
+
+
+@pytest.mark.parametrize(("held", "asked", "waits"), [("0", "", True), ("", "1", True), ("0", "1", False)])
+def test_a_share_of_the_cpu_and_a_trial_on_all_of_it_wait_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str, asked: str, waits: bool
+) -> None:
+    from lora_lab.placement import Placement
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = (Placement(cores=tuple(map(int, cores))) for cores in (held, asked))
+
+    class Waited(Exception):
+        pass
+
+    def say(text: str) -> None:
+        assert f"process {os.getpid()}" in text
+        raise Waited
+
+    with device_lock(first, share=False, waiting=pytest.fail):
+        try:
+            with device_lock(second, share=False, waiting=say):
+                waited = False
+        except Waited:
+            waited = True
+    assert waited == waits
+    with device_lock(second, share=False, waiting=pytest.fail):
+        pass
+
+
+def test_no_two_of_many_shares_meet() -> None:
+    for workers in range(1, len(os.sched_getaffinity(0)) + 1):
+        config = TrialConfig(device="cpu", placement=PlacementConfig(kind=PlacementKind.each_gpu, workers=workers))
+        shares = [set(slot.placement.cores) for slot in slots_of(config)]
+        assert len(shares) == workers
+        assert all(not one & other for one, other in itertools.combinations(shares, 2))
