@@ -33,7 +33,8 @@ EACH = PlacementKind.each_gpu
 FAST = ("model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len=32", "data=random_tokens")
 SWEEP = ("-m", *FAST, "data.rows=16", "batch_size=1,2", "repeats=2")
 TWO = ("placement=each_gpu", "placement.workers=2")
-LONG = ("-m", *FAST, "data.rows=16", "batch_size=1,2,4", *TWO, "measure.steps=80")
+THREE = ("-m", *FAST, "data.rows=16", "learning_rate=1e-4,2e-4,3e-4", *TWO)
+SABOTEUR = Path(__file__).parents[1] / "fakes" / "saboteur"
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two shares need two cores")
 
 
@@ -137,9 +138,16 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) | {"trial": path.parent.name} for path in paths for line in path.read_text().splitlines()]
 
 
+def hanging(folder: Path) -> dict[str, str]:
+    """What makes each trial of THREE hang after its second step."""
+    (folder / "sabotage.json").write_text(json.dumps({f"{n * 1e-4:g}": ["hang", "after step 2"] for n in (1, 2, 3)}))
+    path = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "SABOTAGE": str(folder / "sabotage.json")}
+
+
 def in_window(folder: Path, trials: int) -> bool:
-    """Whether that many trials are in their window."""
-    return len({each["trial"] for each in events_of(folder) if each["event"] == "Step" and each["step"] > 2}) >= trials
+    """Whether that many trials have told their second step."""
+    return len({each["trial"] for each in events_of(folder) if each["event"] == "Step" and each["step"] == 2}) >= trials
 
 
 def workers_of(folder: Path) -> dict[str, int]:
@@ -148,7 +156,7 @@ def workers_of(folder: Path) -> dict[str, int]:
 
 @needs_two_cores
 def test_a_killed_trial_is_recorded_and_the_others_go_on_until_ctrl_c_and_resume_runs_all_again(tmp_path: Path) -> None:
-    with started(tmp_path, *LONG) as sweep:
+    with started(tmp_path, *THREE, **hanging(tmp_path)) as sweep:
         until(lambda: in_window(tmp_path, 2), "two trials run")
         os.kill(workers_of(tmp_path)["0000"], signal.SIGKILL)
         until(lambda: in_window(tmp_path, 3), "the third has the free slot")
@@ -163,7 +171,7 @@ def test_a_killed_trial_is_recorded_and_the_others_go_on_until_ctrl_c_and_resume
 @needs_two_cores
 @pytest.mark.nightly
 def test_no_worker_outlives_a_sweep_that_is_killed_and_resume_runs_all_again(tmp_path: Path) -> None:
-    with started(tmp_path, *LONG) as sweep:
+    with started(tmp_path, *THREE, **hanging(tmp_path)) as sweep:
         until(lambda: in_window(tmp_path, 2), "two trials run")
         workers = [psutil.Process(pid) for pid in workers_of(tmp_path).values()]
         sweep.kill()
@@ -175,7 +183,7 @@ def test_no_worker_outlives_a_sweep_that_is_killed_and_resume_runs_all_again(tmp
 
 def assert_all_finish_at_last(folder: Path, killed: int) -> None:
     """resume=true runs each trial to its end, once, in the same sweep."""
-    said = lab_in(folder)(*LONG, "resume=true")
+    said = lab_in(folder)(*THREE, "resume=true")
     assert said.code == 0, said.text
     assert "resuming" in said.out
     runs = [run for run in store_of(folder)[1] if "mlflow.parentRunId" in run.data.tags]
@@ -256,14 +264,16 @@ def test_equal_cards_are_slots_in_their_order_and_fewer_may_be_asked_for(monkeyp
 
 
 def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> None:
+    (tmp_path / "sabotage.json").write_text(json.dumps({"small card": ["1000000", ""]}))  # the CPU does the work
     said = lab_in(tmp_path)(
         *("-m", *FAST, "data.rows=16", "batch_size=1,2,4", "placement=each_gpu", "measure.idle_seconds=1.5"),
         "tracking=none",
-        PYTHONPATH=with_fakes(),
+        PYTHONPATH=os.pathsep.join([str(SABOTEUR), with_fakes()]),
+        SABOTAGE=str(tmp_path / "sabotage.json"),
         FAKE_NVML_CARDS="2",
         FAKE_NVML_NAME="Twin",
     )
-    assert said.code == 1, "this torch sees no card, so all fail"
+    assert said.code == 0, said.text
     [sweep] = [path.parent for path in tmp_path.glob("multirun/*/*/sweep.json")]
     slots = {}
     for record in records_in(tmp_path):
@@ -278,6 +288,9 @@ def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> N
     assert seen["1"]["start"] < seen["0"]["end"]
     earlier = next(trial for trial in ("0", "1") if slots[trial] == slots["2"])
     assert seen["2"] == seen[earlier]
+    report = lab_in(tmp_path, module="lora_lab.report")()
+    assert "3 configurations on 2 x Twin" in report.out or "3 configurations" in report.out, report.text
+    assert "2 cards of one kind" in report.out + lab_in(tmp_path, module="lora_lab.report")("--full").out
 
 
 def test_ctrl_c_ends_what_waits_for_a_card_in_each_thread(tmp_path: Path) -> None:
