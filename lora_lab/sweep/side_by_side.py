@@ -95,7 +95,9 @@ class Runner(Protocol):
         ...
 
     def submit(self, request: Request) -> None:
-        """Begin a trial; at least one slot has to be free."""
+        """Begin a trial; at least one slot has to be free.
+
+        Raises: KeyboardInterrupt as `next_ended` does."""
         ...
 
     def next_ended(self) -> None:
@@ -118,9 +120,13 @@ def run_in_blocks(runner: Runner, jobs: Sequence[Job], prepare: Callable[[Job], 
             request = prepare(job)
             if request is None:
                 continue
-            while not runner.free:
-                runner.next_ended()
-            runner.submit(request)
+            try:
+                while not runner.free:
+                    runner.next_ended()
+                runner.submit(request)
+            except KeyboardInterrupt:
+                leave_empty(request.folder)  # Hydra has made it
+                raise
         while runner.running:
             runner.next_ended()
 
@@ -168,7 +174,10 @@ class Threads:
             self._ctrl_c.__exit__(kind, error, trace)
 
     def submit(self, request: Request) -> None:
-        """Begin a trial on a slot that is free."""
+        """Begin a trial on a slot that is free.
+
+        Raises: KeyboardInterrupt as `next_ended` does."""
+        self._heed(wait([self._pressed], 0))
         slot, name = self._free.pop(0), request.folder.name
         self._stays.begin(name, slot.name)
         beside = Beside(
@@ -183,10 +192,13 @@ class Threads:
         """Wait until one more trial has ended, and free its slot.
 
         Raises: KeyboardInterrupt on Ctrl-C, after all trials that run were ended and recorded."""
-        if self._pressed in wait([self._ended, self._pressed]):
+        self._heed(wait([self._ended, self._pressed]))
+        self._free_slot()
+
+    def _heed(self, ready: Sequence[object]) -> None:
+        if self._pressed in ready:
             self._end_all()
             raise KeyboardInterrupt
-        self._free_slot()
 
     def _end_all(self) -> None:
         if self._threads:

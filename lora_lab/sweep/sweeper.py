@@ -142,7 +142,7 @@ class Grid(Sweeper):
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = forecast_line(points, to_run, works)
+            forecast = forecast_line(points, to_run, works) + _at_once(len(self._slots))
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -275,6 +275,8 @@ class Grid(Sweeper):
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
         tags = environment() | device_facts(self._placement(points[0].config)) | facts | {"command": words}
+        if self._slots:
+            tags["slots"] = ", ".join(slot.name for slot in self._slots)
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
@@ -346,6 +348,10 @@ class Grid(Sweeper):
             places.append("to run what was skipped all the same, add plan=all resume=true")
         for place in places:
             print(place)
+
+
+def _at_once(slots: int) -> str:
+    return f"; {slots} trials run at a time, which takes at best 1/{slots} of the time" if slots > 1 else ""
 
 
 def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:

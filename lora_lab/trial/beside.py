@@ -1,9 +1,12 @@
 """What a trial is given when other trials of its sweep run next to it."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from rich.console import Console
 
 from lora_lab.placement import Placement
 from lora_lab.trial.display import Bars
@@ -20,6 +23,12 @@ class Beside:
     """The bars of all trials that run now."""
     others: Callable[[], list[str]]
     """Returns the trials that have run on other slots since this one began, with their slots."""
+
+    @property
+    def console(self) -> Console | None:
+        """Return the bars' console where standard output is the same terminal: a line printed past it would be drawn
+        into them. None elsewhere."""
+        return self.bars.console if sys.stdout.isatty() and self.bars.console.is_terminal else None
 
 
 @dataclass(slots=True)

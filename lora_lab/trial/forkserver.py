@@ -16,8 +16,8 @@ ANSWER_SECONDS = 180.0
 """Time for the server to import torch and fork a worker, and for the worker's first event. It usually takes seconds; on
 a slow network disk it takes a minute."""
 
-_ONE_AT_A_TIME = threading.Lock()
-"""Trials in several threads ask one after the other: meanwhile the environment is changed."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Trials in several threads ask one after the other: meanwhile this process's environment is changed."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lora_lab.worker.preload"])
@@ -28,7 +28,7 @@ def prepare() -> None:
     importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with changed_environment(of_server()):
+    with _ONE_AT_A_TIME, changed_environment(of_server()):
         forkserver.ensure_running()
 
 

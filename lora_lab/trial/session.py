@@ -408,7 +408,7 @@ def _record(state: TrialState, end: End, store: Outbox) -> None:
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
     if state.sweep is not None:
-        show_line(state.sweep, record, end, summary)
+        show_line(state.sweep, record, end, summary, beside.console if beside is not None else None)
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     if end.outcome not in (Outcome.finished, Outcome.diverged) and state.folder.can_go_on:
