@@ -54,6 +54,7 @@ _MOST_SECONDS_TO_CLAIM = 10.0
 """How long a job that goes on waits for another start that delivers its record."""
 
 _ENDING = threading.Lock()
+_CPU_IS_SHARED = "trials on other slots use the CPU too, and one counter has the energy of all of it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +211,7 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
         facts["slot"] = request.beside.slot
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
-    folder, rapl = TrialFolder(request.folder), Rapl()
+    folder, rapl = TrialFolder(request.folder), Rapl(absent="" if request.beside is None else _CPU_IS_SHARED)
     seen.no_cpu_sensor = rapl.absent
     if member is None:
         remember_outside(request.folder)
