@@ -19,7 +19,7 @@ from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
 from lora_lab.sweep.slots import placement_of
-from lora_lab.trial.session import check_inputs
+from lora_lab.trial.inputs import check_inputs
 
 
 def combinations(

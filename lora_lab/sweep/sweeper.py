@@ -47,7 +47,8 @@ from lora_lab.sweep.side_by_side import Job, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
-from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
+from lora_lab.trial.inputs import check_folder_name
+from lora_lab.trial.session import look_after_earlier_runs
 from lora_lab.work import Workload
 
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import DataSource, Isolation, ModelSource, TrackingKind, Weights
+from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
-from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
 from lora_lab.store.attempts import moved_from
@@ -26,7 +24,6 @@ from lora_lab.store.finishing import finish
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.live_run import LiveRun
-from lora_lab.store.local_store import check_writable
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
@@ -47,6 +44,7 @@ from lora_lab.trial.devices import check_capable, choose_placement, worker_envir
 from lora_lab.trial.display import Display
 from lora_lab.trial.estimated import check_fits, check_free, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
+from lora_lab.trial.inputs import check_folder_name, check_inputs
 from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
 
@@ -153,40 +151,6 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
     if interrupted:
         raise interrupted
     return end.outcome
-
-
-def check_inputs(config: TrialConfig) -> None:
-    """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
-    check_data(config)
-    if config.model.weights is Weights.pretrained:
-        package = config.model.package
-        if config.model.source is ModelSource.package and package and not converted_folder(package).is_dir():
-            locate(package)
-        if config.model.source is ModelSource.local and not (Path(str(config.model.path)) / "config.json").is_file():
-            raise InvalidInput(
-                f"model.path={config.model.path} holds no config.json (looked in {Path.cwd()}). "
-                "Give a folder that save_pretrained wrote."
-            )
-    if config.tracking.kind is TrackingKind.local:
-        check_writable(config.tracking)
-
-
-def check_data(config: TrialConfig) -> None:
-    """Raise InvalidInput for rows in files that cannot be read, or are too few."""
-    if config.data.source in (DataSource.file, DataSource.shipped):
-        check_rows(config.data, config.batch_size * config.grad_accum_steps)
-
-
-def check_folder_name(folder: Path) -> None:
-    """Raise InvalidInput for a folder whose name holds a secret; the name would be in every record."""
-    name = os.path.relpath(folder)
-    if without_secrets(name) != name:
-        with contextlib.suppress(OSError):  # Hydra has made it already
-            folder.rmdir()
-        raise InvalidInput(
-            "the name of the folder for the results (hydra.run.dir, hydra.sweep.dir) holds a password or token and "
-            "would be written into the record. Give another name."
-        )
 
 
 def look_after_earlier_runs(store: Outbox) -> None:

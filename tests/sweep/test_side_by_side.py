@@ -24,10 +24,12 @@ from lora_lab.options import DataSource, PlacementKind
 from lora_lab.placement import Placement
 from lora_lab.sweep import points
 from lora_lab.sweep import slots as module
+from lora_lab.sweep.side_by_side import Job, run_in_blocks
 from lora_lab.sweep.slots import placement_of, slots_of
 from lora_lab.telemetry.nvml import Card
 from lora_lab.trial.device_lock import device_lock
 from lora_lab.trial.devices import worker_environment
+from lora_lab.trial.session import Request
 from lora_lab.worker import process
 
 EACH = PlacementKind.each_gpu
@@ -376,3 +378,68 @@ def test_no_two_of_many_shares_meet() -> None:
         shares = [set(slot.placement.cores) for slot in slots_of(config)]
         assert len(shares) == workers
         assert all(not one & other for one, other in itertools.combinations(shares, 2))
+
+
+class Clock:
+    """A runner whose trials end in the order of their times, which tests give; nothing runs."""
+
+    def __init__(self, slots: int, takes: dict[str, float], interrupted_at: int | None = None) -> None:
+        self.free, self.now, self._takes, self._ends = slots, 0.0, takes, dict[str, float]()
+        self.begun: list[tuple[str, float]] = []
+        self._interrupted_at = interrupted_at
+
+    @property
+    def running(self) -> int:
+        return len(self._ends)
+
+    def submit(self, request: Request) -> None:
+        name = request.folder.name
+        if len(self.begun) == self._interrupted_at:
+            raise KeyboardInterrupt
+        assert self.free
+        self.free -= 1
+        self.begun.append((name, self.now))
+        self._ends[name] = self.now + self._takes[name]
+
+    def next_ended(self) -> None:
+        name = min(self._ends, key=lambda each: self._ends[each])
+        self.now = self._ends.pop(name)
+        self.free += 1
+
+
+def prepared(folder: Path, *names: str) -> dict[str, Request]:
+    made = {}
+    for name in names:
+        (folder / name).mkdir()  # as Hydra does
+        made[name] = Request(config=TrialConfig(), choices={}, command="", folder=folder / name)
+    return made
+
+
+def jobs(*blocks: str) -> list[Job]:
+    return [Job(number, [name]) for number, block in enumerate(blocks) for name in block]
+
+
+def test_the_free_slot_takes_the_next_trial_and_a_block_waits_for_the_one_before(tmp_path: Path) -> None:
+    requests = prepared(tmp_path, *"abcdef")
+    runner = Clock(2, {"a": 5.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 1.0, "f": 1.0})
+    run_in_blocks(runner, jobs("abcd", "ef"), lambda job: requests[job.overrides[0]])
+    assert runner.begun == [("a", 0.0), ("b", 0.0), ("c", 1.0), ("d", 2.0), ("e", 5.0), ("f", 5.0)]
+    assert (runner.running, runner.free) == (0, 2)
+
+
+def test_two_slots_take_half_of_the_time_and_a_trial_that_is_refused_takes_none(tmp_path: Path) -> None:
+    requests = {**prepared(tmp_path, *"abcdefgh"), "x": None}
+    spans = []
+    for slots in (1, 2):
+        runner = Clock(slots, dict.fromkeys("abcdefgh", 1.0))
+        run_in_blocks(runner, jobs("abxcd", "efgh"), lambda job: requests[job.overrides[0]])
+        spans.append(runner.now)
+    assert spans == [8.0, 4.0]
+
+
+def test_a_trial_that_ctrl_c_kept_from_beginning_leaves_no_folder(tmp_path: Path) -> None:
+    requests = prepared(tmp_path, *"abc")
+    runner = Clock(2, dict.fromkeys("abc", 1.0), interrupted_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_blocks(runner, jobs("abc"), lambda job: requests[job.overrides[0]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
