@@ -18,7 +18,7 @@ from lora_lab.store.fingerprint import conditions, point_digest
 from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
-from lora_lab.sweep.slots import placement_of
+from lora_lab.sweep.slots import placement_in_sweep
 from lora_lab.trial.inputs import check_inputs
 
 
@@ -106,7 +106,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
 def conditions_here(config: TrialConfig) -> dict[str, str]:
     """Return what decides a trial's result on this machine besides the config. Pairs of repeats=auto stay on one card,
     so there the card itself counts."""
-    placement = placement_of(config)
+    placement = placement_in_sweep(config)
     found = conditions(config, placement)
     if config.repeats == AUTO and placement.cards:
         found["device.uuid"] = placement.cards[0].uuid
