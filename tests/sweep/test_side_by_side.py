@@ -201,7 +201,6 @@ def assert_all_finish_at_last(folder: Path, killed: int) -> None:
     ("arguments", "fakes", "words"),
     [
         ((*FAST, *TWO), False, ["placement=each_gpu", "-m", "device=gpu:N"]),
-        ((*SWEEP, "placement=each_gpu"), False, ["placement.workers=2"]),
         ((*SWEEP, *TWO, "hydra/launcher=joblib"), False, ["hydra/launcher=joblib"]),
         (("-m", *FAST, "placement=one,each_gpu", "device=cpu", "placement.workers=2"), False, ["placement"]),
         (("-m", *FAST, "batch_size=max", "data.rows=64", "placement=each_gpu"), True, ["batch_size=max", "each_gpu"]),
@@ -240,6 +239,7 @@ def test_settings_that_exclude_one_another_are_faults(changes: dict[str, Any], w
         (["Twin", "Twin"], PlacementConfig(kind=EACH, gpus=3), ["placement.gpus=3", "gpu:1 (Twin)"]),
         (["Twin", "Twin"], PlacementConfig(kind=EACH, workers=2), ["placement.workers=2", "device=cpu"]),
         (["Small", "Large"], PlacementConfig(kind=EACH), ["gpu:0 (Small)", "gpu:1 (Large)"]),
+        ([], PlacementConfig(kind=EACH), ["for example placement.workers="]),
         ([], PlacementConfig(kind=EACH, gpus=2), ["placement.gpus=2", "placement.workers=2"]),
         ([], PlacementConfig(kind=EACH, workers=1000), ["placement.workers=1000"]),
     ],
@@ -306,6 +306,20 @@ def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> N
     report = lab_in(tmp_path, module="lora_lab.report")()
     assert "3 configurations" in report.out, report.text
     assert "2 cards of one kind" in report.out
+
+
+def test_what_does_not_fit_is_skipped_and_what_a_card_cannot_do_is_recorded_as_ever(tmp_path: Path) -> None:
+    """The cards calculate no bf16, and one point is too large for the memory that it may take."""
+    command = ("-m", "model=tiny", *FAST[1:2], *FAST[4:], "data.rows=16", "vram_limit_gib=0.3,0.9,2")
+    twins = {"PYTHONPATH": with_fakes(), "FAKE_NVML_CARDS": "2", "FAKE_NVML_NAME": "Twin"}
+    twins |= {"FAKE_NVML_CAPABILITY": "7.5"}
+    said = lab_in(tmp_path)(*command, "measure.idle_seconds=0", "plan=fits", "placement=each_gpu", **twins)
+    assert said.code == 3, said.text
+    ends = Counter((record["params"]["vram_limit_gib"], record["outcome"]) for record in records_in(tmp_path))
+    assert ends == {("2.0", "unsupported"): 1, ("0.9", "unsupported"): 1, ("0.3", "predicted_out_of_memory"): 1}
+    statuses = Counter(run.info.status for run in store_of(tmp_path)[1] if "mlflow.parentRunId" in run.data.tags)
+    assert sum(statuses.values()) == 3
+    assert "RUNNING" not in statuses
 
 
 def test_ctrl_c_ends_what_waits_for_a_card_in_each_thread(tmp_path: Path) -> None:
