@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from omegaconf import DictConfig
+
+    from lora_lab.outcome import Outcome
+    from lora_lab.trial.session import Request
 
 
 def main() -> None:
@@ -60,8 +65,14 @@ def main() -> None:
     raise SystemExit(0)
 
 
-def job(composed: "DictConfig") -> int:
-    """Run one composed trial. A trial of a sweep returns its exit code; a single trial exits with it."""
+def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = None) -> int:
+    """Run one composed trial. A trial of a sweep returns its exit code; a single trial exits with it.
+
+    Args:
+        run: takes the trial; `run_session` unless it is given.
+    """
+    from dataclasses import replace
+
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -70,7 +81,8 @@ def job(composed: "DictConfig") -> int:
     from lora_lab.composition.explanations import COMPOSITION_ERRORS
     from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.composition.keys import GROUPS
-    from lora_lab.config import InvalidInput
+    from lora_lab.config import InvalidInput, PlacementConfig
+    from lora_lab.options import PlacementKind
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.reading import Damaged, parsed, typed
     from lora_lab.resume import SETTINGS_OF_THE_JOB, resumption
@@ -94,7 +106,14 @@ def job(composed: "DictConfig") -> int:
             raise InvalidInput(*fault.args, SETTINGS_OF_THE_JOB) from fault
         if not in_sweep and config.repeats != 1:
             raise InvalidInput("repeats applies to sweeps only. Add -m, or choose a sweep with sweep=NAME.")
+        if config.placement.kind is PlacementKind.each_gpu and not handed:
+            raise InvalidInput(
+                "placement=each_gpu runs the trials of a sweep side by side. Add -m and several values of a setting, "
+                "for example -m batch_size=1,2, or leave placement=each_gpu out. device=gpu:N chooses a card."
+            )
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
+        if config.placement.kind is PlacementKind.each_gpu:  # each of its trials is an ordinary one, on one device
+            config, choices["placement"] = replace(config, placement=PlacementConfig()), PlacementKind.one.name
         if config.resume and not in_sweep:
             request = resumption(folder, config, choices, hydra_config.overrides.task)
         else:
@@ -112,7 +131,7 @@ def job(composed: "DictConfig") -> int:
                 member=member,
                 resumed=TrialFolder(folder).manifest() if member else None,  # the sweep chose the folder of a job
             )
-        code = run_session(request).exit_code
+        code = (run or run_session)(request).exit_code
     except (InvalidInput, Damaged) as refusal:
         print(f"Refused, nothing was trained:\n{refusal}", file=sys.stderr)
         leave_empty(folder)

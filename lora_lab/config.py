@@ -16,6 +16,7 @@ from lora_lab.options import (
     Isolation,
     ModelSource,
     OnSpike,
+    PlacementKind,
     Plan,
     Quantization,
     Schedule,
@@ -268,6 +269,17 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlacementConfig:
+    """The devices that trials run on."""
+
+    kind: PlacementKind = setting(PlacementKind.one, "one, each_gpu or ddp")
+    gpus: int | None = setting(None, "with each_gpu and ddp, how many cards; by default all", above=0, most=1024)
+    workers: int | None = setting(
+        None, "with each_gpu and ddp on the CPU, how many workers share its cores", above=0, most=1024
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class TrialConfig:
     """Everything that defines one trial."""
 
@@ -280,6 +292,7 @@ class TrialConfig:
     measure: MeasureConfig = setting(factory=MeasureConfig)
     train: TrainConfig = setting(factory=TrainConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig, effect=Effect.none)
+    placement: PlacementConfig = setting(factory=PlacementConfig)
     batch_size: int = setting(2, "rows in a micro-batch; max in a sweep finds the most that fit", above=0, most=10**6)
     grad_accum_steps: int = setting(1, "micro-batches in an optimizer step", above=0, most=10**6)
     seq_len: int = setting(

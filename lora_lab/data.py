@@ -23,7 +23,7 @@ from lora_lab.events import DataCounted
 from lora_lab.options import DataSource
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.trial.session import check_data
+from lora_lab.trial.inputs import check_data
 from lora_lab.worker.preview import Piece, Preview, preview
 
 EXIT_FAILED = 1

@@ -1,6 +1,9 @@
-"""Name this machine, for both processes."""
+"""What both processes know about this machine."""
 
 import platform
+
+CORES = "LORA_LAB_CORES"
+"""The variable that gives a worker its cores, as numbers separated by commas."""
 
 
 def cpu_name() -> str:

@@ -132,6 +132,15 @@ class Isolation(Enum):
     inline = "inline"
 
 
+class PlacementKind(Enum):
+    """Where trials run. `one`: each on one device, one after the other. `each_gpu`: the trials of a sweep side by side,
+    one a card. `ddp`: a trial over several cards, each with a copy of the model."""
+
+    one = "one"
+    each_gpu = "each_gpu"
+    ddp = "ddp"
+
+
 class Plan(Enum):
     """Whether a trial runs that certainly does not fit its card, by lora_lab.fit."""
 

@@ -30,7 +30,7 @@ from lora_lab.forecast.probe import probe
 from lora_lab.forecast.roofline import StepTime
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
-from lora_lab.trial.session import check_data
+from lora_lab.trial.inputs import check_data
 
 EXIT_FAILED = 1
 

@@ -9,7 +9,7 @@ from lora_lab.telemetry.attempts import moved, moved_samples
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 
-_PLACE = ("device", "device.uuid", "device.driver", "machine.cpu", "code")
+_PLACE = ("device", "device.uuid", "device.driver", "device.cores", "machine.cpu", "code")
 """Tags that say where an attempt ran, besides the versions."""
 
 _WAITING = "time/waiting_seconds"

@@ -23,11 +23,12 @@ def environment() -> dict[str, str]:
 
 
 def device_facts(placement: Placement) -> dict[str, str]:
-    """Describe the device that computes: one or more cards, or this machine's CPU. The memory is that of the smallest
-    card."""
+    """Describe the device that computes: one or more cards, this machine's CPU, or some of its cores. The memory is
+    that of the smallest card."""
     cards = placement.cards
     if not cards:
-        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
+        share = {"device.cores": str(len(placement.cores))} if placement.cores else {}
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name(), **share}
     return {
         "device": placement.name,
         "device.uuid": ",".join(card.uuid for card in cards),

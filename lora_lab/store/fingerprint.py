@@ -10,7 +10,7 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.data_config import SourceConfig
 from lora_lab.dataset.shipped import shipped_file
 from lora_lab.dataset.sources import files_of_path, heldout_file
-from lora_lab.options import DataSource, ModelSource, Weights
+from lora_lab.options import DataSource, ModelSource, PlacementKind, Weights
 from lora_lab.placement import Placement
 from lora_lab.segments import are_expandable
 from lora_lab.settings import Effect, settings_of
@@ -23,6 +23,8 @@ _DECISIVE = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "dat
 def point_digest(config: TrialConfig) -> str:
     """Return the digest of the resolved config, without settings that cannot change a result."""
     decisive = plain(config)
+    if config.placement.kind is PlacementKind.each_gpu:  # each trial runs as with placement=one, on one device
+        decisive["placement"] = plain(TrialConfig())["placement"]
     for each in settings_of(TrialConfig):
         if each.effect is Effect.none:
             *groups, name = each.key.split(".")
@@ -37,12 +39,13 @@ def point_digest(config: TrialConfig) -> str:
 
 def conditions(config: TrialConfig, placement: Placement) -> dict[str, str]:
     """Return what decides a trial's result besides the config: code, packages, device, how its memory is taken, content
-    of data and model."""
+    of data and model. Cards of one name and memory are alike: which of them it was is noted with the trial."""
     facts = environment()
+    device = {name: fact for name, fact in device_facts(placement).items() if name != "device.uuid"}
     decisive = {f"version.{name}": facts[f"version.{name}"] for name in _DECISIVE}
     # on a card: by gigabytes for a large model
     segments = {"segments": "expandable" if are_expandable() else "fixed"} if placement.cards else {}
-    return {**decisive, "code": facts["code"], **segments, **device_facts(placement), **_contents(config)}
+    return {**decisive, "code": facts["code"], **segments, **device, **_contents(config)}
 
 
 def digest(content: object) -> str:

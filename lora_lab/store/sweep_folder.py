@@ -108,6 +108,8 @@ class Plan:
     trials: list[Planned]
     launched: list[str] = field(default_factory=list)
     """Names of the folders of the trials that the present or latest start runs."""
+    at_once: int = 1
+    """How many trials the present or latest start runs at a time."""
     rule: Rule | None = None
     """How the sweep stops and what it answers; None unless repeats=auto."""
     spent_seconds: float = 0.0

@@ -1,9 +1,12 @@
 """Trials and sweeps as a store returns them, and which of them may be compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_lab.outcome import Outcome
+
+_AND = " and "
+"""Between the cards of a place that has several."""
 
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -15,7 +18,7 @@ class Place:
     device: str
     """The card's name, or the CPU's."""
     unit: str
-    """The card's UUID, or the host's name."""
+    """The card's UUID, or the host's name; of a sweep side by side those of all its cards, joined by " and "."""
     host: str
     """CPU and its cores: they decide how fast host-bound trials are."""
     versions: str
@@ -27,7 +30,9 @@ class Place:
     @property
     def label(self) -> str:
         """Return the name of the place for the user."""
-        return f"{self.device} ({self.unit[:12]})" + (", uncommitted code" if self.dirty else "")
+        units = self.unit.split(_AND)
+        which = f"{self.device} ({self.unit[:12]})" if len(units) == 1 else f"{len(units)} x {self.device}"
+        return which + (", uncommitted code" if self.dirty else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +97,22 @@ class Trial:
         return self.tags.get("regime", "not known")
 
     @property
+    def card(self) -> str | None:
+        """Return the UUID of its card, or those of several; None on a CPU."""
+        return self.tags.get("device.uuid")
+
+    @property
     def place(self) -> Place:
         """Return where it ran."""
         tags = self.tags
         versions = [f"{name} {tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in tags]
+        cores = tags.get("machine.cpu_count", "?")
+        cores = f"{tags['device.cores']} of {cores}" if "device.cores" in tags else cores
         driver = [f"driver {tags['device.driver']}"] if "device.driver" in tags else []
         return Place(
             device=tags.get("device.cpu") or tags.get("device", "device not recorded"),
             unit=tags.get("device.uuid") or tags.get("process.host", "host not recorded"),
-            host=f"{tags.get('machine.cpu', 'CPU not recorded')}, {tags.get('machine.cpu_count', '?')} cores",
+            host=f"{tags.get('machine.cpu', 'CPU not recorded')}, {cores} cores",
             versions=", ".join(versions + driver),
             code=tags.get("code", "not recorded"),
             dirty=tags.get("dirty") == "true",
@@ -117,7 +129,7 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The trials of one place."""
+    """The trials of one place. The cards of a sweep with placement=each_gpu, which are alike, are one place."""
 
     place: Place
     trials: tuple[Trial, ...]
@@ -135,10 +147,23 @@ class Group:
 def groups(trials: Sequence[Trial]) -> list[Group]:
     """Return trials by place, the place with most measured trials first."""
     found: dict[Place, list[Trial]] = {}
+    units = _units(trials)
     for trial in sorted(trials, key=lambda trial: trial.started_ms):
-        found.setdefault(trial.place, []).append(trial)
+        place = trial.place
+        together = units.get((trial.sweep, replace(place, unit="")), ())
+        found.setdefault(replace(place, unit=_AND.join(sorted(together))) if together else place, []).append(trial)
     made = [_group(place, told) for place, told in found.items()]
     return sorted(made, key=lambda group: -len(group.measured))
+
+
+def _units(trials: Sequence[Trial]) -> dict[tuple[str | None, Place], set[str]]:
+    """Return the cards of each sweep whose trials ran side by side, by all else that makes a place."""
+    beside = {trial.sweep for trial in trials if trial.sweep is not None and trial.card and "slot" in trial.tags}
+    found: dict[tuple[str | None, Place], set[str]] = {}
+    for trial in trials:
+        if trial.sweep in beside and trial.card:
+            found.setdefault((trial.sweep, replace(trial.place, unit="")), set()).add(trial.card)
+    return found
 
 
 _SAYS_NOTHING = tuple(

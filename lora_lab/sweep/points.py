@@ -13,13 +13,13 @@ from omegaconf import DictConfig, open_dict
 from lora_lab.composition.arguments import MOST_POINTS, check_point_count
 from lora_lab.composition.compose import load
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
-from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.store.fingerprint import conditions, point_digest
 from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
-from lora_lab.trial.devices import choose_placement
-from lora_lab.trial.session import check_inputs
+from lora_lab.sweep.slots import placement_in_sweep
+from lora_lab.trial.inputs import check_inputs
 
 
 def combinations(
@@ -104,8 +104,13 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
 
 
 def conditions_here(config: TrialConfig) -> dict[str, str]:
-    """Return what decides a trial's result on this machine besides the config."""
-    return conditions(config, choose_placement(config.device))
+    """Return what decides a trial's result on this machine besides the config. Pairs of repeats=auto stay on one card,
+    so there the card itself counts."""
+    placement = placement_in_sweep(config)
+    found = conditions(config, placement)
+    if config.repeats == AUTO and placement.cards:
+        found["device.uuid"] = placement.cards[0].uuid
+    return found
 
 
 def raise_faults(faults: Mapping[str, Sequence[str]], count: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -22,9 +21,10 @@ from rich.console import Console
 from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import as_typed, quoted
 from lora_lab.composition.hydra_errors import COMPOSING
-from lora_lab.config import AUTO, InvalidInput
+from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.options import Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
+from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
@@ -43,9 +43,12 @@ from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points
+from lora_lab.sweep.side_by_side import Job, failures, launch_side_by_side
+from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
-from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
+from lora_lab.trial.inputs import check_folder_name
+from lora_lab.trial.session import look_after_earlier_runs
 from lora_lab.work import Workload
 
 
@@ -85,6 +88,8 @@ class Grid(Sweeper):
         """Keep what Hydra passes before it calls `sweep`."""
         self._context = hydra_context
         self._config = config
+        self._task = task_function
+        self._slots: list[Slot] = []
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -107,6 +112,8 @@ class Grid(Sweeper):
         composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
         points = marked(composed, searches)
         first = points[0].config
+        self._slots = slots_of(first)
+        check_side_by_side(points, self._config)
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
         store = Outbox(absolute(first.tracking))
@@ -136,7 +143,7 @@ class Grid(Sweeper):
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = forecast_line(points, to_run, works)
+            forecast = forecast_line(points, to_run, works) + _at_once(len(self._slots))
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -268,11 +275,16 @@ class Grid(Sweeper):
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
-        tags = environment() | device_facts(choose_placement(points[0].config.device)) | facts | {"command": words}
+        tags = environment() | device_facts(self._placement(points[0].config)) | facts | {"command": words}
+        if self._slots:
+            tags["slots"] = ", ".join(slot.name for slot in self._slots)
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
         return Record(name=name, is_sweep=True, params=params, tags=tags)
+
+    def _placement(self, config: TrialConfig) -> Placement:
+        return whole(self._slots) if self._slots else choose_placement(config.device)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox, memory: Judged) -> int:
         """Run the remaining trials. Return 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
@@ -280,6 +292,7 @@ class Grid(Sweeper):
         point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
+        plan.at_once = len(self._slots) or 1
         plan.launched = [folder.next_attempt(trial) for trial in pending]
         folder.hold(plan)
         with suppress(OSError):
@@ -294,12 +307,15 @@ class Grid(Sweeper):
             OmegaConf.set_readonly(self._config.hydra, False)
             self._config.hydra.sweep.dir = str(folder.path)
         try:
-            returned: Sequence[JobReturn] = self._launcher.launch(jobs, initial_job_idx=0)
+            if self._slots:
+                blocks = [Job(trial.repeat, overrides) for trial, overrides in zip(pending, jobs, strict=True)]
+                broken = launch_side_by_side(self._context, self._task, self._config, self._slots, blocks)
+            else:
+                broken = failures(self._launcher.launch(jobs, initial_job_idx=0))
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        broken = [job for job in returned if job.status is JobStatus.FAILED]
-        for job in broken:
-            print(f"lora_lab itself failed in a trial: {job._return_value!r}", file=sys.stderr)
+        for line in broken:
+            print(f"lora_lab itself failed in a trial: {line}", file=sys.stderr)
         return 1 if broken else 0
 
     def _finish(
@@ -333,6 +349,10 @@ class Grid(Sweeper):
             places.append("to run what was skipped all the same, add plan=all resume=true")
         for place in places:
             print(place)
+
+
+def _at_once(slots: int) -> str:
+    return f"; {slots} trials run at a time, which takes at best 1/{slots} of the time" if slots > 1 else ""
 
 
 def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:

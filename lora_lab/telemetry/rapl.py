@@ -8,10 +8,16 @@ POWERCAP = Path("/sys/class/powercap")
 class Rapl:
     """The packages' running counters as one: their sum, unwrapped."""
 
-    def __init__(self, root: Path = POWERCAP) -> None:
+    def __init__(self, root: Path = POWERCAP, absent: str = "") -> None:
+        """Open the counters.
+
+        Args:
+            absent: why nothing is to be read; empty where something is."""
         self._counters: list[_Counter] = []
-        self.absent = ""
+        self.absent = absent
         """Why nothing can be read; empty when something can."""
+        if absent:
+            return
         # AMD's packages have this name too; package-0 alone has children (cores, memory) that it already holds
         zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
         packages = [zone for zone in zones if _text(zone / "name").startswith("package")]

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lora_lab.config import InvalidInput
-from lora_lab.files import write_text
 from lora_lab.placement import Placement
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.nvml import Card
 from lora_lab.telemetry.sampler import Sample, SensorFailed
+from lora_lab.trial.interrupt import pause
 
 _FREED_SECONDS = 10.0
 """How long a driver may take to free the memory of a worker that has exited."""
@@ -30,6 +31,8 @@ _COOL_DOWN_SECONDS = 600.0
 
 _SAY_AGAIN_SECONDS = 300.0
 """How often the user is reminded that a device is still waited for."""
+
+_TRY_AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ def device_lock(placement: Placement, share: bool, waiting: Callable[[str], None
     """Hold the device, and wait while another trial of this user holds it. A killed process holds nothing.
 
     The locks of several cards are taken in the order of the cards' ids, whatever the placement's order. So two trials
-    never wait for each other.
+    never wait for each other. On the CPU each core has a lock too: trials that share the cores take their own.
 
     Args:
         share: do not lock.
@@ -58,11 +61,18 @@ def device_lock(placement: Placement, share: bool, waiting: Callable[[str], None
         return
     # one folder for all of a user's processes, wherever they were started
     folder = _lock_folder(Path(tempfile.gettempdir()) / f"lora_lab-{os.getuid()}")
-    devices = sorted((card.uuid, card.name) for card in placement.cards) or [("cpu", placement.name)]
+    devices = sorted((card.uuid, card.name) for card in placement.cards) or _of_cpu(placement)
     with contextlib.ExitStack() as held:
         for uuid, name in devices:
             held.enter_context(_one_lock(folder / re.sub(r"[^A-Za-z0-9-]", "_", uuid), name, waiting))
         yield
+
+
+def _of_cpu(placement: Placement) -> list[tuple[str, str]]:
+    """Return the locks of a trial on the CPU, with names for messages: of its cores, or of the whole CPU."""
+    cores = placement.cores or range(os.cpu_count() or 1)
+    whole = [] if placement.cores else [("cpu", placement.name)]
+    return whole + [(f"cpu-{core}", f"core {core} of the CPU") for core in sorted(cores)]
 
 
 @contextlib.contextmanager
@@ -70,10 +80,20 @@ def _one_lock(path: Path, device: str, waiting: Callable[[str], None]) -> Iterat
     lock, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
     _acquire(lock, lambda: waiting(f"waiting for {device}, on which {_holder(holder)}"))
     try:
-        write_text(holder, f"{os.getpid()}")  # by a rename, which does not follow a link
+        _note(holder)
         yield
     finally:
         lock.release()
+
+
+def _note(holder: Path) -> None:
+    """Write this process's id, by a rename, which does not follow a link. It need not outlive a crash of the machine,
+    and a CPU has many cores: it is not forced onto the disk."""
+    beside = holder.with_name(f".{holder.name}.{os.getpid()}.{threading.get_ident()}")
+    beside.unlink(missing_ok=True)
+    with beside.open("x", encoding="ascii") as file:
+        file.write(f"{os.getpid()}")
+    beside.replace(holder)
 
 
 def _lock_folder(folder: Path) -> Path:
@@ -99,14 +119,15 @@ def _lock_folder(folder: Path) -> Path:
 
 def _acquire(lock: FileLock, say: Callable[[], None]) -> None:
     """Take the lock, without a time limit: a trial may take days. Ctrl-C ends the wait."""
-    seconds = 0.0
+    due = time.monotonic()
     while True:
-        try:
-            lock.acquire(timeout=seconds)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
             return
-        except Timeout:
+        if time.monotonic() >= due:
             say()
-            seconds = _SAY_AGAIN_SECONDS
+            due = time.monotonic() + _SAY_AGAIN_SECONDS
+        pause(_TRY_AGAIN_SECONDS)
 
 
 def _holder(holder: Path) -> str:
@@ -202,7 +223,7 @@ def _cooled(card: Card, to_celsius: float, waiting: Callable[[str], None]) -> st
         if not told:
             waiting(f"cooling down from {sample.temperature_celsius:.0f} to {to_celsius:g} degrees")
             told = True
-        time.sleep(1.0)
+        pause(1.0)
     return "the card's temperature can't be read"
 
 

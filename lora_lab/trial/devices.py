@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.machine import CORES
 from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.outcome import Unsupported
 from lora_lab.placement import Placement
@@ -27,14 +28,24 @@ def choose_placement(device: str) -> Placement:
     return Placement(cards=(card,) if card else ())
 
 
-def _choose_card(device: str) -> Card | None:
+def cards_here(device: str = "auto") -> tuple[Card, ...]:
+    """Return the cards that this process may use.
+
+    Args:
+        device: what the user asked for.
+
+    Raises: InvalidInput when the driver does not answer."""
     try:
-        there = visible_cards()
+        return tuple(visible_cards())
     except SensorFailed as error:
         raise InvalidInput(
             f"device={device}: this machine's NVIDIA driver does not answer ({error}). Repair it (after a driver "
             "update a reboot often helps), or use device=cpu."
         ) from error
+
+
+def _choose_card(device: str) -> Card | None:
+    there = cards_here(device)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and not there and hidden:
         raise InvalidInput(
@@ -56,8 +67,10 @@ def _choose_card(device: str) -> Card | None:
 
 
 def worker_environment(placement: Placement) -> dict[str, str]:
-    """Return the variables that show a worker the cards of its trial, and hide the others."""
-    return of_worker(",".join(card.uuid for card in placement.cards))
+    """Return the variables that show a worker the cards of its trial, and hide the others; of a worker with a share of
+    the CPU also its cores."""
+    share = {CORES: ",".join(map(str, placement.cores))} if placement.cores else {}
+    return of_worker(",".join(card.uuid for card in placement.cards)) | share
 
 
 def check_capable(config: TrialConfig, placement: Placement) -> None:

@@ -63,10 +63,23 @@ class _TrialTimeLeft(TimeRemainingColumn):
         return Text() if task.description == _SWEEP or task.fields.get("below") else super().render(task)
 
 
-class _Bars(Progress):
-    """Bars, each with a line of text below it where its task has one."""
+class Bars(Progress):
+    """Bars, each with a line of text below it where its task has one. Trials that run side by side share one."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            _TrialTimeLeft(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield each bar, and the line below it."""
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if task.fields.get("below"):
@@ -76,13 +89,21 @@ class _Bars(Progress):
 class Display:
     """A live bar on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self, name: str, config: TrialConfig, sampler: Sampler, sweep: SweepFolder | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: TrialConfig,
+        sampler: Sampler,
+        sweep: SweepFolder | None = None,
+        bars: Bars | None = None,
+    ) -> None:
         """Prepare the bar.
 
         Args:
             sweep: the sweep that the trial is part of; a second bar shows its progress.
+            bars: those of all trials that run side by side; whoever made them shows the sweep's progress.
         """
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True) if bars is None else bars.console
         self._name = name
         is_job = config.train.is_job
         self._quiet_seconds = _QUIET_SECONDS if sweep is None and not is_job else _QUIET_SECONDS_OF_LONG
@@ -95,19 +116,17 @@ class Display:
         self._first_rows: said.Progress | None = None
         """From where the rate of rows is counted."""
         self._printed = self._drawn = 0.0
-        self._bar = _Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
-            _TrialTimeLeft(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
+        self._shares = bars is not None
+        self._bar = bars or Bars(self._console)
+        self._task: TaskID = self._bar.add_task(
+            self._described(_DOING[self._phase]), total=None, visible=not self._shares, figures="", below=""
         )
-        self._task: TaskID = self._bar.add_task(_DOING[self._phase], total=None, figures="", below="")
 
     def __enter__(self) -> "Display":
+        self._printed = time.monotonic()
+        if self._shares:
+            self._bar.update(self._task, visible=True)
+            return self
         if self._sweep is None:
             self._console.print(f"[bold]{escape(self._name)}[/bold]", highlight=False)
         elif self._console.is_terminal:
@@ -116,13 +135,15 @@ class Display:
             figures = f"{now.done} of {now.total}  {left}  now: {self._name}"
             self._bar.add_task(_SWEEP, total=now.total, completed=now.done, figures=escape(figures))
         self._bar.start()
-        self._printed = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._shares:
+            self._bar.remove_task(self._task)
+        else:
+            self._bar.stop()
 
     def show(self, event: Event) -> None:
         """Take in one event."""
@@ -167,7 +188,7 @@ class Display:
         stays = (was_in_job and self._in_job) or (before, phase) == (Phase.warm_up.value, Phase.window.value)
         if not stays:
             self._bar.reset(self._task, total=None, figures="", below="")
-        self._bar.update(self._task, description=self._doing)
+        self._bar.update(self._task, description=self._described(self._doing))
         if not self._in_job:
             self._line(force=True)
 
@@ -176,9 +197,13 @@ class Display:
         """Return the present phase in words."""
         return "training" if self._in_job and self._phase == Phase.window.value else _DOING[self._phase]
 
+    def _described(self, doing: str) -> str:
+        """Return what a trial does, with its name where bars of several trials are shown."""
+        return f"{escape(self._name)}: {doing}" if self._shares else doing
+
     def _advance(self, event: said.Progress) -> None:
         if self._in_job:
-            self._bar.update(self._task, description=f"{self._doing} {event.done}/{event.total}")
+            self._bar.update(self._task, description=self._described(f"{self._doing} {event.done}/{event.total}"))
             self._line()
         elif self._phase == Phase.data.value:
             self._show_rows(event)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from multiprocessing import forkserver
+from multiprocessing import forkserver, process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
@@ -15,6 +15,9 @@ from lora_lab.trial.variables import of_server
 ANSWER_SECONDS = 180.0
 """Time for the server to import torch and fork a worker, and for the worker's first event. It usually takes seconds; on
 a slow network disk it takes a minute."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Trials in several threads ask one after the other: meanwhile this process's environment is changed."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lora_lab.worker.preload"])
@@ -25,7 +28,7 @@ def prepare() -> None:
     importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with changed_environment(of_server()):
+    with _ONE_AT_A_TIME, changed_environment(of_server()):
         forkserver.ensure_running()
 
 
@@ -60,11 +63,16 @@ def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> s
     Raises: KeyboardInterrupt.
     """
     why = ""
-    for _ in range(2):
-        prepare()
-        why = _ask(worker, interrupt, seconds)
-        if not why:
-            break
+    with _ONE_AT_A_TIME:
+        for _ in range(2):
+            prepare()
+            why = _ask(worker, interrupt, seconds)
+            if not why:
+                break
+        if threading.current_thread() is not threading.main_thread():
+            # Python polls all processes that it knows whenever one starts, here in any thread, and the second reader of
+            # an exit code gets 255
+            process._children.discard(worker)  # type: ignore[attr-defined]
     return why
 
 

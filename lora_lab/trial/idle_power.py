@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,7 @@ from lora_lab.telemetry.host_facts import Idle
 from lora_lab.telemetry.idle_draw import idle_draw
 from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.telemetry.sensors import read_cards
+from lora_lab.trial.interrupt import pause
 
 LONGEST_SECONDS = 30.0
 """A card that has just worked gets this long to come to rest."""
@@ -29,6 +31,8 @@ _EDGE_SECONDS = AVERAGE_SECONDS / 2 + 0.3
 its period."""
 
 _FILE = "idle.json"
+_CHANGES = threading.Lock()
+"""Trials of one sweep may run in several threads."""
 
 
 Watched = tuple[Idle, list[Sample]]
@@ -45,10 +49,10 @@ def measure_idle(placement: Placement, seconds: float, waiting: Callable[[str], 
     waiting(f"measuring the idle power of {placement.name} ({seconds:g} s)")
     with Sampler(functools.partial(read_cards, placement.cards)) as sampler:
         begin = time.monotonic()
-        time.sleep(_EDGE_SECONDS)
+        pause(_EDGE_SECONDS)
         while True:
             start = time.monotonic()
-            time.sleep(seconds + _EDGE_SECONDS)
+            pause(seconds + _EDGE_SECONDS)
             end, samples = start + seconds, list(sampler.samples)
             first, second = (_watts(a, b, samples) for a, b in pairwise((start, (start + end) / 2, end)))
             settled = None
@@ -102,8 +106,8 @@ def keep_for_block(trial: Path, placement: Placement, block: int, owner: Owner) 
     """Let the other trials of the block use the idle power in the folder of `trial`.
 
     Raises: OSError."""
-    file = trial.parent / _FILE
-    write_json(file, _measured_by(trial.parent) | {_key(placement, block, owner): trial.name})
+    with _CHANGES:
+        write_json(trial.parent / _FILE, _measured_by(trial.parent) | {_key(placement, block, owner): trial.name})
 
 
 def _measured_by(sweep: Path) -> dict[str, str]:

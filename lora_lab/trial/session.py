@@ -3,18 +3,17 @@
 import contextlib
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.dataset.selection import check_rows
 from lora_lab.events import Event, Ran
 from lora_lab.libraries_cache import note_libraries
-from lora_lab.options import DataSource, Isolation, ModelSource, TrackingKind, Weights
+from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome, Unsupported, end_of
-from lora_lab.packages import converted_folder, locate
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
 from lora_lab.store.attempts import moved_from
@@ -25,7 +24,6 @@ from lora_lab.store.finishing import finish
 from lora_lab.store.folder_checks import check_trial_folder
 from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.live_run import LiveRun
-from lora_lab.store.local_store import check_writable
 from lora_lab.store.multirun import point_latest
 from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
@@ -39,17 +37,22 @@ from lora_lab.telemetry.rapl import Rapl
 from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
+from lora_lab.trial.beside import Beside
 from lora_lab.trial.capacity import within_capacity
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
 from lora_lab.trial.display import Display
 from lora_lab.trial.estimated import check_fits, check_free, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
+from lora_lab.trial.inputs import check_folder_name, check_inputs
 from lora_lab.trial.result import show_result
 from lora_lab.trial.standing import show_line
 
 _MOST_SECONDS_TO_CLAIM = 10.0
 """How long a job that goes on waits for another start that delivers its record."""
+
+_ENDING = threading.Lock()
+_CPU_IS_SHARED = "trials on other slots use the CPU too, and one counter has the energy of all of it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,8 @@ class Request:
     """Its place in a planned sweep; None for a single trial."""
     resumed: Manifest | None = None
     """The latest attempt at the job that goes on in `folder`; None for a trial that begins."""
+    beside: Beside | None = None
+    """Its place among trials that run side by side; None for a trial that runs alone."""
 
 
 @dataclass(slots=True)
@@ -113,7 +118,7 @@ def run_session(request: Request) -> Outcome:
     check_folder_name(request.folder)
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
-    placement = choose_placement(config.device)
+    placement = request.beside.placement if request.beside else choose_placement(config.device)
     seen = _seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
@@ -148,40 +153,6 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
     return end.outcome
 
 
-def check_inputs(config: TrialConfig) -> None:
-    """Raise InvalidInput for faults that can be seen without torch: in files, folders and packages."""
-    check_data(config)
-    if config.model.weights is Weights.pretrained:
-        package = config.model.package
-        if config.model.source is ModelSource.package and package and not converted_folder(package).is_dir():
-            locate(package)
-        if config.model.source is ModelSource.local and not (Path(str(config.model.path)) / "config.json").is_file():
-            raise InvalidInput(
-                f"model.path={config.model.path} holds no config.json (looked in {Path.cwd()}). "
-                "Give a folder that save_pretrained wrote."
-            )
-    if config.tracking.kind is TrackingKind.local:
-        check_writable(config.tracking)
-
-
-def check_data(config: TrialConfig) -> None:
-    """Raise InvalidInput for rows in files that cannot be read, or are too few."""
-    if config.data.source in (DataSource.file, DataSource.shipped):
-        check_rows(config.data, config.batch_size * config.grad_accum_steps)
-
-
-def check_folder_name(folder: Path) -> None:
-    """Raise InvalidInput for a folder whose name holds a secret; the name would be in every record."""
-    name = os.path.relpath(folder)
-    if without_secrets(name) != name:
-        with contextlib.suppress(OSError):  # Hydra has made it already
-            folder.rmdir()
-        raise InvalidInput(
-            "the name of the folder for the results (hydra.run.dir, hydra.sweep.dir) holds a password or token and "
-            "would be written into the record. Give another name."
-        )
-
-
 def look_after_earlier_runs(store: Outbox) -> None:
     """Record what earlier processes left behind, on disk and in the store, and report it."""
     for line in recover(store).lines():
@@ -200,9 +171,11 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
     facts["command"] = without_secrets(request.command)
     if member is not None:
         facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
+    if request.beside is not None:
+        facts["slot"] = request.beside.slot
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
-    folder, rapl = TrialFolder(request.folder), Rapl()
+    folder, rapl = TrialFolder(request.folder), Rapl(absent="" if request.beside is None else _CPU_IS_SHARED)
     seen.no_cpu_sensor = rapl.absent
     if member is None:
         remember_outside(request.folder)
@@ -226,7 +199,9 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
     recent = RECENT if config.train.is_job else None
     sampler = Sampler(reader(placement.cards, rapl), folder.note_sample, recent=recent)
     sweep = SweepFolder(request.folder.parent) if member else None
-    display = Display(record.name, config, sampler, sweep)
+    beside = request.beside
+    name, bars = (record.name, None) if beside is None else (f"{beside.slot}: {record.name}", beside.bars)
+    display = Display(name, config, sampler, sweep, bars)
     state = TrialState(request, placement, asked, folder, sampler, display, seen, sweep)
     changes = moved_from(request.resumed.record.tags, facts) if request.resumed is not None else ""
     if changes:
@@ -372,8 +347,16 @@ def _take_idle(state: TrialState) -> None:
 
 
 def _finish(state: TrialState, end: End, store: Outbox) -> None:
-    """Summarise, write the files, hand the record to the store, show the result."""
-    sampler, seen = state.sampler, state.seen
+    """Summarise, write the files, hand the record to the store, show the result. Of the trials of this process one at a
+    time, so that their lines do not mix, nor what they write into the store."""
+    with _ENDING:
+        _record(state, end, store)
+
+
+def _record(state: TrialState, end: End, store: Outbox) -> None:
+    sampler, seen, beside = state.sampler, state.seen, state.request.beside
+    if beside is not None:
+        state.asked.record.tags["beside"] = ", ".join(beside.others()) or "no other trial"
     if sampler.fault:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
     if sampler.seconds:
@@ -390,7 +373,7 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
     if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
     if state.sweep is not None:
-        show_line(state.sweep, record, end, summary)
+        show_line(state.sweep, record, end, summary, beside.console if beside is not None else None)
         return
     places = [*(store.where(run_id) if run_id else []), f"files {state.folder.path}"]
     if end.outcome not in (Outcome.finished, Outcome.diverged) and state.folder.can_go_on:

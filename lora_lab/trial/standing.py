@@ -44,7 +44,7 @@ def standing(folder: SweepFolder) -> Standing:
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
     open_ended = plan.rule is not None  # nobody knows how many blocks will follow
-    left = None if open_ended or (unknown and usual is None) else known + unknown * (usual or 0.0)
+    left = None if open_ended or (unknown and usual is None) else (known + unknown * (usual or 0.0)) / plan.at_once
     return Standing(len(launched) - len(pending), len(launched), left)
 
 
@@ -61,8 +61,12 @@ def estimate(trials: Sequence[Planned], ran: Sequence[tuple[str, float]]) -> tup
     return sum(known), len(trials) - len(known)
 
 
-def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -> None:
-    """Print one line for a trial that is over, with the sweep's progress."""
+def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary, console: Console | None = None) -> None:
+    """Print one line for a trial that is over, with the sweep's progress.
+
+    Args:
+        console: where; standard output unless it is given.
+    """
     now = standing(folder)
     there = [each for each in FIGURES if each.key in summary.metrics]
     figures = [f"{each.form.format(summary.metrics[each.key])} {each.column}" for each in there]
@@ -70,7 +74,8 @@ def show_line(folder: SweepFolder, record: Record, end: End, summary: Summary) -
     why = end.reason if end.outcome is not Outcome.finished else ""
     parts = [f"[{now.done}/{now.total}] {end.outcome.value}: {record.name}", *figures, why, left]
     line = "  ".join(escape(part) for part in parts if part)
-    Console(file=sys.stdout).print(f"[{colour(end.outcome.value)}]{line}[/]", highlight=False, soft_wrap=True)
+    console = console or Console(file=sys.stdout)
+    console.print(f"[{colour(end.outcome.value)}]{line}[/]", highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

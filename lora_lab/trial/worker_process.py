@@ -1,12 +1,10 @@
 """Start the worker processes, receive their events, and handle their death."""
 
-import contextlib
 import math
 import multiprocessing
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -19,6 +17,7 @@ from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
 from lora_lab.secrets import clean
 from lora_lab.trial import forkserver
+from lora_lab.trial.interrupt import ctrl_c
 from lora_lab.trial.variables import without_launchers
 
 _GRACE_SECONDS = 5.0
@@ -105,7 +104,7 @@ class WorkerGroup:
 
         Raises: KeyboardInterrupt."""
         try:
-            with _ctrl_c() as interrupt:
+            with ctrl_c() as interrupt:
                 for worker in self._workers:
                     with worker.sender:
                         missing = forkserver.start(worker.process, interrupt, forkserver.ANSWER_SECONDS)
@@ -207,7 +206,7 @@ def check_trials(
     looks: list[Look] = []
     why = ""
     try:
-        with _ctrl_c() as interrupt:
+        with ctrl_c() as interrupt:
             with sender:
                 why = forkserver.start(worker, interrupt, forkserver.ANSWER_SECONDS)
             while not why and len(looks) < len(configs):
@@ -240,21 +239,6 @@ def _ready(receivers: list[Connection], interrupt: Connection, seconds: float) -
     if interrupt in ready:
         raise KeyboardInterrupt
     return [receiver for receiver in receivers if receiver in ready]
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[Connection]:
-    """Yield a connection that has something to read once Ctrl-C was pressed. An exception could interrupt any line
-    instead, even a destructor, where Python drops it and the trial would go on."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    if threading.current_thread() is not threading.main_thread():
-        yield receiver
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: sender.send_bytes(b"Ctrl-C"))
-    try:
-        yield receiver
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _stop(worker: ForkServerProcess, grace_seconds: float) -> None:

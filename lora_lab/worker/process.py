@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_lab.config import TrialConfig
 from lora_lab.events import Event, Ready, encode
+from lora_lab.machine import CORES
 
 
 def main(connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
@@ -22,6 +23,7 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
         folder: gets worker.log (everything printed) and the adapter.
     """
     _begin(environment, folder / "worker.log")
+    _keep_to_cores(environment.get(CORES))
 
     def emit(event: Event) -> None:
         connection.send_bytes(encode(event).encode())
@@ -34,6 +36,22 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
 
     run_trial(config, folder, emit)
     connection.close()
+
+
+def _keep_to_cores(cores: str | None) -> None:
+    """Stay on these cores, with no more threads than there are of them. Torch has counted all cores by now, and it
+    reads OMP_NUM_THREADS only while it is imported.
+
+    Args:
+        cores: their numbers, separated by commas; None leaves everything as it is.
+    """
+    if cores is None:
+        return
+    share = {int(core) for core in cores.split(",")}
+    os.sched_setaffinity(0, share)
+    import torch
+
+    torch.set_num_threads(min(len(share), torch.get_num_threads()))
 
 
 def check(connection: Connection, configs: list[TrialConfig], log: Path, works: bool) -> None:

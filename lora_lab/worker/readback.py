@@ -40,6 +40,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     attention, masks = attention_of(model)
     facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **({"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}),
         "optimizer_class": _class_name(type(optimizer)),
         "optimizer_fused": str(bool(defaults.get("fused"))),
         "optimizer_bits": str(getattr(getattr(optimizer, "args", None), "optim_bits", 32)),

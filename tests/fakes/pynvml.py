@@ -2,6 +2,7 @@
 A Fake of the part of pynvml that lora_lab.telemetry.nvml calls. Set before the first call:
 
 FAKE_NVML_CARDS: how many cards there are (1); 0 leaves none.
+FAKE_NVML_NAME: the name of every card; without it each has its own.
 FAKE_NVML_CAPABILITY: their compute capability (8.6).
 FAKE_NVML_DRIVER: `missing` makes nvmlInit fail as it does on a machine without a driver, `mismatch` as it does
     after an update without a reboot.
@@ -109,7 +110,7 @@ def nvmlDeviceGetUUID(handle: _Handle) -> str:
 
 
 def nvmlDeviceGetName(handle: _Handle) -> str:
-    return f"Fake Card {handle.index}"
+    return os.environ.get("FAKE_NVML_NAME") or f"Fake Card {handle.index}"
 
 
 def nvmlDeviceGetCudaComputeCapability(handle: _Handle) -> tuple[int, int]:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import PackageConfig, TrialConfig
+from lora_lab.config import PackageConfig, PlacementConfig, TrialConfig
 from lora_lab.data_config import SourceConfig
-from lora_lab.options import DataSource, ModelSource, Weights
+from lora_lab.options import DataSource, ModelSource, PlacementKind, Weights
 from lora_lab.placement import Placement
 from lora_lab.store import fingerprint
 from lora_lab.store.fingerprint import conditions, digest, point_digest
@@ -90,7 +90,14 @@ def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_
     tracking = {key for key in LEAVES if key.startswith("tracking.")}
     beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
     auto = {"contrast", "margin", "budget_minutes", "first_pairs"}
-    assert ignored == tracking | beside | auto | {"timeout_minutes", "plan", "repeats", "resume"}
+    assert ignored == tracking | beside | auto | {"timeout_minutes", "plan", "repeats", "resume", "placement.kind"}
+
+
+def test_a_point_is_the_same_on_one_of_several_cards_and_another_on_all_of_them() -> None:
+    beside, together = TrialConfig(), TrialConfig()
+    beside.placement = PlacementConfig(kind=PlacementKind.each_gpu, gpus=2)
+    together.placement = PlacementConfig(kind=PlacementKind.ddp, gpus=2)
+    assert point_digest(beside) == point_digest(TrialConfig()) != point_digest(together)
 
 
 def test_settings_of_a_job_change_nothing_in_a_window() -> None:
@@ -146,8 +153,19 @@ def test_conditions_name_code_versions_and_device() -> None:
         assert on_cpu[f"version.{name}"]
     assert len(on_cpu["code"]) == 16
     assert on_cpu["device"].startswith("cpu")
-    assert (on_card["device"], on_card["device.uuid"], on_card["device.driver"]) == ("Card", "GPU-1", "570")
+    assert (on_card["device"], on_card["device.memory_gib"], on_card["device.driver"]) == ("Card", "8.0", "570")
     assert on_cpu == conditions(config, CPU)
+
+
+def test_cards_of_one_name_are_one_condition_and_a_share_of_the_cores_is_another() -> None:
+    config = config_of(DataSource.random_tokens)
+    twin, larger = dataclasses.replace(CARD, uuid="GPU-2"), dataclasses.replace(CARD, total_bytes=2 * CARD.total_bytes)
+    one, other, large = (conditions(config, Placement(cards=(card,))) for card in (CARD, twin, larger))
+    assert one == other != large
+    shares = [conditions(config, Placement(cores=cores)) for cores in ((0, 1), (2, 3), (0,))]
+    assert shares[0] == shares[1]
+    assert conditions(config, CPU) not in shares
+    assert shares[2] != shares[0]
 
 
 @pytest.mark.parametrize("key", ["code", "version.torch", "version.python", "version.bitsandbytes"])

@@ -1,6 +1,6 @@
 """SIGKILL at random instants of a sweep, then the same command again: nothing is lost and nothing is there twice.
 
-`--nightly --kills N` sets how many instants; each is a test of its own.
+`--nightly --kills N` sets how many instants; each is a test of its own, and in every third trials run side by side.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ SEED = 20
 RATES = ("1e-4", "2e-4", "3e-4", "4e-4", "5e-4")
 SWEEP = ("-m", "model=tiny", "measure=quick", "seq_len=32", "data=random_tokens", "data.rows=16", "measure.steps=1")
 COMMAND = (*SWEEP, f"learning_rate={','.join(RATES)}")
+SIDE_BY_SIDE = ("placement=each_gpu", "placement.workers=2") if len(os.sched_getaffinity(0)) > 1 else ()
 MARKER = "LORA_LAB_TEST"
 """In the environment of every process of a round."""
 LONGEST_SECONDS = 200
@@ -201,15 +202,16 @@ def test_a_sweep_killed_at_any_instant_is_taken_up_where_it_stopped(
     seen = list(SEEN)[number % len(SEEN)]
     if seen not in ("the store's folder", "the start"):
         give_store(round_.folder, empty_store)
-    sweep = round_.start()
+    how = SIDE_BY_SIDE if number % 3 == 2 else ()
+    sweep = round_.start(*how)
     round_.kill_at(sweep, *instant(random_, seen))
     code = sweep.wait(LONGEST_SECONDS)
     assert code in (0, 1, -signal.SIGKILL), told(round_)
     if number % 5 == 1:
-        sweep = round_.start("resume=true")
+        sweep = round_.start(*how, "resume=true")
         round_.kill_at(sweep, *instant(random_, random_.choice(list(SEEN))))
         sweep.wait(LONGEST_SECONDS)
-    assert round_.start("resume=true").wait(LONGEST_SECONDS) == 0, told(round_)
+    assert round_.start(*how, "resume=true").wait(LONGEST_SECONDS) == 0, told(round_)
     round_.attempts = refuse_losses(round_)
     until(lambda: not round_.processes(), "the end of every process of the round", seconds=60)
 

@@ -58,6 +58,13 @@ def test_the_sum_of_all_packages_goes_on_through_every_wrap_and_holds_nothing_tw
         assert rapl.joules() == pytest.approx(total / 1e6)
 
 
+def test_counters_that_are_not_to_be_read_are_not_opened(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, [1000])
+    rapl = Rapl(tree.root, absent="shared")
+    assert (rapl.absent, rapl.joules()) == ("shared", None)
+    assert Rapl(tree.root).joules() == 0.0
+
+
 def test_a_machine_without_packages_says_so(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "none"):
         rapl = Rapl(root)

@@ -324,7 +324,7 @@ def test_a_card_that_is_cool_enough_is_not_waited_for(
     card: Placement, monkeypatch: pytest.MonkeyPatch, limit: float | None
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(module, "time", NO_WAITING)
+    monkeypatch.setattr(module, "pause", NO_WAITING.sleep)
     assert cool_down(card, limit, said.append) == ""
     assert said == []
 

@@ -103,6 +103,7 @@ class OnTime:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(idle_power, "time", made)
+    monkeypatch.setattr(idle_power, "pause", made.sleep)
     monkeypatch.setattr(idle_power, "Sampler", lambda read: OnTime(read, made))
     return made
 

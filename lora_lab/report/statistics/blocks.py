@@ -4,9 +4,10 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lora_lab.report.measures import BUSY_SHARE, Measure
+from lora_lab.report.measures import BUSY_SHARE, VRAM, Measure
+from lora_lab.report.statistics.cards import Placed, card_effects
 from lora_lab.report.statistics.factors import NO_EFFECT, Factor
 from lora_lab.store.trials import Trial
 from lora_lab.telemetry.throughput import regime_at
@@ -32,7 +33,35 @@ class TrialFigure:
 
 
 def figures(trials: Sequence[Trial], measure: Measure) -> list[TrialFigure]:
-    """Return the figures of the trials that have one, by their start."""
+    """Return the figures of the trials that have one, by their start. Of a sweep that ran on several cards those of a
+    ratio are without what the cards add, where that can be told."""
+    found = _plain_figures(trials, measure)
+    added = _of_cards(found, measure)
+    return [replace(each, value=each.value - added.get(each.trial.run_id, 0.0)) for each in found]
+
+
+def between_cards(trials: Sequence[Trial], measure: Measure) -> float | None:
+    """Return how far apart the cards of a sweep are in a measure, on the scale that differences are taken on; None
+    where that cannot be told, or it is not taken out of the figures."""
+    added = _of_cards(_plain_figures(trials, measure), measure)
+    return max(added.values()) - min(added.values()) if added else None
+
+
+def _of_cards(found: Sequence[TrialFigure], measure: Measure) -> dict[str, float]:
+    """Return what the card adds to each trial's figure, by run id, in sweeps on several cards. Neither memory, which
+    repeats to the byte, nor a loss is the card's."""
+    if not measure.ratios or measure == VRAM or len({each.trial.card for each in found}) < 2:
+        return {}
+    points = settings_besides([each.trial for each in found], ())
+    of_sweep: dict[str, list[Placed]] = {}
+    for each, point in zip(found, points, strict=True):
+        if each.trial.sweep is not None and each.trial.card:
+            placed = Placed(each.trial.run_id, point, each.trial.repeat, each.trial.card, each.value)
+            of_sweep.setdefault(each.trial.sweep, []).append(placed)
+    return {run_id: value for placed in of_sweep.values() for run_id, value in card_effects(placed).items()}
+
+
+def _plain_figures(trials: Sequence[Trial], measure: Measure) -> list[TrialFigure]:
     ordered = sorted(trials, key=lambda trial: (trial.started_ms, trial.run_id))
     found = []
     for trial, block in zip(ordered, _blocks(ordered), strict=True):

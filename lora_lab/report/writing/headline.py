@@ -10,11 +10,13 @@ from lora_lab.report.answers.best.command import runnable
 from lora_lab.report.answers.pareto import Point
 from lora_lab.report.findings import Findings, GroupFindings
 from lora_lab.report.measures import HOURS, LOSS, MEASURES, THROUGHPUT, Better, Measure
+from lora_lab.report.statistics.blocks import between_cards
 from lora_lab.report.statistics.factors import SHAPE, TOKENS, Confounded
 from lora_lab.report.statistics.kinds import Kind
 from lora_lab.report.writing.effects import Effect, dropped, effects, is_mostly_idle, sentence
 from lora_lab.report.writing.labels import count, outcome_text
 from lora_lab.report.writing.learnt import best_learnt, front_sentences, is_compared, no_worse, ordered, trade
+from lora_lab.report.writing.numbers import change
 from lora_lab.report.writing.point_names import point_text
 from lora_lab.store.trials import Trial
 
@@ -67,6 +69,7 @@ def notes(findings: Findings) -> tuple[str, ...]:
         _not_run(findings),
         _skipped(findings),
         _ended(main),
+        _cards(main),
         dropped(main),
         trade(main),
         *front_sentences(main)[len(_on_quality(main)) :],
@@ -79,6 +82,24 @@ def notes(findings: Findings) -> tuple[str, ...]:
     if any(found.kind is not main.kind for found in findings.groups):
         said.append("Windows and jobs are reported separately: their figures are never compared with one another.")
     return tuple(text for text in said if text)
+
+
+def _cards(found: GroupFindings) -> str:
+    """Say what becomes of the differences between the cards of a sweep whose trials ran side by side."""
+    measured = found.group.measured
+    cards = {trial.card for trial in measured}
+    if len(cards) < 2:
+        return ""
+    apart = [(measure, value) for measure in MEASURES if (value := between_cards(measured, measure)) is not None]
+    if not apart:
+        return (
+            f"The trials ran on {len(cards)} cards of one kind. Changes between points on different cards also show "
+            "what these cards differ by; with more repeats or points that can be told, and is taken out."
+        )
+    told = " and ".join(f"{change(value, measure, signed=False)} in {measure.title}" for measure, value in apart)
+    return (
+        f"The trials ran on {len(cards)} cards of one kind, which differ by {told}. That is taken out of the changes."
+    )
 
 
 def confounded(found: GroupFindings) -> list[Confounded]:

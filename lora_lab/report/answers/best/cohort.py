@@ -178,7 +178,7 @@ def _option(first: Subject, other: Subject) -> str:
         return f"--kind {other.kind.value}{model}"
     if here.get("model") != there.get("model") and "model" in there:
         return f"--model {there['model']}"
-    if first.place.unit != other.place.unit:
+    if first.place.unit != other.place.unit and " and " not in other.place.unit:
         return f"--card {other.place.unit}"
     ids = dict.fromkeys(trial.sweep or trial.run_id for trial in reversed(other.measured))
     return " ".join(f"--sweep {name[:_ID]}" for name in list(ids)[:2]) + (" ..." if len(ids) > 2 else "")

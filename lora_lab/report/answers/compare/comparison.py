@@ -186,7 +186,8 @@ def _compared(one: Side, other: Side, tolerance: float) -> SideComparison:
 
 def _of(side: Side, group: Group) -> list[Trial]:
     """Return the side's trials in this environment, including excluded ones."""
-    return [trial for trial in side.trials if trial.place == group.place]
+    there = {trial.run_id for trial in (*group.trials, *(each.trial for each in group.excluded))}
+    return [trial for trial in side.trials if trial.run_id in there]
 
 
 def _throughout(one: Sequence[Trial], other: Sequence[Trial]) -> dict[str, tuple[str, str]]:
