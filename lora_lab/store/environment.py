@@ -23,12 +23,14 @@ def environment() -> dict[str, str]:
 
 
 def device_facts(placement: Placement) -> dict[str, str]:
-    """Describe the device that computes: one or more cards, or this machine's CPU. The memory is that of the smallest
-    card."""
+    """Describe the device that computes: one or more cards, or this machine's CPU, and how many workers share it. The
+    memory is that of the smallest card."""
     cards = placement.cards
+    shared = {"world_size": str(placement.world_size)} if placement.world_size > 1 else {}
     if not cards:
-        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name()}
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name(), **shared}
     return {
+        **shared,
         "device": placement.name,
         "device.uuid": ",".join(card.uuid for card in cards),
         "device.driver": cards[0].driver,

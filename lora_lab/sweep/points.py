@@ -18,7 +18,7 @@ from lora_lab.store.fingerprint import conditions, point_digest
 from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
-from lora_lab.trial.devices import choose_placement
+from lora_lab.trial.data_parallel import placement_of
 from lora_lab.trial.session import check_inputs
 
 
@@ -105,7 +105,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
 
 def conditions_here(config: TrialConfig) -> dict[str, str]:
     """Return what decides a trial's result on this machine besides the config."""
-    return conditions(config, choose_placement(config.device))
+    return conditions(config, placement_of(config))
 
 
 def raise_faults(faults: Mapping[str, Sequence[str]], count: int) -> None:

@@ -44,7 +44,7 @@ from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, s
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.trial import worker_process
-from lora_lab.trial.devices import choose_placement
+from lora_lab.trial.data_parallel import placement_of
 from lora_lab.trial.session import check_folder_name, look_after_earlier_runs
 from lora_lab.work import Workload
 
@@ -268,7 +268,7 @@ class Grid(Sweeper):
         if preset:
             params["sweep"] = str(preset)
         words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
-        tags = environment() | device_facts(choose_placement(points[0].config.device)) | facts | {"command": words}
+        tags = environment() | device_facts(placement_of(points[0].config)) | facts | {"command": words}
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")

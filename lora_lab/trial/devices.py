@@ -27,14 +27,21 @@ def choose_placement(device: str) -> Placement:
     return Placement(cards=(card,) if card else ())
 
 
-def _choose_card(device: str) -> Card | None:
+def cards_there(device: str) -> list[Card]:
+    """Return the cards that this process may use.
+
+    Raises: InvalidInput when the driver does not answer."""
     try:
-        there = visible_cards()
+        return visible_cards()
     except SensorFailed as error:
         raise InvalidInput(
             f"device={device}: this machine's NVIDIA driver does not answer ({error}). Repair it (after a driver "
             "update a reboot often helps), or use device=cpu."
         ) from error
+
+
+def _choose_card(device: str) -> Card | None:
+    there = cards_there(device)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and not there and hidden:
         raise InvalidInput(

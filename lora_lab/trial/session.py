@@ -41,7 +41,8 @@ from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.capacity import within_capacity
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
-from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
+from lora_lab.trial.data_parallel import placement_of, settled
+from lora_lab.trial.devices import check_capable, worker_environment
 from lora_lab.trial.display import Display
 from lora_lab.trial.estimated import check_fits, check_free, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
@@ -113,7 +114,7 @@ def run_session(request: Request) -> Outcome:
     check_folder_name(request.folder)
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
-    placement = choose_placement(config.device)
+    placement = placement_of(config)
     seen = _seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
@@ -167,7 +168,7 @@ def check_inputs(config: TrialConfig) -> None:
 def check_data(config: TrialConfig) -> None:
     """Raise InvalidInput for rows in files that cannot be read, or are too few."""
     if config.data.source in (DataSource.file, DataSource.shipped):
-        check_rows(config.data, config.batch_size * config.grad_accum_steps)
+        check_rows(config.data, config.rows_per_step)
 
 
 def check_folder_name(folder: Path) -> None:
@@ -296,7 +297,7 @@ def _measure(state: TrialState) -> End:
         check_capable(config, placement)
         with state.display, _device(state), state.sampler:
             end = worker_process.run_workers(
-                replace(config, resume=state.request.resumed is not None),
+                replace(settled(config, placement), resume=state.request.resumed is not None),
                 worker_environment(placement),
                 state.folder.path,
                 state.on_event,

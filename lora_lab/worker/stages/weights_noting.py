@@ -31,5 +31,5 @@ def _check_same(trial: TrialContext, found: BaseWeights) -> None:
         )
 
 
-STAGE = Stage(None, _note)
+STAGE = Stage(None, _note, is_leads=True)
 """After the model was loaded."""

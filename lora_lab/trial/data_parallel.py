@@ -1,0 +1,70 @@
+"""Choose the cards, or the workers on the CPU, that share a trial: placement=ddp."""
+
+from dataclasses import replace
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import PlacementKind
+from lora_lab.placement import Placement
+from lora_lab.telemetry.nvml import Card
+from lora_lab.trial.devices import cards_there, choose_placement
+
+_STRATEGY = "data parallel"
+
+
+def placement_of(config: TrialConfig) -> Placement:
+    """Return where a trial runs: with placement=ddp on several cards or by several workers, else on one device.
+
+    Raises: InvalidInput when there are not as many cards, or they cannot share a trial."""
+    asked = config.placement
+    if asked.kind is not PlacementKind.ddp:
+        return choose_placement(config.device)
+    there = [] if config.device == "cpu" else cards_there(config.device)
+    if there:
+        cards = _cards(config, there)
+        return Placement(cards=tuple(cards), world_size=len(cards), strategy=_STRATEGY)
+    if asked.gpus is not None:
+        raise InvalidInput(
+            f"placement=ddp placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On the CPU type "
+            "placement.workers=2."
+        )
+    if asked.workers is None:
+        raise InvalidInput(
+            "placement=ddp shares a trial between cards, and there is no NVIDIA card here to use. On the CPU type "
+            "placement.workers=2."
+        )
+    return Placement(world_size=asked.workers, strategy=_STRATEGY)
+
+
+def _cards(config: TrialConfig, there: list[Card]) -> list[Card]:
+    asked = config.placement
+    if asked.workers is not None:
+        raise InvalidInput(
+            f"placement.workers={asked.workers} is the number of workers on the CPU, and there are NVIDIA cards here. "
+            "Use placement.gpus, or add device=cpu."
+        )
+    count = len(there) if asked.gpus is None else asked.gpus
+    listed = ", ".join(f"gpu:{card.index} ({card.name})" for card in there)
+    if count > len(there):
+        raise InvalidInput(
+            f"placement.gpus={count}: this machine shows {listed}. Use placement.gpus={len(there)} or fewer."
+            if len(there) > 1
+            else f"placement.gpus={count}: this machine shows {listed} alone. Use placement=one."
+        )
+    if count == 1:
+        raise InvalidInput(f"placement=ddp shares a trial between cards, and there is {listed} alone. Use placement=one.")
+    chosen = there[:count]
+    if len({card.name for card in chosen}) > 1:
+        raise InvalidInput(
+            f"placement=ddp: the cards are of different kinds ({listed}). Each waits for the slowest, and the adapters "
+            "drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
+        )
+    return chosen
+
+
+def settled(config: TrialConfig, placement: Placement) -> TrialConfig:
+    """Return the config with the number of workers that share the trial, as a worker reads it."""
+    if config.placement.kind is not PlacementKind.ddp:
+        return config
+    count = placement.world_size
+    numbers = {"gpus": count, "workers": None} if placement.cards else {"gpus": None, "workers": count}
+    return replace(config, placement=replace(config.placement, **numbers))
