@@ -314,12 +314,14 @@ def _register_faults(tracking: TrackingConfig) -> list[str]:
 
 def _data_parallel_faults(config: TrialConfig) -> list[str]:
     """Find what a trial over several cards cannot have."""
-    asked, found = config.placement, []
+    asked = config.placement
     if asked.kind is not PlacementKind.ddp:
-        return found
-    for name in ("gpus", "workers"):
-        if getattr(asked, name) == 1:
-            found.append(f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one.")
+        return []
+    found = [
+        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
+        for name in ("gpus", "workers")
+        if getattr(asked, name) == 1
+    ]
     if asked.gpus is not None and asked.workers is not None:
         found.append("placement.gpus and placement.workers are both set: gpus counts cards, workers is for the CPU.")
     if config.device not in ("auto", "cpu"):

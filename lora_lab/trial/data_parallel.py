@@ -51,7 +51,9 @@ def _cards(config: TrialConfig, there: list[Card]) -> list[Card]:
             else f"placement.gpus={count}: this machine shows {listed} alone. Use placement=one."
         )
     if count == 1:
-        raise InvalidInput(f"placement=ddp shares a trial between cards, and there is {listed} alone. Use placement=one.")
+        raise InvalidInput(
+            f"placement=ddp shares a trial between cards, and this machine shows {listed} alone. Use placement=one."
+        )
     chosen = there[:count]
     if len({card.name for card in chosen}) > 1:
         raise InvalidInput(
@@ -65,6 +67,6 @@ def settled(config: TrialConfig, placement: Placement) -> TrialConfig:
     """Return the config with the number of workers that share the trial, as a worker reads it."""
     if config.placement.kind is not PlacementKind.ddp:
         return config
-    count = placement.world_size
-    numbers = {"gpus": count, "workers": None} if placement.cards else {"gpus": None, "workers": count}
-    return replace(config, placement=replace(config.placement, **numbers))
+    count, on_cards = placement.world_size, bool(placement.cards)
+    found = replace(config.placement, gpus=count if on_cards else None, workers=None if on_cards else count)
+    return replace(config, placement=found)

@@ -40,8 +40,8 @@ from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.capacity import within_capacity
-from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.data_parallel import placement_of, settled
+from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, worker_environment
 from lora_lab.trial.display import Display
 from lora_lab.trial.estimated import check_fits, check_free, note_estimate

@@ -80,10 +80,11 @@ class Group:
         for name, value in _LOOPBACK.items():
             os.environ.setdefault(name, value)
         self.backend = "nccl" if on_card else "gloo"
+        place = (self._meeting / RENDEZVOUS).as_uri()
         self._exchange(
             lambda: dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_card else "gloo",
-                init_method=f"file://{self._meeting / RENDEZVOUS}",
+                init_method=place,
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=_GIVEN_UP,

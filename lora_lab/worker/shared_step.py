@@ -55,11 +55,10 @@ class SharedStep:
         totals = torch.tensor(astuple(counts))
         self.group.begin_step()
         self.group.sum(totals)  # on the host, where a worker that is gone is noticed at once
-        for gradient, parameter in zip(self._gradients, self._parameters, strict=True):
+        for parameter in self._parameters:
             if parameter.grad is None:  # of an expert that no token of this worker came to
-                gradient.zero_()
-        here = [pair for pair in zip(self._gradients, self._parameters, strict=True) if pair[1].grad is not None]
-        torch._foreach_copy_([gradient for gradient, _ in here], [p.grad for _, p in here])
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_copy_(self._gradients, [p.grad for p in self._parameters if p.grad is not None])
         self._loss.copy_(loss)
         self._weight.fill_(1.0)
         self._buffer.mul_(weight)
@@ -107,14 +106,13 @@ class SharingTrainer(Trainer):
         loader = DataLoader(
             rows,
             arguments.per_device_train_batch_size,
-            sampler=OwnRows(
-                len(rows), arguments.per_device_train_batch_size, self._shared.group, arguments.data_seed
-            ),
+            sampler=OwnRows(len(rows), arguments.per_device_train_batch_size, self._shared.group, arguments.data_seed),
             collate_fn=self.data_collator,
             drop_last=True,
             pin_memory=arguments.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch; behind the last of a step share it."""
@@ -128,7 +126,7 @@ def unequal(group: Group, model: Any) -> list[int]:
     """Return the ranks whose trained weights are not those of the lead, bit for bit."""
     digest = hashlib.sha256()
     for parameter in trained_parameters(model):
-        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     every = group.gather(digest.hexdigest())
     return [rank for rank, each in enumerate(every) if each != every[0]]
 
