@@ -80,11 +80,11 @@ class Group:
         for name, value in _LOOPBACK.items():
             os.environ.setdefault(name, value)
         self.backend = "nccl" if on_card else "gloo"
-        place = (self._meeting / RENDEZVOUS).as_uri()
+        store = dist.FileStore(str(self._meeting / RENDEZVOUS), self.world_size)  # type: ignore[attr-defined]
         self._exchange(
             lambda: dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_card else "gloo",
-                init_method=place,
+                store=store,
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=_GIVEN_UP,

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from lora_lab.events import Ran
 from lora_lab.job_events import Checkpointed
 from lora_lab.options import Attention
@@ -45,6 +47,7 @@ def _set_up(trial: TrialContext) -> None:
     engine.attach(trial.trainer)
     if group.is_shared:
         check_equal(group, model, "at the start")
+        torch.manual_seed(config.seed + group.rank)  # each draws its own dropout
     telemetry.scaler = trial.trainer.accelerator.scaler
     telemetry.on_stepped = lambda: _report_what_ran(trial, engine, telemetry)
 
