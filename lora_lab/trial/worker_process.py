@@ -34,6 +34,9 @@ _LOOK_AGAIN_SECONDS = 1.0
 LOOK_SECONDS = 600.0
 """Time to check one point's rows and model: they may have to be downloaded and tokenised."""
 
+_OF_ALL = (Outcome.finished, Outcome.timed_out, Outcome.diverged, Outcome.refused, Outcome.unsupported)
+"""Outcomes that are no single worker's."""
+
 _RANKED = (Ready, PhaseMemory, Warned, Ended)
 """Events that each worker of a group sends for itself."""
 
@@ -175,7 +178,7 @@ class WorkerGroup:
 
     def _named(self, worker: _Worker, end: End) -> End:
         """Add the worker's rank to the reason, where the group has several workers."""
-        if len(self._workers) == 1 or end.outcome in (Outcome.finished, Outcome.timed_out, Outcome.diverged):
+        if len(self._workers) == 1 or end.outcome in _OF_ALL:
             return end
         return replace(end, reason=f"rank {worker.rank}: {end.reason}")
 

@@ -93,9 +93,8 @@ def check_filled(config: TrialConfig, count: int, which: str) -> None:
     """Raise InvalidInput unless `count` rows fill one optimizer step."""
     needed = config.rows_per_step
     if count < needed:
-        workers = " x workers" if config.placement.world_size > 1 else ""
         raise InvalidInput(
-            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps{workers}). Use "
+            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps x workers). Use "
             "more rows or a smaller batch_size."
         )
 
