@@ -282,7 +282,7 @@ def _seen_so_far(config: TrialConfig, placement: Placement) -> HostFacts:
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
-    note_estimate(seen, config)
+    note_estimate(seen, settled(config, placement))
     return seen
 
 
@@ -381,7 +381,9 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
     if seen.estimate is None:
-        note_estimate(seen, state.request.config)  # by now the worker has fetched a hub model's config
+        note_estimate(
+            seen, settled(state.request.config, state.placement)
+        )  # by now the worker has fetched a hub model's config
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)
