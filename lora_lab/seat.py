@@ -13,6 +13,9 @@ from tempfile import TemporaryDirectory
 _ATTENDANCE, RENDEZVOUS = "attendance", "rendezvous"
 """Files of the folder where the workers meet: who has come how far, and torch's store."""
 
+LOG, OTHERS = "worker.log", "workers"
+"""In a trial's folder: what the lead prints, and the folder of what the other workers print."""
+
 _CELL = struct.Struct("dd")
 
 
@@ -24,6 +27,10 @@ class Seat:
     world_size: int = 1
     meeting: Path | None = None
     """The folder where the workers meet, on this host; None for a worker alone."""
+
+    def log(self, folder: Path) -> Path:
+        """Return the file in a trial's folder that gets what the worker prints."""
+        return folder / OTHERS / f"{self.rank}.log" if self.rank else folder / LOG
 
 
 @contextmanager
@@ -60,6 +67,14 @@ class Attendance:
 
     def absent(self) -> list[int]:
         """Return the workers that others wait for and that did not come when they had promised to."""
-        cells = [_CELL.unpack_from(self._cells, rank * _CELL.size) for rank in range(self._world_size)]
-        furthest, now = max(exchanges for exchanges, _ in cells), time.monotonic()
+        cells, now = self._read(), time.monotonic()
+        furthest = max(exchanges for exchanges, _ in cells)
         return [rank for rank, (exchanges, due) in enumerate(cells) if exchanges < furthest and now > due]
+
+    def behind(self, exchanges: int) -> list[int]:
+        """Return the workers that have not yet come to so many exchanges."""
+        return [rank for rank, (come, _) in enumerate(self._read()) if come < exchanges]
+
+    def _read(self) -> list[tuple[float, float]]:
+        """Return of each worker how many exchanges it has come to, and until when the next is promised."""
+        return [_CELL.unpack_from(self._cells, rank * _CELL.size) for rank in range(self._world_size)]

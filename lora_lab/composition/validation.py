@@ -333,11 +333,6 @@ def _data_parallel_faults(config: TrialConfig) -> list[str]:
         found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
     if config.isolation is Isolation.inline:
         found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
-    if config.train.is_job:
-        found.append(
-            "placement=ddp measures a window so far and trains no job: checkpoints and the way back after a spike are "
-            "one process's. Leave out train.epochs and train.max_steps, or use placement=one."
-        )
     return found
 
 

@@ -76,7 +76,8 @@ class _Worker:
         from lora_lab.worker import process
 
         self.rank = seat.rank
-        self.log = folder / "worker.log"
+        self.log = seat.log(folder)
+        self.log.parent.mkdir(exist_ok=True)
         self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
         arguments = (self.sender, config, environment, folder, seat)
         self.process = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
@@ -105,9 +106,7 @@ class WorkerGroup:
         self._minutes = config.timeout_minutes
         self._workers = []
         for seat in places:
-            own = folder / f"rank{seat.rank}" if seat.rank else folder  # its log
-            own.mkdir(exist_ok=True)
-            self._workers.append(_Worker(seat, config, environment | _own_card(environment, seat), own))
+            self._workers.append(_Worker(seat, config, environment | _own_card(environment, seat), folder))
         meeting = places[0].meeting
         self._attendance = None if meeting is None else Attendance(meeting, len(places))
 
@@ -169,7 +168,8 @@ class WorkerGroup:
                 if not isinstance(event, Ended):
                     continue
                 said = end_said(event)
-                if said.outcome is not Outcome.finished:
+                # all workers see the same losses, and the lead alone says what they mean
+                if said.outcome is not Outcome.finished and (worker is lead or said.outcome is not Outcome.diverged):
                     return worker, said
                 del left[worker.receiver]
                 if worker is lead:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import Warned, WindowClosed, WindowOpened
+from lora_lab.events import Step, Warned, WindowClosed, WindowOpened
 from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
@@ -16,6 +16,9 @@ from lora_lab.worker.data import TokenCounts
 from lora_lab.worker.group import Group
 from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.profiling import StepProfiler
+
+_BEHIND = 2
+"""Steps that several workers may have queued on their cards while they wait for a loss."""
 
 
 class Telemetry(TrainerCallback):
@@ -120,18 +123,21 @@ class Telemetry(TrainerCallback):
     def _settle(self) -> None:
         """Wait until every step is done, and send it."""
         self._synchronize()
-        self._send_arrived()
+        self._send(self._relay.arrived())
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _send_arrived(self) -> None:
-        arrived = self._relay.arrived()
+    def _send_arrived(self, step: int) -> None:
+        """Send what has arrived behind a step. Of several workers each looks at the same losses behind the same step,
+        so that all of them stop there for a spike."""
+        self._send(self._relay.arrived(step - _BEHIND if self._group.is_shared else None))
+
+    def _send(self, arrived: list[Step]) -> None:
         for step in arrived:
             self._emit(step)
-        # the loss is that of all workers, and the lead, which reports it, decides for all
-        for step in arrived if self._group.is_lead else []:
+        for step in arrived:
             self._watch.see(step.step, step.loss)
 
 
@@ -185,7 +191,10 @@ class TelemetryCallback(Telemetry):
             self._clock.vram_limit.apply()
         if state.global_step == self._warmup_steps:
             self._open_window(self._warmup_steps)
-        self._send_arrived()
+        if state.global_step == self._last_step:
+            self._settle()
+        else:
+            self._send_arrived(state.global_step)
         if state.global_step == self._last_step and self._profiler.steps:
             self._clock.enter(Phase.profile)
             self._profiler.start()

@@ -26,9 +26,9 @@ far."""
 _FIRST_SECONDS = 600.0
 """The same for steps before any was timed."""
 
-_GIVEN_UP = timedelta(minutes=30)
+_GIVEN_UP = timedelta(minutes=10)
 """After this time torch gives up an exchange that nobody promised to come to: between steps a worker may load or
-compile for minutes."""
+compile for minutes longer than another."""
 
 _WORD_SECONDS = 10.0
 """For this time a worker that lost the others says nothing: the one that was at fault says why, or is seen to be gone,
@@ -99,6 +99,12 @@ class Group:
         self._exchange(lambda: dist.all_gather_object(found, mine))
         return found
 
+    def from_lead(self, run: Callable[[], _T]) -> _T:
+        """Let the lead alone do something, and return its result to all; none goes on before it is done."""
+        found: list[Any] = self.gather(run() if self.is_lead else None)
+        result: _T = found[0]
+        return result
+
     def share_of(self, items: Sequence[_T]) -> list[_T]:
         """Return this worker's share of items that all workers have: every world_size-th."""
         return [items[place] for place in range(self.rank, len(items), self.world_size)]
@@ -142,4 +148,7 @@ class Group:
             run()
         except RuntimeError as error:
             time.sleep(_WORD_SECONDS)
-            raise RuntimeError(f"an exchange with the other workers failed: {error}") from error
+            assert self._attendance is not None
+            behind = self._attendance.behind(self._exchanges)
+            who = f"; rank {' and '.join(map(str, behind))} did not come to it" if behind else ""
+            raise RuntimeError(f"an exchange with the other workers failed{who}: {error}") from error

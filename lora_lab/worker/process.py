@@ -22,10 +22,10 @@ def main(
     Args:
         connection: takes one encoded event a message.
         environment: set before anything looks for a GPU.
-        folder: gets worker.log (everything printed) and the adapter.
+        folder: gets worker.log (everything printed) and the adapter; of several workers each has a log of its own.
         seat: this worker's among those that share the trial; None for a worker alone.
     """
-    _begin(environment, folder / "worker.log")
+    _begin(environment, (Seat() if seat is None else seat).log(folder))
 
     def emit(event: Event) -> None:
         connection.send_bytes(encode(event).encode())

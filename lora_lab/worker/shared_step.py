@@ -94,14 +94,18 @@ class OwnRows(Sampler[int]):
 
 
 class SharingTrainer(Trainer):
-    """Trainer with two documented methods of its own: rows of its own, and a step that is shared."""
+    """Trainer with two documented methods of its own: rows of its own, and a step that is shared. Alone it is Trainer
+    itself."""
 
-    def __init__(self, *, shared: SharedStep, **arguments: Any) -> None:
+    def __init__(self, *, shared: SharedStep | None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._shared = shared
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this worker's rows."""
+        if self._shared is None:
+            alone: DataLoader[Any] = super().get_train_dataloader()
+            return alone
         arguments, rows = self.args, self.train_dataset
         loader = DataLoader(
             rows,
@@ -117,7 +121,7 @@ class SharingTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch; behind the last of a step share it."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if self._shared is not None and self.accelerator.sync_gradients:
             self._shared.exchange(num_items_in_batch)
         return loss
 

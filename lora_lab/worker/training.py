@@ -33,9 +33,8 @@ def make_trainer(
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
     steps = config.measure.warmup_steps + config.measure.steps + profiled
     more = {"max_steps": steps, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    kind, sharing = (Trainer, {}) if shared is None else (SharingTrainer, {"shared": shared})
-    return kind(
-        **sharing,
+    return SharingTrainer(
+        shared=shared,
         model=model,
         args=training_arguments(config, folder, device, more),
         data_collator=collator,

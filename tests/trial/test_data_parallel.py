@@ -18,9 +18,9 @@ TOGETHER = ("placement=ddp", "placement.workers=2")
 LEARNS = (
     *("data=instruct", "data.path=rows.jsonl", "method=lora", "precision=fp32", "seq_len=160"),
     *("optimizer.optim=sgd", "learning_rate=0.5", "max_grad_norm=0.5"),
-    *("measure.warmup_steps=1", "measure.steps=2", "measure.eval_rows=5", "grad_accum_steps=2"),
+    *("measure.warmup_steps=1", "measure.steps=9", "measure.eval_rows=5", "grad_accum_steps=2"),
 )
-"""By SGD, so that weights differ by no more than gradients do; they are clipped."""
+"""By SGD, so that weights differ by no more than gradients do; they are clipped. Ten steps, the first to warm up."""
 
 
 def write_rows(folder: Path) -> None:
@@ -55,7 +55,7 @@ def test_two_workers_train_as_one_process_with_the_rows_of_both(alone: Path, tmp
     said = lab_in(tmp_path)(*TINY, *LEARNS, *TOGETHER, "batch_size=2", f"engine={engine}")
     assert said.code == 0, said.text
     steps, expected = events_of(tmp_path, "Step"), events_of(alone, "Step")
-    assert len(steps) == len(expected) == 3
+    assert len(steps) == len(expected) == 10
     for name in ("step", "rows", "real", "trained", "attended"):
         assert [step[name] for step in steps] == [step[name] for step in expected], name
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], rel=1e-5)
@@ -68,20 +68,43 @@ def test_two_workers_train_as_one_process_with_the_rows_of_both(alone: Path, tmp
     assert changed > 0.01, "B begins at zero"
     for name, weights in theirs.items():
         torch.testing.assert_close(mine[name], weights, rtol=1e-4, atol=1e-6)
-
-
-def test_the_record_says_who_shared_it_and_that_they_hold_the_same_adapter(tmp_path: Path) -> None:
-    said = lab_in(tmp_path)(*TINY, *TOGETHER, "data=random_tokens", "data.rows=60", "seq_len=64", "measure.steps=10")
-    assert said.code == 0, said.text
     record = record_of(tmp_path)
     tags, params = record["tags"], record["params"]
-    assert (tags["world_size"], tags["ran.world_size"], tags["ran.adapters_equal"]) == ("2", "2", "True")
-    assert tags["ran.gradients_carried_by"] == "gloo"
+    assert (tags["world_size"], tags["ran.world_size"], tags["ran.gradients_carried_by"]) == ("2", "2", "gloo")
+    assert tags["ran.adapters_equal"] == "True", "after the first step; after the last the trial itself has looked"
     assert (params["placement"], params["placement.workers"]) == ("ddp", "2")
-    assert [ready["rank"] for ready in sorted(events_of(tmp_path, "Ready"), key=lambda each: each["rank"])] == [0, 1]
+    assert sorted(ready["rank"] for ready in events_of(tmp_path, "Ready")) == [0, 1]
+    assert "world_size" not in record_of(alone)["tags"]
+
+
+JOB = (
+    *("data=instruct", "data.path=rows.jsonl", "precision=fp32", "seq_len=64", "batch_size=2", "measure.eval_rows=4"),
+    *("measure.warmup_steps=1", "train.epochs=2", "train.checkpoint_every=4", "train.eval_every=4"),
+)
+
+
+def test_a_job_of_two_workers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """The second worker is killed behind step 11, which is in the second epoch. Steps 9 to 11 are taken twice."""
+    write_rows(tmp_path)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"0.0002 rank 1": ["kill", "after step 11"]}))
+    path = os.pathsep.join(filter(None, [str(FAKES / "saboteur"), os.environ.get("PYTHONPATH")]))
+    said = lab_in(tmp_path)(*TINY, *JOB, *TOGETHER, PYTHONPATH=path, SABOTAGE=str(plan))
+    assert (said.code, "rank 1: the worker was ended by SIGKILL" in said.out) == (1, True), said.text
+    before = {step["step"]: step["loss"] for step in events_of(tmp_path, "Step")}
+    [journal] = tmp_path.glob("multirun/*/*/events.jsonl")
+    said = lab_in(tmp_path)("resume=true", f"hydra.run.dir={journal.parent}")
+    assert said.code == 0, said.text
     steps = events_of(tmp_path, "Step")
-    assert [(step["rows"], step["slots"]) for step in steps] == [(4, 256)] * len(steps)
-    assert record["metrics"]["window/steps"] == 10
+    after = {step["step"]: step["loss"] for step in steps}
+    assert min(after) == 9
+    assert [after[number] for number in (9, 10)] == [before[number] for number in (9, 10)]
+    rows = 36 // 4 * 4
+    """Of the 40 rows a tenth is held out, and each epoch leaves out what does not fill a micro-batch of both."""
+    assert max(after) == 2 * rows // 4
+    assert all(step["rows"] == 4 for step in steps)
+    record = record_of(tmp_path)
+    assert (record["outcome"], record["tags"]["ran.adapters_equal"]) == ("finished", "True")
 
 
 FAULTS = {
@@ -101,7 +124,7 @@ def test_what_happens_to_one_worker_ends_the_other_and_is_recorded(tmp_path: Pat
     trial = ("data=random_tokens", "data.rows=60", "seq_len=64", "measure.eval_rows=0", "measure.warmup_steps=1")
     began = time.monotonic()
     said = lab_in(tmp_path)(
-        *("-m", *TINY, *TOGETHER, *trial, "measure.steps=3", f"learning_rate={','.join(FAULTS)}"),
+        *("-m", *TINY, *TOGETHER, *trial, "measure.steps=8", f"learning_rate={','.join(FAULTS)}"),
         PYTHONPATH=path,
         SABOTAGE=str(plan),
     )

@@ -94,7 +94,6 @@ def test_on_the_cpu_the_workers_are_counted() -> None:
         (["placement.gpus=2", "device=gpu:0"], "CUDA_VISIBLE_DEVICES"),
         (["placement.gpus=2", "device=cpu"], "placement.workers=2"),
         (["placement.workers=2", "device=cpu", "isolation=inline"], "isolation=process"),
-        (["placement.workers=2", "device=cpu", "train.epochs=1"], "placement=one"),
         (["device=cpu"], "placement.workers=2"),
         (["placement.workers=2", "device=cpu", "data.rows=10", "batch_size=8"], "workers"),
     ],

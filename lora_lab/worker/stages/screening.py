@@ -50,6 +50,8 @@ def _find(trial: TrialContext, least: float) -> Screened:
         trial.model, mine, config.seq_len, trial.padding, config.precision.dtype, trial.device, progress
     )
     found = screen(rows.trained.tolist(), trial.group.joined(losses), least)
+    if not trial.group.is_lead:
+        return found
     try:
         store_screened(trial.folder, found, trial.examples.digest, least)
     except OSError as error:

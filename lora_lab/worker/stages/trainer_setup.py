@@ -32,18 +32,18 @@ def _set_up(trial: TrialContext) -> None:
     if trial.plan is None:
         telemetry = TelemetryCallback(config.measure, *shared, group)
     else:
-        telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared)
+        telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared, group)
     engine = Engine(config, model, shapes(config, rows, collator), telemetry.attention, trial.emit, trial.clock)
     telemetry.watch(model)
+    exchange = SharedStep(group, model, telemetry) if group.is_shared else None
     if trial.plan is None or not isinstance(telemetry, JobTelemetry):
         callbacks = [*engine.callbacks, telemetry]
-        exchange = SharedStep(group, model, telemetry) if group.is_shared else None
         trial.trainer = make_trainer(
             config, model, rows, collator, callbacks, str(trial.folder), trial.device, exchange
         )
         trial.train = trial.trainer.train
     else:
-        _set_up_job(trial, trial.plan, engine, telemetry)
+        _set_up_job(trial, trial.plan, engine, telemetry, exchange)
     engine.attach(trial.trainer)
     if group.is_shared:
         check_equal(group, model, "at the start")
@@ -52,7 +52,9 @@ def _set_up(trial: TrialContext) -> None:
     telemetry.on_stepped = lambda: _report_what_ran(trial, engine, telemetry)
 
 
-def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry) -> None:
+def _set_up_job(
+    trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry, shared: SharedStep | None
+) -> None:
     config, rows = trial.config, heldout_rows(trial)
     checkpoints = Checkpoints(trial.folder, config.train.keep_checkpoints)
 
@@ -68,6 +70,8 @@ def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: J
         )
 
     trial.trainer = JobTrainer(
+        shared=shared,
+        is_lead=trial.group.is_lead,
         config=config,
         clock=trial.clock,
         telemetry=telemetry,
