@@ -107,6 +107,32 @@ def test_a_job_of_two_workers_goes_on_from_its_checkpoint(tmp_path: Path) -> Non
     assert (record["outcome"], record["tags"]["ran.adapters_equal"]) == ("finished", "True")
 
 
+@pytest.mark.nightly
+def test_after_a_spike_all_workers_stop_or_go_back_together(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"0.0002": ["spike", "in data"]}))
+    path = os.pathsep.join(filter(None, [str(FAKES / "saboteur"), os.environ.get("PYTHONPATH")]))
+    said = lab_in(tmp_path)(
+        *("-m", *TINY, *JOB, *TOGETHER, "train.epochs=1", "train.on_spike=stop,lower_lr"),
+        PYTHONPATH=path,
+        SABOTAGE=str(plan),
+    )
+    assert said.code == 0, said.text
+    found = {record["params"]["train.on_spike"]: record for record in records_in(tmp_path)}
+    assert (found["stop"]["outcome"], found["stop"]["tags"]["reason"]) == ("diverged", "a spike at step 7")
+    assert found["lower_lr"]["outcome"] == "finished"
+    spikes = {}
+    for journal in tmp_path.glob("multirun/2*/*/*/events.jsonl"):
+        events = [json.loads(line) for line in journal.read_text().splitlines()]
+        [spiked] = [event for event in events if event["event"] == "Spiked"]
+        spikes[spiked["action"]] = spiked
+        resumed = [event["step"] for event in events if event["event"] == "Resumed"]
+        assert resumed == ([4] if spiked["action"] == "lower_lr" else [])
+    assert spikes.keys() == {"stop", "lower_lr"}
+    assert len(set(spikes["stop"]["rows"])) == 4, "the rows of both workers"
+
+
 FAULTS = {
     "0.001": ("kill", "killed", "rank 1: the worker was ended by SIGKILL"),
     "0.002": ("huge tensor", "out_of_memory", "rank 1: "),

@@ -109,6 +109,22 @@ def nudge() -> None:
         next(p for _, p in model.named_parameters() if p.requires_grad).view(-1)[0] += 1e-4
 
 
+def spike() -> None:
+    """Take the loss of step 7 for a spike, the first time."""
+    from lora_lab.outcome import Diverged
+    from lora_lab.worker import async_losses
+
+    own, seen = async_losses.DivergenceWatch.see, []
+
+    def see(self: Any, step: int, loss: float) -> None:
+        own(self, step, loss)
+        if step == 7 and not seen:
+            seen.append(step)
+            raise Diverged("a spike at step 7", 7)
+
+    async_losses.DivergenceWatch.see = see
+
+
 ACTS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -123,6 +139,7 @@ ACTS: dict[str, Callable[[], object]] = {
     "hang deaf": hang_deaf,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "nudge": nudge,
+    "spike": spike,
     "fault": fault,
     "poison": poison,
     "huge tensor on the card": huge_tensor_on_the_card,
