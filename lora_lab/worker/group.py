@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_lab.outcome import Unsupported
 from lora_lab.seat import RENDEZVOUS, Attendance, Seat
 
-_HANGS_SECONDS, _SLOWER = 20.0, 2.0
+_HANGS_SECONDS, _SLOWER = 20.0, 10.0
 """A worker hangs when others wait for it, and its step takes more seconds than this and `_SLOWER` of its longest so
 far."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lora_lab.config import InvalidInput, ModelConfig, PlacementConfig, TrialCon
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.shapes import Shapes, shapes_of
 from lora_lab.options import ModelSource, PlacementKind, Weights
-from lora_lab.seat import Seat
+from lora_lab.seat import Attendance, Seat, seats
 from lora_lab.telemetry import nvml
 from lora_lab.trial.data_parallel import placement_of, settled
 from lora_lab.trial.worker_process import _own_card
@@ -121,6 +122,34 @@ def test_each_worker_sees_one_card_of_its_trial() -> None:
     ]
     assert _own_card(shown, Seat()) == {}
     assert _own_card({"CUDA_VISIBLE_DEVICES": ""}, Seat(1, 2)) == {}
+
+
+@pytest.fixture
+def attendance() -> Iterator[Attendance]:
+    with seats(2) as [first, _]:
+        assert first.meeting is not None
+        yield Attendance(first.meeting, 2)
+    assert not first.meeting.exists()
+
+
+def test_a_worker_is_absent_when_others_wait_and_its_promise_is_over(attendance: Attendance) -> None:
+    assert attendance.absent() == [], "nobody has come"
+    attendance.note(1, 1, seconds=-1.0)
+    assert attendance.absent() == [], "the first promised nothing"
+    attendance.note(0, 1, seconds=-1.0)
+    assert attendance.absent() == [], "nobody waits"
+    attendance.note(1, 2, seconds=60.0)
+    assert attendance.absent() == [0]
+    assert attendance.behind(2) == [0]
+    attendance.note(0, 1)
+    assert attendance.absent() == [], "it takes its promise back"
+    attendance.note(0, 2, seconds=60.0)
+    assert (attendance.absent(), attendance.behind(2)) == ([], [])
+
+
+def test_a_worker_alone_meets_nobody() -> None:
+    with seats(1) as places:
+        assert places == [Seat()]
 
 
 SHAPES: Shapes = shapes_of(
