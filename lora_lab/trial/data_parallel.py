@@ -1,5 +1,6 @@
 """Choose the cards, or the workers on the CPU, that share a trial: placement=ddp."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_lab.config import InvalidInput, TrialConfig
@@ -61,6 +62,19 @@ def _cards(config: TrialConfig, there: list[Card]) -> list[Card]:
             "drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
         )
     return chosen
+
+
+def check_same_number(placement: Placement, tags: Mapping[str, str]) -> None:
+    """Raise InvalidInput when a job would go on with another number of workers, which has other rows in a step.
+
+    Args:
+        tags: of the job's record."""
+    before = int(tags.get("world_size", "1"))
+    if placement.world_size != before:
+        raise InvalidInput(
+            f"the job was trained by {before} workers, and {placement.world_size} would go on with it: a step would "
+            f"have other rows. Show it {before} cards with CUDA_VISIBLE_DEVICES, or start a new job."
+        )
 
 
 def settled(config: TrialConfig, placement: Placement) -> TrialConfig:

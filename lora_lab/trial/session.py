@@ -40,7 +40,7 @@ from lora_lab.telemetry.sampler import RECENT, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.capacity import within_capacity
-from lora_lab.trial.data_parallel import placement_of, settled
+from lora_lab.trial.data_parallel import check_same_number, placement_of, settled
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
 from lora_lab.trial.devices import check_capable, worker_environment
 from lora_lab.trial.display import Display
@@ -115,6 +115,8 @@ def run_session(request: Request) -> Outcome:
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
     placement = placement_of(config)
+    if request.resumed is not None:
+        check_same_number(placement, request.resumed.record.tags)
     seen = _seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
@@ -380,10 +382,8 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
-    if seen.estimate is None:
-        note_estimate(
-            seen, settled(state.request.config, state.placement)
-        )  # by now the worker has fetched a hub model's config
+    if seen.estimate is None:  # by now the worker has fetched a hub model's config
+        note_estimate(seen, settled(state.request.config, state.placement))
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)

@@ -28,7 +28,7 @@ def run_trial(config: TrialConfig, folder: Path, emit: Emit, seat: Seat | None =
     try:
         trial = TrialContext(config=config, folder=folder, emit=emit, clock=clock, group=Group(seat))
         for stage in STAGES:
-            if not stage.is_needed(trial) or (stage.is_leads and not trial.group.is_lead):
+            if not stage.is_needed(trial) or (stage.lead_only and not trial.group.is_lead):
                 continue
             if stage.phase is not None:
                 clock.enter(stage.phase)

@@ -15,7 +15,7 @@ from lora_lab.fit.shapes import Shapes, shapes_of
 from lora_lab.options import ModelSource, PlacementKind, Weights
 from lora_lab.seat import Attendance, Seat, seats
 from lora_lab.telemetry import nvml
-from lora_lab.trial.data_parallel import placement_of, settled
+from lora_lab.trial.data_parallel import check_same_number, placement_of, settled
 from lora_lab.trial.worker_process import _own_card
 
 TINY = ("model=tiny", "data=random_tokens", "measure=quick", "placement=ddp")
@@ -79,6 +79,15 @@ def test_cards_of_different_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(nvml.pynvml, "nvmlDeviceGetName", lambda handle: f"Fake Card {handle.index}")
     with pytest.raises(InvalidInput, match="different kinds"):
         placement_of(asked(gpus=2))
+
+
+@pytest.mark.usefixtures("three_cards")
+def test_a_job_goes_on_with_as_many_workers_as_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_same_number(placement_of(asked()), {"world_size": "3"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    with pytest.raises(InvalidInput, match="3 cards"):
+        check_same_number(placement_of(asked()), {"world_size": "3"})
+    check_same_number(placement_of(TrialConfig()), {})
 
 
 def test_on_the_cpu_the_workers_are_counted() -> None:

@@ -66,5 +66,5 @@ class Stage:
     run: Callable[[TrialContext], None]
     is_needed: Callable[[TrialContext], bool] = always
     """Return False where the trial leaves the stage out, with its phase."""
-    is_leads: bool = False
-    """Whether the lead alone runs it, of the workers that share a trial."""
+    lead_only: bool = False
+    """Whether, of the workers that share a trial, the lead alone runs it."""
