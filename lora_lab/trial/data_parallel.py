@@ -7,7 +7,7 @@ from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.options import PlacementKind
 from lora_lab.placement import Placement
 from lora_lab.telemetry.nvml import Card
-from lora_lab.trial.devices import cards_there, choose_placement
+from lora_lab.trial.devices import cards_here, choose_placement
 
 _STRATEGY = "data parallel"
 
@@ -19,10 +19,10 @@ def placement_of(config: TrialConfig) -> Placement:
     asked = config.placement
     if asked.kind is not PlacementKind.ddp:
         return choose_placement(config.device)
-    there = [] if config.device == "cpu" else cards_there(config.device)
+    there = () if config.device == "cpu" else cards_here(config.device)
     if there:
         cards = _cards(config, there)
-        return Placement(cards=tuple(cards), world_size=len(cards), strategy=_STRATEGY)
+        return Placement(cards=cards, world_size=len(cards), strategy=_STRATEGY)
     if asked.gpus is not None:
         raise InvalidInput(
             f"placement=ddp placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On the CPU type "
@@ -36,7 +36,7 @@ def placement_of(config: TrialConfig) -> Placement:
     return Placement(world_size=asked.workers, strategy=_STRATEGY)
 
 
-def _cards(config: TrialConfig, there: list[Card]) -> list[Card]:
+def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
     asked = config.placement
     if asked.workers is not None:
         raise InvalidInput(

@@ -27,12 +27,15 @@ def choose_placement(device: str) -> Placement:
     return Placement(cards=(card,) if card else ())
 
 
-def cards_there(device: str) -> list[Card]:
+def cards_here(device: str = "auto") -> tuple[Card, ...]:
     """Return the cards that this process may use.
+
+    Args:
+        device: what the user asked for.
 
     Raises: InvalidInput when the driver does not answer."""
     try:
-        return visible_cards()
+        return tuple(visible_cards())
     except SensorFailed as error:
         raise InvalidInput(
             f"device={device}: this machine's NVIDIA driver does not answer ({error}). Repair it (after a driver "
@@ -41,7 +44,7 @@ def cards_there(device: str) -> list[Card]:
 
 
 def _choose_card(device: str) -> Card | None:
-    there = cards_there(device)
+    there = cards_here(device)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and not there and hidden:
         raise InvalidInput(
