@@ -278,6 +278,12 @@ class PlacementConfig:
         None, "with each_gpu and ddp on the CPU, how many workers share its cores", above=0, most=1024
     )
 
+    @property
+    def world_size(self) -> int:
+        """Return how many workers share a trial. With ddp and neither number, all cards are asked for, and only the
+        parent knows how many there are: it settles the number before a worker starts."""
+        return (self.gpus or self.workers or 1) if self.kind is PlacementKind.ddp else 1
+
 
 @dataclass(kw_only=True, slots=True)
 class TrialConfig:
@@ -376,6 +382,11 @@ class TrialConfig:
         "these points",
         effect=Effect.none,
     )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Return the rows of an optimizer step, of all workers together."""
+        return self.batch_size * self.grad_accum_steps * self.placement.world_size
 
 
 AUTO = "auto"

@@ -61,6 +61,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_train_faults(config),
         *_place_faults(config),
         *_slot_faults(config),
+        *_data_parallel_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),
     ]
@@ -347,6 +348,30 @@ def _register_faults(tracking: TrackingConfig) -> list[str]:
         found.append(
             "tracking.register needs a store, and tracking=none has none; use tracking=local or tracking=server."
         )
+    return found
+
+
+def _data_parallel_faults(config: TrialConfig) -> list[str]:
+    """Find what a trial over several cards cannot have."""
+    asked = config.placement
+    if asked.kind is not PlacementKind.ddp:
+        return []
+    found = [
+        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
+        for name in ("gpus", "workers")
+        if getattr(asked, name) == 1
+    ]
+    if asked.gpus is not None and asked.workers is not None:
+        found.append("placement.gpus and placement.workers are both set: gpus counts cards, workers is for the CPU.")
+    if config.device not in ("auto", "cpu"):
+        found.append(
+            f"device={config.device} names one card, and placement=ddp uses several. Leave it out; "
+            "CUDA_VISIBLE_DEVICES chooses among the cards."
+        )
+    if config.device == "cpu" and asked.gpus is not None:
+        found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
+    if config.isolation is Isolation.inline:
+        found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
     return found
 
 

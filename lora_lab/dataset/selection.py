@@ -143,7 +143,7 @@ def check_left(count: int, heldout: int, needed: int, which: str = "rows") -> No
     if count < needed:
         raise InvalidInput(
             f"the data has {count} {which} that data.heldout_path does not hold, but one step needs {needed} "
-            "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
+            "(batch_size x grad_accum_steps x workers). Use more rows or a smaller batch_size."
         )
 
 

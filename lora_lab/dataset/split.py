@@ -71,5 +71,5 @@ def check_row_count(count: int, holdout: float, needed: int, which: str = "rows"
     if remaining < needed:
         raise InvalidInput(
             f"the data has {count} {which}, {remaining} after holding out {holdout:.0%}, but one step needs {needed} "
-            "(batch_size x grad_accum_steps). Use more rows or a smaller batch_size."
+            "(batch_size x grad_accum_steps x workers). Use more rows or a smaller batch_size."
         )

@@ -15,10 +15,12 @@ from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
-from lora_lab.options import EngineKind
+from lora_lab.options import EngineKind, PlacementKind
 from lora_lab.segments import are_expandable
 
 GIB = 2**30
+_EXCHANGED = 4
+"""Bytes of each gradient in the buffer in which several cards exchange them, which stays: worker/shared_step.py."""
 FITS, DOUBTFUL, TOO_LARGE = "fits", "doubtful", "too large"
 _CLOSE = 200
 """What the allocator gets through with is known to this part of what it takes: a few replays, each of some 20 ms."""
@@ -163,7 +165,10 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
     """
     sizes, tape = sizes_of(config, shapes), Tape()
     load(tape, sizes, tries_out=is_compiling and config.engine.kind is EngineKind.graph)
-    each = optimizer_state(config.optimizer, adapter_sizes(config.method, shapes), adapter_sides(config.method, shapes))
+    trained = adapter_sizes(config.method, shapes)
+    if config.placement.kind is PlacementKind.ddp:
+        tape.new(_EXCHANGED * shapes.layers * sum(trained), GRADIENTS)
+    each = optimizer_state(config.optimizer, trained, adapter_sides(config.method, shapes))
     state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
     if is_compiling:
         tape.new(_TRYING_OUT, WORKING)

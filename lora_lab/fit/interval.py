@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lora_lab.config import TrialConfig
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.weights import is_known, is_quantised
-from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind
+from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind, PlacementKind
 
 _WIDER = 0.05
 """For each way in which a trial is unlike those that were measured. A judgement: nothing was measured there. For a size
@@ -93,5 +93,7 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
         yield "an MLP in tiles: measured at two lengths"
     if config.precision.dtype is DType.fp32:
         yield "fp32: measured at one shape"
+    if config.placement.kind is PlacementKind.ddp:
+        yield "a trial over several cards: what NCCL takes was not measured"
     if config.attention is not Attention.sdpa or config.data.batching is Batching.packed:
         yield "attention or packing other than the default: measured at few shapes"

@@ -12,6 +12,7 @@ from lora_lab.forecast.look import look
 from lora_lab.forecast.roofline import Roofline, Speeds, StepTime
 from lora_lab.forecast.sources import Source, between, half_of, of_rates, of_trials, same_settings
 from lora_lab.machine import cpu_name
+from lora_lab.options import PlacementKind
 from lora_lab.placement import Placement
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.stored_runs import open_store
@@ -61,6 +62,11 @@ def ask(config: TrialConfig, named: PublishedCard | None = None) -> Question:
         named: a card that is not here; None for the device that the trial would run on.
 
     Raises: InvalidInput, BrokenProcessPool."""
+    if config.placement.kind is PlacementKind.ddp:
+        raise InvalidInput(
+            "placement=ddp: how long the cards wait for each other was not measured, so the time of a trial over "
+            "several is not forecast. Leave it out for the time on one card, or run a short trial: measure=quick."
+        )
     work, device = _look(config, named)
     if work.model.counted is None:
         raise InvalidInput(

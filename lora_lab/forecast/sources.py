@@ -34,13 +34,14 @@ class Source:
 
 
 def same_settings(trials: Iterable[Trial], config: TrialConfig, device: str) -> list[Trial]:
-    """Return the finished trials of these settings on this device, whatever rows they had."""
+    """Return the finished trials of these settings on this device alone, whatever rows they had."""
     asked = {key: text for key, text in params(config, {}).items() if _matters(key)}
     return [
         trial
         for trial in trials
         if trial.finished
         and trial.place.device == device
+        and "world_size" not in trial.tags
         and "throughput/steps_per_second" in trial.metrics
         and trial.tags.get("validity") != "invalid"
         and all(trial.params.get(key) == text for key, text in asked.items())

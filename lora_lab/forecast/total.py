@@ -15,6 +15,7 @@ from lora_lab.forecast.roofline import Roofline, Speeds
 from lora_lab.forecast.sources import between, half_of, of_rates, of_trials, same_settings
 from lora_lab.matmul_cache import known_rate
 from lora_lab.memory_cache import known_bytes
+from lora_lab.options import PlacementKind
 from lora_lab.store.trials import Trial
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
 from lora_lab.telemetry.nvml import Card
@@ -134,6 +135,8 @@ def _of_rates(point: Asked) -> _One | str:
     """Return what the card's rates say, scaled by trials of the same settings where there are some; or why they say
     nothing."""
     config, card, work = point.config, point.card, point.work
+    if config.placement.kind is PlacementKind.ddp:
+        return "none has finished here before, and how long several cards wait for each other was not measured"
     if card is None:
         return "none has finished here before, and on a CPU nothing else tells"
     speeds = speeds_of(config, card)

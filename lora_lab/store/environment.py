@@ -23,13 +23,15 @@ def environment() -> dict[str, str]:
 
 
 def device_facts(placement: Placement) -> dict[str, str]:
-    """Describe the device that computes: one or more cards, this machine's CPU, or some of its cores. The memory is
-    that of the smallest card."""
+    """Describe the device that computes: one or more cards, this machine's CPU, or some of its cores; and how many
+    workers share it. The memory is that of the smallest card."""
     cards = placement.cards
+    shared = {"world_size": str(placement.world_size)} if placement.world_size > 1 else {}
     if not cards:
         share = {"device.cores": str(len(placement.cores))} if placement.cores else {}
-        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name(), **share}
+        return {"device": f"cpu ({platform.machine()})", "device.cpu": cpu_name(), **share, **shared}
     return {
+        **shared,
         "device": placement.name,
         "device.uuid": ",".join(card.uuid for card in cards),
         "device.driver": cards[0].driver,

@@ -19,6 +19,7 @@ from lora_lab.files import write_json, write_text
 from lora_lab.outcome import End, Outcome
 from lora_lab.quality.answer_rows import ANSWERS
 from lora_lab.reading import Damaged, lines, whole
+from lora_lab.seat import LOG, OTHERS
 from lora_lab.secrets import clean
 from lora_lab.store.adapter_card import write_card
 from lora_lab.store.journal import Journal
@@ -39,7 +40,7 @@ ATTEMPTS = "attempts"
 SENSELESS = (ArithmeticError, LookupError, TypeError, ValueError)
 """The errors of computing figures from numbers that have the right type but impossible values."""
 NOT_SEEN = "the facts about the machine are missing (seen.json): another version made this trial, or its disk failed"
-LEFT_OVER = ("events.jsonl", "worker.log")
+LEFT_OVER = ("events.jsonl", LOG, OTHERS)
 """What a trial leaves whose input was refused. It shows how far the trial came."""
 
 _ARTIFACTS = (
@@ -188,7 +189,8 @@ class TrialFolder:
             between_seconds: how long a job lay between its attempts; that is not how long it took.
         """
         try:
-            clean(self.path / "worker.log")
+            for log in (self.path / LOG, *(self.path / OTHERS).glob("*.log")):
+                clean(log)
             for journal in self._journals:
                 journal.complete()
             if end.traceback:

@@ -273,7 +273,8 @@ def _most_valid(setting: str, config: TrialConfig, unit: int, possible: int) -> 
         counted = config.data.rows is not None and config.data.batching is not Batching.packed
         if by_rows and counted and config.data.heldout_path is None:
             with suppress(InvalidInput):
-                check_row_count(config.data.rows or 0, config.data.holdout, value * config.grad_accum_steps)
+                needed = replace(config, batch_size=value).rows_per_step
+                check_row_count(config.data.rows or 0, config.data.holdout, needed)
                 return ""
             return "the data has no more rows for a step"
         return ""

@@ -12,7 +12,8 @@ from lora_lab.options import Isolation, PlacementKind
 from lora_lab.placement import Placement, in_ranges
 from lora_lab.sweep.plan import GridPoint
 from lora_lab.telemetry.nvml import Card
-from lora_lab.trial.devices import cards_here, choose_placement
+from lora_lab.trial.data_parallel import placement_of
+from lora_lab.trial.devices import cards_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def placement_in_sweep(config: TrialConfig) -> Placement:
 
     Raises: InvalidInput."""
     slots = slots_of(config)
-    return slots[0].placement if slots else choose_placement(config.device)
+    return slots[0].placement if slots else placement_of(config)
 
 
 def _on_cards(cards: tuple[Card, ...], most: int | None) -> list[Slot]:

@@ -46,7 +46,7 @@ from lora_lab.sweep.points import combinations, compose_points
 from lora_lab.sweep.side_by_side import Job, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
-from lora_lab.trial.devices import choose_placement
+from lora_lab.trial.data_parallel import placement_of
 from lora_lab.trial.inputs import check_folder_name
 from lora_lab.trial.session import look_after_earlier_runs
 from lora_lab.work import Workload
@@ -284,7 +284,7 @@ class Grid(Sweeper):
         return Record(name=name, is_sweep=True, params=params, tags=tags)
 
     def _placement(self, config: TrialConfig) -> Placement:
-        return whole(self._slots) if self._slots else choose_placement(config.device)
+        return whole(self._slots) if self._slots else placement_of(config)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox, memory: Judged) -> int:
         """Run the remaining trials. Return 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""

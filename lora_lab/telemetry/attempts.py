@@ -29,14 +29,17 @@ def split(events: Sequence[Event]) -> list[list[Event]]:
     """Return the events of each attempt. A worker's first events are Ready and the beginning of the phase `start`;
     with isolation=inline there is no Ready."""
     found: list[list[Event]] = []
-    begun = True
-    """Whether the present attempt has entered a phase."""
+    begun = has_lead = False
+    """Whether the present attempt has entered a phase, and whether its lead was heard: of several workers any may be
+    ready first."""
     for event in events:
         starts = isinstance(event, PhaseBegan) and event.phase == Phase.start.value and begun
-        if not found or starts or (isinstance(event, Ready) and event.rank == 0):
+        is_lead = isinstance(event, Ready) and event.rank == 0
+        if not found or starts or (is_lead and (has_lead or begun)):
             found.append([])
-            begun = False
+            begun = has_lead = False
         begun = begun or isinstance(event, PhaseBegan)
+        has_lead = has_lead or is_lead
         found[-1].append(event)
     return found
 

@@ -51,7 +51,22 @@ def energy_of(window: Window, samples: Sequence[Sample]) -> tuple[Energy, Window
     A job's stretches are measured one by one and summed, and so are their errors. Each stretch has two edges, at which
     the counter is known only as well as it ticks and is read; many short stretches therefore have a wide bound. A
     stretch whose energy is not known is left out, with its steps and seconds.
+
+    The energy of several cards is their sum. Where that of one is not known, there is none.
     """
+    cards = sorted({sample.card for sample in samples})
+    each = [_energy_of_card(window, [sample for sample in samples if sample.card == card]) for card in cards]
+    if len(each) < 2:
+        return each[0] if each else (window_energy(window.start, window.end, samples), window)
+    for card, (energy, _) in zip(cards, each, strict=True):
+        if energy.joules is None:
+            return Energy(reason=f"card {card} of {len(cards)}: {energy.reason}"), window
+    if any(part != each[0][1] for _, part in each):
+        return Energy(reason="not the same stretches are known of all cards"), window
+    return _together([energy for energy, _ in each]), each[0][1]
+
+
+def _energy_of_card(window: Window, samples: Sequence[Sample]) -> tuple[Energy, Window]:
     if not window.parts:
         return window_energy(window.start, window.end, samples), window
     each = [(part, window_energy(part.start, part.end, _near(part, samples), fewest=0)) for part in window.parts]

@@ -46,6 +46,7 @@ def flops(
     repeated: float | None,
     attention_kernel: str,
     rate: MatmulRate | None,
+    devices: int = 1,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return figures by metric name, and the reason for every one that is missing.
 
@@ -63,6 +64,7 @@ def flops(
             or recompute more.
         attention_kernel: the read-back fact of that name, as in "flash" or "flash, memory_efficient".
         rate: the device's best rate in operations per second; None when it was not measured.
+        devices: how many such devices share the trial; `mfu` and `hfu` are of all of them.
     """
     metrics: dict[str, float] = {}
     absent: dict[str, str] = {}
@@ -94,7 +96,7 @@ def flops(
         "flops/model_tflop_per_second": work / window.seconds / 1e12,
     }
     if rate is not None:
-        metrics["flops/mfu"] = work / window.seconds / rate.flops_per_second
+        metrics["flops/mfu"] = work / window.seconds / (devices * rate.flops_per_second)
 
     if repeated is None:
         return metrics, dict.fromkeys((*_OF_THE_DEVICE, "flops/per_token_recomputation"), _TILES) | absent
@@ -107,7 +109,7 @@ def flops(
     done = sum(_hardware(counted, step, repeated, fused) for step in window.steps)
     metrics["flops/hardware_tflop_per_second"] = done / window.seconds / 1e12
     if rate is not None:
-        metrics["flops/hfu"] = done / window.seconds / rate.flops_per_second
+        metrics["flops/hfu"] = done / window.seconds / (devices * rate.flops_per_second)
     return metrics, absent
 
 

@@ -8,8 +8,17 @@ from lora_lab.telemetry.sampler import Sample
 
 
 def worker_pids(events: Sequence[Event], samples: Sequence[Sample], parent_pid: int | None) -> set[int]:
-    """Return the pids of the workers of all attempts, of those that the driver lists."""
-    found = (worker_pid(said, seen, parent_pid) for said, seen in with_samples(events, samples))
+    """Return the pids of the workers of all attempts, of those that the driver lists. Of several workers each has the
+    card of its rank."""
+    found = (
+        worker_pid(
+            [event for event in said if not isinstance(event, Ready) or event.rank == card],
+            [sample for sample in seen if sample.card == card],
+            parent_pid,
+        )
+        for said, seen in with_samples(events, samples)
+        for card in sorted({sample.card for sample in seen})
+    )
     return {pid for pid in found if pid is not None}
 
 

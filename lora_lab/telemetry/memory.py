@@ -32,6 +32,7 @@ def add_memory(summary: Summary, events: Sequence[Event], samples: Sequence[Samp
     phases = spans(events)
     pids = worker_pids(events, samples, seen.parent_pid)
     _add_training(summary, events, told, samples, seen, pids)
+    _add_by_card(summary, events, samples, pids)
     for part, names in _PARTS_BY_NAME.items():
         there = [told[name] for name in names if name in told]
         inside = [s for name in names for span in phases.get(name, []) for s in between(samples, *span)]
@@ -105,6 +106,23 @@ def _add_training(
     summary.add("vram/peak_process_gib", None if of_worker is None else of_worker / GIB, no_reading)
 
 
+def _add_by_card(summary: Summary, events: Sequence[Event], samples: Sequence[Sample], pids: set[int]) -> None:
+    """Add the peaks in training of each card by itself, as tags; the metrics are the largest of them."""
+    told = [event for event in events if isinstance(event, PhaseMemory) and event.phase in (*TRAINING, FIRST_STEP)]
+    ranks = sorted({event.rank for event in told})
+    if len(ranks) < 2:
+        return
+    own = [[event for event in told if event.rank == rank] for rank in ranks]
+    inside = [sample for span in training_spans(events) for sample in between(samples, *span)]
+    found: dict[str, Sequence[int | None]] = {
+        "allocated": [max(event.peak_allocated_bytes for event in each) for each in own],
+        "reserved": [max(event.peak_reserved_bytes for event in each) for each in own],
+        "process": [_peak_process([s for s in inside if s.card == rank], pids) for rank in ranks],
+    }
+    for name, sizes in found.items():
+        summary.tags[f"vram_by_card.{name}_gib"] = ", ".join("?" if b is None else f"{b / GIB:.3f}" for b in sizes)
+
+
 def _add_optimizer(
     summary: Summary,
     events: Sequence[Event],
@@ -127,6 +145,9 @@ def _add_optimizer(
                 "elements only, and none has that many; it behaves as the same optimizer unpaged"
             )
     window, name = told.get(Phase.window.value), "vram/other_gib"
+    if len({sample.card for sample in samples}) > 1:
+        summary.absent[name] = "of several cards the parts are not told apart"
+        return
     if window is None or state is None:
         summary.absent[name] = "the allocator's or the optimizer's share is not known"
         return

@@ -21,7 +21,7 @@ def spans(events: Sequence[Event]) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = {}
     for attempt in split(events):
         begun = [(event.phase, event.t) for event in attempt if isinstance(event, PhaseBegan)]
-        over = next((event.t for event in attempt if isinstance(event, Ended)), math.inf)
+        over = next((event.t for event in attempt if isinstance(event, Ended) and event.rank == 0), math.inf)
         ends = [*(t for _, t in begun[1:]), over]
         for (phase, t), end in zip(begun, ends, strict=False):
             found.setdefault(phase, []).append((t, end))

@@ -80,6 +80,7 @@ def _add_flops(summary: Summary, window: Window | None, events: Sequence[Event])
         _repeated(ran, layers),
         ran.get("attention_kernel", "not seen"),
         next((event for event in events if isinstance(event, MatmulRate)), None),
+        devices=int(ran.get("world_size", "1")),
     )
     summary.metrics |= metrics
     summary.absent |= absent
@@ -93,8 +94,10 @@ def _repeated(ran: Mapping[str, str], layers: int | None) -> float | None:
 
 
 def _ended(events: Sequence[Event]) -> Ended | None:
-    """Return how the last attempt ended; None where its worker could not say."""
-    return next((event for event in split(events)[-1] if isinstance(event, Ended)), None) if events else None
+    """Return how the last attempt ended; None where its worker could not say. Of several workers that one is asked who
+    did not finish, and otherwise the lead."""
+    said = [event for event in split(events)[-1] if isinstance(event, Ended)] if events else []
+    return min(said, key=lambda event: (event.outcome == Outcome.finished.value, event.rank), default=None)
 
 
 def _add_limits(summary: Summary, events: Sequence[Event], ended: Ended | None, samples: Sequence[Sample]) -> None:

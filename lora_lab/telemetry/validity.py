@@ -39,20 +39,39 @@ def add_validity(
         gib = summary.metrics["vram/spilled_gib"]
         invalid.append(f"{gib:.1f} GiB of device memory lay in main memory (the driver of a WSL2 host does that)")
     watched = [s for s in samples if s.slowdowns is not None or s.sm_mhz is not None]
-    parts = [] if window is None else [part.inside(watched) for part in window.stretches]
-    slow = [sample for part in parts for sample in part]
-    if len(slow) >= 2:
-        _add_slowdowns(summary, parts, invalid)
-        _add_drift(summary, slow, doubtful, is_job=len(parts) > 1)
-    known = window is not None and len(slow) >= 2
+    known = _add_cards(summary, window, watched, invalid, doubtful)
     verdict = "invalid" if invalid else "doubtful" if doubtful else "valid" if known else "unknown"
     summary.tags["validity"] = verdict
-    reasons = [*invalid, *doubtful]
+    reasons = [*dict.fromkeys([*invalid, *doubtful])]
     if verdict == "unknown":
         unwatched = "no window was completed" if window is None else "the card's clocks were not read within the window"
         reasons = [seen.no_sensor or unwatched]
     if reasons:
         summary.tags["validity_reasons"] = "; ".join(reasons)
+
+
+def _add_cards(
+    summary: Summary, window: Window | None, watched: Sequence[Sample], invalid: list[str], doubtful: list[str]
+) -> bool:
+    """Add how slow, warm and steady the cards were: of several the most, and the lowest clocks.
+
+    Returns: whether each of them was watched within the window."""
+    cards = sorted({sample.card for sample in watched})
+    known = bool(cards)
+    for card in cards:
+        own = [sample for sample in watched if sample.card == card]
+        parts = [] if window is None else [part.inside(own) for part in window.stretches]
+        slow = [sample for part in parts for sample in part]
+        if len(slow) < 2:
+            known = False
+            continue
+        found = Summary()
+        _add_slowdowns(found, parts, invalid)
+        _add_drift(found, slow, doubtful, is_job=len(parts) > 1)
+        for name, value in found.metrics.items():
+            both = (value, summary.metrics.get(name, value))
+            summary.metrics[name] = min(both) if name.endswith("_median") else max(both, key=abs)
+    return known
 
 
 def _add_neighbours(

@@ -31,7 +31,7 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
                 low=answer.estimate.low,
                 enough=answer.estimate.enough,
                 high=answer.estimate.high,
-                slots=config.batch_size * config.grad_accum_steps * config.seq_len,
+                slots=config.rows_per_step * config.seq_len,
                 verdict=verdict_of(answer.estimate, capacity(config, seen.card_bytes)),
             )
     except Exception as fault:  # an estimate is worth less than a trial

@@ -31,7 +31,7 @@ def check_inputs(config: TrialConfig) -> None:
 def check_data(config: TrialConfig) -> None:
     """Raise InvalidInput for rows in files that cannot be read, or are too few."""
     if config.data.source in (DataSource.file, DataSource.shipped):
-        check_rows(config.data, config.batch_size * config.grad_accum_steps)
+        check_rows(config.data, config.rows_per_step)
 
 
 def check_folder_name(folder: Path) -> None:

@@ -39,8 +39,9 @@ from lora_lab.telemetry.sensors import reader
 from lora_lab.trial import worker_process
 from lora_lab.trial.beside import Beside
 from lora_lab.trial.capacity import within_capacity
+from lora_lab.trial.data_parallel import check_same_number, placement_of, settled
 from lora_lab.trial.device_lock import Before, cool_down, device_lock, look_at, see_freed, temperature
-from lora_lab.trial.devices import check_capable, choose_placement, worker_environment
+from lora_lab.trial.devices import check_capable, worker_environment
 from lora_lab.trial.display import Display
 from lora_lab.trial.estimated import check_fits, check_free, note_estimate
 from lora_lab.trial.idle_power import keep_for_block, measure_idle, of_block
@@ -118,7 +119,9 @@ def run_session(request: Request) -> Outcome:
     check_folder_name(request.folder)
     if request.resumed is None:
         check_trial_folder(request.folder, config.tracking, request.in_sweep, planned=request.member is not None)
-    placement = request.beside.placement if request.beside else choose_placement(config.device)
+    placement = request.beside.placement if request.beside else placement_of(config)
+    if request.resumed is not None:
+        check_same_number(placement, request.resumed.record.tags)
     seen = _seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
@@ -256,7 +259,7 @@ def _seen_so_far(config: TrialConfig, placement: Placement) -> HostFacts:
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
-    note_estimate(seen, config)
+    note_estimate(seen, settled(config, placement))
     return seen
 
 
@@ -271,7 +274,7 @@ def _measure(state: TrialState) -> End:
         check_capable(config, placement)
         with state.display, _device(state), state.sampler:
             end = worker_process.run_workers(
-                replace(config, resume=state.request.resumed is not None),
+                replace(settled(config, placement), resume=state.request.resumed is not None),
                 worker_environment(placement),
                 state.folder.path,
                 state.on_event,
@@ -362,8 +365,8 @@ def _record(state: TrialState, end: End, store: Outbox) -> None:
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
-    if seen.estimate is None:
-        note_estimate(seen, state.request.config)  # by now the worker has fetched a hub model's config
+    if seen.estimate is None:  # by now the worker has fetched a hub model's config
+        note_estimate(seen, settled(state.request.config, state.placement))
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)

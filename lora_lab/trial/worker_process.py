@@ -15,6 +15,7 @@ from lora_lab.events import Ended, Event, PhaseMemory, Ready, Warned, decode, en
 from lora_lab.look import Look
 from lora_lab.options import Isolation
 from lora_lab.outcome import End, Outcome, end_of, end_said, says_out_of_memory
+from lora_lab.seat import Attendance, Seat, seats
 from lora_lab.secrets import clean
 from lora_lab.trial import forkserver
 from lora_lab.trial.interrupt import ctrl_c
@@ -26,8 +27,14 @@ _GRACE_SECONDS = 5.0
 _LEAVING_SECONDS = 30.0
 """Time for a worker to exit after its last event: CUDA and its files must be closed."""
 
+_LOOK_AGAIN_SECONDS = 1.0
+"""How often it is looked whether a worker of a group hangs."""
+
 LOOK_SECONDS = 600.0
 """Time to check one point's rows and model: they may have to be downloaded and tokenised."""
+
+_OF_ALL = (Outcome.finished, Outcome.timed_out, Outcome.diverged, Outcome.refused, Outcome.unsupported)
+"""Outcomes that are no single worker's."""
 
 _RANKED = (Ready, PhaseMemory, Warned, Ended)
 """Events that each worker of a group sends for itself."""
@@ -45,7 +52,8 @@ def run_workers(
     """Run one trial in workers of its own, or in this process with isolation=inline.
 
     Args:
-        environment: variables of the workers besides this process's (which cards they see).
+        environment: variables of the workers besides this process's. Of several workers each sees one of the cards
+            that CUDA_VISIBLE_DEVICES names.
         folder: where the lead worker writes its log and its adapter.
         on_event: called with each event in order, while the workers run.
         world_size: how many workers.
@@ -56,19 +64,21 @@ def run_workers(
     """
     if config.isolation is Isolation.inline:
         return _run_inline(config, environment, folder, on_event)
-    return WorkerGroup(config, environment, folder, world_size).run(on_event)
+    with seats(world_size) as places:
+        return WorkerGroup(config, environment, folder, places).run(on_event)
 
 
 class _Worker:
     """One process of a group, not yet started."""
 
-    def __init__(self, rank: int, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, seat: Seat, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
         from lora_lab.worker import process
 
-        self.rank = rank
-        self.log = folder / "worker.log"
+        self.rank = seat.rank
+        self.log = seat.log(folder)
+        self.log.parent.mkdir(exist_ok=True)
         self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
-        arguments = (self.sender, config, environment, folder)
+        arguments = (self.sender, config, environment, folder, seat)
         self.process = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
         self.spoke = False
         self.begun = False
@@ -91,13 +101,13 @@ class WorkerGroup:
     The lead (rank 0) reports for the trial. Of the other workers only events that have a rank are passed on. A worker
     that fails or dies ends the group, and the others are ended too."""
 
-    def __init__(self, config: TrialConfig, environment: dict[str, str], folder: Path, world_size: int = 1) -> None:
+    def __init__(self, config: TrialConfig, environment: dict[str, str], folder: Path, places: list[Seat]) -> None:
         self._minutes = config.timeout_minutes
         self._workers = []
-        for rank in range(world_size):
-            own = folder / f"rank{rank}" if rank else folder  # its log
-            own.mkdir(exist_ok=True)
-            self._workers.append(_Worker(rank, config, environment | _rank_variables(rank, world_size), own))
+        for seat in places:
+            self._workers.append(_Worker(seat, config, environment | _own_card(environment, seat), folder))
+        meeting = places[0].meeting
+        self._attendance = None if meeting is None else Attendance(meeting, len(places))
 
     def run(self, on_event: Callable[[Event], None]) -> End:
         """Start the workers and return how the trial ended; none is left running.
@@ -112,7 +122,8 @@ class WorkerGroup:
                         return End(outcome=Outcome.failed, reason=missing)
                 last, end = self._hear(interrupt, on_event)
             if end is None or end.outcome is not Outcome.timed_out:
-                last.process.join(_LEAVING_SECONDS)  # it has sent its last event, or is gone already
+                # it has sent its last event, or is gone already
+                last.process.join(_LEAVING_SECONDS if len(self._workers) == 1 else _GRACE_SECONDS)
         finally:
             self._stop()
         return self._named(last, end or _end_of_silence(last.process.exitcode, last.log, last.begun))
@@ -132,7 +143,14 @@ class WorkerGroup:
             silent = next((worker for worker in left.values() if not worker.spoke), None)
             first_word = began + forkserver.ANSWER_SECONDS if silent else math.inf
             seconds = min(due, first_word) - time.monotonic()
-            ready = _ready([*left], interrupt, seconds) if seconds > 0 else []  # also when events come without a pause
+            # also when events come without a pause
+            ready = _ready([*left], interrupt, min(seconds, self._look_seconds)) if seconds > 0 else []
+            if absent := self._absent():
+                absent.process.kill()
+                why = "the worker hangs: the others waited for it, and it did not come to its next step"
+                return absent, End(outcome=Outcome.failed, reason=why)
+            if not ready and seconds > self._look_seconds:
+                continue
             if not ready and end is not None:
                 break  # the lead has ended, and the others took too long to exit
             if not ready and silent and first_word < due:
@@ -149,7 +167,8 @@ class WorkerGroup:
                 if not isinstance(event, Ended):
                     continue
                 said = end_said(event)
-                if said.outcome is not Outcome.finished:
+                # all workers see the same losses, and the lead alone says what they mean
+                if said.outcome is not Outcome.finished and (worker is lead or said.outcome is not Outcome.diverged):
                     return worker, said
                 del left[worker.receiver]
                 if worker is lead:
@@ -158,9 +177,18 @@ class WorkerGroup:
 
     def _named(self, worker: _Worker, end: End) -> End:
         """Add the worker's rank to the reason, where the group has several workers."""
-        if len(self._workers) == 1 or end.outcome is Outcome.finished or end.outcome is Outcome.timed_out:
+        if len(self._workers) == 1 or end.outcome in _OF_ALL:
             return end
         return replace(end, reason=f"rank {worker.rank}: {end.reason}")
+
+    @property
+    def _look_seconds(self) -> float:
+        return math.inf if self._attendance is None else _LOOK_AGAIN_SECONDS
+
+    def _absent(self) -> _Worker | None:
+        """Return a worker that the others wait for in vain."""
+        absent = [] if self._attendance is None else self._attendance.absent()
+        return self._workers[absent[0]] if absent else None
 
     def _stop(self) -> None:
         for worker in self._workers:
@@ -172,11 +200,11 @@ class WorkerGroup:
             worker.sender.close()
 
 
-def _rank_variables(rank: int, world_size: int) -> dict[str, str]:
-    """Return the variables that torch.distributed reads about a worker; none for a single worker."""
-    if world_size == 1:
-        return {}
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def _own_card(environment: dict[str, str], seat: Seat) -> dict[str, str]:
+    """Return the variable that shows one of several workers its card alone: Trainer would use all that it sees. Nothing
+    for a single worker, or without cards."""
+    cards = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": cards[seat.rank]} if seat.world_size > 1 and cards != [""] else {}
 
 
 def check_trials(

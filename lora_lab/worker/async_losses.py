@@ -92,12 +92,22 @@ class LossRelay:
             _Pending(time.monotonic(), step, loss_here, scale_here, counts, waited_seconds, learning_rate, done)
         )
 
-    def arrived(self) -> list[Step]:
-        """Return the steps whose loss has arrived, in order, without waiting."""
-        while self._pending and (self._pending[0].done is None or self._pending[0].done.query()):
+    def arrived(self, through: int | None = None) -> list[Step]:
+        """Return the steps whose loss has arrived, in order, without waiting.
+
+        Args:
+            through: return the steps up to this one instead, and wait for them.
+        """
+        while self._pending and self._is_due(self._pending[0], through):
             self._arrived.append(self._take_oldest())
         arrived, self._arrived = self._arrived, []
         return arrived
+
+    @staticmethod
+    def _is_due(pending: _Pending, through: int | None) -> bool:
+        if through is not None:
+            return pending.step <= through
+        return pending.done is None or pending.done.query()
 
     def _take_oldest(self) -> Step:
         pending = self._pending.popleft()

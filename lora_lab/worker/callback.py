@@ -8,13 +8,17 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import Warned, WindowClosed, WindowOpened
+from lora_lab.events import Step, Warned, WindowClosed, WindowOpened
 from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
 from lora_lab.worker.data import TokenCounts
+from lora_lab.worker.group import Group
 from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.profiling import StepProfiler
+
+_BEHIND = 2
+"""Steps that several workers may have queued on their cards while they wait for a loss."""
 
 
 class Telemetry(TrainerCallback):
@@ -25,7 +29,15 @@ class Telemetry(TrainerCallback):
     edges of a window and nowhere between.
     """
 
-    def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
+    def __init__(
+        self,
+        measure: MeasureConfig,
+        device: torch.device,
+        emit: Emit,
+        clock: PhaseClock,
+        group: Group | None = None,
+    ) -> None:
+        self._group = group or Group()
         self._warmup_steps = measure.warmup_steps
         self._device = device
         self._emit = emit
@@ -68,6 +80,17 @@ class Telemetry(TrainerCallback):
         """Note how long Trainer waited for the step's batches: since the step before it did nothing else."""
         self._waited_seconds = time.monotonic() - self._stepped_t
 
+    def step_so_far(self) -> tuple[torch.Tensor, TokenCounts]:
+        """Return the mean loss of the step's micro-batches, a scalar on the device, and their counts."""
+        return self._mean_loss(), self._counts
+
+    def replace_step(self, loss: torch.Tensor, counts: TokenCounts) -> None:
+        """Take the loss and the counts of all workers instead of this one's."""
+        self._loss, self._counts, self._micro_batches = loss, counts, 1
+
+    def _mean_loss(self) -> torch.Tensor:
+        return self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
+
     def _forget_step(self) -> None:
         self._counts = TokenCounts()
         self._loss = torch.zeros((), device=self._device)
@@ -82,10 +105,9 @@ class Telemetry(TrainerCallback):
 
     def _take_step(self, step: int, learning_rate: float | None = None) -> None:
         """Push the loss of the queued step."""
-        loss = self._loss if self._loss_is_a_share else self._loss / max(1, self._micro_batches)
         # _scale is the tensor behind get_scale(), which would synchronise
         scale = None if self.scaler is None else self.scaler._scale
-        self._relay.push(step, loss, self._counts, scale, self._waited_seconds, learning_rate)
+        self._relay.push(step, self._mean_loss(), self._counts, scale, self._waited_seconds, learning_rate)
         self._forget_step()
 
     def _open_window(self, after_step: int) -> None:
@@ -101,14 +123,18 @@ class Telemetry(TrainerCallback):
     def _settle(self) -> None:
         """Wait until every step is done, and send it."""
         self._synchronize()
-        self._send_arrived()
+        self._send(self._relay.arrived())
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _send_arrived(self) -> None:
-        arrived = self._relay.arrived()
+    def _send_arrived(self, step: int) -> None:
+        """Send what has arrived behind a step. Of several workers each looks at the same losses behind the same step,
+        so that all of them stop there for a spike."""
+        self._send(self._relay.arrived(step - _BEHIND if self._group.is_shared else None))
+
+    def _send(self, arrived: list[Step]) -> None:
         for step in arrived:
             self._emit(step)
         for step in arrived:
@@ -118,10 +144,17 @@ class Telemetry(TrainerCallback):
 class TelemetryCallback(Telemetry):
     """Watches the training of a measured window: warm-up, window, and steps that are only profiled."""
 
-    def __init__(self, measure: MeasureConfig, device: torch.device, emit: Emit, clock: PhaseClock) -> None:
-        super().__init__(measure, device, emit, clock)
+    def __init__(
+        self,
+        measure: MeasureConfig,
+        device: torch.device,
+        emit: Emit,
+        clock: PhaseClock,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__(measure, device, emit, clock, group)
         self._last_step = measure.warmup_steps + measure.steps
-        self._profiler = StepProfiler(measure.profile_steps if device.type == "cuda" else 0)
+        self._profiler = StepProfiler(measure.profile_steps if device.type == "cuda" and self._group.is_lead else 0)
         self._read_back_step = self._warmup_steps or self._last_step
 
     def on_train_begin(
@@ -149,6 +182,7 @@ class TelemetryCallback(Telemetry):
         self._take_step(state.global_step)
         if state.global_step == self._last_step:
             self._close_window(self._last_step)
+            self._group.end_steps()
         if state.global_step == 1 and self._warmup_steps:
             self._clock.leave(FIRST_STEP)
         if state.global_step == self._read_back_step:
@@ -157,7 +191,10 @@ class TelemetryCallback(Telemetry):
             self._clock.vram_limit.apply()
         if state.global_step == self._warmup_steps:
             self._open_window(self._warmup_steps)
-        self._send_arrived()
+        if state.global_step == self._last_step:
+            self._settle()
+        else:
+            self._send_arrived(state.global_step)
         if state.global_step == self._last_step and self._profiler.steps:
             self._clock.enter(Phase.profile)
             self._profiler.start()

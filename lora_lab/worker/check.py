@@ -118,6 +118,7 @@ def _what_data_needs(config: TrialConfig) -> TrialConfig:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
+        placement=config.placement,
         seed=config.seed if config.data.source is DataSource.random_tokens else 0,
     )
 

@@ -70,7 +70,7 @@ def check_enough(config: TrialConfig, rows: int, of_file: int) -> None:
         of_file: those of data.heldout_path.
     """
     packed = config.data.batching is Batching.packed
-    needed = 1 if packed else config.batch_size * config.grad_accum_steps
+    needed = 1 if packed else config.rows_per_step
     which = f"rows with something to train on at seq_len={config.seq_len}"
     if config.data.heldout_path is not None:
         check_left(rows, of_file, needed, which)
@@ -91,11 +91,11 @@ def packed_rows(config: TrialConfig, train: TokenRows) -> TokenRows | Packed[Tok
 
 def check_filled(config: TrialConfig, count: int, which: str) -> None:
     """Raise InvalidInput unless `count` rows fill one optimizer step."""
-    needed = config.batch_size * config.grad_accum_steps
+    needed = config.rows_per_step
     if count < needed:
         raise InvalidInput(
-            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps). Use more rows "
-            "or a smaller batch_size."
+            f"the data has {count} {which}, but one step needs {needed} (batch_size x grad_accum_steps x workers). Use "
+            "more rows or a smaller batch_size."
         )
 
 

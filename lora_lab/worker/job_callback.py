@@ -11,6 +11,7 @@ from lora_lab.config import MeasureConfig
 from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch
 from lora_lab.worker.callback import Telemetry
+from lora_lab.worker.group import Group
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.paged_state import page_again
 from lora_lab.worker.phases import Emit, PhaseClock
@@ -29,8 +30,9 @@ class JobTelemetry(Telemetry):
         device: torch.device,
         emit: Emit,
         clock: PhaseClock,
+        group: Group | None = None,
     ) -> None:
-        super().__init__(measure, device, emit, clock)
+        super().__init__(measure, device, emit, clock, group)
         self._spike = measure.loss_spike
         self._plan = plan
         self._evaluates = evaluates
@@ -89,7 +91,7 @@ class JobTelemetry(Telemetry):
         if not (pause or self._in_window) and self._is_warm:
             self._open_window(step)
             self._in_window = True
-        self._send_arrived()
+        self._send_arrived(step)
         self._stepped_t = time.monotonic()
 
     @property
@@ -98,6 +100,7 @@ class JobTelemetry(Telemetry):
 
     def pause(self) -> None:
         """Wait for the queued steps, and close the window if one is open."""
+        self._group.end_steps()
         if self._in_window:
             self._in_window = False
             self._close_window(self._step)
@@ -117,6 +120,7 @@ class JobTelemetry(Telemetry):
 
     def abandon(self) -> None:
         """Close the window behind steps that do not count any more; the watch does not see them."""
+        self._group.end_steps()
         self._synchronize()
         for step in self._relay.arrived():
             self._emit(step)

@@ -17,7 +17,7 @@ class JobPlan:
     """In steps; not a whole number where a part of an epoch is not."""
     checkpoint_every: float
     rows_left_out: int
-    """Rows that an epoch leaves out, other rows in each: less than a micro-batch."""
+    """Rows that an epoch leaves out, other rows in each: less than a micro-batch of all workers."""
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether the held-out rows are evaluated after this step, counted from 1."""
@@ -45,7 +45,8 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
     """
     train = config.train
     # as Trainer counts with drop_last: the last step of an epoch may have fewer micro-batches
-    steps_per_epoch = math.ceil(rows // config.batch_size / config.grad_accum_steps)
+    at_once = config.batch_size * config.placement.world_size
+    steps_per_epoch = math.ceil(rows // at_once / config.grad_accum_steps)
     steps = train.max_steps or _whole((train.epochs or 0) * steps_per_epoch)
     warmup = int(train.warmup) if train.warmup >= 1 else min(_whole(train.warmup * steps), steps - 1)
     plan = JobPlan(
@@ -54,7 +55,7 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
         warmup_steps=warmup,
         evaluate_every=_in_steps(train.eval_every, steps_per_epoch),
         checkpoint_every=_in_steps(train.checkpoint_every, steps_per_epoch),
-        rows_left_out=rows % config.batch_size,
+        rows_left_out=rows % at_once,
     )
     faults = _faults(config, plan)
     if faults:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 
 from lora_lab.config import TrialConfig
 from lora_lab.options import Schedule
@@ -17,6 +17,7 @@ from lora_lab.worker.checkpoints import Checkpoint, Checkpoints, is_disk_fault
 from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.phases import PhaseClock
+from lora_lab.worker.shared_step import SharingTrainer
 from lora_lab.worker.trainables.trainable import trained_parameters
 
 _SCHEDULES = {
@@ -27,9 +28,9 @@ _SCHEDULES = {
 """transformers' names. Its `constant` has no warm-up."""
 
 
-class JobTrainer(Trainer):
-    """Trainer with three documented methods of its own: evaluate, saving, and the optimizer for LoRA+. The loop, the
-    schedule, early stopping and resuming are Trainer's."""
+class JobTrainer(SharingTrainer):
+    """Trainer with three more documented methods of its own: evaluate, saving, and the optimizer for LoRA+. The loop,
+    the schedule, early stopping and resuming are Trainer's. Of several workers the lead alone writes."""
 
     control: TrainerControl
 
@@ -44,14 +45,16 @@ class JobTrainer(Trainer):
         on_saved: Callable[[Checkpoint, float], None],
         warn: Callable[[str], None],
         rows_digest: str,
+        is_lead: bool,
         **arguments: Any,
     ) -> None:
-        """Take what Trainer takes, and:
+        """Take what SharingTrainer takes, and:
 
         Args:
             heldout: evaluates after a step, and returns the held-out loss.
             on_saved: gets each complete checkpoint, and its epoch.
             rows_digest: says which rows it is trained on; each checkpoint notes it.
+            is_lead: whether this worker writes.
         """
         super().__init__(**arguments)
         self._config = config
@@ -62,6 +65,7 @@ class JobTrainer(Trainer):
         self._on_saved = on_saved
         self._warn = warn
         self._rows_digest = rows_digest
+        self._is_lead = is_lead
         self.rate_share = 1.0
         """The share of the learning rate that is left after spikes."""
 
@@ -104,7 +108,8 @@ class JobTrainer(Trainer):
         self._try_to_save("checkpoint", lambda: saved.append(self._save_complete(model, trial)))
         for checkpoint in saved:
             self._on_saved(checkpoint, float(self.state.epoch))
-        self._checkpoints.remove_torn()
+        if self._is_lead:
+            self._checkpoints.remove_torn()
         if step > 0 and not self.control.should_training_stop:
             self._telemetry.go_on()
 
@@ -121,6 +126,8 @@ class JobTrainer(Trainer):
 
     def _try_to_save(self, what: str, save: Callable[[], None]) -> None:
         """Save, and warn where a file cannot be written."""
+        if not self._is_lead:
+            return
         try:
             save()
         except (OSError, SafetensorError, RuntimeError) as error:

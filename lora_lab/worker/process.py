@@ -12,17 +12,21 @@ from pathlib import Path
 from lora_lab.config import TrialConfig
 from lora_lab.events import Event, Ready, encode
 from lora_lab.machine import CORES
+from lora_lab.seat import Seat
 
 
-def main(connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
+def main(
+    connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path, seat: Seat | None = None
+) -> None:
     """Run one trial in this process and send its events.
 
     Args:
         connection: takes one encoded event a message.
         environment: set before anything looks for a GPU.
-        folder: gets worker.log (everything printed) and the adapter.
+        folder: gets worker.log (everything printed) and the adapter; of several workers each has a log of its own.
+        seat: this worker's among those that share the trial; None for a worker alone.
     """
-    _begin(environment, folder / "worker.log")
+    _begin(environment, (Seat() if seat is None else seat).log(folder))
     _keep_to_cores(environment.get(CORES))
 
     def emit(event: Event) -> None:
@@ -34,7 +38,7 @@ def main(connection: Connection, config: TrialConfig, environment: dict[str, str
         forget_hidden_gpus()
     from lora_lab.worker.trial import run_trial
 
-    run_trial(config, folder, emit)
+    run_trial(config, folder, emit, seat)
     connection.close()
 
 

@@ -140,6 +140,8 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         "autocast": _AUTOCAST[dtype],
         "grad_scaler": str(dtype is torch.float16),
     }
+    if config.placement.world_size > 1:
+        asked |= {"world_size": str(config.placement.world_size), "adapters_equal": "True"}
     name = config.optimizer.optim
     if config.optimizer.target:
         asked["optimizer_class"] = _class_name(optimizer_class(config.optimizer.target))

@@ -12,6 +12,7 @@ from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
+from lora_lab.worker.shared_step import SharedStep, SharingTrainer
 
 
 def make_trainer(
@@ -22,12 +23,18 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     folder: str,
     device: torch.device,
+    shared: SharedStep | None = None,
 ) -> Trainer:
-    """Make a Trainer that takes warm-up, measured and profiled steps and does not log, save or evaluate by itself."""
+    """Make a Trainer that takes warm-up, measured and profiled steps and does not log, save or evaluate by itself.
+
+    Args:
+        shared: exchanges its steps with other workers; None for a worker alone.
+    """
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
     steps = config.measure.warmup_steps + config.measure.steps + profiled
     more = {"max_steps": steps, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    return Trainer(
+    return SharingTrainer(
+        shared=shared,
         model=model,
         args=training_arguments(config, folder, device, more),
         data_collator=collator,

@@ -8,24 +8,27 @@ from pathlib import Path
 from lora_lab.config import TrialConfig
 from lora_lab.events import Ended
 from lora_lab.outcome import End, Outcome, end_of
+from lora_lab.seat import Seat
+from lora_lab.worker.group import Group
 from lora_lab.worker.phases import Emit, PhaseClock
 from lora_lab.worker.stages import STAGES
 from lora_lab.worker.stages.stage import TrialContext
 
 
-def run_trial(config: TrialConfig, folder: Path, emit: Emit) -> None:
+def run_trial(config: TrialConfig, folder: Path, emit: Emit, seat: Seat | None = None) -> None:
     """Run one trial and report everything about it through `emit`; the last event is Ended.
 
     Args:
         config: what to run.
         folder: where the adapter is left, as `adapter/` in PEFT's layout.
         emit: takes each event; must return quickly.
+        seat: this worker's among those that share the trial; None for a worker alone.
     """
     clock = PhaseClock(emit)
     try:
-        trial = TrialContext(config=config, folder=folder, emit=emit, clock=clock)
+        trial = TrialContext(config=config, folder=folder, emit=emit, clock=clock, group=Group(seat))
         for stage in STAGES:
-            if not stage.is_needed(trial):
+            if not stage.is_needed(trial) or (stage.lead_only and not trial.group.is_lead):
                 continue
             if stage.phase is not None:
                 clock.enter(stage.phase)

@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 
 from lora_lab.events import Ended, Event, PhaseBegan, Ready, Warned, encode
 from lora_lab.look import Look
+from lora_lab.seat import Seat
 from lora_lab.trial.variables import is_launchers
 
 
@@ -19,25 +20,25 @@ def ended(reason: str = "") -> Ended:
     return Ended(t=0.0, outcome="finished", reason=reason, traceback=None, step=None, asked_bytes=None)
 
 
-def of_two(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+def of_two(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
     """Each says its rank, and something that the lead alone may say."""
-    rank = environment["RANK"]
-    warned, began = Warned(t=0.0, text=f"{rank} of {environment['WORLD_SIZE']}"), PhaseBegan(t=0.0, phase=f"of {rank}")
+    warned = Warned(t=0.0, text=f"{seat.rank} of {seat.world_size}")
+    began = PhaseBegan(t=0.0, phase=f"of {seat.rank}")
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), warned, began, ended())
 
 
-def second_dies(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+def second_dies(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
     """The lead works on; the other is killed once the lead is there."""
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), PhaseBegan(t=0.0, phase="start"))
-    if environment["RANK"] == "1":
+    if seat.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     signal.pause()
 
 
-def second_fails(connection: Connection, _: object, environment: dict[str, str], *__: object) -> None:
+def second_fails(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
     """The lead works on; the other says why it cannot."""
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True))
-    if environment["RANK"] == "1":
+    if seat.rank == 1:
         _say(connection, replace(ended("its memory is full"), outcome="out_of_memory"))
         return
     signal.pause()

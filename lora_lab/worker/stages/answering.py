@@ -79,4 +79,4 @@ def _written(trial: TrialContext, writer: Writer, asked: list[Question], most: i
     return writer.write(asked, most, tuned, progress)
 
 
-STAGE = Stage(Phase.answers, _answer, _is_needed)
+STAGE = Stage(Phase.answers, _answer, _is_needed, lead_only=True)

@@ -35,8 +35,13 @@ def _load(trial: TrialContext) -> None:
     if trial.plan is not None and trial.plan.rows_left_out:
         trial.warn(
             f"each epoch leaves out {trial.plan.rows_left_out} of {len(trial.examples.train)} training rows, other "
-            f"rows each time, since a batch has batch_size={config.batch_size}"
+            f"rows each time, since a batch has batch_size={config.batch_size}{_of_workers(config)}"
         )
+
+
+def _of_workers(config: TrialConfig) -> str:
+    count = config.placement.world_size
+    return f" on each of {count} workers" if count > 1 else ""
 
 
 def _check_same(trial: TrialContext) -> None:

@@ -44,9 +44,16 @@ def _send_losses(trial: TrialContext, rows: list[Example], text: str, phase: Pha
     def progress(done: int, total: int) -> None:
         trial.emit(Progress(t=time.monotonic(), done=done, total=total))
 
-    losses = row_losses(
-        trial.model, rows, config.batch_size, trial.padding, config.precision.dtype, trial.device, progress
+    mine = row_losses(
+        trial.model,
+        trial.group.share_of(rows),
+        config.batch_size,
+        trial.padding,
+        config.precision.dtype,
+        trial.device,
+        progress,
     )
+    losses = Losses(trial.group.joined(mine.nats), [row.trained for row in rows])
     trial.emit(
         RowLosses(
             t=time.monotonic(),

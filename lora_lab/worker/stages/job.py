@@ -37,13 +37,14 @@ class Job:
         self._engine = engine
         self._checkpoints = checkpoints
         self._trainer: JobTrainer = trial.trainer
+        self._from_lead = trial.group.from_lead
         telemetry.on_begin = self._save_start
 
     def run(self) -> None:
         """Train to the end, and leave the model with the adapter that is to be saved.
 
         Raises: Diverged for a spike after which the job stops."""
-        self._checkpoints.remove_torn()
+        self._from_lead(self._checkpoints.remove_torn)
         checkpoint = self._first_checkpoint()
         plan = self._plan
         self._trial.emit(JobPlanned(t=time.monotonic(), steps=plan.steps, steps_per_epoch=plan.steps_per_epoch))
@@ -53,7 +54,7 @@ class Job:
                 break
             except Diverged as spike:
                 checkpoint = self._after(spike)
-        if self._trial.config.train.keep_best and self._checkpoints.best.is_dir():
+        if self._trial.config.train.keep_best and self._from_lead(self._checkpoints.best.is_dir):
             self._load(str(self._checkpoints.best))
 
     def _save_start(self) -> None:
@@ -80,7 +81,7 @@ class Job:
 
     def _train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train from a checkpoint, or from the start."""
-        self._checkpoints.restore_best(checkpoint)
+        self._from_lead(lambda: self._checkpoints.restore_best(checkpoint))
         if checkpoint is None:
             self._trainer.train()
         else:
@@ -129,7 +130,8 @@ class Job:
             return None, ""
         if self._trainer.rate_share <= _LOWER**_MOST_RETURNS:  # each return lowered it, also before a resume
             return None, f"; the job went back {_MOST_RETURNS} times before, which is the most it does"
-        return self._checkpoints.go_back_before(spike.step), "; no checkpoint from before it is left to go back to"
+        found = self._from_lead(lambda: self._checkpoints.go_back_before(spike.step))
+        return found, "; no checkpoint from before it is left to go back to"
 
 
 def rows_of_step(config: TrialConfig, rows: int, plan: JobPlan, step: int) -> list[int]:
@@ -138,6 +140,6 @@ def rows_of_step(config: TrialConfig, rows: int, plan: JobPlan, step: int) -> li
     epoch, place = divmod(step - 1, plan.steps_per_epoch)
     sampler = SeedableRandomSampler(range(rows), generator=torch.Generator(), data_seed=config.seed)
     sampler.set_epoch(epoch)
-    per_step = config.batch_size * config.grad_accum_steps
+    per_step = config.rows_per_step
     whole = rows - plan.rows_left_out
     return list(islice(sampler, place * per_step, min((place + 1) * per_step, whole)))

@@ -22,7 +22,10 @@ def _prepare(trial: TrialContext) -> None:
     trial.device = device
     trial.clock.vram_limit = VramLimit(config.vram_limit_gib, device)
     _check_machine(config, device)
-    if not config.share_device:  # other processes would take part of the rate
+    trial.group.connect(device)
+    if device.type == "cpu" and trial.group.is_shared and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // trial.group.world_size))
+    if trial.group.is_lead and not config.share_device:  # other processes would take part of the rate
         _report_matmul_rate(trial)
     transformers.set_seed(config.seed)
 

@@ -3,6 +3,8 @@
 import time
 from dataclasses import replace
 
+import numpy as np
+
 from lora_lab.events import Progress
 from lora_lab.phase import Phase
 from lora_lab.worker.examples import check_filled, packed_rows
@@ -43,10 +45,13 @@ def _find(trial: TrialContext, least: float) -> Screened:
     def progress(done: int, total: int) -> None:
         trial.emit(Progress(t=time.monotonic(), done=done, total=total))
 
+    mine = rows.chosen(np.arange(len(rows)) % trial.group.world_size == trial.group.rank)
     losses = row_losses(
-        trial.model, rows, config.seq_len, trial.padding, config.precision.dtype, trial.device, progress
+        trial.model, mine, config.seq_len, trial.padding, config.precision.dtype, trial.device, progress
     )
-    found = screen(rows.trained.tolist(), losses, least)
+    found = screen(rows.trained.tolist(), trial.group.joined(losses), least)
+    if not trial.group.is_lead:
+        return found
     try:
         store_screened(trial.folder, found, trial.examples.digest, least)
     except OSError as error:

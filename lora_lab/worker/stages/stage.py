@@ -12,6 +12,7 @@ from lora_lab.config import TrialConfig
 from lora_lab.events import Warned
 from lora_lab.phase import Phase
 from lora_lab.worker.examples import Examples
+from lora_lab.worker.group import Group
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.phases import Emit, PhaseClock
 
@@ -24,6 +25,8 @@ class TrialContext:
     folder: Path
     emit: Emit
     clock: PhaseClock
+    group: Group = field(default_factory=Group)
+    """The workers that share the trial."""
     device: torch.device = field(init=False)
     """Set by `preparation`."""
     architecture: Any = field(init=False)
@@ -44,8 +47,9 @@ class TrialContext:
     """Takes all steps; set by `trainer_setup`."""
 
     def warn(self, text: str) -> None:
-        """Send a warning for the user and the record."""
-        self.emit(Warned(t=time.monotonic(), text=text))
+        """Send a warning for the user and the record. The workers of a group find the same, and the lead says it."""
+        if self.group.is_lead:
+            self.emit(Warned(t=time.monotonic(), text=text))
 
 
 def always(_: TrialContext) -> bool:
@@ -62,3 +66,5 @@ class Stage:
     run: Callable[[TrialContext], None]
     is_needed: Callable[[TrialContext], bool] = always
     """Return False where the trial leaves the stage out, with its phase."""
+    lead_only: bool = False
+    """Whether, of the workers that share a trial, the lead alone runs it."""

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from lora_lab.events import Ran
 from lora_lab.job_events import Checkpointed
 from lora_lab.options import Attention
@@ -14,6 +16,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.job_trainer import JobTrainer, early_stopping, job_arguments
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
+from lora_lab.worker.shared_step import SharedStep, check_equal, unequal
 from lora_lab.worker.stages.heldout import evaluate, heldout_rows
 from lora_lab.worker.stages.job import Job
 from lora_lab.worker.stages.stage import Stage, TrialContext
@@ -24,25 +27,34 @@ def _set_up(trial: TrialContext) -> None:
     config, model, rows = trial.config, trial.model, trial.examples.train
     collator = train_collator(config, trial.padding)
     shared = (trial.device, trial.emit, trial.clock)
+    group = trial.group
     telemetry: Telemetry
     if trial.plan is None:
-        telemetry = TelemetryCallback(config.measure, *shared)
+        telemetry = TelemetryCallback(config.measure, *shared, group)
     else:
-        telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared)
+        telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared, group)
     engine = Engine(config, model, shapes(config, rows, collator), telemetry.attention, trial.emit, trial.clock)
     telemetry.watch(model)
+    exchange = SharedStep(group, model, telemetry) if group.is_shared else None
     if trial.plan is None or not isinstance(telemetry, JobTelemetry):
         callbacks = [*engine.callbacks, telemetry]
-        trial.trainer = make_trainer(config, model, rows, collator, callbacks, str(trial.folder), trial.device)
+        trial.trainer = make_trainer(
+            config, model, rows, collator, callbacks, str(trial.folder), trial.device, exchange
+        )
         trial.train = trial.trainer.train
     else:
-        _set_up_job(trial, trial.plan, engine, telemetry)
+        _set_up_job(trial, trial.plan, engine, telemetry, exchange)
     engine.attach(trial.trainer)
+    if group.is_shared:
+        check_equal(group, model, "at the start")
+        torch.manual_seed(config.seed + group.rank)  # each draws its own dropout
     telemetry.scaler = trial.trainer.accelerator.scaler
     telemetry.on_stepped = lambda: _report_what_ran(trial, engine, telemetry)
 
 
-def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry) -> None:
+def _set_up_job(
+    trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry, shared: SharedStep | None
+) -> None:
     config, rows = trial.config, heldout_rows(trial)
     checkpoints = Checkpoints(trial.folder, config.train.keep_checkpoints)
 
@@ -58,6 +70,8 @@ def _set_up_job(trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: J
         )
 
     trial.trainer = JobTrainer(
+        shared=shared,
+        is_lead=trial.group.is_lead,
         config=config,
         clock=trial.clock,
         telemetry=telemetry,
@@ -84,7 +98,7 @@ def _report_what_ran(trial: TrialContext, engine: Engine, telemetry: Telemetry) 
 
     Raises: RuntimeError when it is not what was asked for, so that no figure is measured of it."""
     config = trial.config
-    facts = read_back(trial.trainer, telemetry.attention.seen) | engine.ran()
+    facts = read_back(trial.trainer, telemetry.attention.seen) | engine.ran() | _ran_together(trial)
     differences, stand_ins = compare(facts, config, trial.device)
     trial.emit(Ran(t=time.monotonic(), facts=facts, stand_ins=stand_ins))
     trial.emit(optimizer_memory(trial.trainer))
@@ -92,6 +106,18 @@ def _report_what_ran(trial: TrialContext, engine: Engine, telemetry: Telemetry) 
         trial.warn("attention=sdpa runs torch's plain math kernel here, not a fused one: compare its figures with care")
     if differences:
         raise RuntimeError("what ran is not what was asked for: " + "; ".join(differences))
+
+
+def _ran_together(trial: TrialContext) -> dict[str, str]:
+    """Read back how the workers of a group share the trial; nothing for a worker alone."""
+    group = trial.group
+    if not group.is_shared:
+        return {}
+    return {
+        "world_size": str(group.world_size),
+        "gradients_carried_by": group.backend,
+        "adapters_equal": str(not unequal(group, trial.model)),
+    }
 
 
 STAGE = Stage(None, _set_up)

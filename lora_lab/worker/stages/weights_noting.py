@@ -31,5 +31,5 @@ def _check_same(trial: TrialContext, found: BaseWeights) -> None:
         )
 
 
-STAGE = Stage(None, _note)
+STAGE = Stage(None, _note, lead_only=True)
 """After the model was loaded."""

@@ -2,7 +2,8 @@
 Harms workers from outside lora_lab. Python imports this at its start wherever this folder is on PYTHONPATH.
 
 SABOTAGE names a JSON file: `{"0.0003": ["kill", "in data"]}` does `kill` in the trial whose learning_rate is 0.0003,
-as soon as it has said that it is in the phase data; with `after step 3`, as soon as it has told that step.
+as soon as it has said that it is in the phase data; with `after step 3`, as soon as it has told that step. The key
+`0.0003 rank 1` means one of several workers. `{"patience": ["2", ""]}` is how many seconds a worker may be late.
 `{"small card": ["1024", ""]}` lets every trial run as on a card that takes micro-batches of up to 1,024 tokens. The
 work is done by the CPU; a larger micro-batch ends as torch's allocator ends it.
 """
@@ -96,6 +97,34 @@ def huge_tensor_on_the_card() -> None:
     torch.empty(10**13, device="cuda")
 
 
+def nudge() -> None:
+    """Change a trained weight."""
+    import gc
+
+    import peft
+    import torch
+
+    with torch.no_grad():
+        model = next(each for each in gc.get_objects() if isinstance(each, peft.PeftModel))
+        next(p for _, p in model.named_parameters() if p.requires_grad).view(-1)[0] += 1e-4
+
+
+def spike() -> None:
+    """Take the loss of step 7 for a spike, the first time."""
+    from lora_lab.outcome import Diverged
+    from lora_lab.worker import async_losses
+
+    own, seen = async_losses.DivergenceWatch.see, []
+
+    def see(self: Any, step: int, loss: float) -> None:
+        own(self, step, loss)
+        if step == 7 and not seen:
+            seen.append(step)
+            raise Diverged("a spike at step 7", 7)
+
+    async_losses.DivergenceWatch.see = see
+
+
 ACTS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -108,6 +137,9 @@ ACTS: dict[str, Callable[[], object]] = {
     "bail out": bail_out,
     "hang": hang,
     "hang deaf": hang_deaf,
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "nudge": nudge,
+    "spike": spike,
     "fault": fault,
     "poison": poison,
     "huge tensor on the card": huge_tensor_on_the_card,
@@ -122,7 +154,7 @@ def place(event: Any) -> str:
 
 
 def on_small_card(run_trial: Callable[..., None], tokens: int) -> Callable[..., None]:
-    def run(config: Any, folder: Path, emit: Callable[[Any], None]) -> None:
+    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None) -> None:
         from dataclasses import replace
 
         from lora_lab.worker import trial
@@ -135,7 +167,7 @@ def on_small_card(run_trial: Callable[..., None], tokens: int) -> Callable[..., 
 
             trial.STAGES = [replace(trial.STAGES[0], run=too_much)]
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        run_trial(replace(config, vram_limit_gib=None), folder, emit)
+        run_trial(replace(config, vram_limit_gib=None), folder, emit, seat)
 
     return run
 
@@ -144,15 +176,20 @@ def sabotaged(run_trial: Callable[..., None], plan: dict[str, list[str]]) -> Cal
     if "small card" in plan:
         return on_small_card(run_trial, int(plan["small card"][0]))
 
-    def run(config: Any, folder: Path, emit: Callable[[Any], None]) -> None:
-        act, where = plan.get(str(config.learning_rate), ["", "nowhere"])
+    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None) -> None:
+        one = f"{config.learning_rate} rank {0 if seat is None else seat.rank}"
+        act, where = plan.get(one) or plan.get(str(config.learning_rate), ["", "nowhere"])
+        if "patience" in plan:
+            from lora_lab.worker import group
+
+            group._HANGS_SECONDS = float(plan["patience"][0])
 
         def say(event: Any) -> None:
             emit(event)
             if place(event) == where:
                 ACTS[act]()
 
-        run_trial(config, folder, say)
+        run_trial(config, folder, say, seat)
 
     return run
 
