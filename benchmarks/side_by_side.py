@@ -50,7 +50,7 @@ def trials(folder: Path) -> list[dict[str, Any]]:
             "learning_rate": record.params["learning_rate"],
             "repeat": record.params["repeat"],
             "slot": record.tags.get("slot", record.tags.get("device.uuid", "all cores")),
-            "beside": record.tags.get("beside", "no other trial"),
+            "neighbours": record.tags.get("neighbours", "no other trial"),
             "validity": record.tags.get("validity"),
             **{name: record.metrics.get(key) for name, key in FIGURES.items()},
         }

@@ -61,8 +61,8 @@ class Attendance:
             self._cells = mmap.mmap(file.fileno(), 0)
 
     def note(self, rank: int, exchanges: int, seconds: float = math.inf) -> None:
-        """Note that a worker has come to so many exchanges, and promises to be at the next within `seconds`; by default
-        it promises nothing."""
+        """Note to how many exchanges a worker has come, and that it promises to be at the next within `seconds`; by
+        default it promises nothing."""
         _CELL.pack_into(self._cells, rank * _CELL.size, float(exchanges), time.monotonic() + seconds)
 
     def absent(self) -> list[int]:
@@ -72,7 +72,7 @@ class Attendance:
         return [rank for rank, (exchanges, due) in enumerate(cells) if exchanges < furthest and now > due]
 
     def behind(self, exchanges: int) -> list[int]:
-        """Return the workers that have not yet come to so many exchanges."""
+        """Return the workers that have come to fewer exchanges."""
         return [rank for rank, (come, _) in enumerate(self._read()) if come < exchanges]
 
     def _read(self) -> list[tuple[float, float]]:

@@ -314,7 +314,8 @@ def _slot_faults(config: TrialConfig) -> list[str]:
     asked, found = config.placement, []
     if asked.kind is PlacementKind.one:
         return [
-            f"placement.{name}={value} has no effect with placement=one; leave it out, or choose placement=each_gpu."
+            f"placement.{name}={value} has no effect with placement=one. Leave it out, or choose placement=each_gpu or "
+            "placement=ddp."
             for name, value in (("gpus", asked.gpus), ("workers", asked.workers))
             if value is not None
         ]

@@ -359,7 +359,7 @@ def _finish(state: TrialState, end: End, store: Outbox) -> None:
 def _record(state: TrialState, end: End, store: Outbox) -> None:
     sampler, seen, beside = state.sampler, state.seen, state.request.beside
     if beside is not None:
-        state.asked.record.tags["beside"] = ", ".join(beside.others()) or "no other trial"
+        state.asked.record.tags["neighbours"] = ", ".join(beside.others()) or "no other trial"
     if sampler.fault:
         seen.no_sensor = seen.no_sensor or f"the sensor failed ({sampler.fault})"
     if sampler.seconds:

@@ -107,7 +107,7 @@ def test_a_record_says_on_which_slot_it_ran_and_who_ran_beside(pair: Ran) -> Non
     for number, record in enumerate(pair.records):
         neighbour = number + 1 if number % 2 == 0 else number - 1
         place = other if record["tags"]["slot"] == one else one
-        assert record["tags"]["beside"] == f"{neighbour:04d} on {place}"
+        assert record["tags"]["neighbours"] == f"{neighbour:04d} on {place}"
         assert "slots" in record["tags"]["absent.energy/cpu_joules_per_token"], "the CPU's counter is not its own"
         cores = len(os.sched_getaffinity(0)) // 2
         assert record["tags"]["device.cores"] == str(cores)
