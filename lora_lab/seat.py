@@ -50,7 +50,7 @@ def seats(world_size: int) -> Iterator[list[Seat]]:
 
 class Attendance:
     """How many exchanges each worker has come to, and by when it has promised to come to the next: a file that all of
-    them map into memory, so that writing costs nothing and also a stopped process can be read of."""
+    them map into memory. Writing costs nothing, and it can be read also while a worker is stopped."""
 
     def __init__(self, meeting: Path, world_size: int) -> None:
         """Open the file.
@@ -61,7 +61,7 @@ class Attendance:
             self._cells = mmap.mmap(file.fileno(), 0)
 
     def note(self, rank: int, exchanges: int, seconds: float = math.inf) -> None:
-        """Note to how many exchanges a worker has come, and that it promises to be at the next within `seconds`; by
+        """Note how many exchanges a worker has come to, and that it promises to be at the next within `seconds`; by
         default it promises nothing."""
         _CELL.pack_into(self._cells, rank * _CELL.size, float(exchanges), time.monotonic() + seconds)
 
@@ -72,7 +72,7 @@ class Attendance:
         return [rank for rank, (exchanges, due) in enumerate(cells) if exchanges < furthest and now > due]
 
     def behind(self, exchanges: int) -> list[int]:
-        """Return the workers that have come to fewer exchanges."""
+        """Return the workers that have come to fewer exchanges than that."""
         return [rank for rank, (come, _) in enumerate(self._read()) if come < exchanges]
 
     def _read(self) -> list[tuple[float, float]]:

@@ -20,11 +20,11 @@ from lora_lab.outcome import Unsupported
 from lora_lab.seat import RENDEZVOUS, Attendance, Seat
 
 _HANGS_SECONDS, _SLOWER = 20.0, 10.0
-"""A worker hangs when others wait for it, and its step takes more seconds than this and `_SLOWER` of its longest so
+"""A worker hangs when others wait for it, and its step has taken more than this plus `_SLOWER` times its longest so
 far."""
 
 _FIRST_SECONDS = 600.0
-"""The same for steps before any was timed."""
+"""The same before any step was timed."""
 
 _GIVEN_UP = timedelta(minutes=10)
 """After this time torch gives up an exchange that nobody promised to come to: between steps a worker may load or
