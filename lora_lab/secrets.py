@@ -63,7 +63,8 @@ def _in_environment() -> list[str]:
 
 
 def _values() -> Iterator[str]:
-    for name, value in os.environ.items():
+    for name in list(os.environ):  # which another thread may change meanwhile
+        value = os.environ.get(name, "")
         if "://" in value:
             password = re.search(r"://[^/\s:@]*:(\S+)@", value)
             if password:

@@ -11,7 +11,9 @@ LATEST = "latest"
 
 def folders(root: Path = MULTIRUN) -> list[Path]:
     """Return the folders below `root` that can hold a trial or a sweep, each once."""
-    return [path for path in root.glob("*/*") if not (path.parent.name == LATEST and path.parent.is_symlink())]
+    # not what begins with a dot: another process's new link may be gone before it is looked into
+    days = [day for day in root.glob("[!.]*") if not (day.name == LATEST and day.is_symlink())]
+    return [path for day in days for path in day.glob("*")]
 
 
 def point_latest(folder: Path) -> None:

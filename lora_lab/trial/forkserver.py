@@ -28,7 +28,7 @@ def prepare() -> None:
     importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with _ONE_AT_A_TIME, changed_environment(of_server()):
+    with _ONE_AT_A_TIME, _environment_of_server():
         forkserver.ensure_running()
 
 
@@ -41,6 +41,21 @@ def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextlib.contextmanager
+def _environment_of_server() -> Iterator[None]:
+    """Have the server's environment for a while, unless it runs already: other threads read this process's."""
+    with contextlib.nullcontext() if _is_running() else changed_environment(of_server()):
+        yield
+
+
+def _is_running() -> bool:
+    pid: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    try:
+        return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # it has ended, and somebody has asked for its exit code
+        return False
 
 
 def _set(changes: Mapping[str, str | None]) -> None:
@@ -90,7 +105,7 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
                 failed.append(error)
 
     thread = threading.Thread(target=ask, name="asks for a worker")
-    with answered, changed_environment(of_server()):  # a server may be started here too
+    with answered, _environment_of_server():  # a server may be started here too
         thread.start()
         ready = wait([answered, interrupt], seconds)
         if answered not in ready or failed:

@@ -43,3 +43,11 @@ def test_latest_never_leads_to_itself_and_a_real_folder_of_that_name_counts() ->
     (MULTIRUN / LATEST).unlink()
     (MULTIRUN / LATEST / "mine").mkdir(parents=True)
     assert MULTIRUN / LATEST / "mine" in folders()
+
+
+def test_the_link_that_another_process_is_making_is_no_folder_of_trials(tmp_path: Path) -> None:
+    (tmp_path / "day" / "trial").mkdir(parents=True)
+    (tmp_path / ".latest.123").symlink_to("day/trial")
+    (tmp_path / "latest").symlink_to("day")
+    (tmp_path / "a file").touch()
+    assert folders(tmp_path) == [tmp_path / "day" / "trial"]

@@ -52,20 +52,20 @@ def files(pattern: str) -> Callable[[Path], int]:
 
 
 def ready(folder: Path) -> int:
-    return sum('"Ready"' in path.read_text() for path in folder.glob("multirun/*/*/*/events.jsonl"))
+    return sum('"Ready"' in path.read_text() for path in folder.glob("multirun/[!.]*/*/*/events.jsonl"))
 
 
 SEEN: dict[str, tuple[Callable[[Path], int], int, float]] = {
     "a trial runs": (ready, len(RATES), 0.8),
-    "a record": (files("multirun/*/*/*/record.json"), len(RATES), 0.25),
-    "the folder": (files("multirun/*/*/.sweep.lock"), 1, 4.0),
+    "a record": (files("multirun/[!.]*/*/*/record.json"), len(RATES), 0.25),
+    "the folder": (files("multirun/[!.]*/*/.sweep.lock"), 1, 4.0),
     "a trial runs, its worker": (ready, len(RATES), 0.6),
-    "a delivery": (files("multirun/*/*/*/delivered.json"), len(RATES), 0.3),
+    "a delivery": (files("multirun/[!.]*/*/*/delivered.json"), len(RATES), 0.3),
     "the start": (lambda _: 1, 1, 15.0),
-    "the table": (files("multirun/*/*/trials.csv"), 1, 0.3),
+    "the table": (files("multirun/[!.]*/*/trials.csv"), 1, 0.3),
     "the store's folder": (files("mlruns"), 1, 4.0),
-    "the plan": (files("multirun/*/*/sweep.json"), 1, 0.4),
-    "a trial": (files("multirun/*/*/*/trial.json"), len(RATES), 0.3),
+    "the plan": (files("multirun/[!.]*/*/sweep.json"), 1, 0.4),
+    "a trial": (files("multirun/[!.]*/*/*/trial.json"), len(RATES), 0.3),
 }
 """What an instant can follow: how to count it, how often it happens, and the longest time after it."""
 
@@ -147,15 +147,15 @@ class Round:
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """What the latest trial has said."""
-    found = sorted(folder.glob("multirun/*/*/*/events.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted(folder.glob("multirun/[!.]*/*/*/events.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     lines = found[-1].read_text().splitlines() if found else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def phase(folder: Path) -> str:
     """What a sweep was doing, as its files tell."""
-    if not any(folder.glob("multirun/*/*/sweep.json")):
-        if any(folder.glob("multirun/*/*/.sweep.lock")):
+    if not any(folder.glob("multirun/[!.]*/*/sweep.json")):
+        if any(folder.glob("multirun/[!.]*/*/.sweep.lock")):
             return "checking the points"
         return "making the store" if any(folder.glob("mlruns/tmp*")) else "start-up"
     if not any(folder.glob("multirun/2*/*/delivered.json")):
@@ -169,7 +169,7 @@ def phase(folder: Path) -> str:
             return "record" if "Ended" in said else "trial" if "Ready" in said else "starting a worker"
         if not (attempt / "delivered.json").exists():
             return "delivery"
-    return "end" if any(folder.glob("multirun/*/*/trials.csv")) else "between trials"
+    return "end" if any(folder.glob("multirun/[!.]*/*/trials.csv")) else "between trials"
 
 
 @pytest.fixture
@@ -237,10 +237,10 @@ def told(round_: Round) -> str:
 
 def refuse_losses(round_: Round) -> int:
     """Every point is measured once, on disk and in the store, and every attempt is in both; how many there were."""
-    [plan] = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/*/*/sweep.json")]
+    [plan] = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/[!.]*/*/sweep.json")]
     assert len(plan["trials"]) == len(RATES), told(round_)
-    attempts = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/*/*/*/trial.json")]
-    records = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/*/*/*/record.json")]
+    attempts = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/[!.]*/*/*/trial.json")]
+    records = [json.loads(path.read_text()) for path in round_.folder.glob("multirun/[!.]*/*/*/record.json")]
     points = {trial["point"] for trial in plan["trials"]}
     assert len(points) == len(RATES)
     finished = [record["tags"]["point"] for record in records if record["outcome"] == "finished"]

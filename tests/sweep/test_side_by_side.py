@@ -62,7 +62,7 @@ class Ran:
     def spans(self) -> dict[str, tuple[float, float]]:
         """From the first to the last word of each worker, by the name of the trial's folder."""
         found = {}
-        for path in sorted(self.folder.glob("multirun/*/*/*/events.jsonl")):
+        for path in sorted(self.folder.glob("multirun/[!.]*/*/*/events.jsonl")):
             times = [json.loads(line)["t"] for line in path.read_text().splitlines()]
             found[path.parent.name] = min(times), max(times)
         return found
@@ -139,7 +139,7 @@ def test_a_report_takes_the_shares_of_one_cpu_for_one_place(pair: Ran) -> None:
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
-    paths = folder.glob("multirun/*/*/*/events.jsonl")
+    paths = folder.glob("multirun/[!.]*/*/*/events.jsonl")
     return [json.loads(line) | {"trial": path.parent.name} for path in paths for line in path.read_text().splitlines()]
 
 
@@ -328,7 +328,7 @@ def test_ctrl_c_ends_what_waits_for_a_card_in_each_thread(tmp_path: Path) -> Non
     hot["FAKE_NVML_STATE"] = str(tmp_path / "state.json")
     command = ("-m", *FAST, "data.rows=16", "batch_size=1,2", "placement=each_gpu", "cooldown_celsius=50")
     with started(tmp_path, *command, "tracking=none", **hot) as sweep:
-        until(lambda: len(list(tmp_path.glob("multirun/*/*/*/trial.json"))) == 2, "both were begun")
+        until(lambda: len(list(tmp_path.glob("multirun/[!.]*/*/*/trial.json"))) == 2, "both were begun")
         os.kill(sweep.pid, signal.SIGINT)
         assert sweep.wait(20) == 130
     assert [record["tags"]["reason"] for record in records_in(tmp_path)] == ["interrupted by Ctrl-C"] * 2

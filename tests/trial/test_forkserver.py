@@ -83,6 +83,20 @@ def test_the_start_method_that_joblib_sets_is_replaced(monkeypatch: pytest.Monke
     assert chosen == ["forkserver"], "Python can't start a process by a method that it does not know"
 
 
+def test_environment_variables_stay_while_a_server_runs(
+    worker: Any, no_interrupt: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials in other threads read them."""
+    seen: list[object] = []
+    monkeypatch.setattr(forkserver, "_set", seen.append)
+    forkserver.prepare()
+    assert seen, "a new server gets variables of its own"
+    seen.clear()
+    assert forkserver.start(worker, no_interrupt, SECONDS * 3) == ""
+    assert worker.is_alive()
+    assert seen == []
+
+
 def test_a_server_that_is_stopped_is_replaced(worker: Any, no_interrupt: Connection) -> None:
     before = stopped_server()
     assert forkserver.start(worker, no_interrupt, SECONDS) == ""
