@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
+from lora_lab.composition.places import cluster_faults, slot_faults
 from lora_lab.config import (
     AUTO,
     TIED,
@@ -29,7 +30,6 @@ from lora_lab.options import (
     EngineKind,
     Isolation,
     ModelSource,
-    PlacementKind,
     Quantization,
     TrackingKind,
     Weights,
@@ -58,7 +58,8 @@ def faults(config: TrialConfig) -> list[str]:
         *_data_faults(config),
         *_train_faults(config),
         *_place_faults(config),
-        *_slot_faults(config),
+        *slot_faults(config),
+        *cluster_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),
     ]
@@ -294,32 +295,6 @@ def _place_faults(config: TrialConfig) -> list[str]:
     if not config.tracking.experiment.strip():
         found.append("tracking.experiment is empty; name an MLflow experiment.")
     return [*found, *_register_faults(config.tracking)]
-
-
-def _slot_faults(config: TrialConfig) -> list[str]:
-    """Find what placement=each_gpu cannot do, and what only it and ddp can."""
-    asked, found = config.placement, []
-    if asked.kind is PlacementKind.one:
-        return [
-            f"placement.{name}={value} has no effect with placement=one; leave it out, or choose placement=each_gpu."
-            for name, value in (("gpus", asked.gpus), ("workers", asked.workers))
-            if value is not None
-        ]
-    if asked.kind is not PlacementKind.each_gpu:
-        return []
-    if asked.gpus is not None and asked.workers is not None:
-        found.append("placement.gpus counts cards and placement.workers shares of a CPU; give one of them.")
-    if config.device not in ("auto", "cpu"):
-        found.append(
-            f"device={config.device} names one device, and placement=each_gpu uses several; leave one of them out, or "
-            "show it the cards with CUDA_VISIBLE_DEVICES."
-        )
-    if config.repeats == AUTO:
-        found.append(
-            "repeats=auto compares trials that run one after the other on one card, and placement=each_gpu runs them "
-            "on several; leave one of them out."
-        )
-    return found
 
 
 def _register_faults(tracking: TrackingConfig) -> list[str]:

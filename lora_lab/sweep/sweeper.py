@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lora_lab.comparison.rule import RULE_TAG, Rule
 from lora_lab.composition.arguments import as_typed, quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
-from lora_lab.options import Isolation
+from lora_lab.options import ClusterKind, Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.placement import Placement
 from lora_lab.secrets import without_secrets
@@ -36,14 +36,18 @@ from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
+from lora_lab.sweep.cluster.asking import ask_a_node
+from lora_lab.sweep.cluster.engine import Engine, engine_of
+from lora_lab.sweep.cluster.node import Node
+from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
 from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
-from lora_lab.sweep.points import combinations, compose_points
-from lora_lab.sweep.side_by_side import Job, failures, launch_side_by_side
+from lora_lab.sweep.points import combinations, compose_points, conditions_here
+from lora_lab.sweep.side_by_side import Job, Runner, Threads, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
 from lora_lab.trial.devices import choose_placement
@@ -90,6 +94,7 @@ class Grid(Sweeper):
         self._config = config
         self._task = task_function
         self._slots: list[Slot] = []
+        self._node: Node | None = None
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -119,9 +124,13 @@ class Grid(Sweeper):
         store = Outbox(absolute(first.tracking))
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).resolve())
+        self._asked = first
         check_folder_name(new.path)
         check_chdir(self._config.hydra.job.chdir)
         check_sweep_folder(new.path, first.tracking)
+        if first.cluster.kind is not ClusterKind.local:
+            self._node = ask_a_node(first, new.path)
+            points = [replace(point, conditions=conditions_here(point.config, self._node)) for point in points]
         rule = rule_of(points) if first.repeats == AUTO else None
         memory = judged(points) if first.resume else Judged()
         found = self._earlier(points, memory, new) if first.resume else None
@@ -131,7 +140,7 @@ class Grid(Sweeper):
             if found:
                 trials = found[1]
             else:
-                works = check_new(points, new)
+                works = check_new(points, new, self._node)
                 memory = judged(points)
                 trials = memory.once(_first_trials(points))
             show_judged(memory, trials)
@@ -143,7 +152,7 @@ class Grid(Sweeper):
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = forecast_line(points, to_run, works) + _at_once(len(self._slots))
+            forecast = forecast_line(points, to_run, works) + _at_once(self._at_once)
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -278,12 +287,21 @@ class Grid(Sweeper):
         tags = environment() | device_facts(self._placement(points[0].config)) | facts | {"command": words}
         if self._slots:
             tags["slots"] = ", ".join(slot.name for slot in self._slots)
+        if self._node:
+            tags |= self._node.device | {"cluster": self._asked.cluster.kind.name}
         if self._assumptions:
             tags["assumptions"] = "; ".join(self._assumptions)
         name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
         return Record(name=name, is_sweep=True, params=params, tags=tags)
 
+    @property
+    def _at_once(self) -> int:
+        """Return how many trials run at a time."""
+        return self._asked.cluster.workers if self._node else len(self._slots) or 1
+
     def _placement(self, config: TrialConfig) -> Placement:
+        if self._node:
+            return self._node.placement
         return whole(self._slots) if self._slots else choose_placement(config.device)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox, memory: Judged) -> int:
@@ -292,8 +310,11 @@ class Grid(Sweeper):
         point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
-        plan.at_once = len(self._slots) or 1
-        plan.launched = [folder.next_attempt(trial) for trial in pending]
+        plan.at_once = self._at_once
+        engine = self._engine(folder)
+        plan.launched = [
+            attempt_to_run(folder, trial, engine) if engine else folder.next_attempt(trial) for trial in pending
+        ]
         folder.hold(plan)
         with suppress(OSError):
             folder.write(plan)
@@ -307,9 +328,12 @@ class Grid(Sweeper):
             OmegaConf.set_readonly(self._config.hydra, False)
             self._config.hydra.sweep.dir = str(folder.path)
         try:
-            if self._slots:
-                blocks = [Job(trial.repeat, overrides) for trial, overrides in zip(pending, jobs, strict=True)]
-                broken = launch_side_by_side(self._context, self._task, self._config, self._slots, blocks)
+            runner: Runner | None = Threads(self._slots, folder) if self._slots else None
+            if engine and self._node:
+                runner = Nodes(engine, self._asked.cluster, folder, self._node.device, store)
+            if runner:  # on other machines there is no drift in common for which blocks would be kept apart
+                blocks = [Job(trial.repeat * (not engine), words) for trial, words in zip(pending, jobs, strict=True)]
+                broken = launch_side_by_side(self._context, self._task, self._config, runner, blocks)
             else:
                 broken = failures(self._launcher.launch(jobs, initial_job_idx=0))
         except KeyboardInterrupt:
@@ -317,6 +341,11 @@ class Grid(Sweeper):
         for line in broken:
             print(f"lora_lab itself failed in a trial: {line}", file=sys.stderr)
         return 1 if broken else 0
+
+    def _engine(self, folder: SweepFolder) -> Engine | None:
+        """Return the cluster that runs the trials; None on this machine."""
+        on_card = self._asked.device != "cpu"
+        return engine_of(self._asked.cluster, on_card, jobs_folder(folder)) if self._node else None
 
     def _finish(
         self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int, continues: bool = True
