@@ -46,6 +46,7 @@ LONG = (
     "test_outbox.py",
     "test_engine_compile.py",
     "test_job_kills.py",
+    "test_side_by_side.py",
     "test_sweep_faults.py",
     "test_refused_input.py",
     "test_conf.py",

@@ -20,7 +20,7 @@ from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
-from lora_lab.sweep.slots import placement_of
+from lora_lab.sweep.slots import placement_in_sweep
 from lora_lab.trial.inputs import check_inputs
 
 
@@ -109,7 +109,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
 def conditions_here(config: TrialConfig, node: Node | None = None) -> dict[str, str]:
     """Return what decides a trial's result on this machine, or on a node, besides the config. Pairs of repeats=auto
     stay on one card, so there the card itself counts."""
-    placement = node.placement if node else placement_of(config)
+    placement = node.placement if node else placement_in_sweep(config)
     found = conditions(config, placement) | (node.device if node else {})
     if config.repeats == AUTO and placement.cards:
         found["device.uuid"] = placement.cards[0].uuid

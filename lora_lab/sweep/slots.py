@@ -83,7 +83,7 @@ def whole(slots: list[Slot]) -> Placement:
     )
 
 
-def placement_of(config: TrialConfig) -> Placement:
+def placement_in_sweep(config: TrialConfig) -> Placement:
     """Return where a trial of a sweep with this config runs: of several slots the first, which is like the others.
 
     Raises: InvalidInput."""

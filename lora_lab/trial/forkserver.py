@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from multiprocessing import forkserver
+from multiprocessing import forkserver, process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
@@ -69,6 +69,10 @@ def start(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> s
             why = _ask(worker, interrupt, seconds)
             if not why:
                 break
+        if threading.current_thread() is not threading.main_thread():
+            # Python polls all processes that it knows whenever one starts, here in any thread, and the second reader of
+            # an exit code gets 255
+            process._children.discard(worker)  # type: ignore[attr-defined]
     return why
 
 

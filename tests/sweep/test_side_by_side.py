@@ -25,7 +25,7 @@ from lora_lab.placement import Placement
 from lora_lab.sweep import points
 from lora_lab.sweep import slots as module
 from lora_lab.sweep.side_by_side import Job, run_in_blocks
-from lora_lab.sweep.slots import placement_of, slots_of
+from lora_lab.sweep.slots import placement_in_sweep, slots_of
 from lora_lab.telemetry.nvml import Card
 from lora_lab.trial.device_lock import device_lock
 from lora_lab.trial.devices import worker_environment
@@ -201,7 +201,6 @@ def assert_all_finish_at_last(folder: Path, killed: int) -> None:
     ("arguments", "fakes", "words"),
     [
         ((*FAST, *TWO), False, ["placement=each_gpu", "-m", "device=gpu:N"]),
-        ((*SWEEP, "placement=each_gpu"), False, ["placement.workers=2"]),
         ((*SWEEP, *TWO, "hydra/launcher=joblib"), False, ["hydra/launcher=joblib"]),
         (("-m", *FAST, "placement=one,each_gpu", "device=cpu", "placement.workers=2"), False, ["placement"]),
         (("-m", *FAST, "batch_size=max", "data.rows=64", "placement=each_gpu"), True, ["batch_size=max", "each_gpu"]),
@@ -240,6 +239,7 @@ def test_settings_that_exclude_one_another_are_faults(changes: dict[str, Any], w
         (["Twin", "Twin"], PlacementConfig(kind=EACH, gpus=3), ["placement.gpus=3", "gpu:1 (Twin)"]),
         (["Twin", "Twin"], PlacementConfig(kind=EACH, workers=2), ["placement.workers=2", "device=cpu"]),
         (["Small", "Large"], PlacementConfig(kind=EACH), ["gpu:0 (Small)", "gpu:1 (Large)"]),
+        ([], PlacementConfig(kind=EACH), ["for example placement.workers="]),
         ([], PlacementConfig(kind=EACH, gpus=2), ["placement.gpus=2", "placement.workers=2"]),
         ([], PlacementConfig(kind=EACH, workers=1000), ["placement.workers=1000"]),
     ],
@@ -259,7 +259,7 @@ def card(index: int, name: str) -> Card:
 
 
 def test_only_pairs_of_repeats_auto_have_to_stay_on_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(points, "placement_of", lambda _: Placement(cards=(card(3, "Twin"),)))
+    monkeypatch.setattr(points, "placement_in_sweep", lambda _: Placement(cards=(card(3, "Twin"),)))
     config = TrialConfig(data=DataConfig(source=DataSource.random_tokens))
     assert "device.uuid" not in points.conditions_here(config)
     config.repeats = "auto"
@@ -272,7 +272,7 @@ def test_equal_cards_are_slots_in_their_order_and_fewer_may_be_asked_for(monkeyp
     assert [slot.name for slot in slots_of(config)] == ["gpu:0", "gpu:1", "gpu:2", "gpu:3"]
     config.placement.gpus = 2
     assert [slot.placement.cards[0].uuid for slot in slots_of(config)] == ["GPU-0", "GPU-1"]
-    assert placement_of(config).cards[0].uuid == "GPU-0"
+    assert placement_in_sweep(config).cards[0].uuid == "GPU-0"
     assert slots_of(TrialConfig()) == []
 
 
@@ -301,12 +301,25 @@ def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> N
     assert seen["1"]["start"] < seen["0"]["end"]
     earlier = next(trial for trial in ("0", "1") if slots[trial] == slots["2"])
     assert seen["2"] == seen[earlier]
-    for alone in ("0", "1"):
-        again = lab_in(tmp_path)(*command, "resume=true", CUDA_VISIBLE_DEVICES=alone, **twins)
-        assert (again.code, "nothing left to run" in again.out) == (0, True), "done on either card is done"
+    again = lab_in(tmp_path)(*command, "resume=true", CUDA_VISIBLE_DEVICES="1", **twins)
+    assert (again.code, "nothing left to run" in again.out) == (0, True), "done on either card is done"
     report = lab_in(tmp_path, module="lora_lab.report")()
     assert "3 configurations" in report.out, report.text
     assert "2 cards of one kind" in report.out
+
+
+def test_what_does_not_fit_is_skipped_and_what_a_card_cannot_do_is_recorded_as_ever(tmp_path: Path) -> None:
+    """The cards calculate no bf16, and one point is too large for the memory that it may take."""
+    command = ("-m", "model=tiny", *FAST[1:2], *FAST[4:], "data.rows=16", "vram_limit_gib=0.3,0.9,2")
+    twins = {"PYTHONPATH": with_fakes(), "FAKE_NVML_CARDS": "2", "FAKE_NVML_NAME": "Twin"}
+    twins |= {"FAKE_NVML_CAPABILITY": "7.5"}
+    said = lab_in(tmp_path)(*command, "measure.idle_seconds=0", "plan=fits", "placement=each_gpu", **twins)
+    assert said.code == 3, said.text
+    ends = Counter((record["params"]["vram_limit_gib"], record["outcome"]) for record in records_in(tmp_path))
+    assert ends == {("2.0", "unsupported"): 1, ("0.9", "unsupported"): 1, ("0.3", "predicted_out_of_memory"): 1}
+    statuses = Counter(run.info.status for run in store_of(tmp_path)[1] if "mlflow.parentRunId" in run.data.tags)
+    assert sum(statuses.values()) == 3
+    assert "RUNNING" not in statuses
 
 
 def test_ctrl_c_ends_what_waits_for_a_card_in_each_thread(tmp_path: Path) -> None:
