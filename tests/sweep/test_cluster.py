@@ -1,0 +1,216 @@
+"""A sweep with cluster=slurm through the real command line, submitit and a stand-in for Slurm's commands, whose jobs
+are processes of this machine: each trial ends once on disk and in the store, whoever dies meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_server import ADDRESS
+from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, until
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from lora_lab.cluster_config import ClusterConfig
+from lora_lab.composition.places import cluster_faults
+from lora_lab.config import PlacementConfig, TrackingConfig, TrialConfig
+from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
+from lora_lab.store.mlflow_names import read_back
+from lora_lab.sweep.cluster.node import take, taken_by
+
+FAST = ("model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len=32", "data=random_tokens")
+ON_SLURM = ("device=cpu", "cluster=slurm", "share_device=true")  # the nodes are one machine, whose CPU has a lock
+SWEEP = ("-m", *FAST, "data.rows=16", "learning_rate=1e-4,2e-4,3e-4", *ON_SLURM, "cluster.workers=2")
+ALL_WAIT = {rate: ["wait", "after step 2"] for rate in ("0.0001", "0.0002", "0.0003")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _jobs_are_forked() -> None:
+    """Have the jobs begin quickly, also in a run of these tests alone."""
+    if ADDRESS not in os.environ and SERVER._socket is None:
+        SERVER.share()
+
+
+def slurm_in(folder: Path, **sabotage: list[str]) -> dict[str, str]:
+    """The variables with which `folder` has a Slurm cluster, and what its workers suffer."""
+    (folder / "sabotage.json").write_text(json.dumps(sabotage))
+    path = os.pathsep.join([str(FAKES / "saboteur"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        "PATH": os.pathsep.join([str(FAKES / "slurm"), os.environ["PATH"]]),
+        "FAKE_SLURM": str(folder / "slurm"),
+        "PYTHONPATH": path,
+        "SABOTAGE": str(folder / "sabotage.json"),
+    }
+
+
+def release(folder: Path) -> None:
+    """Let workers that wait go on."""
+    (folder / "sabotage.json").write_text("{}")
+
+
+def in_step_2(folder: Path) -> set[str]:
+    """The attempts whose workers have told their second step."""
+    paths = folder.glob("multirun/*/*/*/events.jsonl")
+    return {path.parent.name for path in paths if '"step": 2,' in path.read_text()}
+
+
+def node_of(folder: Path, attempt: str) -> int:
+    """The process that runs an attempt."""
+    [ticket] = folder.glob(f"multirun/*/*/cluster/{attempt}.ticket")
+    owner = taken_by(ticket)
+    assert owner is not None
+    return owner.pid
+
+
+def outcomes(folder: Path) -> Counter[str]:
+    return Counter(record["outcome"] for record in records_in(folder))
+
+
+def runs_of(uri: str) -> list[tuple[Run, dict[str, str]]]:
+    """The runs of trials in a store, with the tags of their records."""
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("lora_lab")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    read = [(run, read_back(run.data.params, run.data.tags, run.data.metrics)[1]) for run in runs]
+    return [(run, tags) for run, tags in read if "mlflow.parentRunId" in run.data.tags]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("tracking") / "server") as running:
+        yield running
+
+
+def test_each_trial_is_a_job_and_its_record_reaches_the_server_once(tmp_path: Path, server: Server) -> None:
+    slurm = slurm_in(tmp_path)
+    command = (*SWEEP, "tracking=server", f"tracking.uri={server.uri}")
+    said = lab_in(tmp_path)(*command, **slurm)
+    assert said.code == 0, said.text
+    assert len(list((tmp_path / "slurm").glob("*/script"))) == 4, "the trials, and a look at a node"
+    records = records_in(tmp_path)
+    assert [(record["outcome"], record["tags"]["cluster"]) for record in records] == [("finished", "slurm")] * 3
+    for record in records:
+        assert "cluster" not in record["tags"]["command"], "the command runs this trial alone, on this machine"
+        assert int(record["tags"]["process.pid"]) != os.getpid()
+    spans = []
+    for path in tmp_path.glob("multirun/*/*/*/events.jsonl"):
+        times = [json.loads(line)["t"] for line in path.read_text().splitlines()]
+        spans.append((min(times), max(times)))
+    assert all(sum(begin <= at <= end for begin, end in spans) <= 2 for at, _ in spans), "two at a time"
+    runs = runs_of(server.uri)
+    assert Counter(run.info.status for run, _ in runs) == {"FINISHED": 3}
+    assert sorted(tags["trial"] for _, tags in runs) == ["0", "1", "2"]
+    again = lab_in(tmp_path)(*command, "resume=true", **slurm)
+    assert (again.code, "nothing left to run" in again.out) == (0, True), again.text
+    assert len(runs_of(server.uri)) == 3
+
+
+def test_a_trial_whose_node_is_lost_is_recorded_and_runs_again(tmp_path: Path) -> None:
+    with started(tmp_path, *SWEEP, "tracking=none", **slurm_in(tmp_path, **ALL_WAIT)) as sweep:
+        until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
+        os.kill(node_of(tmp_path, "0000"), signal.SIGKILL)
+        until(lambda: "0000-2" in in_step_2(tmp_path), "the trial runs on another node")
+        release(tmp_path)
+        assert sweep.wait(120) == 0, sweep.communicate()[0]
+    assert outcomes(tmp_path) == {"killed": 1, "finished": 3}
+    assert [r["outcome"] for r in records_in(tmp_path) if r["tags"]["trial"] == "0"] == ["killed", "finished"]
+
+
+def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not_run_twice(tmp_path: Path) -> None:
+    slurm = slurm_in(tmp_path, **{"0.0001": ["wait", "after step 2"]})
+    command = (*SWEEP, "tracking=none")
+    with started(tmp_path, *command, **slurm) as sweep:
+        until(lambda: outcomes(tmp_path)["finished"] == 2 and len(in_step_2(tmp_path)) == 3, "the last waits")
+        sweep.kill()
+        sweep.wait(30)
+    assert outcomes(tmp_path) == {"finished": 2}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    with started(tmp_path, *command, "resume=true", **slurm) as sweep:
+        until(lambda: len(list((tmp_path / "slurm").glob("*/script"))) == 5, "it has asked a node")
+        release(tmp_path)
+        assert sweep.wait(120) == 0, sweep.communicate()[0]
+    assert outcomes(tmp_path) == {"finished": 3}
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+
+
+def test_a_job_that_waits_for_a_node_is_taken_back_by_resume(tmp_path: Path) -> None:
+    slurm, command = slurm_in(tmp_path), (*SWEEP, "tracking=none", "cluster.workers=3")
+    with started(tmp_path, *command, **slurm) as sweep:
+        until(lambda: (tmp_path / "slurm" / "1" / "code").exists(), "a node has answered")
+        (tmp_path / "slurm" / "full").touch()
+        until(lambda: len(list((tmp_path / "slurm").glob("*/script"))) == 4, "all are submitted")
+        sweep.kill()
+        sweep.wait(30)
+    (tmp_path / "slurm" / "full").unlink()
+    said = lab_in(tmp_path)(*command, "resume=true", **slurm)
+    assert said.code == 0, said.text
+    assert outcomes(tmp_path) == {"finished": 3}
+
+
+def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path) -> None:
+    slurm = slurm_in(tmp_path, **ALL_WAIT)
+    with started(tmp_path, *SWEEP, "tracking=none", **slurm) as sweep:
+        until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
+        os.kill(sweep.pid, signal.SIGINT)
+        assert sweep.wait(60) == 130
+    assert [record["tags"]["reason"] for record in records_in(tmp_path)] == ["ended by the cluster (slurm)"] * 2
+
+
+def refused(said: Said, *words: str) -> None:
+    assert said.code == 2, said.text
+    assert [word for word in words if word not in said.err] == [], said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_node_that_does_not_see_the_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
+    slurm = slurm_in(tmp_path)
+    blind = tmp_path / "blind"
+    shutil.copytree(FAKES / "slurm", blind, symlinks=True)
+    (blind / "srun").unlink()
+    (blind / "srun").write_text("#!/bin/sh\nexit 1\n")  # whose files are not seen there
+    (blind / "srun").chmod(0o755)
+    slurm["PATH"] = os.pathsep.join([str(blind), os.environ["PATH"]])
+    refused(lab_in(tmp_path)(*SWEEP, "tracking=none", **slurm), "slurm 1", str(tmp_path), "share")
+    assert not list(tmp_path.rglob("sweep.json"))
+
+
+def test_without_slurm_or_without_a_sweep_it_is_refused(tmp_path: Path) -> None:
+    refused(lab_in(tmp_path)(*SWEEP, "tracking=none"), "sbatch", "login node")
+    refused(lab_in(tmp_path)(*FAST, *ON_SLURM, "tracking=none"), "cluster=slurm", "-m")
+    assert not list(tmp_path.rglob("trial.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tracking": TrackingConfig()}, ["tracking=server", "tracking=none"]),
+        ({"placement": PlacementConfig(kind=PlacementKind.each_gpu)}, ["placement=each_gpu"]),
+        ({"device": "gpu:1"}, ["device=gpu:1"]),
+        ({"repeats": "auto"}, ["repeats=auto"]),
+        ({"plan": Plan.fits}, ["plan=fits"]),
+        ({"isolation": Isolation.inline}, ["isolation=inline"]),
+        ({"cluster": ClusterConfig(partition="a100")}, ["cluster.partition=a100", "cluster=slurm"]),
+    ],
+)
+def test_settings_that_no_cluster_takes_are_faults(changes: dict[str, Any], words: list[str]) -> None:
+    config = TrialConfig(cluster=ClusterConfig(kind=ClusterKind.slurm), tracking=TrackingConfig(kind=TrackingKind.none))
+    assert cluster_faults(config) == []
+    [fault] = cluster_faults(replace(config, **changes))
+    assert [word for word in words if word not in fault] == [], fault
+
+
+def test_one_process_gets_a_ticket(tmp_path: Path) -> None:
+    ticket = tmp_path / "0000.ticket"
+    assert taken_by(ticket) is None
+    assert [take(ticket), take(ticket)] == [True, False]
+    owner = taken_by(ticket)
+    assert owner is not None
+    assert owner.pid == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == [ticket.name]
