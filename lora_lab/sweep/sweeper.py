@@ -19,13 +19,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lora_lab.comparison.rule import RULE_TAG, Rule
-from lora_lab.composition.arguments import as_typed, quoted
+from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.options import ClusterKind, Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.placement import Placement
-from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
 from lora_lab.store.multirun import point_latest
@@ -36,7 +35,7 @@ from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
-from lora_lab.sweep.cluster.asking import ask_a_node
+from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
 from lora_lab.sweep.cluster.engine import Engine, engine_of
 from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder
@@ -47,6 +46,7 @@ from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
 from lora_lab.sweep.points import combinations, compose_points, conditions_here
+from lora_lab.sweep.record import sweep_record
 from lora_lab.sweep.side_by_side import Job, Runner, Threads, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
@@ -119,6 +119,7 @@ class Grid(Sweeper):
         first = points[0].config
         self._slots = slots_of(first)
         check_side_by_side(points, self._config)
+        check_on_cluster(points, self._config)
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
         store = Outbox(absolute(first.tracking))
@@ -152,7 +153,7 @@ class Grid(Sweeper):
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = forecast_line(points, to_run, works) + _at_once(self._at_once)
+            forecast = forecast_line(points, to_run, works) + _at_once(self._workers)
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -265,37 +266,18 @@ class Grid(Sweeper):
             ) from error
 
     def _record(self, points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]) -> Record:
-        preset = self._config.hydra.runtime.choices.get("sweep")
-        axes: dict[str, list[str]] = {}
-        for point in points:
-            for override in point.overrides:
-                key, _, value = override.partition("=")
-                value = "max" if point.searched and key.lstrip("+") == point.searched else value
-                if value not in axes.setdefault(key, []):
-                    axes[key].append(value)
-        searched = {point.searched for point in points} - {""}
-        varied = {key: values for key, values in axes.items() if len(values) > 1 or key.lstrip("+") in searched}
-        params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        repeats = points[0].config.repeats
-        if not searched:  # else nobody knows yet, and neither with repeats=auto
-            params["points"] = str(len(points))
-            if isinstance(repeats, int):
-                params |= {"repeats": str(repeats), "trials": str(repeats * len(points))}
-        if preset:
-            params["sweep"] = str(preset)
-        words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
-        tags = environment() | device_facts(self._placement(points[0].config)) | facts | {"command": words}
+        record = sweep_record(points, arguments, self._config.hydra.runtime.choices.get("sweep"))
+        record.tags |= environment() | device_facts(self._placement(points[0].config)) | facts
         if self._slots:
-            tags["slots"] = ", ".join(slot.name for slot in self._slots)
+            record.tags["slots"] = ", ".join(slot.name for slot in self._slots)
         if self._node:
-            tags |= self._node.device | {"cluster": self._asked.cluster.kind.name}
+            record.tags |= self._node.device | {"cluster": self._asked.cluster.kind.name}
         if self._assumptions:
-            tags["assumptions"] = "; ".join(self._assumptions)
-        name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
-        return Record(name=name, is_sweep=True, params=params, tags=tags)
+            record.tags["assumptions"] = "; ".join(self._assumptions)
+        return record
 
     @property
-    def _at_once(self) -> int:
+    def _workers(self) -> int:
         """Return how many trials run at a time."""
         return self._asked.cluster.workers if self._node else len(self._slots) or 1
 
@@ -310,7 +292,7 @@ class Grid(Sweeper):
         point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
-        plan.at_once = self._at_once
+        plan.at_once = self._workers
         engine = self._engine(folder)
         plan.launched = [
             attempt_to_run(folder, trial, engine) if engine else folder.next_attempt(trial) for trial in pending

@@ -1,12 +1,14 @@
 """A sweep with cluster=slurm through the real command line, submitit and a stand-in for Slurm's commands, whose jobs
 are processes of this machine: each trial ends once on disk and in the store, whoever dies meanwhile."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,22 @@ def _jobs_are_forked() -> None:
         SERVER.share()
 
 
-def slurm_in(folder: Path, **sabotage: list[str]) -> dict[str, str]:
-    """The variables with which `folder` has a Slurm cluster, and what its workers suffer."""
+Cluster = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Cluster]:
+    """`slurm(**sabotage)` returns the variables of a command that has a Slurm cluster, whose workers suffer that. No job
+    outlives the test."""
+    yield functools.partial(_slurm_in, tmp_path)
+    release(tmp_path)
+    groups = [int(path.read_text()) for path in tmp_path.glob("slurm/*/pid")]
+    for pid in [*groups, *(node_of(tmp_path, path.stem) for path in tmp_path.rglob("*.ticket"))]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _slurm_in(folder: Path, **sabotage: list[str]) -> dict[str, str]:
     (folder / "sabotage.json").write_text(json.dumps(sabotage))
     path = os.pathsep.join([str(FAKES / "saboteur"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
@@ -46,6 +62,7 @@ def slurm_in(folder: Path, **sabotage: list[str]) -> dict[str, str]:
         "FAKE_SLURM": str(folder / "slurm"),
         "PYTHONPATH": path,
         "SABOTAGE": str(folder / "sabotage.json"),
+        **{name: os.environ[name] for name in (ADDRESS,) if name in os.environ},
     }
 
 
@@ -88,10 +105,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def test_each_trial_is_a_job_and_its_record_reaches_the_server_once(tmp_path: Path, server: Server) -> None:
-    slurm = slurm_in(tmp_path)
+def test_each_trial_is_a_job_and_its_record_reaches_the_server_once(
+    tmp_path: Path, server: Server, slurm: Cluster
+) -> None:
+    variables = slurm()
     command = (*SWEEP, "tracking=server", f"tracking.uri={server.uri}")
-    said = lab_in(tmp_path)(*command, **slurm)
+    said = lab_in(tmp_path)(*command, **variables)
     assert said.code == 0, said.text
     assert len(list((tmp_path / "slurm").glob("*/script"))) == 4, "the trials, and a look at a node"
     records = records_in(tmp_path)
@@ -107,13 +126,13 @@ def test_each_trial_is_a_job_and_its_record_reaches_the_server_once(tmp_path: Pa
     runs = runs_of(server.uri)
     assert Counter(run.info.status for run, _ in runs) == {"FINISHED": 3}
     assert sorted(tags["trial"] for _, tags in runs) == ["0", "1", "2"]
-    again = lab_in(tmp_path)(*command, "resume=true", **slurm)
+    again = lab_in(tmp_path)(*command, "resume=true", **variables)
     assert (again.code, "nothing left to run" in again.out) == (0, True), again.text
     assert len(runs_of(server.uri)) == 3
 
 
-def test_a_trial_whose_node_is_lost_is_recorded_and_runs_again(tmp_path: Path) -> None:
-    with started(tmp_path, *SWEEP, "tracking=none", **slurm_in(tmp_path, **ALL_WAIT)) as sweep:
+def test_a_trial_whose_node_is_lost_is_recorded_and_runs_again(tmp_path: Path, slurm: Cluster) -> None:
+    with started(tmp_path, *SWEEP, "tracking=none", **slurm(**ALL_WAIT)) as sweep:
         until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
         os.kill(node_of(tmp_path, "0000"), signal.SIGKILL)
         until(lambda: "0000-2" in in_step_2(tmp_path), "the trial runs on another node")
@@ -123,16 +142,18 @@ def test_a_trial_whose_node_is_lost_is_recorded_and_runs_again(tmp_path: Path) -
     assert [r["outcome"] for r in records_in(tmp_path) if r["tags"]["trial"] == "0"] == ["killed", "finished"]
 
 
-def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not_run_twice(tmp_path: Path) -> None:
-    slurm = slurm_in(tmp_path, **{"0.0001": ["wait", "after step 2"]})
+def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not_run_twice(
+    tmp_path: Path, slurm: Cluster
+) -> None:
+    variables = slurm(**{"0.0001": ["wait", "after step 2"]})
     command = (*SWEEP, "tracking=none")
-    with started(tmp_path, *command, **slurm) as sweep:
+    with started(tmp_path, *command, **variables) as sweep:
         until(lambda: outcomes(tmp_path)["finished"] == 2 and len(in_step_2(tmp_path)) == 3, "the last waits")
         sweep.kill()
         sweep.wait(30)
     assert outcomes(tmp_path) == {"finished": 2}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
-    with started(tmp_path, *command, "resume=true", **slurm) as sweep:
+    with started(tmp_path, *command, "resume=true", **variables) as sweep:
         until(lambda: len(list((tmp_path / "slurm").glob("*/script"))) == 5, "it has asked a node")
         release(tmp_path)
         assert sweep.wait(120) == 0, sweep.communicate()[0]
@@ -140,23 +161,23 @@ def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
-def test_a_job_that_waits_for_a_node_is_taken_back_by_resume(tmp_path: Path) -> None:
-    slurm, command = slurm_in(tmp_path), (*SWEEP, "tracking=none", "cluster.workers=3")
-    with started(tmp_path, *command, **slurm) as sweep:
+def test_a_job_that_waits_for_a_node_is_taken_back_by_resume(tmp_path: Path, slurm: Cluster) -> None:
+    variables, command = slurm(), (*SWEEP, "tracking=none", "cluster.workers=3")
+    with started(tmp_path, *command, **variables) as sweep:
         until(lambda: (tmp_path / "slurm" / "1" / "code").exists(), "a node has answered")
         (tmp_path / "slurm" / "full").touch()
         until(lambda: len(list((tmp_path / "slurm").glob("*/script"))) == 4, "all are submitted")
         sweep.kill()
         sweep.wait(30)
     (tmp_path / "slurm" / "full").unlink()
-    said = lab_in(tmp_path)(*command, "resume=true", **slurm)
+    said = lab_in(tmp_path)(*command, "resume=true", **variables)
     assert said.code == 0, said.text
     assert outcomes(tmp_path) == {"finished": 3}
 
 
-def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path) -> None:
-    slurm = slurm_in(tmp_path, **ALL_WAIT)
-    with started(tmp_path, *SWEEP, "tracking=none", **slurm) as sweep:
+def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path, slurm: Cluster) -> None:
+    variables = slurm(**ALL_WAIT)
+    with started(tmp_path, *SWEEP, "tracking=none", **variables) as sweep:
         until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
         os.kill(sweep.pid, signal.SIGINT)
         assert sweep.wait(60) == 130
@@ -169,15 +190,15 @@ def refused(said: Said, *words: str) -> None:
     assert "Traceback" not in said.err
 
 
-def test_a_node_that_does_not_see_the_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
-    slurm = slurm_in(tmp_path)
+def test_a_node_that_does_not_see_the_folder_is_refused_before_the_sweep(tmp_path: Path, slurm: Cluster) -> None:
+    variables = slurm()
     blind = tmp_path / "blind"
     shutil.copytree(FAKES / "slurm", blind, symlinks=True)
     (blind / "srun").unlink()
     (blind / "srun").write_text("#!/bin/sh\nexit 1\n")  # whose files are not seen there
     (blind / "srun").chmod(0o755)
-    slurm["PATH"] = os.pathsep.join([str(blind), os.environ["PATH"]])
-    refused(lab_in(tmp_path)(*SWEEP, "tracking=none", **slurm), "slurm 1", str(tmp_path), "share")
+    variables["PATH"] = os.pathsep.join([str(blind), os.environ["PATH"]])
+    refused(lab_in(tmp_path)(*SWEEP, "tracking=none", **variables), "slurm 1", str(tmp_path), "share")
     assert not list(tmp_path.rglob("sweep.json"))
 
 

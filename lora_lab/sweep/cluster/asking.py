@@ -1,17 +1,43 @@
-"""Ask a node of the cluster what it is and what it sees, before a sweep is planned."""
+"""Check a sweep for a cluster, and ask a node what it is and what it sees, before the sweep is planned."""
 
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import ClusterKind
 from lora_lab.sweep.cluster.engine import Engine, NotSubmitted, engine_of
 from lora_lab.sweep.cluster.node import Node, look, software
+from lora_lab.sweep.plan import GridPoint
 from lora_lab.trial.interrupt import ctrl_c
 
 POLL_SECONDS = 0.5
+
+
+def check_on_cluster(points: Sequence[GridPoint], config: DictConfig) -> None:
+    """Raise InvalidInput for a sweep whose trials cannot run on a cluster.
+
+    Args:
+        config: what Hydra composed without the points' overrides."""
+    kinds = {point.config.cluster.kind for point in points}
+    if kinds == {ClusterKind.local}:
+        return
+    name = f"cluster={next(kind.name for kind in kinds if kind is not ClusterKind.local)}"
+    if len({f"{point.config.cluster} {point.config.device == 'cpu'}" for point in points}) > 1:
+        raise InvalidInput(f"{name} holds for a whole sweep; give cluster and device one value each for all points.")
+    searched = next((point.searched for point in points if point.searched), "")
+    if searched:
+        raise InvalidInput(f"{searched}=max tries one value after the other on one card. Leave {name} out.")
+    launcher = config.hydra.runtime.choices.get("hydra/launcher")
+    if launcher not in (None, "basic"):
+        raise InvalidInput(f"hydra/launcher={launcher} and {name} both spread trials; leave one of them out.")
+    if config.hydra.job.env_set:
+        raise InvalidInput(f"hydra.job.env_set does not reach the nodes of {name}. Set variables before the command.")
 
 
 def ask_a_node(config: TrialConfig, folder: Path) -> Node:

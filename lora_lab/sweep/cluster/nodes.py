@@ -62,9 +62,15 @@ def attempt_to_run(sweep: SweepFolder, trial: Planned, engine: Engine) -> str:
     if latest is None or not _job_file(sweep, latest).exists() or sweep.over(latest) is not None:
         return sweep.next_attempt(trial)
     if take(_ticket(sweep, latest)):
-        engine.cancel(_job_of(sweep, latest))
+        _cancel(engine, _job_of(sweep, latest))
         return sweep.next_attempt(trial)
     return latest if _is_alive(sweep, latest) else sweep.next_attempt(trial)
+
+
+def _cancel(engine: Engine, job: str) -> None:
+    """End a job whose name is known."""
+    if job:
+        engine.cancel(job)
 
 
 def _job_of(sweep: SweepFolder, name: str) -> str:
@@ -162,7 +168,7 @@ class Nodes:
 
     def _end_all(self) -> None:
         for run in [*self._running.values()]:
-            self._engine.cancel(run.job)
+            _cancel(self._engine, run.job)
             if take(_ticket(self._sweep, run.name)):  # no node had begun it
                 del self._running[run.name]
         due = time.monotonic() + _ENDING_SECONDS
@@ -219,7 +225,7 @@ class Nodes:
             print(f"warning: {damaged}", file=sys.stderr)
             return
         if lost:
-            self._engine.cancel(run.job)  # the cluster may still think that it runs, or start it once more
+            _cancel(self._engine, run.job)  # the cluster may still think that it runs, or start it once more
             print(f"  {run.job}: {run.name}: {lost}", file=sys.stderr)
         if record is not None:
             self._deliver(trial, record)
