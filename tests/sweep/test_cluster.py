@@ -44,8 +44,8 @@ Cluster = Callable[..., dict[str, str]]
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Cluster]:
-    """`slurm(**sabotage)` returns the variables of a command that has a Slurm cluster, whose workers suffer that. No job
-    outlives the test."""
+    """`slurm(**sabotage)` returns the variables of a command that has a Slurm cluster, whose workers suffer that. No
+    job outlives the test."""
     yield functools.partial(_slurm_in, tmp_path)
     release(tmp_path)
     groups = [int(path.read_text()) for path in tmp_path.glob("slurm/*/pid")]
