@@ -147,6 +147,8 @@ class ClusterKind(Enum):
     local = "local"
     slurm = "slurm"
     """Each trial is a job of a Slurm cluster."""
+    ray = "ray"
+    """Each trial is a task of a Ray cluster."""
 
 
 class Plan(Enum):

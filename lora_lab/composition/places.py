@@ -33,11 +33,20 @@ def slot_faults(config: TrialConfig) -> list[str]:
 def cluster_faults(config: TrialConfig) -> list[str]:
     """Find what cannot be done on the machines of a cluster."""
     asked = config.cluster
+    found = [
+        f"cluster.{key}={value} has no effect with cluster={asked.kind.name}; leave it out, or choose "
+        f"cluster={kind.name}."
+        for key, value, kind in (
+            ("partition", asked.partition, ClusterKind.slurm),
+            ("address", asked.address, ClusterKind.ray),
+        )
+        if value is not None and kind is not asked.kind
+    ]
     if asked.kind is ClusterKind.local:
-        if asked.partition is None:
-            return []
-        return [f"cluster.partition={asked.partition} has no effect with cluster=local; add cluster=slurm."]
-    name, found = f"cluster={asked.kind.name}", []
+        return found
+    name = f"cluster={asked.kind.name}"
+    if asked.kind is ClusterKind.ray and asked.address is None:
+        found.append("cluster.address is missing; give the head of the Ray cluster, cluster.address=10.0.0.1:6379.")
     if config.tracking.kind is TrackingKind.local:
         found.append(
             f"{name}: the sweep's folder lies on a network file system, on which an SQLite database gets damaged. Use "

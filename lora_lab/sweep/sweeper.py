@@ -36,7 +36,8 @@ from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, Swee
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
-from lora_lab.sweep.cluster.engine import Engine, engine_of
+from lora_lab.sweep.cluster.choice import engine_of
+from lora_lab.sweep.cluster.engine import Engine
 from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text

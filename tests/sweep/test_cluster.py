@@ -2,8 +2,6 @@
 are processes of this machine: each trial ends once on disk and in the store, whoever dies meanwhile."""
 
 import contextlib
-import functools
-import json
 import os
 import shutil
 import signal
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import FAST, ON_CPU, RATES, SWEEP, end_nodes, in_step_2, node_of, outcomes, release, waiting
 from command_server import ADDRESS
 from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, until
 from mlflow.entities import Run
@@ -26,10 +25,7 @@ from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, Tracki
 from lora_lab.store.mlflow_names import read_back
 from lora_lab.sweep.cluster.node import take, taken_by
 
-FAST = ("model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len=32", "data=random_tokens")
-ON_SLURM = ("device=cpu", "cluster=slurm", "share_device=true")  # the nodes are one machine, whose CPU has a lock
-SWEEP = ("-m", *FAST, "data.rows=16", "learning_rate=1e-4,2e-4,3e-4", *ON_SLURM, "cluster.workers=2")
-ALL_WAIT = {rate: ["wait", "after step 2"] for rate in ("0.0001", "0.0002", "0.0003")}
+ON_SLURM = (*SWEEP, "cluster=slurm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,6 +33,7 @@ def _jobs_are_forked() -> None:
     """Have the jobs begin quickly, also in a run of these tests alone."""
     if ADDRESS not in os.environ and SERVER._socket is None:
         SERVER.share()
+        SERVER.environment = {**SERVER.environment, ADDRESS: os.environ[ADDRESS]}
 
 
 Cluster = Callable[..., dict[str, str]]
@@ -44,49 +41,19 @@ Cluster = Callable[..., dict[str, str]]
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Cluster]:
-    """`slurm(**sabotage)` returns the variables of a command that has a Slurm cluster, whose workers suffer that. No
-    job outlives the test."""
-    yield functools.partial(_slurm_in, tmp_path)
+    """`slurm(*rates)` returns the variables of a command that has a Slurm cluster, whose workers of these rates wait.
+    No job outlives the test."""
+
+    def variables(*rates: str) -> dict[str, str]:
+        path = os.pathsep.join([str(FAKES / "slurm"), os.environ["PATH"]])
+        return {**waiting(tmp_path, *rates), "PATH": path, "FAKE_SLURM": str(tmp_path / "slurm")}
+
+    yield variables
     release(tmp_path)
-    groups = [int(path.read_text()) for path in tmp_path.glob("slurm/*/pid")]
-    for pid in [*groups, *(node_of(tmp_path, path.stem) for path in tmp_path.rglob("*.ticket"))]:
+    end_nodes(tmp_path)
+    for path in tmp_path.glob("slurm/*/pid"):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-
-
-def _slurm_in(folder: Path, **sabotage: list[str]) -> dict[str, str]:
-    (folder / "sabotage.json").write_text(json.dumps(sabotage))
-    path = os.pathsep.join([str(FAKES / "saboteur"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        "PATH": os.pathsep.join([str(FAKES / "slurm"), os.environ["PATH"]]),
-        "FAKE_SLURM": str(folder / "slurm"),
-        "PYTHONPATH": path,
-        "SABOTAGE": str(folder / "sabotage.json"),
-        **{name: os.environ[name] for name in (ADDRESS,) if name in os.environ},
-    }
-
-
-def release(folder: Path) -> None:
-    """Let workers that wait go on."""
-    (folder / "sabotage.json").write_text("{}")
-
-
-def in_step_2(folder: Path) -> set[str]:
-    """The attempts whose workers have told their second step."""
-    paths = folder.glob("multirun/*/*/*/events.jsonl")
-    return {path.parent.name for path in paths if '"step": 2,' in path.read_text()}
-
-
-def node_of(folder: Path, attempt: str) -> int:
-    """The process that runs an attempt."""
-    [ticket] = folder.glob(f"multirun/*/*/cluster/{attempt}.ticket")
-    owner = taken_by(ticket)
-    assert owner is not None
-    return owner.pid
-
-
-def outcomes(folder: Path) -> Counter[str]:
-    return Counter(record["outcome"] for record in records_in(folder))
+            os.killpg(int(path.read_text()), signal.SIGKILL)
 
 
 def runs_of(uri: str) -> list[tuple[Run, dict[str, str]]]:
@@ -105,48 +72,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def test_each_trial_is_a_job_and_its_record_reaches_the_server_once(
+def test_each_trial_is_a_job_and_runs_again_when_its_node_is_lost(
     tmp_path: Path, server: Server, slurm: Cluster
 ) -> None:
-    variables = slurm()
-    command = (*SWEEP, "tracking=server", f"tracking.uri={server.uri}")
-    said = lab_in(tmp_path)(*command, **variables)
-    assert said.code == 0, said.text
-    assert len(list((tmp_path / "slurm").glob("*/script"))) == 4, "the trials, and a look at a node"
-    records = records_in(tmp_path)
-    assert [(record["outcome"], record["tags"]["cluster"]) for record in records] == [("finished", "slurm")] * 3
-    for record in records:
-        assert "cluster" not in record["tags"]["command"], "the command runs this trial alone, on this machine"
-        assert int(record["tags"]["process.pid"]) != os.getpid()
-    spans = []
-    for path in tmp_path.glob("multirun/*/*/*/events.jsonl"):
-        times = [json.loads(line)["t"] for line in path.read_text().splitlines()]
-        spans.append((min(times), max(times)))
-    assert all(sum(begin <= at <= end for begin, end in spans) <= 2 for at, _ in spans), "two at a time"
-    runs = runs_of(server.uri)
-    assert Counter(run.info.status for run, _ in runs) == {"FINISHED": 3}
-    assert sorted(tags["trial"] for _, tags in runs) == ["0", "1", "2"]
-    again = lab_in(tmp_path)(*command, "resume=true", **variables)
-    assert (again.code, "nothing left to run" in again.out) == (0, True), again.text
-    assert len(runs_of(server.uri)) == 3
-
-
-def test_a_trial_whose_node_is_lost_is_recorded_and_runs_again(tmp_path: Path, slurm: Cluster) -> None:
-    with started(tmp_path, *SWEEP, "tracking=none", **slurm(**ALL_WAIT)) as sweep:
+    command, variables = (*ON_SLURM, "tracking=server", f"tracking.uri={server.uri}"), slurm(*RATES)
+    with started(tmp_path, *command, **variables) as sweep:
         until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
+        assert len(list((tmp_path / "slurm").glob("*/script"))) == 3, "a look at a node, and two trials at a time"
         os.kill(node_of(tmp_path, "0000"), signal.SIGKILL)
         until(lambda: "0000-2" in in_step_2(tmp_path), "the trial runs on another node")
         release(tmp_path)
         assert sweep.wait(120) == 0, sweep.communicate()[0]
     assert outcomes(tmp_path) == {"killed": 1, "finished": 3}
-    assert [r["outcome"] for r in records_in(tmp_path) if r["tags"]["trial"] == "0"] == ["killed", "finished"]
+    for record in records_in(tmp_path):
+        assert record["tags"]["cluster"] == "slurm"
+        assert "cluster" not in record["tags"]["command"], "the command runs this trial alone, on this machine"
+    runs = runs_of(server.uri)
+    ended = Counter((tags["trial"], run.info.status) for run, tags in runs)
+    assert ended == {("0", "KILLED"): 1, **{(trial, "FINISHED"): 1 for trial in "012"}}
+    again = lab_in(tmp_path)(*command, "resume=true", **variables)
+    assert (again.code, "nothing left to run" in again.out) == (0, True), again.text
+    assert len(runs_of(server.uri)) == len(runs)
 
 
-def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not_run_twice(
-    tmp_path: Path, slurm: Cluster
-) -> None:
-    variables = slurm(**{"0.0001": ["wait", "after step 2"]})
-    command = (*SWEEP, "tracking=none")
+def test_what_still_runs_when_a_lost_sweep_is_resumed_is_not_run_twice(tmp_path: Path, slurm: Cluster) -> None:
+    variables = slurm(RATES[0])
+    command = (*ON_SLURM, "tracking=none")
     with started(tmp_path, *command, **variables) as sweep:
         until(lambda: outcomes(tmp_path)["finished"] == 2 and len(in_step_2(tmp_path)) == 3, "the last waits")
         sweep.kill()
@@ -161,8 +112,9 @@ def test_a_sweep_whose_process_is_lost_is_resumed_and_what_runs_meanwhile_is_not
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
+@pytest.mark.nightly
 def test_a_job_that_waits_for_a_node_is_taken_back_by_resume(tmp_path: Path, slurm: Cluster) -> None:
-    variables, command = slurm(), (*SWEEP, "tracking=none", "cluster.workers=3")
+    variables, command = slurm(), (*ON_SLURM, "tracking=none", "cluster.workers=3")
     with started(tmp_path, *command, **variables) as sweep:
         until(lambda: (tmp_path / "slurm" / "1" / "code").exists(), "a node has answered")
         (tmp_path / "slurm" / "full").touch()
@@ -175,9 +127,10 @@ def test_a_job_that_waits_for_a_node_is_taken_back_by_resume(tmp_path: Path, slu
     assert outcomes(tmp_path) == {"finished": 3}
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path, slurm: Cluster) -> None:
-    variables = slurm(**ALL_WAIT)
-    with started(tmp_path, *SWEEP, "tracking=none", **variables) as sweep:
+    variables = slurm(*RATES)
+    with started(tmp_path, *ON_SLURM, "tracking=none", **variables) as sweep:
         until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
         os.kill(sweep.pid, signal.SIGINT)
         assert sweep.wait(60) == 130
@@ -198,13 +151,13 @@ def test_a_node_that_does_not_see_the_folder_is_refused_before_the_sweep(tmp_pat
     (blind / "srun").write_text("#!/bin/sh\nexit 1\n")  # whose files are not seen there
     (blind / "srun").chmod(0o755)
     variables["PATH"] = os.pathsep.join([str(blind), os.environ["PATH"]])
-    refused(lab_in(tmp_path)(*SWEEP, "tracking=none", **variables), "slurm 1", str(tmp_path), "share")
+    refused(lab_in(tmp_path)(*ON_SLURM, "tracking=none", **variables), "slurm 1", str(tmp_path), "share")
     assert not list(tmp_path.rglob("sweep.json"))
 
 
 def test_without_slurm_or_without_a_sweep_it_is_refused(tmp_path: Path) -> None:
-    refused(lab_in(tmp_path)(*SWEEP, "tracking=none"), "sbatch", "login node")
-    refused(lab_in(tmp_path)(*FAST, *ON_SLURM, "tracking=none"), "cluster=slurm", "-m")
+    refused(lab_in(tmp_path)(*ON_SLURM, "tracking=none"), "sbatch", "login node")
+    refused(lab_in(tmp_path)(*FAST, *ON_CPU, "cluster=slurm", "tracking=none"), "cluster=slurm", "-m")
     assert not list(tmp_path.rglob("trial.json"))
 
 
@@ -218,6 +171,11 @@ def test_without_slurm_or_without_a_sweep_it_is_refused(tmp_path: Path) -> None:
         ({"plan": Plan.fits}, ["plan=fits"]),
         ({"isolation": Isolation.inline}, ["isolation=inline"]),
         ({"cluster": ClusterConfig(partition="a100")}, ["cluster.partition=a100", "cluster=slurm"]),
+        (
+            {"cluster": ClusterConfig(kind=ClusterKind.slurm, address="10.0.0.1:6379")},
+            ["cluster.address=10.0.0.1:6379"],
+        ),
+        ({"cluster": ClusterConfig(kind=ClusterKind.ray)}, ["cluster.address="]),
     ],
 )
 def test_settings_that_no_cluster_takes_are_faults(changes: dict[str, Any], words: list[str]) -> None:

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.options import ClusterKind
-from lora_lab.sweep.cluster.engine import Engine, NotSubmitted, engine_of
+from lora_lab.sweep.cluster.choice import engine_of
+from lora_lab.sweep.cluster.engine import Engine, NotSubmitted
 from lora_lab.sweep.cluster.node import Node, look, software
 from lora_lab.sweep.plan import GridPoint
 from lora_lab.trial.interrupt import ctrl_c

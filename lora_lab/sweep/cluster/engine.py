@@ -1,10 +1,7 @@
 """What a cluster has to do for a sweep: run a function on some node, and say what became of it."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
-
-from lora_lab.cluster_config import ClusterConfig
 
 
 class NotSubmitted(RuntimeError):
@@ -35,16 +32,3 @@ class Engine(Protocol):
     def cancel(self, job: str) -> None:
         """End a job that runs, or take it back where it waits. A job that is over stays as it is."""
         ...
-
-
-def engine_of(asked: ClusterConfig, on_card: bool, folder: Path) -> Engine:
-    """Return the cluster that was asked for.
-
-    Args:
-        on_card: whether each job needs a card.
-        folder: gets the jobs' files; the nodes have to see it.
-
-    Raises: InvalidInput when it cannot be used from here."""
-    from lora_lab.sweep.cluster.slurm import Slurm  # with what only that needs
-
-    return Slurm(asked, on_card, folder)

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from lora_lab.cluster_config import ClusterConfig
 from lora_lab.files import write_text
+from lora_lab.options import ClusterKind
 from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store import heartbeat
@@ -146,8 +147,10 @@ class Nodes:
         if _is_alive(self._sweep, name):
             self._note(_Run(request=request, job=_job_of(self._sweep, name), number=1))
             return
-        limit = self._asked.minutes - _MINUTES_TO_RECORD
-        config = replace(request.config, timeout_minutes=min(request.config.timeout_minutes or limit, limit))
+        config = request.config
+        if self._asked.kind is ClusterKind.slurm:
+            limit = self._asked.minutes - _MINUTES_TO_RECORD
+            config = replace(config, timeout_minutes=min(config.timeout_minutes or limit, limit))
         self._start(replace(request, config=config, cluster=self._asked.kind.name), 1)
 
     def next_ended(self) -> None:
