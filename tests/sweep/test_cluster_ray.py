@@ -46,6 +46,7 @@ def head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         process.wait(20)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 @needs_ray

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lora_lab.cluster_config import ClusterConfig
 from lora_lab.config import InvalidInput
 from lora_lab.sweep.cluster.engine import NotSubmitted
 
 _AUTH = "RAY_AUTH_MODE"
+_THREADS = "OMP_NUM_THREADS"
 
 
 class RayTasks:
@@ -90,7 +93,17 @@ def _call(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...])
     """Call a function in the folder that the command was typed in: relative paths lead from there."""
     with contextlib.suppress(FileNotFoundError):  # what is called says what the node does not see
         os.chdir(folder)
+    _unset_threads()
     return function(*arguments)
+
+
+def _unset_threads() -> None:
+    """Remove the number of threads that Ray gives each task, one for the core that it reserves: a trial has as many as
+    on a machine without Ray, unless the user has said how many where the cluster was started."""
+    with contextlib.suppress(psutil.Error):
+        raylet = psutil.Process().parent()
+        if raylet is not None and _THREADS not in raylet.environ():
+            os.environ.pop(_THREADS, None)
 
 
 def _is_here(address: str) -> bool:
