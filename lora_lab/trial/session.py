@@ -51,6 +51,9 @@ from lora_lab.trial.standing import show_line
 _MOST_SECONDS_TO_CLAIM = 10.0
 """How long a job that goes on waits for another start that delivers its record."""
 
+ENDED_BY_CLUSTER = "ended by the cluster"
+"""How the reason begins of a trial whose node was taken back."""
+
 _ENDING = threading.Lock()
 _CPU_IS_SHARED = "trials on other slots use the CPU too, and one counter has the energy of all of it"
 
@@ -145,7 +148,7 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
         end = _measure(state)
     except KeyboardInterrupt as error:
         interrupted = error
-        reason = f"ended by the cluster ({cluster})" if cluster else "interrupted by Ctrl-C"
+        reason = f"{ENDED_BY_CLUSTER} ({cluster})" if cluster else "interrupted by Ctrl-C"
         end = End(outcome=Outcome.killed, reason=reason)
     if end.outcome is Outcome.refused:
         if state.request.member is None and state.request.resumed is None:

@@ -68,7 +68,7 @@ def _ask(config: TrialConfig, place: Path) -> Node:
     print(f"asking a node of the cluster what it is ({job})", file=sys.stderr, flush=True)
     node = _answer(engine, job)
     if isinstance(node, str):
-        raise InvalidInput(f"cluster={kind}: the node {node}.")
+        raise InvalidInput(f"cluster={kind}: the node {node.rstrip('.')}.")
     if node is None or not (place / "seen").exists():
         raise InvalidInput(
             f"cluster={kind}: {job} has ended, and no answer of its node is in {place.parent}. The folder of a sweep "

@@ -24,13 +24,13 @@ from lora_lab.store.finishing import finish_for_dead
 from lora_lab.store.outbox import Outbox
 from lora_lab.store.record import Record
 from lora_lab.store.sweep_folder import Planned, SweepFolder
-from lora_lab.store.trial_folder import TrialFolder
+from lora_lab.store.trial_folder import MANIFEST, TrialFolder
 from lora_lab.sweep.cluster.asking import POLL_SECONDS
 from lora_lab.sweep.cluster.engine import Engine, NotSubmitted
 from lora_lab.sweep.cluster.node import Told, run_trial, take, taken_by
 from lora_lab.telemetry.figures import Summary
 from lora_lab.trial.interrupt import ctrl_c
-from lora_lab.trial.session import Request
+from lora_lab.trial.session import ENDED_BY_CLUSTER, Request
 from lora_lab.trial.standing import show_line
 
 MOST_ATTEMPTS = 3
@@ -38,6 +38,9 @@ MOST_ATTEMPTS = 3
 
 _MINUTES_TO_RECORD = 2.0
 """A trial ends by itself this long before the cluster would end it, so that its record says timed_out."""
+
+_VISIBLE_SECONDS = 90.0
+"""How long a record that a node has written may take until it is seen here."""
 
 _ENDING_SECONDS = 60.0
 """How long trials that are ended may take to record what they have measured."""
@@ -62,10 +65,12 @@ def attempt_to_run(sweep: SweepFolder, trial: Planned, engine: Engine) -> str:
     latest = sweep.latest_attempt(trial)
     if latest is None or not _job_file(sweep, latest).exists() or sweep.over(latest) is not None:
         return sweep.next_attempt(trial)
+    job = _job_of(sweep, latest)
     if take(_ticket(sweep, latest)):
-        _cancel(engine, _job_of(sweep, latest))
+        _cancel(engine, job)
         return sweep.next_attempt(trial)
-    return latest if _is_alive(sweep, latest) else sweep.next_attempt(trial)
+    refused = job and engine.is_over(job) and not (sweep.path / latest / MANIFEST).exists()
+    return latest if _is_alive(sweep, latest) and not refused else sweep.next_attempt(trial)
 
 
 def _cancel(engine: Engine, job: str) -> None:
@@ -186,15 +191,15 @@ class Nodes:
 
     def _start(self, request: Request, number: int) -> None:
         name = request.folder.name
-        ticket = _ticket(self._sweep, name)
-        ticket.unlink(missing_ok=True)  # of an attempt before, where a job goes on in its folder
-        write_text(_job_file(self._sweep, name), "")
+        ticket, noted = _ticket(self._sweep, name), _job_file(self._sweep, name)
         try:
+            ticket.unlink(missing_ok=True)  # of an attempt before, where a job goes on in its folder
+            write_text(noted, "")  # now a later start knows that a node may take the ticket
             job = self._engine.start(run_trial, request, ticket, self._device)
-        except NotSubmitted as error:
+            write_text(noted, f"{job}\n")
+        except (NotSubmitted, OSError) as error:
             self.broken.append(f"{name}: {error}")
             return
-        write_text(_job_file(self._sweep, name), f"{job}\n")
         self._note(_Run(request=request, job=job, number=number))
 
     def _note(self, run: _Run) -> None:
@@ -221,9 +226,12 @@ class Nodes:
             return
         trial = TrialFolder(run.request.folder)
         try:
-            record = trial.record()
-            lost = told.lost if isinstance(told, Told) else "" if record is not None else self._last_words(run)
-            record = record or _record_of_lost(trial)
+            record = _record_of_ended(trial) if isinstance(told, Told) else trial.record()
+            reason = "" if record is None else record.tags.get("reason", "")
+            lost = reason if reason.startswith(ENDED_BY_CLUSTER) else ""
+            if record is None:
+                lost = told.lost if isinstance(told, Told) and told.lost else self._last_words(run)
+                record = _record_of_lost(trial)
         except Damaged as damaged:
             print(f"warning: {damaged}", file=sys.stderr)
             return
@@ -263,6 +271,18 @@ class Nodes:
         with contextlib.suppress(OSError):
             self._sweep.write(plan)
         return replace(run.request, folder=folder, resumed=TrialFolder(folder).manifest())
+
+
+def _record_of_ended(trial: TrialFolder) -> Record | None:
+    """Return the record that a node has written, once it is seen here. A network file system may hide it for a while.
+
+    Raises: Damaged."""
+    due = time.monotonic() + (_VISIBLE_SECONDS if trial.manifest() is not None else 0.0)
+    while (record := trial.record()) is None and time.monotonic() < due:
+        with contextlib.suppress(OSError):
+            trial.path.chmod(trial.path.stat().st_mode)  # has the client ask the server
+        time.sleep(POLL_SECONDS)
+    return record
 
 
 def _record_of_lost(trial: TrialFolder) -> Record | None:
