@@ -4,6 +4,7 @@ submitted them."""
 import contextlib
 import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_lab.config import InvalidInput
 from lora_lab.sweep.cluster.engine import NotSubmitted
 
 _AUTH = "RAY_AUTH_MODE"
+_ANSWER_SECONDS = 10.0
 _THREADS = "OMP_NUM_THREADS"
 
 
@@ -30,6 +32,7 @@ class RayTasks:
                 f"authentication can run programs on it. Start the cluster with {_AUTH}=token, and type the command "
                 "with it too."
             )
+        _check_answers(address)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
@@ -38,7 +41,7 @@ class RayTasks:
         if not ray.is_initialized():
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 raise InvalidInput(
                     f"cluster.address={address}: no Ray cluster answers this machine ({str(error).splitlines()[0]}). "
                     "Type the command on a machine that has joined the cluster with ray start."
@@ -89,6 +92,18 @@ class RayTasks:
             return error
 
 
+def _check_answers(address: str) -> None:
+    """Raise InvalidInput where nobody answers at an address; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InvalidInput(
+            f"cluster.address={address}: nobody answers there ({error}). Give the head of a Ray cluster that runs, as "
+            "ray start --head has shown it, for example cluster.address=10.0.0.1:6379."
+        ) from error
+
+
 def _call(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call a function in the folder that the command was typed in: relative paths lead from there."""
     with contextlib.suppress(FileNotFoundError):  # what is called says what the node does not see
@@ -108,7 +123,7 @@ def _unset_threads() -> None:
 
 def _is_here(address: str) -> bool:
     """Return whether an address (host:port) is one that only this machine reaches."""
-    host = address.rpartition(":")[0].strip("[]")
+    host = (address.rpartition(":")[0] or address).strip("[]")
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
