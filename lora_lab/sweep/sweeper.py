@@ -39,7 +39,7 @@ from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
 from lora_lab.sweep.cluster.choice import engine_of
 from lora_lab.sweep.cluster.engine import Engine
 from lora_lab.sweep.cluster.node import Node
-from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder
+from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder, take_back
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
@@ -149,6 +149,8 @@ class Grid(Sweeper):
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
             pending = _pending(folder, trials, memory)
+            if found and not self._node:
+                take_back(folder, pending)
             if found:
                 works = check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:

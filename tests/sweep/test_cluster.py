@@ -105,6 +105,8 @@ def test_what_still_runs_when_a_lost_sweep_is_resumed_is_not_run_twice(tmp_path:
         sweep.wait(30)
     assert outcomes(tmp_path) == {"finished": 2}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    here = lab_in(tmp_path)(*SWEEP[:-1], "tracking=none", "resume=true", **variables)
+    refused(here, "slurm ", "cluster=slurm")
     with started(tmp_path, *command, "resume=true", **variables) as sweep:
         until(lambda: len(list((tmp_path / "slurm").glob("*/script"))) == 5, "it has asked a node")
         release(tmp_path)

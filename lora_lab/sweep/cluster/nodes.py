@@ -7,13 +7,14 @@ ticket, a file that either a node takes to run it, or this process to prevent th
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
 from lora_lab.cluster_config import ClusterConfig
+from lora_lab.config import InvalidInput
 from lora_lab.files import write_text
 from lora_lab.options import ClusterKind
 from lora_lab.outcome import End, Outcome
@@ -34,7 +35,7 @@ from lora_lab.trial.session import ENDED_BY_CLUSTER, Request
 from lora_lab.trial.standing import show_line
 
 MOST_ATTEMPTS = 3
-"""So often a trial is run in one start of a sweep when the cluster ends it or its node is lost."""
+"""How many times one start of a sweep runs a trial that the cluster ends, or whose node is lost."""
 
 _MINUTES_TO_RECORD = 2.0
 """A trial ends by itself this long before the cluster would end it, so that its record says timed_out."""
@@ -57,6 +58,22 @@ def _ticket(sweep: SweepFolder, name: str) -> Path:
 
 def _job_file(sweep: SweepFolder, name: str) -> Path:
     return jobs_folder(sweep) / f"{name}.job"
+
+
+def take_back(sweep: SweepFolder, trials: Sequence[Planned]) -> None:
+    """Take back what an earlier start has submitted to a cluster, before this machine runs these trials itself.
+
+    Raises: InvalidInput when a node still runs one of them."""
+    for trial in trials:
+        latest = sweep.latest_attempt(trial)
+        if latest is None or not _job_file(sweep, latest).exists() or sweep.over(latest) is not None:
+            continue
+        if not take(_ticket(sweep, latest)) and _is_alive(sweep, latest):
+            job = _job_of(sweep, latest)
+            raise InvalidInput(
+                f"a node still runs {latest} ({job or 'a job'}) for an earlier start of the sweep in {sweep.path}. Add "
+                f"cluster={job.partition(' ')[0] or 'slurm'} to wait for it, or end that job first."
+            )
 
 
 def attempt_to_run(sweep: SweepFolder, trial: Planned, engine: Engine) -> str:

@@ -58,7 +58,10 @@ class Slurm:
         return name
 
     def is_over(self, job: str) -> bool:
-        """Return whether a job has told its result, or Slurm says that it has ended without one."""
+        """Return whether a job has told its result, or Slurm says that it has ended without one. Nothing is known about
+        the jobs of another cluster."""
+        if not job.startswith(_NAME):
+            return False
         known = self._job(job)
         if known.paths.result_pickle.exists():
             return True
@@ -70,6 +73,8 @@ class Slurm:
         """Return what the function returned; None when it did not."""
         from submitit.core.utils import pickle_load
 
+        if not job.startswith(_NAME):
+            return None
         known = self._job(job)
         if not known.paths.result_pickle.exists():
             return None
@@ -82,7 +87,8 @@ class Slurm:
 
     def cancel(self, job: str) -> None:
         """End a job with scancel."""
-        self._job(job).cancel(check=False)
+        if job.startswith(_NAME):
+            self._job(job).cancel(check=False)
 
     def _job(self, name: str) -> Any:
         """Return a job, also one of an earlier process."""
