@@ -76,13 +76,14 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lora_lab.cluster_config import ClusterConfig
     from lora_lab.composition.command import shortest_command
     from lora_lab.composition.compose import load
     from lora_lab.composition.explanations import COMPOSITION_ERRORS
     from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.composition.keys import GROUPS
     from lora_lab.config import InvalidInput, PlacementConfig
-    from lora_lab.options import PlacementKind
+    from lora_lab.options import ClusterKind, PlacementKind
     from lora_lab.outcome import EXIT_REFUSED
     from lora_lab.reading import Damaged, parsed, typed
     from lora_lab.resume import SETTINGS_OF_THE_JOB, resumption
@@ -114,6 +115,14 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
         choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
         if config.placement.kind is PlacementKind.each_gpu:  # each of its trials is an ordinary one, on one device
             config, choices["placement"] = replace(config, placement=PlacementConfig()), PlacementKind.one.name
+        cluster = config.cluster.kind
+        if cluster is not ClusterKind.local:
+            if not handed:
+                raise InvalidInput(
+                    f"cluster={cluster.name} runs the trials of a sweep on other machines. Add -m and several values "
+                    "of a setting, for example -m batch_size=1,2, or leave it out."
+                )
+            config, choices["cluster"] = replace(config, cluster=ClusterConfig()), ClusterKind.local.name
         if config.resume and not in_sweep:
             request = resumption(folder, config, choices, hydra_config.overrides.task)
         else:

@@ -7,6 +7,7 @@ from the yaml files under conf/.
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.cluster_config import ClusterConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.options import (
     Attention,
@@ -299,6 +300,7 @@ class TrialConfig:
     train: TrainConfig = setting(factory=TrainConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig, effect=Effect.none)
     placement: PlacementConfig = setting(factory=PlacementConfig)
+    cluster: ClusterConfig = setting(factory=ClusterConfig, effect=Effect.none)
     batch_size: int = setting(2, "rows in a micro-batch; max in a sweep finds the most that fit", above=0, most=10**6)
     grad_accum_steps: int = setting(1, "micro-batches in an optimizer step", above=0, most=10**6)
     seq_len: int = setting(

@@ -141,6 +141,16 @@ class PlacementKind(Enum):
     ddp = "ddp"
 
 
+class ClusterKind(Enum):
+    """Machines that the trials of a sweep run on."""
+
+    local = "local"
+    slurm = "slurm"
+    """Each trial is a job of a Slurm cluster."""
+    ray = "ray"
+    """Each trial is a task of a Ray cluster."""
+
+
 class Plan(Enum):
     """Whether a trial runs that certainly does not fit its card, by lora_lab.fit."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
+from lora_lab.composition.places import cluster_faults, data_parallel_faults, slot_faults
 from lora_lab.config import (
     ALL,
     AUTO,
@@ -31,7 +32,6 @@ from lora_lab.options import (
     EngineKind,
     Isolation,
     ModelSource,
-    PlacementKind,
     Quantization,
     TrackingKind,
     Weights,
@@ -60,8 +60,9 @@ def faults(config: TrialConfig) -> list[str]:
         *_data_faults(config),
         *_train_faults(config),
         *_place_faults(config),
-        *_slot_faults(config),
-        *_data_parallel_faults(config),
+        *slot_faults(config),
+        *data_parallel_faults(config),
+        *cluster_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),
     ]
@@ -309,33 +310,6 @@ def _place_faults(config: TrialConfig) -> list[str]:
     return [*found, *_register_faults(config.tracking)]
 
 
-def _slot_faults(config: TrialConfig) -> list[str]:
-    """Find what placement=each_gpu cannot do, and what only it and ddp can."""
-    asked, found = config.placement, []
-    if asked.kind is PlacementKind.one:
-        return [
-            f"placement.{name}={value} has no effect with placement=one. Leave it out, or choose placement=each_gpu or "
-            "placement=ddp."
-            for name, value in (("gpus", asked.gpus), ("workers", asked.workers))
-            if value is not None
-        ]
-    if asked.kind is not PlacementKind.each_gpu:
-        return []
-    if asked.gpus is not None and asked.workers is not None:
-        found.append("placement.gpus counts cards and placement.workers shares of a CPU; give one of them.")
-    if config.device not in ("auto", "cpu"):
-        found.append(
-            f"device={config.device} names one device, and placement=each_gpu uses several; leave one of them out, or "
-            "show it the cards with CUDA_VISIBLE_DEVICES."
-        )
-    if config.repeats == AUTO:
-        found.append(
-            "repeats=auto compares trials that run one after the other on one card, and placement=each_gpu runs them "
-            "on several; leave one of them out."
-        )
-    return found
-
-
 def _register_faults(tracking: TrackingConfig) -> list[str]:
     name, found = tracking.register, list[str]()
     if name is None:
@@ -349,30 +323,6 @@ def _register_faults(tracking: TrackingConfig) -> list[str]:
         found.append(
             "tracking.register needs a store, and tracking=none has none; use tracking=local or tracking=server."
         )
-    return found
-
-
-def _data_parallel_faults(config: TrialConfig) -> list[str]:
-    """Find what a trial over several cards cannot have."""
-    asked = config.placement
-    if asked.kind is not PlacementKind.ddp:
-        return []
-    found = [
-        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
-        for name in ("gpus", "workers")
-        if getattr(asked, name) == 1
-    ]
-    if asked.gpus is not None and asked.workers is not None:
-        found.append("placement.gpus and placement.workers are both set: gpus counts cards, workers is for the CPU.")
-    if config.device not in ("auto", "cpu"):
-        found.append(
-            f"device={config.device} names one card, and placement=ddp uses several. Leave it out; "
-            "CUDA_VISIBLE_DEVICES chooses among the cards."
-        )
-    if config.device == "cpu" and asked.gpus is not None:
-        found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
-    if config.isolation is Isolation.inline:
-        found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
     return found
 
 

@@ -212,6 +212,11 @@ class SweepFolder:
         """Return whether an attempt at the trial was begun."""
         return bool(self._attempts(trial))
 
+    def latest_attempt(self, trial: Planned) -> str | None:
+        """Return the name of the folder of the latest attempt at a trial; None when there is none."""
+        numbers = self._attempts(trial)
+        return _name(trial, max(numbers)) if numbers else None
+
     def next_attempt(self, trial: Planned) -> str:
         """Return the name of a folder for one more attempt. The folders of earlier attempts stay. A job that saved a
         checkpoint goes on in its own folder."""

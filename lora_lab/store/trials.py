@@ -129,7 +129,8 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The trials of one place. The cards of a sweep with placement=each_gpu, which are alike, are one place."""
+    """The trials of one place. The cards of a sweep with placement=each_gpu or on a cluster, which are alike, are one
+    place."""
 
     place: Place
     trials: tuple[Trial, ...]
@@ -157,8 +158,12 @@ def groups(trials: Sequence[Trial]) -> list[Group]:
 
 
 def _units(trials: Sequence[Trial]) -> dict[tuple[str | None, Place], set[str]]:
-    """Return the cards of each sweep whose trials ran side by side, by all else that makes a place."""
-    beside = {trial.sweep for trial in trials if trial.sweep is not None and trial.card and "slot" in trial.tags}
+    """Return the cards of each sweep whose trials ran side by side or on a cluster, by all else that makes a place."""
+    beside = {
+        trial.sweep
+        for trial in trials
+        if trial.sweep is not None and trial.card and trial.tags.keys() & {"slot", "cluster"}
+    }
     found: dict[tuple[str | None, Place], set[str]] = {}
     for trial in trials:
         if trial.sweep in beside and trial.card:

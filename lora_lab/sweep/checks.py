@@ -6,6 +6,7 @@ from dataclasses import replace
 from lora_lab.config import InvalidInput
 from lora_lab.options import Isolation
 from lora_lab.store.sweep_folder import SweepFolder
+from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.forecasting import rates_known
 from lora_lab.sweep.plan import GridPoint
@@ -16,7 +17,7 @@ from lora_lab.work import Workload
 CHECK_LOG = "check.log"
 
 
-def check_new(points: list[GridPoint], folder: SweepFolder) -> dict[str, Workload]:
+def check_new(points: list[GridPoint], folder: SweepFolder, node: Node | None = None) -> dict[str, Workload]:
     """Check the points of a new sweep, and note the conditions that they run under. Returns what `check_points` does.
 
     Raises: InvalidInput."""
@@ -26,7 +27,7 @@ def check_new(points: list[GridPoint], folder: SweepFolder) -> dict[str, Workloa
         )
     works = check_points(folder, points)
     # only now: the check may have fetched a hub model's description, and with it its commit
-    points[:] = [replace(point, conditions=conditions_here(point.config)) for point in points]
+    points[:] = [replace(point, conditions=conditions_here(point.config, node)) for point in points]
     return works
 
 

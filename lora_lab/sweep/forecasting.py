@@ -7,6 +7,7 @@ from typing import Any
 from lora_lab.config import TrialConfig
 from lora_lab.forecast.display import in_one_line
 from lora_lab.forecast.total import Asked, Total, speeds_of, total
+from lora_lab.options import ClusterKind
 from lora_lab.outcome import Outcome
 from lora_lab.paths import MULTIRUN
 from lora_lab.store.sweep_folder import Planned, outlines
@@ -81,4 +82,6 @@ def _trial(outline: Mapping[str, Any]) -> Trial:
 
 
 def _card(config: TrialConfig) -> Card | None:
+    if config.cluster.kind is not ClusterKind.local:
+        return None  # the trials run on another one than is here
     return next(iter(choose_placement(config.device).cards), None)

@@ -14,7 +14,9 @@ from lora_lab.composition.arguments import MOST_POINTS, check_point_count
 from lora_lab.composition.compose import load
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
+from lora_lab.options import ClusterKind
 from lora_lab.store.fingerprint import conditions, point_digest
+from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.contrasts import check_typed
 from lora_lab.sweep.display import progress
 from lora_lab.sweep.plan import GridPoint, without_twins
@@ -78,7 +80,8 @@ def compose_points(loader: ConfigLoader, config: DictConfig, found: Sequence[lis
         try:
             composed = _compose(loader, config, overrides)
             check_inputs(composed)
-            now = conditions_here(composed)
+            on_cluster = composed.cluster.kind is not ClusterKind.local
+            now = {} if on_cluster else conditions_here(composed)  # a node is asked once all points are in order
         except InvalidInput as refusal:
             for fault in refusal.faults:
                 faults.setdefault(fault, []).append(" ".join(overrides))
@@ -103,11 +106,11 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
     return load(composed)
 
 
-def conditions_here(config: TrialConfig) -> dict[str, str]:
-    """Return what decides a trial's result on this machine besides the config. Pairs of repeats=auto stay on one card,
-    so there the card itself counts."""
-    placement = placement_in_sweep(config)
-    found = conditions(config, placement)
+def conditions_here(config: TrialConfig, node: Node | None = None) -> dict[str, str]:
+    """Return what decides a trial's result on this machine, or on a node, besides the config. Pairs of repeats=auto
+    stay on one card, so there the card itself counts."""
+    placement = node.placement if node else placement_in_sweep(config)
+    found = conditions(config, placement) | (node.device if node else {})
     if config.repeats == AUTO and placement.cards:
         found["device.uuid"] = placement.cards[0].uuid
     return found

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import groupby
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -44,13 +43,14 @@ class Job:
 
 
 def launch_side_by_side(
-    context: HydraContext, task: Callable[..., Any], config: DictConfig, slots: Sequence[Slot], jobs: Sequence[Job]
+    context: HydraContext, task: Callable[..., Any], config: DictConfig, runner: "Runner", jobs: Sequence[Job]
 ) -> list[str]:
-    """Compose trials as Hydra does, and run them side by side.
+    """Compose trials as Hydra does, and run them several at a time.
 
     Args:
         task: `job` in lora_lab/__main__.py.
         config: as the sweeper has it.
+        runner: runs them.
 
     Returns: what lora_lab itself failed with, a line for each trial that it failed in.
 
@@ -71,7 +71,7 @@ def launch_side_by_side(
         return composed[0] if composed else None  # a refusal was printed
 
     broken: list[str] = []
-    with Threads(slots, SweepFolder(Path(config.hydra.sweep.dir))) as runner:
+    with runner:
         run_in_blocks(runner, jobs, prepare)
     return broken + runner.broken
 
@@ -82,7 +82,16 @@ def failures(returned: Sequence[JobReturn]) -> list[str]:
 
 
 class Runner(Protocol):
-    """Whoever runs trials, several at a time."""
+    """Whoever runs trials, several at a time. Use it in a `with` block in the main thread, which takes Ctrl-C."""
+
+    broken: list[str]
+    """What was not run as it should have been, a line for each trial."""
+
+    def __enter__(self) -> "Runner": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     @property
     def free(self) -> int:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lora_lab.comparison.rule import RULE_TAG, Rule
-from lora_lab.composition.arguments import as_typed, quoted
+from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
-from lora_lab.options import Isolation
+from lora_lab.options import ClusterKind, Isolation
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
 from lora_lab.placement import Placement
-from lora_lab.secrets import without_secrets
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
 from lora_lab.store.multirun import point_latest
@@ -36,14 +35,20 @@ from lora_lab.store.recovery import remember_outside
 from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
+from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
+from lora_lab.sweep.cluster.choice import engine_of
+from lora_lab.sweep.cluster.engine import Engine
+from lora_lab.sweep.cluster.node import Node
+from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder, take_back
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
 from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
 from lora_lab.sweep.fitting import Judged, judged, show_judged
 from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
 from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
-from lora_lab.sweep.points import combinations, compose_points
-from lora_lab.sweep.side_by_side import Job, failures, launch_side_by_side
+from lora_lab.sweep.points import combinations, compose_points, conditions_here
+from lora_lab.sweep.record import sweep_record
+from lora_lab.sweep.side_by_side import Job, Runner, Threads, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
 from lora_lab.trial.data_parallel import placement_of
@@ -90,6 +95,7 @@ class Grid(Sweeper):
         self._config = config
         self._task = task_function
         self._slots: list[Slot] = []
+        self._node: Node | None = None
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -114,14 +120,19 @@ class Grid(Sweeper):
         first = points[0].config
         self._slots = slots_of(first)
         check_side_by_side(points, self._config)
+        check_on_cluster(points, self._config)
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
         store = Outbox(absolute(first.tracking))
         look_after_earlier_runs(store)
         new = SweepFolder(Path(self._config.hydra.sweep.dir).resolve())
+        self._asked = first
         check_folder_name(new.path)
         check_chdir(self._config.hydra.job.chdir)
         check_sweep_folder(new.path, first.tracking)
+        if first.cluster.kind is not ClusterKind.local:
+            self._node = ask_a_node(first, new.path)
+            points = [replace(point, conditions=conditions_here(point.config, self._node)) for point in points]
         rule = rule_of(points) if first.repeats == AUTO else None
         memory = judged(points) if first.resume else Judged()
         found = self._earlier(points, memory, new) if first.resume else None
@@ -131,19 +142,21 @@ class Grid(Sweeper):
             if found:
                 trials = found[1]
             else:
-                works = check_new(points, new)
+                works = check_new(points, new, self._node)
                 memory = judged(points)
                 trials = memory.once(_first_trials(points))
             show_judged(memory, trials)
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
             pending = _pending(folder, trials, memory)
+            if found and not self._node:
+                take_back(folder, pending)
             if found:
                 works = check_points(folder, [point for point in points if point.digest in {t.point for t in pending}])
             for assumption in self._assumptions:
                 Console(file=sys.stdout).print(f"assumed: {assumption}", highlight=False, markup=False)
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
-            forecast = forecast_line(points, to_run, works) + _at_once(len(self._slots))
+            forecast = forecast_line(points, to_run, works) + _at_once(self._workers)
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
             for search in searches:
                 print(search.plan_line)
@@ -256,34 +269,24 @@ class Grid(Sweeper):
             ) from error
 
     def _record(self, points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]) -> Record:
-        preset = self._config.hydra.runtime.choices.get("sweep")
-        axes: dict[str, list[str]] = {}
-        for point in points:
-            for override in point.overrides:
-                key, _, value = override.partition("=")
-                value = "max" if point.searched and key.lstrip("+") == point.searched else value
-                if value not in axes.setdefault(key, []):
-                    axes[key].append(value)
-        searched = {point.searched for point in points} - {""}
-        varied = {key: values for key, values in axes.items() if len(values) > 1 or key.lstrip("+") in searched}
-        params = {f"axis.{key.lstrip('+~')}": ",".join(values) for key, values in varied.items()}
-        repeats = points[0].config.repeats
-        if not searched:  # else nobody knows yet, and neither with repeats=auto
-            params["points"] = str(len(points))
-            if isinstance(repeats, int):
-                params |= {"repeats": str(repeats), "trials": str(repeats * len(points))}
-        if preset:
-            params["sweep"] = str(preset)
-        words = " ".join(["python -m lora_lab -m", *(without_secrets(as_typed(argument)) for argument in arguments)])
-        tags = environment() | device_facts(self._placement(points[0].config)) | facts | {"command": words}
+        record = sweep_record(points, arguments, self._config.hydra.runtime.choices.get("sweep"))
+        record.tags |= environment() | device_facts(self._placement(points[0].config)) | facts
         if self._slots:
-            tags["slots"] = ", ".join(slot.name for slot in self._slots)
+            record.tags["slots"] = ", ".join(slot.name for slot in self._slots)
+        if self._node:
+            record.tags |= self._node.device | {"cluster": self._asked.cluster.kind.name}
         if self._assumptions:
-            tags["assumptions"] = "; ".join(self._assumptions)
-        name = f"sweep {preset}" if preset else "sweep of " + (", ".join(varied) or "one point")
-        return Record(name=name, is_sweep=True, params=params, tags=tags)
+            record.tags["assumptions"] = "; ".join(self._assumptions)
+        return record
+
+    @property
+    def _workers(self) -> int:
+        """Return how many trials run at a time."""
+        return self._asked.cluster.workers if self._node else len(self._slots) or 1
 
     def _placement(self, config: TrialConfig) -> Placement:
+        if self._node:
+            return self._node.placement
         return whole(self._slots) if self._slots else placement_of(config)
 
     def _launch(self, folder: SweepFolder, pending: list[Planned], store: Outbox, memory: Judged) -> int:
@@ -292,8 +295,11 @@ class Grid(Sweeper):
         point_latest(folder.path)
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
-        plan.at_once = len(self._slots) or 1
-        plan.launched = [folder.next_attempt(trial) for trial in pending]
+        plan.at_once = self._workers
+        engine = self._engine(folder)
+        plan.launched = [
+            attempt_to_run(folder, trial, engine) if engine else folder.next_attempt(trial) for trial in pending
+        ]
         folder.hold(plan)
         with suppress(OSError):
             folder.write(plan)
@@ -307,9 +313,12 @@ class Grid(Sweeper):
             OmegaConf.set_readonly(self._config.hydra, False)
             self._config.hydra.sweep.dir = str(folder.path)
         try:
-            if self._slots:
-                blocks = [Job(trial.repeat, overrides) for trial, overrides in zip(pending, jobs, strict=True)]
-                broken = launch_side_by_side(self._context, self._task, self._config, self._slots, blocks)
+            runner: Runner | None = Threads(self._slots, folder) if self._slots else None
+            if engine and self._node:
+                runner = Nodes(engine, self._asked.cluster, folder, self._node.device, store)
+            if runner:  # on other machines there is no drift in common for which blocks would be kept apart
+                blocks = [Job(trial.repeat * (not engine), words) for trial, words in zip(pending, jobs, strict=True)]
+                broken = launch_side_by_side(self._context, self._task, self._config, runner, blocks)
             else:
                 broken = failures(self._launcher.launch(jobs, initial_job_idx=0))
         except KeyboardInterrupt:
@@ -317,6 +326,11 @@ class Grid(Sweeper):
         for line in broken:
             print(f"lora_lab itself failed in a trial: {line}", file=sys.stderr)
         return 1 if broken else 0
+
+    def _engine(self, folder: SweepFolder) -> Engine | None:
+        """Return the cluster that runs the trials; None on this machine."""
+        on_card = self._asked.device != "cpu"
+        return engine_of(self._asked.cluster, on_card, jobs_folder(folder)) if self._node else None
 
     def _finish(
         self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int, continues: bool = True

@@ -52,6 +52,9 @@ from lora_lab.trial.standing import show_line
 _MOST_SECONDS_TO_CLAIM = 10.0
 """How long a job that goes on waits for another start that delivers its record."""
 
+ENDED_BY_CLUSTER = "ended by the cluster"
+"""How the reason begins of a trial whose node was taken back."""
+
 _ENDING = threading.Lock()
 _CPU_IS_SHARED = "trials on other slots use the CPU too, and one counter has the energy of all of it"
 
@@ -75,6 +78,8 @@ class Request:
     """The latest attempt at the job that goes on in `folder`; None for a trial that begins."""
     beside: Beside | None = None
     """Its place among trials that run side by side; None for a trial that runs alone."""
+    cluster: str = ""
+    """The cluster that runs it for another process, which delivers its record; empty on the user's own machine."""
 
 
 @dataclass(slots=True)
@@ -139,12 +144,15 @@ def run_session(request: Request) -> Outcome:
 def _run(state: TrialState, store: Outbox) -> Outcome:
     """Measure a prepared trial, and record it."""
     interrupted: KeyboardInterrupt | None = None
-    state.live = store.follow(state.asked, state.sampler.samples, state.display.note)
+    cluster = state.request.cluster
+    if not cluster:
+        state.live = store.follow(state.asked, state.sampler.samples, state.display.note)
     try:
         end = _measure(state)
     except KeyboardInterrupt as error:
         interrupted = error
-        end = End(outcome=Outcome.killed, reason="interrupted by Ctrl-C")
+        reason = f"{ENDED_BY_CLUSTER} ({cluster})" if cluster else "interrupted by Ctrl-C"
+        end = End(outcome=Outcome.killed, reason=reason)
     if end.outcome is Outcome.refused:
         if state.request.member is None and state.request.resumed is None:
             state.folder.give_up()
@@ -176,6 +184,8 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
         facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
     if request.beside is not None:
         facts["slot"] = request.beside.slot
+    if request.cluster:
+        facts["cluster"] = request.cluster
     if config.vram_limit_gib is not None:
         facts["emulated_capacity_gib"] = f"{config.vram_limit_gib:g}"
     folder, rapl = TrialFolder(request.folder), Rapl(absent="" if request.beside is None else _CPU_IS_SHARED)
@@ -372,8 +382,8 @@ def _record(state: TrialState, end: End, store: Outbox) -> None:
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)
     if end.outcome is Outcome.finished:
         note_libraries(state.request.config, record.tags, summary.metrics)
-    run_id = store.deliver_trial(state.folder, record)
-    if run_id is None:
+    run_id = None if state.request.cluster else store.deliver_trial(state.folder, record)
+    if run_id is None and not state.request.cluster:
         summary.warnings.append(store.outlook("the trial's record"))
     if state.sweep is not None:
         show_line(state.sweep, record, end, summary, beside.console if beside is not None else None)

@@ -31,6 +31,8 @@ NEEDED = {
     ("model", "local"): ["model.path=folder"],
     **{("data", layout): ["data.path=rows.jsonl"] for layout in ("jsonl", "chat", "instruct", "completion", "text")},
     ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
+    ("cluster", "slurm"): ["tracking=none"],
+    ("cluster", "ray"): ["tracking=none", "cluster.address=127.0.0.1:6379"],
 }
 """What an option cannot know by itself."""
 

@@ -34,6 +34,7 @@ from quick_stores import MIGRATED, copy_tables, leave_stores_unsynced, make_firs
 
 _READ_LATE = {
     *("COLUMNS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "SABOTAGE"),
+    *("PATH", "FAKE_SLURM"),  # each command is looked for when it is to be run
     *("CXX", "TORCHINDUCTOR_CACHE_DIR"),  # by what is looked at before a worker is asked for; torch reads CXX early
     *("TORCHDYNAMO_DISABLE", "HF_TOKEN", "MY_PASSWORD", "DB_URL", MIGRATED),
 }

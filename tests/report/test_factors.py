@@ -247,6 +247,7 @@ def test_what_changes_no_result_is_no_factor():
             "repeats",
             "resume",
             "tracking",
+            "cluster",
             "plan",
             "timeout_minutes",
             "share_device",

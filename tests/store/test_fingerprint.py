@@ -87,10 +87,10 @@ def test_nothing_but_where_how_long_how_often_and_what_is_beside_is_left_out_of_
         assert changed != full()
         if point_digest(changed) == point_digest(full()):
             ignored.add(key)
-    tracking = {key for key in LEAVES if key.startswith("tracking.")}
+    elsewhere = {key for key in LEAVES if key.startswith(("tracking.", "cluster."))}
     beside = {f"measure.{name}" for name in ("idle_seconds", "board_power_watts", "price_per_kwh", "co2_grams_per_kwh")}
     auto = {"contrast", "margin", "budget_minutes", "first_pairs"}
-    assert ignored == tracking | beside | auto | {"timeout_minutes", "plan", "repeats", "resume", "placement.kind"}
+    assert ignored == elsewhere | beside | auto | {"timeout_minutes", "plan", "repeats", "resume", "placement.kind"}
 
 
 def test_a_point_is_the_same_on_one_of_several_cards_and_another_on_all_of_them() -> None:

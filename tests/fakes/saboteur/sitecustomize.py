@@ -74,6 +74,12 @@ def hang() -> None:
         time.sleep(3600)
 
 
+def wait() -> None:
+    """Go on once the plan is empty."""
+    while json.loads(Path(os.environ["SABOTAGE"]).read_text(encoding="utf-8")):
+        time.sleep(0.05)
+
+
 def hang_deaf() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hang()
@@ -136,6 +142,7 @@ ACTS: dict[str, Callable[[], object]] = {
     "starve tokenizer": starve_tokenizer,
     "bail out": bail_out,
     "hang": hang,
+    "wait": wait,
     "hang deaf": hang_deaf,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "nudge": nudge,

@@ -1,0 +1,90 @@
+"""Find what cannot be done where trials are to run: on several cards, or on the machines of a cluster."""
+
+from lora_lab.config import AUTO, TrialConfig
+from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
+
+
+def slot_faults(config: TrialConfig) -> list[str]:
+    """Find what placement=each_gpu cannot do, and what only it and ddp can."""
+    asked, found = config.placement, []
+    if asked.kind is PlacementKind.one:
+        return [
+            f"placement.{name}={value} has no effect with placement=one. Leave it out, or choose placement=each_gpu or "
+            "placement=ddp."
+            for name, value in (("gpus", asked.gpus), ("workers", asked.workers))
+            if value is not None
+        ]
+    if asked.kind is not PlacementKind.each_gpu:
+        return []
+    if asked.gpus is not None and asked.workers is not None:
+        found.append("placement.gpus counts cards and placement.workers shares of a CPU; give one of them.")
+    if config.device not in ("auto", "cpu"):
+        found.append(
+            f"device={config.device} names one device, and placement=each_gpu uses several; leave one of them out, or "
+            "show it the cards with CUDA_VISIBLE_DEVICES."
+        )
+    if config.repeats == AUTO:
+        found.append(
+            "repeats=auto compares trials that run one after the other on one card, and placement=each_gpu runs them "
+            "on several; leave one of them out."
+        )
+    return found
+
+
+def data_parallel_faults(config: TrialConfig) -> list[str]:
+    """Find what a trial over several cards cannot have."""
+    asked = config.placement
+    if asked.kind is not PlacementKind.ddp:
+        return []
+    found = [
+        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
+        for name in ("gpus", "workers")
+        if getattr(asked, name) == 1
+    ]
+    if asked.gpus is not None and asked.workers is not None:
+        found.append("placement.gpus and placement.workers are both set: gpus counts cards, workers is for the CPU.")
+    if config.device not in ("auto", "cpu"):
+        found.append(
+            f"device={config.device} names one card, and placement=ddp uses several. Leave it out; "
+            "CUDA_VISIBLE_DEVICES chooses among the cards."
+        )
+    if config.device == "cpu" and asked.gpus is not None:
+        found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
+    if config.isolation is Isolation.inline:
+        found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
+    return found
+
+
+def cluster_faults(config: TrialConfig) -> list[str]:
+    """Find what cannot be done on the machines of a cluster."""
+    asked = config.cluster
+    found = [
+        f"cluster.{key}={value} has no effect with cluster={asked.kind.name}; leave it out, or choose "
+        f"cluster={kind.name}."
+        for key, value, kind in (
+            ("partition", asked.partition, ClusterKind.slurm),
+            ("address", asked.address, ClusterKind.ray),
+        )
+        if value is not None and kind is not asked.kind
+    ]
+    if asked.kind is ClusterKind.local:
+        return found
+    name = f"cluster={asked.kind.name}"
+    if asked.kind is ClusterKind.ray and asked.address is None:
+        found.append("cluster.address is missing; give the head of the Ray cluster, cluster.address=10.0.0.1:6379.")
+    if config.tracking.kind is TrackingKind.local:
+        found.append(
+            f"{name}: the sweep's folder lies on a network file system, on which an SQLite database gets damaged. Use "
+            "tracking=server tracking.uri=http://HOST:5000, or tracking=none."
+        )
+    if config.placement.kind is not PlacementKind.one:
+        found.append(f"{name} gives each trial a card of its own; leave placement={config.placement.kind.name} out.")
+    if config.device not in ("auto", "cpu"):
+        found.append(f"{name}: device={config.device} names a card, and the cluster chooses one; leave it out.")
+    if config.repeats == AUTO:
+        found.append(f"{name}: repeats=auto compares trials on one card; give a number of repeats.")
+    if config.plan is Plan.fits:
+        found.append(f"{name}: plan=fits looks at a card of this machine; leave it out.")
+    if config.isolation is Isolation.inline:
+        found.append(f"{name}: isolation=inline is for a debugger on this machine; leave it out.")
+    return found

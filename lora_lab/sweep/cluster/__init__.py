@@ -1,0 +1,1 @@
+"""The trials of a sweep on the machines of a cluster."""

@@ -1,0 +1,99 @@
+"""A Slurm cluster, through submitit: each job is a function that one node calls."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_lab.cluster_config import ClusterConfig
+from lora_lab.config import InvalidInput
+from lora_lab.sweep.cluster.engine import NotSubmitted
+
+_NAME = "slurm "
+
+_VISIBLE_SECONDS = 5.0
+"""How long what a job has written may take until it is seen on this machine."""
+
+
+class Slurm:
+    """Slurm as sbatch, sacct and scancel show it. More of sbatch's options are set by its SBATCH_* variables."""
+
+    def __init__(self, asked: ClusterConfig, on_card: bool, folder: Path) -> None:
+        """Raise InvalidInput when this machine cannot submit jobs."""
+        try:
+            import submitit
+        except ImportError:
+            raise InvalidInput(
+                "cluster=slurm needs the package submitit. Type:\n  pip install 'lora_lab[slurm]'"
+            ) from None
+        self._folder = folder
+        try:
+            self._executor = submitit.SlurmExecutor(folder)
+        except RuntimeError:
+            raise InvalidInput(
+                "cluster=slurm submits jobs with sbatch and srun, and they are not on this machine. Type the command "
+                "on a login node of the cluster."
+            ) from None
+        options: dict[str, Any] = {"time": asked.minutes, "job_name": "lora_lab"}
+        if asked.partition is not None:
+            options["partition"] = asked.partition
+        if on_card:
+            options["gpus_per_node"] = 1
+        self._executor.update_parameters(**options)
+        self._jobs: dict[str, submitit.Job[Any]] = {}
+        self._ended: dict[str, float] = {}
+        """When a job was first seen to have ended without a word."""
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> str:
+        """Submit a job."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            job = self._executor.submit(function, *arguments)
+        except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
+            raise NotSubmitted(f"Slurm did not take the job: {error}") from error
+        name = f"{_NAME}{job.job_id}"
+        self._jobs[name] = job
+        return name
+
+    def is_over(self, job: str) -> bool:
+        """Return whether a job has told its result, or Slurm says that it has ended without one. Nothing is known about
+        the jobs of another cluster."""
+        if not job.startswith(_NAME):
+            return False
+        known = self._job(job)
+        if known.paths.result_pickle.exists():
+            return True
+        if not known.done():
+            return False
+        return time.monotonic() - self._ended.setdefault(job, time.monotonic()) > _VISIBLE_SECONDS
+
+    def told(self, job: str) -> Any:
+        """Return what the function returned; None when it did not."""
+        from submitit.core.utils import pickle_load
+
+        if not job.startswith(_NAME):
+            return None
+        known = self._job(job)
+        if not known.paths.result_pickle.exists():
+            return None
+        how, answer = pickle_load(known.paths.result_pickle)
+        return answer if how == "success" else None
+
+    def log(self, job: str) -> str:
+        """Return the end of the job's error output."""
+        return "\n".join((self._job(job).stderr() or "").strip().splitlines()[-5:])
+
+    def cancel(self, job: str) -> None:
+        """End a job with scancel."""
+        if job.startswith(_NAME):
+            self._job(job).cancel(check=False)
+
+    def _job(self, name: str) -> Any:
+        """Return a job, also one of an earlier process."""
+        from submitit import SlurmJob
+
+        if name not in self._jobs:
+            self._jobs[name] = SlurmJob(self._folder, name.removeprefix(_NAME))
+        return self._jobs[name]
