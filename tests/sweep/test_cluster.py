@@ -23,6 +23,7 @@ from lora_lab.composition.places import cluster_faults
 from lora_lab.config import PlacementConfig, TrackingConfig, TrialConfig
 from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
 from lora_lab.store.mlflow_names import read_back
+from lora_lab.sweep.cluster import slurm as slurm_module
 from lora_lab.sweep.cluster.node import take, taken_by
 
 ON_SLURM = (*SWEEP, "cluster=slurm")
@@ -159,7 +160,7 @@ def test_a_node_that_does_not_see_the_folder_is_refused_before_the_sweep(tmp_pat
 
 
 def test_without_slurm_or_without_a_sweep_it_is_refused(tmp_path: Path) -> None:
-    refused(lab_in(tmp_path)(*ON_SLURM, "tracking=none"), "sbatch", "login node")
+    refused(lab_in(tmp_path)(*ON_SLURM, "tracking=none", PATH=str(tmp_path)), "sbatch", "login node")
     refused(lab_in(tmp_path)(*FAST, *ON_CPU, "cluster=slurm", "tracking=none"), "cluster=slurm", "-m")
     assert not list(tmp_path.rglob("trial.json"))
 
@@ -196,3 +197,24 @@ def test_one_process_gets_a_ticket(tmp_path: Path) -> None:
     assert owner is not None
     assert owner.pid == os.getpid()
     assert [path.name for path in tmp_path.iterdir()] == [ticket.name]
+
+
+def test_where_slurm_keeps_no_accounts_its_queue_says_what_is_over(
+    tmp_path: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(slurm_module, "_ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_module, "_VISIBLE_SECONDS", -1.0)
+    state = tmp_path / "slurm"
+    for number in (7, 8):
+        (state / f"{number}").mkdir(parents=True)
+    (state / "no accounts").touch()
+    engine = slurm_module.Slurm(ClusterConfig(kind=ClusterKind.slurm), False, tmp_path / "jobs")
+    assert [engine.is_over(f"slurm {number}") for number in (7, 8)] == [False, False]
+    (state / "7" / "code").write_text("1")  # it has ended, and is not shown any more
+    assert engine.is_over("slurm 7")
+    assert not engine.is_over("slurm 8")
+    assert engine.is_over("slurm 9"), "long ago, so that the controller has forgotten it"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not engine.is_over("slurm 8"), "nothing is known while nobody answers"

@@ -12,12 +12,18 @@ from lora_lab.sweep.cluster.engine import NotSubmitted
 
 _NAME = "slurm "
 
+_ASK_AGAIN_SECONDS = 10.0
+"""Slurm's controller is not asked more often whether a job is in its queue."""
+
+_ANSWER_SECONDS = 60.0
+
 _VISIBLE_SECONDS = 5.0
 """How long what a job has written may take until it is seen on this machine."""
 
 
 class Slurm:
-    """Slurm as sbatch, sacct and scancel show it. More of sbatch's options are set by its SBATCH_* variables."""
+    """Slurm as sbatch, sacct and scancel show it. Many small clusters keep no accounts, and sacct says nothing: there
+    squeue is asked. More of sbatch's options are set by its SBATCH_* variables."""
 
     def __init__(self, asked: ClusterConfig, on_card: bool, folder: Path) -> None:
         """Raise InvalidInput when this machine cannot submit jobs."""
@@ -41,6 +47,9 @@ class Slurm:
         if on_card:
             options["gpus_per_node"] = 1
         self._executor.update_parameters(**options)
+        self._keeps_accounts = _says("sacct", "-o", "JobID,State,NodeList", "--parsable2", "-j", "0")[0]
+        self._queued: dict[str, tuple[float, bool]] = {}
+        """When a job was last looked for in the queue, and whether it was there."""
         self._jobs: dict[str, submitit.Job[Any]] = {}
         self._ended: dict[str, float] = {}
         """When a job was first seen to have ended without a word."""
@@ -65,7 +74,7 @@ class Slurm:
         known = self._job(job)
         if known.paths.result_pickle.exists():
             return True
-        if not known.done():
+        if not known.done() if self._keeps_accounts else self._is_queued(str(known.job_id)):
             return False
         return time.monotonic() - self._ended.setdefault(job, time.monotonic()) > _VISIBLE_SECONDS
 
@@ -90,6 +99,17 @@ class Slurm:
         if job.startswith(_NAME):
             self._job(job).cancel(check=False)
 
+    def _is_queued(self, number: str) -> bool:
+        """Return whether a job waits or runs. It does where the controller does not answer."""
+        now = time.monotonic()
+        asked, was_queued = self._queued.get(number, (-_ASK_AGAIN_SECONDS, True))
+        if now - asked < _ASK_AGAIN_SECONDS:
+            return was_queued
+        answered, said = _says("squeue", "--noheader", "--format=%T", "--jobs", number)
+        is_queued = bool(said.strip()) if answered else "Invalid job id" not in said
+        self._queued[number] = now, is_queued
+        return is_queued
+
     def _job(self, name: str) -> Any:
         """Return a job, also one of an earlier process."""
         from submitit import SlurmJob
@@ -97,3 +117,12 @@ class Slurm:
         if name not in self._jobs:
             self._jobs[name] = SlurmJob(self._folder, name.removeprefix(_NAME))
         return self._jobs[name]
+
+
+def _says(*command: str) -> tuple[bool, str]:
+    """Run one of Slurm's commands. Return whether it succeeded, and what it printed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    return done.returncode == 0, done.stdout or done.stderr
