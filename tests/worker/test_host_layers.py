@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import lab_in
+from elsewhere import Elsewhere
 from engine_models import loss_and_gradients
 from odd_models import make, trial
 from torch import Tensor
@@ -29,17 +30,6 @@ pytestmark = [
 CPU = torch.device("cpu")
 _TOKENS = torch.arange(48).remainder(29).reshape(2, 24)
 BATCH = {"input_ids": _TOKENS, "labels": _TOKENS, "attention_mask": torch.ones_like(_TOKENS)}
-
-
-class Elsewhere:
-    """Stands in for the copy to host memory, and remembers what came."""
-
-    def __init__(self) -> None:
-        self.copies: list[Tensor] = []
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        self.copies.append(weight.detach().clone())
-        return self.copies[-1]
 
 
 def qlora(name: str, folder: Path, asked: int | str = 0) -> TrialConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import lab_in
+from elsewhere import Elsewhere
 from engine_models import adapted, loss_and_gradients, padded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,17 +27,6 @@ from lora_lab.worker.readback import expected
 from lora_lab.worker.trainables.trainable import base_of
 
 BATCH = padded([40, 64], 64)
-
-
-class Elsewhere:
-    """Stands in for the copy to host memory, and remembers what came."""
-
-    def __init__(self) -> None:
-        self.copies: list[Tensor] = []
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        self.copies.append(weight.detach().clone())
-        return self.copies[-1]
 
 
 class FakeDriver:
