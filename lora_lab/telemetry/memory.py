@@ -146,7 +146,7 @@ def _add_optimizer(
             )
     window, name = told.get(Phase.window.value), "vram/other_gib"
     if len({sample.card for sample in samples}) > 1:
-        summary.absent[name] = "of several cards the parts are not told apart"
+        summary.absent[name] = "with several cards it is not known which part is whose"
         return
     if window is None or state is None:
         summary.absent[name] = "the allocator's or the optimizer's share is not known"

@@ -2,7 +2,7 @@
 
 Cards of one name differ by a few per cent, in speed by how they are cooled and in energy by their sensors. Which card a
 point got was left to chance, so a difference between points that ran on different cards is right on average, but
-scatters by what the cards add. With repeats that can be told apart from what the points add, and be taken out.
+scatters by what the cards add. With repeats it can be separated from what the points add, and subtracted.
 """
 
 from collections.abc import Sequence
