@@ -16,13 +16,7 @@ def slot_faults(config: TrialConfig) -> list[str]:
         ]
     if asked.kind is not PlacementKind.each_gpu:
         return []
-    if asked.gpus is not None and asked.workers is not None:
-        found.append("placement.gpus counts cards and placement.workers shares of a CPU; give one of them.")
-    if config.device not in ("auto", "cpu"):
-        found.append(
-            f"device={config.device} names one device, and placement=each_gpu uses several; leave one of them out, or "
-            "show it the cards with CUDA_VISIBLE_DEVICES."
-        )
+    found += _several_devices_faults(config)
     if config.repeats == AUTO:
         found.append(
             "repeats=auto compares trials that run one after the other on one card, and placement=each_gpu runs them "
@@ -41,17 +35,27 @@ def data_parallel_faults(config: TrialConfig) -> list[str]:
         for name in ("gpus", "workers")
         if getattr(asked, name) == 1
     ]
-    if asked.gpus is not None and asked.workers is not None:
-        found.append("placement.gpus and placement.workers are both set: gpus counts cards, workers is for the CPU.")
-    if config.device not in ("auto", "cpu"):
-        found.append(
-            f"device={config.device} names one card, and placement=ddp uses several. Leave it out; "
-            "CUDA_VISIBLE_DEVICES chooses among the cards."
-        )
+    found += _several_devices_faults(config)
     if config.device == "cpu" and asked.gpus is not None:
         found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
     if config.isolation is Isolation.inline:
         found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
+    return found
+
+
+def _several_devices_faults(config: TrialConfig) -> list[str]:
+    """Find what no placement on several devices can have."""
+    asked, found = config.placement, []
+    if asked.gpus is not None and asked.workers is not None:
+        found.append(
+            f"placement.gpus={asked.gpus} and placement.workers={asked.workers} are both set: gpus counts cards, "
+            "workers is for the CPU; give one of them."
+        )
+    if config.device not in ("auto", "cpu"):
+        found.append(
+            f"device={config.device} names one card, and placement={asked.kind.name} uses several. Leave it out; "
+            "CUDA_VISIBLE_DEVICES chooses among the cards."
+        )
     return found
 
 
