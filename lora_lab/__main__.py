@@ -76,15 +76,15 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from lora_lab.cluster_config import ClusterConfig
     from lora_lab.composition.command import shortest_command
     from lora_lab.composition.compose import load
     from lora_lab.composition.explanations import COMPOSITION_ERRORS
     from lora_lab.composition.hydra_errors import COMPOSING
     from lora_lab.composition.keys import GROUPS
-    from lora_lab.config import InvalidInput, PlacementConfig
+    from lora_lab.config import InvalidInput
     from lora_lab.options import ClusterKind, PlacementKind
     from lora_lab.outcome import EXIT_REFUSED
+    from lora_lab.places_config import ClusterConfig, PlacementConfig
     from lora_lab.reading import Damaged, parsed, typed
     from lora_lab.resume import SETTINGS_OF_THE_JOB, resumption
     from lora_lab.store.folder_checks import check_chdir, leave_empty

@@ -7,7 +7,6 @@ from the yaml files under conf/.
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.options import (
     Attention,
@@ -17,13 +16,13 @@ from lora_lab.options import (
     Isolation,
     ModelSource,
     OnSpike,
-    PlacementKind,
     Plan,
     Quantization,
     Schedule,
     TrackingKind,
     Weights,
 )
+from lora_lab.places_config import ClusterConfig, PlacementConfig
 from lora_lab.secrets import without_secrets
 from lora_lab.settings import Effect, setting
 
@@ -267,23 +266,6 @@ class TrackingConfig:
     )
     uri: str | None = setting(None, "address of an MLflow tracking server")
     register: str | None = setting(None, "name of a model in MLflow's registry, which gets the adapter as a version")
-
-
-@dataclass(kw_only=True, slots=True)
-class PlacementConfig:
-    """The devices that trials run on."""
-
-    kind: PlacementKind = setting(PlacementKind.one, "one, each_gpu or ddp")
-    gpus: int | None = setting(None, "with each_gpu and ddp, how many cards; by default all", above=0, most=1024)
-    workers: int | None = setting(
-        None, "with each_gpu and ddp on the CPU, how many workers share its cores", above=0, most=1024
-    )
-
-    @property
-    def world_size(self) -> int:
-        """Return how many workers share a trial. With ddp and neither number, all cards are asked for, and only the
-        parent knows how many there are: it settles the number before a worker starts."""
-        return (self.gpus or self.workers or 1) if self.kind is PlacementKind.ddp else 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import PackageConfig, PlacementConfig, TrialConfig
+from lora_lab.config import PackageConfig, TrialConfig
 from lora_lab.data_config import SourceConfig
 from lora_lab.options import DataSource, ModelSource, PlacementKind, Weights
 from lora_lab.placement import Placement
+from lora_lab.places_config import PlacementConfig
 from lora_lab.store import fingerprint
 from lora_lab.store.fingerprint import conditions, digest, point_digest
 from lora_lab.telemetry.nvml import Card

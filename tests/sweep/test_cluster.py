@@ -18,10 +18,10 @@ from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, u
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.composition.places import cluster_faults
-from lora_lab.config import PlacementConfig, TrackingConfig, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
+from lora_lab.places_config import ClusterConfig, PlacementConfig
 from lora_lab.store.mlflow_names import read_back
 from lora_lab.sweep.cluster import slurm as slurm_module
 from lora_lab.sweep.cluster.node import take, taken_by

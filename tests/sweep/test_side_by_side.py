@@ -17,11 +17,12 @@ from conftest import Said, lab_in, records_in, started, store_of, until, with_fa
 from mlflow.entities import Run
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, PlacementConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.machine import CORES
 from lora_lab.options import DataSource, PlacementKind
 from lora_lab.placement import Placement
+from lora_lab.places_config import PlacementConfig
 from lora_lab.sweep import points
 from lora_lab.sweep import slots as module
 from lora_lab.sweep.side_by_side import Job, run_in_blocks

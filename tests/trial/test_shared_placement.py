@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import FAKES, Lab, lab_in, records_in, with_fakes
 
-from lora_lab.config import InvalidInput, ModelConfig, PlacementConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.shapes import Shapes, shapes_of
 from lora_lab.options import ModelSource, PlacementKind, Weights
+from lora_lab.places_config import PlacementConfig
 from lora_lab.seat import Attendance, Seat, seats
 from lora_lab.telemetry import nvml
 from lora_lab.trial.data_parallel import check_same_number, placement_of, settled

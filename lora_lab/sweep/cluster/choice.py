@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.options import ClusterKind
+from lora_lab.places_config import ClusterConfig
 from lora_lab.sweep.cluster.engine import Engine
 from lora_lab.sweep.cluster.ray_tasks import RayTasks
 from lora_lab.sweep.cluster.slurm import Slurm

@@ -13,11 +13,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.config import InvalidInput
 from lora_lab.files import write_text
 from lora_lab.options import ClusterKind
 from lora_lab.outcome import End, Outcome
+from lora_lab.places_config import ClusterConfig
 from lora_lab.reading import Damaged, text_of
 from lora_lab.store import heartbeat
 from lora_lab.store.claim import claim

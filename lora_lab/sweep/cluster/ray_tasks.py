@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.config import InvalidInput
+from lora_lab.places_config import ClusterConfig
 from lora_lab.sweep.cluster.engine import NotSubmitted
 
 _AUTH = "RAY_AUTH_MODE"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_lab.cluster_config import ClusterConfig
 from lora_lab.config import InvalidInput
+from lora_lab.places_config import ClusterConfig
 from lora_lab.sweep.cluster.engine import NotSubmitted
 
 _NAME = "slurm "
