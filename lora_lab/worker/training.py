@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
-from lora_lab.options import Checkpointing, DType, EngineKind
+from lora_lab.options import Checkpointing, DType
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 from lora_lab.worker.shared_step import SharedStep, SharingTrainer
@@ -79,8 +79,7 @@ def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
         return None
     return {
         "use_reentrant": False,
-        # so that dropout repeats its random numbers; a CUDA graph can't keep random state, and has no dropout
-        "preserve_rng_state": config.engine.kind is not EngineKind.graph,
+        "preserve_rng_state": True,  # so that dropout repeats its random numbers
         "every_n_layers": 2 if config.gradient_checkpointing is Checkpointing.selective else 1,
     }
 

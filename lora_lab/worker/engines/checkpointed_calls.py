@@ -1,7 +1,8 @@
-"""Checkpoint a decoder layer from outside its compiled code.
+"""Checkpoint a decoder layer: keep its input alone, and calculate it once more in the backward.
 
-transformers checkpoints within the layer's forward, and so within its compiled code. No hook on saved tensors reaches
-there, and torch.compile cannot leave the code there, as it must for an MLP in tiles.
+Where the layer is compiled whole, the checkpoint is within the compiled code, which then leaves out what the backward
+does not need: the last product of the layer. Some versions of transformers checkpoint there and some around it, so
+this does not depend on theirs. Code that torch.compile leaves, as for an MLP in tiles, is checkpointed from outside.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,16 +15,19 @@ from torch.utils.checkpoint import checkpoint
 class CheckpointedCall:
     """Calls a decoder layer checkpointed in training."""
 
-    def __init__(self, layer: Any, keeps_random_state: bool) -> None:
+    def __init__(self, layer: Any, keeps_random_state: bool, within: bool) -> None:
         """Take the layer's present call.
 
         Args:
             layer: a decoder layer.
-            keeps_random_state: see `checkpoint_layers`.
+            keeps_random_state, within: see `checkpoint_layers`.
         """
         self._layer = layer
         self._call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
+        self._once_more: Callable[..., Any] = layer._call_impl if within else self._call
         self._keeps_random_state = keeps_random_state
+        own = self._checkpoint
+        self._checkpointed = torch.compile(own, fullgraph=True, dynamic=False) if within else own
 
     @property
     def is_compiled(self) -> bool:
@@ -34,20 +38,24 @@ class CheckpointedCall:
         """Call the layer."""
         if not (self._layer.training and torch.is_grad_enabled()):
             return self._call(*args, **kwargs)
+        return self._train(*args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
         return self._checkpointed(*args, **kwargs)
 
-    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+    def _checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         kept = self._keeps_random_state
-        return checkpoint(self._call, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
+        return checkpoint(self._once_more, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
 
 
-def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool) -> None:
+def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool, within: bool) -> None:
     """Checkpoint decoder layers in training.
 
     Args:
         layers: already compiled, if at all.
         keeps_random_state: True repeats dropout's random numbers in the recomputation.
+        within: True for layers that are compiled whole.
     """
     for layer in layers:
         # torch calls this instead of the class's own call, hooks included
-        layer._compiled_call_impl = CheckpointedCall(layer, keeps_random_state)
+        layer._compiled_call_impl = CheckpointedCall(layer, keeps_random_state, within)

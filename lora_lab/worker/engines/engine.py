@@ -235,10 +235,9 @@ def shapes(config: TrialConfig, examples: Sequence[Example], collator: Collator)
 
 def checkpoints_by_trainer(config: TrialConfig) -> bool:
     """Return whether Trainer's own arguments switch checkpointing on."""
-    if config.gradient_checkpointing not in (Checkpointing.full, Checkpointing.selective):
-        return False
-    # it does so within compiled code, which tiles leave
-    return config.engine.mlp_tile is None or config.engine.kind not in (EngineKind.compile, EngineKind.graph)
+    # around or within compiled code, by the version of transformers: the engine does it there
+    is_compiled = config.engine.kind in (EngineKind.compile, EngineKind.graph)
+    return not is_compiled and config.gradient_checkpointing in (Checkpointing.full, Checkpointing.selective)
 
 
 def _checkpoint(config: TrialConfig, model: Any) -> None:
@@ -246,10 +245,11 @@ def _checkpoint(config: TrialConfig, model: Any) -> None:
     mode, layers = config.gradient_checkpointing, decoder_layers(model)
     # a CUDA graph can't keep random state, and has no dropout then
     keeps = config.engine.kind is not EngineKind.graph
+    within = config.engine.kind in (EngineKind.compile, EngineKind.graph) and config.engine.mlp_tile is None
     if mode is Checkpointing.offloaded:
-        offload_checkpoints(layers, model.device, keeps_random_state=keeps)
+        offload_checkpoints(layers, model.device, keeps, within)
     elif mode is not Checkpointing.none and not checkpoints_by_trainer(config):
-        checkpoint_layers(layers[:: 2 if mode is Checkpointing.selective else 1], keeps_random_state=keeps)
+        checkpoint_layers(layers[:: 2 if mode is Checkpointing.selective else 1], keeps, within)
 
 
 def _settle_masks(config: TrialConfig, model: Any) -> None:

@@ -69,7 +69,7 @@ def _results(layers: list[Any], x: Tensor) -> list[Tensor]:
     parts = [part for layer in layers for part in (layer.compute_a, layer.compute_b)]
     compute_x = x.to(first.compute_a.dtype)
     a, b, scaling = first.stacked_a, first.stacked_b, _scaling(first)
-    results = lora_linear(compute_x, a, b, scaling, first.weights, first.blocks, parts)[0]
+    results = lora_linear(compute_x, a, b, scaling, first.weights, first.blocks, parts)
     if len(results) < len(layers):
         results = _split(results[0], [layer.compute_b.shape[0] for layer in layers])
     return [_finished(layer, result, x) for layer, result in zip(layers, results, strict=True)]

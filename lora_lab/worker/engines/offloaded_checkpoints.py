@@ -129,23 +129,25 @@ class HostShelf:
 class OffloadedCall(CheckpointedCall):
     """Calls a decoder layer checkpointed, with its input on the shelf."""
 
-    def __init__(self, layer: Any, number: int, shelf: HostShelf | None, keeps_random_state: bool) -> None:
+    def __init__(
+        self, layer: Any, number: int, shelf: HostShelf | None, keeps_random_state: bool, within: bool
+    ) -> None:
         """Take the layer's present call.
 
         Args:
             layer: a decoder layer.
             number: its place on the shelf.
             shelf: None for a layer whose input stays on the card.
-            keeps_random_state: see `offload_checkpoints`.
+            keeps_random_state, within: see `checkpoint_layers`.
         """
-        super().__init__(layer, keeps_random_state)
+        super().__init__(layer, keeps_random_state, within)
         self._number = number
         self._shelf = shelf
 
-    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
         shelf, number = self._shelf, self._number
         if shelf is None:
-            return super()._checkpointed(*args, **kwargs)
+            return super()._train(*args, **kwargs)
         if not (args and isinstance(args[0], Tensor)):
             raise Unsupported(
                 f"gradient_checkpointing=offloaded: {type(self._layer).__name__} is not given its input first. "
@@ -160,18 +162,18 @@ class OffloadedCall(CheckpointedCall):
         def unpack(packed: Any) -> Tensor:
             return shelf.take(number, packed) if isinstance(packed, _Input) else packed
 
-        # checkpoint has hooks of its own inside: these see what it keeps, and nothing of the layer
+        # checkpoint has hooks of its own inside: these see what it keeps, and nothing of the layer; and what compiled
+        # code keeps
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return super()._checkpointed(*args, **kwargs)
+            return super()._train(*args, **kwargs)
 
 
-def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_state: bool) -> None:
-    """Make decoder layers checkpoint with offloaded inputs in training. Trainer's own switch does not serve:
-    transformers then checkpoints within the compiled code, where no hook reaches.
+def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_state: bool, within: bool) -> None:
+    """Make decoder layers checkpoint with offloaded inputs in training.
 
     Args:
         layers: in the order in which they run; already compiled, if at all.
-        keeps_random_state: True repeats dropout's random numbers in the recomputation.
+        keeps_random_state, within: see `checkpoint_layers`.
 
     Raises: Unsupported where there are no layers.
     """
@@ -188,7 +190,7 @@ def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_st
     for number, layer in enumerate(layers):
         kept = shelf if first <= number < last else None
         # torch calls this instead of the class's own call, hooks included
-        layer._compiled_call_impl = OffloadedCall(layer, number - first, kept, keeps_random_state)
+        layer._compiled_call_impl = OffloadedCall(layer, number - first, kept, keeps_random_state, within)
 
 
 def _is_trained(layer: Any) -> bool:

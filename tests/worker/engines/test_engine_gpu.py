@@ -201,7 +201,7 @@ def test_replays_with_checkpoints_in_host_memory_have_the_same_gradients() -> No
     replayed, stepped, plain = (adapted(num_hidden_layers=4, hidden_size=256).to("cuda") for _ in range(3))
     for model in (replayed, stepped):
         leave_out_masks(model)
-        offload_checkpoints(decoder_layers(model), torch.device("cuda"), keeps_random_state=model is stepped)
+        offload_checkpoints(decoder_layers(model), torch.device("cuda"), model is stepped, within=False)
     step = GraphStep(replayed, functools.partial(torch.autocast, "cuda", enabled=False), graphs=True)
     use_graph_step(replayed, step)
     for width in (512, 256, 64):

@@ -30,7 +30,7 @@ def offloaded(compiled: bool = False, **model: Any) -> Any:
     made = adapted(num_hidden_layers=4, **model)
     if compiled:
         compile_layers(made)
-    offload_checkpoints(decoder_layers(made), CPU, keeps_random_state=True)
+    offload_checkpoints(decoder_layers(made), CPU, keeps_random_state=True, within=compiled)
     return made
 
 
@@ -171,7 +171,7 @@ def test_a_layer_that_is_given_its_input_by_name_is_refused() -> None:
     with pytest.raises(Unsupported, match="is not given its input first"):
         first(hidden_states=torch.zeros(1, 4, 64))
     with pytest.raises(Unsupported, match="no layers of the kind"):
-        offload_checkpoints([], CPU, keeps_random_state=True)
+        offload_checkpoints([], CPU, keeps_random_state=True, within=False)
 
 
 class Clock:

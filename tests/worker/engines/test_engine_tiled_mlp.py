@@ -272,7 +272,7 @@ def graph_like(model: Any, dtype: torch.dtype, mode: Checkpointing, tile: int | 
         tile_mlps(model, tile, mode is not Checkpointing.none, copies, autocast)
     if mode is Checkpointing.offloaded:
         compile_layers(model, whole=tile is None)
-        offload_checkpoints(decoder_layers(model), torch.device("cpu"), keeps_random_state=False)
+        offload_checkpoints(decoder_layers(model), torch.device("cpu"), False, within=tile is None)
     return step
 
 

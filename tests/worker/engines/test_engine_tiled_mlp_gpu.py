@@ -45,7 +45,7 @@ def trained_by(kind: str, tile: int | None, is_packed: bool, batch: dict[str, An
         tile_mlps(model, tile, kind != "eager", copies, autocast)
     if kind != "eager":
         compile_layers(model, whole=tile is None)
-    offload_checkpoints(decoder_layers(model), model.device, keeps_random_state=kind != "graph")
+    offload_checkpoints(decoder_layers(model), model.device, kind != "graph", within=tile is None and kind != "eager")
     if kind == "graph":
         step.record(batch)
     else:
