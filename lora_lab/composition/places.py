@@ -5,7 +5,7 @@ from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, Tracki
 
 
 def slot_faults(config: TrialConfig) -> list[str]:
-    """Find what placement=each_gpu cannot do, and what only it and ddp can."""
+    """Find what placement=each_gpu cannot do, and what only it, ddp and fsdp can."""
     asked, found = config.placement, []
     if asked.kind is PlacementKind.one:
         return [
@@ -28,18 +28,19 @@ def slot_faults(config: TrialConfig) -> list[str]:
 def data_parallel_faults(config: TrialConfig) -> list[str]:
     """Find what a trial over several cards cannot have."""
     asked = config.placement
-    if asked.kind is not PlacementKind.ddp:
+    if not asked.kind.shares_trials:
         return []
+    name = f"placement={asked.kind.name}"
     found = [
-        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
-        for name in ("gpus", "workers")
-        if getattr(asked, name) == 1
+        f"{name} placement.{number}=1 shares a trial with nobody. Use placement=one."
+        for number in ("gpus", "workers")
+        if getattr(asked, number) == 1
     ]
     found += _several_devices_faults(config)
     if config.device == "cpu" and asked.gpus is not None:
         found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
     if config.isolation is Isolation.inline:
-        found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
+        found.append(f"isolation=inline is one process, and {name} needs several. Use isolation=process.")
     return found
 
 

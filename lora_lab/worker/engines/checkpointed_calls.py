@@ -22,23 +22,19 @@ class CheckpointedCall:
             keeps_random_state: see `checkpoint_layers`.
         """
         self._layer = layer
-        self._call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
+        self.call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
+        """The layer's own call, or that compiled."""
         self._keeps_random_state = keeps_random_state
-
-    @property
-    def is_compiled(self) -> bool:
-        """True where the layer itself is compiled."""
-        return bool(self._call != self._layer._call_impl)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
         if not (self._layer.training and torch.is_grad_enabled()):
-            return self._call(*args, **kwargs)
+            return self.call(*args, **kwargs)
         return self._checkpointed(*args, **kwargs)
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
         kept = self._keeps_random_state
-        return checkpoint(self._call, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
+        return checkpoint(self.call, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
 
 
 def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool) -> None:

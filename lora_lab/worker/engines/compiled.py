@@ -12,6 +12,7 @@ from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
 from lora_lab.worker.engines.input_gradient import require_input_gradient
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
+from lora_lab.worker.shards import GatheringCall
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
@@ -49,7 +50,10 @@ def compile_layers(model: Any, whole: bool = True) -> None:
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     require_input_gradient(model)
     for layer in layers:
+        gathering = layer._compiled_call_impl
         layer.compile(fullgraph=whole, dynamic=False)
+        if isinstance(gathering, GatheringCall):  # around the compiled code, which has the whole weights then
+            gathering.call, layer._compiled_call_impl = layer._compiled_call_impl, gathering
 
 
 def graph_breaks() -> Counter[str]:
@@ -70,7 +74,9 @@ def check_breaks(found: Counter[str]) -> None:
 def is_compiled(layer: Any) -> bool:
     """Return True for a layer whose call torch compiles."""
     call = layer._compiled_call_impl
-    return call.is_compiled if isinstance(call, CheckpointedCall) else call is not None
+    while isinstance(call, CheckpointedCall | GatheringCall):
+        call = call.call
+    return call is not None and call != layer._call_impl
 
 
 def checkpointing_of(model: Any) -> Checkpointing:
