@@ -144,6 +144,10 @@ class Group:
         """Replace a tensor by the sum of those of all workers; within a step."""
         self._guarded(lambda: dist.all_reduce(tensor))
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return a copy of this worker's part, one of equal ones."""
+        return whole.view(self.world_size, -1)[self.rank].clone()
+
     def start_gathering(self, whole: Tensor, part: Tensor) -> Any:
         """Begin to fill `whole` with the parts of all workers, in the order of ranks. Return what `finish` takes."""
         self._come(self._promised)

@@ -31,7 +31,7 @@ from lora_lab.worker.pretrained import from_pretrained, model_name
 from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
 from lora_lab.worker.random_weights import random_state
-from lora_lab.worker.shards import share_out
+from lora_lab.worker.shards import check_shards, share_out
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trainables import trainable_of
 
@@ -102,6 +102,7 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
         skeleton = make_skeleton(config, architecture)
     check_mlps(config, skeleton)
     check_host_layers(config, skeleton)
+    check_shards(config, skeleton)
     remarks = []
     if config.model.weights is Weights.pretrained:
         remarks = check_files(config.model, architecture, skeleton)

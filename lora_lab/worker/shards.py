@@ -10,7 +10,6 @@ weights keep what bitsandbytes needs to unpack them, a head may be the embedding
 whole, and whatever counts or reads back weights works as before.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import PlacementKind, Quantization
+from lora_lab.worker.experts import expert_weights
 from lora_lab.worker.group import Group
 from lora_lab.worker.mlps import text_layers
 from lora_lab.worker.trainables.trainable import base_of
@@ -37,14 +39,13 @@ class Shard:
         for weight in weights:
             starts.append(end)
             end += _rounded(weight.nbytes, _ALIGNED)
-        part = _rounded(math.ceil(end / group.world_size), _ALIGNED)
-        self._whole = torch.empty(part * group.world_size, dtype=torch.uint8, device=device)
-        self._bytes = self._whole.nbytes
+        self._bytes = _rounded(end, _ALIGNED * group.world_size)
+        self._whole = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         for weight, start in zip(weights, starts, strict=True):
             view = self._whole[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
             view.copy_(weight.detach())
             weight.data = view
-        self.part = self._whole[group.rank * part :][:part].clone()
+        self.part = group.part_of(self._whole)
         """The bytes that this worker keeps."""
         self._under_way: Any = None
         self._is_here = True
@@ -152,6 +153,21 @@ class GatheringCall:
         self.shards.come_back_to(self)
 
 
+def check_shards(config: TrialConfig, skeleton: Any) -> None:
+    """Raise InvalidInput where the frozen weights are to be shared out, and the model's modules do not allow it."""
+    if config.placement.kind is not PlacementKind.fsdp:
+        return
+    fault = ""
+    if not text_layers(skeleton):
+        fault = "it has no layers that transformers repeats"
+    elif config.method.quantization is not Quantization.none and any(expert_weights(skeleton)):
+        fault = "it is a mixture, whose experts go into 4 bit only once the whole model is on the card"
+    if fault:
+        raise InvalidInput(
+            f"placement=fsdp cannot be used with {type(skeleton).__name__}: {fault}. Use placement=ddp or placement=one."
+        )
+
+
 def share_out(model: Any, group: Group, device: torch.device) -> None:
     """Leave this worker its part of the frozen weights on `device`; what is small or between the layers is there whole.
     The model may lie in host memory: no more than one layer is whole on the device.
@@ -176,6 +192,8 @@ def share_out(model: Any, group: Group, device: torch.device) -> None:
         shards.add(module, made[id(parameters[0])])
     nn.Module.to(model, device)
     model.hf_device_map = {"": device}  # as where it had been loaded there
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # where the wholes were
     causal.shards, causal.whole_bytes = shards, whole
 
 
