@@ -22,7 +22,7 @@ from benchmarks.reports import provenance
 from lora_lab.files import write_json
 from lora_lab.store.trial_folder import TrialFolder
 
-_COMMON = [
+COMMON = [
     "model.weights=random",
     "data=random_tokens",
     "tracking=none",
@@ -32,12 +32,12 @@ _COMMON = [
     "measure.profile_steps=0",
     "measure.idle_seconds=0",
 ]
-_QWEN = [*_COMMON, "model=qwen2_5_1_5b", "method=qlora", "engine=graph", "data.rows=512", "measure.warmup_steps=5"]
+_QWEN = [*COMMON, "model=qwen2_5_1_5b", "method=qlora", "engine=graph", "data.rows=512", "measure.warmup_steps=5"]
 CELLS = {
     "8x2048": [*_QWEN, "batch_size=8", "seq_len=2048", "measure.steps=20"],
     "1x512": [*_QWEN, "batch_size=1", "seq_len=512", "measure.steps=150"],
 }
-_TINY = {"tiny 2x64": [*_COMMON, "model=tiny", "device=cpu", "data.rows=60", "batch_size=2", "seq_len=64"]}
+_TINY = {"tiny 2x64": [*COMMON, "model=tiny", "device=cpu", "data.rows=60", "batch_size=2", "seq_len=64"]}
 _KEPT = ("throughput/", "energy/", "vram/", "card/", "time/", "window/", "loss/train")
 _SPEED, _ENERGY = "throughput/tokens_per_second", "energy/joules_per_token"
 

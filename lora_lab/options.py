@@ -134,11 +134,18 @@ class Isolation(Enum):
 
 class PlacementKind(Enum):
     """Where trials run. `one`: each on one device, one after the other. `each_gpu`: the trials of a sweep side by side,
-    one a card. `ddp`: a trial over several cards, each with a copy of the model."""
+    one a card. `ddp`: a trial over several cards, each with a copy of the model. `fsdp`: the same, and each card holds a
+    part of the frozen weights."""
 
     one = "one"
     each_gpu = "each_gpu"
     ddp = "ddp"
+    fsdp = "fsdp"
+
+    @property
+    def shares_trials(self) -> bool:
+        """Return whether several workers share a trial."""
+        return self in (PlacementKind.ddp, PlacementKind.fsdp)
 
 
 class ClusterKind(Enum):

@@ -10,17 +10,17 @@ from lora_lab.settings import setting
 class PlacementConfig:
     """The devices that trials run on."""
 
-    kind: PlacementKind = setting(PlacementKind.one, "one, each_gpu or ddp")
-    gpus: int | None = setting(None, "with each_gpu and ddp, how many cards; by default all", above=0, most=1024)
+    kind: PlacementKind = setting(PlacementKind.one, "one, each_gpu, ddp or fsdp")
+    gpus: int | None = setting(None, "with each_gpu, ddp and fsdp, how many cards; by default all", above=0, most=1024)
     workers: int | None = setting(
-        None, "with each_gpu and ddp on the CPU, how many workers share its cores", above=0, most=1024
+        None, "with each_gpu, ddp and fsdp on the CPU, how many workers share its cores", above=0, most=1024
     )
 
     @property
     def world_size(self) -> int:
-        """Return how many workers share a trial. With ddp and neither number, all cards are asked for, and only the
+        """Return how many workers share a trial. Where they do and neither number is given, all cards are asked for, and only the
         parent knows how many there are: it settles the number before a worker starts."""
-        return (self.gpus or self.workers or 1) if self.kind is PlacementKind.ddp else 1
+        return (self.gpus or self.workers or 1) if self.kind.shares_trials else 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,11 +1,11 @@
 """Find what cannot be done where trials are to run: on several cards, or on the machines of a cluster."""
 
 from lora_lab.config import AUTO, TrialConfig
-from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
+from lora_lab.options import ClusterKind, EngineKind, Isolation, PlacementKind, Plan, TrackingKind
 
 
 def slot_faults(config: TrialConfig) -> list[str]:
-    """Find what placement=each_gpu cannot do, and what only it and ddp can."""
+    """Find what placement=each_gpu cannot do, and what only it, ddp and fsdp can."""
     asked, found = config.placement, []
     if asked.kind is PlacementKind.one:
         return [
@@ -28,18 +28,57 @@ def slot_faults(config: TrialConfig) -> list[str]:
 def data_parallel_faults(config: TrialConfig) -> list[str]:
     """Find what a trial over several cards cannot have."""
     asked = config.placement
-    if asked.kind is not PlacementKind.ddp:
+    if not asked.kind.shares_trials:
         return []
+    name = f"placement={asked.kind.name}"
     found = [
-        f"placement=ddp placement.{name}=1 shares a trial with nobody. Use placement=one."
-        for name in ("gpus", "workers")
-        if getattr(asked, name) == 1
+        f"{name} placement.{number}=1 shares a trial with nobody. Use placement=one."
+        for number in ("gpus", "workers")
+        if getattr(asked, number) == 1
     ]
     found += _several_devices_faults(config)
     if config.device == "cpu" and asked.gpus is not None:
         found.append(f"placement.gpus={asked.gpus} with device=cpu: on the CPU type placement.workers={asked.gpus}.")
     if config.isolation is Isolation.inline:
-        found.append("isolation=inline is one process, and placement=ddp needs several. Use isolation=process.")
+        found.append(f"isolation=inline is one process, and {name} needs several. Use isolation=process.")
+    return found
+
+
+def sharding_faults(config: TrialConfig) -> list[str]:
+    """Find what a trial cannot have whose frozen weights are shared out between cards."""
+    if config.placement.kind is not PlacementKind.fsdp:
+        return []
+    engine, method, found = config.engine, config.method, []
+    if engine.kind is EngineKind.graph:
+        found.append(
+            "engine=graph replays a step at fixed places in memory, and placement=fsdp gives a layer's weights another "
+            "place in each step. Use engine=compile, or placement=ddp."
+        )
+    if engine.kind is EngineKind.liger:
+        found.append(
+            "engine=liger calculates the loss with the head's weights by itself, and placement=fsdp gathers weights "
+            "for the model's own calls. Use engine=compile engine.chunked_loss=true, or placement=ddp."
+        )
+    if engine.host_layers:
+        found.append(
+            f"engine.host_layers={engine.host_layers} keeps weights in host memory, and placement=fsdp on several "
+            "cards; use engine.host_layers=0, or placement=one."
+        )
+    if engine.host_embeddings is True:
+        found.append(
+            "engine.host_embeddings=true keeps the embeddings in host memory, and placement=fsdp shares them out; use "
+            "engine.host_embeddings=false, or placement=ddp."
+        )
+    if method.use_dora:
+        found.append(
+            "method.use_dora=true starts from the norms of whole weights, which placement=fsdp has on no card. Use "
+            "method.use_dora=false, or placement=ddp."
+        )
+    if method.raise_to_fp32:
+        found.append(
+            "method.raise_to_fp32=true makes larger weights of some, behind their loading, and placement=fsdp has "
+            "shared them out by then. Use method.raise_to_fp32=false, or placement=ddp."
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_lab.comparison.rule import percent
 from lora_lab.composition.limits import number_faults
-from lora_lab.composition.places import cluster_faults, data_parallel_faults, slot_faults
+from lora_lab.composition.places import cluster_faults, data_parallel_faults, sharding_faults, slot_faults
 from lora_lab.config import (
     ALL,
     AUTO,
@@ -62,6 +62,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_place_faults(config),
         *slot_faults(config),
         *data_parallel_faults(config),
+        *sharding_faults(config),
         *cluster_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),

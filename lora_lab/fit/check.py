@@ -3,7 +3,7 @@
 from lora_lab.config import TIED, InvalidInput, TrialConfig, too_many_layers
 from lora_lab.fit.shapes import Experts, Shapes
 from lora_lab.fit.weights import adapts_experts, adapts_router
-from lora_lab.options import Attention, EngineKind
+from lora_lab.options import Attention, EngineKind, PlacementKind
 
 _TABLES = ("lm_head", "embed_tokens")
 
@@ -11,6 +11,11 @@ _TABLES = ("lm_head", "embed_tokens")
 def check(config: TrialConfig, shapes: Shapes) -> None:
     """Raise InvalidInput for rows longer than the model's positions, for modules that get no adapter here, and for what
     a model of these shapes does not run with."""
+    if config.placement.kind is PlacementKind.fsdp:
+        raise InvalidInput(
+            "placement=fsdp: what a card needs for its part of the weights, and for the layers that are gathered, was "
+            "not measured, so it is not calculated. Run a short trial instead: measure=quick."
+        )
     found = model_fault(config, shapes)
     if found:
         raise InvalidInput(found)

@@ -166,7 +166,7 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
     sizes, tape = sizes_of(config, shapes), Tape()
     load(tape, sizes, tries_out=is_compiling and config.engine.kind is EngineKind.graph)
     trained = adapter_sizes(config.method, shapes)
-    if config.placement.kind is PlacementKind.ddp:
+    if config.placement.kind.shares_trials:
         tape.new(_EXCHANGED * shapes.layers * sum(trained), GRADIENTS)
     each = optimizer_state(config.optimizer, trained, adapter_sides(config.method, shapes))
     state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))

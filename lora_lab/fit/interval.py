@@ -93,7 +93,7 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
         yield "an MLP in tiles: measured at two lengths"
     if config.precision.dtype is DType.fp32:
         yield "fp32: measured at one shape"
-    if config.placement.kind is PlacementKind.ddp:
+    if config.placement.kind.shares_trials:
         yield "a trial over several cards: what NCCL takes was not measured"
     if config.attention is not Attention.sdpa or config.data.batching is Batching.packed:
         yield "attention or packing other than the default: measured at few shapes"

@@ -62,9 +62,9 @@ def ask(config: TrialConfig, named: PublishedCard | None = None) -> Question:
         named: a card that is not here; None for the device that the trial would run on.
 
     Raises: InvalidInput, BrokenProcessPool."""
-    if config.placement.kind is PlacementKind.ddp:
+    if config.placement.kind.shares_trials:
         raise InvalidInput(
-            "placement=ddp: how long the cards wait for each other was not measured, so the time of a trial over "
+            f"placement={config.placement.kind.name}: how long the cards wait for each other was not measured, so the time of a trial over "
             "several is not forecast. Leave it out for the time on one card, or run a short trial: measure=quick."
         )
     work, device = _look(config, named)

@@ -135,7 +135,7 @@ def _of_rates(point: Asked) -> _One | str:
     """Return what the card's rates say, scaled by trials of the same settings where there are some; or why they say
     nothing."""
     config, card, work = point.config, point.card, point.work
-    if config.placement.kind is PlacementKind.ddp:
+    if config.placement.kind.shares_trials:
         return "none has finished here before, and how long several cards wait for each other was not measured"
     if card is None:
         return "none has finished here before, and on a CPU nothing else tells"

@@ -1,4 +1,4 @@
-"""Choose the cards, or the workers on the CPU, that share a trial: placement=ddp."""
+"""Choose the cards, or the workers on the CPU, that share a trial: placement=ddp and placement=fsdp."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,31 +9,31 @@ from lora_lab.placement import Placement
 from lora_lab.telemetry.nvml import Card
 from lora_lab.trial.devices import cards_here, choose_placement
 
-_STRATEGY = "data parallel"
+_STRATEGIES = {PlacementKind.ddp: "data parallel", PlacementKind.fsdp: "data parallel, weights shared out"}
 
 
 def placement_of(config: TrialConfig) -> Placement:
-    """Return where a trial runs: with placement=ddp on several cards or by several workers, else on one device.
+    """Return where a trial runs: with placement=ddp and fsdp on several cards or by several workers, else on one device.
 
     Raises: InvalidInput when there are not as many cards, or they cannot share a trial."""
     asked = config.placement
-    if asked.kind is not PlacementKind.ddp:
+    if not asked.kind.shares_trials:
         return choose_placement(config.device)
     there = () if config.device == "cpu" else cards_here(config.device)
     if there:
         cards = _cards(config, there)
-        return Placement(cards=cards, world_size=len(cards), strategy=_STRATEGY)
+        return Placement(cards=cards, world_size=len(cards), strategy=_STRATEGIES[asked.kind])
     if asked.gpus is not None:
         raise InvalidInput(
-            f"placement=ddp placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On the CPU type "
+            f"placement={asked.kind.name} placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On the CPU type "
             "placement.workers=2."
         )
     if asked.workers is None:
         raise InvalidInput(
-            "placement=ddp shares a trial between cards, and there is no NVIDIA card here to use. On the CPU type "
+            f"placement={asked.kind.name} shares a trial between cards, and there is no NVIDIA card here to use. On the CPU type "
             "placement.workers=2."
         )
-    return Placement(world_size=asked.workers, strategy=_STRATEGY)
+    return Placement(world_size=asked.workers, strategy=_STRATEGIES[asked.kind])
 
 
 def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
@@ -53,12 +53,12 @@ def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
         )
     if count == 1:
         raise InvalidInput(
-            f"placement=ddp shares a trial between cards, and this machine shows {listed} alone. Use placement=one."
+            f"placement={asked.kind.name} shares a trial between cards, and this machine shows {listed} alone. Use placement=one."
         )
     chosen = there[:count]
     if len({card.name for card in chosen}) > 1:
         raise InvalidInput(
-            f"placement=ddp: the cards are of different kinds ({listed}). Each waits for the slowest, and the adapters "
+            f"placement={asked.kind.name}: the cards are of different kinds ({listed}). Each waits for the slowest, and the adapters "
             "drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
         )
     return chosen
@@ -79,7 +79,7 @@ def check_same_number(placement: Placement, tags: Mapping[str, str]) -> None:
 
 def settled(config: TrialConfig, placement: Placement) -> TrialConfig:
     """Return the config with the number of workers that share the trial, as a worker reads it."""
-    if config.placement.kind is not PlacementKind.ddp:
+    if not config.placement.kind.shares_trials:
         return config
     count, on_cards = placement.world_size, bool(placement.cards)
     found = replace(config.placement, gpus=count if on_cards else None, workers=None if on_cards else count)

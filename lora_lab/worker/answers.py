@@ -24,6 +24,7 @@ from lora_lab.worker.evaluation import evaluating
 from lora_lab.worker.examples import pad_id
 from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.prompts import prompt_text
+from lora_lab.worker.shards import shards_of
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_TOKENS = 128
@@ -158,6 +159,8 @@ class Writer:
             generation_config=self._greedy(most_tokens),
             tokenizer=self._tokenizer,
             streamer=clock,
+            # an answer that rounding ends earlier on one worker must not leave the others alone at a layer
+            synced_gpus=shards_of(self._model) is not None,
         )
         return [self._answer(row[width:].tolist()) for row in written]
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lora_lab.options import DType
+from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED, Collator, Example
 from lora_lab.worker.engines.chunked_loss import chunked_row_losses, is_in_chunks
 from lora_lab.worker.example import sha256_of
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.shards import shards_of
 from lora_lab.worker.trainables.trainable import base_of
 
 
@@ -96,6 +98,11 @@ def losses_of_batch(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     if caught:
         return caught[0]
     # the model's code calculates its loss by itself, as a mean over the batch
+    if shards_of(model) is not None:  # workers with batches of other sizes would come to its layers more often
+        raise Unsupported(
+            f"placement=fsdp: {type(causal).__name__} calculates its loss by itself, so that rows have to be evaluated "
+            "one by one, and workers with fewer of them would wait for ever. Use placement=ddp or placement=one."
+        )
     if len(inputs["labels"]) == 1:
         return loss.view(1) * (inputs["labels"][:, 1:] != IGNORED).sum()
     rows = range(len(inputs["labels"]))

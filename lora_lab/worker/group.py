@@ -53,6 +53,8 @@ class Group:
         self._exchanges = 0
         self._stepped_t: float | None = None
         self._longest_step = 0.0
+        self._promised = math.inf
+        """The seconds in which this worker comes to its next exchange, as it has promised."""
         self._attendance = None if seat.meeting is None else Attendance(seat.meeting, seat.world_size)
 
     @property
@@ -74,7 +76,7 @@ class Group:
         on_card = device.type == "cuda"
         if not dist.is_available() or not dist.is_gloo_available() or (on_card and not dist.is_nccl_available()):
             raise Unsupported(
-                f"placement=ddp needs torch.distributed with gloo{' and nccl' if on_card else ''}, and this build of "
+                f"a trial over several workers needs torch.distributed with gloo{' and nccl' if on_card else ''}, and this build of "
                 "torch has it not. Use placement=one."
             )
         for name, value in _LOOPBACK.items():
@@ -106,13 +108,22 @@ class Group:
         return result
 
     def share_of(self, items: Sequence[_T]) -> list[_T]:
-        """Return this worker's share of items that all workers have: every world_size-th."""
-        return [items[place] for place in range(self.rank, len(items), self.world_size)]
+        """Return this worker's share of items that all workers have: every world_size-th. All get equally many, since
+        workers that share a model's weights come to each of its layers together: where items are too few, some get the
+        last one, too."""
+        rounds = math.ceil(len(items) / self.world_size)
+        places = (turn * self.world_size + self.rank for turn in range(rounds))
+        return [items[min(place, len(items) - 1)] for place in places]
 
-    def joined(self, mine: Sequence[_T]) -> list[_T]:
-        """Return the results for all items, in their order, of which `mine` are those for `share_of`."""
+    def joined(self, mine: Sequence[_T], count: int) -> list[_T]:
+        """Return the results for all items, in their order.
+
+        Args:
+            mine: those for this worker's `share_of`.
+            count: the number of items.
+        """
         shares = self.gather(list(mine))
-        return [shares[place % self.world_size][place // self.world_size] for place in range(sum(map(len, shares)))]
+        return [shares[place % self.world_size][place // self.world_size] for place in range(count)]
 
     def begin_step(self) -> None:
         """Come to the exchange of a step. The next is promised for when a step as long as the longest would be over."""
@@ -125,13 +136,26 @@ class Group:
 
     def end_steps(self) -> None:
         """Promise nothing any more: what follows takes its time, and the steps behind it are timed again."""
-        self._stepped_t, self._longest_step = None, 0.0
+        self._stepped_t, self._longest_step, self._promised = None, 0.0, math.inf
         if self._attendance is not None:
             self._attendance.note(self.rank, self._exchanges)
 
     def sum(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum of those of all workers; within a step."""
         self._guarded(lambda: dist.all_reduce(tensor))
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return a copy of this worker's part, one of equal ones."""
+        return whole.view(self.world_size, -1)[self.rank].clone()
+
+    def start_gathering(self, whole: Tensor, part: Tensor) -> Any:
+        """Begin to fill `whole` with the parts of all workers, in the order of ranks. Return what `finish` takes."""
+        self._come(self._promised)
+        return self._guarded(lambda: dist.all_gather_into_tensor(whole, part, async_op=True))
+
+    def finish(self, under_way: Any) -> None:
+        """Let what is queued on the device from now on see what was gathered."""
+        self._guarded(under_way.wait)
 
     def _exchange(self, run: Callable[[], object]) -> None:
         self._come(math.inf)
@@ -141,11 +165,12 @@ class Group:
         """Note that this worker is at an exchange, and promises to be at the next within `seconds`."""
         assert self._attendance is not None
         self._exchanges += 1
+        self._promised = seconds
         self._attendance.note(self.rank, self._exchanges, seconds)
 
-    def _guarded(self, run: Callable[[], object]) -> None:
+    def _guarded(self, run: Callable[[], _T]) -> _T:
         try:
-            run()
+            return run()
         except RuntimeError as error:
             time.sleep(_WORD_SECONDS)
             assert self._attendance is not None

@@ -41,15 +41,18 @@ def check_host_layers(config: TrialConfig, skeleton: Any) -> None:
 
 
 @contextlib.contextmanager
-def hosting(config: TrialConfig, copied: Copied = copy_to_host) -> Iterator[None]:
+def hosting(asked: int | str, copied: Copied = copy_to_host) -> Iterator[None]:
     """Move the layers' weights to host memory while transformers loads them, each as soon as it is in 4 bit. So a model
     that is larger than the card can be loaded.
+
+    Args:
+        asked: how many layers, or all.
 
     Raises: Unsupported when there is not enough host memory."""
     from transformers import modeling_utils
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize  # imports bitsandbytes, as loading 4 bit does
 
-    asked, convert = config.engine.host_layers, Bnb4bitQuantize.convert
+    convert = Bnb4bitQuantize.convert
     refused: list[MemoryError] = []
 
     def convert_and_move(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:

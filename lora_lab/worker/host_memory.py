@@ -106,4 +106,5 @@ def _as_on_card(memory: HostMemory, like: Tensor, shape: tuple[int, ...]) -> Ten
 
 def is_in_host_memory(tensor: Tensor) -> bool:
     """Return whether the memory of a tensor that torch takes for the card's is the host's, as the driver says."""
-    return tensor.is_cuda and _cuda().is_host(tensor.data_ptr())
+    # its storage may have no memory at the moment: a tensor does not say its address then
+    return tensor.is_cuda and _cuda().is_host(tensor.untyped_storage().data_ptr())

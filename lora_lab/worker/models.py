@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lora_lab.config import TIED, InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.config import ALL, TIED, InvalidInput, MethodConfig, ModelConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType, ModelSource, Quantization, Weights
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.worker.checkpoint import (
@@ -24,12 +24,14 @@ from lora_lab.worker.checkpoint import (
     make_skeleton,
 )
 from lora_lab.worker.experts import quantise_experts
+from lora_lab.worker.group import Group
 from lora_lab.worker.host_layers import check_host_layers, hosting, move_layers
 from lora_lab.worker.mlps import check_mlps
 from lora_lab.worker.pretrained import from_pretrained, model_name
 from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
 from lora_lab.worker.random_weights import random_state
+from lora_lab.worker.shards import check_shards, share_out
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trainables import trainable_of
 
@@ -100,6 +102,7 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
         skeleton = make_skeleton(config, architecture)
     check_mlps(config, skeleton)
     check_host_layers(config, skeleton)
+    check_shards(config, skeleton)
     remarks = []
     if config.model.weights is Weights.pretrained:
         remarks = check_files(config.model, architecture, skeleton)
@@ -108,24 +111,31 @@ def check_model(config: TrialConfig, architecture: Any) -> list[str]:
 
 
 def load_model(
-    config: TrialConfig, architecture: Any, device: torch.device, warn: Callable[[str], None] = lambda _: None
+    config: TrialConfig,
+    architecture: Any,
+    device: torch.device,
+    warn: Callable[[str], None] = lambda _: None,
+    sharing: Group | None = None,
 ) -> Any:
     """Load the model onto `device`, frozen, with what `method` trains of it.
 
     Args:
         warn: gets what the user should know of the model.
+        sharing: the workers that the frozen weights are shared out between; None where this one holds all of them.
 
     Raises: InvalidInput when tensors are missing, when the model is not causal, when packed documents see each other,
         or when most weights are not in the format that is asked for.
     """
     dtype = working_dtype(config.precision.dtype, device)
-    model = _frozen(config, architecture, device, dtype, warn)
+    model = _frozen(config, architecture, device, dtype, warn, in_parts=sharing is not None)
     # of nested configs the inner one counts
     model.config.use_cache = model.config.get_text_config().use_cache = False
     for remark in quantise_experts(model, config.method):
         warn(remark)
     for remark in check_quantized_share(config.method, quantised_share(model)):
         warn(remark)
+    if sharing is not None:
+        share_out(model, sharing, device)
     seen = look_through(model, config, device, dtype)
     for remark in judge(seen, config, model_name(config.model)):
         warn(remark)
@@ -135,21 +145,35 @@ def load_model(
 
 
 def _frozen(
-    config: TrialConfig, architecture: Any, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
+    config: TrialConfig,
+    architecture: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    warn: Callable[[str], None],
+    in_parts: bool,
 ) -> Any:
-    """Load the model with its own or with random weights, quantised tensor by tensor while it is loaded."""
+    """Load the model with its own or with random weights, quantised tensor by tensor while it is loaded.
+
+    Args:
+        in_parts: leave the weights of all layers in host memory, since the device shall never have all of them.
+    """
+    is_quantised = config.method.quantization is not Quantization.none
     asked: dict[str, Any] = {
         "config": architecture,
         "dtype": dtype,
         "attn_implementation": config.attention.value,
-        "device_map": {"": device},
+        "device_map": {"": torch.device("cpu") if in_parts and not is_quantised else device},
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # check_weights_complete raises for them, by name
     }
     if getattr(architecture, "quantization_config", None) is None:  # else the files say how
         asked["quantization_config"] = _quantization(config.method, dtype)
     is_hosted = device.type == "cuda" and config.engine.host_layers
-    hosts = hosting(config) if is_hosted else contextlib.nullcontext()
+    hosts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if is_hosted:
+        hosts = hosting(config.engine.host_layers)
+    elif in_parts and is_quantised:
+        hosts = hosting(ALL, lambda weight: weight.cpu())
     with _conversion_errors(), hosts:
         if config.model.weights is Weights.random:
             with torch.device("meta"):

@@ -8,7 +8,7 @@ import torch
 
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
-from lora_lab.options import DType, Quantization
+from lora_lab.options import DType, PlacementKind, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
@@ -21,6 +21,10 @@ from lora_lab.worker.training import optimizer_class
 
 PAGED_FROM = 100_000
 """bitsandbytes pages the state of parameters with at least this many elements."""
+
+_MOST_HELD = 1.1
+"""A worker's part of the frozen weights, over an equal part of them, at most. Norms, and what 4-bit weights are
+unpacked with, are whole on each."""
 
 _AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """accelerate's name for each."""
@@ -161,7 +165,7 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
     asked = expected(config, device)
     differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
     differences += _dtype_differences(facts, config, device)
-    differences += _host_layers_difference(facts, config)
+    differences += [*_host_layers_difference(facts, config), *_held_difference(facts, config)]
     stand_ins = []
     if device.type == "cpu":
         if config.precision.dtype is DType.fp16:
@@ -193,3 +197,12 @@ def _host_layers_difference(facts: dict[str, str], config: TrialConfig) -> list[
     there, _, layers = facts["host_layers"].partition(" of ")
     asked = config.engine.hosted_layers(int(layers))
     return [] if asked == int(there) else [f"host_layers: asked for {asked}, got {there}"]
+
+
+def _held_difference(facts: dict[str, str], config: TrialConfig) -> list[str]:
+    if config.placement.kind is not PlacementKind.fsdp:
+        return []
+    held, _, whole = facts.get("base_bytes_held", "1 of 1").partition(" of ")
+    most = _MOST_HELD / config.placement.world_size
+    share = int(held) / int(whole)
+    return [] if share <= most else [f"base_bytes_held: asked for a share of {most:.2f} at most, got {share:.2f}"]

@@ -88,31 +88,34 @@ def stored_screened(folder: Path, digest: str, least: float) -> Screened | None:
 def row_losses(
     model: Any,
     examples: Sequence[Example],
-    most_tokens: int,
+    batches: Sequence[list[int]],
     pad_id: int,
     precision: DType,
     device: torch.device,
     progress: Callable[[int, int], None],
-) -> list[float]:
-    """Return the mean loss in nats per trained token of each row.
+) -> list[list[float]]:
+    """Return for each batch the mean loss in nats per trained token of its rows.
+
+    Args:
+        batches: the places of the rows of each."""
+    collator, found = Collator(pad_id=pad_id), []
+    done, total = 0, sum(map(len, batches))
+    with evaluating(model, precision, device):
+        for places in batches:
+            batch = collator([examples[place] for place in places])
+            tensors = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
+            nats = losses_of_batch(model, tensors).tolist()
+            found.append([each / examples[place].trained for place, each in zip(places, nats, strict=True)])
+            done += len(places)
+            progress(done, total)
+    return found
+
+
+def batches_of(examples: Sequence[Example], most_tokens: int) -> Iterator[list[int]]:
+    """Yield the places of rows of like length, as many as fit.
 
     Args:
         most_tokens: the token slots of one batch, where a single row has no more."""
-    collator, losses = Collator(pad_id=pad_id), [0.0] * len(examples)
-    done = 0
-    with evaluating(model, precision, device):
-        for places in _batches(examples, most_tokens):
-            batch = collator([examples[place] for place in places])
-            tensors = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
-            for place, nats in zip(places, losses_of_batch(model, tensors).tolist(), strict=True):
-                losses[place] = nats / examples[place].trained
-            done += len(places)
-            progress(done, len(examples))
-    return losses
-
-
-def _batches(examples: Sequence[Example], most_tokens: int) -> Iterator[list[int]]:
-    """Yield the places of rows of like length, as many as fit."""
     places: list[int] = []
     sizes = sizes_of(examples)
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):

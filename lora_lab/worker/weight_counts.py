@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def count_model(model: Any) -> ModelCounted:
         frozen_in_layers=sum(count for key, count in frozen.items() if key in repeated),
         trainable=sum(_weights(linear) for linear in linears if linear.weight.requires_grad),
         attention_width=len(layers) * shapes.num_attention_heads * head_size,
-        weight_bytes=_bytes(kept),
+        weight_bytes=stored_bytes(kept),
         weight_elements=sum(_elements(p) for p in kept),
         layers=len(layers),
     )
@@ -87,16 +87,25 @@ def _elements(parameter: Any) -> int:
     return math.prod(state.shape) if state is not None else int(parameter.numel())
 
 
-def _bytes(parameters: list[Any]) -> int:
+def stored_bytes(parameters: Iterable[Any]) -> int:
     """Return the memory of the parameters and of their quantisation, each storage once."""
-    tensors = [tensor for parameter in parameters for tensor in (parameter, *_scales(parameter))]
+    tensors = [tensor for parameter in parameters for tensor in (parameter, *_unpacking(parameter))]
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
 
 
-def _scales(parameter: Any) -> Iterator[torch.Tensor]:
-    """Yield what dequantizing a 4-bit weight needs: scales, their own scales when double quantised, and code books."""
+def scales_of(parameter: Any) -> Iterator[torch.Tensor]:
+    """Yield the scales of a 4-bit weight, and their own scales when double quantised."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
-        yield from (part for part in (state.absmax, state.code, state.offset) if torch.is_tensor(part))
+        yield state.absmax
+        state = state.state2
+
+
+def _unpacking(parameter: Any) -> Iterator[torch.Tensor]:
+    """Yield what dequantizing a 4-bit weight needs: scales, and code books."""
+    yield from scales_of(parameter)
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (part for part in (state.code, state.offset) if torch.is_tensor(part))
         state = state.state2

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lora_lab.worker.shards import call_of, set_call
+
 
 class CheckpointedCall:
     """Calls a decoder layer checkpointed in training."""
@@ -23,21 +25,17 @@ class CheckpointedCall:
             keeps_random_state, within: see `checkpoint_layers`.
         """
         self._layer = layer
-        self._call: Callable[..., Any] = layer._compiled_call_impl or layer._call_impl
-        self._once_more: Callable[..., Any] = layer._call_impl if within else self._call
+        self.call: Callable[..., Any] = call_of(layer)
+        """The layer's own call, or that compiled."""
+        self._once_more: Callable[..., Any] = layer._call_impl if within else self.call
         self._keeps_random_state = keeps_random_state
         own = self._checkpoint
         self._checkpointed = torch.compile(own, fullgraph=True, dynamic=False) if within else own
 
-    @property
-    def is_compiled(self) -> bool:
-        """True where the layer itself is compiled."""
-        return bool(self._call != self._layer._call_impl)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
         if not (self._layer.training and torch.is_grad_enabled()):
-            return self._call(*args, **kwargs)
+            return self.call(*args, **kwargs)
         return self._train(*args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +46,7 @@ class CheckpointedCall:
         return checkpoint(self._once_more, *args, use_reentrant=False, preserve_rng_state=kept, **kwargs)
 
 
-def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool, within: bool) -> None:
+def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool, within: bool = False) -> None:
     """Checkpoint decoder layers in training.
 
     Args:
@@ -57,5 +55,4 @@ def checkpoint_layers(layers: Iterable[Any], keeps_random_state: bool, within: b
         within: True for layers that are compiled whole.
     """
     for layer in layers:
-        # torch calls this instead of the class's own call, hooks included
-        layer._compiled_call_impl = CheckpointedCall(layer, keeps_random_state, within)
+        set_call(layer, CheckpointedCall(layer, keeps_random_state, within))

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.shards import gathered
 from lora_lab.worker.trainables.trainable import base_of
 
 CHUNK_ELEMENTS = 2**26
@@ -129,9 +130,10 @@ def is_in_chunks(causal: Any) -> bool:
 
 def chunked_row_losses(causal: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
     """Sum the loss in nats of each row, in fp32, of shape (rows,); for a model that `use_chunked_loss` has changed."""
-    hidden, weight = causal.get_decoder()(**inputs).last_hidden_state, causal.get_output_embeddings().weight
+    hidden, head = causal.get_decoder()(**inputs).last_hidden_state, causal.get_output_embeddings()
     shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    return torch.stack([chunked_cross_entropy(h, weight, row) for h, row in zip(hidden, shifted, strict=True)])
+    with gathered(head):
+        return torch.stack([chunked_cross_entropy(h, head.weight, row) for h, row in zip(hidden, shifted, strict=True)])
 
 
 def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss, mlp_tile: int | None = None) -> None:
@@ -160,7 +162,8 @@ def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss, mlp_tile: int | None
         inputs.pop("return_dict", None)
         hidden = decoder(**inputs).last_hidden_state
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
-        total = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted, chunk, mlp_tile)
+        with gathered(head):  # here alone: the backward has its gradient already
+            total = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted, chunk, mlp_tile)
         count = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 

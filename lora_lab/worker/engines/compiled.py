@@ -12,6 +12,7 @@ from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
 from lora_lab.worker.engines.input_gradient import require_input_gradient
 from lora_lab.worker.engines.offloaded_checkpoints import OffloadedCall
+from lora_lab.worker.shards import call_of, set_call
 from lora_lab.worker.trainables.trainable import base_of
 
 MOST_COMPILATIONS = 64
@@ -49,7 +50,7 @@ def compile_layers(model: Any, whole: bool = True) -> None:
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     require_input_gradient(model)
     for layer in layers:
-        layer.compile(fullgraph=whole, dynamic=False)
+        set_call(layer, torch.compile(layer._call_impl, fullgraph=whole, dynamic=False))
 
 
 def graph_breaks() -> Counter[str]:
@@ -69,16 +70,16 @@ def check_breaks(found: Counter[str]) -> None:
 
 def is_compiled(layer: Any) -> bool:
     """Return True for a layer whose call torch compiles."""
-    call = layer._compiled_call_impl
-    return call.is_compiled if isinstance(call, CheckpointedCall) else call is not None
+    call = call_of(layer)
+    return bool((call.call if isinstance(call, CheckpointedCall) else call) != layer._call_impl)
 
 
 def checkpointing_of(model: Any) -> Checkpointing:
     """Read from the live layers which of them recompute their forward."""
     layers = decoder_layers(model)
-    if layers and all(isinstance(layer._compiled_call_impl, OffloadedCall) for layer in layers):
+    if layers and all(isinstance(call_of(layer), OffloadedCall) for layer in layers):
         return Checkpointing.offloaded
-    on = [isinstance(layer._compiled_call_impl, CheckpointedCall) or layer.gradient_checkpointing for layer in layers]
+    on = [isinstance(call_of(layer), CheckpointedCall) or layer.gradient_checkpointing for layer in layers]
     if not any(on):
         return Checkpointing.none
     return Checkpointing.full if all(on) else Checkpointing.selective

@@ -30,6 +30,7 @@ from lora_lab.worker.engines.trainer_shortcuts import TrainerShortcuts
 from lora_lab.worker.host_layers import no_room
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.phases import Emit, PhaseClock
+from lora_lab.worker.shards import shards_of
 from lora_lab.worker.trainables.trainable import base_of, trained_parameters
 
 
@@ -69,7 +70,7 @@ class Engine(TrainerCallback):
         Raises: Unsupported when the engine can't run this model.
         """
         kind = config.engine.kind
-        if config.engine.host_embeddings is not False and model.device.type == "cuda":
+        if config.engine.host_embeddings is not False and model.device.type == "cuda" and shards_of(model) is None:
             move_embeddings(model, config.engine.host_embeddings)
             torch.cuda.empty_cache()  # where they lay before
         self._emit = emit

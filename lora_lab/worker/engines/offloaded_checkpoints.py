@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_lab.outcome import Unsupported, says_out_of_memory
 from lora_lab.worker.engines.checkpointed_calls import CheckpointedCall
+from lora_lab.worker.shards import set_call
 
 
 @dataclass(slots=True)
@@ -189,8 +190,7 @@ def offload_checkpoints(layers: list[Any], device: torch.device, keeps_random_st
     shelf = HostShelf(last - first, device)
     for number, layer in enumerate(layers):
         kept = shelf if first <= number < last else None
-        # torch calls this instead of the class's own call, hooks included
-        layer._compiled_call_impl = OffloadedCall(layer, number - first, kept, keeps_random_state, within)
+        set_call(layer, OffloadedCall(layer, number - first, kept, keeps_random_state, within))
 
 
 def _is_trained(layer: Any) -> bool:

@@ -3,7 +3,7 @@
 import time
 
 from lora_lab.events import Answered, Progress
-from lora_lab.options import DataSource
+from lora_lab.options import DataSource, PlacementKind
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.phase import Phase
 from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
@@ -15,6 +15,8 @@ from lora_lab.worker.stages.stage import Stage, TrialContext
 
 
 def _is_needed(trial: TrialContext) -> bool:
+    if not trial.group.is_lead and trial.config.placement.kind is not PlacementKind.fsdp:
+        return False  # with shared out weights all are needed for each token
     return answers_asked(trial.config) > 0 and trial.config.data.source is not DataSource.random_tokens
 
 
@@ -32,6 +34,8 @@ def _answer(trial: TrialContext) -> None:
         if not says_out_of_memory(str(error)):
             raise
         trial.warn("no held-out prompt is answered: the memory does not suffice for it")
+        return
+    if not trial.group.is_lead:
         return
     texts = [[writer.text(each.ids) for each in side] for side in (base, tuned)]
     gold = [writer.text(each.gold) for each in asked]
@@ -79,4 +83,4 @@ def _written(trial: TrialContext, writer: Writer, asked: list[Question], most: i
     return writer.write(asked, most, tuned, progress)
 
 
-STAGE = Stage(Phase.answers, _answer, _is_needed, lead_only=True)
+STAGE = Stage(Phase.answers, _answer, _is_needed)

@@ -53,7 +53,7 @@ def _send_losses(trial: TrialContext, rows: list[Example], text: str, phase: Pha
         trial.device,
         progress,
     )
-    losses = Losses(trial.group.joined(mine.nats), [row.trained for row in rows])
+    losses = Losses(trial.group.joined(mine.nats, len(rows)), [row.trained for row in rows])
     trial.emit(
         RowLosses(
             t=time.monotonic(),

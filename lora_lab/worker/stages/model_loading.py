@@ -1,15 +1,23 @@
 """Load the model with what is trained of it, and count its weights."""
 
+from dataclasses import replace
+
+from lora_lab.options import PlacementKind
 from lora_lab.phase import Phase
 from lora_lab.worker.models import load_model
+from lora_lab.worker.shards import held_and_whole
 from lora_lab.worker.stages.stage import Stage, TrialContext
 from lora_lab.worker.weight_counts import Uncountable, count_model
 
 
 def _load(trial: TrialContext) -> None:
-    trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn)
+    sharing = trial.group if trial.config.placement.kind is PlacementKind.fsdp else None
+    trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn, sharing)
     try:
-        trial.emit(count_model(trial.model))
+        counted = count_model(trial.model)
+        if sharing is not None:
+            counted = replace(counted, weight_bytes=held_and_whole(trial.model)[1])
+        trial.emit(counted)
     except Uncountable as error:
         trial.warn(f"FLOPs are not counted: {error}")
 

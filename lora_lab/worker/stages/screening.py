@@ -3,13 +3,11 @@
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from lora_lab.events import Progress
 from lora_lab.phase import Phase
 from lora_lab.worker.examples import check_filled, packed_rows
 from lora_lab.worker.job_plan import plan_job
-from lora_lab.worker.screening import Screened, row_losses, screen, store_screened, stored_screened
+from lora_lab.worker.screening import Screened, batches_of, row_losses, screen, store_screened, stored_screened
 from lora_lab.worker.stages.data_loading import counted
 from lora_lab.worker.stages.stage import Stage, TrialContext
 
@@ -45,11 +43,21 @@ def _find(trial: TrialContext, least: float) -> Screened:
     def progress(done: int, total: int) -> None:
         trial.emit(Progress(t=time.monotonic(), done=done, total=total))
 
-    mine = rows.chosen(np.arange(len(rows)) % trial.group.world_size == trial.group.rank)
-    losses = row_losses(
-        trial.model, mine, config.seq_len, trial.padding, config.precision.dtype, trial.device, progress
+    batches = list(batches_of(rows, config.seq_len))
+    mine = row_losses(
+        trial.model,
+        rows,
+        trial.group.share_of(batches),
+        trial.padding,
+        config.precision.dtype,
+        trial.device,
+        progress,
     )
-    found = screen(rows.trained.tolist(), trial.group.joined(losses), least)
+    losses = [0.0] * len(rows)
+    for places, nats in zip(batches, trial.group.joined(mine, len(batches)), strict=True):
+        for place, each in zip(places, nats, strict=True):
+            losses[place] = each
+    found = screen(rows.trained.tolist(), losses, least)
     if not trial.group.is_lead:
         return found
     try:

@@ -16,6 +16,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.job_trainer import JobTrainer, early_stopping, job_arguments
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
+from lora_lab.worker.shards import held_and_whole, shards_of
 from lora_lab.worker.shared_step import SharedStep, check_equal, unequal
 from lora_lab.worker.stages.heldout import evaluate, heldout_rows
 from lora_lab.worker.stages.job import Job
@@ -113,11 +114,15 @@ def _ran_together(trial: TrialContext) -> dict[str, str]:
     group = trial.group
     if not group.is_shared:
         return {}
-    return {
+    found = {
         "world_size": str(group.world_size),
         "gradients_carried_by": group.backend,
         "adapters_equal": str(not unequal(group, trial.model)),
     }
+    if shards_of(trial.model) is not None:
+        held, whole = max(group.gather(held_and_whole(trial.model)))
+        found["base_bytes_held"] = f"{held} of {whole}"
+    return found
 
 
 STAGE = Stage(None, _set_up)

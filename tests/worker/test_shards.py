@@ -1,0 +1,113 @@
+"""Frozen weights that two workers share out: the same training, and no more than a part of them is held."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import compiles
+from engine_models import loss_and_gradients
+from odd_models import make, trial
+from torch import Tensor
+
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.options import DType, PlacementKind, Quantization
+from lora_lab.places_config import PlacementConfig
+from lora_lab.seat import Seat
+from lora_lab.worker import evaluation
+from lora_lab.worker.data import Example
+from lora_lab.worker.engines.checkpointed_calls import checkpoint_layers
+from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.engines.compiled import checkpointing_of, compile_layers, is_compiled
+from lora_lab.worker.group import Group
+from lora_lab.worker.models import check_model, load_architecture, load_model
+from lora_lab.worker.mlps import text_layers
+from lora_lab.worker.readback import _held_difference
+from lora_lab.worker.shards import held_and_whole, shards_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),
+]
+CPU = torch.device("cpu")
+_TOKENS = torch.arange(48).remainder(29).reshape(2, 24)
+BATCH = {"input_ids": _TOKENS, "labels": _TOKENS, "attention_mask": torch.ones_like(_TOKENS)}
+
+
+class WithAnother(Group):
+    """The first of two workers, who knows the other's parts, and counts the bytes that are whole."""
+
+    def __init__(self) -> None:
+        super().__init__(Seat(0, 2))
+        self._wholes: dict[int, Tensor] = {}
+        self.under_way: list[Tensor] = []
+        self.gathered = 0
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        part = super().part_of(whole)
+        self._wholes[part.data_ptr()] = whole.clone()
+        return part
+
+    def start_gathering(self, whole: Tensor, part: Tensor) -> Tensor:
+        self.gathered += 1
+        self.under_way.append(part)
+        whole.fill_(255)  # nobody may read it before it is there
+        return whole
+
+    def finish(self, under_way: Tensor) -> None:
+        under_way.copy_(self._wholes[self.under_way.pop(0).data_ptr()])
+
+
+def asked(name: str, folder: Path, quantization: Quantization) -> TrialConfig:
+    config = trial(name, folder, quantization=quantization)
+    return replace(config, placement=PlacementConfig(kind=PlacementKind.fsdp, workers=2))
+
+
+def loaded(config: TrialConfig, sharing: Group | None = None) -> Any:
+    torch.manual_seed(0)
+    model = load_model(config, load_architecture(config.model), CPU, sharing=sharing)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    home = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        if not (home / name).exists():
+            make(name, home / name)
+        return home / name
+
+    return folder
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *((name, Quantization.none) for name in ("llama", "llama_tied", "gemma2", "gemma3", "phi3", "gpt2", "mixtral")),
+        *((name, Quantization.none) for name in ("lfm2", "granitemoehybrid", "falcon")),
+        *((name, Quantization.nf4) for name in ("llama", "llama_tied", "phi3")),
+    ],
+)
+def test_shared_out_weights_train_as_whole_ones(
+    made: Callable[[str], Path], name: str, quantization: Quantization, checkpoints: bool
+) -> None:
+    config = asked(name, made(name), quantization)
+    plain, shared = loaded(config), loaded(config, WithAnother())
+    for model in (plain, shared):
+        if checkpoints:
+            checkpoint_layers(text_layers(model), keeps_random_state=True)
+    for _ in range(2):
+        (loss, gradients), (other, others) = (loss_and_gradients(model, BATCH) for model in (plain, shared))
+        assert loss == other
+        assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+    held, whole = held_and_whole(shared)
+    assert 0.5 <= held / whole <= 0.56, "norms are whole, and in these tiny models a large share"
