@@ -1,15 +1,17 @@
 """Compare one trial on one card with one over two cards, data parallel: tokens/s, energy, memory.
 
-    python -m benchmarks.data_parallel OUT [--rounds 2] [--seconds 330] [--rehearse]
+    python -m benchmarks.data_parallel OUT [--rounds 2] [--seconds 330] [--only CELL] [--have FILE] [--rehearse]
 
 Each trial is a command of its own, alone on the host. In every round each cell runs on one card and on two, in turns:
 the order of the two changes from round to round. Each card has as many rows as the one card alone, so an exchange that
 costs nothing doubles the tokens/s. Writes OUT/data_parallel.json after every trial; no trial begins that would probably
 end after --seconds.
+--have goes on after the turns of an earlier file: compare only those of one host.
 --rehearse runs a tiny model with two workers on the CPU.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -84,15 +86,18 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=330.0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--have", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     due = time.monotonic() + asked.seconds
     number = "workers" if asked.rehearse else "gpus"
     placements = {1: ["placement=one"], 2: ["placement=ddp", f"placement.{number}=2"]}
-    turns: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = [] if asked.have is None else json.loads(asked.have.read_text())["turns"]
+    chosen = {cell: each for cell, each in (_TINY if asked.rehearse else CELLS).items() if asked.only in cell}
     for turn in range(asked.rounds):
-        for cell, overrides in (_TINY if asked.rehearse else CELLS).items():
+        for cell, overrides in chosen.items():
             for count in (1, 2) if turn % 2 == 0 else (2, 1):
                 longest = max((each["seconds"] for each in turns), default=0.0)
                 if time.monotonic() + longest > due:

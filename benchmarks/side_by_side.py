@@ -1,13 +1,14 @@
 """Run one sweep of equal trials with placement=one and with placement=each_gpu: the time of both, and what trials do to
 their neighbours.
 
-    python -m benchmarks.side_by_side OUT [override ...]
+    python -m benchmarks.side_by_side OUT [--points 4] [--repeats 3] [override ...]
 
 A first sweep, on all cards, is not counted: rates and tokens that are kept from then on are measured there. On a CPU
 add `device=cpu placement.workers=2`. A trial of placement=one then has all cores, so its speed says nothing there.
 OUT/side_by_side.json has every trial.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -17,15 +18,12 @@ from typing import Any
 
 from benchmarks.reports import finished_trials, markdown, provenance, write_report
 
-RATES = ("1e-4", "2e-4", "3e-4", "4e-4")
-REPEATS = 3
 _SWEEP = (
     *("model=qwen2_5_1_5b", "model.weights=random", "data=random_tokens", "data.rows=160", "measure.eval_rows=0"),
     *("batch_size=8", "seq_len=2048", "gradient_checkpointing=full", "measure.answers=0", "tracking=none"),
-    f"learning_rate={','.join(RATES)}",
 )
-_NOTE = f"""{len(RATES)} points that differ in the learning rate alone, {REPEATS} repeats. Seconds are from the start
-of the first trial to the end of the last. The noise is the standard deviation of a slot's trials over their mean."""
+_NOTE = """{points} points that differ in the learning rate alone, {repeats} repeats. Seconds are from the start of the
+first trial to the end of the last. The noise is the standard deviation of a slot's trials over their mean."""
 FIGURES = {"tokens/s": "throughput/tokens_per_second", "J/token": "energy/joules_per_token"}
 
 
@@ -83,18 +81,25 @@ def rows(of: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float]) -
 
 
 def main() -> None:
-    out, overrides = Path(sys.argv[1]).resolve(), sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--points", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    asked, more = parser.parse_known_args()
+    out = asked.out.resolve()
+    overrides = [*more, f"learning_rate={','.join(f'{1 + point}e-4' for point in range(asked.points))}"]
     one = [each for each in overrides if not each.startswith("placement.")]
     run(out / "first", *overrides, "placement=each_gpu")
-    run(out / "one", *one, f"repeats={REPEATS}")
-    run(out / "each_gpu", *overrides, "placement=each_gpu", f"repeats={REPEATS}")
+    run(out / "one", *one, f"repeats={asked.repeats}")
+    run(out / "each_gpu", *overrides, "placement=each_gpu", f"repeats={asked.repeats}")
     seconds = {placement: seconds_of(out / placement) for placement in ("one", "each_gpu")}
     of = {placement: trials(out / placement) for placement in seconds}
     heads = ["placement", "slot", "trials", "seconds", *(f"{name} (noise)" for name in FIGURES)]
     share = seconds["each_gpu"] / seconds["one"]
     text = f"{markdown(heads, rows(of, seconds))}\n\nSide by side takes {share:.2f} of the time.\n\n{_NOTE}"
+    text = text.format(points=asked.points, repeats=asked.repeats)
     tags = next(record for _, record in finished_trials(out / "each_gpu")).tags
-    origin = provenance(tags, " ".join(["python -m benchmarks.side_by_side OUT", *overrides]))
+    origin = provenance(tags, " ".join(["python -m benchmarks.side_by_side OUT", *sys.argv[2:]]))
     write_report(out, "side_by_side", "Side by side", origin, text, {"seconds": seconds, "trials": of})
     print(text)
 

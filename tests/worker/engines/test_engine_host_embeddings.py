@@ -153,6 +153,7 @@ def prepared(engine: str, dtype: torch.dtype, is_moved: bool) -> tuple[Any, Any]
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # torch.compile warns of much that is not ours
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("engine", ["eager", "compile", "graph"])
 @sdpa_kernel(SDPBackend.MATH)  # others may add in no fixed order in their backward
