@@ -26,7 +26,7 @@ class CompiledSaved:
     mlp: "CompiledMlp | None"
     """None for an MLP in tiles, which keeps its input alone."""
     output: int | None
-    """None where a layer that is calculated once more ends before its MLP."""
+    """None where a layer that is calculated once more ends before its MLP, or before the MLP's last product."""
     low: list[int] = field(default_factory=list)
     """The adapters' inner results."""
     mlp_output: int | None = None
@@ -73,9 +73,14 @@ class CompiledLayer:
         t.free(*attended)
         saved = CompiledSaved(layer_input, x, attention, middle, mlp_input, None, None, low)
         has_norm_behind = shapes.layer_norms == 4
-        if self._tile is not None and again and not has_norm_behind:
+        is_last_needed = not again or has_norm_behind
+        if self._tile is not None and not is_last_needed:
             return saved
         if self._tile is None:
+            if not is_last_needed:
+                saved.mlp = self._mlp_again()
+                saved.low += saved.mlp.low
+                return saved
             saved.mlp, down = self.mlp()
             saved.low += saved.mlp.low
         else:
@@ -89,12 +94,20 @@ class CompiledLayer:
 
     def mlp(self) -> tuple[CompiledMlp, int]:
         """Begin what an MLP keeps, and its output."""
-        t, s, shapes = self.tape, self.sizes, self.sizes.shapes
+        kept = self._gate_and_up()
+        [down] = self._products(self.sizes.shapes.down, kept.low)
+        return kept, down
+
+    def _mlp_again(self) -> CompiledMlp:
+        """Begin what an MLP keeps, without its last product."""
+        kept = self._gate_and_up()
+        kept.low += self._low(self.sizes.shapes.down)
+        return kept
+
+    def _gate_and_up(self) -> CompiledMlp:
         low: list[int] = []
-        gate_up = self._products(shapes.gate_up, low)
-        product = t.new(s.wide(shapes.intermediate), ACTIVATIONS)
-        [down] = self._products(shapes.down, low)
-        return CompiledMlp(gate_up, product, low), down
+        gate_up = self._products(self.sizes.shapes.gate_up, low)
+        return CompiledMlp(gate_up, self.tape.new(self.sizes.wide(self.sizes.shapes.intermediate), ACTIVATIONS), low)
 
     def _tiles_forward(self, tile: "CompiledLayer") -> int:
         """Run the MLP's tiles; begin their output."""
@@ -156,11 +169,16 @@ class CompiledLayer:
     def _products(self, linears: tuple[Linear, ...], low: list[int]) -> list[int]:
         """Begin the outputs of layers that share an input."""
         t, s = self.tape, self.sizes
-        low += [t.new(s.wide(s.rank), ACTIVATIONS) for linear in linears if s.has_adapter(linear)]
+        low += self._low(linears)
         working = self._working(linears, linears[0].inputs, sum(linear.outputs for linear in linears))
         outputs = [t.new(s.wide(linear.outputs), ACTIVATIONS) for linear in linears]
         t.free(*working)
         return outputs
+
+    def _low(self, linears: tuple[Linear, ...]) -> list[int]:
+        """Begin the adapters' inner results."""
+        t, s = self.tape, self.sizes
+        return [t.new(s.wide(s.rank), ACTIVATIONS) for linear in linears if s.has_adapter(linear)]
 
     def _working(self, linears: tuple[Linear, ...], inputs: int, outputs: int) -> list[int]:
         """Begin what a product needs: weights unpacked from 4 bit, all of them at once under graph. Where graph widens
