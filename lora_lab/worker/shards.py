@@ -164,7 +164,8 @@ def check_shards(config: TrialConfig, skeleton: Any) -> None:
         fault = "it is a mixture, whose experts go into 4 bit only once the whole model is on the card"
     if fault:
         raise InvalidInput(
-            f"placement=fsdp cannot be used with {type(skeleton).__name__}: {fault}. Use placement=ddp or placement=one."
+            f"placement=fsdp cannot be used with {type(skeleton).__name__}: {fault}. Use placement=ddp or "
+            "placement=one."
         )
 
 

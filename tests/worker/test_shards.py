@@ -17,15 +17,16 @@ from lora_lab.options import DType, PlacementKind, Quantization
 from lora_lab.places_config import PlacementConfig
 from lora_lab.seat import Seat
 from lora_lab.worker import evaluation
+from lora_lab.worker.checkpoint import make_skeleton
 from lora_lab.worker.data import Example
 from lora_lab.worker.engines.checkpointed_calls import checkpoint_layers
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.compiled import checkpointing_of, compile_layers, is_compiled
 from lora_lab.worker.group import Group
-from lora_lab.worker.models import check_model, load_architecture, load_model
 from lora_lab.worker.mlps import text_layers
+from lora_lab.worker.models import check_model, load_architecture, load_model
 from lora_lab.worker.readback import compare, expected
-from lora_lab.worker.shards import held_and_whole, shards_of
+from lora_lab.worker.shards import check_shards, held_and_whole, shards_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -70,7 +71,7 @@ def loaded(config: TrialConfig, sharing: Group | None = None) -> Any:
     torch.manual_seed(0)
     model = load_model(config, load_architecture(config.model), CPU, sharing=sharing)
     with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
+        for number, parameter in enumerate(model.parameters()):
             if parameter.requires_grad:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
     return model.train()
@@ -176,13 +177,17 @@ def test_a_worker_that_holds_more_than_its_part_fails_the_trial(held: str, is_as
     assert any("base_bytes_held" in each for each in differences) is not is_as_asked
 
 
-@pytest.mark.parametrize(("name", "fault"), [("mixtral", "mixture"), ("mamba", "no layers")])
-def test_models_whose_weights_cannot_be_shared_out_are_refused(
-    made: Callable[[str], Path], name: str, fault: str
-) -> None:
-    config = asked(name, made(name), Quantization.nf4)
-    with pytest.raises(InvalidInput, match=f"(?s)placement=fsdp.*{fault}.*Use placement=ddp"):
+def test_models_whose_weights_cannot_be_shared_out_are_refused(made: Callable[[str], Path]) -> None:
+    words = "(?s)placement=fsdp.*{}.*Use placement=ddp"
+    config = asked("mixtral", made("mixtral"), Quantization.nf4)
+    with pytest.raises(InvalidInput, match=words.format("mixture")):
         check_model(config, load_architecture(config.model))
+    config = asked("llama", made("llama"), Quantization.none)
+    skeleton = make_skeleton(config, load_architecture(config.model))
+    check_shards(config, skeleton)
+    skeleton.model.layers = torch.nn.ModuleList()
+    with pytest.raises(InvalidInput, match=words.format("no layers")):
+        check_shards(config, skeleton)
 
 
 def test_a_model_that_every_worker_has_whole_has_no_shards(made: Callable[[str], Path]) -> None:
