@@ -99,7 +99,7 @@ class Shards:
     def come_back_to(self, call: "GatheringCall") -> None:
         """Begin the backward of a call: have its shard whole, and begin to gather that of the call before."""
         if self._backward_of is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._backward_of = call
         before = self._calls[call.place - 1] if call.place else None
         self._have(call, before if before is not None and before.needs_weights_back else None)

@@ -136,6 +136,8 @@ def test_a_loss_in_chunks_and_evaluations_see_the_whole_head(made: Callable[[str
 
 
 @compiles
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_layers_are_compiled_whole_and_gathered_around_their_code(made: Callable[[str], Path]) -> None:
     plain, shared = (loaded(asked("llama", made("llama"), Quantization.nf4), group) for group in (None, WithAnother()))
     found = []
