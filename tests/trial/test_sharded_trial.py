@@ -9,28 +9,45 @@ import pytest
 import torch
 from conftest import FAKES, compiles, lab_in, record_of, records_in
 from test_data_parallel import LEARNS, TINY, adapter_of, events_of, write_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lab.worker.screening import SCREENED
+from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 
 TOGETHER = ("placement=fsdp", "placement.workers=2")
-WHOLE_WAY = ("gradient_checkpointing=full", "data.min_perplexity=2", "measure.answers=2", "measure.general_rows=0")
-"""It also looks at every row before training, and answers: with 36 rows of very different lengths and 5 held-out ones,
+WHOLE_WAY = (
+    *(each for each in TINY if each not in ("model=tiny", "measure.answers=0")),
+    *(*LEARNS, "model=local", "model.path=model", "gradient_checkpointing=full"),
+    *("data.min_perplexity=2", "measure.answers=2"),
+)
+"""It also looks at every row before training, and answers: with 35 rows of very different lengths and 5 held-out ones,
 no two workers have as many of their own."""
+
+
+def write_inputs(folder: Path) -> None:
+    """The rows, and a model whose head is its embeddings: what a model knows is looked for in pretrained weights."""
+    write_rows(folder)
+    tokenizer = tiny_tokenizer()
+    shapes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(**shapes, vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    write_rows(folder)
-    said = lab_in(folder)(*TINY, *LEARNS, *WHOLE_WAY, "batch_size=4")
+    write_inputs(folder)
+    said = lab_in(folder)(*WHOLE_WAY, "batch_size=4")
     assert said.code == 0, said.text
     return folder
 
 
 @pytest.mark.parametrize("engine", ["eager", pytest.param("compile", marks=[compiles, pytest.mark.nightly])])
 def test_shared_out_weights_train_as_whole_ones_of_one_process(alone: Path, tmp_path: Path, engine: str) -> None:
-    write_rows(tmp_path)
-    said = lab_in(tmp_path)(*TINY, *LEARNS, *WHOLE_WAY, *TOGETHER, "batch_size=2", f"engine={engine}")
+    write_inputs(tmp_path)
+    said = lab_in(tmp_path)(*WHOLE_WAY, *TOGETHER, "batch_size=2", f"engine={engine}")
     assert said.code == 0, said.text
     steps, expected = events_of(tmp_path, "Step"), events_of(alone, "Step")
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], rel=1e-5)
