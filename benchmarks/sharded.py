@@ -40,7 +40,16 @@ CELLS = {
     "32B qlora eager": [*_32B, _FULL, "engine=eager", "placement=fsdp"],
     "32B qlora compile": [*_32B, _FULL, "engine=compile", "placement=fsdp"],
 }
-_TINY = [*COMMON, "model=tiny", "device=cpu", "data.rows=60", "batch_size=2", "seq_len=64", "measure=quick"]
+_TINY = [
+    *COMMON,
+    "model=tiny",
+    "device=cpu",
+    "share_device=true",
+    "data.rows=60",
+    "batch_size=2",
+    "seq_len=64",
+    "measure=quick",
+]
 _REHEARSED = {
     "tiny lora": [*_TINY, "method=lora", _FULL, "placement=fsdp"],
     "tiny qlora": [*_TINY, "method=qlora", "placement=fsdp"],

@@ -134,8 +134,8 @@ class Isolation(Enum):
 
 class PlacementKind(Enum):
     """Where trials run. `one`: each on one device, one after the other. `each_gpu`: the trials of a sweep side by side,
-    one a card. `ddp`: a trial over several cards, each with a copy of the model. `fsdp`: the same, and each card holds a
-    part of the frozen weights."""
+    one a card. `ddp`: a trial over several cards, each with a copy of the model. `fsdp`: the same, and each card holds
+    a part of the frozen weights."""
 
     one = "one"
     each_gpu = "each_gpu"

@@ -18,7 +18,7 @@ class PlacementConfig:
 
     @property
     def world_size(self) -> int:
-        """Return how many workers share a trial. Where they do and neither number is given, all cards are asked for, and only the
+        """Return how many workers share a trial. Where neither number is given, all cards are asked for, and only the
         parent knows how many there are: it settles the number before a worker starts."""
         return (self.gpus or self.workers or 1) if self.kind.shares_trials else 1
 

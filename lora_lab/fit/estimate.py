@@ -15,7 +15,7 @@ from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
-from lora_lab.options import EngineKind, PlacementKind
+from lora_lab.options import EngineKind
 from lora_lab.segments import are_expandable
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lora_lab.config import TrialConfig
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.weights import is_known, is_quantised
-from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind, PlacementKind
+from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind
 
 _WIDER = 0.05
 """For each way in which a trial is unlike those that were measured. A judgement: nothing was measured there. For a size

@@ -12,7 +12,6 @@ from lora_lab.forecast.look import look
 from lora_lab.forecast.roofline import Roofline, Speeds, StepTime
 from lora_lab.forecast.sources import Source, between, half_of, of_rates, of_trials, same_settings
 from lora_lab.machine import cpu_name
-from lora_lab.options import PlacementKind
 from lora_lab.placement import Placement
 from lora_lab.store.errors import TrackingFailed
 from lora_lab.store.stored_runs import open_store
@@ -64,8 +63,9 @@ def ask(config: TrialConfig, named: PublishedCard | None = None) -> Question:
     Raises: InvalidInput, BrokenProcessPool."""
     if config.placement.kind.shares_trials:
         raise InvalidInput(
-            f"placement={config.placement.kind.name}: how long the cards wait for each other was not measured, so the time of a trial over "
-            "several is not forecast. Leave it out for the time on one card, or run a short trial: measure=quick."
+            f"placement={config.placement.kind.name}: how long the cards wait for each other was not measured, so the "
+            "time of a trial over several is not forecast. Leave it out for the time on one card, or run a short "
+            "trial: measure=quick."
         )
     work, device = _look(config, named)
     if work.model.counted is None:

@@ -15,7 +15,6 @@ from lora_lab.forecast.roofline import Roofline, Speeds
 from lora_lab.forecast.sources import between, half_of, of_rates, of_trials, same_settings
 from lora_lab.matmul_cache import known_rate
 from lora_lab.memory_cache import known_bytes
-from lora_lab.options import PlacementKind
 from lora_lab.store.trials import Trial
 from lora_lab.telemetry.energy_figures import JOULES_PER_KWH
 from lora_lab.telemetry.nvml import Card

@@ -13,7 +13,7 @@ _STRATEGIES = {PlacementKind.ddp: "data parallel", PlacementKind.fsdp: "data par
 
 
 def placement_of(config: TrialConfig) -> Placement:
-    """Return where a trial runs: with placement=ddp and fsdp on several cards or by several workers, else on one device.
+    """Return where a trial runs: with placement=ddp or fsdp on several cards or by several workers, else on one.
 
     Raises: InvalidInput when there are not as many cards, or they cannot share a trial."""
     asked = config.placement
@@ -25,13 +25,13 @@ def placement_of(config: TrialConfig) -> Placement:
         return Placement(cards=cards, world_size=len(cards), strategy=_STRATEGIES[asked.kind])
     if asked.gpus is not None:
         raise InvalidInput(
-            f"placement={asked.kind.name} placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On the CPU type "
-            "placement.workers=2."
+            f"placement={asked.kind.name} placement.gpus={asked.gpus}: there is no NVIDIA card here to use. On "
+            "the CPU type placement.workers=2."
         )
     if asked.workers is None:
         raise InvalidInput(
-            f"placement={asked.kind.name} shares a trial between cards, and there is no NVIDIA card here to use. On the CPU type "
-            "placement.workers=2."
+            f"placement={asked.kind.name} shares a trial between cards, and there is no NVIDIA card here to use. "
+            "On the CPU type placement.workers=2."
         )
     return Placement(world_size=asked.workers, strategy=_STRATEGIES[asked.kind])
 
@@ -53,13 +53,14 @@ def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
         )
     if count == 1:
         raise InvalidInput(
-            f"placement={asked.kind.name} shares a trial between cards, and this machine shows {listed} alone. Use placement=one."
+            f"placement={asked.kind.name} shares a trial between cards, and this machine shows {listed} alone. "
+            "Use placement=one."
         )
     chosen = there[:count]
     if len({card.name for card in chosen}) > 1:
         raise InvalidInput(
-            f"placement={asked.kind.name}: the cards are of different kinds ({listed}). Each waits for the slowest, and the adapters "
-            "drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
+            f"placement={asked.kind.name}: the cards are of different kinds ({listed}). Each waits for the slowest, "
+            "and the adapters drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
         )
     return chosen
 

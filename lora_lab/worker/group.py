@@ -76,8 +76,8 @@ class Group:
         on_card = device.type == "cuda"
         if not dist.is_available() or not dist.is_gloo_available() or (on_card and not dist.is_nccl_available()):
             raise Unsupported(
-                f"a trial over several workers needs torch.distributed with gloo{' and nccl' if on_card else ''}, and this build of "
-                "torch has it not. Use placement=one."
+                f"a trial over several workers needs torch.distributed with gloo{' and nccl' if on_card else ''}, and "
+                "this build of torch has it not. Use placement=one."
             )
         for name, value in _LOOPBACK.items():
             os.environ.setdefault(name, value)

@@ -99,7 +99,7 @@ class Shards:
     def come_back_to(self, call: "GatheringCall") -> None:
         """Begin the backward of a call: have its shard whole, and begin to gather that of the call before."""
         if self._backward_of is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._backward_of = call
         before = self._calls[call.place - 1] if call.place else None
         self._have(call, before if before is not None and before.needs_weights_back else None)
@@ -179,7 +179,8 @@ def check_shards(config: TrialConfig, skeleton: Any) -> None:
         fault = "it is a mixture, whose experts go into 4 bit only once the whole model is on the card"
     if fault:
         raise InvalidInput(
-            f"placement=fsdp cannot be used with {type(skeleton).__name__}: {fault}. Use placement=ddp or placement=one."
+            f"placement=fsdp cannot be used with {type(skeleton).__name__}: {fault}. Use placement=ddp or "
+            "placement=one."
         )
 
 

@@ -34,6 +34,12 @@ CASES = {
     "nf4": ("method=qlora", "precision=bf16", "engine=graph", "gradient_checkpointing=full", "grad_accum_steps=2"),
     "compile": ("method=qlora", "precision=fp16", "engine=compile"),
 }
+SHARED_OUT = {
+    "eager": ("method=lora", "precision=bf16", "engine=eager", "gradient_checkpointing=full"),
+    "compile": ("method=lora", "precision=bf16", "engine=compile", "engine.chunked_loss=true"),
+    "nf4": ("method=qlora", "precision=bf16", "engine=compile", "gradient_checkpointing=offloaded"),
+    "nf4 eager": ("method=qlora", "precision=bf16", "engine=eager", "grad_accum_steps=2", "measure.answers=2"),
+}
 
 
 def trial(folder: Path, name: str, *changes: str) -> dict[str, Any]:
@@ -67,3 +73,20 @@ def test_two_cards_train_as_one_with_the_rows_of_both(tmp_path: Path, case: str)
     assert metrics["card/foreign_processes"] == 0
     assert len(shared["tags"]["vram_by_card.reserved_gib"].split(", ")) == 2
     assert metrics["energy/joules"] > 0
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_cards_that_share_out_the_weights_train_as_with_whole_ones(tmp_path: Path, case: str) -> None:
+    both = [
+        trial(tmp_path, kind, *SHARED_OUT[case], f"placement={kind}", "placement.gpus=2", "batch_size=2")
+        for kind in ("ddp", "fsdp")
+    ]
+    losses = [[step["loss"] for step in each["steps"]] for each in both]
+    apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
+    assert max(apart) < 0.01, apart
+    whole, shared = both
+    assert shared["metrics"]["loss/eval"] == pytest.approx(whole["metrics"]["loss/eval"], abs=0.01)
+    held, everything = map(int, shared["tags"]["ran.base_bytes_held"].split(" of "))
+    assert 0.5 <= held / everything <= 0.55
+    assert shared["tags"]["ran.adapters_equal"] == "True"
+    assert shared["tags"]["ran.engine"] == whole["tags"]["ran.engine"]

@@ -66,7 +66,7 @@ def test_weights_move_while_they_are_loaded_and_train_as_before(
 ) -> None:
     config, elsewhere = qlora(name, made(name), asked), Elsewhere()
     plain = loaded(config)
-    with hosting(config, elsewhere):
+    with hosting(asked, elsewhere):
         moved = loaded(config)
     addresses = {copy.data_ptr() for copy in elsewhere.copies}
     there = {name for name, weight in packed(moved).items() if weight.data_ptr() in addresses}
@@ -80,9 +80,9 @@ def test_weights_move_while_they_are_loaded_and_train_as_before(
 
 def test_nothing_moves_after_loading_or_where_nothing_is_asked(made: Callable[[str], Path]) -> None:
     elsewhere = Elsewhere()
-    with hosting(qlora("llama", made("llama"), "all"), elsewhere):
+    with hosting("all", elsewhere):
         pass
-    with hosting(qlora("llama", made("llama"), 0), elsewhere):
+    with hosting(0, elsewhere):
         loaded(qlora("llama", made("llama")))
     loaded(qlora("llama", made("llama")))
     assert elsewhere.copies == []
@@ -99,7 +99,7 @@ def test_a_host_without_room_is_said_with_what_to_type(made: Callable[[str], Pat
         raise MemoryError("out of memory")
 
     words = r"(?s)engine.host_layers=all: .*out of memory.*engine.host_layers=0"
-    with pytest.raises(Unsupported, match=words), hosting(qlora("llama", made("llama"), "all"), refuse):
+    with pytest.raises(Unsupported, match=words), hosting("all", refuse):
         loaded(qlora("llama", made("llama"), "all"))
     with pytest.raises(Unsupported, match=words):
         move_layers(loaded(qlora("llama", made("llama"))), "all", refuse)

@@ -12,7 +12,7 @@ from lora_lab.options import Batching, DType
 from lora_lab.phase import Phase
 from lora_lab.worker import evaluation
 from lora_lab.worker.data import IGNORED, Example
-from lora_lab.worker.screening import SCREENED, row_losses, screen, store_screened, stored_screened
+from lora_lab.worker.screening import SCREENED, batches_of, row_losses, screen, store_screened, stored_screened
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -25,9 +25,15 @@ pytestmark = [
 
 def losses_of(model: object, most_tokens: int) -> list[float]:
     done: list[tuple[int, int]] = []
-    found = row_losses(model, examples(), most_tokens, PAD, DType.fp32, CPU, lambda a, b: done.append((a, b)))
+    batches = list(batches_of(examples(), most_tokens))
+    found = row_losses(model, examples(), batches, PAD, DType.fp32, CPU, lambda a, b: done.append((a, b)))
     assert done[-1] == (7, 7)
-    return found
+    losses = {
+        place: nats
+        for places, each in zip(batches, found, strict=True)
+        for place, nats in zip(places, each, strict=True)
+    }
+    return [losses[place] for place in range(7)]
 
 
 def test_each_rows_loss_is_the_held_out_loss_of_that_row_alone() -> None:

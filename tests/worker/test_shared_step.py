@@ -141,9 +141,10 @@ def test_shares_of_items_are_put_together_in_their_order(count: int, world_size:
     items = list(range(count))
     groups = [Group(Seat(rank, world_size)) for rank in range(world_size)]
     shares = [group.share_of(items) for group in groups]
+    assert len({len(share) for share in shares}) == 1
 
     class Gathered(Group):
         def gather(self, mine: object) -> list[list[int]]:  # type: ignore[override]
             return shares
 
-    assert Gathered(Seat(0, world_size)).joined(shares[0]) == items
+    assert Gathered(Seat(0, world_size)).joined(shares[0], count) == items
