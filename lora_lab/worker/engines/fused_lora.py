@@ -44,8 +44,9 @@ def lora_linear(
 
     Returns: (..., outputs) for each layer, or all of them side by side in one, see `is_apart`.
     """
-    # its gradient is part of `onto_lora`'s
-    return onto_lora(x, lora_hidden(x.detach(), a.detach(), scaling), a, b, scaling, weights, blocks, parts)
+    hidden = lora_hidden(x.detach(), a.detach(), scaling)  # its gradient is part of `onto_lora`'s
+    results: list[Tensor] = onto_lora(x, hidden, a, b, scaling, weights, blocks, parts)
+    return results
 
 
 @torch.library.custom_op("lora_lab::lora_hidden", mutates_args=())
