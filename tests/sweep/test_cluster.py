@@ -18,6 +18,7 @@ from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, u
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from benchmarks.queued_trials import Asked, run
 from lora_lab.composition.places import cluster_faults
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
@@ -139,6 +140,53 @@ def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path, slurm: 
         os.kill(sweep.pid, signal.SIGINT)
         assert sweep.wait(60) == 130
     assert [record["tags"]["reason"] for record in records_in(tmp_path)] == ["ended by the cluster (slurm)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("trials", "nodes", "seconds", "kills"),
+    [(20, 5, 0.3, 0.4), pytest.param(1000, 50, 15.0, 0.15, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])],
+)
+def test_no_trial_is_lost_or_doubled_while_nodes_are_killed(
+    tmp_path: Path, server: Server, trials: int, nodes: int, seconds: float, kills: float
+) -> None:
+    def start(words: list[str], folder: Path, variables: dict[str, str]) -> int:
+        with started(folder, *words, **variables) as sweep:
+            said = sweep.communicate(5000)[0]
+            assert sweep.wait() == 0, said
+        return 0
+
+    asked = Asked(trials=trials, nodes=nodes, seconds=seconds, kills=kills, seed=trials)
+    found, killed = run(asked, tmp_path / f"of {trials}", server.uri, start)
+    assert (found.lost, found.doubled, found.apart) == ([], [], [])
+    assert found.outcomes["finished"] == found.trials == trials
+    assert 0 < killed.total() <= found.attempts - trials + killed.total()
+
+
+def test_an_attempt_that_slurm_starts_again_or_that_outlives_its_job_counts_once(
+    tmp_path: Path, slurm: Cluster
+) -> None:
+    variables, state = slurm(*RATES), tmp_path / "slurm"
+    with started(tmp_path, *ON_SLURM, "tracking=none", **variables) as sweep:
+        until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
+        assert "--no-requeue" in (state / "2" / "script").read_text()
+        (state / "requeue").touch()  # on a site that does so all the same
+        os.kill(node_of(tmp_path, "0000"), signal.SIGKILL)
+        until(lambda: "0000-2" in in_step_2(tmp_path), "it runs again, in a folder of its own")
+        assert not (state / "requeue").exists(), "the first job was started again too"
+        (state / "3" / "pid").unlink()  # Slurm does not reach the node any more
+        (state / "3" / "code").write_text("1")
+        until(lambda: "0001-2" in in_step_2(tmp_path), "the other runs on a node that Slurm reaches")
+        [given_up] = tmp_path.glob("multirun/*/*/0001/record.json")
+        before = given_up.read_bytes()
+        release(tmp_path)
+        assert sweep.wait(120) == 0, sweep.communicate()[0]
+        until(lambda: node_is_gone(tmp_path, "0001"), "the node that was given up has ended as well")
+    assert given_up.read_bytes() == before
+    assert outcomes(tmp_path) == {"killed": 2, "finished": 3}
+
+
+def node_is_gone(folder: Path, attempt: str) -> bool:
+    return not Path(f"/proc/{node_of(folder, attempt)}").exists()
 
 
 def refused(said: Said, *words: str) -> None:

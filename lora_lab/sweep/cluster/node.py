@@ -83,9 +83,12 @@ def run_trial(request: Request, ticket: Path, device: Mapping[str, str]) -> Told
     """
     if not ticket.parent.is_dir():
         return Told(refused=f"{_host()} does not see {ticket.parent}, which lies on no file system that it shares.")
+    begun_before = Told(lost="another start of its job had begun it")
+    if ticket.exists():  # that start may be alive: its signs of life are its own
+        return begun_before
     with Heartbeat(request.folder):
         if not take(ticket):
-            return Told(lost="another start of its job had begun it")
+            return begun_before
         try:
             here = _common(choose_placement(request.config.device))
             if here != device:

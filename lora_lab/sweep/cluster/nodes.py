@@ -135,6 +135,8 @@ class Nodes:
         self._device = dict(device)
         self._store = store
         self._running: dict[str, _Run] = {}
+        self._over: dict[str, float] = {}
+        """When a job was first seen to be over, by the name of its attempt."""
         self._ctrl_c = ctrl_c()
 
     @property
@@ -226,10 +228,29 @@ class Nodes:
 
     def _is_over(self, run: _Run) -> bool:
         if self._engine.is_over(run.job) if run.job else self._sweep.over(run.name) is not None:
-            return True
+            return self._is_settled(run)
         if not _ticket(self._sweep, run.name).exists():
             return False  # it waits for a node
         return not _is_alive(self._sweep, run.name)
+
+    def _is_settled(self, run: _Run) -> bool:
+        """Return whether a job that is over leaves nothing to wait for. A network file system may hide a record for a
+        while, and a job that was started twice may run on where Slurm does not reach its node."""
+        told = self._engine.told(run.job) if run.job else None
+        if not isinstance(told, Told) or told.refused:
+            return True
+        trial = TrialFolder(run.request.folder)
+        with contextlib.suppress(Damaged):
+            if trial.manifest() is None or trial.record() is not None:
+                return True
+            owner = taken_by(_ticket(self._sweep, run.name))
+            if owner is not None and owner.is_here:
+                return owner.gone
+            with contextlib.suppress(OSError):
+                trial.path.chmod(trial.path.stat().st_mode)  # has the client ask the server
+            waited = time.monotonic() - self._over.setdefault(run.name, time.monotonic())
+            return waited > _VISIBLE_SECONDS and not heartbeat.beats(trial.path, _VISIBLE_SECONDS)
+        return True
 
     def _end(self, run: _Run, again: bool = True) -> None:
         """Record, deliver and show a trial that is over.
@@ -243,7 +264,7 @@ class Nodes:
             return
         trial = TrialFolder(run.request.folder)
         try:
-            record = _record_of_ended(trial) if isinstance(told, Told) else trial.record()
+            record = trial.record()
             reason = "" if record is None else record.tags.get("reason", "")
             lost = reason if reason.startswith(ENDED_BY_CLUSTER) else ""
             if record is None:
@@ -288,18 +309,6 @@ class Nodes:
         with contextlib.suppress(OSError):
             self._sweep.write(plan)
         return replace(run.request, folder=folder, resumed=TrialFolder(folder).manifest())
-
-
-def _record_of_ended(trial: TrialFolder) -> Record | None:
-    """Return the record that a node has written, once it is seen here. A network file system may hide it for a while.
-
-    Raises: Damaged."""
-    due = time.monotonic() + (_VISIBLE_SECONDS if trial.manifest() is not None else 0.0)
-    while (record := trial.record()) is None and time.monotonic() < due:
-        with contextlib.suppress(OSError):
-            trial.path.chmod(trial.path.stat().st_mode)  # has the client ask the server
-        time.sleep(POLL_SECONDS)
-    return record
 
 
 def _record_of_lost(trial: TrialFolder) -> Record | None:

@@ -1,0 +1,234 @@
+"""Run a sweep of many trials on simulated nodes while nodes are killed at random, and count what was lost or doubled.
+
+    python -m benchmarks.queued_trials OUT
+
+A node is a process of this machine with a host name of its own; tests/fakes stands for Slurm's commands and for what a
+trial's worker does, which here only waits. Queue, tickets, records, new attempts and the delivery to a real MLflow
+server are lora_lab's own. It needs no card. OUT/queued_trials.json has the counts of 1,000 trials on 50 nodes, and what
+waiting for the queue costs in 48 trials on 4 nodes, one of which is lost.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+FAKES = _ROOT / "tests" / "fakes"
+_SWEEP = (
+    *("-m", "model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len=32", "data=random_tokens"),
+    *("data.rows=16", "device=cpu", "share_device=true", "cluster=slurm"),
+)
+_POINTS = 20
+EXPERIMENT = "queued_trials"
+LOG = "moments.jsonl"
+"""The moments at which trials begin and end, and nodes are killed."""
+_SPARED = "-3"
+"""How the name of a third attempt ends; after it a start gives a trial up, so the last one is not killed."""
+
+
+Start = Callable[[list[str], Path, dict[str, str]], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is simulated."""
+
+    trials: int
+    nodes: int
+    seconds: float
+    """How long a trial's worker works."""
+    kills: float
+    """How many nodes are killed for each trial."""
+    seed: int = 0
+
+    @property
+    def command(self) -> list[str]:
+        """The sweep's arguments: a few points, each repeated."""
+        points = math.gcd(_POINTS, self.trials)
+        rates = ",".join(f"{number}e-5" for number in range(1, points + 1))
+        grid = [f"learning_rate={rates}", f"repeats={self.trials // points}"]
+        return [*_SWEEP, *grid, f"cluster.workers={self.nodes}"]
+
+    def variables(self, folder: Path) -> dict[str, str]:
+        """What the command's environment has besides this process's."""
+        fakes = [str(FAKES / "quick_nodes"), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {
+            "PATH": os.pathsep.join([str(FAKES / "slurm"), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(fakes),
+            "FAKE_SLURM": str(folder / "slurm"),
+            "QUICK_LOG": str(folder / LOG),
+            "QUICK_SECONDS": str(self.seconds),
+        }
+
+
+class Killer(threading.Thread):
+    """Kills nodes at random moments of their jobs, from their very start on: three of four by SIGKILL, as a machine
+    dies, the others by SIGTERM, as Slurm takes a node back."""
+
+    def __init__(self, asked: Asked, folder: Path) -> None:
+        super().__init__(name="killer", daemon=True)
+        self.killed: Counter[str] = Counter()
+        """How often, by signal."""
+        self._asked = asked
+        self._folder = folder
+        self._random = random.Random(asked.seed)
+        self._due: dict[str, float] = {}
+        """When each job that was seen is to be killed; infinity for most."""
+        self._over = threading.Event()
+
+    def end(self) -> None:
+        """Kill no more."""
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look for jobs that run, and kill those whose time has come."""
+        while not self._over.wait(0.05):
+            for command in self._folder.glob("slurm/*/command"):
+                number = command.parent.name
+                if number not in self._due:
+                    self._due[number] = self._draw(number)
+                if time.monotonic() > self._due[number]:
+                    self._due[number] = float("inf")
+                    self._kill(command)
+
+    def _draw(self, number: str) -> float:
+        """Return when a job that has just begun is to be killed."""
+        if number == "1" or self._random.random() > self._asked.kills or self._is_last(number):
+            return float("inf")  # the first job looks at a node
+        return time.monotonic() + self._random.uniform(0.0, self._asked.seconds + 1.0)
+
+    def _is_last(self, number: str) -> bool:
+        noted = self._folder.glob(f"multirun/*/*/cluster/*{_SPARED}.job")
+        return any(path.read_text(encoding="ascii").strip() == f"slurm {number}" for path in noted)
+
+    def _kill(self, command: Path) -> None:
+        how = self._random.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+        if (command.parent / "code").exists():
+            return
+        try:
+            os.kill(int(command.read_text(encoding="ascii")), how)
+        except (ProcessLookupError, ValueError):
+            return
+        self.killed[how.name] += 1
+        note(self._folder / LOG, command.parent.name, "killed")
+
+
+@dataclass(slots=True, kw_only=True)
+class Counted:
+    """What became of a queue."""
+
+    trials: int = 0
+    attempts: int = 0
+    """Folders of attempts with a record."""
+    lost: list[str] = field(default_factory=list)
+    """Trials without a finished attempt."""
+    doubled: list[str] = field(default_factory=list)
+    """Trials with more than one finished attempt, and attempts that two processes have begun."""
+    apart: list[str] = field(default_factory=list)
+    """Records that the store does not have, or has twice, or with another outcome, and runs without a record."""
+    outcomes: dict[str, int] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    """From the first trial's beginning to the last one's end."""
+    idle_seconds: float = 0.0
+    """How long a node waits for its next trial, as a mean, while there are trials left."""
+
+
+def counted(sweep: Path, log: Path, runs: Mapping[str, list[str]], nodes: int) -> Counted:
+    """Return what became of a sweep's trials.
+
+    Args:
+        log: what the stand-in for the trials has noted.
+        runs: the outcomes of the store's runs, by the id of their record."""
+    plan = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+    records = {path.parent.name: json.loads(path.read_bytes()) for path in sorted(sweep.glob("[0-9]*/record.json"))}
+    finished = Counter(name.partition("-")[0] for name, each in records.items() if each["outcome"] == "finished")
+    names = [f"{trial['number']:04d}" for trial in plan["trials"]]
+    noted = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    begun = Counter(each["attempt"] for each in noted if each["what"] == "begin")
+    told = {each["id"]: each["outcome"] for each in records.values()}
+    return Counted(
+        trials=len(names),
+        attempts=len(records),
+        lost=[name for name in names if not finished[name]],
+        doubled=[name for name in names if finished[name] > 1] + [name for name, times in begun.items() if times > 1],
+        apart=[one for one in {*told, *runs} if runs.get(one) != [told.get(one)]],
+        outcomes=dict(Counter(each["outcome"] for each in records.values())),
+        wall_seconds=max(each["t"] for each in noted) - min(each["t"] for each in noted),
+        idle_seconds=_idle(noted, nodes),
+    )
+
+
+def _idle(noted: list[dict[str, Any]], nodes: int) -> float:
+    """Return the time that nodes were without a trial until the last one began, divided by the number of beginnings.
+
+    The queue's own beginning is left out: until each node had its first trial."""
+    moments = sorted(noted, key=lambda each: each["t"])
+    begins = [each["t"] for each in moments if each["what"] == "begin"]
+    first, last = begins[min(nodes, len(begins)) - 1], begins[-1]
+    busy: set[str] = set()
+    idle, since = 0.0, first
+    for each in moments:
+        if first < each["t"] <= last:
+            idle += (nodes - len(busy)) * (each["t"] - since)
+            since = each["t"]
+        (busy.add if each["what"] == "begin" else busy.discard)(each["job"])
+    return idle / max(1, len(begins) - nodes)
+
+
+def note(log: Path, job: str, what: str) -> None:
+    """Add a moment to what the stand-in for the trials notes."""
+    line = {"attempt": "", "job": job, "what": what, "t": time.monotonic()}
+    with log.open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def runs_in(uri: str) -> dict[str, list[str]]:
+    """Return the outcomes of a store's runs of trials, by the id of their record."""
+    from mlflow.tracking import MlflowClient
+
+    from lora_lab.store.mlflow_names import read_back
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    found: dict[str, list[str]] = {}
+    page: str | None = ""
+    while page is not None:
+        runs = client.search_runs([experiment.experiment_id], max_results=500, page_token=page or None)
+        for run in runs:
+            if "mlflow.parentRunId" in run.data.tags:
+                tags = read_back(run.data.params, run.data.tags, run.data.metrics)[1]
+                found.setdefault(tags["record_id"], []).append(tags["outcome"])
+        page = runs.token or None
+    return found
+
+
+def run(asked: Asked, folder: Path, uri: str, start: Start) -> tuple[Counted, Counter[str]]:
+    """Run a sweep to its end while nodes are killed. Return what became of its trials, and how often nodes were killed.
+
+    Args:
+        uri: of the MLflow server that gets the records.
+        start: starts a command of lora_lab in a folder with variables of its own; returns its exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    killer = Killer(asked, folder)
+    killer.start()
+    try:
+        server = ["tracking=server", f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}"]
+        code = start([*asked.command, *server], folder, asked.variables(folder))
+    finally:
+        killer.end()
+    [sweep] = {path.parent for path in folder.glob("multirun/*/*/sweep.json")}
+    found = counted(sweep, folder / LOG, runs_in(uri), asked.nodes)
+    if code:
+        found.apart.append(f"the command's exit code is {code}")
+    return found, killer.killed
