@@ -1,25 +1,30 @@
 """Run a sweep of many trials on simulated nodes while nodes are killed at random, and count what was lost or doubled.
 
-    python -m benchmarks.queued_trials OUT
+    python -m benchmarks.queued_trials OUT [URI]
 
 A node is a process of this machine with a host name of its own; tests/fakes stands for Slurm's commands and for what a
 trial's worker does, which here only waits. Queue, tickets, records, new attempts and the delivery to a real MLflow
-server are lora_lab's own. It needs no card. OUT/queued_trials.json has the counts of 1,000 trials on 50 nodes, and what
-waiting for the queue costs in 48 trials on 4 nodes, one of which is lost.
+server are lora_lab's own. It needs no card. URI is a server's; without it one is started. OUT/queued_trials.json has
+what waiting for the queue costs in 48 trials on 4 nodes, one of which is lost, and the counts of 1,000 trials on 50.
 """
 
+import contextlib
 import json
 import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.reports import markdown, provenance, write_report
+from lora_lab.store.environment import environment
 
 _ROOT = Path(__file__).resolve().parents[1]
 FAKES = _ROOT / "tests" / "fakes"
@@ -28,7 +33,6 @@ _SWEEP = (
     *("data.rows=16", "device=cpu", "share_device=true", "cluster=slurm"),
 )
 _POINTS = 20
-EXPERIMENT = "queued_trials"
 LOG = "moments.jsonl"
 """The moments at which trials begin and end, and nodes are killed."""
 _SPARED = "-3"
@@ -48,6 +52,8 @@ class Asked:
     """How long a trial's worker works."""
     kills: float
     """How many nodes are killed for each trial."""
+    killed_job: int = 0
+    """The only job that is killed, in the middle of its trial; 0 where they are drawn."""
     seed: int = 0
 
     @property
@@ -103,6 +109,9 @@ class Killer(threading.Thread):
 
     def _draw(self, number: str) -> float:
         """Return when a job that has just begun is to be killed."""
+        if self._asked.killed_job:
+            middle = time.monotonic() + self._asked.seconds / 2
+            return middle if number == str(self._asked.killed_job) else float("inf")
         if number == "1" or self._random.random() > self._asked.kills or self._is_last(number):
             return float("inf")  # the first job looks at a node
         return time.monotonic() + self._random.uniform(0.0, self._asked.seconds + 1.0)
@@ -192,14 +201,14 @@ def note(log: Path, job: str, what: str) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
-def runs_in(uri: str) -> dict[str, list[str]]:
-    """Return the outcomes of a store's runs of trials, by the id of their record."""
+def runs_in(uri: str, experiment_name: str) -> dict[str, list[str]]:
+    """Return the outcomes of an experiment's runs of trials, by the id of their record."""
     from mlflow.tracking import MlflowClient
 
     from lora_lab.store.mlflow_names import read_back
 
     client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(experiment_name)
     assert experiment is not None
     found: dict[str, list[str]] = {}
     page: str | None = ""
@@ -217,18 +226,100 @@ def run(asked: Asked, folder: Path, uri: str, start: Start) -> tuple[Counted, Co
     """Run a sweep to its end while nodes are killed. Return what became of its trials, and how often nodes were killed.
 
     Args:
+        folder: its name is that of the experiment too.
         uri: of the MLflow server that gets the records.
         start: starts a command of lora_lab in a folder with variables of its own; returns its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     killer = Killer(asked, folder)
     killer.start()
     try:
-        server = ["tracking=server", f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}"]
+        server = ["tracking=server", f"tracking.uri={uri}", f"tracking.experiment={folder.name}"]
         code = start([*asked.command, *server], folder, asked.variables(folder))
     finally:
         killer.end()
     [sweep] = {path.parent for path in folder.glob("multirun/*/*/sweep.json")}
-    found = counted(sweep, folder / LOG, runs_in(uri), asked.nodes)
+    found = counted(sweep, folder / LOG, runs_in(uri, folder.name), asked.nodes)
     if code:
         found.apart.append(f"the command's exit code is {code}")
     return found, killer.killed
+
+
+RUNS = {
+    "one killed": Asked(trials=48, nodes=4, seconds=20.0, kills=0.0, killed_job=26),
+    "killed at random": Asked(trials=1000, nodes=50, seconds=15.0, kills=0.15),
+}
+_NOTE = """A trial's worker only waits. The ideal is its seconds times the trials over the nodes, as if no node were
+ever without a trial or lost. Between two trials is how long a node has no trial while there are some left: for the old
+trial's record, the way through the queue, the start of a process (here a fork of one that has imported everything), and
+the command, which does one thing at a time. Its CPU time goes into planning, submitting and delivering."""
+
+
+def _start(words: list[str], folder: Path, variables: dict[str, str]) -> int:
+    """Start a command in a fork of the tests' server of commands; note its CPU time next to what it prints."""
+    import psutil
+    from conftest import SERVER
+
+    command = SERVER.start("lora_lab", words, folder, {**SERVER.environment, **variables})
+    used: list[float] = []
+
+    def look() -> None:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(command.pid)
+            while True:
+                used.append(sum(process.cpu_times()[:2]))
+                time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+    (folder / "printed.txt").write_text(command.communicate(24 * 3600)[0], encoding="utf-8")
+    (folder / "cpu_seconds").write_text(f"{used[-1]}", encoding="ascii")
+    return command.wait()
+
+
+def _row(name: str, asked: Asked, found: dict[str, Any]) -> list[str]:
+    ideal = asked.trials * asked.seconds / asked.nodes
+    return [
+        f"{name}: {asked.trials} trials, {asked.nodes} nodes",
+        str(sum(found["killed"].values())),
+        str(found["attempts"]),
+        *(str(len(found[key])) for key in ("lost", "doubled", "apart")),
+        f"{found['wall_seconds'] / ideal:.2f}",
+        f"{found['idle_seconds']:.2f}",
+        f"{found['command_cpu_seconds'] / found['attempts']:.2f}",
+    ]
+
+
+def main() -> None:
+    sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tests" / "helpers")]
+    from conftest import ON_FEW_CORES, SERVER, Server
+
+    out, uris = Path(sys.argv[1]).resolve(), sys.argv[2:3]
+    os.environ.update(ON_FEW_CORES)
+    SERVER.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    SERVER.share()  # the nodes find it by a variable
+    SERVER.environment = {**SERVER.environment, **os.environ}
+    results: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(SERVER.stop)
+        out.mkdir(parents=True, exist_ok=True)
+        uri = uris[0] if uris else stack.enter_context(Server(out / "server")).uri
+        for name, asked in RUNS.items():
+            folder = out / name.replace(" ", "_")
+            found, killed = run(asked, folder, uri, _start)
+            used = float((folder / "cpu_seconds").read_text(encoding="ascii"))
+            results[name] = asdict(found) | {"killed": dict(killed), "command_cpu_seconds": used}
+            _write(out, results)
+
+
+_HEADS = ["", "kills", "attempts", "lost", "doubled", "wrong in MLflow", "time over the ideal"]
+_HEADS += ["seconds between two trials", "CPU seconds of the command an attempt"]
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    text = f"{markdown(_HEADS, [_row(name, RUNS[name], found) for name, found in results.items()])}\n\n{_NOTE}"
+    origin = provenance(environment(), "python -m benchmarks.queued_trials OUT")
+    write_report(out, "queued_trials", "A queue whose nodes are killed", origin, text, {"runs": results})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -278,6 +278,8 @@ class Nodes:
             print(f"  {run.job}: {run.name}: {lost}", file=sys.stderr)
         if record is not None:
             self._deliver(trial, record)
+        if record is not None and record.outcome != Outcome.killed.value:
+            return  # all was measured when it was lost
         if lost and again and run.number < MOST_ATTEMPTS:
             self._start(self._next(run), run.number + 1)
         elif lost and again and record is None:

@@ -4,12 +4,14 @@ imports this at its start wherever this folder is on PYTHONPATH.
 
 In a job each process has the host name of a node, so that other processes can judge it by its signs of life alone. What
 a trial's worker would do is left out: it takes QUICK_SECONDS, and a few events say that it has trained. The file
-QUICK_LOG gets a line when that begins and when it ends. Everything else of the trial is lora_lab's own.
+QUICK_LOG gets a line when that begins and when it ends. The attempt QUICK_DIES is killed then. Everything else of the
+trial is lora_lab's own.
 """
 
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,8 @@ def run_workers(
     last = Ended(t=now(), outcome="finished", reason="")
     on_event(last)
     log(folder.name, "end")
+    if os.environ.get("QUICK_DIES") == folder.name:
+        os.kill(os.getpid(), signal.SIGKILL)
     return end_said(last)
 
 
