@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import markdown, provenance, write_report
+from benchmarks.reports import markdown, provenance, stored, where, write_report
 from lora_lab.store.environment import environment
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -275,10 +275,11 @@ def _start(words: list[str], folder: Path, variables: dict[str, str]) -> int:
     return command.wait()
 
 
-def _row(name: str, asked: Asked, found: dict[str, Any]) -> list[str]:
-    ideal = asked.trials * asked.seconds / asked.nodes
+def _row(name: str, found: dict[str, Any]) -> list[str]:
+    asked = found["asked"]
+    ideal = asked["trials"] * asked["seconds"] / asked["nodes"]
     return [
-        f"{name}: {asked.trials} trials, {asked.nodes} nodes",
+        f"{name}: {asked['trials']} trials of {asked['seconds']:.0f} s on {asked['nodes']} nodes",
         str(sum(found["killed"].values())),
         str(found["attempts"]),
         *(str(len(found[key])) for key in ("lost", "doubled", "apart")),
@@ -306,7 +307,9 @@ def main() -> None:
             folder = out / name.replace(" ", "_")
             found, killed = run(asked, folder, uri, _start)
             used = float((folder / "cpu_seconds").read_text(encoding="ascii"))
-            results[name] = asdict(found) | {"killed": dict(killed), "command_cpu_seconds": used}
+            results[name] = (
+                {"asked": asdict(asked)} | asdict(found) | {"killed": dict(killed), "command_cpu_seconds": used}
+            )
             _write(out, results)
 
 
@@ -314,11 +317,21 @@ _HEADS = ["", "kills", "attempts", "lost", "doubled", "wrong in MLflow", "time o
 _HEADS += ["seconds between two trials", "CPU seconds of the command an attempt"]
 
 
+def table(runs: Mapping[str, dict[str, Any]]) -> str:
+    """Return a row for each simulated queue, and what the columns mean."""
+    return f"{markdown(_HEADS, [_row(name, found) for name, found in runs.items()])}\n\n{_NOTE}"
+
+
+def quoted() -> str:
+    """Return the stored table, and where it was made."""
+    found = stored("cpu/queued_trials")
+    return f"{table(found['runs'])}\n\nSimulated on {where(found['origin'])}."
+
+
 def _write(out: Path, results: dict[str, Any]) -> None:
-    text = f"{markdown(_HEADS, [_row(name, RUNS[name], found) for name, found in results.items()])}\n\n{_NOTE}"
     origin = provenance(environment(), "python -m benchmarks.queued_trials OUT")
-    write_report(out, "queued_trials", "A queue whose nodes are killed", origin, text, {"runs": results})
-    print(text)
+    write_report(out, "queued_trials", "A queue whose nodes are killed", origin, table(results), {"runs": results})
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import FAST, ON_CPU, RATES, SWEEP, end_nodes, in_step_2, node_of, outcomes, release, waiting
-from command_server import ADDRESS
-from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, until
+from clusters import FAST, ON_CPU, RATES, SWEEP, end_nodes, fork_jobs, in_step_2, node_of, outcomes, release, waiting
+from conftest import FAKES, Said, Server, lab_in, records_in, started, until
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
@@ -32,10 +31,7 @@ ON_SLURM = (*SWEEP, "cluster=slurm")
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs_are_forked() -> None:
-    """Have the jobs begin quickly, also in a run of these tests alone."""
-    if ADDRESS not in os.environ and SERVER._socket is None:
-        SERVER.share()
-        SERVER.environment = {**SERVER.environment, ADDRESS: os.environ[ADDRESS]}
+    fork_jobs()
 
 
 Cluster = Callable[..., dict[str, str]]
@@ -160,7 +156,7 @@ def test_no_trial_is_lost_or_doubled_while_nodes_are_killed(
     found, killed = run(asked, tmp_path / f"of_{trials}", server.uri, start)
     assert (found.lost, found.doubled, found.apart) == ([], [], [])
     assert found.outcomes["finished"] == found.trials == trials
-    assert 0 < killed.total() <= found.attempts - trials + killed.total()
+    assert killed.total() > 0
 
 
 def test_an_attempt_that_slurm_starts_again_or_that_outlives_its_job_counts_once(

@@ -135,6 +135,7 @@ class Nodes:
         self._device = dict(device)
         self._store = store
         self._running: dict[str, _Run] = {}
+        self._to_deliver: list[tuple[TrialFolder, Record]] = []
         self._over: dict[str, float] = {}
         """When a job was first seen to be over, by the name of its attempt."""
         self._ctrl_c = ctrl_c()
@@ -178,15 +179,15 @@ class Nodes:
         self._start(replace(request, config=config, cluster=self._asked.kind.name), 1)
 
     def next_ended(self) -> None:
-        """Wait until one more trial has ended, and deliver its record. A trial that was lost is submitted again.
+        """Wait until one more trial has ended; one that was lost is submitted again. Meanwhile records are delivered,
+        so that a node that is free does not wait for that.
 
         Raises: KeyboardInterrupt on Ctrl-C, after all trials that run were ended and recorded."""
-        while True:
-            for run in [*self._running.values()]:
-                if self._is_over(run):
-                    self._end(run)
-                    return
-            self._heed(POLL_SECONDS)
+        while (over := next(filter(self._is_over, self._running.values()), None)) is None:
+            self._heed(0 if self._to_deliver else POLL_SECONDS)
+            self._deliver_waiting(max(0, len(self._to_deliver) - 1))
+        self._end(over)
+        self._deliver_waiting(len(self._running))
 
     def _heed(self, seconds: float) -> None:
         if wait([self._pressed], seconds):
@@ -207,6 +208,7 @@ class Nodes:
         for run in self._running.values():
             print(f"{run.job} has not ended yet; the next start records {run.name}", file=sys.stderr)
         self._running.clear()
+        self._deliver_waiting()
 
     def _start(self, request: Request, number: int) -> None:
         name = request.folder.name
@@ -277,7 +279,10 @@ class Nodes:
             _cancel(self._engine, run.job)  # the cluster may still think that it runs, or start it once more
             print(f"  {run.job}: {run.name}: {lost}", file=sys.stderr)
         if record is not None:
-            self._deliver(trial, record)
+            self._show(trial, record)
+            self._to_deliver.append((trial, record))
+            if lost:
+                self._deliver_waiting()  # a job goes on in its folder
         if record is not None and record.outcome != Outcome.killed.value:
             return  # all was measured when it was lost
         if lost and again and run.number < MOST_ATTEMPTS:
@@ -289,13 +294,20 @@ class Nodes:
         log = self._engine.log(run.job) if run.job else ""
         return f"its node was lost{': ' if log else ''}{log}"
 
-    def _deliver(self, trial: TrialFolder, record: Record) -> None:
+    def _show(self, trial: TrialFolder, record: Record) -> None:
         summary = Summary()
         attempt = self._sweep.over(trial.path.name)
         if attempt is not None:
             summary.metrics = attempt.metrics
         end = End(outcome=Outcome(record.outcome), reason=record.tags.get("reason", ""))
         show_line(self._sweep, record, end, summary)
+
+    def _deliver_waiting(self, most: int = 0) -> None:
+        """Deliver the oldest records until at most so many wait."""
+        while len(self._to_deliver) > most:
+            self._deliver(*self._to_deliver.pop(0))
+
+    def _deliver(self, trial: TrialFolder, record: Record) -> None:
         if self._store.deliver_trial(trial, record) is None:
             print(f"warning: {self._store.outlook('the record')}", file=sys.stderr)
 
