@@ -33,6 +33,7 @@ _SWEEP = (
     *("data.rows=16", "device=cpu", "share_device=true", "cluster=slurm"),
 )
 _POINTS = 20
+EXPERIMENT = "queued_trials"
 LOG = "moments.jsonl"
 """The moments at which trials begin and end, and nodes are killed."""
 _SPARED = "-3"
@@ -201,23 +202,24 @@ def note(log: Path, job: str, what: str) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
-def runs_in(uri: str, experiment_name: str) -> dict[str, list[str]]:
-    """Return the outcomes of an experiment's runs of trials, by the id of their record."""
+def runs_in(uri: str, sweep: Path) -> dict[str, list[str]]:
+    """Return the outcomes of a store's runs of a sweep's trials, by the id of their record."""
     from mlflow.tracking import MlflowClient
 
     from lora_lab.store.mlflow_names import read_back
 
     client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(experiment_name)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
+    parent = json.loads((sweep / "delivered.json").read_text(encoding="utf-8"))["run_id"]
+    asked = {"filter_string": f"tags.mlflow.parentRunId = '{parent}'", "max_results": 500}
     found: dict[str, list[str]] = {}
     page: str | None = ""
     while page is not None:
-        runs = client.search_runs([experiment.experiment_id], max_results=500, page_token=page or None)
+        runs = client.search_runs([experiment.experiment_id], page_token=page or None, **asked)
         for run in runs:
-            if "mlflow.parentRunId" in run.data.tags:
-                tags = read_back(run.data.params, run.data.tags, run.data.metrics)[1]
-                found.setdefault(tags["record_id"], []).append(tags["outcome"])
+            tags = read_back(run.data.params, run.data.tags, run.data.metrics)[1]
+            found.setdefault(tags["record_id"], []).append(tags["outcome"])
         page = runs.token or None
     return found
 
@@ -226,19 +228,18 @@ def run(asked: Asked, folder: Path, uri: str, start: Start) -> tuple[Counted, Co
     """Run a sweep to its end while nodes are killed. Return what became of its trials, and how often nodes were killed.
 
     Args:
-        folder: its name is that of the experiment too.
         uri: of the MLflow server that gets the records.
         start: starts a command of lora_lab in a folder with variables of its own; returns its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     killer = Killer(asked, folder)
     killer.start()
     try:
-        server = ["tracking=server", f"tracking.uri={uri}", f"tracking.experiment={folder.name}"]
+        server = ["tracking=server", f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}"]
         code = start([*asked.command, *server], folder, asked.variables(folder))
     finally:
         killer.end()
     [sweep] = {path.parent for path in folder.glob("multirun/*/*/sweep.json")}
-    found = counted(sweep, folder / LOG, runs_in(uri, folder.name), asked.nodes)
+    found = counted(sweep, folder / LOG, runs_in(uri, sweep), asked.nodes)
     if code:
         found.apart.append(f"the command's exit code is {code}")
     return found, killer.killed

@@ -19,7 +19,7 @@ from clusters import fork_jobs
 from conftest import as_recorded, records_in, started, until
 from mlflow.tracking import MlflowClient
 
-from benchmarks.queued_trials import Asked, run
+from benchmarks.queued_trials import EXPERIMENT, Asked, run
 
 START = Path(__file__).parents[2] / "services" / "start"
 
@@ -93,7 +93,7 @@ def test_a_sweep_from_three_nodes_is_in_postgres_as_in_its_folders(tmp_path: Pat
         nothing_is_open(services)
     with services.running() as uri:  # once more, on the tables and files that are there
         client = MlflowClient(tracking_uri=uri)
-        [experiment] = [each for each in client.search_experiments() if each.name == folder.name]
+        [experiment] = [each for each in client.search_experiments() if each.name == EXPERIMENT]
         runs = {run.data.tags["record_id"]: run for run in client.search_runs([experiment.experiment_id])}
         records = records_in(folder)
         assert len(runs) == 1 + len(records) == 7

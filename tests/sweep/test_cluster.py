@@ -263,3 +263,16 @@ def test_where_slurm_keeps_no_accounts_its_queue_says_what_is_over(
     assert engine.is_over("slurm 9"), "long ago, so that the controller has forgotten it"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not engine.is_over("slurm 8"), "nothing is known while nobody answers"
+
+
+def test_the_accounts_say_what_is_over(tmp_path: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(slurm_module, "_ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_module, "_VISIBLE_SECONDS", -1.0)
+    states = ("PREEMPTED", "CANCELLED by 1000", "NODE_FAIL", "OUT_OF_MEMORY", "SUSPENDED", "REQUEUED", "RUNNING")
+    for number, state in enumerate(states, 1):
+        (tmp_path / "slurm" / f"{number}").mkdir(parents=True)
+        (tmp_path / "slurm" / f"{number}" / "state").write_text(state)
+    engine = slurm_module.Slurm(ClusterConfig(kind=ClusterKind.slurm), False, tmp_path / "jobs")
+    assert [engine.is_over(f"slurm {number}") for number in range(1, 8)] == [True] * 4 + [False] * 3

@@ -116,7 +116,7 @@ class Slurm:
         if is_due:
             self._asked = time.monotonic()
         state = known.watcher.get_state(known.job_id, mode="force" if is_due else "cache")
-        return state.split(" ")[0].rstrip("+") not in _OVER
+        return state.split(" ")[0] not in _OVER
 
     def _is_queued(self, number: str) -> bool:
         """Return whether a job waits or runs. It does where the controller does not answer."""
