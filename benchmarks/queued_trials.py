@@ -99,7 +99,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         """Look for jobs that run, and kill those whose time has come."""
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.1):
             for command in self._folder.glob("slurm/*/command"):
                 number = command.parent.name
                 if number not in self._due:

@@ -8,6 +8,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -135,7 +136,8 @@ class Nodes:
         self._device = dict(device)
         self._store = store
         self._running: dict[str, _Run] = {}
-        self._to_deliver: list[tuple[TrialFolder, Record]] = []
+        self._delivering = ThreadPoolExecutor(1, thread_name_prefix="delivers")
+        """Delivers records one after the other: a node that is free does not wait until the store has answered."""
         self._over: dict[str, float] = {}
         """When a job was first seen to be over, by the name of its attempt."""
         self._ctrl_c = ctrl_c()
@@ -160,6 +162,7 @@ class Nodes:
     ) -> None:
         try:
             self._end_all()  # none runs, unless this process's own code failed
+            self._delivering.shutdown()
         finally:
             self._ctrl_c.__exit__(kind, error, trace)
 
@@ -179,15 +182,12 @@ class Nodes:
         self._start(replace(request, config=config, cluster=self._asked.kind.name), 1)
 
     def next_ended(self) -> None:
-        """Wait until one more trial has ended; one that was lost is submitted again. Meanwhile records are delivered,
-        so that a node that is free does not wait for that.
+        """Wait until one more trial has ended. A trial that was lost is submitted again.
 
         Raises: KeyboardInterrupt on Ctrl-C, after all trials that run were ended and recorded."""
         while (over := next(filter(self._is_over, self._running.values()), None)) is None:
-            self._heed(0 if self._to_deliver else POLL_SECONDS)
-            self._deliver_waiting(max(0, len(self._to_deliver) - 1))
+            self._heed(POLL_SECONDS)
         self._end(over)
-        self._deliver_waiting(len(self._running))
 
     def _heed(self, seconds: float) -> None:
         if wait([self._pressed], seconds):
@@ -208,7 +208,6 @@ class Nodes:
         for run in self._running.values():
             print(f"{run.job} has not ended yet; the next start records {run.name}", file=sys.stderr)
         self._running.clear()
-        self._deliver_waiting()
 
     def _start(self, request: Request, number: int) -> None:
         name = request.folder.name
@@ -255,7 +254,7 @@ class Nodes:
         return True
 
     def _end(self, run: _Run, again: bool = True) -> None:
-        """Record, deliver and show a trial that is over.
+        """Record and show a trial that is over, and have it delivered.
 
         Args:
             again: whether a trial that was lost is submitted once more."""
@@ -280,9 +279,9 @@ class Nodes:
             print(f"  {run.job}: {run.name}: {lost}", file=sys.stderr)
         if record is not None:
             self._show(trial, record)
-            self._to_deliver.append((trial, record))
+            delivery = self._delivering.submit(self._deliver, trial, record)
             if lost:
-                self._deliver_waiting()  # a job goes on in its folder
+                delivery.result()  # a job goes on in its folder
         if record is not None and record.outcome != Outcome.killed.value:
             return  # all was measured when it was lost
         if lost and again and run.number < MOST_ATTEMPTS:
@@ -302,14 +301,12 @@ class Nodes:
         end = End(outcome=Outcome(record.outcome), reason=record.tags.get("reason", ""))
         show_line(self._sweep, record, end, summary)
 
-    def _deliver_waiting(self, most: int = 0) -> None:
-        """Deliver the oldest records until at most so many wait."""
-        while len(self._to_deliver) > most:
-            self._deliver(*self._to_deliver.pop(0))
-
     def _deliver(self, trial: TrialFolder, record: Record) -> None:
-        if self._store.deliver_trial(trial, record) is None:
-            print(f"warning: {self._store.outlook('the record')}", file=sys.stderr)
+        try:
+            if self._store.deliver_trial(trial, record) is None:
+                print(f"warning: {self._store.outlook('the record')}", file=sys.stderr)
+        except Exception as error:  # broad: the others are delivered all the same
+            self.broken.append(f"{trial.path.name}: {error!r}")
 
     def _next(self, run: _Run) -> Request:
         """Return the request for one more attempt at a trial, and note its folder in the plan."""
