@@ -99,8 +99,8 @@ def test_a_sweep_from_three_nodes_is_in_postgres_as_in_its_folders(tmp_path: Pat
         assert len(runs) == 1 + len(records) == 7
         for record in records:
             recorded = as_recorded(runs[record["id"]])
-            assert recorded.data.metrics == record["metrics"]
-            assert recorded.data.params.items() >= record["chosen"].items()
+            assert recorded.data.metrics.items() >= record["metrics"].items()  # a series has its last value there too
+            assert recorded.data.params.items() >= record["params"].items()
             assert {"config.yaml", "events.jsonl"} <= {
                 file.path for file in client.list_artifacts(recorded.info.run_id)
             }
