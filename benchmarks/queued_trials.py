@@ -284,7 +284,7 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
         str(sum(found["killed"].values())),
         str(found["attempts"]),
         *(str(len(found[key])) for key in ("lost", "doubled", "apart")),
-        f"{found['wall_seconds'] / ideal:.2f}",
+        f"{found['wall_seconds'] / ideal:.3f}",
         f"{found['idle_seconds']:.2f}",
         f"{found['command_cpu_seconds'] / found['attempts']:.2f}",
     ]
