@@ -14,6 +14,7 @@ from lora_lab.reading import Damaged, whole
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.process_id import Owner, this_process
+from lora_lab.store.trial_folder import RECORD
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import Request, run_session
 
@@ -39,6 +40,8 @@ class Told:
     """Why the trial did not come to an end of its own; empty when it did."""
     refused: str = ""
     """Why it was not begun; empty when it was."""
+    has_record: bool = True
+    """False where no record was written that the asking process could wait for."""
 
 
 def look(folder: Path, word: str, device: str) -> Node | str:
@@ -99,7 +102,7 @@ def run_trial(request: Request, ticket: Path, device: Mapping[str, str]) -> Told
             with _signals():
                 run_session(request)
         except KeyboardInterrupt:
-            return Told(lost="the cluster ended it")
+            return Told(lost="the cluster ended it", has_record=(request.folder / RECORD).exists())
         except (InvalidInput, Damaged) as refusal:
             return Told(refused=str(refusal))
         return Told()

@@ -238,7 +238,7 @@ class Nodes:
         """Return whether a job that is over leaves nothing to wait for. A network file system may hide a record for a
         while, and a job that was started twice may run on where Slurm does not reach its node."""
         told = self._engine.told(run.job) if run.job else None
-        if not isinstance(told, Told) or told.refused:
+        if not isinstance(told, Told) or told.refused or not told.has_record:
             return True
         trial = TrialFolder(run.request.folder)
         with contextlib.suppress(Damaged):
