@@ -140,7 +140,7 @@ def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path, slurm: 
 
 @pytest.mark.parametrize(
     ("trials", "nodes", "seconds", "kills"),
-    [(20, 5, 0.3, 0.4), pytest.param(1000, 50, 15.0, 0.15, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])],
+    [(12, 4, 0.3, 0.5), pytest.param(1000, 50, 15.0, 0.15, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])],
 )
 def test_no_trial_is_lost_or_doubled_while_nodes_are_killed(
     tmp_path: Path, server: Server, trials: int, nodes: int, seconds: float, kills: float
