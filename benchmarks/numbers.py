@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks import coverage, stopping
+from benchmarks import coverage, queued_trials, stopping
 from benchmarks.auto_table import gpu_bound, host_bound
 from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
@@ -78,6 +78,7 @@ MADE: dict[str, Callable[[], str]] = {
     "small-cards": small_cards,
     "small-cards-said": small_cards_said,
     "lean-losses": lean_losses,
+    "queued-trials": queued_trials.quoted,
     "outside-torch": outside_torch,
     "peers-8b-lean": partial(peers.page, "h200/peers_qlora_llama3_1_8b_lean"),
     "peers-summary": peers.summary,

@@ -62,6 +62,12 @@ def gone(owner: Owner, folder: Path) -> bool:
     return silent is not None and silent > LIMIT_SECONDS
 
 
+def beats(folder: Path, seconds: float) -> bool:
+    """Return whether the process that works in `folder` has given a sign of life within so long."""
+    silent = _silent_seconds(folder)
+    return silent is not None and silent < seconds
+
+
 def _silent_seconds(folder: Path) -> float | None:
     """Return the seconds since the last heartbeat; None without a heartbeat, or where nothing can be written.
 

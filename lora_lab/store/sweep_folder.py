@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from lora_lab.store.multirun import folders
 from lora_lab.store.naming import point_name, trial_name
 from lora_lab.store.process_id import Owner
 from lora_lab.store.record import RUNNING, Record
-from lora_lab.store.trial_folder import DELIVERED, TrialFolder
+from lora_lab.store.trial_folder import DELIVERED, RECORD, SUMMARY, TrialFolder
 
 PLAN = "sweep.json"
 _PUT_RIGHT = (
@@ -129,7 +130,12 @@ class Plan:
 
     def planned(self, name: str) -> Planned | None:
         """Return the trial that is run in the folder `name`."""
-        return next((trial for trial in self.trials if _name(trial) == name.partition("-")[0]), None)
+        return self.by_folder([name])[0]
+
+    def by_folder(self, names: Sequence[str]) -> list[Planned | None]:
+        """Return the trials that are run in these folders."""
+        trials = {_name(trial): trial for trial in self.trials}
+        return [trials.get(name.partition("-")[0]) for name in names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +239,16 @@ class SweepFolder:
 
     def attempt(self, trial: Planned) -> Attempt | None:
         """Return how the latest attempt that is over ended; None when there is none that can be read."""
-        for number in sorted(self._attempts(trial), reverse=True):
-            found = self.over(_name(trial, number))
-            if found is not None:
-                return found
-        return None
+        return self.attempts([trial])[0]
+
+    def attempts(self, trials: Sequence[Planned]) -> list[Attempt | None]:
+        """Return what `attempt` does for each of these trials, after one look at the folder."""
+        there = self._there()
+        latest = (
+            (self.over(_name(trial, number)) for number in sorted(there.get(_name(trial), ()), reverse=True))
+            for trial in trials
+        )
+        return [next((attempt for attempt in found if attempt is not None), None) for found in latest]
 
     def damaged(self, trials: Sequence[Planned]) -> list[str]:
         """Return a line for each damaged attempt that seems to be over. Such attempts do not count."""
@@ -253,18 +264,22 @@ class SweepFolder:
     def _attempts(self, trial: Planned) -> list[int]:
         """Return the numbers, from 1, of the attempts whose folders exist. A file of such a name takes its number
         too."""
-        first = _name(trial)
-        later = (path.name.removeprefix(f"{first}-") for path in self.path.glob(f"{first}-*"))
-        return [1] * os.path.lexists(self.path / first) + [int(number) for number in later if number.isdecimal()]
+        return self._there().get(_name(trial), [])
+
+    def _there(self) -> dict[str, list[int]]:
+        """Return the numbers of all attempts that are here, by the name of the trial's first one."""
+        found: dict[str, list[int]] = {}
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                first, _, number = path.name.partition("-")
+                if path.name == first or number.isdecimal():
+                    found.setdefault(first, []).append(int(number or 1))
+        return found
 
     def over(self, name: str) -> Attempt | None:
         """Return how the attempt in the folder `name` ended; None while it is not over, or when it cannot be read."""
-        found = _outline(TrialFolder(self.path / name))
-        if found is None:
-            return None
-        names = ("outcome", "reason", "seconds", "metrics", "warnings")
-        absent = {f"absent.{name}": why for name, why in found["absent"].items()}
-        return Attempt(**{name: found[name] for name in names}, tags=found["tags"] | absent)
+        stamps = _stamp(self.path / name / RECORD), _stamp(self.path / name / SUMMARY)
+        return None if None in stamps else _attempt_in(self.path / name, stamps)
 
     def end(self, outcome: Outcome, attempts: list[Attempt | None]) -> None:
         """Complete the record above the trials.
@@ -321,6 +336,30 @@ class SweepFolder:
 
 def _name(trial: Planned, attempt: int = 1) -> str:
     return f"{trial.number:04d}" + (f"-{attempt}" if attempt > 1 else "")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes whenever a file is written again; None where there is none."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    return seen.st_ino, seen.st_mtime_ns, seen.st_size
+
+
+@functools.lru_cache(maxsize=10_000)
+def _attempt_in(folder: Path, _stamps: object) -> Attempt | None:
+    """Return how the attempt in a folder ended; None when that cannot be read. A sweep asks for all of its trials
+    whenever one has ended.
+
+    Args:
+        _stamps: of the files that it is read from."""
+    found = _outline(TrialFolder(folder))
+    if found is None:
+        return None
+    names = ("outcome", "reason", "seconds", "metrics", "warnings")
+    absent = {f"absent.{name}": why for name, why in found["absent"].items()}
+    return Attempt(**{name: found[name] for name in names}, tags=found["tags"] | absent)
 
 
 def _outline(trial: TrialFolder) -> dict[str, Any] | None:

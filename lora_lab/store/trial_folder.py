@@ -34,6 +34,7 @@ MANIFEST = "trial.json"
 SEEN = "seen.json"
 IDLE = "idle.jsonl"
 RECORD = "record.json"
+SUMMARY = "summary.json"
 DELIVERED = "delivered.json"
 ATTEMPTS = "attempts"
 """The folder of the earlier attempts at a job: one folder each, by their number from 1."""
@@ -53,7 +54,7 @@ _ARTIFACTS = (
         SEEN,
         IDLE,
         "traceback.txt",
-        "summary.json",
+        SUMMARY,
         WEIGHTS,
         ANSWERS,
     ),
@@ -64,7 +65,7 @@ _ARTIFACTS = (
 _OF_AN_ATTEMPT = ("events.jsonl", "samples.jsonl", SEEN, IDLE)
 """What a resumed job keeps of the attempt before, with its manifest."""
 
-_OF_AN_END = (RECORD, DELIVERED, "summary.json", "traceback.txt")
+_OF_AN_END = (RECORD, DELIVERED, SUMMARY, "traceback.txt")
 """What a resumed job writes again at its end."""
 
 
@@ -197,7 +198,7 @@ class TrialFolder:
                 write_text(self.path / "traceback.txt", end.traceback)
             write_card(self.path / "adapter", record)
             write_json(self.path / SEEN, asdict(seen))
-            write_json(self.path / "summary.json", _outline(record, summary, between_seconds))
+            write_json(self.path / SUMMARY, _outline(record, summary, between_seconds))
             write_json(self.path / RECORD, asdict(record))
         except OSError as error:
             summary.warnings.append(f"not everything could be written to {self.path} ({error.strerror})")
@@ -289,9 +290,9 @@ class TrialFolder:
         Raises: Damaged, also when no store has the record and it cannot be read."""
         if (not self.delivered and self.record() is None) or not (self.path / RECORD).is_file():
             return None
-        outline = whole(_Outline, self.path / "summary.json")
+        outline = whole(_Outline, self.path / SUMMARY)
         if outline is None:
-            raise Damaged(self.path / "summary.json", "", f"is missing, though {RECORD} is there")
+            raise Damaged(self.path / SUMMARY, "", f"is missing, though {RECORD} is there")
         return asdict(outline) | {"outcome": outline.outcome.value}
 
     def read_inputs(self) -> tuple[list[Event], list[Sample], HostFacts, list[Damaged]]:

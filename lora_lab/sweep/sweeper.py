@@ -32,7 +32,7 @@ from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
-from lora_lab.store.sweep_folder import SKIPPED, Membership, Plan, Planned, SweepFolder
+from lora_lab.store.sweep_folder import SKIPPED, Attempt, Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
@@ -340,17 +340,17 @@ class Grid(Sweeper):
         Args:
             continues: whether resume=true runs again what was not measured.
         """
-        attempts = [folder.attempt(trial) for trial in trials]
+        attempts = folder.attempts(trials)
         places: list[str] = []
         if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
             whole = folder.read().trials  # earlier starts may have asked for more
             try:
-                write_table(folder.path / "trials.csv", whole, [folder.attempt(trial) for trial in whole])
+                write_table(folder.path / "trials.csv", whole, folder.attempts(whole))
             except OSError as error:
                 places.append(f"{folder.path / 'trials.csv'} was not written ({error.strerror})")
             with suppress(OSError):
                 ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
-                folder.end(ended, [folder.attempt(trial) for trial in whole])
+                folder.end(ended, folder.attempts(whole))
             run_id = store.deliver_all(folder)
             places += store.where(run_id) if run_id else []
             if store.fault:
@@ -371,19 +371,18 @@ def _at_once(slots: int) -> str:
 
 def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:
     """Return the exit code of a sweep that ran to its end."""
-    attempts = [folder.attempt(trial) for trial in trials]
+    attempts = folder.attempts(trials)
     return combined_exit_code([1 if each is None else Outcome(each.outcome).exit_code for each in attempts])
 
 
 def _pending(folder: SweepFolder, trials: list[Planned], memory: Judged) -> list[Planned]:
     """Return the trials that are still to be run, and first those that are to be recorded as skipped."""
 
-    def is_over(trial: Planned) -> bool:
-        attempt = folder.attempt(trial)
+    def is_over(trial: Planned, attempt: Attempt | None) -> bool:
         skipped = trial.point in memory.too_large
         return attempt is not None and (attempt.done or (skipped and attempt.outcome == SKIPPED))
 
-    pending = [trial for trial in trials if not is_over(trial)]
+    pending = [trial for trial, seen in zip(trials, folder.attempts(trials), strict=True) if not is_over(trial, seen)]
     return sorted(pending, key=lambda trial: trial.point not in memory.too_large)
 
 

@@ -30,7 +30,7 @@ from lora_lab.store.process_id import this_process
 from lora_lab.store.record import Record, chosen, params, run_name
 from lora_lab.store.recovery import recover, remember_outside
 from lora_lab.store.sweep_folder import Membership, SweepFolder
-from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.store.trial_folder import RECORD, Manifest, TrialFolder
 from lora_lab.telemetry.figures import GIB
 from lora_lab.telemetry.host_facts import HostFacts, Stated
 from lora_lab.telemetry.rapl import Rapl
@@ -362,6 +362,8 @@ def _take_idle(state: TrialState) -> None:
 def _finish(state: TrialState, end: End, store: Outbox) -> None:
     """Summarise, write the files, hand the record to the store, show the result. Of the trials of this process one at a
     time, so that their lines do not mix, nor what they write into the store."""
+    if state.request.cluster and (state.folder.path / RECORD).exists():
+        return  # the process that waits for it gave this attempt up, and another one may have run
     with _ENDING:
         _record(state, end, store)
 
@@ -382,8 +384,10 @@ def _record(state: TrialState, end: End, store: Outbox) -> None:
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)
     if end.outcome is Outcome.finished:
         note_libraries(state.request.config, record.tags, summary.metrics)
-    run_id = None if state.request.cluster else store.deliver_trial(state.folder, record)
-    if run_id is None and not state.request.cluster:
+    if state.request.cluster:
+        return  # the process that waits for it delivers and shows it
+    run_id = store.deliver_trial(state.folder, record)
+    if run_id is None:
         summary.warnings.append(store.outlook("the trial's record"))
     if state.sweep is not None:
         show_line(state.sweep, record, end, summary, beside.console if beside is not None else None)

@@ -37,10 +37,10 @@ class Standing:
 def standing(folder: SweepFolder) -> Standing:
     """Return the progress of the sweep's present start. The time left is estimated from the sweep's own trials."""
     plan = folder.read()
-    launched = [(plan.planned(name), folder.over(name)) for name in plan.launched]
+    launched = list(zip(plan.by_folder(plan.launched), map(folder.over, plan.launched), strict=True))
     pending = [trial for trial, attempt in launched if trial is not None and attempt is None]
-    attempts = [(trial.point, folder.attempt(trial)) for trial in plan.trials]
-    over = [(point, seen) for point, seen in attempts if seen is not None and seen.outcome != SKIPPED]
+    attempts = zip(plan.trials, folder.attempts(plan.trials), strict=True)
+    over = [(trial.point, seen) for trial, seen in attempts if seen is not None and seen.outcome != SKIPPED]
     known, unknown = estimate(pending, [(point, attempt.seconds) for point, attempt in over])
     usual = statistics.fmean([attempt.seconds for _, attempt in over]) if over else None
     open_ended = plan.rule is not None  # nobody knows how many blocks will follow

@@ -7,7 +7,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from conftest import FAKES, records_in
+from command_server import ADDRESS
+from conftest import FAKES, SERVER, records_in
 
 from lora_lab.sweep.cluster.node import taken_by
 
@@ -15,6 +16,13 @@ FAST = ("model=tiny", "measure=quick", "method=lora", "precision=fp32", "seq_len
 ON_CPU = ("device=cpu", "share_device=true")  # the nodes are one machine, whose CPU has a lock
 SWEEP = ("-m", *FAST, "data.rows=16", "learning_rate=1e-4,2e-4,3e-4", *ON_CPU, "cluster.workers=2")
 RATES = ("0.0001", "0.0002", "0.0003")
+
+
+def fork_jobs() -> None:
+    """Have the jobs begin quickly, also in a run of one file of tests alone."""
+    if ADDRESS not in os.environ and SERVER._socket is None:
+        SERVER.share()
+        SERVER.environment = {**SERVER.environment, ADDRESS: os.environ[ADDRESS]}
 
 
 def waiting(folder: Path, *rates: str) -> dict[str, str]:

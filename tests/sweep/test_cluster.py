@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import FAST, ON_CPU, RATES, SWEEP, end_nodes, in_step_2, node_of, outcomes, release, waiting
-from command_server import ADDRESS
-from conftest import FAKES, SERVER, Said, Server, lab_in, records_in, started, until
+from clusters import FAST, ON_CPU, RATES, SWEEP, end_nodes, fork_jobs, in_step_2, node_of, outcomes, release, waiting
+from conftest import FAKES, Said, Server, lab_in, records_in, started, until
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from benchmarks.queued_trials import Asked, run
 from lora_lab.composition.places import cluster_faults
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.options import ClusterKind, Isolation, PlacementKind, Plan, TrackingKind
@@ -31,10 +31,7 @@ ON_SLURM = (*SWEEP, "cluster=slurm")
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs_are_forked() -> None:
-    """Have the jobs begin quickly, also in a run of these tests alone."""
-    if ADDRESS not in os.environ and SERVER._socket is None:
-        SERVER.share()
-        SERVER.environment = {**SERVER.environment, ADDRESS: os.environ[ADDRESS]}
+    fork_jobs()
 
 
 Cluster = Callable[..., dict[str, str]]
@@ -141,6 +138,54 @@ def test_ctrl_c_ends_what_runs_and_takes_back_what_waits(tmp_path: Path, slurm: 
     assert [record["tags"]["reason"] for record in records_in(tmp_path)] == ["ended by the cluster (slurm)"] * 2
 
 
+@pytest.mark.parametrize(
+    ("trials", "nodes", "seconds", "kills"),
+    [(12, 4, 0.3, 0.5), pytest.param(1000, 50, 15.0, 0.15, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])],
+)
+def test_no_trial_is_lost_or_doubled_while_nodes_are_killed(
+    tmp_path: Path, server: Server, trials: int, nodes: int, seconds: float, kills: float
+) -> None:
+    def start(words: list[str], folder: Path, variables: dict[str, str]) -> int:
+        at_its_end = {"QUICK_DIES": "0003"}  # it has told its end, and its record is not written yet
+        with started(folder, *words, **variables, **at_its_end) as sweep:
+            said = sweep.communicate(5000)[0]
+            assert sweep.wait() == 0, said
+        return 0
+
+    asked = Asked(trials=trials, nodes=nodes, seconds=seconds, kills=kills, seed=trials)
+    found, killed = run(asked, tmp_path / f"of_{trials}", server.uri, start)
+    assert (found.lost, found.doubled, found.apart) == ([], [], [])
+    assert found.outcomes["finished"] == found.trials == trials
+    assert killed.total() > 0
+
+
+def test_an_attempt_that_slurm_starts_again_or_that_outlives_its_job_counts_once(
+    tmp_path: Path, slurm: Cluster
+) -> None:
+    variables, state = slurm(*RATES), tmp_path / "slurm"
+    with started(tmp_path, *ON_SLURM, "tracking=none", **variables) as sweep:
+        until(lambda: len(in_step_2(tmp_path)) == 2, "two trials run")
+        assert "--no-requeue" in (state / "2" / "script").read_text()
+        (state / "requeue").touch()  # on a site that does so all the same
+        os.kill(node_of(tmp_path, "0000"), signal.SIGKILL)
+        until(lambda: "0000-2" in in_step_2(tmp_path), "it runs again, in a folder of its own")
+        assert not (state / "requeue").exists(), "the first job was started again too"
+        (state / "3" / "pid").unlink()  # Slurm does not reach the node any more
+        (state / "3" / "code").write_text("1")
+        until(lambda: "0001-2" in in_step_2(tmp_path), "the other runs on a node that Slurm reaches")
+        [given_up] = tmp_path.glob("multirun/*/*/0001/record.json")
+        before = given_up.read_bytes()
+        release(tmp_path)
+        assert sweep.wait(120) == 0, sweep.communicate()[0]
+        until(lambda: node_is_gone(tmp_path, "0001"), "the node that was given up has ended as well")
+    assert given_up.read_bytes() == before
+    assert outcomes(tmp_path) == {"killed": 2, "finished": 3}
+
+
+def node_is_gone(folder: Path, attempt: str) -> bool:
+    return not Path(f"/proc/{node_of(folder, attempt)}").exists()
+
+
 def refused(said: Said, *words: str) -> None:
     assert said.code == 2, said.text
     assert [word for word in words if word not in said.err] == [], said.err
@@ -218,3 +263,16 @@ def test_where_slurm_keeps_no_accounts_its_queue_says_what_is_over(
     assert engine.is_over("slurm 9"), "long ago, so that the controller has forgotten it"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not engine.is_over("slurm 8"), "nothing is known while nobody answers"
+
+
+def test_the_accounts_say_what_is_over(tmp_path: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(slurm_module, "_ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_module, "_VISIBLE_SECONDS", -1.0)
+    states = ("PREEMPTED", "CANCELLED by 1000", "NODE_FAIL", "OUT_OF_MEMORY", "SUSPENDED", "REQUEUED", "RUNNING")
+    for number, state in enumerate(states, 1):
+        (tmp_path / "slurm" / f"{number}").mkdir(parents=True)
+        (tmp_path / "slurm" / f"{number}" / "state").write_text(state)
+    engine = slurm_module.Slurm(ClusterConfig(kind=ClusterKind.slurm), False, tmp_path / "jobs")
+    assert [engine.is_over(f"slurm {number}") for number in range(1, 8)] == [True] * 4 + [False] * 3

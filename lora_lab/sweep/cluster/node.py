@@ -14,6 +14,7 @@ from lora_lab.reading import Damaged, whole
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.process_id import Owner, this_process
+from lora_lab.store.trial_folder import RECORD
 from lora_lab.trial.devices import choose_placement
 from lora_lab.trial.session import Request, run_session
 
@@ -39,6 +40,8 @@ class Told:
     """Why the trial did not come to an end of its own; empty when it did."""
     refused: str = ""
     """Why it was not begun; empty when it was."""
+    has_record: bool = True
+    """False where no record was written that the asking process could wait for."""
 
 
 def look(folder: Path, word: str, device: str) -> Node | str:
@@ -83,9 +86,12 @@ def run_trial(request: Request, ticket: Path, device: Mapping[str, str]) -> Told
     """
     if not ticket.parent.is_dir():
         return Told(refused=f"{_host()} does not see {ticket.parent}, which lies on no file system that it shares.")
+    begun_before = Told(lost="another start of its job had begun it")
+    if ticket.exists():  # that start may be alive: its signs of life are its own
+        return begun_before
     with Heartbeat(request.folder):
         if not take(ticket):
-            return Told(lost="another start of its job had begun it")
+            return begun_before
         try:
             here = _common(choose_placement(request.config.device))
             if here != device:
@@ -96,7 +102,7 @@ def run_trial(request: Request, ticket: Path, device: Mapping[str, str]) -> Told
             with _signals():
                 run_session(request)
         except KeyboardInterrupt:
-            return Told(lost="the cluster ended it")
+            return Told(lost="the cluster ended it", has_record=(request.folder / RECORD).exists())
         except (InvalidInput, Damaged) as refusal:
             return Told(refused=str(refusal))
         return Told()

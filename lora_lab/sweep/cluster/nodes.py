@@ -8,6 +8,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -135,6 +136,10 @@ class Nodes:
         self._device = dict(device)
         self._store = store
         self._running: dict[str, _Run] = {}
+        self._delivering = ThreadPoolExecutor(1, thread_name_prefix="delivers")
+        """Delivers records one after the other: a node that is free does not wait until the store has answered."""
+        self._over: dict[str, float] = {}
+        """When a job was first seen to be over, by the name of its attempt."""
         self._ctrl_c = ctrl_c()
 
     @property
@@ -157,6 +162,7 @@ class Nodes:
     ) -> None:
         try:
             self._end_all()  # none runs, unless this process's own code failed
+            self._delivering.shutdown()
         finally:
             self._ctrl_c.__exit__(kind, error, trace)
 
@@ -176,15 +182,12 @@ class Nodes:
         self._start(replace(request, config=config, cluster=self._asked.kind.name), 1)
 
     def next_ended(self) -> None:
-        """Wait until one more trial has ended, and deliver its record. A trial that was lost is submitted again.
+        """Wait until one more trial has ended. A trial that was lost is submitted again.
 
         Raises: KeyboardInterrupt on Ctrl-C, after all trials that run were ended and recorded."""
-        while True:
-            for run in [*self._running.values()]:
-                if self._is_over(run):
-                    self._end(run)
-                    return
+        while (over := next(filter(self._is_over, self._running.values()), None)) is None:
             self._heed(POLL_SECONDS)
+        self._end(over)
 
     def _heed(self, seconds: float) -> None:
         if wait([self._pressed], seconds):
@@ -226,13 +229,32 @@ class Nodes:
 
     def _is_over(self, run: _Run) -> bool:
         if self._engine.is_over(run.job) if run.job else self._sweep.over(run.name) is not None:
-            return True
+            return self._is_settled(run)
         if not _ticket(self._sweep, run.name).exists():
             return False  # it waits for a node
         return not _is_alive(self._sweep, run.name)
 
+    def _is_settled(self, run: _Run) -> bool:
+        """Return whether a job that is over leaves nothing to wait for. A network file system may hide a record for a
+        while, and a job that was started twice may run on where Slurm does not reach its node."""
+        told = self._engine.told(run.job) if run.job else None
+        if not isinstance(told, Told) or told.refused or not told.has_record:
+            return True
+        trial = TrialFolder(run.request.folder)
+        with contextlib.suppress(Damaged):
+            if trial.manifest() is None or trial.record() is not None:
+                return True
+            owner = taken_by(_ticket(self._sweep, run.name))
+            if owner is not None and owner.is_here:
+                return owner.gone
+            with contextlib.suppress(OSError):
+                trial.path.chmod(trial.path.stat().st_mode)  # has the client ask the server
+            waited = time.monotonic() - self._over.setdefault(run.name, time.monotonic())
+            return waited > _VISIBLE_SECONDS and not heartbeat.beats(trial.path, _VISIBLE_SECONDS)
+        return True
+
     def _end(self, run: _Run, again: bool = True) -> None:
-        """Record, deliver and show a trial that is over.
+        """Record and show a trial that is over, and have it delivered.
 
         Args:
             again: whether a trial that was lost is submitted once more."""
@@ -243,7 +265,7 @@ class Nodes:
             return
         trial = TrialFolder(run.request.folder)
         try:
-            record = _record_of_ended(trial) if isinstance(told, Told) else trial.record()
+            record = trial.record()
             reason = "" if record is None else record.tags.get("reason", "")
             lost = reason if reason.startswith(ENDED_BY_CLUSTER) else ""
             if record is None:
@@ -256,7 +278,12 @@ class Nodes:
             _cancel(self._engine, run.job)  # the cluster may still think that it runs, or start it once more
             print(f"  {run.job}: {run.name}: {lost}", file=sys.stderr)
         if record is not None:
-            self._deliver(trial, record)
+            self._show(trial, record)
+            delivery = self._delivering.submit(self._deliver, trial, record)
+            if lost:
+                delivery.result()  # a job goes on in its folder
+        if record is not None and record.outcome != Outcome.killed.value:
+            return  # all was measured when it was lost
         if lost and again and run.number < MOST_ATTEMPTS:
             self._start(self._next(run), run.number + 1)
         elif lost and again and record is None:
@@ -266,15 +293,20 @@ class Nodes:
         log = self._engine.log(run.job) if run.job else ""
         return f"its node was lost{': ' if log else ''}{log}"
 
-    def _deliver(self, trial: TrialFolder, record: Record) -> None:
+    def _show(self, trial: TrialFolder, record: Record) -> None:
         summary = Summary()
         attempt = self._sweep.over(trial.path.name)
         if attempt is not None:
             summary.metrics = attempt.metrics
         end = End(outcome=Outcome(record.outcome), reason=record.tags.get("reason", ""))
         show_line(self._sweep, record, end, summary)
-        if self._store.deliver_trial(trial, record) is None:
-            print(f"warning: {self._store.outlook('the record')}", file=sys.stderr)
+
+    def _deliver(self, trial: TrialFolder, record: Record) -> None:
+        try:
+            if self._store.deliver_trial(trial, record) is None:
+                print(f"warning: {self._store.outlook('the record')}", file=sys.stderr)
+        except Exception as error:  # broad: the others are delivered all the same
+            self.broken.append(f"{trial.path.name}: {error!r}")
 
     def _next(self, run: _Run) -> Request:
         """Return the request for one more attempt at a trial, and note its folder in the plan."""
@@ -288,18 +320,6 @@ class Nodes:
         with contextlib.suppress(OSError):
             self._sweep.write(plan)
         return replace(run.request, folder=folder, resumed=TrialFolder(folder).manifest())
-
-
-def _record_of_ended(trial: TrialFolder) -> Record | None:
-    """Return the record that a node has written, once it is seen here. A network file system may hide it for a while.
-
-    Raises: Damaged."""
-    due = time.monotonic() + (_VISIBLE_SECONDS if trial.manifest() is not None else 0.0)
-    while (record := trial.record()) is None and time.monotonic() < due:
-        with contextlib.suppress(OSError):
-            trial.path.chmod(trial.path.stat().st_mode)  # has the client ask the server
-        time.sleep(POLL_SECONDS)
-    return record
 
 
 def _record_of_lost(trial: TrialFolder) -> Record | None:

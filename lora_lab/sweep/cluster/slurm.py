@@ -13,7 +13,14 @@ from lora_lab.sweep.cluster.engine import NotSubmitted
 _NAME = "slurm "
 
 _ASK_AGAIN_SECONDS = 10.0
-"""Slurm's controller is not asked more often whether a job is in its queue."""
+"""Slurm is not asked more often what became of its jobs."""
+
+_OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+"""The states of jobs that do not run any more. submitit takes a preempted job for one that Slurm will start again, and
+a suspended one for one that is over."""
 
 _ANSWER_SECONDS = 60.0
 
@@ -42,12 +49,16 @@ class Slurm:
                 "on a login node of the cluster."
             ) from None
         options: dict[str, Any] = {"time": asked.minutes, "job_name": "lora_lab"}
+        # a lost trial is submitted again, in a folder of its own; most sites have Slurm start the same job once more
+        options["additional_parameters"] = {"no-requeue": True}
         if asked.partition is not None:
             options["partition"] = asked.partition
         if on_card:
             options["gpus_per_node"] = 1
         self._executor.update_parameters(**options)
         self._keeps_accounts = _says("sacct", "-o", "JobID,State,NodeList", "--parsable2", "-j", "0")[0]
+        self._asked = -_ASK_AGAIN_SECONDS
+        """When the accounts were last asked about all jobs."""
         self._queued: dict[str, tuple[float, bool]] = {}
         """When a job was last looked for in the queue, and whether it was there."""
         self._jobs: dict[str, submitit.Job[Any]] = {}
@@ -74,7 +85,7 @@ class Slurm:
         known = self._job(job)
         if known.paths.result_pickle.exists():
             return True
-        if not known.done() if self._keeps_accounts else self._is_queued(str(known.job_id)):
+        if self._is_going_on(known) if self._keeps_accounts else self._is_queued(str(known.job_id)):
             return False
         return time.monotonic() - self._ended.setdefault(job, time.monotonic()) > _VISIBLE_SECONDS
 
@@ -98,6 +109,14 @@ class Slurm:
         """End a job with scancel."""
         if job.startswith(_NAME):
             self._job(job).cancel(check=False)
+
+    def _is_going_on(self, known: Any) -> bool:
+        """Return whether a job waits or runs by the accounts, which know it a moment after it was submitted."""
+        is_due = time.monotonic() - self._asked >= _ASK_AGAIN_SECONDS
+        if is_due:
+            self._asked = time.monotonic()
+        state = known.watcher.get_state(known.job_id, mode="force" if is_due else "cache")
+        return state.split(" ")[0] not in _OVER
 
     def _is_queued(self, number: str) -> bool:
         """Return whether a job waits or runs. It does where the controller does not answer."""
