@@ -17,9 +17,9 @@ from lora_lab.fit.shapes import Shapes
 from lora_lab.options import Checkpointing, EngineKind, Quantization
 
 _NAMES = {
-    "weights": "frozen weights as stored",
+    "weights": "the model's weights as stored",
     "adapters": "adapters",
-    "gradients": "their gradients",
+    "gradients": "gradients of what is trained",
     "optimizer": "optimizer state",
     "activations": "saved activations",
     "loss": "logits and their gradient",
