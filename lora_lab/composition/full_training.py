@@ -29,11 +29,6 @@ def full_faults(config: TrialConfig) -> list[str]:
             "engine=graph with method=full: a CUDA graph would hold the gradient of every weight twice. Use "
             "engine=compile, engine=liger or engine=eager."
         )
-    if engine.chunked_loss and engine.kind is not EngineKind.liger:
-        found.append(
-            "engine.chunked_loss=true needs a frozen head, and method=full trains it. Use engine=liger, whose loss in "
-            "chunks trains the head, or engine.chunked_loss=false."
-        )
     if engine.host_embeddings is True:
         found.append(
             "engine.host_embeddings=true keeps frozen embeddings in host memory, and method=full trains them. Use "

@@ -63,7 +63,7 @@ def _unknown_of_full(config: TrialConfig, shapes: Shapes) -> str:
     engine, what = config.engine, ""
     if engine.kind in (EngineKind.compile, EngineKind.graph):
         what = f"engine={engine.kind.name}"
-    elif engine.kind is EngineKind.liger and engine.chunked_loss:
+    elif engine.chunked_loss:
         what = "engine.chunked_loss=true"
     elif engine.mlp_tile is not None:
         what = f"engine.mlp_tile={engine.mlp_tile}"

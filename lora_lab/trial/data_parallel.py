@@ -58,7 +58,7 @@ def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
     chosen = there[:count]
     if len({card.name for card in chosen}) > 1:
         raise InvalidInput(
-            f"placement=ddp: the cards are of different kinds ({listed}). Each waits for the slowest, and the adapters "
+            f"placement=ddp: the cards are of different kinds ({listed}). Each waits for the slowest, and the weights "
             "drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
         )
     return chosen

@@ -196,7 +196,11 @@ def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("engine", "checkpointing"),
-    [(EngineConfig(mlp_tile=64), "full"), (EngineConfig(), "offloaded"), (EngineConfig(), "selective")],
+    [
+        (EngineConfig(mlp_tile=64), "full"),
+        (EngineConfig(chunked_loss=True), "offloaded"),
+        (EngineConfig(), "selective"),
+    ],
 )
 def test_ways_to_save_memory_train_the_same_weights(
     trained: tuple[TrialConfig, Path, list[Event]], tmp_path: Path, engine: EngineConfig, checkpointing: str
@@ -215,7 +219,6 @@ def test_ways_to_save_memory_train_the_same_weights(
         ({"method.rank": 8}, "method.rank=8 has no effect with method=full"),
         ({"method.use_dora": True}, "method.use_dora=True has no effect"),
         ({"engine.kind": EngineKind.graph}, "Use engine=compile, engine=liger or engine=eager."),
-        ({"engine.chunked_loss": True}, "Use engine=liger"),
         ({"engine.host_embeddings": True}, "Use engine.host_embeddings=false."),
         ({"engine.host_layers": 1}, "method.quantization=none"),
         ({"train.lora_plus_ratio": 4.0, "train.max_steps": 3}, "method=full has none"),
