@@ -16,10 +16,10 @@ from lora_lab.fit.step import (
     adapter_gradients,
     attention_backward,
     attention_bytes,
-    weight_gradient,
 )
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
+from lora_lab.fit.trained_linear import casts_input, trained_backward, trained_output
 from lora_lab.options import Attention
 
 
@@ -193,47 +193,17 @@ class PlainLayer:
         keeps_shared = (self.sizes.has_adapter(linear) and not self._keeps_own_input(linear) for linear in linears)
         if any(keeps_shared) and not self.sizes.config.method.dropout:
             return x
-        if self.sizes.trains_all and not any(map(self._casts_input, linears)):
+        if self.sizes.trains_all and not any(casts_input(self.sizes, linear) for linear in linears):
             return x
         self.tape.free(x)
         return None
-
-    def _casts_input(self, linear: Linear) -> bool:
-        """Return whether a trained layer saves its input as a copy in the products' format: behind a norm, where
-        autocast makes one for each layer."""
-        shapes = self.sizes.shapes
-        return self._casts and linear is not shapes.output and linear not in shapes.down
-
-    def _trained_linear(self, linear: Linear, kept: Product) -> int:
-        """Begin what a layer keeps whose weights are trained, and its output."""
-        t, s = self.tape, self.sizes
-        if self._casts_input(linear):
-            kept.own_input.append(t.new(s.wide(linear.inputs), ACTIVATIONS))
-        if s.cell != 4:
-            kept.copies.append(t.new(linear.weights * s.cell, WORKING))
-        return t.new(s.wide(linear.outputs), ACTIVATIONS)
-
-    def _trained_backward(self, linear: Linear, kept: Product) -> int:
-        """Begin the gradient of a layer's trained weights; return that of its input."""
-        t, s = self.tape, self.sizes
-        narrow_output = None
-        if self._casts and (linear is s.shapes.output or linear in s.shapes.down):  # behind it lies the stream
-            narrow_output = t.new(s.wide(linear.outputs), WORKING)
-        found = t.new(s.wide(linear.inputs), WORKING)
-        weight_gradient(t, s, linear.weights)
-        t.free(narrow_output, *kept.own_input, *kept.copies)
-        if self._casts_input(linear):
-            wide = t.new(s.wide(linear.inputs, s.stream), WORKING)
-            t.free(found)
-            found = wide
-        return found
 
     def _linear(self, linear: Linear, saved: Saved) -> int:
         t, s = self.tape, self.sizes
         kept = Product()
         saved.products.append(kept)
         if s.trains_all:
-            return self._trained_linear(linear, kept)
+            return trained_output(t, s, linear, kept)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised or s.stream != s.cell else None
         base = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
         if s.quantised or weight is None:
@@ -395,7 +365,7 @@ class PlainLayer:
         """Return the gradient of a linear layer's input. `gradient`, of its output, stays."""
         t, s = self.tape, self.sizes
         if s.trains_all:
-            return self._trained_backward(linear, kept)
+            return trained_backward(t, s, linear, kept)
         low = of_base = None
         if s.has_adapter(linear):
             if kept.base is not None and kept.high is not None:
