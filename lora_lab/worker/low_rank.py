@@ -23,10 +23,10 @@ from torch import Tensor
 from lora_lab.options import Projection
 from lora_lab.worker.engines.compiled import decoder_layers
 
-GALORE_SCALE = 0.25
-"""GaLore's share of its update, and the factors on APOLLO's: as published, sqrt(128) for the single scale of a rank of
-one."""
+_GALORE_SCALE = 0.25
+"""The share of its update that GaLore takes, as published."""
 _APOLLO_SCALE = {Projection.apollo: 1.0, Projection.apollo_mini: math.sqrt(128)}
+"""The factor on APOLLO's update, as published."""
 _MOST_GROWTH = 1.01
 """By which the norm of APOLLO's update may grow from step to step, as published."""
 _BASIS, _STEPS, _NORM = "basis", "projection_steps", "update_norm"
@@ -121,7 +121,7 @@ class Projected:
         weight.mul_(1 - rate * each.group.get("weight_decay", 0.0))  # the optimizer has decayed zeros
         if each.gradient is None:
             back = each.basis @ update if _is_wide(weight) else update @ each.basis.t()
-            weight.add_(back, alpha=GALORE_SCALE)
+            weight.add_(back, alpha=_GALORE_SCALE)
             state[_BASIS] = each.basis
         elif rate:
             weight.sub_(self._scaled(each, update, rate, state))
