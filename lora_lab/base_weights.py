@@ -1,6 +1,7 @@
-"""Which exact weights a trial was trained on, and how its adapter is loaded with them.
+"""Which exact weights a trial was trained on, where it leaves what it has trained, and how that is loaded.
 
-The worker writes it into the trial's folder; it names folders of this machine, so it is not part of the adapter."""
+The worker writes the first into the trial's folder; it names folders of this machine, so it is not part of what was
+trained."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -10,11 +11,23 @@ WEIGHTS = "weights.json"
 """The file's name in a trial's folder."""
 
 ADAPTER = "adapter"
+"""In a trial's folder: the adapters that it has trained, in PEFT's layout."""
+
+MODEL = "model"
+"""In a trial's folder: the whole model, where every weight was trained, as from_pretrained loads it."""
+
+_MARKS = {ADAPTER: "adapter_config.json", MODEL: "config.json"}
+
+
+def trained_in(trial: Path) -> Path | None:
+    """Return the folder of what a trial has trained, `adapter` or `model`; None where there is neither."""
+    found = (trial / name for name, mark in _MARKS.items() if (trial / name / mark).is_file())
+    return next(found, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseWeights:
-    """The frozen weights below an adapter. What does not apply is empty."""
+    """The weights that a training began with, frozen below an adapter. What does not apply is empty."""
 
     source: str
     """A ModelSource, or random."""
@@ -45,8 +58,10 @@ class BaseWeights:
         return f"{name}, sha256 {self.sha256}" if self.sha256 else f"{name} ({self.remark or 'nothing more is known'})"
 
     def command(self, trial: Path) -> str:
-        """Return a command that loads the model with its adapter and needs no network; empty where that is not
-        possible. It leaves a Python prompt with `model` and `tokenizer`."""
+        """Return a command that loads the trained model and needs no network; empty where that is not possible. It
+        leaves a Python prompt with `model` and `tokenizer`."""
+        if trained_in(trial) == trial / MODEL:
+            return _loads_alone(trial / MODEL)
         if not self.folder:
             return ""
         base, adapter = repr(self.folder), repr(str((trial / ADAPTER).absolute()))
@@ -59,3 +74,16 @@ class BaseWeights:
             f"model = PeftModel.from_pretrained(base, {adapter})",
         )
         return f"python -i -c {shlex.quote('; '.join(lines))}"
+
+
+def _loads_alone(model: Path) -> str:
+    """Return the command for a whole model. One without a tokenizer was trained on random tokens."""
+    if not (model / "tokenizer_config.json").is_file():
+        return ""
+    place = repr(str(model.absolute()))
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        f"model = AutoModelForCausalLM.from_pretrained({place}, dtype='auto')",
+    )
+    return f"python -i -c {shlex.quote('; '.join(lines))}"

@@ -14,9 +14,11 @@ from lora_lab.options import (
     DType,
     EngineKind,
     Isolation,
+    MethodKind,
     ModelSource,
     OnSpike,
     Plan,
+    Projection,
     Quantization,
     Schedule,
     TrackingKind,
@@ -38,7 +40,7 @@ LONGEST_BUDGET_MINUTES = 10**6
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """The optimizer that updates the adapters: one of `optim` and `target`."""
+    """The optimizer that updates what is trained: one of `optim` and `target`."""
 
     optim: str | None = setting(None, "a name that transformers' TrainingArguments.optim knows")
     target: str | None = setting(None, "import path of a torch.optim.Optimizer subclass, for example torch.optim.SGD")
@@ -48,11 +50,22 @@ class OptimizerConfig:
     weight_decay: float = setting(
         0.0, "decoupled weight decay, as transformers applies it (not to biases and norms)", least=0, most=_FLOAT
     )
+    projection: Projection | None = setting(
+        None, "with method=full, keep the state for gradients of a low rank: galore, apollo or apollo_mini"
+    )
+    projection_rank: int = setting(128, "rank of projected gradients", above=0, most=2**16)
+    projection_steps: int = setting(
+        200, "optimizer steps after which the projection is chosen again", above=0, most=10**9
+    )
+    in_backward: bool = setting(
+        False, "update each weight as soon as the backward has its gradient, so that gradients are never all held"
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """Number format of non-quantised weights and of the computation. Adapters are fp32 in all."""
+    """Number format of frozen weights that are not quantised, and of the computation. Trained weights are fp32 in
+    all."""
 
     dtype: DType = setting(DType.bf16, "bf16, fp16 or fp32")
 
@@ -61,6 +74,7 @@ class PrecisionConfig:
 class MethodConfig:
     """What is trained, and how the frozen weights are stored."""
 
+    kind: MethodKind = setting(MethodKind.lora, "lora: adapters on frozen weights; full: every weight, held in fp32")
     quantization: Quantization = setting(Quantization.none, "how frozen linear layers are stored: none, nf4 or fp4")
     double_quantization: bool = setting(False, "quantise the 4-bit scales too: about 0.37 bit per weight less")
     mostly_unquantised: bool = setting(False, "run even if less than half of the layers' weights can be held in 4 bit")
@@ -240,7 +254,7 @@ class TrainConfig:
         0.5, "save a checkpoint after this part of an epoch; above 1, after this many steps", above=0, most=10**9
     )
     keep_checkpoints: int = setting(2, "the newest checkpoints that are kept, and the best", above=0, most=10**6)
-    keep_best: bool = setting(True, "the saved adapter is the one with the lowest held-out loss, not the last")
+    keep_best: bool = setting(True, "what is saved is as it was at the lowest held-out loss, not at the end")
     early_stopping: int | None = setting(
         None, "end after this many evaluations in a row without a lower held-out loss", above=0, most=10**6
     )
@@ -265,7 +279,9 @@ class TrackingConfig:
         "mlruns", "folder of the local store (sqlite database and artifacts), relative to the working folder"
     )
     uri: str | None = setting(None, "address of an MLflow tracking server")
-    register: str | None = setting(None, "name of a model in MLflow's registry, which gets the adapter as a version")
+    register: str | None = setting(
+        None, "name of a model in MLflow's registry, which gets what was trained as a version"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

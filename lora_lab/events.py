@@ -131,15 +131,18 @@ class ModelCounted:
     frozen_in_layers: int
     """The part of `frozen` inside the decoder layers, with which gradient checkpointing multiplies once more."""
     trainable: int
-    """Trained weights that take part in products (LoRA's A and B)."""
+    """Trained weights that take part in products: LoRA's A and B, or all that `frozen` would count."""
     attention_width: int
     """Sum over the layers of query heads x head size."""
     weight_bytes: int
-    """Bytes of all frozen weights as they are stored."""
+    """Bytes of the model's own weights as they are stored, without adapters."""
     weight_elements: int
-    """Number of all frozen weights, counted unpacked."""
+    """Number of the model's own weights, counted unpacked, without adapters."""
     layers: int | None = None
     """Decoder layers; None in trials from before they were reported."""
+    trainable_in_layers: int | None = None
+    """The part of `trainable` with which gradient checkpointing multiplies once more; None for all, in trials from
+    before it was reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

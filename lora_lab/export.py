@@ -1,8 +1,8 @@
 """Write a trained model for use without lora_lab: python -m lora_lab.export RUN --merge OUT, or --gguf TYPE
 
-The adapter is merged into the base model, never into 4-bit weights. The held-out loss of what was written is compared
-with the adapter's. Exit code 0 when they agree within the stated bound or the rows are gone, 1 when they do not agree
-(what was written stays), 2 when nothing could be written."""
+An adapter is merged into the base model, never into 4-bit weights. The held-out loss of what was written is compared
+with that of the model as it was trained. Exit code 0 when they agree within the stated bound or the rows are gone, 1
+when they do not agree (what was written stays), 2 when nothing could be written."""
 
 import argparse
 import os
@@ -20,11 +20,11 @@ from lora_lab.composition.compose import stored_config
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.export_gguf import export_gguf, gguf_file
 from lora_lab.gguf_converter import INSTALL, TYPES, check_programs, install
-from lora_lab.options import DType, Quantization
+from lora_lab.options import DType, MethodKind, Quantization
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, Trained, find_trained
+from lora_lab.store.trained import CONFIG, RUN_HELP, Trained, find_trained
 from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ _BOUND_QLORA = 0.4
 SmolLM2-135M that changed the loss by 0.21; small models lose most in 4 bit. So this finds broken files, but not an
 adapter that is missing: its gain may be less."""
 _BOUND_RECORDED = 0.02
-"""Between the adapter's loss here and in the trial's record. On the same machine they are equal to five places; another
-device or engine rounds otherwise, and how much was not measured."""
+"""Between the trained model's loss here and in the trial's record. On the same machine they are equal to five places;
+another device or engine rounds otherwise, and how much was not measured."""
 
 
 def bound_of(config: TrialConfig) -> float:
-    """Return how far the merged model's held-out loss may be from the adapter's, in nats per token."""
+    """Return how far the merged model's held-out loss may be from the trained one's, in nats per token."""
     if config.method.quantization is not Quantization.none:
         return _BOUND_QLORA
     return _BOUND_FP32 if config.precision.dtype is DType.fp32 else _BOUND_16_BIT
@@ -91,9 +91,11 @@ def _faults(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config
     """Return what is wrong with what was written, a sentence each."""
     compared = []
     if losses.recorded is not None:
-        named = "With the base model that is here now, the adapter"
-        compared.append((named, "its trial's record", losses.adapter - losses.recorded, _BOUND_RECORDED))
-    compared.append(("The merged model", "the adapter", losses.merged - losses.adapter, bound_of(config)))
+        named = "The model as it was trained, loaded here,"
+        compared.append((named, "its trial's record", losses.trained - losses.recorded, _BOUND_RECORDED))
+    compared.append(
+        ("The merged model", "the model as it was trained", losses.merged - losses.trained, bound_of(config))
+    )
     if gguf is not None and kind is not None and gguf.loss is not None:
         compared.append(("The GGUF file", "the merged model", gguf.loss - losses.merged, TYPES[kind].bound))
     return [
@@ -116,7 +118,7 @@ def _merger(config: TrialConfig, trained: Trained) -> "Merger":
     prepare_process(config)
     from lora_lab.worker.merging import Merger  # it imports torch
 
-    return Merger(config, trained.folder / ADAPTER, _say, trained.heldout)
+    return Merger(config, trained.weights, _say, trained.heldout)
 
 
 def _say(line: str) -> None:
@@ -150,18 +152,20 @@ def _table(losses: "Losses", gguf: "GgufCheck | None", kind: str | None, config:
     table = Table(
         title=f"held-out loss, nats per token ({losses.rows} rows, {losses.tokens:,} tokens)", title_justify="left"
     )
+    how = "written" if config.method.kind is MethodKind.full else "merged"
     table.add_column("model")
     table.add_column("loss", justify="right")
     table.add_column("difference", justify="right")
-    table.add_row("adapter on the base model as trained", f"{losses.adapter:.5f}", "")
+    first = "model as trained" if how == "written" else "adapter on the base model as trained"
+    table.add_row(first, f"{losses.trained:.5f}", "")
     named = [] if losses.recorded is None else [("the same, in the trial's record", losses.recorded)]
-    named.append((f"merged, in {config.precision.dtype.name}", losses.merged))
+    named.append((f"{how}, in {config.precision.dtype.name}", losses.merged))
     if losses.requantised is not None:
         named.append(("merged, loaded in 4 bit again", losses.requantised))
     if gguf is not None and gguf.loss is not None:
         named.append((f"GGUF, {kind}", gguf.loss))
     for name, loss in named:
-        table.add_row(name, f"{loss:.5f}", f"{loss - losses.adapter:+.5f}")
+        table.add_row(name, f"{loss:.5f}", f"{loss - losses.trained:+.5f}")
     return table
 
 

@@ -1,6 +1,6 @@
-"""Answer questions with a trained adapter, next to the base model: python -m lora_lab.generate RUN "question"
+"""Answer questions with a trained model, next to its base model: python -m lora_lab.generate RUN "question"
 
-Both answers come from one loaded model, always with the likeliest token. Without a question it reads them line by line:
+Both answers are always of the likeliest tokens. Without a question it reads them line by line:
 each model goes on with its own conversation, /reset begins a new one, and Ctrl-D ends. Exit code 0 with answers, 2 when
 the input is invalid."""
 
@@ -21,7 +21,7 @@ from lora_lab.dataset.row import Role, Turn, as_conversations
 from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.output import never_end_for_output
 from lora_lab.store.errors import TrackingFailed
-from lora_lab.store.trained import ADAPTER, CONFIG, RUN_HELP, find_trained
+from lora_lab.store.trained import CONFIG, RUN_HELP, find_trained
 from lora_lab.trial.in_process import prepare_process
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def _run(asked: argparse.Namespace, place: Path) -> None:
     prepare_process(config)
     from lora_lab.worker.answers import Answerer  # it imports torch
 
-    session = Session(
-        Answerer(config, trained.folder / ADAPTER, as_conversations(config.data.layout, trained.kinds)), asked
-    )
+    session = Session(Answerer(config, trained.weights, as_conversations(config.data.layout, trained.kinds)), asked)
     for question in asked.question:
         session.reset()
         session.ask(question)

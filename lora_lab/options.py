@@ -11,6 +11,26 @@ class DType(Enum):
     bf16 = "bfloat16"
 
 
+class MethodKind(Enum):
+    """What a method trains."""
+
+    lora = "lora"
+    """PEFT's adapters on frozen weights."""
+    full = "full"
+    """Every weight of the model."""
+
+
+class Projection(Enum):
+    """Methods by which an optimizer keeps its state for gradients that are projected to a low rank."""
+
+    galore = "galore"
+    """To the gradient's first singular vectors; the update is projected back."""
+    apollo = "apollo"
+    """At random; the whole gradient is scaled, channel by channel, as the projected one was."""
+    apollo_mini = "apollo_mini"
+    """At random; the whole gradient is scaled as one."""
+
+
 class Quantization(Enum):
     """Storage formats of the frozen linear layers (bitsandbytes' names)."""
 

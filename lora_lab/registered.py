@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_lab.base_weights import trained_in
 from lora_lab.composition.compose import stored_config
 from lora_lab.config import InvalidInput
 from lora_lab.dataset.row import Role, Turn, as_conversations
-from lora_lab.store.trained import ADAPTER, CONFIG
+from lora_lab.store.trained import CONFIG
 
 if TYPE_CHECKING:
     from lora_lab.worker.answers import Answerer
@@ -38,9 +39,11 @@ class Registered:
 
 
 def _load_pyfunc(folder: str, settings: dict[str, Any]) -> Registered:
-    """Load the base model as the trial had it, with the adapter. MLflow gives this function its name."""
-    config = stored_config(Path(folder) / CONFIG)
+    """Load what a trial has trained. MLflow gives this function its name."""
+    config, trained = stored_config(Path(folder) / CONFIG), trained_in(Path(folder))
+    if trained is None:
+        raise InvalidInput(f"{folder} holds nothing that was trained.")
     from lora_lab.worker.answers import Answerer  # it imports torch
 
     kinds = str(settings["rows"]).replace("unknown", "")
-    return Registered(Answerer(config, Path(folder) / ADAPTER, as_conversations(config.data.layout, kinds)))
+    return Registered(Answerer(config, trained, as_conversations(config.data.layout, kinds)))

@@ -80,7 +80,7 @@ def with_fakes() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="at how many instants sweeps and jobs are killed")
     parser.addoption("--nightly", action="store_true", help="also run what is marked nightly")
-    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all 105 combinations")
+    parser.addoption("--full-cross", action="store_true", help="test_cross.py runs all possible combinations")
 
 
 def pytest_configure(config: pytest.Config) -> None:

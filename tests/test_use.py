@@ -351,7 +351,7 @@ def test_losses_are_compared_with_the_record_and_what_cannot_be_is_said(lora: Tr
     same = merged(lora.config, "same")
     assert same.unchecked == ()
     assert same.losses is not None
-    assert same.losses.recorded == pytest.approx(same.losses.adapter, abs=2e-5)
+    assert same.losses.recorded == pytest.approx(same.losses.trained, abs=2e-5)
 
     changed = replace(lora.config, data=replace(lora.config.data, rows=30))
     other = merged(changed, "other")

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_lab.comparison.rule import percent
+from lora_lab.composition.full_training import full_faults
 from lora_lab.composition.limits import number_faults
+from lora_lab.composition.optimizer_faults import optimizer_faults
 from lora_lab.composition.places import cluster_faults, data_parallel_faults, sharding_faults, slot_faults
 from lora_lab.config import (
     ALL,
@@ -15,7 +17,6 @@ from lora_lab.config import (
     InvalidInput,
     MethodConfig,
     ModelConfig,
-    OptimizerConfig,
     TrackingConfig,
     TrainConfig,
     TrialConfig,
@@ -53,9 +54,10 @@ def faults(config: TrialConfig) -> list[str]:
     return [
         *number_faults(config),
         *_sharing_faults(config),
-        *_optimizer_faults(config.optimizer),
+        *optimizer_faults(config),
         *_engine_faults(config),
         *_method_faults(config.method),
+        *full_faults(config),
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
         *_train_faults(config),
@@ -86,21 +88,6 @@ def _sharing_faults(config: TrialConfig) -> list[str]:
             "use batch_size=1 with grad_accum_steps, or attention=sdpa."
         )
     return found
-
-
-def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
-    if optimizer.optim and optimizer.target:
-        return [
-            f"optimizer.optim={optimizer.optim} and optimizer.target={optimizer.target} are both set; "
-            "give one: add optimizer.optim=null to use the target."
-        ]
-    if not optimizer.optim and not optimizer.target:
-        return ["neither optimizer.optim nor optimizer.target is set; choose an option, for example optimizer=adamw."]
-    if optimizer.target and "." not in optimizer.target:
-        return [f"optimizer.target={optimizer.target} is not an import path; write for example torch.optim.SGD."]
-    if optimizer.optim and optimizer.args:
-        return ["optimizer.args goes with optimizer.target only; transformers sets the arguments of a named optim."]
-    return []
 
 
 def _engine_faults(config: TrialConfig) -> list[str]:

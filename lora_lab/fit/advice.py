@@ -11,7 +11,7 @@ from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, EngineKind, Quantization
+from lora_lab.options import Checkpointing, EngineKind, MethodKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
@@ -206,16 +206,18 @@ def _accumulation(config: TrialConfig) -> Change | None:
 def _four_bit(config: TrialConfig) -> Change | None:
     if config.method.quantization is not Quantization.none or config.method.use_dora:
         return None
-    method = replace(config.method, quantization=Quantization.nf4, double_quantization=True)
+    method = replace(config.method, kind=MethodKind.lora, quantization=Quantization.nf4, double_quantization=True)
     override = "method=qlora" + (
         " method.use_rslora=true" if method.use_rslora else ""
     )  # it takes method=rslora's place
-    return Change(override, "frozen weights are rounded to 4 bit", replace(config, method=method))
+    trains_all = config.method.kind is MethodKind.full
+    what = "adapters are trained, on weights" if trains_all else "frozen weights are"
+    return Change(override, f"{what} rounded to 4 bit", replace(config, method=method))
 
 
 def _rank(config: TrialConfig) -> Change | None:
     rank = config.method.rank // 2
-    if rank < _LEAST_RANK:
+    if rank < _LEAST_RANK or config.method.kind is MethodKind.full:
         return None
     method = replace(config.method, rank=rank)
     return Change(f"method.rank={rank}", "fewer trained weights", replace(config, method=method))

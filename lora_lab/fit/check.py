@@ -2,7 +2,7 @@
 
 from lora_lab.config import TIED, InvalidInput, TrialConfig, too_many_layers
 from lora_lab.fit.shapes import Experts, Shapes
-from lora_lab.fit.weights import adapts_experts, adapts_router
+from lora_lab.fit.weights import adapts_experts, adapts_router, trains_all
 from lora_lab.options import Attention, EngineKind, PlacementKind
 
 _TABLES = ("lm_head", "embed_tokens")
@@ -53,10 +53,31 @@ def model_fault(config: TrialConfig, shapes: Shapes) -> str:
         )
     if config.engine.host_embeddings is True and shapes.is_tied:
         return TIED
+    if trains_all(config.method):
+        fault = _unknown_of_full(config, shapes)
+        if fault:
+            return fault
     fault = too_many_layers(config.engine.host_layers, shapes.layers)
     if fault:
         return fault
     return _mixture_fault(config, shapes.experts) if shapes.experts else ""
+
+
+def _unknown_of_full(config: TrialConfig, shapes: Shapes) -> str:
+    """Return why the memory of training every weight is not calculated; empty where it is."""
+    engine, what = config.engine, ""
+    if engine.kind in (EngineKind.compile, EngineKind.graph):
+        what = f"engine={engine.kind.name}"
+    elif engine.chunked_loss:
+        what = "engine.chunked_loss=true"
+    elif engine.mlp_tile is not None:
+        what = f"engine.mlp_tile={engine.mlp_tile}"
+    elif shapes.experts is not None:
+        what = "a mixture of experts"
+    elif shapes.layer_norms == 4:
+        what = f"model_type={shapes.family}"
+    instead = "Use engine=eager, or run a short trial instead: measure=quick."
+    return what and f"the memory of method=full is not calculated here for {what}. {instead}"
 
 
 def _mixture_fault(config: TrialConfig, experts: Experts) -> str:

@@ -8,18 +8,18 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import TrialConfig
+from lora_lab.config import MethodConfig, TrialConfig
 from lora_lab.fit.advice import advise
 from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, GIB, Estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, EngineKind, Quantization
+from lora_lab.options import Checkpointing, EngineKind, MethodKind, Quantization
 
 _NAMES = {
-    "weights": "frozen weights as stored",
+    "weights": "the model's weights as stored",
     "adapters": "adapters",
-    "gradients": "their gradients",
+    "gradients": "gradients of what is trained",
     "optimizer": "optimizer state",
     "activations": "saved activations",
     "loss": "logits and their gradient",
@@ -89,8 +89,7 @@ def show_limits(config: TrialConfig, shapes: Shapes, cards: Sequence[float], con
         table.add_column(f"rows of {config.seq_len} tokens", justify="right")
         for way, search in searches:
             cells = [_limit(search, setting, card * GIB) for setting in ("seq_len", "batch_size")]
-            method = "lora" if way.method.quantization is Quantization.none else "qlora"
-            table.add_row(method, way.engine.kind.name, way.gradient_checkpointing.name, *cells)
+            table.add_row(_method(way.method), way.engine.kind.name, way.gradient_checkpointing.name, *cells)
         console.print(table)
 
 
@@ -102,7 +101,8 @@ def show_context(config: TrialConfig, shapes: Shapes, cards: Sequence[float], co
         table.add_column(name)
     for card in cards:
         table.add_column(f"{card:g} GiB", justify="right")
-    same = [way for way in ways(config) if way.method.quantization is config.method.quantization]
+    own = _method(config.method)
+    same = [way for way in ways(config) if _method(way.method) == own and not model_fault(way, shapes)]
     for number, way in enumerate(same, start=1):
         with console.status(f"{number} of {len(same)}"):
             search = Search(way, shapes)
@@ -117,8 +117,10 @@ def show_context(config: TrialConfig, shapes: Shapes, cards: Sequence[float], co
 
 def ways(config: TrialConfig) -> list[TrialConfig]:
     """Return the trial under each method, engine and checkpointing, without those that are refused."""
-    quantised = replace(config.method, quantization=Quantization.nf4, double_quantization=True)
-    methods = (replace(config.method, quantization=Quantization.none, double_quantization=False), quantised)
+    lora = replace(config.method, kind=MethodKind.lora, quantization=Quantization.none, double_quantization=False)
+    methods = [lora, replace(lora, quantization=Quantization.nf4, double_quantization=True)]
+    if config.method.kind is MethodKind.full:
+        methods.insert(0, config.method)
     modes = (Checkpointing.none, Checkpointing.full, Checkpointing.offloaded)
     own = config.engine
     engines = [
@@ -130,6 +132,13 @@ def ways(config: TrialConfig) -> list[TrialConfig]:
         for method, engine, mode in itertools.product(methods, engines, modes)
     ]
     return [way for way in ways if not faults(way)]
+
+
+def _method(method: MethodConfig) -> str:
+    """Return a name for the kind of method."""
+    if method.kind is MethodKind.full:
+        return "full"
+    return "lora" if method.quantization is Quantization.none else "qlora"
 
 
 def _limit(search: Search, setting: str, capacity: float) -> str:

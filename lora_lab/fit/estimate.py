@@ -9,12 +9,12 @@ from lora_lab.fit.compiled_step import compiled_step
 from lora_lab.fit.interval import KEPT, Errors, errors_of, larger_measured, smaller_measured
 from lora_lab.fit.libraries import Libraries, libraries_of
 from lora_lab.fit.loading import load
+from lora_lab.fit.optimizer import State, optimizer_state, trained_weights
 from lora_lab.fit.plain_step import plain_step
 from lora_lab.fit.replay import replay, replay_loading
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.step import GRADIENTS, OPTIMIZER, PARTS, WORKING, sizes_of
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import State, adapter_sides, adapter_sizes, optimizer_state
 from lora_lab.options import EngineKind
 from lora_lab.segments import are_expandable
 
@@ -165,11 +165,10 @@ def tape_of(config: TrialConfig, shapes: Shapes, is_compiling: bool = False) -> 
     """
     sizes, tape = sizes_of(config, shapes), Tape()
     load(tape, sizes, tries_out=is_compiling and config.engine.kind is EngineKind.graph)
-    trained = adapter_sizes(config.method, shapes)
+    trained = trained_weights(config.method, shapes)
     if config.placement.kind.shares_trials:
-        tape.new(_EXCHANGED * shapes.layers * sum(trained), GRADIENTS)
-    each = optimizer_state(config.optimizer, trained, adapter_sides(config.method, shapes))
-    state = State(*(shapes.layers * size for size in (each.total, each.paged, each.working)))
+        tape.new(_EXCHANGED * trained.elements, GRADIENTS)
+    state = optimizer_state(config.optimizer, trained)
     if is_compiling:
         tape.new(_TRYING_OUT, WORKING)
     for _ in range(0 if is_compiling else shapes.layers):

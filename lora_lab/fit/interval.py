@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lora_lab.config import TrialConfig
+from lora_lab.fit.optimizer import is_known
 from lora_lab.fit.shapes import Shapes
-from lora_lab.fit.weights import is_known, is_quantised
+from lora_lab.fit.weights import is_quantised, trains_all
 from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind
 
 _WIDER = 0.05
@@ -83,6 +84,8 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
         yield f"model family {shapes.family}: not measured"
     if not is_known(config.optimizer):
         yield f"optimizer {config.optimizer.optim or config.optimizer.target}: taken for AdamW in fp32"
+    if trains_all(method):
+        yield "method=full: measured on a CPU alone"
     if method.use_dora and kind not in (EngineKind.eager, EngineKind.liger):
         yield f"DoRA with engine={kind.name}: not measured"
     if (method.dropout or method.target_modules != ["all-linear"]) and kind is not EngineKind.eager:

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 from lora_lab.config import TrialConfig
-from lora_lab.fit.weights import pages
+from lora_lab.fit.optimizer import pages
 from lora_lab.libraries_cache import library_key, load_libraries
 from lora_lab.options import EngineKind
 

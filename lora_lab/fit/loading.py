@@ -8,10 +8,11 @@ the allocator: where weights are quantised or stacked, what they were made from 
 matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
 """
 
+from lora_lab.fit.optimizer import trained_weights
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ADAPTERS, GRADIENTS, WEIGHTS, WORKING, Sizes
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import BLOCK, adapter_sizes, linear_bytes, other_bytes, weight_bytes
+from lora_lab.fit.weights import BLOCK, linear_bytes, other_bytes, trains_all, weight_bytes
 from lora_lab.options import EngineKind, Weights
 
 _WORKSPACE, _THREADS = 2**25, 2
@@ -42,17 +43,16 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     _quantise_experts(tape, sizes, experts)
     for _ in range(_THREADS * (2 if tries_out else 1)):
         tape.new(_WORKSPACE, WORKING)
-    each = adapter_sizes(config.method, shapes)
-    for size in each * shapes.layers:
+    trained = trained_weights(config.method, shapes)
+    for size in [] if trains_all(config.method) else trained.sizes:  # all weights are there already
         tape.new(4 * size, ADAPTERS)
-    if config.engine.hosts_embeddings(shapes.is_tied):
+    if config.engine.hosts_embeddings(shapes.is_tied) and not trains_all(config.method):
         tape.free(tables[-1])
-    trained = 4 * shapes.layers * sum(each)
     if config.engine.kind is EngineKind.graph:
         _stack(tape, sizes, held)
-        tape.new(trained, GRADIENTS)  # of a micro-batch
+        tape.new(4 * trained.elements, GRADIENTS)  # of a micro-batch
     if config.grad_accum_steps > 1:
-        tape.new(trained, GRADIENTS)  # their sum
+        tape.new(4 * trained.elements, GRADIENTS)  # their sum
     tape.has_own_pool = config.engine.kind is EngineKind.graph
     tape.is_recorded = tape.has_own_pool and not tries_out
     tape.returns_cached = True

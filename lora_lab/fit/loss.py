@@ -1,8 +1,9 @@
 """The allocations of the loss: all logits at once, or a chunk of them at a time."""
 
 import math
+from collections.abc import Sequence
 
-from lora_lab.fit.step import ACTIVATIONS, LOSS, WORKING, Sizes
+from lora_lab.fit.step import ACTIVATIONS, LOSS, WORKING, Sizes, weight_gradient
 from lora_lab.fit.tape import Tape
 
 CHUNK_ELEMENTS = 2**26
@@ -26,14 +27,20 @@ def liger_chunk_rows(rows: int, vocabulary: int, hidden: int) -> int:
     return int(2 ** math.ceil(math.log2(rows_of_chunk)))
 
 
-def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
+def whole_loss(tape: Tape, sizes: Sizes, hidden: int, cast: Sequence[int] = ()) -> int:
     """Write forward and backward of transformers' loss; return the gradient of `hidden`, which ends.
+
+    Args:
+        cast: copies of weights that end with the forward.
 
     The loss takes the logits in fp32. Its logarithm is kept for the backward. accelerate turns the model's own output,
     which nobody reads, into fp32 as well. The backward holds three tensors of fp32: the logarithm, its gradient, and
     the gradient of the logits.
     """
     vocabulary = sizes.shapes.vocabulary
+    kept = None
+    if sizes.trains_all:  # the head's input is kept for the gradient of its weights
+        kept = hidden if sizes.cell == 4 else tape.new(sizes.wide(sizes.shapes.hidden), ACTIVATIONS)
     head = tape.new(vocabulary * sizes.shapes.hidden * sizes.cell, WORKING) if sizes.head_is_raised else None
     logits = tape.new(sizes.wide(vocabulary), LOSS)
     capped = None
@@ -43,9 +50,9 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
         logits = tape.new(sizes.wide(vocabulary), LOSS)
     wide = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
     logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
-    tape.free(wide)
+    tape.free(wide, *cast)
     returned = tape.new(sizes.wide(vocabulary, 4), LOSS) if sizes.cell != 4 else None
-    tape.free(logits, returned, hidden)
+    tape.free(logits, returned, None if kept == hidden else hidden)
     of_logarithm = tape.new(sizes.wide(vocabulary, 4), LOSS)
     of_wide = tape.new(sizes.wide(vocabulary, 4), LOSS)
     tape.free(logarithm, of_logarithm)
@@ -58,7 +65,9 @@ def whole_loss(tape: Tape, sizes: Sizes, hidden: int) -> int:
         tape.free(of_head, of_capped, capped)
         of_head = of_divided
     gradient = tape.new(sizes.wide(sizes.shapes.hidden, sizes.stream), WORKING)
-    tape.free(head, of_head)
+    if sizes.trains_all:
+        weight_gradient(tape, sizes, vocabulary * sizes.shapes.hidden, is_whole=not sizes.shapes.is_tied)
+    tape.free(head, of_head, kept)
     return gradient
 
 

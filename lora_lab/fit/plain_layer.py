@@ -9,9 +9,17 @@ from lora_lab.fit.plain_experts import KeptExperts, PlainExperts
 from lora_lab.fit.plain_norms import PlainNorms
 from lora_lab.fit.saved import Product, Saved
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_backward, attention_bytes
+from lora_lab.fit.step import (
+    ACTIVATIONS,
+    WORKING,
+    Sizes,
+    adapter_gradients,
+    attention_backward,
+    attention_bytes,
+)
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
+from lora_lab.fit.trained_linear import casts_input, trained_backward, trained_output
 from lora_lab.options import Attention
 
 
@@ -25,6 +33,8 @@ class PlainLayer:
             is_tile: True for one that stands for a tile of another's MLP.
         """
         self.tape, self.sizes, self.liger = tape, sizes, liger
+        self.cast: list[int] = []
+        """Copies of trained weights in the products' format, of layers that keep nothing: the caller ends them."""
         self._casts = sizes.stream != sizes.cell
         """Whether the residual stream is wider than the products."""
         self._experts = PlainExperts(tape, sizes, sizes.shapes.experts) if sizes.shapes.experts else None
@@ -42,7 +52,7 @@ class PlainLayer:
         """
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         saved = Saved()
-        x = self._norms.forward(saved.norms, layer_input, has_gradient)
+        x = self._norms.forward(saved.norms, saved.scaled, layer_input, has_gradient)
         heads = [self._linear(linear, saved) for linear in shapes.qkv]
         saved.attention_input = self._kept_input(shapes.qkv, x)
         saved.attention = self._attention(heads)
@@ -52,7 +62,7 @@ class PlainLayer:
         self._norms.outer_forward(saved.outer)
         if not (self._norms.keeps_stream and has_gradient):
             t.free(layer_input)
-        x = self._norms.forward(saved.norms, residual, has_gradient=True)
+        x = self._norms.forward(saved.norms, saved.scaled, residual, has_gradient=True)
         if self._tile is not None:
             saved.mlp_input = x
             if stops_early and shapes.layer_norms != 4:  # all that is kept is there
@@ -96,7 +106,7 @@ class PlainLayer:
         gate_up = [self._linear(linear, saved) for linear in shapes.gate_up]
         if ends_input:
             saved.mlp_input = self._kept_input(shapes.gate_up, x)
-        inner = s.wide(shapes.intermediate, s.stream)
+        inner = s.wide(shapes.intermediate, s.inner)
         if not self.liger:
             saved.mlp.append(t.new(inner, ACTIVATIONS))  # the activated gate
         saved.mlp += gate_up
@@ -149,10 +159,10 @@ class PlainLayer:
         """Run an MLP that keeps nothing; `x` ends, None is an input that stays."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
         gate = self._linear_alone(shapes.gate_up[0])
-        active = None if self.liger else t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
+        active = None if self.liger else t.new(s.wide(shapes.intermediate, s.inner), ACTIVATIONS)
         others = [self._linear_alone(linear) for linear in shapes.gate_up[1:]]
         t.free(x)
-        product = t.new(s.wide(shapes.intermediate, s.stream), ACTIVATIONS)
+        product = t.new(s.wide(shapes.intermediate, s.inner), ACTIVATIONS)
         t.free(gate, active, *others)
         [down] = (self._linear_alone(linear) for linear in shapes.down)
         t.free(product)
@@ -162,7 +172,12 @@ class PlainLayer:
         saved = Saved()
         out = self._linear(linear, saved)
         [kept] = saved.products
-        self.tape.free(*kept.own_input, kept.low, kept.base, kept.high, *kept.copies)
+        self.tape.free(*kept.own_input, kept.low, kept.base, kept.high)
+        # autocast keeps its copies of trained weights until the whole forward is over
+        if self.sizes.trains_all:
+            self.cast += kept.copies
+        else:
+            self.tape.free(*kept.copies)
         return out
 
     def _keeps_own_input(self, linear: Linear) -> bool:
@@ -178,6 +193,8 @@ class PlainLayer:
         keeps_shared = (self.sizes.has_adapter(linear) and not self._keeps_own_input(linear) for linear in linears)
         if any(keeps_shared) and not self.sizes.config.method.dropout:
             return x
+        if self.sizes.trains_all and not any(casts_input(self.sizes, linear) for linear in linears):
+            return x
         self.tape.free(x)
         return None
 
@@ -185,6 +202,8 @@ class PlainLayer:
         t, s = self.tape, self.sizes
         kept = Product()
         saved.products.append(kept)
+        if s.trains_all:
+            return trained_output(t, s, linear, kept)
         weight = t.new(linear.weights * s.cell, WORKING) if s.quantised or s.stream != s.cell else None
         base = t.new(s.wide(linear.outputs, s.stream), ACTIVATIONS)
         if s.quantised or weight is None:
@@ -224,7 +243,7 @@ class PlainLayer:
         # with a mask, and without a fused kernel, k and v are repeated for each query head
         key = shapes.query_width if s.is_masked or s.config.attention is Attention.eager else shapes.key_width
         kept = [t.new(s.wide(width), ACTIVATIONS) for width in (shapes.query_width, key)]
-        if self._casts or key != shapes.key_width:
+        if (self._casts and not s.trains_all) or key != shapes.key_width:
             kept.append(t.new(s.wide(key), ACTIVATIONS))
             t.free(*heads)
         elif len(heads) == 1:
@@ -235,6 +254,8 @@ class PlainLayer:
         if shapes.head_norm_weights:
             each = s.cell if self.liger else 4
             kept.append(t.new(s.wide(shapes.query_width + shapes.key_width, each), ACTIVATIONS))
+            if s.trains_all and not self.liger:  # what their weights are multiplied with
+                kept.append(t.new(s.wide(shapes.query_width + shapes.key_width), ACTIVATIONS))
         output, *others = attention_bytes(s)
         if s.config.attention is not Attention.eager or not self._keeps_own_input(shapes.output):
             others = [output, *others]  # a fused kernel keeps its output, otherwise the next layer's adapter may
@@ -259,20 +280,20 @@ class PlainLayer:
             gradient = self._mlp_backward(saved, inner_gradient, gradient)
         else:
             gradient = self._mixture_backward(saved, saved.experts, gradient)
-        gradient = self._norms.backward(saved.norms[-1:], gradient)
+        gradient = self._norms.backward([*saved.norms[-1:], *saved.scaled[-1:]], gradient)
         inner_gradient = self._norms.outer_backward(saved.outer, gradient)
         grad_attended = self._linear_backward(shapes.output, saved.products[n], inner_gradient)
         t.free(None if inner_gradient == gradient else inner_gradient)
         grads = [t.new(s.wide(linear.outputs), WORKING) for linear in shapes.qkv]
         t.free(*attention_backward(t, s), grad_attended, *saved.attention)
         gradient = self._inputs_backward(shapes.qkv, saved.products[:n], grads, saved.attention_input, gradient)
-        return self._norms.backward(saved.norms[:-1], gradient)
+        return self._norms.backward([*saved.norms[:-1], *saved.scaled[:-1]], gradient)
 
     def _mlp_backward(self, saved: Saved, inner_gradient: int, gradient: int) -> int:
         """Return the gradient of the MLP's input; `inner_gradient`, of its output, and `gradient`, of the stream, end
         (they may be one)."""
         t, s, shapes = self.tape, self.sizes, self.sizes.shapes
-        inner, first = s.wide(shapes.intermediate, s.stream), len(shapes.qkv) + 1
+        inner, first = s.wide(shapes.intermediate, s.inner), len(shapes.qkv) + 1
         down = first + len(shapes.gate_up)
         grad_product = self._linear_backward(shapes.down[0], saved.products[down], inner_gradient)
         t.free(saved.product, None if inner_gradient == gradient else inner_gradient)
@@ -343,6 +364,8 @@ class PlainLayer:
     def _linear_backward(self, linear: Linear, kept: Product, gradient: int) -> int:
         """Return the gradient of a linear layer's input. `gradient`, of its output, stays."""
         t, s = self.tape, self.sizes
+        if s.trains_all:
+            return trained_backward(t, s, linear, kept)
         low = of_base = None
         if s.has_adapter(linear):
             if kept.base is not None and kept.high is not None:

@@ -12,10 +12,12 @@ class PlainNorms:
         self.keeps_stream = liger or sizes.stream == 4
         """Whether norms keep their input itself, and not a copy in fp32."""
 
-    def forward(self, norms: list[int], stream: int, has_gradient: bool) -> int:
-        """Begin a norm's output, and list among `norms` what it keeps.
+    def forward(self, norms: list[int], scaled_ones: list[int], stream: int, has_gradient: bool) -> int:
+        """Begin a norm's output, and list what it keeps.
 
         Args:
+            norms: gets its input, or a copy of that.
+            scaled_ones: gets what its weights are multiplied with, where they are trained.
             stream: its input.
             has_gradient: False where the input needs none.
         """
@@ -25,7 +27,10 @@ class PlainNorms:
                 norms.append(stream)
             scaled = None if self.liger else t.new(s.wide(hidden, 4), WORKING)
             out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
-            t.free(scaled)
+            if scaled is not None and s.trains_all:
+                scaled_ones.append(scaled)
+            else:
+                t.free(scaled)
             return out
         wide = t.new(s.wide(hidden, 4), ACTIVATIONS)
         scaled = t.new(s.wide(hidden, 4), WORKING)

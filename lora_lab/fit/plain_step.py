@@ -3,7 +3,7 @@
 from lora_lab.fit.loss import chunked_loss, whole_loss
 from lora_lab.fit.plain_layer import PlainLayer
 from lora_lab.fit.saved import Saved
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
+from lora_lab.fit.step import ACTIVATIONS, GRADIENTS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
 
@@ -18,7 +18,7 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
     kept: list[tuple[int | None, Saved | None]] = []
     for number in range(shapes.layers):
         if not checkpoints(mode, number):
-            saved = layer.forward(stream, has_gradient=number > 0 or mode is not Checkpointing.none)
+            saved = layer.forward(stream, has_gradient=number > 0 or mode is not Checkpointing.none or sizes.trains_all)
             kept.append((None, saved))
             stream = _output(saved)
             continue
@@ -29,19 +29,31 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
             tape.free(stream)
         stream = output
     final = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS)
+    scaled = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS) if sizes.trains_all and not liger else None
     hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
     tape.free(stream)
     if config.engine.chunked_loss:
         gradient = chunked_loss(tape, sizes, hidden, compiled=False, liger=liger)
+        tape.free(*layer.cast)
     else:
-        gradient = whole_loss(tape, sizes, hidden)
-    tape.free(final)
+        gradient = whole_loss(tape, sizes, hidden, layer.cast)
+    tape.free(final, scaled)
     for held, once in reversed(kept):
         saved = once or _again(tape, sizes, layer, held)
         gradient = layer.backward(saved, gradient)
         if once is None:
             tape.free(saved.output)
+    if sizes.trains_all:
+        _embeddings_gradient(tape, sizes)
     tape.free(gradient, *shared)
+
+
+def _embeddings_gradient(tape: Tape, sizes: Sizes) -> None:
+    """Begin the gradient of trained input embeddings, which is added to the head's where they are one."""
+    shapes, config = sizes.shapes, sizes.config
+    ends = config.grad_accum_steps > 1 or shapes.is_tied or config.optimizer.in_backward
+    found = tape.new(4 * shapes.vocabulary * shapes.hidden, WORKING if ends else GRADIENTS)
+    tape.free(found if ends else None)
 
 
 def _again(tape: Tape, sizes: Sizes, layer: PlainLayer, held: int | None) -> Saved:

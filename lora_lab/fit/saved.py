@@ -23,6 +23,8 @@ class Saved:
     """What a layer's forward keeps for its backward, by tensor number."""
 
     norms: list[int] = field(default_factory=list)
+    scaled: list[int] = field(default_factory=list)
+    """What trained norms multiply with their weights."""
     outer: list[int] = field(default_factory=list)
     """Of norms behind attention and MLP."""
     attention_input: int | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_lab.config import TrialConfig
 from lora_lab.fit.shapes import Linear, Shapes
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import BYTES, adapted, is_quantised
+from lora_lab.fit.weights import BYTES, adapted, is_quantised, other_bytes, trains_all
 from lora_lab.options import Attention, Batching, Checkpointing, DataSource, EngineKind
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
@@ -25,8 +25,8 @@ class Sizes:
     cell: int
     """Bytes of a number in products."""
     stream: int
-    """Bytes of a number between layers: 4 where embeddings are raised to fp32, and where DoRA's magnitudes, which are
-    in fp32, meet 4-bit layers, whose output PEFT does not convert back."""
+    """Bytes of a number between layers: 4 where embeddings are in fp32, raised or trained, and where DoRA's magnitudes,
+    which are in fp32, meet 4-bit layers, whose output PEFT does not convert back."""
     quantised: bool
     rank: int
     is_masked: bool
@@ -34,9 +34,19 @@ class Sizes:
     slides. Where it slides in some layers alone, the others are taken to be like them."""
 
     @property
+    def trains_all(self) -> bool:
+        """Return whether every weight is trained."""
+        return trains_all(self.config.method)
+
+    @property
+    def inner(self) -> int:
+        """Return the bytes of a number between the linear layers of an MLP."""
+        return self.cell if self.trains_all else self.stream
+
+    @property
     def head_is_raised(self) -> bool:
         """Return whether the head's weights are wider than products, which take a copy of them."""
-        return self.config.method.raise_to_fp32 and self.cell != 4
+        return (self.config.method.raise_to_fp32 or self.trains_all) and self.cell != 4
 
     def wide(self, columns: int, each: int | None = None) -> int:
         """Return the bytes of a tensor (tokens, columns)."""
@@ -55,7 +65,7 @@ def sizes_of(config: TrialConfig, shapes: Shapes) -> Sizes:
         shapes=shapes,
         tokens=config.batch_size * config.seq_len,
         cell=cell,
-        stream=4 if config.method.raise_to_fp32 or (quantised and config.method.use_dora) else cell,
+        stream=4 if other_bytes(config) == 4 or (quantised and config.method.use_dora) else cell,
         quantised=quantised,
         rank=config.method.rank,
         is_masked=_is_masked(config, shapes),
@@ -114,3 +124,17 @@ def adapter_gradients(tape: Tape, sizes: Sizes, linear: Linear) -> None:
     """Begin the gradients of a layer's adapter, in fp32, which stay until the optimizer has taken them."""
     if sizes.config.grad_accum_steps == 1:
         tape.new(4 * sizes.rank * (linear.inputs + linear.outputs), GRADIENTS)
+
+
+def weight_gradient(tape: Tape, sizes: Sizes, weights: int, is_whole: bool = True) -> None:
+    """Begin the gradient of a trained weight: in the products' format, then in fp32. It stays until the optimizer has
+    taken it, or ends at once: when it is added to that of the micro-batches before, or the backward updates the weight.
+
+    Args:
+        is_whole: False where more is added to it later in the backward.
+    """
+    config = sizes.config
+    ends = config.grad_accum_steps > 1 or (config.optimizer.in_backward and is_whole)
+    narrow = tape.new(sizes.cell * weights, WORKING) if sizes.cell != 4 else None
+    wide = tape.new(4 * weights, WORKING if ends else GRADIENTS)
+    tape.free(narrow, wide if ends else None)

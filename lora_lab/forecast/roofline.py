@@ -21,6 +21,10 @@ _LINK_BYTES_PER_SECOND = 40e9
 """At which a kernel reads host memory, measured over PCIe 5 with 16 lanes (docs/small_cards.md). Slower links are not
 known here."""
 
+_MOVED_BY_OPTIMIZER = 28
+"""Bytes that AdamW in fp32 reads and writes for each trained weight: weight and both moments twice, gradient once. Of
+adapters it is nothing; of a whole model it was not measured."""
+
 _SHARE_OF_FORWARD = 1 / 2
 """Of the host's time in forward and backward, for a forward that gives the losses. Jobs that shared an H200 took this
 long."""
@@ -109,7 +113,8 @@ class Roofline:
             f"logits_{_loss(config)}": 4 * batch.slots * model.vocabulary / memory,
         }
         if config.method.quantization is Quantization.none:
-            found["weights"] = counted.frozen_in_layers * cell * passes / memory
+            in_layers = counted.frozen_in_layers or counted.trainable_in_layers or 0
+            found["weights"] = in_layers * cell * passes / memory
         else:
             found[f"unpacking_{_kind(config)}"] = counted.frozen_in_layers * (0.5 + cell) * passes / memory
         if config.method.raise_to_fp32:
@@ -161,7 +166,10 @@ class Roofline:
         scaler = 0.0
         if self._config.precision.dtype is DType.fp16 and "fused" not in optim:
             scaler = self._fitted["waiting_scaler"]
-        return self._fitted["waiting_step"] + (per_matrix + scaler) * self._model.matrices
+        counted = self._model.counted
+        trained = counted.trainable if counted is not None else 0
+        moved = _MOVED_BY_OPTIMIZER * trained / self._speeds.bytes_per_second
+        return self._fitted["waiting_step"] + (per_matrix + scaler) * self._model.matrices + moved
 
 
 def _kind(config: TrialConfig) -> str:

@@ -1,6 +1,6 @@
-"""The model card of an adapter: README.md, as the Hugging Face hub reads it.
+"""The model card of what a trial has trained: README.md, as the Hugging Face hub reads it.
 
-The card describes the adapter and reveals nothing about the machine."""
+The card describes the adapter or the model and reveals nothing about the machine."""
 
 import contextlib
 import shlex
@@ -10,6 +10,7 @@ import yaml
 
 from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.files import write_text
+from lora_lab.options import MethodKind
 from lora_lab.reading import Damaged, whole
 from lora_lab.secrets import without_secrets
 from lora_lab.store.record import Record
@@ -35,28 +36,29 @@ _SETTINGS = (
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "lora_lab")
 
 
-def write_card(adapter: Path, record: Record) -> None:
-    """Write the card over PEFT's template. Write nothing when there is no adapter.
+def write_card(trained: Path, record: Record) -> None:
+    """Write the card into the folder of what was trained, over PEFT's template.
 
     Raises: OSError."""
-    if not (adapter / "adapter_config.json").is_file():
-        return
     weights = None
     with contextlib.suppress(Damaged):  # then the card says nothing of them
-        weights = whole(BaseWeights, adapter.parent / WEIGHTS)
-    write_text(adapter / "README.md", without_secrets(card(record, weights)))
+        weights = whole(BaseWeights, trained.parent / WEIGHTS)
+    write_text(trained / "README.md", without_secrets(card(record, weights)))
 
 
 def card(record: Record, weights: BaseWeights | None = None) -> str:
     """Return the card's text."""
     base, data = _base_model(record), record.params.get("data", "not recorded")
+    is_whole = record.params.get("method.kind") == MethodKind.full.name
     head = {
         **({"base_model": base} if base else {}),
-        "library_name": "peft",
+        "library_name": "transformers" if is_whole else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "lora_lab"],
+        "tags": ["lora_lab"] if is_whole else ["lora", "lora_lab"],
     }
-    settings = [f"| {key} | {record.params[key]} |" for key in _SETTINGS if key in record.params]
+    what = "All weights of" if is_whole else "A LoRA adapter for"
+    named = [key for key in _SETTINGS if key in record.params and not (is_whole and key.startswith("method."))]
+    settings = [f"| {key} | {record.params[key]} |" for key in named]
     versions = [f"{name} {record.tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in record.tags]
     lines = [
         "---",
@@ -64,7 +66,7 @@ def card(record: Record, weights: BaseWeights | None = None) -> str:
         "---",
         f"# {_heading(record)}",
         "",
-        f"A LoRA adapter for {base or _unnamed_base(record)}, trained and measured by lora_lab.",
+        f"{what} {base or _unnamed_base(record)}, trained and measured by lora_lab.",
         "",
         *([] if weights is None else [f"- Trained on: {weights.named()}"]),
         f"- Data: {_data(record, data)}",

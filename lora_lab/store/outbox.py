@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_lab.base_weights import ADAPTER
+from lora_lab.base_weights import trained_in
 from lora_lab.config import InvalidInput, TrackingConfig
 from lora_lab.outcome import Outcome
 from lora_lab.reading import Damaged
@@ -82,7 +82,7 @@ class Outbox:
         return self._tracker
 
     def deliver_trial(self, folder: TrialFolder, record: Record) -> str | None:
-        """Deliver a trial's record, and that of its sweep first if needed, and register its adapter if asked to.
+        """Deliver a trial's record, and that of its sweep first if needed, and register what it trained if asked to.
 
         Return the run's id; None with `fault`, until all of that is done."""
         try:
@@ -98,10 +98,10 @@ class Outbox:
         return run_id
 
     def _register(self, run_id: str, folder: TrialFolder, record: Record) -> bool:
-        """Register a trial's adapter where that is asked for and there is one. Return False with `fault`."""
+        """Register what a trial has trained where that is asked for. Return False with `fault`."""
         name = self.tracking.register
         tracker = None if name is None else self.open()
-        if name is None or record.outcome != Outcome.finished.value or not (folder.path / ADAPTER).is_dir():
+        if name is None or record.outcome != Outcome.finished.value or trained_in(folder.path) is None:
             return True
         try:
             if tracker is None:

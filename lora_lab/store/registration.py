@@ -1,8 +1,8 @@
-"""Register a trained adapter in MLflow's model registry, by MLflow's general flavour (pyfunc).
+"""Register a trained model in MLflow's model registry, by MLflow's general flavour (pyfunc).
 
 MLflow's flavour for transformers takes a loaded pipeline, so it would load the weights once more; it asks the hub for
-them, or remembers a folder, and does not know of 4 bit. This one stores the adapter and the config of its trial, and
-never the base model's weights: lora_lab itself loads those as the trial had them (registered.py)."""
+them, or remembers a folder, and does not know of 4 bit. This one stores what was trained and the config of
+its trial, and never the base model's weights: lora_lab itself loads those as the trial had them (registered.py)."""
 
 import shutil
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_lab
-from lora_lab.base_weights import ADAPTER, WEIGHTS
+from lora_lab.base_weights import WEIGHTS, trained_in
 from lora_lab.store.record import KINDS, Record
 from lora_lab.store.tracker import ATTEMPT, attempt_in
 
@@ -22,7 +22,7 @@ _MOST_TOKENS = 256
 
 
 def register(client: Any, run_id: str, folder: Path, record: Record, name: str) -> None:
-    """Make a version of the registered model `name` from a trial's adapter. Doing it twice is the same as once.
+    """Make a version of the registered model `name` from what a trial has trained. Doing it twice is the same as once.
 
     Args:
         client: an MlflowClient.
@@ -33,7 +33,7 @@ def register(client: Any, run_id: str, folder: Path, record: Record, name: str) 
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
         if version.name == name and version.tags.get(ATTEMPT) == attempt:
             return
-    stored = f"model_{attempt}"  # a job that goes on has another adapter in the end
+    stored = f"model_{attempt}"  # a job that goes on has other weights in the end
     with tempfile.TemporaryDirectory() as place:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of type hints in MLflow's own modules, and that there is no example
@@ -51,7 +51,10 @@ def _write(place: Path, folder: Path, record: Record) -> None:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     data = place / "trial"
-    shutil.copytree(folder / ADAPTER, data / ADAPTER)
+    trained = trained_in(folder)
+    if trained is None:
+        raise FileNotFoundError(f"{folder} holds nothing that was trained")
+    shutil.copytree(trained, data / trained.name)
     shutil.copy(folder / "config.yaml", data)
     if (folder / WEIGHTS).is_file():
         shutil.copy(folder / WEIGHTS, data)

@@ -1,10 +1,10 @@
-"""Find the trial whose adapter the user names."""
+"""Find the trial whose trained model the user names."""
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lab.base_weights import WEIGHTS
+from lora_lab.base_weights import ADAPTER, MODEL, WEIGHTS, trained_in
 from lora_lab.config import InvalidInput
 from lora_lab.paths import MULTIRUN
 from lora_lab.quality.row_losses import HeldoutRows, heldout_rows
@@ -19,7 +19,6 @@ from lora_lab.store.sweep_folder import SweepFolder
 from lora_lab.store.trial_folder import MANIFEST, TrialFolder
 
 CONFIG = "config.yaml"
-ADAPTER = "adapter"
 RUN_HELP = f"a trial's folder, {LATEST}, or a trial's id or the beginning of one"
 
 _WHOLE_ID = 32
@@ -28,10 +27,12 @@ _WHOLE_ID = 32
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trial that has left an adapter."""
+    """A trial that has left what it has trained."""
 
     folder: Path
-    """It holds the config and the adapter."""
+    """It holds the config and what was trained."""
+    weights: Path
+    """The folder of what was trained: adapter or model."""
     kinds: str
     """Whether its rows were conversations, passages or both; empty where the record does not say so."""
     heldout: HeldoutRows | None = None
@@ -59,24 +60,26 @@ def find_trained(run: str, place: Path) -> Trained:
             found, tags = place, _fetched(run, place)
         folder = found
     if SweepFolder(folder).exists:
-        trials = sorted(str(each.parent) for each in folder.glob(f"*/{ADAPTER}"))
+        trials = sorted(str(each) for each in folder.iterdir() if trained_in(each) is not None)
         listed = "".join(f"\n  {each}" for each in trials[:5])
         raise InvalidInput(
-            f"{run} is a sweep. Name one of its trials{':' if trials else ', none of which has an adapter.'}{listed}"
+            f"{run} is a sweep. Name one of its trials{':' if trials else ', none of which has left a model.'}{listed}"
         )
     if not (folder / CONFIG).is_file():
         above = next((each for each in folder.absolute().parents if (each / MANIFEST).is_file()), None)
         advice = f"Name {RUN_HELP}." if above is None else f"It is inside the trial {above}: name that."
         raise InvalidInput(f"{run} holds no {CONFIG}, so it is not a trial. {advice}")
-    if not (folder / ADAPTER / "adapter_config.json").is_file():
+    weights = trained_in(folder)
+    if weights is None:
         there = TrialFolder(folder)
         cut_off = f"It is a job that goes on from its last checkpoint with:\n  {there.resume_command}"
         raise InvalidInput(
-            f"{run} holds no adapter: the trial did not come to its end, or its disk was full. "
-            + (cut_off if there.can_go_on else "Name a trial that finished.")
+            f"{run} holds no {ADAPTER} and no {MODEL}: the trial did not come to its end, or its disk was full, or "
+            f"it is a run of the store, which keeps no whole model. "
+            + (cut_off if there.can_go_on else "Name the folder of a trial that finished.")
         )
     tags = tags or _tags(folder)
-    return Trained(folder, tags.get(KINDS, ""), heldout_rows(tags))
+    return Trained(folder, weights, tags.get(KINDS, ""), heldout_rows(tags))
 
 
 def _tags(folder: Path) -> dict[str, str]:

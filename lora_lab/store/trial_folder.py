@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lora_lab.base_weights import WEIGHTS
+from lora_lab.base_weights import ADAPTER, WEIGHTS, trained_in
 from lora_lab.config import TrackingConfig, TrialConfig
 from lora_lab.events import Event, decode, encode
 from lora_lab.files import write_json, write_text
@@ -58,9 +58,10 @@ _ARTIFACTS = (
         WEIGHTS,
         ANSWERS,
     ),
-    *("adapter", ATTEMPTS),
+    *(ADAPTER, ATTEMPTS),
 )
-"""What a trial writes and the store keeps with its run. record.json is not among them, because it is the run itself."""
+"""What a trial writes and the store keeps with its run. record.json is not among them, because it is the run itself.
+Nor is a whole model, which would take its gigabytes twice."""
 
 _OF_AN_ATTEMPT = ("events.jsonl", "samples.jsonl", SEEN, IDLE)
 """What a resumed job keeps of the attempt before, with its manifest."""
@@ -176,7 +177,7 @@ class TrialFolder:
         """Remove the files of a trial whose input was refused, except those that show how far it came."""
         self._close()
         for name in _ARTIFACTS:
-            if name not in (*LEFT_OVER, "adapter", ATTEMPTS):
+            if name not in (*LEFT_OVER, ADAPTER, ATTEMPTS):
                 (self.path / name).unlink(missing_ok=True)
 
     def write_end(
@@ -196,7 +197,9 @@ class TrialFolder:
                 journal.complete()
             if end.traceback:
                 write_text(self.path / "traceback.txt", end.traceback)
-            write_card(self.path / "adapter", record)
+            trained = trained_in(self.path)
+            if trained is not None:
+                write_card(trained, record)
             write_json(self.path / SEEN, asdict(seen))
             write_json(self.path / SUMMARY, _outline(record, summary, between_seconds))
             write_json(self.path / RECORD, asdict(record))

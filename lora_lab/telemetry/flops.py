@@ -50,7 +50,7 @@ def flops(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return figures by metric name, and the reason for every one that is missing.
 
-    The model's work (`per_token`, `model_tflop_per_second`, `mfu`) is what the adapters' training needs for the real
+    The model's work (`per_token`, `model_tflop_per_second`, `mfu`) is what the training needs for the real
     tokens: no padding, no recomputation, each token attending to its own document so far, whatever kernel ran. The
     device's (`hardware_tflop_per_second`, `hfu`) is all that it had to do. All of `per_token*` is in operations per
     real token, over the window's steps; skipped steps did the same work.
@@ -130,7 +130,7 @@ def products(counted: ModelCounted, tokens: int) -> float:
     """Return the operations of all products with weights, forward and backward: (4 x frozen + 6 x trained) per token.
 
     A frozen weight needs the forward and its input's gradient, 2 + 2; a trained one its own gradient too, 2 + 2 + 2.
-    Full training would take 6 for each. The first layer needs no gradient of its input and is counted as if it did:
+    Full training takes 6 for each. The first layer needs no gradient of its input and is counted as if it did:
     too much by 2 operations per token for each weight of its products q, k and v.
     """
     return float(tokens * (4 * counted.frozen + 6 * counted.trainable))
@@ -138,8 +138,9 @@ def products(counted: ModelCounted, tokens: int) -> float:
 
 def repeated_products(counted: ModelCounted, tokens: int) -> float:
     """Return the operations of products that gradient checkpointing repeats: the forward of the decoder layers,
-    2 x (their frozen + the trained weights) per token. The head lies outside them."""
-    return float(tokens * 2 * (counted.frozen_in_layers + counted.trainable))
+    2 x (their frozen + their trained weights) per token. The head lies outside them."""
+    trained = counted.trainable if counted.trainable_in_layers is None else counted.trainable_in_layers
+    return float(tokens * 2 * (counted.frozen_in_layers + trained))
 
 
 def attention_forward(counted: ModelCounted, squares: int) -> float:

@@ -60,7 +60,7 @@ def _cards(config: TrialConfig, there: tuple[Card, ...]) -> tuple[Card, ...]:
     if len({card.name for card in chosen}) > 1:
         raise InvalidInput(
             f"placement={asked.kind.name}: the cards are of different kinds ({listed}). Each waits for the slowest, "
-            "and the adapters drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
+            "and the weights drift apart by rounding. Choose equal ones with CUDA_VISIBLE_DEVICES."
         )
     return chosen
 

@@ -37,7 +37,7 @@ _DOING = {
     Phase.profile.value: "profiling a few steps",
     Phase.evaluation_after.value: "held-out loss after",
     Phase.answers.value: "answering held-out prompts",
-    Phase.saving.value: "saving the adapter",
+    Phase.saving.value: "saving what was trained",
 }
 _OF_A_JOB = {Phase.warm_up.value, Phase.window.value, Phase.evaluation.value, Phase.checkpoint.value}
 """The phases between which a job alternates. They share one bar."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_lab.base_weights import ADAPTER, WEIGHTS, BaseWeights
+from lora_lab.base_weights import ADAPTER, WEIGHTS, BaseWeights, trained_in
 from lora_lab.outcome import End, Outcome
 from lora_lab.reading import Damaged, whole
 from lora_lab.telemetry.figures import Summary
@@ -72,7 +72,7 @@ def show_result(end: End, summary: Summary, stand_ins: list[str], places: list[s
     for warning in summary.warnings:
         table.add_row("warning", f"[yellow]{escape(warning)}[/yellow]")
     console.print(table)
-    for place in [*places, *(_adapter(folder) if is_job else [])]:
+    for place in [*places, *(_trained(folder) if is_job else [])]:
         console.print(f"  {place}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -99,17 +99,19 @@ def _add_job(table: Table, summary: Summary) -> None:
             table.add_row(each.title, f"[dim]absent: {escape(summary.absent[each.key])}[/dim]")
 
 
-def _adapter(folder: Path) -> list[str]:
-    """Return lines that say where the adapter is and how to use it; none where there is no adapter."""
-    if not (folder / ADAPTER / "adapter_config.json").is_file():
+def _trained(folder: Path) -> list[str]:
+    """Return lines that say where what was trained is and how to use it; none where there is nothing."""
+    trained = trained_in(folder)
+    if trained is None:
         return []
     weights = None
     with contextlib.suppress(Damaged):
         weights = whole(BaseWeights, folder / WEIGHTS)
-    named = f" for {weights.named()}" if weights is not None else ""
+    relation = "for" if trained.name == ADAPTER else "of"
+    named = f" {relation} {weights.named()}" if weights is not None else ""
     command = weights.command(folder) if weights is not None else ""
     ways = [f"ask it something: lora-lab generate {shlex.quote(str(folder))}", f"load it without lora_lab: {command}"]
-    return [f"adapter {folder / ADAPTER}{named}", *(ways if command else [])]
+    return [f"{trained.name} {trained}{named}", *(ways if command else [])]
 
 
 def _with_error(summary: Summary, shown: Metric) -> str:

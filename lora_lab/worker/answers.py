@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 from lora_lab.config import TrialConfig
 from lora_lab.dataset.row import Role, Turn
 from lora_lab.options import TrainOn, Weights
-from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
@@ -26,6 +25,7 @@ from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.shards import shards_of
 from lora_lab.worker.trainables.trainable import base_of
+from lora_lab.worker.trained import be_quiet, load_trained, load_untrained, on_its_weights, this_device
 
 MOST_TOKENS = 128
 """Of an answer."""
@@ -95,7 +95,7 @@ def _question(row: Example) -> Question | None:
 
 
 class Writer:
-    """Writes answers with one model."""
+    """Writes answers with a trained model, and with what it was before."""
 
     def __init__(self, model: Any, tokenizer: Any, config: TrialConfig, pad_id: int, end_of_turn: str) -> None:
         """Take the live model.
@@ -104,7 +104,9 @@ class Writer:
             end_of_turn: what ends an answer in the training rows; empty where nothing does.
         """
         self._model = model
-        self._causal = base_of(model)
+        self._config = config
+        self._untrained: Any = None
+        """The model before its training, where that is not within the trained one; None until it is asked."""
         self._tokenizer = tokenizer
         self._attention = config.attention.value
         self._precision = config.precision.dtype
@@ -113,7 +115,7 @@ class Writer:
         single = tokenizer.get_vocab().get(end_of_turn)
         # shapes without weights have the default ids of their kind, which mean nothing here
         own = config.model.weights is Weights.pretrained
-        stops = _listed(self._causal.generation_config.eos_token_id) if own else []
+        stops = _listed(base_of(model).generation_config.eos_token_id) if own else []
         self._ends = {single, tokenizer.eos_token_id, *stops} - {None}
         self._end_text = end_of_turn if single is None else ""
 
@@ -129,31 +131,41 @@ class Writer:
 
         Args:
             most_tokens: of an answer, with its end.
-            tuned: False leaves out what was trained.
+            tuned: False asks the model as it was before.
             progress: gets the number of answers so far.
             clock: notes when tokens come.
         """
         found: list[Answer] = []
+        model, without = (self._model, contextlib.nullcontext()) if tuned else self._before()
         at_once = max(_AT_ONCE, self._tokens_at_once // (max(len(each.prompt) for each in asked) + most_tokens))
         with (
-            contextlib.nullcontext() if tuned else self._model.disable_adapter(),
-            _as_transformers_has_it(self._causal, self._attention),
-            evaluating(self._model, self._precision, self._model.device),
+            without,
+            _as_transformers_has_it(base_of(model), self._attention),
+            evaluating(model, self._precision, model.device),
         ):
             for start in range(0, len(asked), at_once):
-                found += self._batch(asked[start : start + at_once], most_tokens, clock)
+                found += self._batch(model, asked[start : start + at_once], most_tokens, clock)
                 progress(len(found))
         return found
 
-    def _batch(self, asked: Sequence[Question], most_tokens: int, clock: "Clock | None") -> list[Answer]:
+    def _before(self) -> tuple[Any, contextlib.AbstractContextManager[None]]:
+        """Return the model before its training, and the context that makes it so. Where every weight was trained, it is
+        loaded once more, next to the trained one."""
+        if hasattr(self._model, "disable_adapter"):
+            return self._model, self._model.disable_adapter()
+        if self._untrained is None:
+            self._untrained = load_untrained(self._config, self._model.device)
+        return self._untrained, contextlib.nullcontext()
+
+    def _batch(self, model: Any, asked: Sequence[Question], most_tokens: int, clock: "Clock | None") -> list[Answer]:
         width = max(len(each.prompt) for each in asked)
         ids = torch.full((len(asked), width), self._pad_id)
         mask = torch.zeros_like(ids)
         for row, each in enumerate(asked):  # padded on the left: the answers follow on the right
             ids[row, width - len(each.prompt) :] = torch.tensor(each.prompt)
             mask[row, width - len(each.prompt) :] = 1
-        device = self._model.device
-        written: Tensor = self._model.generate(
+        device = model.device
+        written: Tensor = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=self._greedy(most_tokens),
@@ -256,18 +268,19 @@ class TimedAnswer:
 
 
 class Answerer:
-    """A trial's model, loaded again, which answers a user with its adapter or without."""
+    """A trial's model, loaded again, which answers a user as it was trained or as it was before."""
 
-    def __init__(self, config: TrialConfig, adapter: Path, as_conversations: bool) -> None:
+    def __init__(self, config: TrialConfig, trained: Path, as_conversations: bool) -> None:
         """Load the model as the trial had it.
 
         Args:
+            trained: the folder `adapter` or `model`.
             as_conversations: whether a chat template, where the model has one, lays the questions out.
 
         Raises: InvalidInput."""
         be_quiet()
-        config, _ = on_its_weights(config, adapter)
-        self._model = load_adapted(config, adapter, this_device())
+        config, _ = on_its_weights(config, trained)
+        self._model = load_trained(config, trained, this_device())
         self._tokenizer = load_tokenizer(config.model)
         has_template = as_conversations and self._tokenizer.chat_template is not None
         self._template = ChatTemplate(self._tokenizer) if has_template else None

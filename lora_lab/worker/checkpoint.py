@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
-from lora_lab.options import Attention, ModelSource, Quantization, Weights
+from lora_lab.options import Attention, MethodKind, ModelSource, Quantization, Weights
 from lora_lab.packages import converted_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -150,6 +150,11 @@ def check_not_quantised(config: TrialConfig, architecture: Any) -> None:
         raise InvalidInput(
             f"the model's weights are stored quantised ({kind}), which is not trained here. Use the model with "
             "unquantised weights; method=qlora quantises it while loading."
+        )
+    if config.method.kind is MethodKind.full:
+        raise InvalidInput(
+            "the model's weights are stored in 4 bits, which method=full cannot train. Use the model with unquantised "
+            "weights, or method=qlora."
         )
     differing = [f"{key}={value}" for key, value in _as_stored(fields).items() if value != _asked(config)[key]]
     if differing:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from lora_lab.files import read_json, write_json
+from lora_lab.worker.trainables.trainable import Trainable
 
 _MARK = "complete.json"
 _BEST_WEIGHTS = "best_weights.safetensors"
-"""In a checkpoint: the adapter with the lowest held-out loss until then."""
+"""In a checkpoint: the weights with the lowest held-out loss until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one job, and its best adapter."""
+    """The checkpoints of one job, and what it has trained best."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Take the trial's folder, and how many complete checkpoints are kept."""
+    def __init__(self, folder: Path, keep: int, trained: Trainable) -> None:
+        """Take the trial's folder, how many complete checkpoints are kept, and what is trained."""
+        self._trained = trained
+        self._weights, self._config = trained.files
         self.root = folder / "checkpoints"
         self.best = folder / "best"
         self._keep = keep
@@ -50,8 +52,8 @@ class Checkpoints:
         """Make a checkpoint of a folder that Trainer has written, then remove the oldest of too many.
 
         Raises: OSError."""
-        if (self.best / SAFETENSORS_WEIGHTS_NAME).exists():
-            _link(self.best / SAFETENSORS_WEIGHTS_NAME, written / _BEST_WEIGHTS)
+        if (self.best / self._weights).exists():
+            _link(self.best / self._weights, written / _BEST_WEIGHTS)
         for path in written.iterdir():
             _flush(path)
         _flush(written)
@@ -94,12 +96,12 @@ class Checkpoints:
         return kept[-1]
 
     def save_best(self, model: Any) -> None:
-        """Write the model's adapter into `best/`.
+        """Write what is trained of the model into `best/`.
 
         Raises: OSError, SafetensorError."""
         fresh = self.root / "best"
         try:
-            model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False)
+            self._trained.write(model, fresh)
             for path in fresh.iterdir():
                 _flush(path)
             _remove(self.best)
@@ -113,8 +115,8 @@ class Checkpoints:
         if checkpoint is None or not (checkpoint.folder / _BEST_WEIGHTS).exists():
             return
         self.best.mkdir()
-        shutil.copy(checkpoint.folder / "adapter_config.json", self.best)
-        _link(checkpoint.folder / _BEST_WEIGHTS, self.best / SAFETENSORS_WEIGHTS_NAME)
+        shutil.copy(checkpoint.folder / self._config, self.best)
+        _link(checkpoint.folder / _BEST_WEIGHTS, self.best / self._weights)
 
     def _rotate(self) -> None:
         """Remove old checkpoints, but not that of the start: a spike is noticed some steps after it began, when all

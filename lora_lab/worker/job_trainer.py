@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.phases import PhaseClock
 from lora_lab.worker.shared_step import SharingTrainer
+from lora_lab.worker.trainables import trainable_of
 from lora_lab.worker.trainables.trainable import trained_parameters
 
 _SCHEDULES = {
@@ -58,6 +60,7 @@ class JobTrainer(SharingTrainer):
         """
         super().__init__(**arguments)
         self._config = config
+        self._trained = trainable_of(config)
         self._clock = clock
         self._telemetry = telemetry
         self._checkpoints = checkpoints
@@ -70,12 +73,12 @@ class JobTrainer(SharingTrainer):
         """The share of the learning rate that is left after spikes."""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Calculate the held-out loss over trained tokens, and keep the adapter if it is the best yet."""
+        """Calculate the held-out loss over trained tokens, and keep the weights if they are the best yet."""
         self._clock.enter(Phase.evaluation)
         loss = self._heldout(self.state.global_step)
         best = self.state.best_metric
         if self._config.train.keep_best and (best is None or loss < best):
-            self._try_to_save("best adapter", lambda: self._checkpoints.save_best(self.model))
+            self._try_to_save(f"best {self._trained.name}", lambda: self._checkpoints.save_best(self.model))
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_save |= self.control.should_training_stop
@@ -84,12 +87,12 @@ class JobTrainer(SharingTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapters alone."""
-        self.model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
+        """Write what is trained alone."""
+        self._trained.write(self.model, Path(str(output_dir)))
 
     def forget_training(self) -> None:
         """Drop the optimizer and the wrapper on the model's forward; the next training makes them again."""
-        self.optimizer = None
+        self.forget_optimizer()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def save_start(self) -> None:

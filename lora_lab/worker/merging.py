@@ -1,4 +1,4 @@
-"""Merge a trained adapter into its base model, and compare held-out losses before and after."""
+"""Write a trained model as one, adapters merged into their base, and compare held-out losses before and after."""
 
 import contextlib
 import gc
@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.options import ModelSource, Quantization
 from lora_lab.quality.row_losses import HeldoutRows
-from lora_lab.worker.adapted import be_quiet, load_adapted, on_its_weights, this_device, without_quantisation
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.data import Example
 from lora_lab.worker.evaluation import digest_of, row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
 from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, save_tokenizer
+from lora_lab.worker.trained import be_quiet, load_trained, on_its_weights, this_device, without_quantisation
 
 MOST_ROWS = 64
 """Held-out rows that losses are compared on."""
@@ -34,8 +34,8 @@ _ROOM = 1.05
 class Losses:
     """Held-out losses of one trained model in three forms, in nats per trained token."""
 
-    adapter: float
-    """The adapter on the base model as it was trained."""
+    trained: float
+    """The model as it was trained: an adapter on its base."""
     merged: float
     """The merged model as it was written, loaded again."""
     requantised: float | None
@@ -43,7 +43,7 @@ class Losses:
     rows: int
     tokens: int
     recorded: float | None = None
-    """The adapter's, as the trial recorded it; None where that is not known of these rows."""
+    """`trained`, as the trial recorded it; None where that is not known of these rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class GgufCheck:
 
 
 class Merger:
-    """Merges one adapter. Where its rows are gone it merges all the same, and measures no loss."""
+    """Merges one trained model. Where its rows are gone it merges all the same, and measures no loss."""
 
     def __init__(
         self,
         config: TrialConfig,
-        adapter: Path,
+        trained: Path,
         progress: Callable[[str], None],
         recorded: HeldoutRows | None = None,
     ) -> None:
@@ -86,9 +86,9 @@ class Merger:
 
         Raises: InvalidInput when the base model is missing or is not as the trial had it."""
         be_quiet()
-        config, why = on_its_weights(config, adapter)
+        config, why = on_its_weights(config, trained)
         self._unchecked = [f"Not checked: whether the base weights are the trial's ({why})."] if why else []
-        self._config, self._adapter, self._progress = config, adapter, progress
+        self._config, self._trained, self._progress = config, trained, progress
         self._device = this_device()
         self._rows: list[Example] = []
         self._padding = 0
@@ -130,8 +130,8 @@ class Merger:
             self._progress(f"merging in {self._config.precision.dtype.name}")
             self._write(out, more)
             return Written(None, tuple(self._unchecked))
-        self._progress("measuring the adapter on the base model as it was trained")
-        adapter, tokens = self._loss(load_adapted(self._config, self._adapter, self._device))
+        self._progress("measuring the model as it was trained")
+        trained, tokens = self._loss(load_trained(self._config, self._trained, self._device))
         self._progress(f"merging in {self._config.precision.dtype.name}")
         self._write(out, more)
         self._progress("measuring the merged model, loaded again")
@@ -140,7 +140,7 @@ class Merger:
         if self._config.method.quantization is not Quantization.none:
             self._progress("measuring the merged model in 4 bit")
             requantised, _ = self._loss(self._loaded(self._config, out))
-        losses = Losses(adapter, merged, requantised, len(self._rows), tokens, self._recorded)
+        losses = Losses(trained, merged, requantised, len(self._rows), tokens, self._recorded)
         return Written(losses, tuple(self._unchecked))
 
     def write_shapes(self, folder: Path) -> None:
@@ -171,7 +171,9 @@ class Merger:
 
     def _write(self, out: Path, more: float) -> None:
         """Merge into weights that are not quantised, and write them under their name at once."""
-        model = load_adapted(without_quantisation(self._config), self._adapter, self._device).merge_and_unload()
+        model = load_trained(without_quantisation(self._config), self._trained, self._device)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
         # on a CPU, fp32 stands in for fp16
         model = model.to(getattr(torch, self._config.precision.dtype.value))
         _check_room(model, out, more)

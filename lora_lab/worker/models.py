@@ -117,7 +117,7 @@ def load_model(
     warn: Callable[[str], None] = lambda _: None,
     sharing: Group | None = None,
 ) -> Any:
-    """Load the model onto `device`, frozen, with what `method` trains of it.
+    """Load the model onto `device`, with what `method` trains of it.
 
     Args:
         warn: gets what the user should know of the model.
@@ -126,8 +126,9 @@ def load_model(
     Raises: InvalidInput when tensors are missing, when the model is not causal, when packed documents see each other,
         or when most weights are not in the format that is asked for.
     """
-    dtype = working_dtype(config.precision.dtype, device)
-    model = _frozen(config, architecture, device, dtype, warn, in_parts=sharing is not None)
+    dtype, trained = working_dtype(config.precision.dtype, device), trainable_of(config)
+    in_parts = sharing is not None
+    model = _loaded(config, architecture, device, dtype, trained.loads_in(dtype), warn, in_parts)
     # of nested configs the inner one counts
     model.config.use_cache = model.config.get_text_config().use_cache = False
     for remark in quantise_experts(model, config.method):
@@ -140,14 +141,15 @@ def load_model(
     for remark in judge(seen, config, model_name(config.model)):
         warn(remark)
     if seen.unreached:
-        warn(f"modules that text never reaches get no adapter: {', '.join(seen.unreached)}")
-    return trainable_of(config).build(model, seen.unreached)
+        warn(f"modules that text never reaches are not trained: {', '.join(seen.unreached)}")
+    return trained.build(model, seen.unreached)
 
 
-def _frozen(
+def _loaded(
     config: TrialConfig,
     architecture: Any,
     device: torch.device,
+    working: torch.dtype,
     dtype: torch.dtype,
     warn: Callable[[str], None],
     in_parts: bool,
@@ -155,6 +157,8 @@ def _frozen(
     """Load the model with its own or with random weights, quantised tensor by tensor while it is loaded.
 
     Args:
+        working: the format of products.
+        dtype: the format of weights that are not quantised.
         in_parts: leave the weights of all layers in host memory, since the device shall never have all of them.
     """
     is_quantised = config.method.quantization is not Quantization.none
@@ -167,7 +171,7 @@ def _frozen(
         "ignore_mismatched_sizes": True,  # check_weights_complete raises for them, by name
     }
     if getattr(architecture, "quantization_config", None) is None:  # else the files say how
-        asked["quantization_config"] = _quantization(config.method, dtype)
+        asked["quantization_config"] = _quantization(config.method, working)
     is_hosted = device.type == "cuda" and config.engine.host_layers
     hosts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if is_hosted:

@@ -8,16 +8,18 @@ import torch
 
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
-from lora_lab.options import DType, PlacementKind, Quantization
+from lora_lab.options import DType, MethodKind, PlacementKind, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
 from lora_lab.worker.host_layers import layers_in_host_memory
+from lora_lab.worker.in_backward import InBackward
+from lora_lab.worker.low_rank import Projected
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.trainables import trainable_of
 from lora_lab.worker.trainables.trainable import trained_parameters
-from lora_lab.worker.training import optimizer_class
+from lora_lab.worker.training import optimizer_class, space_of
 
 PAGED_FROM = 100_000
 """bitsandbytes pages the state of parameters with at least this many elements."""
@@ -47,7 +49,9 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         **({"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}),
         "optimizer_class": _class_name(type(optimizer)),
         "optimizer_fused": str(bool(defaults.get("fused"))),
-        "optimizer_bits": str(getattr(getattr(optimizer, "args", None), "optim_bits", 32)),
+        "optimizer_bits": _bits(optimizer),
+        "optimizer_projection": _projection(optimizer),
+        "optimizer_in_backward": str(isinstance(optimizer, InBackward)),
         "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
         "optimizer_state_dtypes": _counted(state),
         "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
@@ -104,7 +108,26 @@ def optimizer_memory(trainer: Any) -> OptimizerMemory:
 def _state_tensors(optimizer: Any) -> list[Any]:
     """List the tensors of the optimizer's state, each once: all parameters share bitsandbytes' quantisation maps."""
     every = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-    return list({id(tensor): tensor for tensor in every}.values())
+    return list({id(part): part for tensor in every for part in _parts(tensor)}.values())
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """List what a tensor consists of: torchao's hold codes, scales and a map of the codes."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def _bits(optimizer: Any) -> str:
+    """Return the bits of the narrowest state: those that bitsandbytes was made with, or those of torchao's tensors."""
+    kinds = {type(t).__name__ for state in optimizer.state.values() for t in state.values()}
+    stored = [bits for bits in ("4", "8") if f"OptimState{bits}bit" in kinds]
+    return stored[0] if stored else str(getattr(getattr(optimizer, "args", None), "optim_bits", 32))
+
+
+def _projection(optimizer: Any) -> str:
+    """Return how gradients are projected, and those of how many weights; none without a projection."""
+    return optimizer.projection if isinstance(optimizer, Projected) else "none"
 
 
 def _paged(tensors: list[Any]) -> int:
@@ -146,7 +169,9 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
     }
     if config.placement.world_size > 1:
         asked |= {"world_size": str(config.placement.world_size), "adapters_equal": "True"}
-    name = config.optimizer.optim
+    name, space = config.optimizer.optim, space_of(config)
+    asked["optimizer_in_backward"] = str(config.optimizer.in_backward)
+    asked["optimizer_projection"] = "none" if space is None else space.named
     if config.optimizer.target:
         asked["optimizer_class"] = _class_name(optimizer_class(config.optimizer.target))
     if device.type == "cpu":
@@ -155,7 +180,7 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
         asked["embeddings"] = "host" if config.engine.host_embeddings else "card"
     if name:
         asked["optimizer_paged"] = str("paged" in name)
-        asked["optimizer_bits"] = "8" if "8bit" in name else "32"
+        asked["optimizer_bits"] = next((bits for bits in ("4", "8") if f"{bits}bit" in name), "32")
         asked["optimizer_fused"] = str("fused" in name)
     return asked
 
@@ -183,7 +208,8 @@ def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch
         found.append(f"adapter_dtypes: asked for {asked}, got {facts['adapter_dtypes']}")
     plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8", "none"}
     working = _short(working_dtype(config.precision.dtype, device))
-    allowed = {"float32"} if config.method.raise_to_fp32 else {working}
+    trains_all = config.method.kind is MethodKind.full  # what text never reaches is loaded as the rest
+    allowed = {"float32"} if config.method.raise_to_fp32 or trains_all else {working}
     if config.method.quantization is not Quantization.none:
         allowed |= {working}  # bitsandbytes casts the biases of its 4-bit layers back while it runs
     if plain - allowed:

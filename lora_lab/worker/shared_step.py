@@ -18,6 +18,8 @@ from transformers import Trainer
 
 from lora_lab.worker.data import TokenCounts
 from lora_lab.worker.group import Group
+from lora_lab.worker.in_backward import InBackward
+from lora_lab.worker.low_rank import Space, layer_weights
 from lora_lab.worker.trainables.trainable import trained_parameters
 
 
@@ -94,12 +96,30 @@ class OwnRows(Sampler[int]):
 
 
 class SharingTrainer(Trainer):
-    """Trainer with two documented methods of its own: rows of its own, and a step that is shared. Alone it is Trainer
-    itself."""
+    """Trainer with three documented methods of its own: rows of its own, a step that is shared, and an optimizer that
+    is given what it projects. Alone and with an optimizer of its own it is Trainer itself."""
 
-    def __init__(self, *, shared: SharedStep | None, **arguments: Any) -> None:
+    optimizer: Any
+
+    def __init__(self, *, shared: SharedStep | None, space: Space | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._shared = shared
+        self._space = space
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer, and name the weights whose gradients it projects."""
+        is_there = self.optimizer is not None
+        made = super().create_optimizer(model)
+        if self._space is not None and not is_there:
+            made.project(self._space, layer_weights(self.model))
+        return made
+
+    def forget_optimizer(self) -> None:
+        """Drop the optimizer; the next training makes it again."""
+        made = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(made, InBackward):
+            made.release()
+        self.optimizer = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this worker's rows."""
@@ -144,5 +164,5 @@ def check_equal(group: Group, model: Any, when: str) -> None:
     if others := unequal(group, model):
         raise RuntimeError(
             f"the trained weights of rank {' and '.join(map(str, others))} are not those of rank 0 {when}: the workers "
-            "would train different adapters"
+            "would train different models"
         )

@@ -1,6 +1,7 @@
 """Make transformers' Trainer for a measured window, by constructor arguments only; nothing is patched."""
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,12 @@ from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
+from lora_lab.worker.in_backward import InBackward
+from lora_lab.worker.low_rank import Projected, Space
 from lora_lab.worker.shared_step import SharedStep, SharingTrainer
+
+TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
+"""transformers' names of torchao's optimizers."""
 
 
 def make_trainer(
@@ -33,14 +39,16 @@ def make_trainer(
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
     steps = config.measure.warmup_steps + config.measure.steps + profiled
     more = {"max_steps": steps, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    arguments = training_arguments(config, folder, device, more)
     return SharingTrainer(
         shared=shared,
+        space=space_of(config),
         model=model,
-        args=training_arguments(config, folder, device, more),
+        args=arguments,
         data_collator=collator,
         train_dataset=examples,  # any sized sequence serves
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=own_optimizer(config),
+        optimizer_cls_and_kwargs=own_optimizer(config, arguments),
     )
 
 
@@ -84,16 +92,35 @@ def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
     }
 
 
-def own_optimizer(config: TrialConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Return the class and arguments of `optimizer.target`; None where transformers makes the optimizer."""
-    if config.optimizer.target is None:
+def own_optimizer(config: TrialConfig, arguments: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Return an optimizer's class and arguments; None where transformers makes it.
+
+    Args:
+        arguments: the trial's TrainingArguments."""
+    asked = config.optimizer
+    if asked.target is not None:
+        kind, given = optimizer_class(asked.target), {"lr": config.learning_rate, **asked.args}
+    elif asked.projection is not None or asked.in_backward:
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    else:
         return None
-    return optimizer_class(config.optimizer.target), {"lr": config.learning_rate, **config.optimizer.args}
+    mixed: list[type] = [Projected] if asked.projection is not None else []
+    mixed += [InBackward] if asked.in_backward else []
+    for part in mixed:  # under its own name, by which transformers and the read-back know it
+        kind = type(kind.__name__, (part, kind), {"__module__": kind.__module__})
+    return kind, given
+
+
+def space_of(config: TrialConfig) -> Space | None:
+    """Return how the optimizer projects gradients; None where it does not."""
+    asked = config.optimizer
+    return asked.projection and Space(asked.projection, asked.projection_rank, asked.projection_steps)
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
     """Raise InvalidInput unless the optimizer exists and takes its arguments; builds no state."""
     if optimizer.target is None:
+        _check_package(optimizer.optim)
         known = [name.value for name in OptimizerNames]
         if optimizer.optim not in known:
             raise InvalidInput(
@@ -106,6 +133,15 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         kind(probe, lr=1e-3, **optimizer.args)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"optimizer.args={optimizer.args} does not fit {optimizer.target}: {error}") from error
+
+
+def _check_package(optim: str | None) -> None:
+    """Raise InvalidInput for an optimizer whose package is not installed."""
+    if optim in TORCHAO and importlib.util.find_spec("torchao") is None:
+        raise InvalidInput(
+            f"optimizer.optim={optim} needs the package torchao. Type pip install 'lora_lab[torchao]', or use "
+            "optimizer=adamw_8bit, which keeps its state in 8 bit by bitsandbytes."
+        )
 
 
 def optimizer_class(target: str) -> type[torch.optim.Optimizer]:

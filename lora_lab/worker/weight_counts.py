@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab.events import ModelCounted
+from lora_lab.worker.trainables.trainable import has_adapters
 
 
 class Uncountable(Exception):
@@ -37,17 +38,21 @@ def count_model(model: Any) -> ModelCounted:
     _check_known_layers(model, linears)
     shapes = model.config.get_text_config()
     head_size = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
-    frozen = {id(linear): _weights(linear) for linear in linears if not linear.weight.requires_grad}
+    frozen, trained = (
+        [linear for linear in linears if linear.weight.requires_grad is is_trained] for is_trained in (False, True)
+    )
     repeated = {id(linear) for layer in layers for linear in _repeated(layer)}
-    kept = [p for p in model.parameters() if not p.requires_grad]
+    is_added = has_adapters(model)
+    own = [p for p in model.parameters() if not (is_added and p.requires_grad)]
     return ModelCounted(
         t=time.monotonic(),
-        frozen=sum(frozen.values()),
-        frozen_in_layers=sum(count for key, count in frozen.items() if key in repeated),
-        trainable=sum(_weights(linear) for linear in linears if linear.weight.requires_grad),
+        frozen=sum(map(_weights, frozen)),
+        frozen_in_layers=sum(_weights(linear) for linear in frozen if id(linear) in repeated),
+        trainable=sum(map(_weights, trained)),
+        trainable_in_layers=sum(_weights(linear) for linear in trained if id(linear) in repeated),
         attention_width=len(layers) * shapes.num_attention_heads * head_size,
-        weight_bytes=stored_bytes(kept),
-        weight_elements=sum(_elements(p) for p in kept),
+        weight_bytes=stored_bytes(own),
+        weight_elements=sum(_elements(p) for p in own),
         layers=len(layers),
     )
 
@@ -59,11 +64,10 @@ def _linears(module: Any) -> Iterator[Any]:
 
 def _repeated(layer: Any) -> list[Any]:
     """List the linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
-    as soon as it has the last tensor that the backward needs, and a frozen product at the very end needs nothing
-    (torch.utils.checkpoint, early_stop). Modules stand in the order in which they run."""
-    linears = list(_linears(layer))
-    ends_frozen = linears and not linears[-1].weight.requires_grad
-    return linears[:-1] if ends_frozen else linears
+    as soon as it has the last tensor that the backward needs (torch.utils.checkpoint, early_stop): a product's inputs
+    are there before the product, and a frozen one at the very end needs nothing. So the last is not repeated. Modules
+    stand in the order in which they run."""
+    return list(_linears(layer))[:-1]
 
 
 def _check_known_layers(model: Any, linears: list[Any]) -> None:

@@ -112,14 +112,15 @@ def _batches(examples: "list[Example]", batch_size: int, collator: "Collator", w
 
 
 def model_facts(config: TrialConfig, architecture: Any) -> ModelFacts:
-    """Count the model with its adapters on the meta device.
+    """Count the model with what is trained of it on the meta device.
 
-    Raises: InvalidInput when it cannot be adapted as asked."""
+    Raises: InvalidInput when it cannot be trained as asked."""
     import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     from lora_lab.worker.checkpoint import make_skeleton
     from lora_lab.worker.trainables import trainable_of
+    from lora_lab.worker.trainables.trainable import has_adapters
     from lora_lab.worker.weight_counts import Uncountable, count_model
 
     skeleton = make_skeleton(config, architecture)
@@ -129,18 +130,19 @@ def model_facts(config: TrialConfig, architecture: Any) -> ModelFacts:
     except Uncountable:
         counted = None
     layers = [module for module in skeleton.modules() if isinstance(module, GradientCheckpointingLayer)]
-    frozen = [
+    is_added = has_adapters(skeleton)
+    own = [
         module
         for layer in layers
         for module in layer.modules()
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+        if isinstance(module, torch.nn.Linear) and not (is_added and module.weight.requires_grad)
     ]
     shapes = architecture.get_text_config()
     return ModelFacts(
         counted=counted,
         layers=len(layers),
-        linears=len(frozen),
-        widths=sum(linear.in_features + linear.out_features for linear in frozen),
+        linears=len(own),
+        widths=sum(linear.in_features + linear.out_features for linear in own),
         matrices=sum(p.requires_grad for p in skeleton.parameters()),
         hidden=shapes.hidden_size,
         vocabulary=shapes.vocab_size,

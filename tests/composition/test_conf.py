@@ -22,6 +22,7 @@ from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.options import Batching, Checkpointing, Weights
 from lora_lab.settings import settings_of
 from lora_lab.worker.models import load_architecture
+from lora_lab.worker.training import optimizer_class
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 ACROSS = {"capacity", "memory", "sweep"}
@@ -31,6 +32,8 @@ NEEDED = {
     ("model", "local"): ["model.path=folder"],
     **{("data", layout): ["data.path=rows.jsonl"] for layout in ("jsonl", "chat", "instruct", "completion", "text")},
     ("tracking", "server"): ["tracking.uri=http://127.0.0.1:5000"],
+    **{("optimizer", option): ["method=full"] for option in ("galore", "galore_8bit", "apollo", "apollo_mini")},
+    **{("optimizer", option): ["max_grad_norm=0"] for option in ("lomo", "adalomo")},
     ("cluster", "slurm"): ["tracking=none"],
     ("cluster", "ray"): ["tracking=none", "cluster.address=127.0.0.1:6379"],
 }
@@ -118,12 +121,20 @@ def test_a_precision_is_what_its_name_says(option: str) -> None:
 
 @pytest.mark.parametrize("option", options("optimizer"))
 def test_an_optimizer_is_known_to_transformers_and_keeps_its_names_promise(option: str) -> None:
-    optim = composed(f"optimizer={option}").optimizer.optim
+    optimizer = composed(f"optimizer={option}", *NEEDED.get(("optimizer", option), [])).optimizer
+    assert optimizer.in_backward == ("lomo" in option)
+    projection = None if optimizer.projection is None else optimizer.projection.name
+    assert projection == (option.removesuffix("_8bit") if option.startswith(("galore", "apollo")) else None)
+    if optimizer.target is not None:
+        assert issubclass(optimizer_class(optimizer.target), torch.optim.Optimizer)
+        return
+    optim = str(optimizer.optim)
     assert optim in {str(name.value) for name in OptimizerNames}
     assert ("paged" in option) == ("paged" in optim)
-    assert ("fused" in option) == ("fused" in optim)
+    assert ("fused" in option or (projection is not None and "8bit" not in option)) == ("fused" in optim)
     eight_bit = "8bit" in option or option == "paged_adamw"  # the study's PagedAdamW is the 8-bit one
     assert eight_bit == ("8bit" in optim)
+    assert ("4bit" in option) == ("4bit" in optim)
 
 
 @pytest.mark.parametrize("option", options("method"))
@@ -133,6 +144,7 @@ def test_methods_differ_from_the_default_lora_as_their_names_say(option: str) ->
     assert (method.quantization.name == "fp4") == ("fp4" in option)
     assert method.use_dora == (option == "dora")
     assert method.use_rslora == (option == "rslora")
+    assert method.kind.name == ("full" if option == "full" else "lora")
 
 
 @pytest.mark.parametrize("option", options("capacity"))

@@ -20,10 +20,10 @@ from lora_lab.fit.beforehand import verdict_of
 from lora_lab.fit.check import check
 from lora_lab.fit.display import ways
 from lora_lab.fit.estimate import DOUBTFUL, FITS, GIB, TOO_LARGE, Estimate, estimate, tape_of
+from lora_lab.fit.optimizer import Trained, optimizer_state
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
-from lora_lab.fit.weights import optimizer_state
 from lora_lab.libraries_cache import note_libraries
 from lora_lab.options import Attention, Batching, Checkpointing, EngineKind, ModelSource, Quantization
 
@@ -268,7 +268,7 @@ def test_an_accumulated_step_keeps_its_gradients() -> None:
     ],
 )
 def test_an_optimizers_state_follows_its_own_rule(optim: str, total: int, paged: int) -> None:
-    state = optimizer_state(OptimizerConfig(optim=optim), [1_000, 4_096, 100_000], [])
+    state = optimizer_state(OptimizerConfig(optim=optim), Trained([1_000, 4_096, 100_000], []))
     assert (state.total, state.paged) == (total, paged)
 
 

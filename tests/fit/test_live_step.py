@@ -19,7 +19,7 @@ from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.fit.tiles import tile_tokens
 from lora_lab.fit.weights import adapter_sizes
-from lora_lab.options import Attention, Checkpointing, DataSource, DType, Quantization, Weights
+from lora_lab.options import Attention, Checkpointing, DataSource, DType, MethodKind, Quantization, Weights
 from lora_lab.worker.engines import chunked_loss, tiled_mlp
 from lora_lab.worker.models import load_architecture, load_model
 
@@ -112,6 +112,7 @@ def said_peak(config: TrialConfig) -> int:
 
 LORA = MethodConfig(quantization=Quantization.none, rank=16)
 NF4 = MethodConfig(quantization=Quantization.nf4, double_quantization=True, rank=16)
+FULL = MethodConfig(kind=MethodKind.full)
 MORE: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "gemma2": {"head_dim": 128},
@@ -146,6 +147,25 @@ def autocast_as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "checkpointing", "vocabulary"),
+    [
+        ("llama", DType.bf16, Checkpointing.none, 512),
+        ("qwen3", DType.fp32, Checkpointing.none, 512),
+        ("qwen3", DType.bf16, Checkpointing.full, 8192),
+        ("phi3", DType.bf16, Checkpointing.none, 8192),
+    ],
+)
+def test_the_peak_of_a_step_that_trains_every_weight_is_on_the_tape(
+    family: str, dtype: DType, checkpointing: Checkpointing, vocabulary: int
+) -> None:
+    """Of a tied head, where the vocabulary is large."""
+    more = MORE.get(family, {}) | {"vocab_size": vocabulary, "tie_word_embeddings": vocabulary > 512}
+    config = trial(family, FULL, dtype, **more)
+    config.gradient_checkpointing = checkpointing
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
 
 

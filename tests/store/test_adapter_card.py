@@ -42,9 +42,11 @@ def test_random_weights_have_no_base_model() -> None:
     assert "base_model" not in card(record(HUB | {"model.weights": "random"}))
 
 
-def test_without_an_adapter_there_is_no_card(tmp_path: Path) -> None:
-    write_card(tmp_path / "adapter", record(HUB))
-    assert not list(tmp_path.iterdir())
+def test_a_whole_model_is_no_adapter() -> None:
+    text = card(record({**HUB, "method.kind": "full"}))
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+    assert "All weights of" in text
+    assert "adapter" not in text
 
 
 def test_a_card_holds_no_secret(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.models import load_architecture
 from lora_lab.worker.stages.job import rows_of_step
+from lora_lab.worker.trainables.lora import Lora
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -292,7 +293,7 @@ def _mark(folder: Path) -> Path:
 )
 def test_what_is_not_whole_is_not_used(tear: Callable[[Path], None], unbroken: dict[str, Ran], tmp_path: Path) -> None:
     shutil.copytree(unbroken["lora"].folder, tmp_path / "trial")
-    checkpoints = Checkpoints(tmp_path / "trial", 2)
+    checkpoints = Checkpoints(tmp_path / "trial", 2, Lora(TrialConfig()))
     assert [each.step for each in checkpoints.all()] == [14, 18]
     tear(checkpoints.root / "000018")
     newest = checkpoints.newest()
@@ -584,7 +585,7 @@ def test_on_a_card_a_killed_job_goes_on_with_the_same_kind_of_state(
 
 
 def test_a_spike_that_began_before_all_kept_checkpoints_goes_back_to_the_start(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, 1, Lora(TrialConfig()))
 
     def save(step: int) -> None:
         written = tmp_path / "checkpoints" / f"checkpoint-{step}"

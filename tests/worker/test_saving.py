@@ -24,12 +24,12 @@ from lora_lab.events import Event, Warned
 from lora_lab.files import write_json
 from lora_lab.options import DataSource, ModelSource
 from lora_lab.reading import whole
-from lora_lab.worker.adapted import on_its_weights
 from lora_lab.worker.answers import Answerer
 from lora_lab.worker.exact_weights import exact_weights
 from lora_lab.worker.merging import Merger
 from lora_lab.worker.stages import saving
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.trained import on_its_weights
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [

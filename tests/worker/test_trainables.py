@@ -27,10 +27,15 @@ pytestmark = [
 class OneProjection:
     """Trains the weights that are named, as they are, with nothing wrapped around the model."""
 
+    name = "trained"
     dtype = torch.float32
+    files = ("trained.safetensors", "trained.json")
 
     def __init__(self, ending: str) -> None:
         self._ending = ending
+
+    def loads_in(self, working: torch.dtype) -> torch.dtype:
+        return working
 
     def check(self, skeleton: Any) -> None:
         if not any(name.endswith(self._ending) for name, _ in skeleton.named_parameters()):
@@ -41,10 +46,13 @@ class OneProjection:
             parameter.requires_grad_(name.endswith(self._ending))
         return model
 
-    def save(self, model: Any, folder: Path) -> None:
+    def write(self, model: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / "trained.safetensors")
+        save_file(trained, folder / self.files[0])
+
+    def load(self, model: Any, folder: Path) -> None:
+        model.load_state_dict(load_file(folder / self.files[0]), strict=False)
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def test_another_method_is_trained_counted_read_back_and_saved(
     assert ran.facts["chunked_loss"] == str(chunked_loss)
     losses = [event.loss for event in events if isinstance(event, Step)]
     assert losses[-1] < losses[0]
-    saved = load_file(tmp_path / "trained.safetensors")
+    saved = load_file(tmp_path / "trained" / "trained.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == weights
     assert not (tmp_path / "adapter").exists()
 

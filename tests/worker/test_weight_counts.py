@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_lab.composition.compose import CONF
 from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
 from lora_lab.events import ModelCounted
-from lora_lab.options import Attention, DType, ModelSource, Quantization, Weights
+from lora_lab.options import Attention, DType, MethodKind, ModelSource, Quantization, Weights
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.weight_counts import Uncountable, count_model
@@ -154,18 +154,35 @@ def test_what_the_formula_adds_is_the_first_layers_missing_gradient_and_nothing_
     assert more == 2 * first * ROWS * TOKENS
 
 
+LAST = HIDDEN * INNER
+
+
 @pytest.mark.parametrize(
-    ("method", "not_repeated"),
-    [({}, LAYERS * RANK * HIDDEN), ({"target_modules": ["q_proj", "v_proj"]}, 0)],
+    ("method", "frozen", "trained"),
+    [
+        ({}, LAYER, ADAPTED - RANK * HIDDEN),
+        ({"target_modules": ["q_proj", "v_proj"]}, LAYER - LAST, RANK * (3 * HIDDEN + KEYS)),
+        ({"kind": MethodKind.full}, 0, LAYER - LAST),
+    ],
+    ids=["of an adapter", "frozen", "trained"],
 )
-def test_what_checkpointing_repeats_ends_before_the_last_product(method: dict[str, Any], not_repeated: int) -> None:
-    """The last product of a layer: of an adapter, whose few operations the formula adds, or a frozen one."""
+def test_what_checkpointing_repeats_ends_before_the_last_product(
+    method: dict[str, Any], frozen: int, trained: int
+) -> None:
     model = built(**method)
     checkpoint(model, "full")
     counted = count_model(model)
-    more = formula(counted, "full") - sum(by_torch(model, backward=True))
-    assert more == 2 * not_repeated * ROWS * TOKENS
-    assert counted.frozen_in_layers == LAYERS * LAYER - (0 if not_repeated else LAYERS * HIDDEN * INNER)
+    assert formula(counted, "full") == sum(by_torch(model, backward=True))
+    assert (counted.frozen_in_layers, counted.trainable_in_layers) == (LAYERS * frozen, LAYERS * trained)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, UNTIED], ids=["tied", "untied"])
+def test_a_model_that_is_trained_whole_does_six_operations_a_weight_and_token(shapes: dict[str, Any]) -> None:
+    """The first layer's input needs a gradient there: the embeddings are trained."""
+    model = built(shapes, kind=MethodKind.full)
+    counted = count_model(model)
+    assert (counted.frozen, counted.trainable) == (0, LAYERS * LAYER + HEAD)
+    assert formula(counted, "none") == sum(by_torch(model, backward=True))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
 from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.shards import gathered
-from lora_lab.worker.trainables.trainable import base_of
+from lora_lab.worker.trainables.trainable import base_of, has_adapters
 
 CHUNK_ELEMENTS = 2**26
 """Logits that may always exist at a time: 0.125 GiB in a 16-bit format, and their gradient as much again."""
@@ -35,11 +35,11 @@ _ALIGNED = 64
 _HEADROOM = 1024.0
 """In fp16 the gradients of single logits underflow; they are scaled by this until the backward."""
 
-Chunk = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Chunk = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
 
 
-def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, Tensor]:
-    """Calculate a chunk's summed loss and its gradient.
+def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, ...]:
+    """Calculate a chunk's summed loss and its gradient, for a frozen head.
 
     Args:
         hidden: (rows, hidden size).
@@ -49,6 +49,21 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
 
     Returns: the loss in fp32, a scalar; the gradient of `hidden`, in its format, times `headroom`.
     """
+    loss, grad_logits = _of_logits(hidden, weight, labels, headroom)
+    return loss, torch.mm(grad_logits, weight)
+
+
+def chunk_loss_of_trained(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, ...]:
+    """Calculate the same for a trained head.
+
+    Returns: what `chunk_loss` does, and the gradient of `weight`, in its format, times `headroom`.
+    """
+    loss, grad_logits = _of_logits(hidden, weight, labels, headroom)
+    return loss, torch.mm(grad_logits, weight), torch.mm(grad_logits.t(), hidden)
+
+
+def _of_logits(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, Tensor]:
+    """Return a chunk's summed loss, and its gradient for the logits times `headroom`, in the format of `hidden`."""
     logits = torch.mm(hidden, weight.t()).float()
     trained = (labels != IGNORED).unsqueeze(1)
     target = labels.clamp(min=0).unsqueeze(1)
@@ -56,33 +71,39 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
     loss = torch.where(trained, spread - logits.gather(1, target), 0.0).sum()
     words = torch.arange(weight.shape[0], device=labels.device)
     grad_logits = torch.where(trained, (logits - spread).exp() - (words == target).float(), 0.0)
-    return loss, torch.mm((grad_logits * headroom).to(hidden.dtype), weight)
+    return loss, (grad_logits * headroom).to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk, mlp_tile: int | None) -> Tensor:
         ctx.headroom = _HEADROOM if hidden.dtype is torch.float16 else 1.0
-        compiled = chunk is not chunk_loss and ctx.needs_input_grad[0]
+        compiled = chunk not in (chunk_loss, chunk_loss_of_trained) and ctx.needs_input_grad[0]
         size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0, mlp_tile)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             if not ctx.needs_input_grad[0]:
                 logits = torch.mm(hidden[rows], weight.t()).float()
                 total += torch.nn.functional.cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="sum")
                 continue
-            loss, grad_hidden[rows] = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
+            loss, grad_hidden[rows], *of_weight = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
             total += loss
-        ctx.save_for_backward(grad_hidden)
+            if grad_weight is not None:
+                grad_weight.add_(of_weight[0])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_format = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
+        grad_hidden, grad_weight = ctx.saved_tensors
         # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
-        return (grad_hidden.float() * (grads[0] / ctx.headroom)).to(grad_hidden.dtype), None, None, None, None
+        share = grads[0] / ctx.headroom
+        of_weight = None if grad_weight is None else (grad_weight * share).to(ctx.weight_format)
+        return (grad_hidden.float() * share).to(grad_hidden.dtype), of_weight, None, None, None
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int, mlp_tile: int | None = None) -> int:
@@ -105,13 +126,13 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, mlp_tile: int | Non
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss, mlp_tile: int | None = None
 ) -> Tensor:
-    """Sum the loss in nats over the labels that are not IGNORED, in fp32; for frozen `weight` only.
+    """Sum the loss in nats over the labels that are not IGNORED, in fp32.
 
     Args:
         hidden: (rows, hidden size).
         weight: the head's, (vocabulary, hidden size).
         labels: (rows,), already shifted.
-        chunk: `chunk_loss`, or that compiled.
+        chunk: `chunk_loss`, or for a trained head `chunk_loss_of_trained`; or one of them compiled.
         mlp_tile: see `chunk_rows`.
     """
     kind = hidden.device.type
@@ -136,25 +157,28 @@ def chunked_row_losses(causal: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
         return torch.stack([chunked_cross_entropy(h, head.weight, row) for h, row in zip(hidden, shifted, strict=True)])
 
 
-def use_chunked_loss(model: Any, chunk: Chunk = chunk_loss, mlp_tile: int | None = None) -> None:
+def use_chunked_loss(model: Any, compiled: bool = False, mlp_tile: int | None = None) -> None:
     """Make the causal language model calculate its loss in chunks whenever it gets labels. Its output then has no
     logits. The model's class is not touched.
 
     Args:
-        chunk: `chunk_loss`, or that compiled.
+        compiled: whether a chunk is compiled.
         mlp_tile: see `chunk_rows`.
 
-    Raises: Unsupported when its head is not one frozen matrix, or when its loss is not the cross entropy of that head's
+    Raises: Unsupported when its head is not one matrix, or when its loss is not the cross entropy of that head's
     logits (softcapped or scaled logits, say), found on a few tokens.
     """
     causal = base_of(model)
     whole, decoder, head = causal.forward, causal.get_decoder(), causal.get_output_embeddings()
     plain = isinstance(head, torch.nn.Linear) and head.bias is None and head.weight.is_floating_point()
-    if not plain or head.weight.requires_grad:
+    if not plain or (has_adapters(model) and head.weight.requires_grad):
         raise Unsupported(
-            f"engine.chunked_loss needs a head that is one frozen matrix; that of {type(causal).__name__} is not. "
-            "Use engine.chunked_loss=false."
+            f"engine.chunked_loss needs a head that is one matrix, and a frozen one next to adapters; that of "
+            f"{type(causal).__name__} is not. Use engine.chunked_loss=false."
         )
+    chunk: Chunk = chunk_loss_of_trained if head.weight.requires_grad else chunk_loss
+    if compiled:
+        chunk = torch.compile(chunk, dynamic=False)
 
     def forward(labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **inputs: Any) -> Any:
         if labels is None:

@@ -18,7 +18,7 @@ from lora_lab.worker.attention import AttentionKernels, kernels_of
 from lora_lab.worker.data import IGNORED, Collator, Example, sizes_of
 from lora_lab.worker.engines.attention_masks import AS_NEEDED, always_mask, attention_of, leave_out_masks, needs_no_mask
 from lora_lab.worker.engines.checkpointed_calls import checkpoint_layers
-from lora_lab.worker.engines.chunked_loss import chunk_loss, use_chunked_loss
+from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.compile_cache import compiling
 from lora_lab.worker.engines.compiled import check_breaks, compilations, compile_layers, decoder_layers, graph_breaks
 from lora_lab.worker.engines.graph_step import Batch, GraphStep, forward_and_backward, tensors, use_graph_step
@@ -94,8 +94,7 @@ class Engine(TrainerCallback):
         if kind is EngineKind.liger:
             check_liger_support(model)
         elif config.engine.chunked_loss:  # liger brings its own
-            chunk = torch.compile(chunk_loss, dynamic=False) if self._compiles else chunk_loss
-            use_chunked_loss(model, chunk, self._tile)
+            use_chunked_loss(model, self._compiles, self._tile)
         if self._compiles:
             _settle_masks(config, model)
         copies = self._become_graph(config, model) if kind is EngineKind.graph else {}

@@ -13,6 +13,7 @@ from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.lengths import lengths_of
 from lora_lab.worker.stages.stage import Stage, TrialContext
 from lora_lab.worker.tokenising import Report
+from lora_lab.worker.trainables import trainable_of
 
 _REPORT_SECONDS = 1.0
 
@@ -46,7 +47,8 @@ def _of_workers(config: TrialConfig) -> str:
 
 def _check_same(trial: TrialContext) -> None:
     """Raise InvalidInput when a job would go on with other rows than it began with: a file can be written to."""
-    checkpoint = Checkpoints(trial.folder, trial.config.train.keep_checkpoints).newest()
+    config = trial.config
+    checkpoint = Checkpoints(trial.folder, config.train.keep_checkpoints, trainable_of(config)).newest()
     if checkpoint is not None and checkpoint.facts.get("rows", trial.rows_digest) != trial.rows_digest:
         raise InvalidInput(
             f"the rows are not those that the job was trained on until step {checkpoint.step}: the data was changed, "

@@ -2,6 +2,7 @@
 
 import time
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -17,6 +18,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.job_trainer import JobTrainer
 from lora_lab.worker.stages.stage import TrialContext
+from lora_lab.worker.trainables import trainable_of
 
 _MOST_RETURNS = 3
 """Spikes after which a job goes back; it stops at the next."""
@@ -41,7 +43,7 @@ class Job:
         telemetry.on_begin = self._save_start
 
     def run(self) -> None:
-        """Train to the end, and leave the model with the adapter that is to be saved.
+        """Train to the end, and leave the model as it is to be saved.
 
         Raises: Diverged for a spike after which the job stops."""
         self._from_lead(self._checkpoints.remove_torn)
@@ -55,7 +57,7 @@ class Job:
             except Diverged as spike:
                 checkpoint = self._after(spike)
         if self._trial.config.train.keep_best and self._from_lead(self._checkpoints.best.is_dir):
-            self._load(str(self._checkpoints.best))
+            self._load(self._checkpoints.best)
 
     def _save_start(self) -> None:
         """Save a checkpoint of the start where a spike may go back to it."""
@@ -89,13 +91,13 @@ class Job:
             self._telemetry.restore_watch(checkpoint.facts["watch"])
             self._telemetry.rate_factor = self._trainer.rate_share / checkpoint.facts["rate_share"]
             if checkpoint.facts["is_end"]:
-                self._load(str(checkpoint.folder))
+                self._load(checkpoint.folder)
                 return
             self._trainer.train(resume_from_checkpoint=str(checkpoint.folder))
 
-    def _load(self, folder: str) -> None:
-        """Copy an adapter from disk into the model's own tensors, which an engine may have recorded."""
-        self._trial.model.load_adapter(folder, "default", is_trainable=True)
+    def _load(self, folder: Path) -> None:
+        """Copy what was trained from disk into the model."""
+        trainable_of(self._trial.config).load(self._trial.model, folder)
 
     def _after(self, spike: Diverged) -> Checkpoint:
         """Return the checkpoint to go back to.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_lab.base_weights import ADAPTER
+from lora_lab.config import TrialConfig
 from lora_lab.options import DataSource
 from lora_lab.phase import Phase
 from lora_lab.worker.models import load_tokenizer
@@ -15,25 +15,25 @@ from lora_lab.worker.trainables import trainable_of
 
 
 def _save(trial: TrialContext) -> None:
-    what = "adapter"
+    trained = trainable_of(trial.config)
+    what, folder = trained.name, trial.folder / trained.name
     try:
-        trainable_of(trial.config).save(trial.model, trial.folder)
+        trained.write(trial.model, folder)
         what = "tokenizer"
-        _save_tokenizer(trial)
+        _save_tokenizer(trial.config, folder)
     except (OSError, SafetensorError) as error:  # a full disk must not cost the figures
         trial.warn(f"the {what} was not saved: {error}")
 
 
-def _save_tokenizer(trial: TrialContext) -> None:
-    """Write the tokenizer and its chat template next to the adapter, where there is one and text was trained on.
+def _save_tokenizer(config: TrialConfig, folder: Path) -> None:
+    """Write the tokenizer and its chat template next to what was trained, if that was on text.
 
     Raises: OSError."""
-    adapter = trial.folder / ADAPTER
-    if trial.config.data.source is DataSource.random_tokens or not adapter.is_dir():
+    if config.data.source is DataSource.random_tokens:
         return
-    tokenizer = load_tokenizer(trial.config.model)
-    _check_room(adapter, len(tokenizer.backend_tokenizer.to_str().encode()))
-    tokenizer.save_pretrained(adapter)
+    tokenizer = load_tokenizer(config.model)
+    _check_room(folder, len(tokenizer.backend_tokenizer.to_str().encode()))
+    tokenizer.save_pretrained(folder)
 
 
 def _check_room(folder: Path, size: int) -> None:

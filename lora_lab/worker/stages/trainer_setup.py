@@ -21,7 +21,8 @@ from lora_lab.worker.shared_step import SharedStep, check_equal, unequal
 from lora_lab.worker.stages.heldout import evaluate, heldout_rows
 from lora_lab.worker.stages.job import Job
 from lora_lab.worker.stages.stage import Stage, TrialContext
-from lora_lab.worker.training import make_trainer, own_optimizer, training_arguments
+from lora_lab.worker.trainables import trainable_of
+from lora_lab.worker.training import make_trainer, own_optimizer, space_of, training_arguments
 
 
 def _set_up(trial: TrialContext) -> None:
@@ -57,7 +58,7 @@ def _set_up_job(
     trial: TrialContext, plan: JobPlan, engine: Engine, telemetry: JobTelemetry, shared: SharedStep | None
 ) -> None:
     config, rows = trial.config, heldout_rows(trial)
-    checkpoints = Checkpoints(trial.folder, config.train.keep_checkpoints)
+    checkpoints = Checkpoints(trial.folder, config.train.keep_checkpoints, trainable_of(config))
 
     def on_saved(checkpoint: Checkpoint, epoch: float) -> None:
         trial.emit(
@@ -70,8 +71,12 @@ def _set_up_job(
             )
         )
 
+    arguments = training_arguments(
+        config, str(checkpoints.root), trial.device, job_arguments(config, plan, evaluates=bool(rows))
+    )
     trial.trainer = JobTrainer(
         shared=shared,
+        space=space_of(config),
         is_lead=trial.group.is_lead,
         config=config,
         clock=trial.clock,
@@ -82,14 +87,12 @@ def _set_up_job(
         warn=trial.warn,
         rows_digest=trial.rows_digest,
         model=trial.model,
-        args=training_arguments(
-            config, str(checkpoints.root), trial.device, job_arguments(config, plan, evaluates=bool(rows))
-        ),
+        args=arguments,
         data_collator=train_collator(config, trial.padding),
         train_dataset=trial.examples.train,
         eval_dataset=rows or None,
         callbacks=[*engine.callbacks, telemetry, *early_stopping(config)],
-        optimizer_cls_and_kwargs=own_optimizer(config),
+        optimizer_cls_and_kwargs=own_optimizer(config, arguments),
     )
     trial.train = Job(trial, plan, telemetry, engine, checkpoints).run
 

@@ -1,10 +1,12 @@
 """The methods: what each one trains of a model. A new method is a file here and its line in `trainable_of`."""
 
 from lora_lab.config import TrialConfig
+from lora_lab.options import MethodKind
+from lora_lab.worker.trainables.full import Full
 from lora_lab.worker.trainables.lora import Lora
 from lora_lab.worker.trainables.trainable import Trainable
 
 
 def trainable_of(config: TrialConfig) -> Trainable:
-    """Return what the trial's method trains. All methods of conf/method are LoRA today."""
-    return Lora(config)
+    """Return what the trial's method trains."""
+    return Full() if config.method.kind is MethodKind.full else Lora(config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from lora_lab.base_weights import ADAPTER
 from lora_lab.config import InvalidInput, TrialConfig
@@ -17,14 +18,20 @@ from lora_lab.worker.pretrained import model_name
 
 
 class Lora:
-    """Trains adapters in fp32, and leaves them as `adapter/` in PEFT's layout."""
+    """Trains adapters in fp32, and leaves them in PEFT's layout."""
 
+    name = ADAPTER
     dtype = torch.float32
+    files = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
 
     def __init__(self, config: TrialConfig) -> None:
         self._method = config.method
         self._model = config.model
         self._model_name = model_name(config.model)
+
+    def loads_in(self, working: torch.dtype) -> torch.dtype:
+        """Return the format of products: frozen weights need no more."""
+        return working
 
     def check(self, skeleton: Any) -> None:
         """Raise InvalidInput for modules that the model does not have, or that PEFT does not adapt in it."""
@@ -71,9 +78,13 @@ class Lora:
             snapshot = hub_snapshot(model)
             config.revision = model.revision if snapshot is None else snapshot.name
 
-    def save(self, model: Any, folder: Path) -> None:
+    def write(self, model: Any, folder: Path) -> None:
         """Write the adapters alone, as PEFT reads them."""
-        model.save_pretrained(folder / ADAPTER, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Copy adapters into the model's."""
+        model.load_adapter(str(folder), "default", is_trainable=True)
 
     def _adapters(self, model: Any, leave_out: Sequence[str] = ()) -> LoraConfig:
         """Make PEFT's config.

@@ -14,8 +14,20 @@ class Trainable(Protocol):
     it in any model, and ask nothing more of a method.
     """
 
+    name: str
+    """What is trained, in messages; also the folder in a trial's folder where it is saved: adapter or model."""
+
     dtype: torch.dtype
     """The format that trained weights are held in; the read-back compares."""
+
+    files: tuple[str, str]
+    """The names of the weights' file and of the config's, as `write` leaves them."""
+
+    def loads_in(self, working: torch.dtype) -> torch.dtype:
+        """Return the format in which the model's own weights are loaded, where they are not quantised.
+
+        Args:
+            working: the format of products."""
 
     def check(self, skeleton: Any) -> None:
         """Look at the model's modules on the meta device, before any weight is loaded. `skeleton` may be changed.
@@ -32,8 +44,13 @@ class Trainable(Protocol):
 
         Raises: InvalidInput as `check`, for what only the loaded model shows."""
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write what was trained below the trial's folder.
+    def write(self, model: Any, folder: Path) -> None:
+        """Write what was trained into a folder, which is made if need be.
+
+        Raises: OSError, SafetensorError."""
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Copy what `write` has written into the model's own tensors, which an engine may have recorded.
 
         Raises: OSError, SafetensorError."""
 
@@ -41,6 +58,11 @@ class Trainable(Protocol):
 def base_of(model: Any) -> Any:
     """Return the causal language model itself, without what a method has wrapped around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_adapters(model: Any) -> bool:
+    """Return whether weights were added to the model's own."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
 
 
 def trained_parameters(model: Any) -> list[torch.Tensor]:

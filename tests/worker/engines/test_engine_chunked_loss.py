@@ -231,6 +231,25 @@ def test_a_models_loss_and_gradients_stay_what_they_were(kind: str, counted: Any
     assert furthest(slopes, gradients) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_trained_with_the_whole_model_gets_its_gradient(tied: bool, dtype: torch.dtype) -> None:
+    plain, chunked = (adapted(tie_word_embeddings=tied).unload().requires_grad_(True) for _ in range(2))
+    use_chunked_loss(chunked)
+    batch = padded([40, 13, 64], 64)
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32), chunks_of(50 * VOCABULARY):
+        losses = [model(**batch).loss for model in (plain, chunked)]
+    for loss in losses:
+        loss.backward()
+    rounding = 1e-4 if dtype is torch.float32 else 0.02
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=rounding)
+    for one, other in zip(plain.parameters(), chunked.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert apart(other.grad, one.grad) < rounding
+    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == tied
+
+
 def test_without_labels_and_for_other_instances_nothing_changes() -> None:
     model, other = adapted(), adapted(seed=1)
     causal = model.get_base_model()
@@ -282,7 +301,7 @@ def test_an_auxiliary_loss_is_not_dropped_in_silence() -> None:
         use_chunked_loss(model)
 
 
-def test_a_head_that_is_trained_or_has_a_bias_or_an_adapter_is_refused() -> None:
+def test_a_head_that_is_trained_next_to_adapters_or_has_a_bias_or_an_adapter_is_refused() -> None:
     trained = adapted()
     trained.get_output_embeddings().weight.requires_grad_(True)
     biased = adapted("phi")

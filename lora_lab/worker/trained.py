@@ -1,4 +1,4 @@
-"""Load a model with the adapter that a trial has trained."""
+"""Load the model that a trial has trained."""
 
 import warnings
 from dataclasses import replace
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.options import ModelSource, Quantization, Weights
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.options import MethodKind, ModelSource, Quantization, Weights
 from lora_lab.worker.exact_weights import exact_weights, noted_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import evaluation_mode
@@ -27,16 +27,16 @@ def this_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def on_its_weights(config: TrialConfig, adapter: Path) -> tuple[TrialConfig, str]:
-    """Return a config whose base model has the weights that the adapter's trial has noted, and why that could not be
-    checked; empty where it was. Of a hub model the noted commit is loaded, because a branch moves on.
+def on_its_weights(config: TrialConfig, trained: Path) -> tuple[TrialConfig, str]:
+    """Return a config whose base model has the weights that the trial has noted, and why that could not be checked;
+    empty where it was. Of a hub model the noted commit is loaded, because a branch moves on.
 
     Args:
-        adapter: lies in the folder where the trial notes them.
+        trained: lies in the folder where the trial notes them.
 
     Raises: InvalidInput when a folder has other weights now, or is not found from here."""
     _check_found(config)
-    noted, model = noted_weights(adapter.parent), config.model
+    noted, model = noted_weights(trained.parent), config.model
     if model.weights is Weights.random:
         return config, ""  # drawn with the seed
     if noted is None:
@@ -51,7 +51,7 @@ def on_its_weights(config: TrialConfig, adapter: Path) -> tuple[TrialConfig, str
         raise InvalidInput(f"the base model's files could not be read: {fault}") from fault
     if found.sha256 and found.named() != noted.named():  # without any file, loading says what is missing
         raise InvalidInput(
-            f"the adapter was trained on {noted.named()}, and its base model is now {found.named()}. "
+            f"the trial began with {noted.named()}, and its base model is now {found.named()}. "
             f"{_changed(noted.files, found.files)}Put those weights back, or train again on these."
         )
     return config, ""
@@ -74,18 +74,34 @@ def _changed(before: dict[str, str], now: dict[str, str]) -> str:
     return f"These files are not as they were: {', '.join(names)}. " if names else ""
 
 
-def load_adapted(config: TrialConfig, adapter: Path, device: torch.device) -> Any:
-    """Load the base model as the trial had it, with the trained adapter on it, ready to answer.
+def load_trained(config: TrialConfig, trained: Path, device: torch.device) -> Any:
+    """Load what a trial has trained, ready to answer: adapters on the base model as the trial had it, or a whole model.
+
+    Args:
+        trained: the folder `adapter` or `model`.
 
     Raises: InvalidInput when the model cannot be loaded or the adapter is not of this model."""
-    transformers.set_seed(config.seed)  # random weights of a model are drawn with it, as the trial drew them
-    model = load_model(config, load_architecture(config.model), device)
+    if config.method.kind is MethodKind.full:
+        own = ModelConfig(source=ModelSource.local, path=str(trained), trust_remote_code=config.model.trust_remote_code)
+        return ready_to_answer(load_model(replace(config, model=own), load_architecture(own), device))
+    model = load_untrained(config, device)
     try:
-        loaded = model.load_adapter(str(adapter), "default")
+        loaded = model.load_adapter(str(trained), "default")
     except (OSError, RuntimeError, ValueError) as fault:
-        raise InvalidInput(f"{adapter} could not be put on the model: {str(fault).splitlines()[0]}") from fault
+        raise InvalidInput(f"{trained} could not be put on the model: {str(fault).splitlines()[0]}") from fault
     if loaded.unexpected_keys or any("lora_" in key for key in loaded.missing_keys):
-        raise InvalidInput(f"{adapter} is not of this model: its config was edited, or its files are of another trial.")
+        raise InvalidInput(f"{trained} is not of this model: its config was edited, or its files are of another trial.")
+    return ready_to_answer(model)
+
+
+def load_untrained(config: TrialConfig, device: torch.device) -> Any:
+    """Load the model as the trial began with it, fresh adapters included."""
+    transformers.set_seed(config.seed)  # random weights of a model are drawn with it, as the trial drew them
+    return load_model(config, load_architecture(config.model), device)
+
+
+def ready_to_answer(model: Any) -> Any:
+    """Return the model, in evaluation and with a cache."""
     evaluation_mode(model)
     model.config.use_cache = model.config.get_text_config().use_cache = True
     return model

@@ -1,0 +1,45 @@
+"""Find what cannot be combined with training every weight of a model."""
+
+import dataclasses
+
+from lora_lab.config import MethodConfig, TrialConfig
+from lora_lab.options import EngineKind, MethodKind, Quantization
+
+_OF_THE_KIND = ("kind", "quantization")
+"""Fields of `method` that mean something here."""
+
+
+def full_faults(config: TrialConfig) -> list[str]:
+    """Return what a trial with method=full cannot have, one sentence each; empty for other methods."""
+    method, engine = config.method, config.engine
+    if method.kind is not MethodKind.full:
+        return []
+    found = [
+        f"method.{field.name}={getattr(method, field.name)} has no effect with method=full. Leave it out."
+        for field in dataclasses.fields(MethodConfig)
+        if field.name not in _OF_THE_KIND and getattr(method, field.name) != getattr(_DEFAULTS, field.name)
+    ]
+    if method.quantization is not Quantization.none:
+        found.append(
+            f"method=full trains every weight, and weights in 4 bit (method.quantization={method.quantization.name}) "
+            "cannot be trained. Use method.quantization=none, or method=qlora."
+        )
+    if engine.kind is EngineKind.graph:
+        found.append(
+            "engine=graph with method=full: a CUDA graph would hold the gradient of every weight twice. Use "
+            "engine=compile, engine=liger or engine=eager."
+        )
+    if engine.host_embeddings is True:
+        found.append(
+            "engine.host_embeddings=true keeps frozen embeddings in host memory, and method=full trains them. Use "
+            "engine.host_embeddings=false."
+        )
+    if config.train.lora_plus_ratio is not None:
+        found.append(
+            f"train.lora_plus_ratio={config.train.lora_plus_ratio:g} is of LoRA's matrices, and method=full has none. "
+            "Leave it out, or use method=lora."
+        )
+    return found
+
+
+_DEFAULTS = MethodConfig()
