@@ -162,6 +162,11 @@ class EngineConfig:
         most=2**24,
     )
 
+    @property
+    def compiles_whole_layers(self) -> bool:
+        """Return whether a decoder layer is compiled with its MLP; tiles leave compiled code."""
+        return self.kind in (EngineKind.compile, EngineKind.graph) and self.mlp_tile is None
+
     def hosts_embeddings(self, is_tied: bool) -> bool:
         """Return whether the input embeddings go to host memory.
 

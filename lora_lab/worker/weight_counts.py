@@ -17,7 +17,11 @@ class Uncountable(Exception):
     """The model multiplies in a way that is not known here, so its FLOPs are unknown."""
 
 
-def count_model(model: Any) -> ModelCounted:
+_BEHIND_MLP = ("post_feedforward", "post_mlp")
+"""How modules begin whose backward takes an MLP's output: norms of Gemma, OLMo, GLM."""
+
+
+def count_model(model: Any, is_compiled: bool = False) -> ModelCounted:
     """Count a model's weights, frozen and trained, before or after training steps.
 
     A product is counted for each linear layer once, a head that shares the embedding's weights too; the embedding's
@@ -27,6 +31,9 @@ def count_model(model: Any) -> ModelCounted:
 
     Attention is taken to be over all that came before in the row; a sliding window shorter than the row is not looked
     at.
+
+    Args:
+        is_compiled: whether torch.compile gets whole layers, and leaves out of a checkpointed one what is not needed.
 
     Raises: Uncountable when a weight with two or more dimensions belongs to no linear layer and no embedding (a
     convolution, a mixture of experts), or no decoder layer is found.
@@ -41,7 +48,7 @@ def count_model(model: Any) -> ModelCounted:
     frozen, trained = (
         [linear for linear in linears if linear.weight.requires_grad is is_trained] for is_trained in (False, True)
     )
-    repeated = {id(linear) for layer in layers for linear in _repeated(layer)}
+    repeated = {id(linear) for layer in layers for linear in _repeated(layer, is_compiled)}
     is_added = has_adapters(model)
     own = [p for p in model.parameters() if not (is_added and p.requires_grad)]
     return ModelCounted(
@@ -62,12 +69,18 @@ def _linears(module: Any) -> Iterator[Any]:
     return (m for m in module.modules() if isinstance(m, torch.nn.Linear | Conv1D))
 
 
-def _repeated(layer: Any) -> list[Any]:
+def _repeated(layer: Any, is_compiled: bool) -> list[Any]:
     """List the linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
     as soon as it has the last tensor that the backward needs (torch.utils.checkpoint, early_stop): a product's inputs
-    are there before the product, and a frozen one at the very end needs nothing. So the last is not repeated. Modules
-    stand in the order in which they run."""
-    return list(_linears(layer))[:-1]
+    are there before the product, and a frozen one at the very end needs nothing. So the last is not repeated. Compiled
+    code leaves out the frozen product next to the last adapter too. Modules stand in the order in which they run."""
+    linears = list(_linears(layer))
+    if any(name.startswith(_BEHIND_MLP) for name, _ in layer.named_children()):
+        return linears
+    last = [linears[-1]]
+    if is_compiled:
+        last += [linear for linear in linears if not linear.weight.requires_grad][-1:]
+    return [linear for linear in linears if linear not in last]
 
 
 def _check_known_layers(model: Any, linears: list[Any]) -> None:

@@ -126,7 +126,7 @@ def model_facts(config: TrialConfig, architecture: Any) -> ModelFacts:
     skeleton = make_skeleton(config, architecture)
     trainable_of(config).check(skeleton)  # which puts the adapters on it
     try:
-        counted = replace(count_model(skeleton), t=0.0)
+        counted = replace(count_model(skeleton, config.engine.compiles_whole_layers), t=0.0)
     except Uncountable:
         counted = None
     layers = [module for module in skeleton.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -250,3 +250,13 @@ def test_weights_that_are_multiplied_in_an_unknown_way_are_not_guessed() -> None
         count_model(model)
     with pytest.raises(Uncountable, match="embedding"):
         count_model(built(UNTIED, target_modules=["embed_tokens"]))
+
+
+def test_compiled_code_leaves_out_the_last_frozen_product_unless_a_norm_lies_behind_it() -> None:
+    whole, compiled = count_model(built()), count_model(built(), is_compiled=True)
+    down = HIDDEN * SHAPES["intermediate_size"]
+    assert whole.frozen_in_layers - compiled.frozen_in_layers == LAYERS * down
+    gemma = {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}
+    behind, same_again = (count_model(built({**SHAPES, **gemma}), is_compiled=each) for each in (False, True))
+    assert behind.frozen_in_layers == same_again.frozen_in_layers
+    assert behind.trainable == behind.trainable_in_layers

@@ -245,7 +245,7 @@ def _checkpoint(config: TrialConfig, model: Any) -> None:
     mode, layers = config.gradient_checkpointing, decoder_layers(model)
     # a CUDA graph can't keep random state, and has no dropout then
     keeps = config.engine.kind is not EngineKind.graph
-    within = config.engine.kind in (EngineKind.compile, EngineKind.graph) and config.engine.mlp_tile is None
+    within = config.engine.compiles_whole_layers
     if mode is Checkpointing.offloaded:
         offload_checkpoints(layers, model.device, keeps, within)
     elif mode is not Checkpointing.none and not checkpoints_by_trainer(config):

@@ -14,7 +14,7 @@ def _load(trial: TrialContext) -> None:
     sharing = trial.group if trial.config.placement.kind is PlacementKind.fsdp else None
     trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn, sharing)
     try:
-        counted = count_model(trial.model)
+        counted = count_model(trial.model, trial.config.engine.compiles_whole_layers)
         if sharing is not None:
             counted = replace(counted, weight_bytes=held_and_whole(trial.model)[1])
         trial.emit(counted)
