@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import provenance
+from benchmarks.reports import markdown, provenance, stored
 from lora_lab.files import write_json
 from lora_lab.store.trial_folder import TrialFolder
 
@@ -114,6 +114,20 @@ def main() -> None:
                 )
     for cell, each in summary(turns).items():
         print(cell, each["ratio"], flush=True)
+
+
+def table() -> str:
+    """Return docs/scale.md's table, from the stored turns."""
+    content = stored("h200/data_parallel")
+    lines = []
+    for cell, each in content["summary"].items():
+        sides = [[turn for turn in content["turns"] if (turn["cell"], turn["count"]) == (cell, n)] for n in (1, 2)]
+        speeds = [f"{each[side][_SPEED]:,.0f}" for side in ("one", "two")]
+        ratios = [f"{each['ratio'][name]:.2f}" for name in (_SPEED, _ENERGY)]
+        lines.append([cell, str(min(map(len, sides))), *speeds, *ratios])
+    head = ["rows a card", "rounds", "tokens/s, one card", "two cards", "tokens/s, two of one", "J/token, two of one"]
+    commits = ", ".join(sorted({turn["commit"][:7] for turn in content["turns"]}))
+    return f"{markdown(head, lines)}\n\nMeasured on {content['origin']['device']}, commits {commits}."
 
 
 def _ran(tags: dict[str, str]) -> dict[str, str]:

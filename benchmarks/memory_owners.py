@@ -37,8 +37,11 @@ _OWNERS = (
     (r"worker/engines/chunked_loss|loss_utils", "loss"),
     (r"worker/engines/offloaded_checkpoints|utils/checkpoint\.py.*save", "checkpoints"),
     (r"worker/engines/compute_copies", "working copies of adapters"),
-    (r"worker/engines/stacked_weights|core_model_loading|random_weights|pretrained\.py", "frozen weights"),
-    (r"worker/engines/dequantize|bitsandbytes/(functional|backends|autograd)", "weights unpacked to 16 bit"),
+    (
+        r"worker/engines/(stacked_weights|dequantize)|core_model_loading|random_weights|pretrained\.py"
+        r"|bitsandbytes/(functional|backends|autograd)",
+        "frozen weights, and what is unpacked of them",
+    ),
     (r"torch/optim/|bitsandbytes/optim/|lora_lab/worker/optimizers", "optimizer state"),
     (r"peft/tuners/lora/(layer|bnb)\.py.*(update_layer|reset_lora)|worker/trainables", "adapters"),
     (r"worker/engines/lora_grad|worker/engines/graph_step.*(grad|buffers)", "gradients of adapters"),

@@ -12,6 +12,7 @@ from benchmarks import coverage, queued_trials, stopping
 from benchmarks.auto_table import gpu_bound, host_bound
 from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
+from benchmarks.data_parallel import table as data_parallel
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
 from benchmarks.fit_context import table as fit_context
@@ -23,12 +24,15 @@ from benchmarks.forecast_jobs import table as forecast_jobs
 from benchmarks.forecast_table import forecast_errors
 from benchmarks.jobs_table import killed, lab_chat, maths, quality
 from benchmarks.lean_losses import table as lean_losses
+from benchmarks.lean_losses import text_table as lean_text
 from benchmarks.mask_check import table as mask_check
+from benchmarks.memory_owners import table as memory_owners
 from benchmarks.one_factor_table import one_factor
 from benchmarks.outside_torch import table as outside_torch
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
 from benchmarks.peers import stored as peers
 from benchmarks.raise_table import raising
+from benchmarks.sharded import table as sharded
 from benchmarks.small_cards import said_table as small_cards_said
 from benchmarks.small_cards import table as small_cards
 from benchmarks.square_table import square_wave
@@ -78,6 +82,10 @@ MADE: dict[str, Callable[[], str]] = {
     "small-cards": small_cards,
     "small-cards-said": small_cards_said,
     "lean-losses": lean_losses,
+    "lean-text": lean_text,
+    "memory-owners": memory_owners,
+    "data-parallel": data_parallel,
+    "sharded": sharded,
     "queued-trials": queued_trials.quoted,
     "outside-torch": outside_torch,
     "peers-8b-lean": partial(peers.page, "h200/peers_qlora_llama3_1_8b_lean"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_parallel import COMMON, run
-from benchmarks.reports import provenance
+from benchmarks.reports import markdown, provenance, stored
 from lora_lab.files import write_json
 
 _STEPS = ["batch_size=1", "seq_len=2048", "data.rows=64", "measure.warmup_steps=3", "measure.steps=12"]
@@ -83,6 +83,19 @@ def main() -> None:
         print("  GiB by card, allocated", tags.get("vram_by_card.allocated_gib"), end="; ")
         print("reserved", tags.get("vram_by_card.reserved_gib"))
         print("  weights held, of all", tags.get("ran.base_bytes_held"), share_held(tags), flush=True)
+
+
+def table() -> str:
+    """Return docs/scale.md's table, from the stored trials."""
+    content = stored("h200/sharded")
+    lines = []
+    for cell, trial in content["trials"].items():
+        tags, speed = trial["ran"], trial["metrics"].get("throughput/tokens_per_second")
+        reserved = tags.get("vram_by_card.reserved_gib", "").replace(", ", " / ") or "-"
+        lines.append([cell, trial["outcome"], share_held(tags) or "-", reserved, f"{speed:,.0f}" if speed else "-"])
+    head = ["trial", "outcome", "weights that a card holds, of all", "reserved GiB by card", "tokens/s"]
+    commits = ", ".join(sorted({trial["commit"][:7] for trial in content["trials"].values()}))
+    return f"{markdown(head, lines)}\n\nMeasured on {content['origin']['device']}, commits {commits}."
 
 
 def share_held(tags: dict[str, str]) -> str:
