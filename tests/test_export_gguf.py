@@ -14,6 +14,7 @@ from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from lora_lab import export, gguf_converter
 from lora_lab import export_gguf as writing
+from lora_lab.base_weights import ADAPTER
 from lora_lab.config import InvalidInput, ModelConfig, PrecisionConfig, TrialConfig
 from lora_lab.export_gguf import gguf_file
 from lora_lab.options import DType, ModelSource, Weights
@@ -235,7 +236,7 @@ def test_a_missing_program_is_named_with_what_to_type(tmp_path: Path, monkeypatc
 def test_a_file_beyond_its_types_bound_is_reported_and_one_that_is_not_read_is_said_to_be_unchecked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "find_trained", lambda *_: Trained(tmp_path, ""))
+    monkeypatch.setattr(export, "find_trained", lambda *_: Trained(tmp_path, tmp_path / ADAPTER, ""))
     monkeypatch.setattr(export, "stored_config", lambda _: WITH_WEIGHTS)
     monkeypatch.setattr(export, "check_programs", lambda _: None)
 

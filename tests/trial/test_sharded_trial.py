@@ -68,7 +68,8 @@ def test_shared_out_weights_train_as_whole_ones_of_one_process(alone: Path, tmp_
     assert 0.5 <= held / whole <= 0.55
     assert (tags["ran.adapters_equal"], tags["ran.engine"], tags["world_size"]) == ("True", engine, "2")
     figures = [record_of(folder)["metrics"] for folder in (tmp_path, alone)]
-    assert figures[0]["flops/per_token"] == figures[1]["flops/per_token"]
+    # not with attention: which steps a window leaves out as slow is the machine's matter
+    assert figures[0]["flops/per_token_products"] == figures[1]["flops/per_token_products"]
 
 
 FAULTS = {
