@@ -47,6 +47,8 @@ LONG = (
     "test_engine_compile.py",
     "test_job_kills.py",
     "test_side_by_side.py",
+    "test_cluster.py",
+    "test_sharded_trial.py",
     "test_sweep_faults.py",
     "test_refused_input.py",
     "test_conf.py",

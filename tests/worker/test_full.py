@@ -149,6 +149,7 @@ def test_the_estimated_state_is_what_the_optimizer_holds(
     assert held == said + maps
 
 
+@pytest.mark.nightly
 def test_in_bf16_the_weights_stay_in_fp32_and_text_brings_a_tokenizer_and_answers(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"instruction": "What is {n}?", "output": "It is {n}."}}\n' for n in range(20)))

@@ -73,7 +73,12 @@ def test_the_last_product_is_calculated_again_where_the_backward_needs_it() -> N
 @compiles
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("llama", Checkpointing.offloaded), ("gemma3_text", Checkpointing.full)], ids=str
+    ("kind", "mode"),
+    [
+        ("llama", Checkpointing.offloaded),
+        pytest.param("gemma3_text", Checkpointing.full, marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 def test_compiled_layers_have_the_gradients_of_plain_ones(kind: str, mode: Checkpointing) -> None:
     made, plain = (adapted(num_hidden_layers=LAYERS, lora=ALL, kind=kind) for _ in range(2))
@@ -93,6 +98,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(kind: str, mode: Check
 
 @compiles
 @pytest.mark.usefixtures("traced")
+@pytest.mark.nightly
 def test_dropout_in_compiled_code_drops_the_same_again() -> None:
     made = adapted(num_hidden_layers=2, lora={**ALL, "lora_dropout": 0.5})
     compile_layers(made)
