@@ -1,4 +1,4 @@
-"""Find optimizers that cannot be had as asked, and what they cannot be combined with."""
+"""Find optimizers that cannot run as asked, and what they cannot be combined with."""
 
 from lora_lab.config import OptimizerConfig, TrialConfig
 from lora_lab.options import DType, EngineKind, MethodKind

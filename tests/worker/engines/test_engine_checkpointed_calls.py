@@ -47,7 +47,7 @@ def checkpointed(mode: Checkpointing, **model: Any) -> Any:
     [
         (Checkpointing.full, 3 * LAYERS),
         (Checkpointing.offloaded, 3 * LAYERS),
-        (Checkpointing.selective, 3 * LAYERS / 2),
+        pytest.param(Checkpointing.selective, 3 * LAYERS // 2, marks=pytest.mark.nightly),
     ],
 )
 def test_the_last_product_of_a_compiled_layer_is_not_calculated_again(mode: Checkpointing, again: int) -> None:
