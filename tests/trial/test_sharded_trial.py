@@ -79,7 +79,7 @@ FAULTS = {
 """As with whole weights; here the others wait within a step, for a layer."""
 
 
-@pytest.mark.nightly  # placement=ddp has the same by day
+@pytest.mark.nightly  # by day workers with whole weights go through the same
 def test_what_happens_to_one_worker_ends_the_other_that_waits_for_its_weights(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     acts = {f"{rate} rank 1": [act, "after step 2"] for rate, (act, _, _) in FAULTS.items()}
