@@ -87,6 +87,17 @@ def trial(name: str, folder: Path | None = None, **method: Any) -> TrialConfig:
     )
 
 
+def maker(home: Path) -> Callable[[str], Path]:
+    """Return what gives a model's folder below `home`, made when it is first asked for."""
+
+    def folder(name: str) -> Path:
+        if not (home / name).exists():
+            make(name, home / name)
+        return home / name
+
+    return folder
+
+
 def make(name: str, folder: Path, **saving: Any) -> Path:
     """Save a model with random weights, as save_pretrained leaves it."""
     torch.manual_seed(0)

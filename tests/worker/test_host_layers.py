@@ -12,7 +12,7 @@ import torch
 from conftest import lab_in
 from elsewhere import Elsewhere
 from engine_models import loss_and_gradients
-from odd_models import make, trial
+from odd_models import maker, trial
 from torch import Tensor
 
 from lora_lab.config import EngineConfig, InvalidInput, TrialConfig
@@ -49,14 +49,7 @@ def packed(model: Any) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def folder(name: str) -> Path:
-        if not (home / name).exists():
-            make(name, home / name)
-        return home / name
-
-    return folder
+    return maker(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma3"])

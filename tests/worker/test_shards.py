@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compiles
 from engine_models import loss_and_gradients
-from odd_models import make, trial
+from odd_models import maker, trial
 from torch import Tensor
 
 from lora_lab.config import InvalidInput, TrialConfig
@@ -79,14 +79,7 @@ def loaded(config: TrialConfig, sharing: Group | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def folder(name: str) -> Path:
-        if not (home / name).exists():
-            make(name, home / name)
-        return home / name
-
-    return folder
+    return maker(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
