@@ -231,6 +231,8 @@ def run(asked: Asked, folder: Path, uri: str, start: Start) -> tuple[Counted, Co
         uri: of the MLflow server that gets the records.
         start: starts a command of lora_lab in a folder with variables of its own; returns its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LOG).exists():
+        raise ValueError(f"{folder} holds the moments of an earlier run: use a new folder")
     killer = Killer(asked, folder)
     killer.start()
     try:
@@ -246,6 +248,7 @@ def run(asked: Asked, folder: Path, uri: str, start: Start) -> tuple[Counted, Co
 
 
 RUNS = {
+    "none killed": Asked(trials=48, nodes=4, seconds=20.0, kills=0.0),
     "one killed": Asked(trials=48, nodes=4, seconds=20.0, kills=0.0, killed_job=26),
     "killed at random": Asked(trials=1000, nodes=50, seconds=15.0, kills=0.15),
 }
