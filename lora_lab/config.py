@@ -65,7 +65,7 @@ class OptimizerConfig:
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """Number format of frozen weights that are not quantised, and of the computation. Trained weights are fp32 in
-    all."""
+    all, but for method.held_in=bf16."""
 
     dtype: DType = setting(DType.bf16, "bf16, fp16 or fp32")
 
@@ -74,7 +74,10 @@ class PrecisionConfig:
 class MethodConfig:
     """What is trained, and how the frozen weights are stored."""
 
-    kind: MethodKind = setting(MethodKind.lora, "lora: adapters on frozen weights; full: every weight, held in fp32")
+    kind: MethodKind = setting(MethodKind.lora, "lora: adapters on frozen weights; full: every weight")
+    held_in: DType = setting(
+        DType.fp32, "with method=full, how weights are held: fp32, or bf16, which rounds each update at random"
+    )
     quantization: Quantization = setting(Quantization.none, "how frozen linear layers are stored: none, nf4 or fp4")
     double_quantization: bool = setting(False, "quantise the 4-bit scales too: about 0.37 bit per weight less")
     mostly_unquantised: bool = setting(False, "run even if less than half of the layers' weights can be held in 4 bit")

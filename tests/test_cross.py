@@ -26,8 +26,16 @@ OPTIMIZERS = {  # class, bits, paged, fused
 PROJECTED = ("galore", "galore_8bit", "apollo", "apollo_mini")  # for method=full alone
 IN_BACKWARD = ("lomo", "adalomo")
 PRECISIONS = {"fp32": ("float32", "no"), "fp16": ("float32", "no"), "bf16": ("bfloat16", "bf16")}  # on a CPU
-METHODS = {"lora": "none", "rslora": "none", "dora": "none", "qlora": "nf4", "qlora_fp4": "fp4", "full": "none"}
-
+METHODS = {
+    "lora": "none",
+    "rslora": "none",
+    "dora": "none",
+    "qlora": "nf4",
+    "qlora_fp4": "fp4",
+    "full": "none",
+    "full_bf16": "none",
+}
+FULL = {"full": "float32", "full_bf16": "bfloat16"}
 
 Cell = tuple[str, str, str]
 
@@ -43,9 +51,9 @@ def cells(full: bool) -> list[Cell]:
 def possible(cell: Cell) -> Cell:
     """The combination itself, or one near to it that is not refused."""
     optimizer, precision, method = cell
-    if optimizer in (*PROJECTED, *IN_BACKWARD) and precision == "fp16":
+    if (optimizer in (*PROJECTED, *IN_BACKWARD) and precision == "fp16") or method == "full_bf16":
         precision = "bf16"
-    return optimizer, precision, "full" if optimizer in PROJECTED else method
+    return optimizer, precision, "full" if optimizer in PROJECTED and method not in FULL else method
 
 
 def point(cell: Cell) -> str:
@@ -101,9 +109,11 @@ def test_what_ran_is_what_was_asked_for(records: list[dict[str, Any]]) -> None:
         assert (ran["autocast"], ran["grad_scaler"]) == (autocast, "False"), record["name"]
         assert ran["quantization"] == METHODS[asked["method"]], record["name"]
         assert ran["quantized_compute_dtype"] == ("none" if ran["quantization"] == "none" else dtype)
-        frozen = {"none"} if asked["method"] == "full" else {dtype}
+        frozen = {"none"} if asked["method"] in FULL else {dtype}
         assert {item.split()[0] for item in ran["weight_dtypes"].split(", ")} - {"uint8"} == frozen, record["name"]
-        assert {item.split()[0] for item in ran["adapter_dtypes"].split(", ")} == {"float32"}, record["name"]
+        assert {item.split()[0] for item in ran["adapter_dtypes"].split(", ")} == {
+            FULL.get(asked["method"], "float32")
+        }, record["name"]
         assert ("uint8" in ran["optimizer_state_dtypes"]) == (optimizer[1] == "8"), record["name"]
         assert ("fp16" in ran["stand_ins"]) == (asked["precision"] == "fp16"), record["name"]
         assert ("paged" in ran["stand_ins"]) == (optimizer[2] == "True"), record["name"]

@@ -11,7 +11,7 @@ from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, EngineKind, MethodKind, Quantization
+from lora_lab.options import Checkpointing, DType, EngineKind, MethodKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
@@ -206,7 +206,8 @@ def _accumulation(config: TrialConfig) -> Change | None:
 def _four_bit(config: TrialConfig) -> Change | None:
     if config.method.quantization is not Quantization.none or config.method.use_dora:
         return None
-    method = replace(config.method, kind=MethodKind.lora, quantization=Quantization.nf4, double_quantization=True)
+    method = replace(config.method, kind=MethodKind.lora, held_in=DType.fp32, quantization=Quantization.nf4)
+    method.double_quantization = True
     override = "method=qlora" + (
         " method.use_rslora=true" if method.use_rslora else ""
     )  # it takes method=rslora's place

@@ -116,7 +116,7 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
 
 @contextlib.contextmanager
 def _no_other_server() -> Iterator[None]:
-    """Keep Python from starting a server itself in place of one that has just died. That one would have this process's
+    """Keep Python from starting a server itself where one has just died. The new one would have this process's
     variables: a launcher's, and the cards. To ask a dead server fails instead."""
     server = forkserver._forkserver
     server.ensure_running = lambda: None  # type: ignore[method-assign]

@@ -144,7 +144,8 @@ def test_methods_differ_from_the_default_lora_as_their_names_say(option: str) ->
     assert (method.quantization.name == "fp4") == ("fp4" in option)
     assert method.use_dora == (option == "dora")
     assert method.use_rslora == (option == "rslora")
-    assert method.kind.name == ("full" if option == "full" else "lora")
+    assert method.kind.name == ("full" if option.startswith("full") else "lora")
+    assert method.held_in.name == ("bf16" if option == "full_bf16" else "fp32")
 
 
 @pytest.mark.parametrize("option", options("capacity"))

@@ -9,4 +9,4 @@ from lora_lab.worker.trainables.trainable import Trainable
 
 def trainable_of(config: TrialConfig) -> Trainable:
     """Return what the trial's method trains."""
-    return Full() if config.method.kind is MethodKind.full else Lora(config)
+    return Full(config.method) if config.method.kind is MethodKind.full else Lora(config)
