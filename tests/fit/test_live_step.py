@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_by_day
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -143,7 +144,11 @@ def autocast_as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"]
+    "family",
+    some_by_day(
+        ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"],
+        by_day=["llama", "qwen3", "phi3", "gemma3_text", "mixtral"],
+    ),
 )
 def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
@@ -178,7 +183,7 @@ def test_rows_beyond_a_sliding_window_have_a_mask() -> None:
     assert said_peak(config) > said_peak(trial("phi3", LORA, DType.bf16, sliding_window=None))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("family", some_by_day(["llama", "gemma3_text", "mixtral"], by_day=["llama", "gemma3_text"]))
 def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
     config.gradient_checkpointing = Checkpointing.full
@@ -253,8 +258,8 @@ def test_a_raised_stream_costs_wider_activations() -> None:
     [
         ("llama", LORA, False),
         pytest.param("llama", LORA, True, marks=pytest.mark.nightly),  # Gemma 3 is too, and has a norm behind
-        ("gemma3_text", LORA, True),
-        ("llama", replace(NF4, raise_to_fp32=True), True),
+        pytest.param("gemma3_text", LORA, True, marks=pytest.mark.nightly),
+        pytest.param("llama", replace(NF4, raise_to_fp32=True), True, marks=pytest.mark.nightly),
     ],
     ids=["kept", "recomputed", "gemma3", "raised"],
 )
