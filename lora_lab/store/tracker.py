@@ -49,6 +49,11 @@ class Tracker(Protocol):
 
         Raises: TrackingFailed."""
 
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a run that is over. Adding them twice is the same as adding them once.
+
+        Raises: TrackingFailed."""
+
     def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
         """Make the adapter in a trial's folder a version of the registered model `name`. Doing it twice is the same as
         doing it once.
@@ -93,6 +98,11 @@ class InMemoryTracker:
         """Remember the points."""
         series = self.records[run_id].series
         series += [point for point in points if point not in series]
+
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Remember the tags, where the run was delivered by this process."""
+        if run_id in self.records:
+            self.records[run_id].tags |= tags
 
     def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
         """Remember the name."""
