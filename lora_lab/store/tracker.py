@@ -34,7 +34,7 @@ class Tracker(Protocol):
         """Record everything, or go on with a run that has part of it.
 
         Delivering twice is the same as delivering once. A trial that is over in the store stays as it is, unless the
-        record is of a later attempt.
+        record is of a later attempt; see `add_tags`.
 
         Args:
             files: files and folders to keep with the run.

@@ -111,10 +111,9 @@ class Halving:
             raise InvalidInput(f"{_HERE} repeats its last rung a fixed number of times. Give repeats=3, not auto.")
         if any(point.config.measure.eval_rows == 0 for point in points):
             raise InvalidInput(f"{_HERE} chooses by the held-out loss, and measure.eval_rows=0 evaluates no rows.")
-        for rung in range(
-            1, 1 if self.candidates else len(self.rungs)
-        ):  # a wrong length is refused before the first trial
-            compose(self.at(points[0].overrides, rung))
+        if not self.candidates:  # a wrong length is refused before the first trial
+            for rung in range(1, len(self.rungs)):
+                compose(self.at(points[0].overrides, rung))
         self.candidates = [
             Candidate(name, value, point, place)
             for place, (name, value, point) in enumerate(zip(names, values, points, strict=True))

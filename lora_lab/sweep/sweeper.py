@@ -32,7 +32,7 @@ from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
-from lora_lab.store.sweep_folder import SKIPPED, Attempt, Membership, Plan, Planned, SweepFolder
+from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
@@ -47,9 +47,10 @@ from lora_lab.sweep.fitting import Judged, judged, show_judged
 from lora_lab.sweep.forecasting import forecast_line
 from lora_lab.sweep.halving import Halving, HalvingConf, note_best, run_rungs
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
-from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
+from lora_lab.sweep.plan import GridPoint, plan_trials
 from lora_lab.sweep.points import combinations, compose_points, conditions_here
 from lora_lab.sweep.record import sweep_record
+from lora_lab.sweep.resuming import earlier, pending_of
 from lora_lab.sweep.side_by_side import Job, Runner, Threads, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
@@ -121,12 +122,7 @@ class Grid(Sweeper):
         raise SystemExit(code)
 
     def _run(self, overrides: list[list[str]], arguments: Sequence[str]) -> int:
-        if self._asked_halving is not None:
-            self._halving = Halving(self._asked_halving, overrides)
-            overrides = [self._halving.at(each, 0) for each in overrides]
-        searches = searches_of(overrides, self._point)
-        composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
-        points = marked(composed, searches)
+        searches, points = self._composed(overrides)
         first = points[0].config
         self._slots = slots_of(first)
         check_side_by_side(points, self._config)
@@ -147,7 +143,7 @@ class Grid(Sweeper):
             self._halving.take(points, searches, self._point)
         rule = rule_of(points) if first.repeats == AUTO else None
         memory = judged(points) if first.resume else Judged()
-        found = self._earlier(points, memory, new) if first.resume else None
+        found = earlier(points, self._first_trials(points), memory, new) if first.resume else None
         folder = found[0] if found else new
         with alone(folder):
             works: dict[str, Workload] = {}
@@ -162,7 +158,7 @@ class Grid(Sweeper):
             show_judged(memory, trials)
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
-            pending = _pending(folder, trials, memory)
+            pending = pending_of(folder, trials, memory)
             if found and not self._node:
                 take_back(folder, pending)
             if found:
@@ -182,6 +178,16 @@ class Grid(Sweeper):
                 return self._halve(folder, self._halving, store, code)
             end_sweep(folder, trials, store, code)
             return code or code_of(folder, trials)
+
+    def _composed(self, overrides: list[list[str]]) -> tuple[list[Search], list[GridPoint]]:
+        """Return the searches for max and the first points: of a search its first value, with halving the first
+        rung."""
+        if self._asked_halving is not None:
+            self._halving = Halving(self._asked_halving, overrides)
+            overrides = [self._halving.at(each, 0) for each in overrides]
+        searches = searches_of(overrides, self._point)
+        composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
+        return searches, marked(composed, searches)
 
     def _compare(
         self,
@@ -249,26 +255,6 @@ class Grid(Sweeper):
     def _point(self, overrides: list[str]) -> GridPoint:
         [point] = compose_points(self._context.config_loader, self._config, [overrides])
         return point
-
-    def _earlier(
-        self, points: list[GridPoint], memory: Judged, new: SweepFolder
-    ) -> tuple[SweepFolder, list[Planned]] | None:
-        """Find the sweep to resume and its trials. None, which is reported, when there is none."""
-        trials, compares = self._first_trials(points), points[0].config.repeats == AUTO
-        found = take_up(trials, new.path, compares)
-        if found is not None:
-            memory.know(trial.point for trial in found[1] if found[0].has_measured(trial))
-            found = take_up(memory.once(trials), found[0].path, compares)
-        if found is not None:
-            print(f"resuming the sweep in {found[0].path}")
-            for line in found[0].damaged(found[1]):
-                print(f"warning: {line}")
-            _warn_of_other_figures(found[0])
-            return found
-        print("no earlier sweep has these points under the present conditions: starting a new one")
-        for line in done_elsewhere(points):
-            print(line)
-        return None
 
     def _write_plan(
         self,
@@ -380,17 +366,6 @@ def _at_once(slots: int) -> str:
     return f"; {slots} trials run at a time, which takes at best 1/{slots} of the time" if slots > 1 else ""
 
 
-def _pending(folder: SweepFolder, trials: list[Planned], memory: Judged) -> list[Planned]:
-    """Return the trials that are still to be run, and first those that are to be recorded as skipped."""
-
-    def is_over(trial: Planned, attempt: Attempt | None) -> bool:
-        skipped = trial.point in memory.too_large
-        return attempt is not None and (attempt.done or (skipped and attempt.outcome == SKIPPED))
-
-    pending = [trial for trial, seen in zip(trials, folder.attempts(trials), strict=True) if not is_over(trial, seen)]
-    return sorted(pending, key=lambda trial: trial.point not in memory.too_large)
-
-
 def _place(sweep: Path, name: str, member: Membership) -> list[str]:
     """Return the overrides that give a trial its folder and its place in the sweep, in whichever process it runs."""
     handed = json.dumps(asdict(member)).replace("$", "\\u0024")  # in which OmegaConf would look for variables
@@ -399,15 +374,3 @@ def _place(sweep: Path, name: str, member: Membership) -> list[str]:
         f"hydra.sweep.subdir={quoted(name)}",
         f"hydra.sweeper.trial={quoted(handed)}",
     ]
-
-
-def _warn_of_other_figures(folder: SweepFolder) -> None:
-    """Warn when the code that calculates figures has changed since the sweep began. What was measured is still the
-    same."""
-    then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
-    if then not in (None, now):
-        print(
-            f"warning: the code that calculates figures (lora_lab/telemetry) has changed since this sweep began "
-            f"({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows the new figures of an earlier trial.",
-            file=sys.stderr,
-        )

@@ -82,6 +82,11 @@ class Contenders:
     """The least and the most tokens of a contender, where they are not the same."""
 
     @property
+    def is_over(self) -> bool:
+        """Return whether some contender has a trial of the last rung that can be compared."""
+        return any(each.value for each in self.contenders)
+
+    @property
     def shown(self) -> tuple[Measure, ...]:
         """Return the costs that some contender has."""
         return tuple(m for m in COSTS[self.kind] if any(m.name in each.costs for each in self.contenders))

@@ -35,6 +35,8 @@ def cells(found: Contenders) -> list[list[str]]:
 def notes(found: Contenders) -> list[str]:
     """Return what a reader must know of the table."""
     said = []
+    if not found.is_over:
+        return ["No contender has been through the last rung yet; resume=true runs the rest. Below are earlier rungs."]
     if found.why_no_loss:
         said.append(f"No held-out loss: {found.why_no_loss}.")
     for each in found.contenders:
@@ -45,7 +47,7 @@ def notes(found: Contenders) -> list[str]:
     if found.uneven_tokens is not None:
         least, most = found.uneven_tokens
         said.append(f"Not at equal tokens: contenders trained on {least:,.0f} to {most:,.0f}.")
-    elif any(each.value for each in found.contenders):
+    else:
         said.append("At equal tokens: every contender trained on as many.")
     if found.equal:
         spent = " and ".join(_SPENT[measure.name] for measure in found.equal)

@@ -93,7 +93,8 @@ def _show_headline(findings: Findings, console: Console) -> None:
 def _show_contenders(findings: Findings, console: Console) -> None:
     for found in findings.contenders:
         console.print()
-        console.print(contenders_table(found))
+        if found.is_over:
+            console.print(contenders_table(found))
         for note in contender_notes(found):
             console.print(escape(note), highlight=False)
 
