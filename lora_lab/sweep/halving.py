@@ -7,6 +7,7 @@ that say its rung and why its value stopped there."""
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora_lab.comparison.halving import (
     CONTENDER,
@@ -44,7 +45,7 @@ class HalvingConf:
     length: str = "train.max_steps"
     """The setting that says how long a trial is."""
     rungs: list[int] = field(default_factory=list)
-    """Its values, one a rung."""
+    """Its values, one a rung; none for a sweep without halving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Candidate:
 class Halving:
     """The rungs of one sweep."""
 
-    def __init__(self, asked: HalvingConf, found: Sequence[list[str]]) -> None:
-        """Take what the sweep's file says, and the overrides of each point.
+    def __init__(self, asked: Any, found: Sequence[list[str]]) -> None:
+        """Take what the sweep's file says (a HalvingConf, as Hydra hands it on), and the overrides of each point.
 
         Raises: InvalidInput."""
         self.best_of, self.length, self.rungs = asked.best_of, asked.length, list(asked.rungs)

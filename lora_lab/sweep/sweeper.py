@@ -71,8 +71,8 @@ class GridConf:
     """Points that do not form a grid: a line of overrides for each. Together with params, each point gets that grid."""
     assumptions: list[str] | None = None
     """What a preset assumes; shown before the sweep and kept in its record."""
-    halving: HalvingConf | None = None
-    """Search the best value of one setting for each point, see halving.py."""
+    halving: HalvingConf = field(default_factory=HalvingConf)
+    """Search the best value of one setting for each point, where rungs are given: see halving.py."""
     trial: str = ""
     """The trial's Membership as JSON. The sweep sets it for each trial; it is not for users."""
 
@@ -94,7 +94,7 @@ class Grid(Sweeper):
         self._params = dict(params or {})
         self._lines = list(points or [""])
         self._assumptions = list(assumptions or [])
-        self._asked_halving = None if halving is None else HalvingConf(halving.best_of, halving.length, halving.rungs)
+        self._asked_halving = halving if halving is not None and halving.rungs else None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra passes before it calls `sweep`."""
