@@ -261,7 +261,12 @@ class TrainConfig:
     checkpoint_every: float = setting(
         0.5, "save a checkpoint after this part of an epoch; above 1, after this many steps", above=0, most=10**9
     )
-    keep_checkpoints: int = setting(2, "the newest checkpoints that are kept, and the best", above=0, most=10**6)
+    keep_checkpoints: int = setting(
+        2,
+        "the newest checkpoints that are kept, and the best; 0 saves none: a job that is cut off begins again",
+        least=0,
+        most=10**6,
+    )
     keep_best: bool = setting(True, "what is saved is as it was at the lowest held-out loss, not at the end")
     early_stopping: int | None = setting(
         None, "end after this many evaluations in a row without a lower held-out loss", above=0, most=10**6

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
-from benchmarks import answers, numbers, stopping
+from benchmarks import answers, method_claims, numbers, stopping
 from benchmarks.cards import cards
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
@@ -50,6 +50,25 @@ def test_the_rule_pages_two_states_of_each_large_parameter(tmp_path: Path) -> No
     by_optimizer = {name: paged_by_rule(tmp_path, name) * 2**30 for name in ("adamw_fused", "paged_adamw")}
     assert by_optimizer == {"adamw_fused": 0, "paged_adamw": 200_000}
     assert paged_by_rule(tmp_path, "paged_adamw_32bit") * 2**30 == 800_000
+
+
+def test_a_claim_of_memory_is_judged_by_the_whole_model_and_only_where_the_rule_holds() -> None:
+    """GaLore keeps a third of AdamW's state in 7B shapes; in few layers the tables weigh more."""
+
+    def trial(state: int, whole: int, rule: float = 1.0) -> dict[str, object]:
+        rules = {"by_rule": {"state": state * rule}, "whole_by_rule": {"state": whole}}
+        return {"state": state, "peak": None, "outcome": "finished", **rules}
+
+    trials = {"adamw": trial(100, 1000), "galore": trial(50, 345)}
+    said = method_claims.claims_of(trials, is_dry=False)
+    assert said["galore_state"]["whole"] == pytest.approx(0.655)
+    assert said["galore_state"]["verdict"].startswith("supported")
+    assert said["galore_8bit_total"]["verdict"].startswith("not testable"), "its trial is missing"
+    said = method_claims.claims_of(trials | {"galore": trial(50, 500)}, is_dry=False)
+    assert said["galore_state"]["verdict"].startswith("not reached")
+    said = method_claims.claims_of(trials | {"galore": trial(50, 345, rule=0.9)}, is_dry=False)
+    assert said["galore_state"]["verdict"].startswith("not testable"), "what was measured is off the rule"
+    assert "dry run" in method_claims.claims_of(trials, is_dry=True)["galore_state"]["verdict"]
 
 
 def test_the_stored_error_rates_of_the_stopping_rule_are_as_stated() -> None:

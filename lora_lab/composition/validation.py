@@ -33,6 +33,7 @@ from lora_lab.options import (
     EngineKind,
     Isolation,
     ModelSource,
+    OnSpike,
     Quantization,
     TrackingKind,
     Weights,
@@ -280,6 +281,11 @@ def _train_faults(config: TrialConfig) -> list[str]:
         found.append(
             f"train.early_stopping={train.early_stopping} needs held-out rows to evaluate, and measure.eval_rows=0; "
             "leave one of them out."
+        )
+    if train.on_spike is OnSpike.lower_lr and train.keep_checkpoints == 0:
+        found.append(
+            "train.on_spike=lower_lr goes back to a checkpoint, and train.keep_checkpoints=0 saves none; leave one of "
+            "them out."
         )
     return found
 

@@ -23,7 +23,7 @@ from lora_lab.report.answers.compare.comparison import compare, exit_code
 from lora_lab.report.answers.compare.display import show as show_comparison
 from lora_lab.report.arguments import names, settings, share
 from lora_lab.report.findings import Findings, Question, find
-from lora_lab.report.writing.page.page import write_page
+from lora_lab.report.writing.page.page import Timelines, write_page
 from lora_lab.report.writing.page.page_file import choose_place
 from lora_lab.report.writing.table import FORMATS, make_table, print_table
 from lora_lab.report.writing.terminal import show, show_full
@@ -70,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ]
             ),
         )
-        findings = find(trials, sweeps, question, __version__)
+        timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
+        findings = find(trials, sweeps, question, __version__, timelines)
         path, why = choose_place(_newest(trials, sweeps).tags, asked.out)
-        _write(findings, store, trials, path)
+        _write(findings, timelines, store, trials, path)
         (show_full if asked.full or asked.split else show)(findings, console)
         for study in question.studies if asked.claims else ():
             if all(study is not judged for judged, _ in findings.verdicts):
@@ -148,11 +149,10 @@ def _that_names_its_sweeps(given: Sequence[str], trials: Sequence[Trial], sweeps
     return list(given) if "--sweep" in given else [*given, "--sweep", *ids]
 
 
-def _write(findings: Findings, store: StoredRuns, trials: Sequence[Trial], path: Path) -> None:
+def _write(findings: Findings, timelines: Timelines, store: StoredRuns, trials: Sequence[Trial], path: Path) -> None:
     """Write the page.
 
     Raises: InvalidInput when nothing can be written there."""
-    timelines = {trial.run_id: store.series(trial.run_id) for trial in trials}
     try:
         write_page(findings, timelines, path, {trial.run_id: store.answers(trial) for trial in trials})
     except OSError as error:

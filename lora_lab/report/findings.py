@@ -10,6 +10,7 @@ from lora_lab.report.answers.claims.judge import judge
 from lora_lab.report.answers.claims.required_effect import Needed, needed
 from lora_lab.report.answers.claims.study import Study
 from lora_lab.report.answers.claims.verdict import Verdict
+from lora_lab.report.answers.contenders import Contenders, Curves, compared_trials, contenders
 from lora_lab.report.answers.estimates import Estimates, estimates
 from lora_lab.report.answers.fits import Fit, fits
 from lora_lab.report.answers.learnt import Learnt, learnt
@@ -84,6 +85,8 @@ class Findings:
     sweeps: tuple[Sweep, ...]
     answers: tuple[str, ...]
     """Of the sweeps with repeats=auto, in words."""
+    contenders: tuple[Contenders, ...]
+    """Of the sweeps by halving, by sweep and place."""
     groups: tuple[GroupFindings, ...]
     """By place and kind, the one with most measured trials first."""
     pooled: tuple[PooledContrast, ...]
@@ -109,12 +112,19 @@ class Question:
     command: str = "python -m lora_lab.report"
 
 
-def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, version: str) -> Findings:
+def find(
+    trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, version: str, curves: Curves | None = None
+) -> Findings:
     """Return all findings about these trials.
+
+    Args:
+        curves: series of the trials, for the losses of contenders at equal cost.
 
     Raises: InvalidInput when there are none, or `question` names a setting that none has."""
     if not trials:
         raise InvalidInput("there are no trials to report. Run some: python -m lora_lab -m batch_size=1,2 repeats=5")
+    rivals = contenders(trials, curves or {})
+    trials = compared_trials(trials)
     alike = groups_alike(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is alike[0]) for group in alike)
     pooled = [measure for measure in MEASURES if measure is not VRAM]
@@ -124,6 +134,7 @@ def find(trials: Sequence[Trial], sweeps: Sequence[Sweep], question: Question, v
         title=_title(trials, sweeps),
         sweeps=tuple(sweeps),
         answers=tuple(line for sweep in sweeps for line in answers_of(sweep, trials)),
+        contenders=tuple(rivals),
         groups=found,
         pooled=tuple(
             contrast

@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ class MlflowTracker:
         with store_errors():
             self._check_present()
             self._log(run_id, _series(points))
+
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Add the tags, each by its own name."""
+        from mlflow.entities import RunTag
+
+        with store_errors():
+            self._check_present()
+            self._client.log_batch(
+                run_id, tags=[RunTag(key, _text(text)[: mlflow_names.LONGEST_TAG]) for key, text in tags.items()]
+            )
 
     def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
         """Store the adapter as a model, and make it a version of the registered one."""

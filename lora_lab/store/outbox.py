@@ -3,7 +3,7 @@
 A record is delivered at once, or by a later start if that was not possible."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +112,22 @@ class Outbox:
             self.fault = f"the run {run_id} is in the store, but it is no version of tracking.register={name}: {fault}"
             return False
         return True
+
+    def add_tags(self, folder: TrialFolder, tags: Mapping[str, str]) -> None:
+        """Add tags to the record of a trial that is over, on disk and in the store. Adding them twice is the same as
+        adding them once. A store that cannot take them leaves `fault`."""
+        try:
+            run_id = folder.add_tags(tags)
+        except (Damaged, OSError) as fault:
+            self.fault = str(fault)
+            return
+        tracker = None if run_id is None else self.open()
+        if run_id is None or tracker is None:
+            return
+        try:
+            tracker.add_tags(run_id, tags)
+        except TrackingFailed as fault:
+            self._failed(fault)
 
     def deliver_sweep(self, folder: SweepFolder) -> str | None:
         """Deliver the record above a sweep's trials as it is now. Return the run's id; None with `fault`."""

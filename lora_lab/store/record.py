@@ -55,7 +55,8 @@ class Record:
     parent: str | None = None
     """The id of the sweep's record, for a trial of a sweep."""
     is_sweep: bool = False
-    """A sweep's record changes when the sweep is continued. A trial's record is final."""
+    """A sweep's record changes when the sweep is continued. A trial's record is final, but for tags that its sweep adds
+    to it (halving)."""
     name: str
     params: dict[str, str]
     chosen: list[str] = field(default_factory=list)

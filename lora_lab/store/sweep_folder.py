@@ -53,6 +53,8 @@ class Planned:
     """Digest of config, repeat and conditions. It is the same however often this trial is asked for."""
     point_name: str = ""
     """The point's name; empty in the plan of an older version."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """What the sweep adds to the tags of its record."""
 
     @property
     def label(self) -> str:
@@ -95,6 +97,8 @@ class Membership:
     """`number`, `repeat`, `point` and `fingerprint` are those of `Planned`."""
     too_large: TooLarge | None = None
     """Why it is recorded and not run; None for a trial that runs."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """What the sweep adds to the tags of its record."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,6 +130,7 @@ class Plan:
             point=trial.point,
             fingerprint=trial.fingerprint,
             too_large=too_large,
+            tags=trial.tags,
         )
 
     def planned(self, name: str) -> Planned | None:

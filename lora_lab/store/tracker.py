@@ -34,7 +34,7 @@ class Tracker(Protocol):
         """Record everything, or go on with a run that has part of it.
 
         Delivering twice is the same as delivering once. A trial that is over in the store stays as it is, unless the
-        record is of a later attempt.
+        record is of a later attempt; see `add_tags`.
 
         Args:
             files: files and folders to keep with the run.
@@ -46,6 +46,11 @@ class Tracker(Protocol):
 
     def extend(self, run_id: str, points: Sequence[Point]) -> None:
         """Add points to the series of a run. Adding a point twice is the same as adding it once.
+
+        Raises: TrackingFailed."""
+
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a run that is over. Adding them twice is the same as adding them once.
 
         Raises: TrackingFailed."""
 
@@ -93,6 +98,11 @@ class InMemoryTracker:
         """Remember the points."""
         series = self.records[run_id].series
         series += [point for point in points if point not in series]
+
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Remember the tags, where the run was delivered by this process."""
+        if run_id in self.records:
+            self.records[run_id].tags |= tags
 
     def register(self, run_id: str, folder: Path, record: Record, name: str) -> None:
         """Remember the name."""

@@ -6,6 +6,7 @@ appears whole or not at all. Once it is there, the trial is over. `delivered.jso
 import contextlib
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,20 @@ class TrialFolder:
         events, fault = lines(self.path / "events.jsonl", decode, _noted(self._events))
         samples, other = lines(self.path / "samples.jsonl", Sample.decode, _noted(self._samples))
         return events, samples, [one for one in (fault, other) if one is not None]
+
+    def add_tags(self, tags: Mapping[str, str]) -> str | None:
+        """Add what a sweep finds out about a trial that is over to its record.
+
+        Return the store's id of the run; None where no store has it yet, or the trial is not over.
+
+        Raises: Damaged, OSError."""
+        record = self.record()
+        if record is None:
+            return None
+        record.tags |= tags
+        write_json(self.path / RECORD, asdict(record))
+        delivered = self._delivered()
+        return None if delivered is None else delivered.run_id
 
     @property
     def delivered(self) -> bool:

@@ -8,12 +8,15 @@ from lora_lab.store.record import Record
 from lora_lab.sweep.plan import GridPoint
 
 
-def sweep_record(points: Sequence[GridPoint], arguments: Sequence[str], preset: str | None) -> Record:
+def sweep_record(
+    points: Sequence[GridPoint], arguments: Sequence[str], preset: str | None, is_whole: bool = True
+) -> Record:
     """Return the record of a sweep that begins, without where it runs.
 
     Args:
         arguments: the command line.
-        preset: the prepared sweep that was chosen; None without one."""
+        preset: the prepared sweep that was chosen; None without one.
+        is_whole: whether no more trials follow than are planned at the start."""
     axes: dict[str, list[str]] = {}
     for point in points:
         for override in point.overrides:
@@ -27,7 +30,7 @@ def sweep_record(points: Sequence[GridPoint], arguments: Sequence[str], preset: 
     repeats = points[0].config.repeats
     if not searched:  # else nobody knows yet, and neither with repeats=auto
         params["points"] = str(len(points))
-        if isinstance(repeats, int):
+        if isinstance(repeats, int) and is_whole:
             params |= {"repeats": str(repeats), "trials": str(repeats * len(points))}
     if preset:
         params["sweep"] = str(preset)

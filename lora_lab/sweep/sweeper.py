@@ -23,7 +23,7 @@ from lora_lab.composition.arguments import quoted
 from lora_lab.composition.hydra_errors import COMPOSING
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.options import ClusterKind, Isolation
-from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED, Outcome, combined_exit_code
+from lora_lab.outcome import EXIT_INTERRUPTED, EXIT_REFUSED
 from lora_lab.placement import Placement
 from lora_lab.store.environment import device_facts, environment
 from lora_lab.store.folder_checks import check_chdir, check_sweep_folder
@@ -32,7 +32,7 @@ from lora_lab.store.outbox import Outbox, absolute, owner_tags
 from lora_lab.store.process_id import this_process
 from lora_lab.store.record import RUNNING, Record
 from lora_lab.store.recovery import remember_outside
-from lora_lab.store.sweep_folder import SKIPPED, Attempt, Membership, Plan, Planned, SweepFolder
+from lora_lab.store.sweep_folder import Membership, Plan, Planned, SweepFolder
 from lora_lab.sweep.alone import alone
 from lora_lab.sweep.checks import check_new, check_points
 from lora_lab.sweep.cluster.asking import ask_a_node, check_on_cluster
@@ -41,13 +41,16 @@ from lora_lab.sweep.cluster.engine import Engine
 from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder, take_back
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
-from lora_lab.sweep.display import show_forecast, show_rule, show_table, write_table
+from lora_lab.sweep.display import show_forecast, show_rule
+from lora_lab.sweep.ending import code_of, end_sweep
 from lora_lab.sweep.fitting import Judged, judged, show_judged
 from lora_lab.sweep.forecasting import forecast_line
+from lora_lab.sweep.halving import Halving, HalvingConf, note_best, run_rungs
 from lora_lab.sweep.largest import Search, marked, note_answers, run_searches, searches_of, with_first_values
-from lora_lab.sweep.plan import GridPoint, done_elsewhere, plan_trials, take_up
+from lora_lab.sweep.plan import GridPoint, plan_trials
 from lora_lab.sweep.points import combinations, compose_points, conditions_here
 from lora_lab.sweep.record import sweep_record
+from lora_lab.sweep.resuming import earlier, pending_of
 from lora_lab.sweep.side_by_side import Job, Runner, Threads, failures, launch_side_by_side
 from lora_lab.sweep.slots import Slot, check_side_by_side, slots_of, whole
 from lora_lab.trial import worker_process
@@ -68,6 +71,8 @@ class GridConf:
     """Points that do not form a grid: a line of overrides for each. Together with params, each point gets that grid."""
     assumptions: list[str] | None = None
     """What a preset assumes; shown before the sweep and kept in its record."""
+    halving: HalvingConf = field(default_factory=HalvingConf)
+    """Search the best value of one setting for each point, where rungs are given: see halving.py."""
     trial: str = ""
     """The trial's Membership as JSON. The sweep sets it for each trial; it is not for users."""
 
@@ -83,11 +88,13 @@ class Grid(Sweeper):
         params: dict[str, str] | None = None,
         points: list[str] | None = None,
         assumptions: list[str] | None = None,
+        halving: DictConfig | None = None,
         trial: str = "",
     ) -> None:
         self._params = dict(params or {})
         self._lines = list(points or [""])
         self._assumptions = list(assumptions or [])
+        self._asked_halving = halving if halving is not None and halving.rungs else None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra passes before it calls `sweep`."""
@@ -96,6 +103,7 @@ class Grid(Sweeper):
         self._task = task_function
         self._slots: list[Slot] = []
         self._node: Node | None = None
+        self._halving: Halving | None = None
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -114,9 +122,7 @@ class Grid(Sweeper):
         raise SystemExit(code)
 
     def _run(self, overrides: list[list[str]], arguments: Sequence[str]) -> int:
-        searches = searches_of(overrides, self._point)
-        composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
-        points = marked(composed, searches)
+        searches, points = self._composed(overrides)
         first = points[0].config
         self._slots = slots_of(first)
         check_side_by_side(points, self._config)
@@ -133,9 +139,11 @@ class Grid(Sweeper):
         if first.cluster.kind is not ClusterKind.local:
             self._node = ask_a_node(first, new.path)
             points = [replace(point, conditions=conditions_here(point.config, self._node)) for point in points]
+        if self._halving is not None:
+            self._halving.take(points, searches, self._point)
         rule = rule_of(points) if first.repeats == AUTO else None
         memory = judged(points) if first.resume else Judged()
-        found = self._earlier(points, memory, new) if first.resume else None
+        found = earlier(points, self._first_trials(points), memory, new) if first.resume else None
         folder = found[0] if found else new
         with alone(folder):
             works: dict[str, Workload] = {}
@@ -143,12 +151,14 @@ class Grid(Sweeper):
                 trials = found[1]
             else:
                 works = check_new(points, new, self._node)
+                if self._halving is not None:
+                    self._halving.take(points, searches, self._point)
                 memory = judged(points)
-                trials = memory.once(_first_trials(points))
+                trials = memory.once(self._first_trials(points))
             show_judged(memory, trials)
             if rule is not None:
                 return self._compare(folder, trials, points, arguments, rule, store)
-            pending = _pending(folder, trials, memory)
+            pending = pending_of(folder, trials, memory)
             if found and not self._node:
                 take_back(folder, pending)
             if found:
@@ -158,14 +168,26 @@ class Grid(Sweeper):
             to_run = [trial for trial in pending if trial.point not in memory.too_large]
             forecast = forecast_line(points, to_run, works) + _at_once(self._workers)
             show_forecast(folder.path, trials, pending, memory.too_large, forecast)
-            for search in searches:
-                print(search.plan_line)
+            for line in [*(search.plan_line for search in searches), *self._rung_lines]:
+                print(line)
             self._write_plan(folder, trials, points, arguments, None)
             code = self._launch(folder, pending, store, memory) if pending else 0
             if searches:
                 return self._search(folder, searches, points, store, code)
-            self._finish(folder, trials, store, code)
-            return code or _code_of(folder, trials)
+            if self._halving is not None:
+                return self._halve(folder, self._halving, store, code)
+            end_sweep(folder, trials, store, code)
+            return code or code_of(folder, trials)
+
+    def _composed(self, overrides: list[list[str]]) -> tuple[list[Search], list[GridPoint]]:
+        """Return the searches for max and the first points: of a search its first value, with halving the first
+        rung."""
+        if self._asked_halving is not None:
+            self._halving = Halving(self._asked_halving, overrides)
+            overrides = [self._halving.at(each, 0) for each in overrides]
+        searches = searches_of(overrides, self._point)
+        composed = compose_points(self._context.config_loader, self._config, with_first_values(overrides, searches))
+        return searches, marked(composed, searches)
 
     def _compare(
         self,
@@ -185,10 +207,10 @@ class Grid(Sweeper):
         show_rule(folder.path, rule, len(points))
         code = run_blocks(folder, points, lambda block: self._launch(folder, block, store, Judged()))
         plan = folder.read()
-        self._finish(folder, plan.trials, store, code, continues=False)  # a new block is run instead
+        end_sweep(folder, plan.trials, store, code, continues=False)  # a new block is run instead
         found = judged(folder, plan)
         print("", *found.lines, sep="\n")
-        return code or (0 if found.comparable else _code_of(folder, plan.trials))
+        return code or (0 if found.comparable else code_of(folder, plan.trials))
 
     def _search(
         self, folder: SweepFolder, searches: list[Search], points: list[GridPoint], store: Outbox, code: int
@@ -200,33 +222,39 @@ class Grid(Sweeper):
             )
         note_answers(folder, searches)
         trials = folder.read().trials
-        self._finish(folder, trials, store, code, continues=False)
+        end_sweep(folder, trials, store, code, continues=False)
         print("", *(search.answer_line for search in searches), sep="\n")
-        return code or _code_of(folder, trials)
+        return code or code_of(folder, trials)
+
+    def _halve(self, folder: SweepFolder, halving: Halving, store: Outbox, code: int) -> int:
+        """Run the rungs after the first, unless its exit code says otherwise."""
+
+        def launch(pending: list[Planned]) -> int:
+            if not self._node:
+                take_back(folder, pending)
+            return self._launch(folder, pending, store, Judged())
+
+        code = code or run_rungs(folder, halving, self._point, launch, store)
+        lines = note_best(folder, halving) if code == 0 else []
+        trials = folder.read().trials
+        end_sweep(folder, trials, store, code)
+        print("", *lines, sep="\n")
+        return code or code_of(folder, trials)
+
+    @property
+    def _rung_lines(self) -> list[str]:
+        return [] if self._halving is None else [self._halving.plan_line]
+
+    def _first_trials(self, points: list[GridPoint]) -> list[Planned]:
+        """Plan all trials; with repeats=auto those of the first block, with halving those of the first rung."""
+        if self._halving is not None:
+            return self._halving.plan(self._halving.trying(self._halving.candidates), 0)
+        config = points[0].config
+        return plan_trials(points, config.repeats if isinstance(config.repeats, int) else 1, config.seed)
 
     def _point(self, overrides: list[str]) -> GridPoint:
         [point] = compose_points(self._context.config_loader, self._config, [overrides])
         return point
-
-    def _earlier(
-        self, points: list[GridPoint], memory: Judged, new: SweepFolder
-    ) -> tuple[SweepFolder, list[Planned]] | None:
-        """Find the sweep to resume and its trials. None, which is reported, when there is none."""
-        trials, compares = _first_trials(points), points[0].config.repeats == AUTO
-        found = take_up(trials, new.path, compares)
-        if found is not None:
-            memory.know(trial.point for trial in found[1] if found[0].has_measured(trial))
-            found = take_up(memory.once(trials), found[0].path, compares)
-        if found is not None:
-            print(f"resuming the sweep in {found[0].path}")
-            for line in found[0].damaged(found[1]):
-                print(f"warning: {line}")
-            _warn_of_other_figures(found[0])
-            return found
-        print("no earlier sweep has these points under the present conditions: starting a new one")
-        for line in done_elsewhere(points):
-            print(line)
-        return None
 
     def _write_plan(
         self,
@@ -269,7 +297,8 @@ class Grid(Sweeper):
             ) from error
 
     def _record(self, points: list[GridPoint], arguments: Sequence[str], facts: dict[str, str]) -> Record:
-        record = sweep_record(points, arguments, self._config.hydra.runtime.choices.get("sweep"))
+        preset = self._config.hydra.runtime.choices.get("sweep")
+        record = sweep_record(points, arguments, preset, is_whole=self._halving is None)
         record.tags |= environment() | device_facts(self._placement(points[0].config)) | facts
         if self._slots:
             record.tags["slots"] = ", ".join(slot.name for slot in self._slots)
@@ -332,64 +361,9 @@ class Grid(Sweeper):
         on_card = self._asked.device != "cpu"
         return engine_of(self._asked.cluster, on_card, jobs_folder(folder)) if self._node else None
 
-    def _finish(
-        self, folder: SweepFolder, trials: list[Planned], store: Outbox, code: int, continues: bool = True
-    ) -> None:
-        """Deliver what the store did not take at once, and print the table.
-
-        Args:
-            continues: whether resume=true runs again what was not measured.
-        """
-        attempts = folder.attempts(trials)
-        places: list[str] = []
-        if folder.read().record.outcome != Outcome.finished.value:  # it ran now, or was killed at its very end
-            whole = folder.read().trials  # earlier starts may have asked for more
-            try:
-                write_table(folder.path / "trials.csv", whole, folder.attempts(whole))
-            except OSError as error:
-                places.append(f"{folder.path / 'trials.csv'} was not written ({error.strerror})")
-            with suppress(OSError):
-                ended = Outcome.killed if code == EXIT_INTERRUPTED else Outcome.finished
-                folder.end(ended, folder.attempts(whole))
-            run_id = store.deliver_all(folder)
-            places += store.where(run_id) if run_id else []
-            if store.fault:
-                places.append(store.outlook("the records"))
-        show_table(trials, attempts)
-        left = {attempt.outcome if attempt else "" for attempt in attempts if attempt is None or not attempt.done}
-        if continues and left - {SKIPPED}:
-            places.append("to run again what was not measured, add resume=true to the same command")
-        if continues and SKIPPED in left:
-            places.append("to run what was skipped all the same, add plan=all resume=true")
-        for place in places:
-            print(place)
-
 
 def _at_once(slots: int) -> str:
     return f"; {slots} trials run at a time, which takes at best 1/{slots} of the time" if slots > 1 else ""
-
-
-def _code_of(folder: SweepFolder, trials: list[Planned]) -> int:
-    """Return the exit code of a sweep that ran to its end."""
-    attempts = folder.attempts(trials)
-    return combined_exit_code([1 if each is None else Outcome(each.outcome).exit_code for each in attempts])
-
-
-def _pending(folder: SweepFolder, trials: list[Planned], memory: Judged) -> list[Planned]:
-    """Return the trials that are still to be run, and first those that are to be recorded as skipped."""
-
-    def is_over(trial: Planned, attempt: Attempt | None) -> bool:
-        skipped = trial.point in memory.too_large
-        return attempt is not None and (attempt.done or (skipped and attempt.outcome == SKIPPED))
-
-    pending = [trial for trial, seen in zip(trials, folder.attempts(trials), strict=True) if not is_over(trial, seen)]
-    return sorted(pending, key=lambda trial: trial.point not in memory.too_large)
-
-
-def _first_trials(points: list[GridPoint]) -> list[Planned]:
-    """Plan all trials; with repeats=auto those of the first block."""
-    config = points[0].config
-    return plan_trials(points, config.repeats if isinstance(config.repeats, int) else 1, config.seed)
 
 
 def _place(sweep: Path, name: str, member: Membership) -> list[str]:
@@ -400,15 +374,3 @@ def _place(sweep: Path, name: str, member: Membership) -> list[str]:
         f"hydra.sweep.subdir={quoted(name)}",
         f"hydra.sweeper.trial={quoted(handed)}",
     ]
-
-
-def _warn_of_other_figures(folder: SweepFolder) -> None:
-    """Warn when the code that calculates figures has changed since the sweep began. What was measured is still the
-    same."""
-    then, now = folder.read().record.tags.get("code.telemetry"), environment()["code.telemetry"]
-    if then not in (None, now):
-        print(
-            f"warning: the code that calculates figures (lora_lab/telemetry) has changed since this sweep began "
-            f"({then} -> {now}). `python -m lora_lab.recompute FOLDER` shows the new figures of an earlier trial.",
-            file=sys.stderr,
-        )

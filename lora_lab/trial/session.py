@@ -181,7 +181,7 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
         facts["point"] = point_digest(config)
     facts["command"] = without_secrets(request.command)
     if member is not None:
-        facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)}
+        facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)} | member.tags
     if request.beside is not None:
         facts["slot"] = request.beside.slot
     if request.cluster:

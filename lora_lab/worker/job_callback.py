@@ -78,7 +78,7 @@ class JobTelemetry(Telemetry):
         control.should_evaluate |= self._evaluates and self._plan.evaluates_after(step)
         control.should_save |= self._plan.saves_after(step)
         self._take_step(step, self._rate)
-        pause = control.should_evaluate or control.should_save
+        pause = control.should_evaluate or control.should_save or step == self._plan.steps
         if pause:
             self.pause()
         if step == self._warm_from + 1 and self._warmup_steps:

@@ -8,7 +8,7 @@ from lora_lab.config import InvalidInput, TrialConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobPlan:
-    """The length of a job in optimizer steps. Its last step is evaluated and saved in any case."""
+    """The length of a job in optimizer steps. Its last step is evaluated, and saved where any is."""
 
     steps: int
     steps_per_epoch: int
@@ -16,6 +16,8 @@ class JobPlan:
     evaluate_every: float
     """In steps; not a whole number where a part of an epoch is not."""
     checkpoint_every: float
+    saves: bool
+    """Whether checkpoints are saved at all."""
     rows_left_out: int
     """Rows that an epoch leaves out, other rows in each: less than a micro-batch of all workers."""
 
@@ -25,7 +27,7 @@ class JobPlan:
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is saved after this step, counted from 1."""
-        return _is_due(step, self.checkpoint_every)
+        return self.saves and _is_due(step, self.checkpoint_every)
 
 
 def _is_due(step: int, every: float) -> bool:
@@ -55,6 +57,7 @@ def plan_job(config: TrialConfig, rows: int) -> JobPlan:
         warmup_steps=warmup,
         evaluate_every=_in_steps(train.eval_every, steps_per_epoch),
         checkpoint_every=_in_steps(train.checkpoint_every, steps_per_epoch),
+        saves=train.keep_checkpoints > 0,
         rows_left_out=rows % at_once,
     )
     faults = _faults(config, plan)

@@ -81,8 +81,9 @@ class JobTrainer(SharingTrainer):
             self._try_to_save(f"best {self._trained.name}", lambda: self._checkpoints.save_best(self.model))
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control.should_save |= self.control.should_training_stop
-        if not self.control.should_save:
+        is_end = self.control.should_training_stop
+        self.control.should_save |= is_end and self._config.train.keep_checkpoints > 0
+        if not (self.control.should_save or is_end):
             self._telemetry.go_on()
         return metrics
 
@@ -170,7 +171,7 @@ def job_arguments(config: TrialConfig, plan: JobPlan, evaluates: bool) -> dict[s
         "warmup_steps": plan.warmup_steps,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": plan.steps,
-        "save_strategy": "steps",
+        "save_strategy": "steps" if plan.saves else "no",
         "save_steps": plan.steps,
         "metric_for_best_model": "loss" if evaluates else None,
         "greater_is_better": False if evaluates else None,

@@ -66,7 +66,7 @@ def work_on(
         steps, steps_per_epoch = plan.steps, plan.steps_per_epoch
         full_steps = len(order) // config.batch_size / config.grad_accum_steps
         evaluations = sum(plan.evaluates_after(step) for step in range(1, steps)) + 1
-        checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + 1
+        checkpoints = sum(plan.saves_after(step) for step in range(1, steps)) + plan.saves
     rows = [examples.train[place] for place in order[: None if most is None else most * config.batch_size]]
     heldout = examples.heldout[: config.measure.eval_rows]
     as_evaluated = Collator(pad_id=padding)

@@ -178,7 +178,7 @@ def test_a_step_of_memory_beats_a_sweep() -> None:
     assert composed("sweep=engines", "memory=lean").gradient_checkpointing is Checkpointing.offloaded
 
 
-SWEEPS = {"engines": (16, 5), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}
+SWEEPS = {"engines": (16, 5), "methods": (32, 3), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}
 """Points and repeats, as their first lines promise."""
 
 
@@ -187,10 +187,14 @@ def test_every_sweep_states_its_size_here() -> None:
 
 
 def points_of(option: str) -> list[tuple[str, ...]]:
-    """The overrides of each point of a preset: its lines, or the product of its params."""
+    """The overrides of each point of a preset: the product of the values of its lines, each with its params."""
     sweeper = hydra_of(f"sweep={option}").sweeper
-    axes = [[f"{key}={value}" for value in values.split(",")] for key, values in (sweeper.params or {}).items()]
-    return [(*line.split(), *point) for line in sweeper.points or [""] for point in itertools.product(*axes)]
+    params = [f"{key}={values}" for key, values in (sweeper.params or {}).items()]
+    found = []
+    for line in sweeper.points or [""]:
+        words = (word.partition("=") for word in [*line.split(), *params])
+        found += itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in words))
+    return found
 
 
 @pytest.mark.parametrize("option", options("sweep"))

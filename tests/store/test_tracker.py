@@ -233,6 +233,16 @@ def test_a_trial_that_is_over_in_the_store_stays_as_it_is(shelf: Shelf) -> None:
     assert_kept(kept, wanted)
 
 
+def test_tags_are_added_to_a_trial_that_is_over_and_nothing_else_changes(shelf: Shelf) -> None:
+    run_id = shelf.tracker().deliver(record(), [])
+    before = shelf.kept()[run_id]
+    for _ in range(2):
+        shelf.tracker().add_tags(run_id, {"halving.stopped": "its held-out loss 3.2 was behind"})
+    after = shelf.kept()[run_id]
+    assert after.tags == before.tags | {"halving.stopped": "its held-out loss 3.2 was behind"}
+    assert replace(after, tags=before.tags) == before
+
+
 def test_a_trial_whose_sweep_the_store_does_not_know_asks_for_that_first(mlflow: Mlflow) -> None:
     with pytest.raises(SweepUnknown):
         mlflow.tracker().deliver(record(parent="unknown"), [])

@@ -26,6 +26,7 @@ from lora_lab.store.process_id import Owner, this_process
 from lora_lab.store.record import Record
 from lora_lab.store.recovery import recover
 from lora_lab.store.trial_folder import Manifest, TrialFolder
+from lora_lab.telemetry.figures import Summary
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.sampler import Sample
 
@@ -419,3 +420,22 @@ def test_the_store_gets_every_file_but_those_it_has_as_the_run_itself(tmp_path: 
         "traceback.txt",
         "trial.json",
     }
+
+
+def test_tags_are_added_to_a_record_that_is_over_and_wait_on_disk_for_the_store(tmp_path: Path) -> None:
+    record = Record(name="trial", params={}, outcome="finished", tags={"outcome": "finished"})
+    folder, box = TrialFolder(tmp_path), Outbox(TrackingConfig(kind=TrackingKind.none))
+    box.add_tags(folder, {"why": "none is there yet"})
+    assert folder.record() is None
+    asked = Manifest(owner=this_process(), t=0.0, tracking=TrackingConfig(), record=record)
+    folder.begin(asked, TrialConfig(), {}, HostFacts())
+    folder.write_end(record, Summary(), End(outcome=Outcome.finished, reason=""), HostFacts())
+    assert folder.add_tags({"halving.stopped": "no"}) is None, "no store has it"
+    folder.mark_delivered("run1")
+    assert folder.add_tags({"halving.stopped": "it was behind"}) == "run1"
+    kept = folder.record()
+    assert kept is not None
+    assert kept.tags == {"outcome": "finished", "halving.stopped": "it was behind"}
+    (tmp_path / "record.json").write_text("{")
+    box.add_tags(folder, {"halving.stopped": "lost"})
+    assert "record.json" in box.fault

@@ -189,6 +189,24 @@ def test_a_job_trains_to_its_end_in_windows_between_its_evaluations_and_checkpoi
     assert phases[at:] == [*stretch * len(EDGES), Phase.evaluation_after.value, Phase.saving.value]
 
 
+@pytest.mark.parametrize("eval_rows", [0, 2])
+def test_without_checkpoints_a_job_is_the_same_and_leaves_none(
+    unbroken: dict[str, Ran], tmp_path: Path, eval_rows: int
+) -> None:
+    config = job_config(**METHODS["lora"])
+    config.train.keep_checkpoints, config.train.keep_best, config.measure.eval_rows = 0, False, eval_rows
+    ran = run(config, tmp_path)
+    assert ended(ran.events) == ("finished", "")
+    assert ran.curve == unbroken["lora"].curve
+    assert ran.saved == []
+    assert not list(tmp_path.glob("checkpoints/*"))
+    opened, closed = ran.of(WindowOpened), ran.of(WindowClosed)
+    assert closed[-1].after_step == STEPS, "the last window is closed, whatever follows"
+    assert len(opened) == len(closed) == (len(EDGES) if eval_rows else 1)
+    assert [each for each in ran.heldout if isinstance(each, int)] == (EDGES if eval_rows else [])
+    assert ran.adapter()
+
+
 def test_no_second_of_an_evaluation_or_checkpoint_lies_in_a_window_or_a_step(unbroken: dict[str, Ran]) -> None:
     ran = unbroken["lora"]
     timeline = ran.of(WindowOpened, WindowClosed, PhaseBegan)

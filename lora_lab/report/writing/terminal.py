@@ -15,6 +15,8 @@ from lora_lab.report.measures import LOSS, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.step_split import StepSplit
+from lora_lab.report.writing.contenders import contenders_table, stopped_lines
+from lora_lab.report.writing.contenders import notes as contender_notes
 from lora_lab.report.writing.effects import Row, dropped, real, real_contrasts, rows
 from lora_lab.report.writing.estimates import estimate_sentences
 from lora_lab.report.writing.headline import command, confounded, notes, question, sentences
@@ -42,6 +44,7 @@ def show(findings: Findings, console: Console) -> None:
     """Print the answer on one screen: five sentences, two small tables, and what is left out."""
     main = findings.groups[0]
     _show_headline(findings, console)
+    _show_contenders(findings, console)
     if changes := rows(main, _ROWS):
         console.print(_changes_table(changes))
     if len(main.points) > 1:
@@ -62,6 +65,9 @@ def show(findings: Findings, console: Console) -> None:
 def show_full(findings: Findings, console: Console) -> None:
     """Print everything except timelines and environment, which only the page has."""
     _show_headline(findings, console)
+    _show_contenders(findings, console)
+    for line in (line for each in findings.contenders for line in stopped_lines(each)):
+        console.print(escape(line), highlight=False)
     for note in notes(findings):
         if note != dropped(findings.groups[0]):  # it stands below the table of contrasts
             console.print(escape(note), highlight=False)
@@ -82,6 +88,15 @@ def _show_headline(findings: Findings, console: Console) -> None:
         console.print(f"- {escape(sentence)}", highlight=False)
     if text := command(findings):
         console.print(f"    {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_contenders(findings: Findings, console: Console) -> None:
+    for found in findings.contenders:
+        console.print()
+        if found.is_over:
+            console.print(contenders_table(found))
+        for note in contender_notes(found):
+            console.print(escape(note), highlight=False)
 
 
 def _changes_table(changes: Sequence[Row]) -> Table:

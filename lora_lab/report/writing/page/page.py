@@ -17,6 +17,7 @@ from lora_lab.report.measures import KNOWN, LOSS, MEASURES, THROUGHPUT, Measure
 from lora_lab.report.statistics.attribution import Split
 from lora_lab.report.statistics.factorial import FactorialModel
 from lora_lab.report.statistics.factors import Factor
+from lora_lab.report.writing import contenders
 from lora_lab.report.writing.effects import dropped, real, real_contrasts, rows
 from lora_lab.report.writing.estimates import estimate_sentences
 from lora_lab.report.writing.headline import command, confounded, is_about_quality, notes, question, sentences
@@ -165,6 +166,7 @@ def page(findings: Findings, timelines: Timelines, answers: Answers | None = Non
         "ordered": ordered,
         "front_sentences": front_sentences,
         "answers_shown": _ANSWERS,
+        "contenders": contenders,
         "is_model": lambda model: isinstance(model, FactorialModel),
     }
     css, _, _ = loader.get_source(environment, "page.css")
