@@ -80,7 +80,7 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
     from lora_lab.composition.compose import load
     from lora_lab.composition.explanations import COMPOSITION_ERRORS
     from lora_lab.composition.hydra_errors import COMPOSING
-    from lora_lab.composition.keys import GROUPS
+    from lora_lab.composition.keys import chosen_options
     from lora_lab.config import InvalidInput
     from lora_lab.options import ClusterKind, PlacementKind
     from lora_lab.outcome import EXIT_REFUSED
@@ -99,6 +99,7 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
     handed = hydra_config.sweeper.get("trial") if in_sweep else None  # other sweepers pass nothing
     try:
         check_chdir(hydra_config.job.chdir)
+        choices = chosen_options(hydra_config.runtime.choices)
         try:
             config = load(composed)
         except InvalidInput as fault:
@@ -112,7 +113,6 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
                 "placement=each_gpu runs the trials of a sweep side by side. Add -m and several values of a setting, "
                 "for example -m batch_size=1,2, or leave placement=each_gpu out. device=gpu:N chooses a card."
             )
-        choices = {group: str(hydra_config.runtime.choices[group]) for group in GROUPS}
         if config.placement.kind is PlacementKind.each_gpu:  # each of its trials is an ordinary one, on one device
             config, choices["placement"] = replace(config, placement=PlacementConfig()), PlacementKind.one.name
         cluster = config.cluster.kind

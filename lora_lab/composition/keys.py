@@ -3,12 +3,30 @@
 import dataclasses
 import difflib
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
-from lora_lab.config import TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.settings import settings_of
 
 GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if dataclasses.is_dataclass(f.type))
 """The groups a user chooses from: optimizer, precision, method, ..."""
+
+
+def chosen_options(choices: Mapping[str, Any]) -> dict[str, str]:
+    """Return the option that was chosen of each group.
+
+    Args:
+        choices: Hydra's, which does not have a group that was taken out or given as a list.
+
+    Raises: InvalidInput."""
+    without = [group for group in GROUPS if not isinstance(choices.get(group), str)]
+    if without:
+        raise InvalidInput(
+            *(f"{group} needs one option. Type {group}=NAME; lora-lab --help lists the names." for group in without)
+        )
+    return {group: choices[group] for group in GROUPS}
+
 
 _LEFT, _WIDTH = 28, 120
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 from lora_lab.composition.arguments import MOST_POINTS, check_point_count
 from lora_lab.composition.compose import load
 from lora_lab.composition.explanations import COMPOSITION_ERRORS, explain
+from lora_lab.composition.keys import chosen_options
 from lora_lab.config import AUTO, InvalidInput, TrialConfig
 from lora_lab.options import ClusterKind
 from lora_lab.store.fingerprint import conditions, point_digest
@@ -101,6 +102,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> 
         composed = loader.load_sweep_config(config, overrides)
     except COMPOSITION_ERRORS as error:
         raise InvalidInput(explain(error)) from error
+    chosen_options(composed.hydra.runtime.choices)
     with open_dict(composed):
         del composed["hydra"]
     return load(composed)

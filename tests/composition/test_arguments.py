@@ -148,6 +148,15 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
     assert (said.code == 2) == ("Refused" in said.said)
 
 
+@pytest.mark.parametrize("argument", ["train=[]", "method=[lora]", "~optimizer"])
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_group_without_one_option_is_refused(typed: Type, mode: list[str], argument: str) -> None:
+    said = typed(*mode, "model=tiny", argument)
+    assert said.code == 2
+    group = argument.strip("~").partition("=")[0]
+    assert f"Type {group}=NAME" in said.said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
