@@ -16,3 +16,22 @@ class Member:
     config: TrialConfig
     folder: Path
     """The folder of all its files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Together:
+    """What a trial's record says of the job that it trained in."""
+
+    members: int
+    job: str
+    """The name of the first member's folder, which has the worker's log."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return them as tags."""
+        return {
+            "cotrain.members": str(self.members),
+            "cotrain.job": self.job,
+            "cotrain.shares": "time, memory and power are those of the whole job; its energy is divided by the "
+            "members, which train on the same tokens",
+        }

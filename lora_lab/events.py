@@ -334,8 +334,8 @@ class OfMember:
     t: float
     member: int
     """Which of them, from 0."""
-    event: str
-    """As `encode` wrote it."""
+    said: str
+    """The event as `encode` wrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import Step, Warned, WindowClosed, WindowOpened
+from lora_lab.events import Warned, WindowClosed, WindowOpened
 from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
@@ -29,6 +30,7 @@ class MembersTelemetry(TelemetryCallback):
         emit_of: Callable[[int], Emit],
     ) -> None:
         self._together = together
+        self._losses: Tensor = together.losses
         self._emits = [emit_of(number) for number in range(len(together))]
         self._relays = [LossRelay(device) for _ in self._emits]
         self._watches = [DivergenceWatch(measure.loss_spike) for _ in self._emits]

@@ -31,7 +31,9 @@ def run_trial(
     """
     clock = PhaseClock(emit)
     try:
-        trial = TrialContext(config=config, folder=folder, emit=emit, clock=clock, group=Group(seat), members=tuple(members))
+        trial = TrialContext(
+            config=config, folder=folder, emit=emit, clock=clock, group=Group(seat), members=tuple(members)
+        )
         for stage in STAGES:
             if not stage.is_needed(trial) or (stage.lead_only and not trial.group.is_lead):
                 continue

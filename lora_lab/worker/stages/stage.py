@@ -59,12 +59,11 @@ class TrialContext:
         if self.group.is_lead:
             self.emit(Warned(t=time.monotonic(), text=text))
 
-
     def emit_of(self, number: int) -> Emit:
         """Return what sends the events of one of the members."""
 
         def emit(event: Event) -> None:
-            self.emit(OfMember(t=event.t, member=number, event=encode(event)))
+            self.emit(OfMember(t=event.t, member=number, said=encode(event)))
 
         return emit
 
