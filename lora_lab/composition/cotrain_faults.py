@@ -44,8 +44,8 @@ def _reasons(config: TrialConfig) -> list[tuple[bool, str]]:
         ),
         (method.use_dora, "DoRA norms each adapter's columns with the base's. Use method.use_dora=false."),
         (
-            engine.kind not in (EngineKind.eager, EngineKind.compile),
-            f"engine={engine.kind.name} has kernels of its own for one adapter. Use engine=eager or engine=compile.",
+            engine.kind is EngineKind.liger,
+            "engine=liger calculates one loss for all rows. Use engine=eager, engine=compile or engine=graph.",
         ),
         (engine.mlp_tile is not None, f"engine.mlp_tile={engine.mlp_tile} cuts rows of one member. Leave it out."),
         (engine.host_layers != 0, f"engine.host_layers={engine.host_layers} is for one adapter. Leave it out."),

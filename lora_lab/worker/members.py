@@ -73,7 +73,7 @@ class Members:
         """Modules with the forward that they have while all members train, and the one of their own that they had
         before; None where that was their class's."""
         self.losses = torch.zeros(len(self._names), device=model.device)
-        """The loss of each member in the latest micro-batch, of shape (members,)."""
+        """The loss of each member in the latest micro-batch, of shape (members,). A CUDA graph writes into it."""
         self.diverged: set[int] = set()
         """The members that train on no longer: their numbers."""
         self.parameters: list[list[Tensor]] = []
@@ -144,7 +144,7 @@ class Members:
                 f"cotrain: {type(self._causal).__name__} calculates its loss by itself, so the members' losses cannot "
                 "be kept apart. Leave cotrain out."
             )
-        self.losses = torch.stack([loss.detach() for loss in losses])
+        self.losses.copy_(torch.stack(losses).detach())
         return output
 
     def _in_chunks(self, chunk: Any, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs: Any) -> Any:
@@ -158,8 +158,19 @@ class Members:
         weight = self._causal.get_output_embeddings().weight
         parts = [part.reshape(-1, part.shape[-1]) for part in hidden.chunk(len(self))]
         losses = torch.stack([chunked_cross_entropy(part, weight, shifted, chunk) / count for part in parts])
-        self.losses = losses.detach()
+        self.losses.copy_(losses.detach())
         return CausalLMOutput(loss=losses.sum())
+
+    def clip(self, _: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradients of each member to a norm of their own, in place of Accelerator.clip_grad_norm_.
+
+        Trainer calls that in every step, without clipping with an infinite norm. It multiplies by that norm over the
+        gradients' own, so that one gradient that is no number would make all of them so.
+
+        Returns: the norm of all gradients together, before."""
+        norms = [torch.nn.utils.clip_grad_norm_(own, max_norm, norm_type) for own in self.parameters]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return whole
 
     @contextmanager
     def only(self, number: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Watch and clip several adapters that train together, each as if it were alone."""
+"""Watch several adapters that train together, each as if it were alone."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
 from lora_lab.events import Ended, Step
@@ -74,18 +73,3 @@ class MembersTelemetry(TelemetryCallback):
             self._together.diverged.add(number)
             if len(self._together.diverged) == len(self._together):
                 raise
-
-
-class ClipEach(TrainerCallback):
-    """Clips the gradients of each member to the norm that they have together, as Trainer does for an adapter alone."""
-
-    def __init__(self, together: Members, norm: float) -> None:
-        self._together = together
-        self._norm = norm
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Clip them, before the optimizer takes them."""
-        for parameters in self._together.parameters if self._norm > 0 else ():
-            torch.nn.utils.clip_grad_norm_(parameters, self._norm)

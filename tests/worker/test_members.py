@@ -1,6 +1,7 @@
 """Several adapters on one base: what each learns is what it learns alone."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora_lab.config import TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 from lora_lab.worker.members import Members, MembersLora
 from lora_lab.worker.models import load_architecture, load_model
 
@@ -86,6 +88,10 @@ def alone(config: TrialConfig, rate: float, chunked: bool = False) -> tuple[list
     return stepped(model, [(own, rate)], lambda output: output.loss.item()), own
 
 
+def gradients_of(members: Members) -> list[Any]:
+    return [parameter.grad for own in members.parameters for parameter in own]
+
+
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole loss", "loss in chunks"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_each_adapter_learns_bit_for_bit_what_it_learns_alone(kind: str, chunked: bool) -> None:
@@ -110,7 +116,7 @@ def test_one_product_for_all_gives_the_same_gradients_up_to_rounding() -> None:
                     drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
                     parameter.copy_(0.05 * drawn)
         model(**batch(0)).loss.backward()
-        gradients.append([parameter.grad for own in members.parameters for parameter in own])
+        gradients.append(gradients_of(members))
     for exact, quick in zip(*gradients, strict=True):
         torch.testing.assert_close(quick, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
         assert exact.abs().max() > 0
@@ -159,3 +165,33 @@ def test_a_model_that_keeps_its_loss_to_itself_is_not_supported() -> None:
     Members(model, trained.names).join(apart=True)
     with pytest.raises(Unsupported, match="cotrain"):
         model(**batch(0))
+
+
+def test_a_step_over_fixed_memory_gives_each_the_same_losses_and_gradients() -> None:
+    model, members = together(configs())
+    model(**batch(0)).loss.backward()
+    wanted, losses = gradients_of(members), members.losses.clone()
+    model.zero_grad()
+    place = members.losses
+    step = GraphStep(model, nullcontext, graphs=False)
+    use_graph_step(model, step)
+    step.record(batch(1))
+    model(**batch(0)).loss.backward()
+    assert step.replays == 1
+    assert members.losses is place, "a replay writes where the recording did"
+    assert torch.equal(place, losses)
+    assert all(torch.equal(*pair) for pair in zip(gradients_of(members), wanted, strict=True))
+
+
+def test_each_is_clipped_by_its_own_norm_and_one_that_is_no_number_spoils_no_other() -> None:
+    model, members = together(configs())
+    model(**batch(0)).loss.backward()
+    for number, parameter in enumerate(members.parameters[1]):
+        assert parameter.grad is not None
+        parameter.grad.fill_(float("nan") if number == 0 else 1.0)
+    for norm in (float("inf"), 1e-3):
+        members.clip(None, norm)
+        for own in (members.parameters[0], members.parameters[2]):
+            length = torch.nn.utils.get_total_norm([part.grad for part in own])
+            assert 0 < length <= 1.001 * norm
+    assert length == pytest.approx(1e-3, rel=1e-2)

@@ -1,7 +1,6 @@
 """Put the engine and the telemetry on the model, and make its Trainer. It is part of the phase `model`."""
 
 import time
-from dataclasses import replace
 
 import torch
 from transformers import TrainerCallback
@@ -18,7 +17,7 @@ from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.job_trainer import JobTrainer, early_stopping, job_arguments
 from lora_lab.worker.members import Members
-from lora_lab.worker.members_telemetry import ClipEach, MembersTelemetry
+from lora_lab.worker.members_telemetry import MembersTelemetry
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
 from lora_lab.worker.shards import held_and_whole, shards_of
 from lora_lab.worker.shared_step import SharedStep, check_equal, unequal
@@ -41,11 +40,12 @@ def _set_up(trial: TrialContext) -> None:
         telemetry = TelemetryCallback(config.measure, *shared, group)
     else:
         telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared, group)
-    engine = Engine(config, model, shapes(config, rows, collator), telemetry.attention, trial.emit, trial.clock)
+    batches = shapes(config, rows, collator)
+    engine = Engine(config, model, batches, telemetry.attention, *shared[1:], fuses=together is None)
     telemetry.watch(model)
     exchange = SharedStep(group, model, telemetry) if group.is_shared else None
     if together is not None:
-        together.join(apart=trial.device.type == "cpu", compiles=config.engine.kind is EngineKind.compile)
+        together.join(apart=trial.device.type == "cpu", compiles=config.engine.kind is not EngineKind.eager)
         _set_up_members(trial, together, [*engine.callbacks, telemetry])
     elif trial.plan is None or not isinstance(telemetry, JobTelemetry):
         callbacks = [*engine.callbacks, telemetry]
@@ -71,15 +71,16 @@ def _set_up_members(trial: TrialContext, together: Members, callbacks: list[Trai
         for own, member in zip(together.parameters, trial.members, strict=True)
     ]
     trial.trainer = make_trainer(
-        replace(config, max_grad_norm=0.0),
+        config,
         trial.model,
         trial.examples.train,
         train_collator(config, trial.padding),
-        [*callbacks, ClipEach(together, config.max_grad_norm)],
+        callbacks,
         str(trial.folder),
         trial.device,
         groups=groups,
     )
+    trial.trainer.accelerator.clip_grad_norm_ = together.clip
     trial.train = trial.trainer.train
 
 
