@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from lora_lab.config import TrialConfig
 from lora_lab.outcome import Unsupported
@@ -53,7 +54,8 @@ class MembersLora(Lora):
         _draw_from(behind, model.device)
         adapted.base_model.set_adapter(self.names)
         for layer in _adapted_layers(adapted):
-            if not set(self.names) <= set(layer.lora_A) or layer.lora_variant:
+            is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear | Conv1D)
+            if not is_linear or not set(self.names) <= set(layer.lora_A) or layer.lora_variant:
                 raise Unsupported(
                     f"cotrain adapts linear layers, and {type(layer).__name__} is an adapter of another kind. Name "
                     "linear layers in method.target_modules, or leave cotrain out."
@@ -69,6 +71,7 @@ class Members:
         self._names = tuple(names)
         self._causal = base_of(model)
         self._layers = _adapted_layers(model)
+        self._own = [type(layer) for layer in self._layers]
         self._forwards: list[tuple[Any, Any, Any]] = []
         """Modules with the forward that they have while all members train, and the one of their own that they had
         before; None where that was their class's."""
@@ -94,8 +97,9 @@ class Members:
         count = len(self)
         for layer in self._layers:
             scales = torch.tensor([layer.scaling[name] for name in self._names], device=self.losses.device)
-            in_one = functools.partial(_in_one, layer, self._names, scales.view(-1, 1, 1))
-            self._give(layer, functools.partial(_apart, layer, self._names) if apart else in_one)
+            layer.members, layer.member_scales = self._names, scales.view(-1, 1, 1)
+            # a class and not a function of each layer: torch compiles all layers at once where they are alike
+            layer.__class__ = _joined(type(layer), _Apart if apart else _InOne)
         if apart:
             within = {module for layer in self._layers for module in layer.modules()}
             plain = (m for m in self._causal.modules() if isinstance(m, torch.nn.Linear) and m not in within)
@@ -162,10 +166,10 @@ class Members:
         return CausalLMOutput(loss=losses.sum())
 
     def clip(self, _: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip the gradients of each member to a norm of their own, in place of Accelerator.clip_grad_norm_.
+        """Clip the gradients of each member to a norm of their own. Trainer calls it instead of Accelerator's method.
 
-        Trainer calls that in every step, without clipping with an infinite norm. It multiplies by that norm over the
-        gradients' own, so that one gradient that is no number would make all of them so.
+        Accelerator's takes all gradients together, in every step: without clipping, with an infinite norm. It multiplies
+        them by that norm over their own, so that one gradient that is no number makes all of them so.
 
         Returns: the norm of all gradients together, before."""
         norms = [torch.nn.utils.clip_grad_norm_(own, max_norm, norm_type) for own in self.parameters]
@@ -180,7 +184,9 @@ class Members:
         with ExitStack() as stack:
             for module, together, before in self._forwards:
                 stack.enter_context(_swapped(module.__dict__, "forward", before, together))
-            for layer in self._layers:
+            for layer, own in zip(self._layers, self._own, strict=True):
+                stack.callback(setattr, layer, "__class__", type(layer))
+                layer.__class__ = own
                 stack.enter_context(_swapped(layer.__dict__, "_active_adapter", [_FIRST], layer._active_adapter))
                 for holder, key, kept in _by_adapter(layer, name):
                     stack.enter_context(_swapped(holder, key, {_FIRST: kept[name]}, kept))
@@ -242,33 +248,44 @@ def _in_parts(call: Callable[[Tensor], Tensor], count: int, rows: Tensor) -> Ten
     return torch.cat([call(part) for part in rows.chunk(count)])
 
 
-def _apart(layer: Any, names: Sequence[str], rows: Tensor) -> Tensor:
-    """Calculate each member's products as PEFT does with its adapter alone."""
-    base = _in_parts(layer.base_layer, len(names), rows)
-    rows = layer._cast_input_dtype(rows, layer.lora_A[names[0]].weight.dtype)
-    # not base and adapter of one member after the other: a row's gradient is summed in the order of these lines
-    added = [
-        layer.lora_B[name](layer.lora_A[name](part)) * layer.scaling[name]
-        for name, part in zip(names, rows.chunk(len(names)), strict=True)
-    ]
-    return (base + torch.cat(added)).to(base.dtype)
+class _Apart:
+    """A layer that calculates each member's products as PEFT does with its adapter alone."""
+
+    def forward(self: Any, rows: Tensor) -> Tensor:
+        """Map (..., inputs) to (..., outputs); the first rows are the first member's."""
+        base = _in_parts(self.base_layer, len(self.members), rows)
+        rows = self._cast_input_dtype(rows, self.lora_A[self.members[0]].weight.dtype)
+        # not base and adapter of one member after the other: a row's gradient is summed in the order of these lines
+        added = [
+            self.lora_B[name](self.lora_A[name](part)) * self.scaling[name]
+            for name, part in zip(self.members, rows.chunk(len(self.members)), strict=True)
+        ]
+        return (base + torch.cat(added)).to(base.dtype)
 
 
-def _in_one(layer: Any, names: Sequence[str], scales: Tensor, rows: Tensor) -> Tensor:
-    """Multiply all rows with the base at once, and add all adapters' products by one batched product for each of A and
-    B. Adapters of a lower rank are filled up with zeros.
+class _InOne:
+    """A layer that multiplies all rows with the base at once, and adds all adapters' products by one batched product
+    for each of A and B. Adapters of a lower rank are filled up with zeros."""
 
-    Args:
-        scales: of each adapter's product, (members, 1, 1)."""
-    base = layer.base_layer(rows)
-    highest = max(layer.r[name] for name in names)
-    fill = [highest - layer.r[name] for name in names]
-    a = torch.stack([_filled(layer.lora_A[name].weight, (0, 0, 0, n)) for name, n in zip(names, fill, strict=True)])
-    b = torch.stack([_filled(layer.lora_B[name].weight, (0, n)) for name, n in zip(names, fill, strict=True)]) * scales
-    rows = layer._cast_input_dtype(rows, a.dtype)
-    inner = torch.bmm(rows.reshape(len(names), -1, rows.shape[-1]), a.mT)
-    own = base.reshape(len(names), -1, base.shape[-1])
-    return torch.baddbmm(own.to(inner.dtype), inner, b.mT.to(inner.dtype)).to(base.dtype).view_as(base)
+    def forward(self: Any, rows: Tensor) -> Tensor:
+        """Map (..., inputs) to (..., outputs); the first rows are the first member's."""
+        base = self.base_layer(rows)
+        highest = max(self.r[name] for name in self.members)
+        a = torch.stack([_filled(self.lora_A[name].weight, (0, 0, 0, highest - self.r[name])) for name in self.members])
+        b = torch.stack([_filled(self.lora_B[name].weight, (0, highest - self.r[name])) for name in self.members])
+        b = (b * self.member_scales).mT
+        if not torch.is_autocast_enabled(rows.device.type):  # else it would be a copy of all rows, to no avail
+            rows = self._cast_input_dtype(rows, a.dtype)
+        inner = torch.bmm(rows.reshape(len(self.members), -1, rows.shape[-1]), a.mT)
+        own = base.reshape(len(self.members), -1, base.shape[-1])
+        found: Tensor = torch.baddbmm(own.to(inner.dtype), inner, b.to(inner.dtype)).to(base.dtype).view_as(base)
+        return found
+
+
+@functools.cache
+def _joined(kind: Any, how: Any) -> Any:
+    """Return PEFT's kind of layer with another forward."""
+    return type(f"{how.__name__}{kind.__name__}", (how, kind), {})
 
 
 def _filled(weight: Tensor, zeros: tuple[int, ...]) -> Tensor:

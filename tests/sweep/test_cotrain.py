@@ -117,7 +117,15 @@ def test_a_report_compares_no_speed_of_trials_that_shared_it(both: tuple[Path, P
 
 
 def test_a_worker_that_is_killed_ends_all_of_its_trials_and_resume_runs_them_again(tmp_path: Path) -> None:
-    points = ("-m", *FAST, "data.rows=16", "device=cpu", "learning_rate=1e-2,2e-2", "cotrain=learning_rate")
+    points = (
+        "-m",
+        *FAST,
+        "data.rows=16",
+        "device=cpu",
+        "learning_rate=1e-2,2e-2",
+        "cotrain=learning_rate",
+        "tracking=none",
+    )
     plan = tmp_path / "sabotage.json"
     plan.write_text(json.dumps({rate: ["kill", "in window"] for rate in ("0.01", "0.02")}))
     path = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,5 +1,6 @@
 """Several adapters on one base: what each learns is what it learns alone."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lora_lab.config import TrialConfig
 from lora_lab.outcome import Unsupported
+from lora_lab.worker.engines import compiled
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 from lora_lab.worker.members import Members, MembersLora
@@ -92,8 +94,7 @@ def gradients_of(members: Members) -> list[Any]:
     return [parameter.grad for own in members.parameters for parameter in own]
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole loss", "loss in chunks"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "chunked"), [("llama", False), ("qwen2", True)], ids=["llama", "qwen2 in chunks"])
 def test_each_adapter_learns_bit_for_bit_what_it_learns_alone(kind: str, chunked: bool) -> None:
     asked = configs(model_type=kind)
     model, members = together(asked, chunked=chunked)
@@ -195,3 +196,18 @@ def test_each_is_clipped_by_its_own_norm_and_one_that_is_no_number_spoils_no_oth
             length = torch.nn.utils.get_total_norm([part.grad for part in own])
             assert 0 < length <= 1.001 * norm
     assert length == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.nightly
+def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself would take minutes for a model of many layers, and be refused as too many compilations."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    trained = MembersLora(configs())
+    model = loaded(configs()[0], trained)
+    members = Members(model, trained.names)
+    compiled.compile_layers(model)
+    members.join(apart=False)
+    before = compiled.compilations()
+    model(**batch(0)).loss.backward()
+    assert compiled.compilations() - before == 1
+    assert len(compiled.decoder_layers(model)) == 2
