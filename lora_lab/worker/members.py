@@ -94,12 +94,13 @@ class Members:
         Args:
             apart: calculate each member's products by themselves.
             compiles: whether chunks of the loss are compiled."""
-        count = len(self)
+        count, how = len(self), _Apart if apart else _InOne
+        # classes, and not a function of each layer: torch compiles all layers at once where they are alike
+        kinds = {kind: type(f"{how.__name__}{kind.__name__}", (how, kind), {}) for kind in set(self._own)}
         for layer in self._layers:
             scales = torch.tensor([layer.scaling[name] for name in self._names], device=self.losses.device)
             layer.members, layer.member_scales = self._names, scales.view(-1, 1, 1)
-            # a class and not a function of each layer: torch compiles all layers at once where they are alike
-            layer.__class__ = _joined(type(layer), _Apart if apart else _InOne)
+            layer.__class__ = kinds[type(layer)]
         if apart:
             within = {module for layer in self._layers for module in layer.modules()}
             plain = (m for m in self._causal.modules() if isinstance(m, torch.nn.Linear) and m not in within)
@@ -168,8 +169,8 @@ class Members:
     def clip(self, _: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of each member to a norm of their own. Trainer calls it instead of Accelerator's method.
 
-        Accelerator's takes all gradients together, in every step: without clipping, with an infinite norm. It multiplies
-        them by that norm over their own, so that one gradient that is no number makes all of them so.
+        Accelerator's takes all gradients together, in every step: without clipping, with an infinite norm. It
+        multiplies them by that norm over their own, so that one gradient that is no number makes all of them so.
 
         Returns: the norm of all gradients together, before."""
         norms = [torch.nn.utils.clip_grad_norm_(own, max_norm, norm_type) for own in self.parameters]
@@ -280,12 +281,6 @@ class _InOne:
         own = base.reshape(len(self.members), -1, base.shape[-1])
         found: Tensor = torch.baddbmm(own.to(inner.dtype), inner, b.to(inner.dtype)).to(base.dtype).view_as(base)
         return found
-
-
-@functools.cache
-def _joined(kind: Any, how: Any) -> Any:
-    """Return PEFT's kind of layer with another forward."""
-    return type(f"{how.__name__}{kind.__name__}", (how, kind), {})
 
 
 def _filled(weight: Tensor, zeros: tuple[int, ...]) -> Tensor:
