@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lab_in, records_in, store_of
+from conftest import lab_in, records_in, started, store_of, until
 from safetensors.torch import load_file
 from test_side_by_side import FAST, SABOTEUR
 
@@ -116,25 +116,41 @@ def test_a_report_compares_no_speed_of_trials_that_shared_it(both: tuple[Path, P
     assert "fastest" not in said.out
 
 
-def test_a_worker_that_is_killed_ends_all_of_its_trials_and_resume_runs_them_again(tmp_path: Path) -> None:
-    points = (
-        "-m",
-        *FAST,
-        "data.rows=16",
-        "device=cpu",
-        "learning_rate=1e-2,2e-2",
-        "cotrain=learning_rate",
-        "tracking=none",
-    )
-    plan = tmp_path / "sabotage.json"
-    plan.write_text(json.dumps({rate: ["kill", "in window"] for rate in ("0.01", "0.02")}))
+PAIR = ("-m", *FAST, "data.rows=16", "device=cpu", "learning_rate=1e-2,2e-2", "cotrain=learning_rate", "tracking=none")
+
+
+def harmed(folder: Path, act: str) -> dict[str, str]:
+    """What harms the worker of PAIR in its window."""
+    plan = folder / "sabotage.json"
+    plan.write_text(json.dumps({rate: [act, "in window"] for rate in ("0.01", "0.02")}))
     path = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])
-    killed = lab_in(tmp_path)(*points, PYTHONPATH=path, SABOTAGE=str(plan))
+    return {"PYTHONPATH": path, "SABOTAGE": str(plan)}
+
+
+def test_a_worker_that_is_killed_ends_all_of_its_trials_and_resume_runs_them_again(tmp_path: Path) -> None:
+    killed = lab_in(tmp_path)(*PAIR, **harmed(tmp_path, "kill"))
     assert killed.code == 1, killed.text
     records = records_in(tmp_path)
     assert [record["outcome"] for record in records] == ["killed", "killed"]
     assert all(signal.SIGKILL.name in record["tags"]["reason"] for record in records)
-    said = lab_in(tmp_path)(*points, "resume=true")
+    said = lab_in(tmp_path)(*PAIR, "resume=true")
+    assert said.code == 0, said.text
+    assert Counter(record["outcome"] for record in records_in(tmp_path)) == {"killed": 2, "finished": 2}
+
+
+def window_opened(folder: Path) -> bool:
+    return any('"window"' in path.read_text() for path in folder.glob("multirun/[!.]*/*/0001/events.jsonl"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_killed", [False, True], ids=["Ctrl-C", "the sweep is killed"])
+def test_all_of_its_trials_are_recorded_as_killed_when_the_sweep_ends(tmp_path: Path, is_killed: bool) -> None:
+    with started(tmp_path, *PAIR, **harmed(tmp_path, "hang")) as sweep:
+        until(lambda: window_opened(tmp_path), "the window was opened")
+        os.kill(sweep.pid, signal.SIGKILL if is_killed else signal.SIGINT)
+        assert sweep.wait(60) == (-signal.SIGKILL if is_killed else 130)
+    assert len(records_in(tmp_path)) == (0 if is_killed else 2)
+    said = lab_in(tmp_path)(*PAIR, "resume=true")
     assert said.code == 0, said.text
     assert Counter(record["outcome"] for record in records_in(tmp_path)) == {"killed": 2, "finished": 2}
 
