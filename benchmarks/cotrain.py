@@ -39,8 +39,8 @@ CELLS = {
 }
 _TINY = {"tiny": (*_COMMON, "model=tiny", "method=lora", "device=cpu", "batch_size=1", "seq_len=64", "data.rows=40")}
 WAYS = {
-    "eager together": ("engine=eager", "cotrain=learning_rate"),
-    "graph together": ("engine=graph", "cotrain=learning_rate"),
+    "eager together": ("engine=eager", "cotrain=[learning_rate]"),
+    "graph together": ("engine=graph", "cotrain=[learning_rate]"),
     "eager in turn": ("engine=eager",),
     "graph in turn": ("engine=graph",),
 }
