@@ -113,6 +113,11 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
                 "placement=each_gpu runs the trials of a sweep side by side. Add -m and several values of a setting, "
                 "for example -m batch_size=1,2, or leave placement=each_gpu out. device=gpu:N chooses a card."
             )
+        if config.cotrain and not handed:
+            raise InvalidInput(
+                "cotrain trains points of a sweep together. Add -m and several values of a setting, for example -m "
+                "method.rank=8,16 cotrain=rank, or leave it out."
+            )
         if config.placement.kind is PlacementKind.each_gpu:  # each of its trials is an ordinary one, on one device
             config, choices["placement"] = replace(config, placement=PlacementConfig()), PlacementKind.one.name
         cluster = config.cluster.kind
@@ -127,7 +132,8 @@ def job(composed: "DictConfig", run: "Callable[[Request], Outcome] | None" = Non
             request = resumption(folder, config, choices, hydra_config.overrides.task)
         else:
             try:
-                command = shortest_command(config, choices, hydra_config.runtime.config_sources)
+                alone = replace(config, cotrain=[])
+                command = shortest_command(alone, choices, hydra_config.runtime.config_sources)
             except COMPOSITION_ERRORS:  # a label must not stop a trial
                 command = " ".join(["python -m lora_lab", *hydra_config.overrides.task])
             member = typed(Membership, parsed(handed)) if handed else None

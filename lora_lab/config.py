@@ -389,6 +389,11 @@ class TrialConfig:
     first_pairs: int = setting(
         5, "with repeats=auto, the pairs before the first answer", effect=Effect.none, least=2, most=1000
     )
+    cotrain: list[str] = setting(
+        factory=list,
+        help="in a sweep, points that differ only in these train together, as adapters of one base in one worker: "
+        "rank, alpha, learning_rate, for example cotrain=rank,learning_rate",
+    )
     resume: bool = setting(
         False,
         "go on with the job in hydra.run.dir from its last checkpoint; in a sweep, continue the newest one that has "

@@ -328,6 +328,17 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfMember:
+    """An event of one of the trials that train together; all other events are of all of them."""
+
+    t: float
+    member: int
+    """Which of them, from 0."""
+    said: str
+    """The event as `encode` wrote it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The last event of a worker that could still report its end."""
 
@@ -367,6 +378,7 @@ Event = (
     | WindowOpened
     | WindowClosed
     | Warned
+    | OfMember
     | Ended
 )
 _BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in Event.__args__}

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from omegaconf import open_dict
 from safetensors.numpy import save_file
 
-from benchmarks import answers, method_claims, numbers, stopping
+from benchmarks import answers, cotrain, method_claims, numbers, stopping
 from benchmarks.cards import cards
 from benchmarks.paged import paged_by_rule
 from lora_lab.composition.compose import CONF, load, register_schema
@@ -40,6 +40,22 @@ def test_every_point_of_a_sweep_composes(sweep: str, request: pytest.FixtureRequ
             with open_dict(composed):
                 composed.pop("hydra", None)
             load(composed)
+
+
+@pytest.mark.parametrize("cell", cotrain.CELLS)
+def test_adapters_can_train_together_as_the_benchmark_asks(cell: str) -> None:
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for way in cotrain.WAYS.values():
+            config = load(compose("config", overrides=[*cotrain.CELLS[cell], *way]))
+            assert config.rows_per_step * config.seq_len == int(cell.partition("x")[0]) * int(cell.partition("x")[2])
+
+
+def test_adapters_together_are_compared_with_all_that_ran_in_turn() -> None:
+    together = {"tokens/s": 80.0, "seconds": 10.0, "GiB": 6.0, "J/token": 1.0}
+    in_turn = {"tokens/s": 20.0, "seconds": 50.0, "GiB": 4.0, "J/token": None}
+    found = cotrain.ratios(together, in_turn)
+    assert found == {"faster": 4.0, "shorter": 5.0, "memory": 1.5, "energy": None}
 
 
 def test_the_rule_pages_two_states_of_each_large_parameter(tmp_path: Path) -> None:

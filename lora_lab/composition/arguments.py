@@ -66,8 +66,11 @@ def _at_home(override: str) -> str:
 
 
 def _one_text(override: str) -> str:
-    """Keep contrast=optimizer,precision one text: Hydra would take it for a sweep over two."""
+    """Keep contrast=optimizer,precision one text and cotrain=rank,alpha one list: Hydra would take them for a sweep
+    over two."""
     key, _, value = override.partition("=")
+    if key == "cotrain" and re.fullmatch(r"[\w,]+", value) and value != "null":
+        return f"{key}=[{value}]"
     is_list = key == "contrast" and "," in value and not re.search(r"""['"\[\]]""", value)
     return f"{key}={quoted(value)}" if is_list else override
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_lab.comparison.rule import percent
+from lora_lab.composition.cotrain_faults import cotrain_faults
 from lora_lab.composition.full_training import full_faults
 from lora_lab.composition.limits import number_faults
 from lora_lab.composition.optimizer_faults import optimizer_faults
@@ -67,6 +68,7 @@ def faults(config: TrialConfig) -> list[str]:
         *data_parallel_faults(config),
         *sharding_faults(config),
         *cluster_faults(config),
+        *cotrain_faults(config),
         *_repeats_faults(config),
         *_secret_faults(config),
     ]

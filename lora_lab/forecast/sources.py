@@ -42,6 +42,7 @@ def same_settings(trials: Iterable[Trial], config: TrialConfig, device: str) -> 
         if trial.finished
         and trial.place.device == device
         and "world_size" not in trial.tags
+        and not trial.is_member
         and "throughput/steps_per_second" in trial.metrics
         and trial.tags.get("validity") != "invalid"
         and all(trial.params.get(key) == text for key, text in asked.items())

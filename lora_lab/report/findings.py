@@ -128,7 +128,7 @@ def find(
     alike = groups_alike(trials)
     found = tuple(_of_group(group, sweeps, question, is_main=group is alike[0]) for group in alike)
     pooled = [measure for measure in MEASURES if measure is not VRAM]
-    judged = [(study, tuple(judge(study, [each.group for each in found]))) for study in question.studies]
+    judged = [(study, tuple(judge(study, [_alone(each.group) for each in found]))) for study in question.studies]
     verdicts = tuple((study, said) for study, said in judged if any(verdict.seen for verdict in said))
     return Findings(
         title=_title(trials, sweeps),
@@ -145,6 +145,12 @@ def find(
         commands=(*_commands(trials, sweeps), question.command),
         version=version,
     )
+
+
+def _alone(group: Group) -> Group:
+    """Leave out trials that trained together: a study's figures are those of trials alone."""
+    trials, measured = ([each for each in some if not each.is_member] for some in (group.trials, group.measured))
+    return replace(group, trials=tuple(trials), measured=tuple(measured))
 
 
 def _sessions(found: Sequence[GroupFindings]) -> list[Session]:

@@ -42,6 +42,8 @@ class Measure:
         """Return the trial's figure; None where it is absent, or would mean nothing."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return None
+        if self.name != "loss" and trial.is_member:
+            return None
         value = _gpu_work(trial) if self.key == _GPU_WORK.key else trial.metrics.get(self.key)
         return None if value is None or not math.isfinite(value) or (self.ratios and value <= 0) else value
 
@@ -49,6 +51,8 @@ class Measure:
         """Return why a trial has no such figure."""
         if self.name == "loss" and trial.params.get("model.weights") == "random":
             return "held-out loss says nothing about random weights"
+        if self.name != "loss" and trial.is_member:
+            return "it trained together with others (cotrain), and time, energy and memory are those of the whole job"
         if self.key == _GPU_WORK.key:
             return trial.tags.get(f"absent.{BUSY_SHARE}", "not recorded")
         if self.key in trial.metrics:

@@ -92,6 +92,11 @@ class Trial:
         return self.outcome == Outcome.finished.value
 
     @property
+    def is_member(self) -> bool:
+        """Return whether it trained together with other trials. Then its losses alone are its own."""
+        return self.params.get("cotrain", "[]") != "[]"
+
+    @property
     def regime(self) -> str:
         """Return host-bound, GPU-bound or mixed; "not known" when it could not be observed, for example on a CPU."""
         return self.tags.get("regime", "not known")

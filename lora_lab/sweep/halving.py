@@ -108,6 +108,11 @@ class Halving:
                 f"example {self.best_of}=1e-4,3e-4, or leave halving out."
             )
         config = points[0].config
+        if config.cotrain:
+            raise InvalidInput(
+                f"{_HERE} ends some trials sooner than others, and cotrain={','.join(config.cotrain)} trains them "
+                "together. Leave one of them out."
+            )
         if not isinstance(config.repeats, int):
             raise InvalidInput(f"{_HERE} repeats its last rung a fixed number of times. Give repeats=3, not auto.")
         if any(point.config.measure.eval_rows == 0 for point in points):

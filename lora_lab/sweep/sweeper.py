@@ -4,6 +4,7 @@ Hydra instantiates `Grid` through hydra_plugins/lora_lab_grid.py and calls `swee
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -41,6 +42,7 @@ from lora_lab.sweep.cluster.engine import Engine
 from lora_lab.sweep.cluster.node import Node
 from lora_lab.sweep.cluster.nodes import Nodes, attempt_to_run, jobs_folder, take_back
 from lora_lab.sweep.contrasts import check_same, rule_of, rule_text
+from lora_lab.sweep.cotraining import Joint, by_job, jobs_of
 from lora_lab.sweep.display import show_forecast, show_rule
 from lora_lab.sweep.ending import code_of, end_sweep
 from lora_lab.sweep.fitting import Judged, judged, show_judged
@@ -102,6 +104,7 @@ class Grid(Sweeper):
         self._config = config
         self._task = task_function
         self._slots: list[Slot] = []
+        self._jobs: dict[str, str] = {}
         self._node: Node | None = None
         self._halving: Halving | None = None
         self._launcher: Launcher = Plugins.instance().instantiate_launcher(
@@ -127,6 +130,7 @@ class Grid(Sweeper):
         self._slots = slots_of(first)
         check_side_by_side(points, self._config)
         check_on_cluster(points, self._config)
+        self._jobs = jobs_of(points)
         if first.isolation is Isolation.process:
             worker_process.prepare()  # imports torch in the background
         store = Outbox(absolute(first.tracking))
@@ -310,7 +314,9 @@ class Grid(Sweeper):
 
     @property
     def _workers(self) -> int:
-        """Return how many trials run at a time."""
+        """Return how many trials run at a time; of those that train together the most that are one job."""
+        if self._jobs:
+            return max(Counter(self._jobs.values()).values())
         return self._asked.cluster.workers if self._node else len(self._slots) or 1
 
     def _placement(self, config: TrialConfig) -> Placement:
@@ -322,10 +328,15 @@ class Grid(Sweeper):
         """Run the remaining trials. Return 130 after Ctrl-C, 1 when a trial broke this process's own code, else 0."""
         remember_outside(folder.path)
         point_latest(folder.path)
+        engine = self._engine(folder)
+        # on other machines there is no drift in common for which blocks would be kept apart
+        blocks = [(trial, 0 if engine else trial.repeat) for trial in pending]
+        if self._jobs:
+            blocks = by_job(pending, self._jobs)
+        pending = [trial for trial, _ in blocks]
         plan = folder.read()
         plan.record.outcome = plan.record.tags["outcome"] = RUNNING
         plan.at_once = self._workers
-        engine = self._engine(folder)
         plan.launched = [
             attempt_to_run(folder, trial, engine) if engine else folder.next_attempt(trial) for trial in pending
         ]
@@ -343,11 +354,13 @@ class Grid(Sweeper):
             self._config.hydra.sweep.dir = str(folder.path)
         try:
             runner: Runner | None = Threads(self._slots, folder) if self._slots else None
+            if self._jobs:
+                runner = Joint()
             if engine and self._node:
                 runner = Nodes(engine, self._asked.cluster, folder, self._node.device, store)
-            if runner:  # on other machines there is no drift in common for which blocks would be kept apart
-                blocks = [Job(trial.repeat * (not engine), words) for trial, words in zip(pending, jobs, strict=True)]
-                broken = launch_side_by_side(self._context, self._task, self._config, runner, blocks)
+            if runner:
+                numbered = [Job(number, words) for (_, number), words in zip(blocks, jobs, strict=True)]
+                broken = launch_side_by_side(self._context, self._task, self._config, runner, numbered)
             else:
                 broken = failures(self._launcher.launch(jobs, initial_job_idx=0))
         except KeyboardInterrupt:

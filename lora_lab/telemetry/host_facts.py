@@ -68,6 +68,8 @@ class HostFacts:
     estimate: MemoryEstimate | None = None
     no_estimate: str = "nothing was estimated beforehand"
     """Why there is no `estimate`."""
+    members: int = 1
+    """How many trials trained together in the worker."""
     parent_pid: int | None = None
     """This process."""
     stated: Stated = field(default_factory=Stated)

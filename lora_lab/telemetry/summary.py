@@ -15,6 +15,7 @@ from lora_lab.telemetry.figures import GIB, Summary
 from lora_lab.telemetry.flops import flops, repeated_share
 from lora_lab.telemetry.host_facts import HostFacts
 from lora_lab.telemetry.job import add_job
+from lora_lab.telemetry.members import share_energy
 from lora_lab.telemetry.memory import add_memory
 from lora_lab.telemetry.quality import add_quality
 from lora_lab.telemetry.sampler import Sample
@@ -46,6 +47,7 @@ def summarise(events: Sequence[Event], samples: Sequence[Sample], seen: HostFact
     ended = _ended(events)
     add_estimate(summary, events, seen, has_finished=ended is not None and ended.outcome == Outcome.finished.value)
     add_energy(summary, window, samples, seen)
+    share_energy(summary, seen.members)
     if window is not None:
         add_efficientllm(summary, window, events, samples, seen)
     add_validity(summary, events, window, samples, seen)

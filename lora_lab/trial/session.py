@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.cotrain import Member, Together
 from lora_lab.events import Event, Ran
 from lora_lab.libraries_cache import note_libraries
 from lora_lab.options import Isolation
@@ -55,6 +56,8 @@ _MOST_SECONDS_TO_CLAIM = 10.0
 ENDED_BY_CLUSTER = "ended by the cluster"
 """How the reason begins of a trial whose node was taken back."""
 
+INTERRUPTED = "interrupted by Ctrl-C"
+
 _ENDING = threading.Lock()
 _CPU_IS_SHARED = "trials on other slots use the CPU too, and one counter has the energy of all of it"
 
@@ -78,6 +81,8 @@ class Request:
     """The latest attempt at the job that goes on in `folder`; None for a trial that begins."""
     beside: Beside | None = None
     """Its place among trials that run side by side; None for a trial that runs alone."""
+    together: Together | None = None
+    """The job that it trains in with others; None for a trial alone."""
     cluster: str = ""
     """The cluster that runs it for another process, which delivers its record; empty on the user's own machine."""
 
@@ -97,6 +102,8 @@ class TrialState:
     """The sweep whose progress is shown; None for a single trial."""
     before: Before = field(default_factory=Before)
     live: LiveRun | None = None
+    members: tuple[Member, ...] = ()
+    """The trials that train together in its worker; none for a trial alone."""
 
     def on_event(self, event: Event) -> None:
         """Record and show an event of the worker."""
@@ -127,7 +134,7 @@ def run_session(request: Request) -> Outcome:
     placement = request.beside.placement if request.beside else placement_of(config)
     if request.resumed is not None:
         check_same_number(placement, request.resumed.record.tags)
-    seen = _seen_so_far(config, placement)
+    seen = seen_so_far(config, placement)
     doubt = "" if request.in_sweep or request.resumed else check_fits(config, placement, seen)
     if config.isolation is Isolation.process:
         worker_process.prepare()  # imports torch in the background while MLflow is imported here
@@ -135,7 +142,7 @@ def run_session(request: Request) -> Outcome:
     if request.member is None:
         look_after_earlier_runs(store)
     with Heartbeat(request.folder):
-        state = _begin(request, placement, seen, asked_t)
+        state = begin(request, placement, seen, asked_t)
         if doubt:
             state.warn(doubt)
         return _run(state, store)
@@ -148,17 +155,17 @@ def _run(state: TrialState, store: Outbox) -> Outcome:
     if not cluster:
         state.live = store.follow(state.asked, state.sampler.samples, state.display.note)
     try:
-        end = _measure(state)
+        end = measure(state)
     except KeyboardInterrupt as error:
         interrupted = error
-        reason = f"{ENDED_BY_CLUSTER} ({cluster})" if cluster else "interrupted by Ctrl-C"
+        reason = f"{ENDED_BY_CLUSTER} ({cluster})" if cluster else INTERRUPTED
         end = End(outcome=Outcome.killed, reason=reason)
     if end.outcome is Outcome.refused:
         if state.request.member is None and state.request.resumed is None:
             state.folder.give_up()
             raise InvalidInput(end.reason)
         end = End(outcome=Outcome.failed, reason=f"refused: {end.reason}")
-    _finish(state, end, store)
+    finish_trial(state, end, store)
     if interrupted:
         raise interrupted
     return end.outcome
@@ -172,7 +179,7 @@ def look_after_earlier_runs(store: Outbox) -> None:
         print(f"warning: {store.outlook('the records')}", flush=True)
 
 
-def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: float) -> TrialState:
+def begin(request: Request, placement: Placement, seen: HostFacts, asked_t: float) -> TrialState:
     """Write down what was asked and where it runs. A job that goes on keeps its record's id, name and start."""
     config, member = request.config, request.member
     owner = this_process()
@@ -184,6 +191,8 @@ def _begin(request: Request, placement: Placement, seen: HostFacts, asked_t: flo
         facts |= {"point": member.point, "fingerprint": member.fingerprint, "trial": str(member.number)} | member.tags
     if request.beside is not None:
         facts["slot"] = request.beside.slot
+    if request.together is not None:
+        facts |= request.together.facts
     if request.cluster:
         facts["cluster"] = request.cluster
     if config.vram_limit_gib is not None:
@@ -234,6 +243,8 @@ def _new_record(request: Request, facts: dict[str, str]) -> Record:
     if member is not None:
         record.name, record.parent = member.name, member.parent
         record.params["repeat"] = str(member.repeat)
+    if request.together is not None:  # figures of a member are comparable with those of as many members alone
+        record.params["cotrain"] = f"{request.together.members} by {', '.join(config.cotrain)}"
     return record
 
 
@@ -256,24 +267,31 @@ def _claimed(request: Request) -> Iterator[None]:
         yield
 
 
-def _seen_so_far(config: TrialConfig, placement: Placement) -> HostFacts:
-    """Return what is known before any measurement."""
+def seen_so_far(config: TrialConfig, placement: Placement, members: int = 1) -> HostFacts:
+    """Return what is known before any measurement.
+
+    Args:
+        members: how many trials train together."""
     measure = config.measure
     seen = HostFacts(
         no_sensor="" if placement.cards else "no NVIDIA card was used",
         card_bytes=min((card.total_bytes for card in placement.cards), default=None),
         parent_pid=os.getpid(),
+        members=members,
         stated=Stated(
             board_power_watts=measure.board_power_watts,
             price_per_kwh=measure.price_per_kwh,
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
-    note_estimate(seen, settled(config, placement))
+    if members == 1:
+        note_estimate(seen, settled(config, placement))
+    else:
+        seen.no_estimate = "the memory of adapters that train together is not estimated"
     return seen
 
 
-def _measure(state: TrialState) -> End:
+def measure(state: TrialState) -> End:
     """Wait for the device, run the worker to its end, wait until the device is free again.
 
     Raises: KeyboardInterrupt."""
@@ -289,6 +307,7 @@ def _measure(state: TrialState) -> End:
                 state.folder.path,
                 state.on_event,
                 placement.world_size,
+                state.members,
             )
     except (Unsupported, InvalidInput, OSError) as error:
         return end_of(error)
@@ -359,7 +378,7 @@ def _take_idle(state: TrialState) -> None:
             keep_for_block(folder.path, placement, member.repeat, owner)
 
 
-def _finish(state: TrialState, end: End, store: Outbox) -> None:
+def finish_trial(state: TrialState, end: End, store: Outbox) -> None:
     """Summarise, write the files, hand the record to the store, show the result. Of the trials of this process one at a
     time, so that their lines do not mix, nor what they write into the store."""
     if state.request.cluster and (state.folder.path / RECORD).exists():
@@ -377,12 +396,13 @@ def _record(state: TrialState, end: End, store: Outbox) -> None:
     if sampler.seconds:
         seen.metrics["sampler/cpu_share"] = sampler.cpu_seconds / sampler.seconds
         seen.metrics["sampler/readings_per_second"] = sampler.taken / sampler.seconds
-    if seen.estimate is None:  # by now the worker has fetched a hub model's config
+    alone = seen.members == 1
+    if seen.estimate is None and alone:  # by now the worker has fetched a hub model's config
         note_estimate(seen, settled(state.request.config, state.placement))
     events, samples, damaged = state.folder.read_lines()  # a job of hours is not in memory
     seen.warnings += [f"{fault}; the file is left out from there on" for fault in damaged]
     record, summary = finish(state.folder, state.asked, end, events, samples, seen)
-    if end.outcome is Outcome.finished:
+    if end.outcome is Outcome.finished and alone:
         note_libraries(state.request.config, record.tags, summary.metrics)
     if state.request.cluster:
         return  # the process that waits for it delivers and shows it

@@ -4,13 +4,14 @@ import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from lora_lab.config import TrialConfig
+from lora_lab.cotrain import Member
 from lora_lab.events import Ended, Event, PhaseMemory, Ready, Warned, decode, encode
 from lora_lab.look import Look
 from lora_lab.options import Isolation
@@ -48,6 +49,7 @@ def run_workers(
     folder: Path,
     on_event: Callable[[Event], None],
     world_size: int = 1,
+    members: Sequence[Member] = (),
 ) -> End:
     """Run one trial in workers of its own, or in this process with isolation=inline.
 
@@ -57,6 +59,7 @@ def run_workers(
         folder: where the lead worker writes its log and its adapter.
         on_event: called with each event in order, while the workers run.
         world_size: how many workers.
+        members: the trials that train together in one worker; none for a trial alone.
 
     Returns: how the trial ended, also when a worker could not report it.
 
@@ -65,20 +68,27 @@ def run_workers(
     if config.isolation is Isolation.inline:
         return _run_inline(config, environment, folder, on_event)
     with seats(world_size) as places:
-        return WorkerGroup(config, environment, folder, places).run(on_event)
+        return WorkerGroup(config, environment, folder, places, members).run(on_event)
 
 
 class _Worker:
     """One process of a group, not yet started."""
 
-    def __init__(self, seat: Seat, config: TrialConfig, environment: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self,
+        seat: Seat,
+        config: TrialConfig,
+        environment: dict[str, str],
+        folder: Path,
+        members: Sequence[Member] = (),
+    ) -> None:
         from lora_lab.worker import process
 
         self.rank = seat.rank
         self.log = seat.log(folder)
         self.log.parent.mkdir(exist_ok=True)
         self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
-        arguments = (self.sender, config, environment, folder, seat)
+        arguments = (self.sender, config, environment, folder, seat, members)
         self.process = forkserver.context.Process(target=process.main, args=arguments, name="lora_lab worker")
         self.spoke = False
         self.begun = False
@@ -101,11 +111,19 @@ class WorkerGroup:
     The lead (rank 0) reports for the trial. Of the other workers only events that have a rank are passed on. A worker
     that fails or dies ends the group, and the others are ended too."""
 
-    def __init__(self, config: TrialConfig, environment: dict[str, str], folder: Path, places: list[Seat]) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        environment: dict[str, str],
+        folder: Path,
+        places: list[Seat],
+        members: Sequence[Member] = (),
+    ) -> None:
         self._minutes = config.timeout_minutes
         self._workers = []
         for seat in places:
-            self._workers.append(_Worker(seat, config, environment | _own_card(environment, seat), folder))
+            own = environment | _own_card(environment, seat)
+            self._workers.append(_Worker(seat, config, own, folder, members))
         meeting = places[0].meeting
         self._attendance = None if meeting is None else Attendance(meeting, len(places))
 

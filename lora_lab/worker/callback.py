@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_lab.config import MeasureConfig
-from lora_lab.events import Step, Warned, WindowClosed, WindowOpened
+from lora_lab.events import Warned, WindowClosed, WindowOpened
 from lora_lab.phase import FIRST_STEP, Phase
 from lora_lab.worker.async_losses import DivergenceWatch, LossRelay
 from lora_lab.worker.attention import AttentionKernels
@@ -113,8 +113,11 @@ class Telemetry(TrainerCallback):
     def _open_window(self, after_step: int) -> None:
         self._settle()
         self._clock.enter(Phase.window)
-        self._relay.restart_clock()
+        self._restart_clock()
         self._emit(WindowOpened(t=time.monotonic(), after_step=after_step))
+
+    def _restart_clock(self) -> None:
+        self._relay.restart_clock()
 
     def _close_window(self, after_step: int) -> None:
         self._synchronize()
@@ -123,7 +126,7 @@ class Telemetry(TrainerCallback):
     def _settle(self) -> None:
         """Wait until every step is done, and send it."""
         self._synchronize()
-        self._send(self._relay.arrived())
+        self._send_through(None)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -132,9 +135,14 @@ class Telemetry(TrainerCallback):
     def _send_arrived(self, step: int) -> None:
         """Send what has arrived behind a step. Of several workers each looks at the same losses behind the same step,
         so that all of them stop there for a spike."""
-        self._send(self._relay.arrived(step - _BEHIND if self._group.is_shared else None))
+        self._send_through(step - _BEHIND if self._group.is_shared else None)
 
-    def _send(self, arrived: list[Step]) -> None:
+    def _send_through(self, through: int | None) -> None:
+        """Send the steps whose loss has arrived.
+
+        Args:
+            through: as in LossRelay.arrived."""
+        arrived = self._relay.arrived(through)
         for step in arrived:
             self._emit(step)
         for step in arrived:

@@ -34,6 +34,7 @@ from lora_lab.worker.random_weights import random_state
 from lora_lab.worker.shards import check_shards, share_out
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trainables import trainable_of
+from lora_lab.worker.trainables.trainable import Trainable
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -116,17 +117,19 @@ def load_model(
     device: torch.device,
     warn: Callable[[str], None] = lambda _: None,
     sharing: Group | None = None,
+    trained: Trainable | None = None,
 ) -> Any:
     """Load the model onto `device`, with what `method` trains of it.
 
     Args:
         warn: gets what the user should know of the model.
         sharing: the workers that the frozen weights are shared out between; None where this one holds all of them.
+        trained: what is trained of it; by default what the config says.
 
     Raises: InvalidInput when tensors are missing, when the model is not causal, when packed documents see each other,
         or when most weights are not in the format that is asked for.
     """
-    dtype, trained = working_dtype(config.precision.dtype, device), trainable_of(config)
+    dtype, trained = working_dtype(config.precision.dtype, device), trained or trainable_of(config)
     in_parts = sharing is not None
     model = _loaded(config, architecture, device, dtype, trained.loads_in(dtype), warn, in_parts)
     # of nested configs the inner one counts

@@ -5,18 +5,25 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from lora_lab.config import TrialConfig
+from lora_lab.cotrain import Member
 from lora_lab.events import Event, Ready, encode
 from lora_lab.machine import CORES
 from lora_lab.seat import Seat
 
 
 def main(
-    connection: Connection, config: TrialConfig, environment: dict[str, str], folder: Path, seat: Seat | None = None
+    connection: Connection,
+    config: TrialConfig,
+    environment: dict[str, str],
+    folder: Path,
+    seat: Seat | None = None,
+    members: Sequence[Member] = (),
 ) -> None:
     """Run one trial in this process and send its events.
 
@@ -25,6 +32,7 @@ def main(
         environment: set before anything looks for a GPU.
         folder: gets worker.log (everything printed) and the adapter; of several workers each has a log of its own.
         seat: this worker's among those that share the trial; None for a worker alone.
+        members: the trials that train together; none for a trial alone.
     """
     _begin(environment, (Seat() if seat is None else seat).log(folder))
     _keep_to_cores(environment.get(CORES))
@@ -38,7 +46,7 @@ def main(
         forget_hidden_gpus()
     from lora_lab.worker.trial import run_trial
 
-    run_trial(config, folder, emit, seat)
+    run_trial(config, folder, emit, seat, members)
     connection.close()
 
 

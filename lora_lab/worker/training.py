@@ -31,11 +31,13 @@ def make_trainer(
     folder: str,
     device: torch.device,
     shared: SharedStep | None = None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Trainer:
     """Make a Trainer that takes warm-up, measured and profiled steps and does not log, save or evaluate by itself.
 
     Args:
         shared: exchanges its steps with other workers; None for a worker alone.
+        groups: the optimizer's parameter groups, where they are not Trainer's own.
     """
     profiled = config.measure.profile_steps if device.type == "cuda" else 0
     steps = config.measure.warmup_steps + config.measure.steps + profiled
@@ -49,7 +51,7 @@ def make_trainer(
         data_collator=collator,
         train_dataset=examples,  # any sized sequence serves
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=own_optimizer(config, arguments),
+        optimizer_cls_and_kwargs=own_optimizer(config, arguments, groups),
     )
 
 
@@ -93,12 +95,18 @@ def checkpointing_arguments(config: TrialConfig) -> dict[str, Any] | None:
     }
 
 
-def own_optimizer(config: TrialConfig, arguments: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+def own_optimizer(
+    config: TrialConfig, arguments: Any, groups: list[dict[str, Any]] | None = None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """Return an optimizer's class and arguments; None where transformers makes it.
 
     Args:
-        arguments: the trial's TrainingArguments."""
+        arguments: the trial's TrainingArguments.
+        groups: its parameter groups, where they are not Trainer's own."""
     asked, rounds = config.optimizer, config.method.held_in is DType.bf16
+    if groups is not None:
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind, {**given, "params": groups}
     if asked.target is not None:
         kind, given = optimizer_class(asked.target), {"lr": config.learning_rate, **asked.args}
     elif asked.projection is not None or asked.in_backward or rounds:

@@ -100,8 +100,9 @@ def test_losers_stop_early_and_a_sweep_that_was_killed_goes_on_where_it_was(tmp_
         ({}, ("measure.eval_rows=0",), "measure.eval_rows=0"),
         ({"best_of": "seq_len"}, (), "no point has two values"),
         ({"rungs": [2, 10**9]}, (), "measure.steps"),
+        ({}, ("cotrain=learning_rate",), "Leave one of them out"),
     ],
-    ids=["one rung", "falling", "typo", "length", "auto", "no rows", "one value", "too long"],
+    ids=["one rung", "falling", "typo", "length", "auto", "no rows", "one value", "too long", "cotrain"],
 )
 def test_what_cannot_be_halved_is_refused_with_what_to_type(
     tmp_path: Path, halving: dict[str, Any], more: tuple[str, ...], advice: str

@@ -59,6 +59,7 @@ class Engine(TrainerCallback):
         attention: AttentionKernels,
         emit: Emit,
         clock: PhaseClock,
+        fuses: bool = True,
     ) -> None:
         """Change `model`, never its class.
 
@@ -66,6 +67,8 @@ class Engine(TrainerCallback):
             model: on the device that it will be trained on.
             batches: one of every shape that training can bring, longest rows first; see `shapes`.
             attention: gets the kernels that run in the steps that are prepared.
+            fuses: whether engine=graph takes an adapter's products together with the base's; not where several adapters
+                train together.
 
         Raises: Unsupported when the engine can't run this model.
         """
@@ -97,14 +100,14 @@ class Engine(TrainerCallback):
             use_chunked_loss(model, self._compiles, self._tile)
         if self._compiles:
             _settle_masks(config, model)
-        copies = self._become_graph(config, model) if kind is EngineKind.graph else {}
+        copies = self._become_graph(config, model, fuses) if kind is EngineKind.graph else {}
         if self._tile is not None:
             tile_mlps(model, self._tile, self._compiles, copies, self._autocast)
         if self._compiles:
             compile_layers(model, whole=self._tile is None)
         _checkpoint(config, model)
 
-    def _become_graph(self, config: TrialConfig, model: Any) -> Mapping[Tensor, Tensor]:
+    def _become_graph(self, config: TrialConfig, model: Any, fuses: bool) -> Mapping[Tensor, Tensor]:
         """Return the copies of trained parameters that the model's products then use."""
         if config.gradient_checkpointing is not Checkpointing.none and has_dropout(model):
             raise Unsupported(
@@ -119,7 +122,7 @@ class Engine(TrainerCallback):
         # for graph alone: their launches cost more than they save where the host is waited for
         use_fused_dequantization(model)
         try:
-            copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device))
+            copies = use_fused_lora(model, working_dtype(config.precision.dtype, model.device)) if fuses else None
         except MemoryError as error:  # weights in host memory are stacked there
             raise no_room(config.engine.host_layers, error) from error
         # 16-bit copies of the adapters, kept from one use to the next, would go stale in a recording
@@ -133,7 +136,7 @@ class Engine(TrainerCallback):
         use_graph_step(model, self._step)
         self._clock.replayed = self._step
         self.callbacks.append(TrainerShortcuts())
-        return copies
+        return {} if copies is None else copies
 
     def attach(self, trainer: Any) -> None:
         """Take from the trainer what it has made for this model."""

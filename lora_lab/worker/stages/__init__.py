@@ -20,6 +20,7 @@ STAGES: tuple[Stage, ...] = (
     conversion.STAGE,
     data_loading.STAGE,
     model_loading.STAGE,
+    model_loading.COUNT,
     weights_noting.STAGE,
     screening.STAGE,
     trainer_setup.STAGE,

@@ -83,4 +83,4 @@ def _written(trial: TrialContext, writer: Writer, asked: list[Question], most: i
     return writer.write(asked, most, tuned, progress)
 
 
-STAGE = Stage(Phase.answers, _answer, _is_needed)
+STAGE = Stage(Phase.answers, _answer, _is_needed, each_member=True)

@@ -81,7 +81,7 @@ def _general(trial: TrialContext) -> list[Example]:
 
 
 def _stage(phase: Phase) -> Stage:
-    return Stage(phase, partial(_evaluate, phase), _is_needed)
+    return Stage(phase, partial(_evaluate, phase), _is_needed, each_member=True)
 
 
 BEFORE = _stage(Phase.evaluation_before)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lora_lab.options import PlacementKind
 from lora_lab.phase import Phase
+from lora_lab.worker.members import Members, MembersLora
 from lora_lab.worker.models import load_model
 from lora_lab.worker.shards import held_and_whole
 from lora_lab.worker.stages.stage import Stage, TrialContext
@@ -12,7 +13,14 @@ from lora_lab.worker.weight_counts import Uncountable, count_model
 
 def _load(trial: TrialContext) -> None:
     sharing = trial.group if trial.config.placement.kind is PlacementKind.fsdp else None
-    trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn, sharing)
+    trained = MembersLora([member.config for member in trial.members]) if trial.members else None
+    trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn, sharing, trained)
+    if trained is not None:
+        trial.together = Members(trial.model, trained.names)
+
+
+def _count(trial: TrialContext) -> None:
+    sharing = trial.group if trial.config.placement.kind is PlacementKind.fsdp else None
     try:
         counted = count_model(trial.model, trial.config.engine.compiles_whole_layers)
         if sharing is not None:
@@ -23,3 +31,4 @@ def _load(trial: TrialContext) -> None:
 
 
 STAGE = Stage(Phase.model, _load)
+COUNT = Stage(None, _count, each_member=True)

@@ -43,4 +43,4 @@ def _check_room(folder: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-STAGE = Stage(Phase.saving, _save, lead_only=True)
+STAGE = Stage(Phase.saving, _save, lead_only=True, each_member=True)

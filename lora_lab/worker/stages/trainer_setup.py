@@ -3,10 +3,11 @@
 import time
 
 import torch
+from transformers import TrainerCallback
 
 from lora_lab.events import Ran
 from lora_lab.job_events import Checkpointed
-from lora_lab.options import Attention
+from lora_lab.options import Attention, EngineKind
 from lora_lab.phase import Phase
 from lora_lab.worker.callback import Telemetry, TelemetryCallback
 from lora_lab.worker.checkpoints import Checkpoint, Checkpoints
@@ -15,6 +16,8 @@ from lora_lab.worker.engines.engine import Engine, shapes
 from lora_lab.worker.job_callback import JobTelemetry
 from lora_lab.worker.job_plan import JobPlan
 from lora_lab.worker.job_trainer import JobTrainer, early_stopping, job_arguments
+from lora_lab.worker.members import Members
+from lora_lab.worker.members_telemetry import MembersTelemetry
 from lora_lab.worker.readback import compare, optimizer_memory, read_back
 from lora_lab.worker.shards import held_and_whole, shards_of
 from lora_lab.worker.shared_step import SharedStep, check_equal, unequal
@@ -29,16 +32,22 @@ def _set_up(trial: TrialContext) -> None:
     config, model, rows = trial.config, trial.model, trial.examples.train
     collator = train_collator(config, trial.padding)
     shared = (trial.device, trial.emit, trial.clock)
-    group = trial.group
+    group, together = trial.group, trial.together
     telemetry: Telemetry
-    if trial.plan is None:
+    if together is not None:
+        telemetry = MembersTelemetry(config.measure, *shared, together, trial.emit_of)
+    elif trial.plan is None:
         telemetry = TelemetryCallback(config.measure, *shared, group)
     else:
         telemetry = JobTelemetry(config.measure, trial.plan, bool(heldout_rows(trial)), *shared, group)
-    engine = Engine(config, model, shapes(config, rows, collator), telemetry.attention, trial.emit, trial.clock)
+    batches = shapes(config, rows, collator)
+    engine = Engine(config, model, batches, telemetry.attention, *shared[1:], fuses=together is None)
     telemetry.watch(model)
     exchange = SharedStep(group, model, telemetry) if group.is_shared else None
-    if trial.plan is None or not isinstance(telemetry, JobTelemetry):
+    if together is not None:
+        together.join(apart=trial.device.type == "cpu", compiles=config.engine.kind is not EngineKind.eager)
+        _set_up_members(trial, together, [*engine.callbacks, telemetry])
+    elif trial.plan is None or not isinstance(telemetry, JobTelemetry):
         callbacks = [*engine.callbacks, telemetry]
         trial.trainer = make_trainer(
             config, model, rows, collator, callbacks, str(trial.folder), trial.device, exchange
@@ -51,7 +60,28 @@ def _set_up(trial: TrialContext) -> None:
         check_equal(group, model, "at the start")
         torch.manual_seed(config.seed + group.rank)  # each draws its own dropout
     telemetry.scaler = trial.trainer.accelerator.scaler
-    telemetry.on_stepped = lambda: _report_what_ran(trial, engine, telemetry)
+    telemetry.on_stepped = lambda: _report_each(trial, engine, telemetry)
+
+
+def _set_up_members(trial: TrialContext, together: Members, callbacks: list[TrainerCallback]) -> None:
+    """Make a Trainer in which each member has its own learning rate, and its gradients are clipped by themselves."""
+    config = trial.config
+    groups = [
+        {"params": own, "lr": member.config.learning_rate, "weight_decay": config.optimizer.weight_decay}
+        for own, member in zip(together.parameters, trial.members, strict=True)
+    ]
+    trial.trainer = make_trainer(
+        config,
+        trial.model,
+        trial.examples.train,
+        train_collator(config, trial.padding),
+        callbacks,
+        str(trial.folder),
+        trial.device,
+        groups=groups,
+    )
+    trial.trainer.accelerator.clip_grad_norm_ = together.clip
+    trial.train = trial.trainer.train
 
 
 def _set_up_job(
@@ -95,6 +125,15 @@ def _set_up_job(
         optimizer_cls_and_kwargs=own_optimizer(config, arguments),
     )
     trial.train = Job(trial, plan, telemetry, engine, checkpoints).run
+
+
+def _report_each(trial: TrialContext, engine: Engine, telemetry: Telemetry) -> None:
+    """Read back what runs, for each member by itself."""
+    if not trial.members:
+        _report_what_ran(trial, engine, telemetry)
+    for number in range(len(trial.members)):
+        with trial.only(number) as own:
+            _report_what_ran(own, engine, telemetry)
 
 
 def _report_what_ran(trial: TrialContext, engine: Engine, telemetry: Telemetry) -> None:

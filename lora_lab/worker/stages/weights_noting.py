@@ -31,5 +31,5 @@ def _check_same(trial: TrialContext, found: BaseWeights) -> None:
         )
 
 
-STAGE = Stage(None, _note, lead_only=True)
+STAGE = Stage(None, _note, lead_only=True, each_member=True)
 """After the model was loaded."""

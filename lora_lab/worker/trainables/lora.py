@@ -47,7 +47,7 @@ class Lora:
         linear = {n.rsplit(".", 1)[-1] for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
         try:
             with torch.device("meta"):
-                get_peft_model(skeleton, self._adapters(skeleton), low_cpu_mem_usage=True)
+                get_peft_model(skeleton, self.adapters(skeleton), low_cpu_mem_usage=True)
         except ValueError as error:
             said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
             # PEFT puts the module that it can't adapt in quotes
@@ -62,13 +62,13 @@ class Lora:
         if self._method.raise_to_fp32:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         try:
-            adapted = get_peft_model(model, self._adapters(model, unreached))
+            adapted = get_peft_model(model, self.adapters(model, unreached))
         except ValueError as error:  # modules were named that lie where text never runs
             raise InvalidInput(f"no adapter can be put into the model ({self._model_name}): {error}") from error
-        self._name_base(adapted.peft_config["default"])
+        self.name_base(adapted.peft_config["default"])
         return adapted
 
-    def _name_base(self, config: Any) -> None:
+    def name_base(self, config: Any) -> None:
         """Name the base in adapter_config.json for programs that load an adapter by it alone. A package's weights are
         named by the model on the hub that they were made from; weights.json has them exactly."""
         model = self._model
@@ -86,7 +86,7 @@ class Lora:
         """Copy adapters into the model's."""
         model.load_adapter(str(folder), "default", is_trainable=True)
 
-    def _adapters(self, model: Any, leave_out: Sequence[str] = ()) -> LoraConfig:
+    def adapters(self, model: Any, leave_out: Sequence[str] = ()) -> LoraConfig:
         """Make PEFT's config.
 
         Args:

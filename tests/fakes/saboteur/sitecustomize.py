@@ -161,7 +161,7 @@ def place(event: Any) -> str:
 
 
 def on_small_card(run_trial: Callable[..., None], tokens: int) -> Callable[..., None]:
-    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None) -> None:
+    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None, members: Any = ()) -> None:
         from dataclasses import replace
 
         from lora_lab.worker import trial
@@ -174,7 +174,7 @@ def on_small_card(run_trial: Callable[..., None], tokens: int) -> Callable[..., 
 
             trial.STAGES = [replace(trial.STAGES[0], run=too_much)]
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        run_trial(replace(config, vram_limit_gib=None), folder, emit, seat)
+        run_trial(replace(config, vram_limit_gib=None), folder, emit, seat, members)
 
     return run
 
@@ -183,7 +183,7 @@ def sabotaged(run_trial: Callable[..., None], plan: dict[str, list[str]]) -> Cal
     if "small card" in plan:
         return on_small_card(run_trial, int(plan["small card"][0]))
 
-    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None) -> None:
+    def run(config: Any, folder: Path, emit: Callable[[Any], None], seat: Any = None, members: Any = ()) -> None:
         one = f"{config.learning_rate} rank {0 if seat is None else seat.rank}"
         act, where = plan.get(one) or plan.get(str(config.learning_rate), ["", "nowhere"])
         if "patience" in plan:
@@ -196,7 +196,7 @@ def sabotaged(run_trial: Callable[..., None], plan: dict[str, list[str]]) -> Cal
             if place(event) == where:
                 ACTS[act]()
 
-        run_trial(config, folder, say, seat)
+        run_trial(config, folder, say, seat, members)
 
     return run
 
