@@ -100,7 +100,7 @@ def test_losers_stop_early_and_a_sweep_that_was_killed_goes_on_where_it_was(tmp_
         ({}, ("measure.eval_rows=0",), "measure.eval_rows=0"),
         ({"best_of": "seq_len"}, (), "no point has two values"),
         ({"rungs": [2, 10**9]}, (), "measure.steps"),
-        ({}, ("cotrain=learning_rate",), "Leave one of them out"),
+        ({}, ("cotrain=learning_rate", "isolation=process"), "Leave one of them out"),
     ],
     ids=["one rung", "falling", "typo", "length", "auto", "no rows", "one value", "too long", "cotrain"],
 )
