@@ -89,7 +89,7 @@ class JobTrainer(SharingTrainer):
         """Write what is trained alone."""
         self._trained.write(self.model, Path(str(output_dir)))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read what is trained as it was written."""
         self._trained.load(self.model, Path(resume_from_checkpoint))
 

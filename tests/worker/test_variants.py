@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from engine_models import adapters, furthest, loss_and_gradients, padded, stepped
 from peft import PeftModel
 from tiny_trials import ended, tiny_config
 from transformers import set_seed
 
 from lora_lab.composition.variants import variant_faults
 from lora_lab.config import TrialConfig
-from lora_lab.events import Event, Ran, Step
+from lora_lab.events import Event, Ran
 from lora_lab.options import Init, MethodKind
 from lora_lab.worker.models import load_architecture, load_model
-from lora_lab.worker.stages import model_loading, saving
-from lora_lab.worker.trained import load_trained
+from lora_lab.worker.stages import model_loading
 from lora_lab.worker.trainables.start import before_training
+from lora_lab.worker.trained import load_trained
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -46,24 +47,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Ran_:
+class Trial:
+    """A whole trial in this process, and its model as it was left."""
+
+    model: Any
+
     def __init__(self, config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.events: list[Event] = []
-        self.model: Any = None
-        saved = saving.trainable_of
-
-        def keep(asked: TrialConfig) -> Any:
-            return saved(asked)
-
+        assert variant_faults(config) == []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         load = model_loading.load_model
 
-        def loaded(*args: Any) -> Any:
+        def noted(*args: Any) -> Any:
             self.model = load(*args)
             return self.model
 
-        monkeypatch.setattr(model_loading, "load_model", loaded)
+        monkeypatch.setattr(model_loading, "load_model", noted)
+        self.events: list[Event] = []
         run_trial(config, folder, self.events.append)
+        assert ended(self.events) == ("finished", "")
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return next(event.facts for event in self.events if isinstance(event, Ran))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -83,10 +88,8 @@ def test_the_saved_adapter_on_the_model_as_it_was_is_the_model_that_was_trained(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(**{"rank": 4, **VARIANTS[name]})
-    assert variant_faults(config) == []
-    ran = Ran_(config, tmp_path, monkeypatch)
-    assert ended(ran.events) == ("finished", "")
-    live = logits(ran.model)
+    trial = Trial(config, tmp_path, monkeypatch)
+    live = logits(trial.model)
     untouched = logits(base(config))
     assert (live - untouched).abs().max() > 1e-3
     for model in (
@@ -96,6 +99,36 @@ def test_the_saved_adapter_on_the_model_as_it_was_is_the_model_that_was_trained(
         assert torch.allclose(logits(model), live, atol=2e-5)
         with model.disable_adapter():
             assert torch.allclose(logits(model), untouched, atol=1e-6)
-    with before_training(ran.model):
-        assert torch.allclose(logits(ran.model), untouched, atol=2e-5)
-    assert torch.equal(logits(ran.model), live)
+    with before_training(trial.model):
+        assert torch.allclose(logits(trial.model), untouched, atol=2e-5)
+    assert torch.equal(logits(trial.model), live)
+    asked, facts = config.method, trial.facts
+    assert facts["adapters"] == asked.kind.name
+    assert facts["adapters_frozen_a"] == str(asked.freeze_a)
+    if asked.kind is MethodKind.lora:
+        assert facts["adapters_start"] == asked.init.name
+    if asked.kind is MethodKind.lora and not asked.freeze_a:
+        assert facts["adapters_b_learning_rate_ratio"] == f"{asked.b_learning_rate_ratio or 1:g}"
+
+
+# --- engines
+
+
+@pytest.mark.parametrize("name", ["pissa", "orthogonal", "lora_fa", "vera", "patterns"])
+def test_a_step_of_the_graph_engine_is_that_of_eager(name: str) -> None:
+    config = tiny_config(**{"rank": 4, **VARIANTS[name]})
+    architecture = load_architecture(config.model)
+    found = []
+    for is_stepped in (False, True):
+        set_seed(0)
+        model = load_model(config, architecture, CPU).train()
+        with torch.no_grad():
+            for parameter in adapters(model).values():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        batch = padded([40, 33], 40)
+        if is_stepped:
+            stepped(model, torch.float32).record(batch)
+        found.append(loss_and_gradients(model, batch))
+    (loss, gradients), (stepped_loss, stepped_gradients) = found
+    assert stepped_loss == pytest.approx(loss, rel=1e-5)
+    assert furthest(stepped_gradients, gradients) < 1e-4

@@ -1,8 +1,8 @@
 """How adapters start, where that is more than fresh numbers, and how they are then saved.
 
-PiSSA and OLoRA start as a part s B0 A0 of each frozen weight W, which becomes W - s B0 A0. So their A and B mean nothing
-next to W. But W + s (B A - B0 A0) is the trained weight too, and B A - B0 A0 is a plain adapter of twice the rank:
-[B, -B0] times A on top of A0. In that form they are saved, and anybody can use them with the model as it was.
+PiSSA and OLoRA start as a part s B0 A0 of each frozen weight W, which becomes W - s B0 A0. So their A and B mean
+nothing next to W. But W + s (B A - B0 A0) is the trained weight too, and B A - B0 A0 is a plain adapter of twice the
+rank: [B, -B0] times A on top of A0. In that form they are saved, and anybody can use them with the model as it was.
 """
 
 import contextlib

@@ -16,8 +16,8 @@ class Vera(Lora):
         method = self._method
         if leave_out:
             raise InvalidInput(
-                f"method=vera: text never runs through {', '.join(leave_out)}, and PEFT's VeRA can leave no module out. "
-                "Name others: method.target_modules=[q_proj,k_proj,v_proj,o_proj]. Or use method=lora."
+                f"method=vera: text never runs through {', '.join(leave_out)}, and PEFT's VeRA can leave no module "
+                "out. Name others: method.target_modules=[q_proj,k_proj,v_proj,o_proj]. Or use method=lora."
             )
         return VeraConfig(
             task_type="CAUSAL_LM",
