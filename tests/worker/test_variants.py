@@ -1,23 +1,29 @@
 """Variants of LoRA through whole trials: what is saved, next to the model as it was, is the model that was trained."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_models import adapters, furthest, loss_and_gradients, padded, stepped
+from engine_models import SHAPES, adapters, furthest, loss_and_gradients, padded, stepped
 from peft import PeftModel
 from tiny_trials import ended, tiny_config
-from transformers import set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from lora_lab.composition.variants import variant_faults
-from lora_lab.config import TrialConfig
-from lora_lab.events import Event, Ran
-from lora_lab.options import Init, MethodKind
+from lora_lab.config import ModelConfig, TrialConfig
+from lora_lab.events import Event, Ran, Step
+from lora_lab.options import Init, MethodKind, ModelSource, Quantization
+from lora_lab.worker.merging import Merger
 from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.quantised import is_quantised
 from lora_lab.worker.stages import model_loading
+from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.trainables import lora
 from lora_lab.worker.trainables.start import before_training
-from lora_lab.worker.trained import load_trained
+from lora_lab.worker.trained import load_dequantised, load_trained, ready_to_answer
 from lora_lab.worker.trial import run_trial
 
 pytestmark = [
@@ -132,3 +138,87 @@ def test_a_step_of_the_graph_engine_is_that_of_eager(name: str) -> None:
     (loss, gradients), (stepped_loss, stepped_gradients) = found
     assert stepped_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(stepped_gradients, gradients) < 1e-4
+
+
+# --- 4 bit
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    """A model in a folder, whose weights are not alike in all directions."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SHAPES))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand(parameter.shape[-1]) * 4)
+    model.save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def of_folder(folder: Path, **method: Any) -> TrialConfig:
+    config = tiny_config(**method)
+    config.model = ModelConfig(source=ModelSource.local, path=str(folder))
+    config.method.mostly_unquantised = True
+    return config
+
+
+NF4 = {"quantization": Quantization.nf4, "double_quantization": True}
+
+
+def test_loftq_starts_nearer_to_the_whole_weights_and_goes_with_the_4_bit_ones(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = logits(AutoModelForCausalLM.from_pretrained(small_model))
+    config = of_folder(small_model, **NF4, rank=16, init=Init.loftq)
+    plain = of_folder(small_model, **NF4, rank=16)
+    started, quantised = (
+        logits(ready_to_answer(load_model(each, load_architecture(each.model), CPU))) for each in (config, plain)
+    )
+    assert (started - whole).norm() < 0.8 * (quantised - whole).norm()
+    trial = Trial(config, tmp_path / "trial", monkeypatch)
+    assert trial.facts["adapters_start"] == "loftq"
+    live = logits(trial.model)
+    loaded = load_trained(config, tmp_path / "trial" / "adapter", CPU)
+    assert torch.allclose(logits(loaded), live, atol=1e-4)
+    merged = load_dequantised(config, tmp_path / "trial" / "adapter", CPU).merge_and_unload()
+    assert not any(is_quantised(module) for module in merged.modules())
+    assert torch.allclose(logits(merged), live, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pissa", "vera"])
+def test_a_merged_model_is_the_trained_one(
+    name: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = of_folder(small_model, **{"rank": 4, **VARIANTS[name]})
+    trial = Trial(config, tmp_path / "trial", monkeypatch)
+    Merger(config, tmp_path / "trial" / "adapter", lambda _: None).merge(tmp_path / "merged")
+    assert torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(trial.model), atol=1e-4
+    )
+
+
+# --- jobs
+
+
+def test_a_job_goes_on_from_its_checkpoint_also_where_the_start_comes_out_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An iterated decomposition draws random numbers, and another card draws others."""
+    config = tiny_config(rank=4, init=Init.pissa)
+    config.data.rows, config.data.holdout, config.batch_size = 16, 0.25, 2
+    config.train.max_steps, config.train.checkpoint_every, config.train.eval_every = 6, 3.0, 3.0
+    whole = Trial(config, tmp_path / "whole", monkeypatch)
+    for others in (False, True):
+        folder = tmp_path / f"others {others}"
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "checkpoints" / "000006")
+        if others:
+            monkeypatch.setitem(lora._STARTS, Init.pissa, "pissa_niter_1")
+        again = Trial(replace(config, resume=True), folder, monkeypatch)
+        steps = [[(e.step, e.loss) for e in of.events if isinstance(e, Step)] for of in (whole, again)]
+        assert [step for step, _ in steps[1]] == [4, 5, 6]
+        losses = [pytest.approx(loss, abs=1e-4) if others else loss for _, loss in steps[0][3:]]
+        assert [loss for _, loss in steps[1]] == losses
+        loaded = load_trained(config, folder / "adapter", CPU)
+        assert torch.allclose(logits(loaded), logits(again.model), atol=2e-5)
