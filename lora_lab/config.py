@@ -100,11 +100,11 @@ class MethodConfig:
     b_learning_rate_ratio: float | None = setting(
         None, "LoRA+: the learning rate of B is this many times that of A", above=0, most=10**6
     )
-    rank_pattern: dict[str, int] = setting(
-        factory=dict, help="ranks of the modules that are named, instead of method.rank: {q_proj: 32}"
+    rank_pattern: Any = setting(  # dict[str, int] | None, which OmegaConf can't set
+        None, "ranks of the modules that are named, instead of method.rank: {q_proj: 32}"
     )
-    alpha_pattern: dict[str, float] = setting(
-        factory=dict, help="alphas of the modules that are named, instead of method.alpha: {q_proj: 64}"
+    alpha_pattern: Any = setting(  # dict[str, float] | None
+        None, "alphas of the modules that are named, instead of method.alpha: {q_proj: 64}"
     )
     raise_to_fp32: bool = setting(
         False,

@@ -1,5 +1,7 @@
 """Find what cannot be combined with a variant of LoRA, or would have no effect with it."""
 
+from typing import Any
+
 from lora_lab.config import MethodConfig, TrialConfig
 from lora_lab.options import Init, MethodKind, PlacementKind, Quantization, Weights
 
@@ -90,12 +92,26 @@ def _rate_faults(method: MethodConfig) -> list[str]:
 def _pattern_faults(method: MethodConfig) -> list[str]:
     found = []
     for name in _PATTERNS:
+        pattern = getattr(method, name)
+        if not _is_pattern(pattern, int if name == "rank_pattern" else (int, float)):
+            return [
+                f"method.{name}={pattern} does not give modules a number each. Write for example "
+                f"'method.{name}={{q_proj: 32}}'."
+            ]
         found += [
             f"method.{name} gives {module} the value {value:g}, which must be greater than 0."
-            for module, value in getattr(method, name).items()
+            for module, value in (pattern or {}).items()
             if not 0 < value < 2**16
         ]
-    odd = [f"{module}: {rank}" for module, rank in method.rank_pattern.items() if rank % 2]
+    odd = [f"{module}: {rank}" for module, rank in (method.rank_pattern or {}).items() if rank % 2]
     if odd and method.init is Init.orthogonal:
         found.append(f"method.init=orthogonal needs even ranks, and method.rank_pattern has {', '.join(odd)}.")
     return found
+
+
+def _is_pattern(pattern: Any, kinds: Any) -> bool:
+    return pattern is None or (
+        isinstance(pattern, dict)
+        and all(isinstance(name, str) for name in pattern)
+        and all(isinstance(value, kinds) and not isinstance(value, bool) for value in pattern.values())
+    )

@@ -89,8 +89,10 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
     if method.use_dora and kind not in (EngineKind.eager, EngineKind.liger):
         yield f"DoRA with engine={kind.name}: not measured"
     if method.freeze_a:
-        yield "method.freeze_a=true: measured on a CPU alone" if kind is EngineKind.eager else (
-            f"method.freeze_a=true with engine={kind.name}: taken for LoRA, which keeps more"
+        yield (
+            "method.freeze_a=true: measured on a CPU alone"
+            if kind is EngineKind.eager
+            else (f"method.freeze_a=true with engine={kind.name}: taken for LoRA, which keeps more")
         )
     if method.init not in (Init.kaiming, Init.gaussian):
         yield f"method.init={method.init.name}: what its start takes for a moment was not measured"

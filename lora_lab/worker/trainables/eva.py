@@ -40,7 +40,7 @@ def start_from_rows(model: Any, config: TrialConfig, rows: Sequence[Example], pa
 
 def _batches(config: TrialConfig, rows: Sequence[Example], padding: int) -> list[dict[str, Tensor]]:
     """Return batches of whole rows, each with enough tokens."""
-    needed = _TOKENS * max([config.method.rank, *config.method.rank_pattern.values()])
+    needed = _TOKENS * max([config.method.rank, *(config.method.rank_pattern or {}).values()])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     collator, made, waiting, tokens = Collator(pad_id=padding), [], [], 0
     for place in order:

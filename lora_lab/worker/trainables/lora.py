@@ -109,7 +109,7 @@ class Lora:
         method = self._method
         modules = {name: m for name, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
         for setting in ("rank_pattern", "alpha_pattern"):
-            for named in getattr(method, setting):
+            for named in getattr(method, setting) or ():
                 if not any(re.fullmatch(rf"(.*\.)?({named})", name) for name in modules):
                     raise InvalidInput(
                         f"method.{setting} names {named}, and no linear layer of the model ({self._model_name}) ends "
@@ -134,7 +134,7 @@ class Lora:
             if targets == ["all-linear"] or name.rsplit(".", 1)[-1] in targets
         ]
         least = min((min(module.weight.shape) for module in adapted), default=method.rank)
-        most = max([method.rank, *method.rank_pattern.values()])
+        most = max([method.rank, *(method.rank_pattern or {}).values()])
         if most > least:
             raise InvalidInput(
                 f"method.init={method.init.name} with rank {most}: a weight of the model ({self._model_name}) has only "
@@ -177,8 +177,8 @@ class Lora:
             use_dora=method.use_dora,
             init_lora_weights=_STARTS.get(method.init, method.init.value),
             eva_config=EvaConfig(rho=1.0) if method.init is Init.eva else None,  # the same rank everywhere
-            rank_pattern=dict(method.rank_pattern),
-            alpha_pattern=dict(method.alpha_pattern),
+            rank_pattern=dict(method.rank_pattern or {}),
+            alpha_pattern=dict(method.alpha_pattern or {}),
             target_modules=self._targets(),
             exclude_modules=rf"({outside})(\..*)?" if outside else None,
         )

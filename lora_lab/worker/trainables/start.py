@@ -119,8 +119,8 @@ def as_saved(method: MethodConfig) -> MethodConfig:
         saved,
         rank=2 * method.rank,
         alpha=factor * method.alpha,
-        rank_pattern={name: 2 * rank for name, rank in method.rank_pattern.items()},
-        alpha_pattern={name: factor * alpha for name, alpha in method.alpha_pattern.items()},
+        rank_pattern={name: 2 * rank for name, rank in (method.rank_pattern or {}).items()},
+        alpha_pattern={name: factor * alpha for name, alpha in (method.alpha_pattern or {}).items()},
     )
 
 
