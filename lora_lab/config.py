@@ -106,6 +106,9 @@ class MethodConfig:
     alpha_pattern: Any = setting(  # dict[str, float] | None
         None, "alphas of the modules that are named, instead of method.alpha: {q_proj: 64}"
     )
+    trained_tokens: list[str] = setting(
+        factory=list, help="tokens whose embeddings are trained too: ['<|im_start|>','<|im_end|>']"
+    )
     raise_to_fp32: bool = setting(
         False,
         "raise every non-quantised frozen weight to fp32, as prepare_model_for_kbit_training does",

@@ -26,7 +26,12 @@ OPTIMIZERS = {  # class, bits, paged, fused
 PROJECTED = ("galore", "galore_8bit", "apollo", "apollo_mini")  # for method=full alone
 IN_BACKWARD = ("lomo", "adalomo")
 PRECISIONS = {"fp32": ("float32", "no"), "fp16": ("float32", "no"), "bf16": ("bfloat16", "bf16")}  # on a CPU
-METHODS = {"lora": "none", "rslora": "none", "dora": "none", "qlora": "nf4", "qlora_fp4": "fp4", "full": "none"}
+METHODS = {
+    **{"lora": "none", "rslora": "none", "dora": "none", "qlora": "nf4", "qlora_fp4": "fp4", "full": "none"},
+    **dict.fromkeys(("pissa", "olora", "eva", "lora_plus", "lora_fa", "vera"), "none"),
+}
+"""method=loftq has none of the tiny model's weights to read."""
+STARTS = ("pissa", "olora", "eva")
 
 
 Cell = tuple[str, str, str]
@@ -36,8 +41,11 @@ def cells(full: bool) -> list[Cell]:
     """Every combination that is possible; or as few as hold every option."""
     if full:
         return [cell for cell in product(OPTIMIZERS, PRECISIONS, METHODS) if cell == possible(cell)]
-    # the other two have no end
-    return [possible(cell) for cell in zip(OPTIMIZERS, cycle(PRECISIONS), cycle(METHODS))]
+    others = [optimizer for optimizer in OPTIMIZERS if optimizer not in PROJECTED]
+    short = [*((optimizer, "full") for optimizer in PROJECTED), *zip(cycle(others), METHODS)]
+    return [
+        possible((optimizer, precision, method)) for (optimizer, method), precision in zip(short, cycle(PRECISIONS))
+    ]
 
 
 def possible(cell: Cell) -> Cell:
@@ -100,6 +108,10 @@ def test_what_ran_is_what_was_asked_for(records: list[dict[str, Any]]) -> None:
         dtype, autocast = PRECISIONS[asked["precision"]]
         assert (ran["autocast"], ran["grad_scaler"]) == (autocast, "False"), record["name"]
         assert ran["quantization"] == METHODS[asked["method"]], record["name"]
+        method = asked["method"]
+        assert ran["adapters"] == {"full": "none", "vera": "vera"}.get(method, "lora"), record["name"]
+        assert ran.get("adapters_start", "kaiming") == (method if method in STARTS else "kaiming"), record["name"]
+        assert ran["adapters_frozen_a"] == str(method == "lora_fa"), record["name"]
         assert ran["quantized_compute_dtype"] == ("none" if ran["quantization"] == "none" else dtype)
         frozen = {"none"} if asked["method"] == "full" else {dtype}
         assert {item.split()[0] for item in ran["weight_dtypes"].split(", ")} - {"uint8"} == frozen, record["name"]

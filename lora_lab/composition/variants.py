@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_lab.config import MethodConfig, TrialConfig
-from lora_lab.options import Init, MethodKind, PlacementKind, Quantization, Weights
+from lora_lab.options import EngineKind, Init, MethodKind, PlacementKind, Quantization, Weights
 
 _OF_LORA = ("alpha", "use_rslora", "use_dora", "init", "freeze_a", "b_learning_rate_ratio")
 """Fields of `method` that are of LoRA's own matrices."""
@@ -17,14 +17,19 @@ def variant_faults(config: TrialConfig) -> list[str]:
         return _vera_faults(config)
     if config.method.kind is MethodKind.full:
         return []
-    return [*_start_faults(config), *_rate_faults(config.method), *_pattern_faults(config.method)]
+    return [
+        *_start_faults(config),
+        *_rate_faults(config.method),
+        *_pattern_faults(config.method),
+        *_token_faults(config),
+    ]
 
 
 def _vera_faults(config: TrialConfig) -> list[str]:
     method = config.method
     found = [
-        f"method.{name} is of LoRA's two matrices, and method=vera trains none. Leave it out."
-        for name in (*_OF_LORA, *_PATTERNS)
+        f"method.{name} goes with LoRA's two matrices, and method=vera trains none. Leave it out."
+        for name in (*_OF_LORA, *_PATTERNS, "trained_tokens")
         if getattr(method, name) != getattr(_DEFAULTS, name)
     ]
     if config.placement.kind is PlacementKind.fsdp:
@@ -58,7 +63,7 @@ def _start_faults(config: TrialConfig) -> list[str]:
         found.append(
             f"{what} with method.use_dora=true: DoRA's norms would be those of other weights. Use one of them."
         )
-    tables = [name for name in method.target_modules if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]
+    tables = _tables(method)
     if tables and method.init not in (Init.kaiming, Init.gaussian):
         found.append(
             f"{what} starts from linear layers within the model, and method.target_modules names {', '.join(tables)}. "
@@ -107,6 +112,28 @@ def _pattern_faults(method: MethodConfig) -> list[str]:
     if odd and method.init is Init.orthogonal:
         found.append(f"method.init=orthogonal needs even ranks, and method.rank_pattern has {', '.join(odd)}.")
     return found
+
+
+def _token_faults(config: TrialConfig) -> list[str]:
+    if not config.method.trained_tokens:
+        return []
+    engine, what, found = config.engine, "method.trained_tokens", []
+    if engine.kind is EngineKind.graph:
+        found.append(f"{what} copies numbers to the card in each step, which engine=graph cannot. Use engine=compile.")
+    if engine.chunked_loss:
+        found.append(f"{what}: engine.chunked_loss=true needs a frozen head. Use engine.chunked_loss=false.")
+    if engine.host_embeddings is True:
+        found.append(f"{what}: engine.host_embeddings=true needs frozen ones. Use engine.host_embeddings=false.")
+    if config.placement.kind is PlacementKind.fsdp:
+        found.append(f"{what} with placement=fsdp was not tried. Use placement=ddp.")
+    if _tables(config.method):
+        found.append(f"{what} and method.target_modules both train the embeddings. Leave one of them out.")
+    return found
+
+
+def _tables(method: MethodConfig) -> list[str]:
+    """Return the target modules that are embeddings or the head."""
+    return [name for name in method.target_modules if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]
 
 
 def _is_pattern(pattern: Any, kinds: Any) -> bool:

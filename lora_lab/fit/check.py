@@ -49,6 +49,8 @@ def _unknown_variant(method: MethodConfig, shapes: Shapes) -> str:
     """Name the part of a variant of LoRA whose memory is not known; empty where all of it is."""
     if method.kind is MethodKind.vera:
         return "method=vera"
+    if method.trained_tokens:
+        return "method.trained_tokens"
     if method.freeze_a and shapes.experts is not None:
         return "method.freeze_a=true with a mixture of experts"
     return "method.rank_pattern" if method.rank_pattern else ""

@@ -105,7 +105,7 @@ def load_dequantised(config: TrialConfig, trained: Path, device: torch.device) -
 
 
 def _is_adapters(key: str) -> bool:
-    return "lora_" in key or "vera_" in key
+    return any(part in key for part in ("lora_", "vera_", "trainable_tokens_delta"))
 
 
 def load_untrained(config: TrialConfig, device: torch.device) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.vera import VeraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -78,11 +79,14 @@ class _Product:
 
 def _products(module: Any) -> Iterator[_Product]:
     """Yield the products with linear layers, each once, and of VeRA those with its shared matrices."""
+    tables = {id(each.base_layer) for each in module.modules() if isinstance(each, TrainableTokensLayer)}
     vera = {id(layer.base_layer): layer for layer in module.modules() if isinstance(layer, VeraLayer)}
     for name, linear in module.named_modules():
         if not isinstance(linear, torch.nn.Linear | Conv1D):  # bitsandbytes' are subclasses of torch's
             continue
-        yield _Product((id(linear), ""), _weights(linear), linear.weight.requires_grad, ".lora_" in name)
+        # a head that shares trained tokens is put together in each step, and all of it gets a gradient
+        is_trained = linear.weight.requires_grad or id(linear) in tables
+        yield _Product((id(linear), ""), _weights(linear), is_trained, ".lora_" in name)
         for rank in vera[id(linear)].r.values() if id(linear) in vera else ():
             layer = vera[id(linear)]
             yield _Product((id(linear), "A"), rank * layer.in_features, False, True, is_scaled=True)
@@ -110,7 +114,11 @@ def _check_known_layers(model: Any, products: list[_Product]) -> None:
         for module in model.modules()
         if (id(module), "") in multiplied or isinstance(module, torch.nn.Embedding)
     }
-    others = [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
+    others = [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and id(p) not in known and "trainable_tokens" not in name
+    ]
     if others:
         raise Uncountable(f"how often it multiplies with {others[0]} is not known ({len(others)} such weights)")
 

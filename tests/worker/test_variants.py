@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva": {"init": Init.eva},
     "lora_fa": {"freeze_a": True},
     "lora_plus": {"b_learning_rate_ratio": 8.0},
+    "tokens": {"trained_tokens": ["a", "b"], "init": Init.olora},
     "vera": {"kind": MethodKind.vera},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3.0}},
 }
@@ -110,6 +111,7 @@ def test_the_saved_adapter_on_the_model_as_it_was_is_the_model_that_was_trained(
     assert torch.equal(logits(trial.model), live)
     asked, facts = config.method, trial.facts
     assert facts["adapters"] == asked.kind.name
+    assert facts["adapters_trained_tokens"] == str(len(asked.trained_tokens))
     assert facts["adapters_frozen_a"] == str(asked.freeze_a)
     if asked.kind is MethodKind.lora:
         assert facts["adapters_start"] == asked.init.name

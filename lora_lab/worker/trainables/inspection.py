@@ -8,6 +8,7 @@ from peft.tuners.vera import VeraLayer
 from lora_lab.config import MethodConfig
 from lora_lab.options import MethodKind
 from lora_lab.worker.trainables.start import lora_layers, start_of
+from lora_lab.worker.trainables.tokens import trained_token_count
 
 _NONE = "none"
 
@@ -21,6 +22,7 @@ def adapter_facts(model: Any, optimizer: Any) -> dict[str, str]:
     found = [name for name, kind in kinds.items() if any(isinstance(module, kind) for module in model.modules())]
     facts = {
         "adapters": ", ".join(found) or _NONE,
+        "adapters_trained_tokens": str(trained_token_count(model)),
         "adapters_frozen_a": str(bool(matrices) and not any(a.requires_grad for a, _ in matrices)),
     }
     if matrices:
@@ -37,6 +39,7 @@ def adapter_differences(facts: dict[str, str], method: MethodConfig) -> list[str
     ratio = 1.0 if method.b_learning_rate_ratio is None else method.b_learning_rate_ratio
     asked = {
         "adapters": _NONE if method.kind is MethodKind.full else method.kind.name,
+        "adapters_trained_tokens": str(len(set(method.trained_tokens))),
         "adapters_frozen_a": str(method.freeze_a),
         "adapters_start": method.init.name,
         "adapters_b_learning_rate_ratio": f"{ratio:.6g}",

@@ -20,6 +20,7 @@ from lora_lab.worker.experts import adapted_experts
 from lora_lab.worker.pretrained import model_name
 from lora_lab.worker.trainables.loftq import start_from_loss
 from lora_lab.worker.trainables.start import load_adapters, note_start, save_adapters
+from lora_lab.worker.trainables.tokens import token_ids
 
 _STARTS: dict[Init, Any] = {
     Init.kaiming: True,
@@ -95,6 +96,9 @@ class Lora:
         except ValueError as error:  # modules were named that lie where text never runs
             raise InvalidInput(f"no adapter can be put into the model ({self._model_name}): {error}") from error
         self._name_base(adapted.peft_config["default"])
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:  # PEFT makes them in the format of the embeddings
+                parameter.data = parameter.data.to(self.dtype)
         if self._method.init is Init.loftq:
             start_from_loss(adapted, self._model)
         note_start(adapted, self._method.init.takes)
@@ -179,6 +183,7 @@ class Lora:
             eva_config=EvaConfig(rho=1.0) if method.init is Init.eva else None,  # the same rank everywhere
             rank_pattern=dict(method.rank_pattern or {}),
             alpha_pattern=dict(method.alpha_pattern or {}),
+            trainable_token_indices=token_ids(method.trained_tokens, self._model) or None,
             target_modules=self._targets(),
             exclude_modules=rf"({outside})(\..*)?" if outside else None,
         )

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import transpose
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper, transpose
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -85,11 +85,16 @@ def before_training(model: Any) -> Iterator[None]:
             yield
         return
     trained = _copies(lora_layers(model))
+    tokens = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
     _put(model, taken)
+    for each in tokens:
+        each.enable_adapters(False)
     try:
         yield
     finally:
         _put(model, trained)
+        for each in tokens:
+            each.enable_adapters(True)
 
 
 def _copies(layers: dict[str, Any], device: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -143,7 +148,7 @@ def save_adapters(model: Any, folder: Path) -> None:
         config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
         config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
         config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
-        state = {}
+        state = model.state_dict()
         for name, layer in lora_layers(model).items():
             (a, b), (a0, b0) = (each.detach().cpu() for each in _pair(layer)), taken[name]
             state[f"{name}.lora_A.{_ADAPTER}.weight"] = torch.cat([a, a0])
@@ -173,6 +178,7 @@ def load_adapters(model: Any, folder: Path) -> None:
         rank = len(a) // 2
         pairs[name], taken[name] = (a[:rank], b[:, :rank]), (a[rank:], -b[:, rank:])
     _put(model, pairs)
+    set_peft_model_state_dict(model, {name: each for name, each in saved.items() if ".lora_" not in name})
     for name, layer in lora_layers(model).items():
         if not all(map(torch.equal, taken[name], start.taken[name])):
             _exchange(layer, start.taken[name], taken[name])
