@@ -40,7 +40,8 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     defaults = optimizer.defaults
     state = _state_tensors(optimizer)
     trained = trained_parameters(model)
-    frozen = [p for _, p in model.named_parameters() if not p.requires_grad]
+    # an A that is frozen is an adapter's and no weight of the model's
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and ".lora_" not in name]
     quantised = [m for m in model.modules() if is_quantised(m) and hasattr(m, "compute_dtype")]
     device = trained[0].device
     scaler = trainer.accelerator.scaler

@@ -140,11 +140,14 @@ def test_an_optimizer_is_known_to_transformers_and_keeps_its_names_promise(optio
 @pytest.mark.parametrize("option", options("method"))
 def test_methods_differ_from_the_default_lora_as_their_names_say(option: str) -> None:
     method = composed(f"method={option}").method
-    assert (method.quantization.name != "none") == ("qlora" in option)
+    assert (method.quantization.name != "none") == (option in ("qlora", "qlora_fp4", "loftq"))
     assert (method.quantization.name == "fp4") == ("fp4" in option)
     assert method.use_dora == (option == "dora")
     assert method.use_rslora == (option == "rslora")
-    assert method.kind.name == ("full" if option == "full" else "lora")
+    assert method.kind.name == (option if option in ("full", "vera") else "lora")
+    assert method.init.name == (option if option in ("pissa", "olora", "eva", "loftq") else "kaiming")
+    assert method.freeze_a == (option == "lora_fa")
+    assert (method.b_learning_rate_ratio is not None) == (option == "lora_plus")
 
 
 @pytest.mark.parametrize("option", options("capacity"))

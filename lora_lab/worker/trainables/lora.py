@@ -77,6 +77,7 @@ class Lora:
         try:
             with torch.device("meta"):
                 get_peft_model(skeleton, asked, low_cpu_mem_usage=True)
+            self._freeze_a(skeleton)
         except ValueError as error:
             said = re.sub(r"^\[PEFT:[^]]*\] ", "", str(error).splitlines()[0])
             # PEFT puts the module that it can't adapt in quotes
@@ -102,11 +103,13 @@ class Lora:
         if self._method.init is Init.loftq:
             start_from_loss(adapted, self._model)
         note_start(adapted, self._method.init.takes)
-        if self._method.freeze_a:
-            for name, parameter in adapted.named_parameters():
-                if ".lora_A." in name:
-                    parameter.requires_grad_(False)
+        self._freeze_a(adapted)
         return adapted
+
+    def _freeze_a(self, model: Any) -> None:
+        for name, parameter in model.named_parameters() if self._method.freeze_a else ():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
 
     def _check_variant(self, skeleton: Any) -> None:
         """Raise InvalidInput for settings of a variant that this model does not go with."""
