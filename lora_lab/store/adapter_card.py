@@ -35,7 +35,10 @@ _SETTINGS = (
     "measure.steps",
     "seed",
 )
-_LOFTQ = "- Load the base model in 4 bit by bitsandbytes, with the quantisation below: the adapter makes up for what that loses."
+_LOFTQ = (
+    "- Load the base model in 4 bit by bitsandbytes, with the quantisation below: the adapter makes up for what is "
+    "lost by that."
+)
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "lora_lab")
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from engine_models import SHAPES, adapters, furthest, loss_and_gradients, padded, stepped
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_trials import ended, tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from lora_lab.composition.variants import variant_faults
-from lora_lab.config import ModelConfig, TrialConfig
+from lora_lab.config import MethodConfig, ModelConfig, TrialConfig
 from lora_lab.events import Event, Ran, Step
 from lora_lab.options import Init, MethodKind, ModelSource, Quantization
 from lora_lab.worker.merging import Merger
@@ -22,7 +22,8 @@ from lora_lab.worker.quantised import is_quantised
 from lora_lab.worker.stages import model_loading
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trainables import lora
-from lora_lab.worker.trainables.start import before_training
+from lora_lab.worker.trainables.inspection import adapter_differences, adapter_facts
+from lora_lab.worker.trainables.start import before_training, note_start, start_of
 from lora_lab.worker.trained import load_dequantised, load_trained, ready_to_answer
 from lora_lab.worker.trial import run_trial
 
@@ -119,6 +120,25 @@ def test_the_saved_adapter_on_the_model_as_it_was_is_the_model_that_was_trained(
         assert facts["adapters_b_learning_rate_ratio"] == f"{asked.b_learning_rate_ratio or 1:g}"
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"init": Init.pissa}, "adapters_start: asked for pissa, got kaiming"),
+        ({"freeze_a": True}, "adapters_frozen_a: asked for True, got False"),
+        ({"b_learning_rate_ratio": 8.0}, "adapters_b_learning_rate_ratio: asked for 8, got 1"),
+        ({"kind": MethodKind.vera}, "adapters: asked for vera, got lora"),
+        ({"trained_tokens": ["a"]}, "adapters_trained_tokens: asked for 1, got 0"),
+    ],
+)
+def test_a_variant_that_did_not_run_is_no_measurement(asked: dict[str, Any], said: str) -> None:
+    plain = tiny_config()
+    model = load_model(plain, load_architecture(plain.model), CPU)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    facts = adapter_facts(model, optimizer)
+    assert adapter_differences(facts, plain.method) == []
+    assert said in adapter_differences(facts, MethodConfig(**asked))
+
+
 # --- engines
 
 
@@ -203,24 +223,38 @@ def test_a_merged_model_is_the_trained_one(
 # --- jobs
 
 
-def test_a_job_goes_on_from_its_checkpoint_also_where_the_start_comes_out_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An iterated decomposition draws random numbers, and another card draws others."""
-    config = tiny_config(rank=4, init=Init.pissa)
+def job_config(**method: Any) -> TrialConfig:
+    config = tiny_config(rank=4, **method)
     config.data.rows, config.data.holdout, config.batch_size = 16, 0.25, 2
     config.train.max_steps, config.train.checkpoint_every, config.train.eval_every = 6, 3.0, 3.0
+    return config
+
+
+@pytest.mark.parametrize("case", ["lora_fa", "pissa", "pissa that starts otherwise"])
+def test_a_job_goes_on_from_its_checkpoint(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An iterated decomposition draws random numbers, and another card draws others."""
+    config = job_config(**VARIANTS[case.split()[0]])
     whole = Trial(config, tmp_path / "whole", monkeypatch)
-    for others in (False, True):
-        folder = tmp_path / f"others {others}"
-        shutil.copytree(tmp_path / "whole", folder)
-        shutil.rmtree(folder / "checkpoints" / "000006")
-        if others:
-            monkeypatch.setitem(lora._STARTS, Init.pissa, "pissa_niter_1")
-        again = Trial(replace(config, resume=True), folder, monkeypatch)
-        steps = [[(e.step, e.loss) for e in of.events if isinstance(e, Step)] for of in (whole, again)]
-        assert [step for step, _ in steps[1]] == [4, 5, 6]
-        losses = [pytest.approx(loss, abs=1e-4) if others else loss for _, loss in steps[0][3:]]
-        assert [loss for _, loss in steps[1]] == losses
-        loaded = load_trained(config, folder / "adapter", CPU)
-        assert torch.allclose(logits(loaded), logits(again.model), atol=2e-5)
+    folder = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "checkpoints" / "000006")
+    differs = case not in VARIANTS
+    if differs:
+        monkeypatch.setitem(lora._STARTS, Init.pissa, "pissa_niter_1")
+    again = Trial(replace(config, resume=True), folder, monkeypatch)
+    steps = [[(e.step, e.loss) for e in of.events if isinstance(e, Step)] for of in (whole, again)]
+    assert [step for step, _ in steps[1]] == [4, 5, 6]
+    losses = [pytest.approx(loss, abs=1e-4) if differs else loss for _, loss in steps[0][3:]]
+    assert [loss for _, loss in steps[1]] == losses
+    loaded = load_trained(config, folder / "adapter", CPU)
+    assert torch.allclose(logits(loaded), logits(again.model), atol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 16, 200])
+@pytest.mark.parametrize("init", [Init.kaiming, Init.gaussian, Init.orthogonal, Init.olora, Init.pissa])
+def test_a_start_is_seen_at_any_rank(init: Init, rank: int) -> None:
+    torch.manual_seed(rank)
+    asked = LoraConfig(r=rank, target_modules=["0"], init_lora_weights=lora._STARTS.get(init, init.value))
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(256, 320)), asked)
+    note_start(model, init.takes)
+    assert start_of(model).seen == init.name

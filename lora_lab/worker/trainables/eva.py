@@ -34,7 +34,10 @@ def start_from_rows(model: Any, config: TrialConfig, rows: Sequence[Example], pa
             )
         model(**batch)
 
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+    for name, parameter in model.named_parameters():  # PEFT lets those learn that it has made again
+        parameter.requires_grad_(name not in frozen)
     note_start(model, takes=False)
 
 

@@ -46,7 +46,10 @@ def lora_layers(model: Any) -> dict[str, Any]:
 def note_start(model: Any, takes: bool) -> None:
     """Look at adapters that have just been made, and keep what they have taken out of the frozen weights."""
     layers = lora_layers(model)
-    first = next(iter(layers.values()), None)
+    # bitsandbytes may have left some as they were, and LoftQ with them
+    first = min(
+        layers.values(), key=lambda layer: not hasattr(layer.get_base_layer().weight, "quant_state"), default=None
+    )
     seen = "none" if first is None else _seen(*_pair(first), takes)
     model.start = Start(seen, _copies(layers, "cpu") if takes else {})
 
@@ -64,7 +67,8 @@ def _seen(a: Tensor, b: Tensor, takes: bool) -> str:
         if _is_orthonormal(a.t()):
             return Init.eva.name
         bound = 1 / math.sqrt(a.shape[1])
-        return Init.kaiming.name if float(a.abs().max()) <= bound else Init.gaussian.name
+        is_uniform = float(a.abs().max()) <= bound < 1.9 * float(a.std())  # a uniform's bound is 1.73 of these
+        return Init.kaiming.name if is_uniform else Init.gaussian.name
     if takes:
         return Init.olora.name if _is_orthonormal(b) else Init.pissa.name
     cancelled = float((b @ a).abs().max()) < _NEAR * float(b.abs().max() * a.abs().max())
