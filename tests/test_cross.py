@@ -116,6 +116,7 @@ def test_what_ran_is_what_was_asked_for(records: list[dict[str, Any]]) -> None:
         frozen = {"none"} if asked["method"] == "full" else {dtype}
         assert {item.split()[0] for item in ran["weight_dtypes"].split(", ")} - {"uint8"} == frozen, record["name"]
         assert {item.split()[0] for item in ran["adapter_dtypes"].split(", ")} == {"float32"}, record["name"]
-        assert ("uint8" in ran["optimizer_state_dtypes"]) == (optimizer[1] == "8"), record["name"]
+        is_small = method == "vera"  # bitsandbytes keeps the state of fewer than 4,096 elements in fp32
+        assert ("uint8" in ran["optimizer_state_dtypes"]) == (optimizer[1] == "8" and not is_small), record["name"]
         assert ("fp16" in ran["stand_ins"]) == (asked["precision"] == "fp16"), record["name"]
         assert ("paged" in ran["stand_ins"]) == (optimizer[2] == "True"), record["name"]

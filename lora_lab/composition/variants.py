@@ -50,6 +50,8 @@ def _start_faults(config: TrialConfig) -> list[str]:
         found.append(f"{what}: PEFT gives its matrices the format of weights in 4 bit. Use method.init=gaussian.")
     if method.init is Init.orthogonal and method.rank % 2:
         found.append(f"{what} needs an even rank, not method.rank={method.rank}. Use method.rank={method.rank + 1}.")
+    if method.init is Init.eva and method.rank_pattern:
+        found.append(f"{what}: PEFT gives layers with one input one rank. Leave method.rank_pattern out.")
     if method.init is Init.loftq and not is_quantised:
         found.append(f"{what} starts from what 4 bit has lost, and method.quantization=none. Use method=loftq.")
     if method.init is Init.loftq and config.model.weights is Weights.random:

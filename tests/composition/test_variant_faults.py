@@ -35,6 +35,7 @@ PISSA = {"method__init": Init.pissa}
         ({**NF4, "method__init": Init.orthogonal}, ["Use method.init=gaussian"]),
         ({"method__init": Init.orthogonal, "method__rank": 3}, ["needs an even rank", "Use method.rank=4"]),
         ({"method__init": Init.orthogonal, "method__rank_pattern": {"q_proj": 3}}, ["needs even ranks", "q_proj: 3"]),
+        ({"method__init": Init.eva, "method__rank_pattern": {"q_proj": 3}}, ["Leave method.rank_pattern out"]),
         ({"method__init": Init.loftq}, ["method.quantization=none. Use method=loftq"]),
         ({**NF4, "method__init": Init.loftq, "model__weights": Weights.random}, ["has none", "or method=qlora"]),
         ({**NF4, "method__init": Init.loftq, "engine__host_layers": 1}, ["Use engine.host_layers=0"]),

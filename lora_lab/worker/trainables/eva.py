@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.worker.data import Collator, Example
+from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.trainables.start import note_start
 
 _TOKENS = 4
@@ -32,18 +33,16 @@ def start_from_rows(model: Any, config: TrialConfig, rows: Sequence[Example], pa
                 f"method.init=eva: the inputs' first {config.method.rank} directions have not settled after {_MOST} "
                 "batches. Use a smaller method.rank, or method.init=kaiming."
             )
+        evaluation_mode(model)  # PEFT puts 4-bit layers into evaluation too
         model(**batch)
 
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    for name, parameter in model.named_parameters():  # PEFT lets those learn that it has made again
-        parameter.requires_grad_(name not in frozen)
     note_start(model, takes=False)
 
 
 def _batches(config: TrialConfig, rows: Sequence[Example], padding: int) -> list[dict[str, Tensor]]:
     """Return batches of whole rows, each with enough tokens."""
-    needed = _TOKENS * max([config.method.rank, *(config.method.rank_pattern or {}).values()])
+    needed = _TOKENS * config.method.rank
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     collator, made, waiting, tokens = Collator(pad_id=padding), [], [], 0
     for place in order:
@@ -53,6 +52,8 @@ def _batches(config: TrialConfig, rows: Sequence[Example], padding: int) -> list
             batch = collator(waiting)
             made.append({name: batch[name] for name in ("input_ids", "attention_mask")})
             waiting, tokens = [], 0
+        if len(made) == _MOST:
+            break
     if not made:
         raise InvalidInput(
             f"method.init=eva with method.rank={config.method.rank} needs {needed} tokens, and the training rows have "

@@ -165,7 +165,6 @@ class Lora:
     def load(self, model: Any, folder: Path) -> None:
         """Copy adapters into the model's."""
         load_adapters(model, folder)
-        self._freeze_a(model)  # PEFT has let all of them learn
 
     def _adapters(self, model: Any, leave_out: Sequence[str] = ()) -> Any:
         """Make PEFT's config.
