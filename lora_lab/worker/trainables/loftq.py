@@ -41,7 +41,7 @@ def start_from_loss(model: Any, of: ModelConfig) -> None:
 
 def _places(of: ModelConfig) -> dict[str, Path]:
     """Return the file of each stored tensor."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in weight_files(of):
         with safe_open(file, framework="pt") as opened:
             found |= dict.fromkeys(opened.keys(), file)

@@ -91,9 +91,11 @@ class Lora:
         """Freeze the model and put fresh adapters into it, but for modules that text never runs through."""
         if self._method.raise_to_fp32:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        with _without_advice():
+            asked = self._adapters(model, unreached)
         try:
             with _without_advice():
-                adapted = get_peft_model(model, self._adapters(model, unreached))
+                adapted = get_peft_model(model, asked)
         except ValueError as error:  # modules were named that lie where text never runs
             raise InvalidInput(f"no adapter can be put into the model ({self._model_name}): {error}") from error
         self._name_base(adapted.peft_config["default"])

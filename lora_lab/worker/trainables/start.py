@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_lab.config import MethodConfig
 from lora_lab.options import Init
+from lora_lab.worker.quantised import is_quantised
 
 _ADAPTER = "default"
 _NEAR = 1e-2
@@ -47,9 +48,8 @@ def note_start(model: Any, takes: bool) -> None:
     """Look at adapters that have just been made, and keep what they have taken out of the frozen weights."""
     layers = lora_layers(model)
     # bitsandbytes may have left some as they were, and LoftQ with them
-    first = min(
-        layers.values(), key=lambda layer: not hasattr(layer.get_base_layer().weight, "quant_state"), default=None
-    )
+    in_4_bit = [layer for layer in layers.values() if is_quantised(layer.get_base_layer())]
+    first = next(iter(in_4_bit or layers.values()), None)
     seen = "none" if first is None else _seen(*_pair(first), takes)
     model.start = Start(seen, _copies(layers, "cpu") if takes else {})
 

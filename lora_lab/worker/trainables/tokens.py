@@ -12,6 +12,8 @@ def token_ids(texts: Sequence[str], model: ModelConfig) -> list[int]:
     """Return the tokens' ids, each once, in order.
 
     Raises: InvalidInput for a text that is not one token of the model's."""
+    if not texts:
+        return []
     from lora_lab.worker.models import load_tokenizer  # it imports the trainables
 
     tokenizer = load_tokenizer(model)
