@@ -21,9 +21,9 @@ from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.evaluation import evaluating
 from lora_lab.worker.examples import pad_id
-from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.shards import shards_of
+from lora_lab.worker.tokenizer_files import load_tokenizer
 from lora_lab.worker.trainables.start import before_training
 from lora_lab.worker.trainables.trainable import base_of
 from lora_lab.worker.trained import be_quiet, load_trained, load_untrained, on_its_weights, this_device

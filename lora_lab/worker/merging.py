@@ -20,7 +20,8 @@ from lora_lab.worker.check import checked_examples
 from lora_lab.worker.data import Example
 from lora_lab.worker.evaluation import digest_of, row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
-from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, save_tokenizer
+from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.tokenizer_files import load_tokenizer, save_tokenizer
 from lora_lab.worker.trained import (
     be_quiet,
     load_dequantised,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_lab.base_weights import ADAPTER
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.options import DType, MethodKind, PlacementKind, Quantization
@@ -192,7 +193,8 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
     """Return differences and stand-ins. A stand-in is one of the two replacements that a CPU is allowed."""
     asked = expected(config, device)
     differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
-    differences += adapter_differences(facts, config.method)
+    if trainable_of(config).name == ADAPTER:
+        differences += adapter_differences(facts, config.method)
     differences += _dtype_differences(facts, config, device)
     differences += [*_host_layers_difference(facts, config), *_held_difference(facts, config)]
     stand_ins = []

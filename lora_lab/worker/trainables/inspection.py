@@ -6,11 +6,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraLayer
 
 from lora_lab.config import MethodConfig
-from lora_lab.options import MethodKind
 from lora_lab.worker.trainables.start import lora_layers, start_of
 from lora_lab.worker.trainables.tokens import trained_token_count
-
-_NONE = "none"
 
 
 def adapter_facts(model: Any, optimizer: Any) -> dict[str, str]:
@@ -21,7 +18,7 @@ def adapter_facts(model: Any, optimizer: Any) -> dict[str, str]:
     kinds = {"vera": VeraLayer, "lora": LoraLayer}
     found = [name for name, kind in kinds.items() if any(isinstance(module, kind) for module in model.modules())]
     facts = {
-        "adapters": ", ".join(found) or _NONE,
+        "adapters": ", ".join(found) or "none",
         "adapters_trained_tokens": str(trained_token_count(model)),
         "adapters_frozen_a": str(bool(matrices) and not any(a.requires_grad for a, _ in matrices)),
     }
@@ -35,10 +32,10 @@ def adapter_facts(model: Any, optimizer: Any) -> dict[str, str]:
 
 
 def adapter_differences(facts: dict[str, str], method: MethodConfig) -> list[str]:
-    """Return what is not as the method asks for, a sentence each."""
+    """Return what is not as a method with adapters asks for, a sentence each."""
     ratio = 1.0 if method.b_learning_rate_ratio is None else method.b_learning_rate_ratio
     asked = {
-        "adapters": _NONE if method.kind is MethodKind.full else method.kind.name,
+        "adapters": method.kind.name,
         "adapters_trained_tokens": str(len(set(method.trained_tokens))),
         "adapters_frozen_a": str(method.freeze_a),
         "adapters_start": method.init.name,

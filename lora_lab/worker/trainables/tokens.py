@@ -6,6 +6,7 @@ from typing import Any
 from peft.utils.other import TrainableTokensWrapper
 
 from lora_lab.config import InvalidInput, ModelConfig
+from lora_lab.worker.tokenizer_files import load_tokenizer
 
 
 def token_ids(texts: Sequence[str], model: ModelConfig) -> list[int]:
@@ -14,10 +15,7 @@ def token_ids(texts: Sequence[str], model: ModelConfig) -> list[int]:
     Raises: InvalidInput for a text that is not one token of the model's."""
     if not texts:
         return []
-    from lora_lab.worker.models import load_tokenizer  # it imports the trainables
-
-    tokenizer = load_tokenizer(model)
-    found = set()
+    tokenizer, found = load_tokenizer(model), set()
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
