@@ -1,6 +1,7 @@
 """Variants of LoRA through whole trials: what is saved, next to the model as it was, is the model that was trained."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lora_lab.composition.variants import variant_faults
 from lora_lab.config import MethodConfig, ModelConfig, TrialConfig
 from lora_lab.events import Event, Ran, Step
 from lora_lab.options import Init, MethodKind, ModelSource, Quantization
+from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.engines.tiled_mlp import tile_mlps
 from lora_lab.worker.merging import Merger
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import is_quantised
@@ -142,24 +145,34 @@ def test_a_variant_that_did_not_run_is_no_measurement(asked: dict[str, Any], sai
 # --- engines
 
 
+def as_graph(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    stepped(model, torch.float32).record(batch)
+
+
+def in_parts(model: Any, _: dict[str, torch.Tensor]) -> None:
+    use_chunked_loss(model)
+    tile_mlps(model, 64, compiled=False, copies={}, autocast=lambda: torch.autocast("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("change", [as_graph, in_parts])
 @pytest.mark.parametrize("name", ["pissa", "orthogonal", "lora_fa", "vera", "patterns"])
-def test_a_step_of_the_graph_engine_is_that_of_eager(name: str) -> None:
+def test_a_step_of_an_engine_is_that_of_eager(name: str, change: Callable[..., None]) -> None:
     config = tiny_config(**{"rank": 4, **VARIANTS[name]})
     architecture = load_architecture(config.model)
     found = []
-    for is_stepped in (False, True):
+    for is_changed in (False, True):
         set_seed(0)
         model = load_model(config, architecture, CPU).train()
         with torch.no_grad():
             for parameter in adapters(model).values():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        batch = padded([40, 33], 40)
-        if is_stepped:
-            stepped(model, torch.float32).record(batch)
+        batch = padded([130, 67], 130)
+        if is_changed:
+            change(model, batch)
         found.append(loss_and_gradients(model, batch))
-    (loss, gradients), (stepped_loss, stepped_gradients) = found
-    assert stepped_loss == pytest.approx(loss, rel=1e-5)
-    assert furthest(stepped_gradients, gradients) < 1e-4
+    (loss, gradients), (changed_loss, changed_gradients) = found
+    assert changed_loss == pytest.approx(loss, rel=1e-5)
+    assert furthest(changed_gradients, gradients) < 1e-4
 
 
 # --- 4 bit
