@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_by_day
 from engine_models import SHAPES, adapters, furthest, loss_and_gradients, padded, stepped
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_trials import ended, tiny_config
@@ -94,7 +95,10 @@ def base(config: TrialConfig) -> Any:
     return load_model(plain, load_architecture(plain.model), CPU).unload()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    some_by_day([*VARIANTS], by_day=["pissa_rslora", "eva", "lora_fa", "lora_plus", "tokens", "vera"]),
+)
 def test_the_saved_adapter_on_the_model_as_it_was_is_the_model_that_was_trained(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +159,9 @@ def in_parts(model: Any, _: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [as_graph, in_parts])
-@pytest.mark.parametrize("name", ["pissa", "orthogonal", "lora_fa", "vera", "patterns"])
+@pytest.mark.parametrize(
+    "name", some_by_day(["pissa", "orthogonal", "lora_fa", "vera", "patterns"], by_day=["lora_fa", "vera"])
+)
 def test_a_step_of_an_engine_is_that_of_eager(name: str, change: Callable[..., None]) -> None:
     config = tiny_config(**{"rank": 4, **VARIANTS[name]})
     architecture = load_architecture(config.model)
@@ -221,7 +227,7 @@ def test_loftq_starts_nearer_to_the_whole_weights_and_goes_with_the_4_bit_ones(
     assert torch.allclose(logits(merged), live, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pissa", "vera"])
+@pytest.mark.parametrize("name", some_by_day(["pissa", "vera"], by_day=["pissa"]))
 def test_a_merged_model_is_the_trained_one(
     name: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +249,9 @@ def job_config(**method: Any) -> TrialConfig:
     return config
 
 
-@pytest.mark.parametrize("case", ["lora_fa", "pissa", "pissa that starts otherwise"])
+@pytest.mark.parametrize(
+    "case", some_by_day(["lora_fa", "pissa", "pissa that starts otherwise"], by_day=["pissa that starts otherwise"])
+)
 def test_a_job_goes_on_from_its_checkpoint(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An iterated decomposition draws random numbers, and another card draws others."""
     config = job_config(**VARIANTS[case.split()[0]])
