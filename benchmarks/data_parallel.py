@@ -40,7 +40,7 @@ CELLS = {
     "1x512": [*_QWEN, "batch_size=1", "seq_len=512", "measure.steps=150"],
 }
 _TINY = {"tiny 2x64": [*COMMON, "model=tiny", "device=cpu", "data.rows=60", "batch_size=2", "seq_len=64"]}
-_KEPT = ("throughput/", "energy/", "vram/", "card/", "time/", "window/", "loss/train")
+_KEPT = ("throughput/", "energy/", "vram/", "card/", "time/", "window/", "loss/")
 _SPEED, _ENERGY = "throughput/tokens_per_second", "energy/joules_per_token"
 
 

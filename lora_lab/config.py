@@ -66,7 +66,7 @@ class OptimizerConfig:
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """Number format of frozen weights that are not quantised, and of the computation. Trained weights are fp32 in
-    all."""
+    all, but for method.held_in=bf16."""
 
     dtype: DType = setting(DType.bf16, "bf16, fp16 or fp32")
 
@@ -77,7 +77,10 @@ class MethodConfig:
 
     kind: MethodKind = setting(
         MethodKind.lora,
-        "lora: adapters on frozen weights; vera: vectors around frozen random matrices; full: every weight, in fp32",
+        "lora: adapters on frozen weights; vera: vectors around frozen random matrices; full: every weight",
+    )
+    held_in: DType = setting(
+        DType.fp32, "with method=full, how weights are held: fp32, or bf16, which rounds each update at random"
     )
     quantization: Quantization = setting(Quantization.none, "how frozen linear layers are stored: none, nf4 or fp4")
     double_quantization: bool = setting(False, "quantise the 4-bit scales too: about 0.37 bit per weight less")

@@ -56,6 +56,7 @@ def test_what_is_expected_was_drawn_and_a_sound_counter_is_within_its_bound_of_i
     assert abs(row["counter"]["joules"] - drawn) <= row["counter"]["error_joules"] + 0.02
 
 
+@pytest.mark.nightly
 @given(wave=WHOLE, gain=st.floats(0.9, 1.1))
 def test_a_gain_of_counter_and_power_alike_changes_no_ratio(wave: Wave, gain: float) -> None:
     plain = in_one_session([wave, *ENDS])[0]

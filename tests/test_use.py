@@ -208,6 +208,7 @@ def test_a_question_is_laid_out_as_the_rows_were(layout: Layout, kinds: str, exp
     assert as_conversations(layout, kinds) is expected
 
 
+@pytest.mark.nightly
 def test_plain_text_whose_layout_was_found_goes_on_without_the_chat_template(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(20)))
     done = lab_in(tmp_path)(*TINY, "data=jsonl", "data.path=plain.jsonl")

@@ -11,7 +11,7 @@ from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, EngineKind, Init, MethodKind, Quantization
+from lora_lab.options import Checkpointing, DType, EngineKind, Init, MethodKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
@@ -208,7 +208,8 @@ def _four_bit(config: TrialConfig) -> Change | None:
         return None
     if config.method.init not in (Init.kaiming, Init.gaussian, Init.eva):
         return None
-    method = replace(config.method, kind=MethodKind.lora, quantization=Quantization.nf4, double_quantization=True)
+    method = replace(config.method, kind=MethodKind.lora, held_in=DType.fp32, quantization=Quantization.nf4)
+    method.double_quantization = True
     kept = {  # method=qlora takes the place of the option that set them
         "use_rslora=true": method.use_rslora,
         "freeze_a=true": method.freeze_a,

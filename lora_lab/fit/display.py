@@ -14,7 +14,7 @@ from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, GIB, Estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, EngineKind, MethodKind, Quantization
+from lora_lab.options import Checkpointing, DType, EngineKind, MethodKind, Quantization
 
 _NAMES = {
     "weights": "the model's weights as stored",
@@ -117,7 +117,8 @@ def show_context(config: TrialConfig, shapes: Shapes, cards: Sequence[float], co
 
 def ways(config: TrialConfig) -> list[TrialConfig]:
     """Return the trial under each method, engine and checkpointing, without those that are refused."""
-    lora = replace(config.method, kind=MethodKind.lora, quantization=Quantization.none, double_quantization=False)
+    lora = replace(config.method, kind=MethodKind.lora, held_in=DType.fp32, quantization=Quantization.none)
+    lora.double_quantization = False
     methods = [lora, replace(lora, quantization=Quantization.nf4, double_quantization=True)]
     if config.method.kind is MethodKind.full:
         methods.insert(0, config.method)

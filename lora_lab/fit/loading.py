@@ -55,7 +55,8 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
         _stack(tape, sizes, layers)
         tape.new(4 * trained.elements, GRADIENTS)  # of a micro-batch
     if config.grad_accum_steps > 1:
-        tape.new(4 * trained.elements, GRADIENTS)  # their sum
+        each = other_bytes(config) if trains_all(config.method) else 4
+        tape.new(each * trained.elements, GRADIENTS)  # their sum
     tape.has_own_pool = config.engine.kind is EngineKind.graph
     tape.is_recorded = tape.has_own_pool and not tries_out
     tape.returns_cached = True

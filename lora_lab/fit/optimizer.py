@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from lora_lab.config import MethodConfig, OptimizerConfig
 from lora_lab.fit.shapes import Shapes, blocks_of
 from lora_lab.fit.weights import SCALES_BLOCK, adapter_sides, adapter_sizes, trains_all
-from lora_lab.options import Projection
+from lora_lab.options import DType, Projection
 
 _SMALL_STATE = 4096
 """bitsandbytes and torchao keep the state of a parameter with fewer elements in fp32."""
+_ROUNDED_AT_ONCE = 1 << 24
+"""Elements that worker/rounding.py rounds together, with a random number and a truth value each."""
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of a parameter with at least as many elements."""
 
@@ -34,6 +36,8 @@ class Trained:
     """Rows and columns of those that are matrices, for optimizer states that are factored."""
     embeddings: int = 0
     """Elements of the input embeddings, the first of the parameters; 0 where they are not trained."""
+    is_rounded: bool = False
+    """Whether it is held in bf16, so that a step takes copies in fp32."""
     tables: int = 0
     """How many of the parameters, the first ones, are embeddings and head."""
 
@@ -57,12 +61,21 @@ def trained_weights(method: MethodConfig, shapes: Shapes) -> Trained:
         sizes=[rows * columns for rows, columns in sides] + shapes.layers * vectors + [shapes.hidden],
         sides=sides,
         embeddings=shapes.vocabulary * shapes.hidden,
+        is_rounded=method.held_in is DType.bf16,
         tables=len(tables),
     )
 
 
 def optimizer_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     """Calculate an optimizer's state, by the optimizer's own rule."""
+    state = _projected_state(optimizer, trained)
+    if not trained.is_rounded or optimizer.optim in _TORCHAO:
+        return state
+    largest = max(trained.sizes)
+    return replace(state, working=state.working + 8 * largest + 5 * min(largest, _ROUNDED_AT_ONCE))
+
+
+def _projected_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     if optimizer.projection is not None:
         low, bases = _projected(optimizer, trained)
         state = _of(optimizer, low)
@@ -85,7 +98,8 @@ def _projected(optimizer: OptimizerConfig, trained: Trained) -> tuple[Trained, i
 
 def _of(optimizer: OptimizerConfig, trained: Trained) -> State:
     name, elements = optimizer.optim or optimizer.target or "", trained.elements
-    at_once = max(trained.sizes, default=0) if optimizer.in_backward else elements
+    one_by_one = optimizer.in_backward or trained.is_rounded
+    at_once = max(trained.sizes, default=0) if one_by_one else elements
     if name in ("adamw_torch", "adamw_torch_fused", "adamw_hf"):
         # without the fused kernel the root of the second moment exists for all parameters at once
         return State(8 * elements, 0, 0 if name.endswith("fused") else 4 * at_once)

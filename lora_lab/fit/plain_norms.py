@@ -34,6 +34,8 @@ class PlainNorms:
             return out
         wide = t.new(s.wide(hidden, 4), ACTIVATIONS)
         scaled = t.new(s.wide(hidden, 4), WORKING)
+        if s.trains_all and not self.liger:
+            scaled_ones.append(t.new(s.wide(hidden), WORKING))
         out = t.new(s.wide(hidden, s.stream), ACTIVATIONS)
         t.free(scaled)
         if has_gradient:

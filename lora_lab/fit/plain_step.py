@@ -5,6 +5,7 @@ from lora_lab.fit.plain_layer import PlainLayer
 from lora_lab.fit.saved import Saved
 from lora_lab.fit.step import ACTIVATIONS, GRADIENTS, WORKING, Sizes, checkpoints, mask_bytes
 from lora_lab.fit.tape import Tape
+from lora_lab.fit.weights import other_bytes
 from lora_lab.options import Checkpointing, EngineKind
 
 
@@ -29,7 +30,7 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
             tape.free(stream)
         stream = output
     final = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS)
-    scaled = tape.new(sizes.wide(shapes.hidden, 4), ACTIVATIONS) if sizes.trains_all and not liger else None
+    scaled = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS) if sizes.trains_all and not liger else None
     hidden = tape.new(sizes.wide(shapes.hidden, sizes.stream), ACTIVATIONS)
     tape.free(stream)
     if config.engine.chunked_loss:
@@ -52,7 +53,7 @@ def _embeddings_gradient(tape: Tape, sizes: Sizes) -> None:
     """Begin the gradient of trained input embeddings, which is added to the head's where they are one."""
     shapes, config = sizes.shapes, sizes.config
     ends = config.grad_accum_steps > 1 or shapes.is_tied or config.optimizer.in_backward
-    found = tape.new(4 * shapes.vocabulary * shapes.hidden, WORKING if ends else GRADIENTS)
+    found = tape.new(other_bytes(config) * shapes.vocabulary * shapes.hidden, WORKING if ends else GRADIENTS)
     tape.free(found if ends else None)
 
 

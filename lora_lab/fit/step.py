@@ -46,7 +46,7 @@ class Sizes:
     @property
     def head_is_raised(self) -> bool:
         """Return whether the head's weights are wider than products, which take a copy of them."""
-        return (self.config.method.raise_to_fp32 or self.trains_all) and self.cell != 4
+        return other_bytes(self.config) > self.cell
 
     def wide(self, columns: int, each: int | None = None) -> int:
         """Return the bytes of a tensor (tokens, columns)."""
@@ -128,14 +128,16 @@ def adapter_gradients(tape: Tape, sizes: Sizes, linear: Linear) -> None:
 
 
 def weight_gradient(tape: Tape, sizes: Sizes, weights: int, is_whole: bool = True) -> None:
-    """Begin the gradient of a trained weight: in the products' format, then in fp32. It stays until the optimizer has
-    taken it, or ends at once: when it is added to that of the micro-batches before, or the backward updates the weight.
+    """Begin the gradient of a trained weight: in the products' format, then in the weight's. It stays until the
+    optimizer has taken it, or ends at once: when it is added to that of the micro-batches before, or the backward
+    updates the weight.
 
     Args:
         is_whole: False where more is added to it later in the backward.
     """
     config = sizes.config
     ends = config.grad_accum_steps > 1 or (config.optimizer.in_backward and is_whole)
-    narrow = tape.new(sizes.cell * weights, WORKING) if sizes.cell != 4 else None
-    wide = tape.new(4 * weights, WORKING if ends else GRADIENTS)
+    held = other_bytes(config)
+    narrow = tape.new(sizes.cell * weights, WORKING) if sizes.cell != held else None
+    wide = tape.new(held * weights, WORKING if ends else GRADIENTS)
     tape.free(narrow, wide if ends else None)

@@ -1,9 +1,10 @@
-"""What a linear layer takes whose own weights are trained: transformers under autocast, with weights in fp32."""
+"""What a linear layer takes whose own weights are trained: transformers under autocast."""
 
 from lora_lab.fit.saved import Product
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, weight_gradient
 from lora_lab.fit.tape import Tape
+from lora_lab.fit.weights import other_bytes
 
 
 def casts_input(sizes: Sizes, linear: Linear) -> bool:
@@ -20,7 +21,7 @@ def trained_output(tape: Tape, sizes: Sizes, linear: Linear, kept: Product) -> i
     """Begin what the layer keeps, and its output."""
     if casts_input(sizes, linear):
         kept.own_input.append(tape.new(sizes.wide(linear.inputs), ACTIVATIONS))
-    if sizes.cell != 4:
+    if other_bytes(sizes.config) != sizes.cell:
         kept.copies.append(tape.new(linear.weights * sizes.cell, WORKING))
     return tape.new(sizes.wide(linear.outputs), ACTIVATIONS)
 

@@ -23,7 +23,9 @@ def is_quantised(method: MethodConfig) -> bool:
 
 def other_bytes(config: TrialConfig) -> int:
     """Return the bytes of a weight of the model that is not in 4 bit."""
-    return 4 if config.method.raise_to_fp32 or trains_all(config.method) else BYTES[config.precision.dtype]
+    method = config.method
+    dtype = method.held_in if trains_all(method) else config.precision.dtype
+    return 4 if method.raise_to_fp32 else BYTES[dtype]
 
 
 def linear_bytes(linear: Linear, config: TrialConfig) -> list[int]:

@@ -28,8 +28,10 @@ def prepare() -> None:
     importing would initialise CUDA, which can't be forked."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("forkserver", force=True)  # joblib's loky has set its own name
-    with _ONE_AT_A_TIME, _environment_of_server():
-        forkserver.ensure_running()
+    with _ONE_AT_A_TIME:
+        if not _is_running():  # while one runs, the environment stays: other threads read it
+            with changed_environment(of_server()):
+                forkserver.ensure_running()
 
 
 @contextlib.contextmanager
@@ -41,13 +43,6 @@ def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
         yield
     finally:
         _set(before)
-
-
-@contextlib.contextmanager
-def _environment_of_server() -> Iterator[None]:
-    """Have the server's environment for a while, unless it runs already: other threads read this process's."""
-    with contextlib.nullcontext() if _is_running() else changed_environment(of_server()):
-        yield
 
 
 def _is_running() -> bool:
@@ -105,7 +100,7 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
                 failed.append(error)
 
     thread = threading.Thread(target=ask, name="asks for a worker")
-    with answered, _environment_of_server():  # a server may be started here too
+    with answered, _no_other_server():
         thread.start()
         ready = wait([answered, interrupt], seconds)
         if answered not in ready or failed:
@@ -117,6 +112,18 @@ def _ask(worker: ForkServerProcess, interrupt: Connection, seconds: float) -> st
         return ""
     did = "ended" if answered in ready else f"did not answer within {seconds:g} s"
     return f"the server that forks workers {did}, and so did the next one"
+
+
+@contextlib.contextmanager
+def _no_other_server() -> Iterator[None]:
+    """Keep Python from starting a server itself where one has just died. The new one would have this process's
+    variables: a launcher's, and the cards. To ask a dead server fails instead."""
+    server = forkserver._forkserver
+    server.ensure_running = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del server.ensure_running
 
 
 def end_server() -> None:

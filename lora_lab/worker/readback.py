@@ -9,7 +9,7 @@ import torch
 from lora_lab.base_weights import ADAPTER
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
-from lora_lab.options import DType, MethodKind, PlacementKind, Quantization
+from lora_lab.options import DType, PlacementKind, Quantization
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
@@ -18,6 +18,7 @@ from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected
 from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
+from lora_lab.worker.rounding import Rounded
 from lora_lab.worker.trainables import trainable_of
 from lora_lab.worker.trainables.inspection import adapter_differences, adapter_facts
 from lora_lab.worker.trainables.trainable import trained_parameters
@@ -54,6 +55,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "optimizer_fused": str(bool(defaults.get("fused"))),
         "optimizer_bits": _bits(optimizer),
         "optimizer_projection": _projection(optimizer),
+        "optimizer_rounding": _rounding(optimizer),
         "optimizer_in_backward": str(isinstance(optimizer, InBackward)),
         "optimizer_paged": str(bool(getattr(optimizer, "is_paged", False))),
         "optimizer_state_dtypes": _counted(state),
@@ -134,6 +136,12 @@ def _projection(optimizer: Any) -> str:
     return optimizer.projection if isinstance(optimizer, Projected) else "none"
 
 
+def _rounding(optimizer: Any) -> str:
+    """Return how updates are rounded to the weights' format: at random, by us or by torchao, or to the nearest."""
+    is_torchaos = getattr(optimizer, "bf16_stochastic_round", False)
+    return "random" if is_torchaos or isinstance(optimizer, Rounded) else "nearest"
+
+
 def _paged(tensors: list[Any]) -> int:
     return sum(tensor.numel() for tensor in tensors if getattr(tensor, "is_paged", False))
 
@@ -174,6 +182,7 @@ def expected(config: TrialConfig, device: torch.device) -> dict[str, str]:
     if config.placement.world_size > 1:
         asked |= {"world_size": str(config.placement.world_size), "adapters_equal": "True"}
     name, space = config.optimizer.optim, space_of(config)
+    asked["optimizer_rounding"] = "random" if config.method.held_in is DType.bf16 else "nearest"
     asked["optimizer_in_backward"] = str(config.optimizer.in_backward)
     asked["optimizer_projection"] = "none" if space is None else space.named
     if config.optimizer.target:
@@ -214,8 +223,8 @@ def _dtype_differences(facts: dict[str, str], config: TrialConfig, device: torch
         found.append(f"adapter_dtypes: asked for {asked}, got {facts['adapter_dtypes']}")
     plain = {item.split()[0] for item in facts["weight_dtypes"].split(", ")} - {"uint8", "none"}
     working = _short(working_dtype(config.precision.dtype, device))
-    trains_all = config.method.kind is MethodKind.full  # what text never reaches is loaded as the rest
-    allowed = {"float32"} if config.method.raise_to_fp32 or trains_all else {working}
+    loaded = _short(trainable_of(config).loads_in(working_dtype(config.precision.dtype, device)))
+    allowed = {"float32"} if config.method.raise_to_fp32 else {loaded}
     if config.method.quantization is not Quantization.none:
         allowed |= {working}  # bitsandbytes casts the biases of its 4-bit layers back while it runs
     if plain - allowed:

@@ -15,6 +15,7 @@ from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected, Space
+from lora_lab.worker.rounding import Rounded
 from lora_lab.worker.shared_step import SharedStep, SharingTrainer
 
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
@@ -98,14 +99,18 @@ def own_optimizer(config: TrialConfig, arguments: Any) -> tuple[type[torch.optim
 
     Args:
         arguments: the trial's TrainingArguments."""
-    asked = config.optimizer
+    asked, rounds = config.optimizer, config.method.held_in is DType.bf16
     if asked.target is not None:
         kind, given = optimizer_class(asked.target), {"lr": config.learning_rate, **asked.args}
-    elif asked.projection is not None or asked.in_backward:
+    elif asked.projection is not None or asked.in_backward or rounds:
         kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
     else:
         return None
     mixed: list[type] = [Projected] if asked.projection is not None else []
+    if rounds and asked.optim in TORCHAO:
+        given = {**given, "bf16_stochastic_round": True}  # within the kernel that it compiles
+    elif rounds:
+        mixed.append(Rounded)
     mixed += [InBackward] if asked.in_backward else []
     for part in mixed:  # under its own name, by which transformers and the read-back know it
         kind = type(kind.__name__, (part, kind), {"__module__": kind.__module__})

@@ -326,6 +326,7 @@ def test_advice_is_never_refused_by_the_trial() -> None:
     assert EngineKind.graph not in {way.engine.kind for way in ways(attention)}
 
 
+@pytest.mark.nightly
 def test_rows_are_shortened_last() -> None:
     config = trial(model="llama3_1_8b", seq_len=131072, engine="graph", checkpointing="offloaded")
     for room, is_hosted in ((9 * GIB, False), (4.5 * GIB, True)):

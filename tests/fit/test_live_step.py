@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_by_day
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -143,7 +144,11 @@ def autocast_as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"]
+    "family",
+    some_by_day(
+        ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen2_moe"],
+        by_day=["llama", "qwen3", "phi3", "gemma3_text", "mixtral"],
+    ),
 )
 def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
@@ -151,20 +156,23 @@ def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "checkpointing", "vocabulary"),
+    ("family", "held_in", "dtype", "checkpointing", "vocabulary"),
     [
-        ("llama", DType.bf16, Checkpointing.none, 512),
-        ("qwen3", DType.fp32, Checkpointing.none, 512),
-        ("qwen3", DType.bf16, Checkpointing.full, 8192),
-        pytest.param("phi3", DType.bf16, Checkpointing.none, 8192, marks=pytest.mark.nightly),
+        ("llama", DType.fp32, DType.bf16, Checkpointing.none, 512),
+        ("qwen3", DType.fp32, DType.fp32, Checkpointing.none, 512),
+        ("qwen3", DType.fp32, DType.bf16, Checkpointing.full, 8192),
+        ("llama", DType.bf16, DType.bf16, Checkpointing.none, 512),
+        ("qwen3", DType.bf16, DType.bf16, Checkpointing.full, 8192),
+        pytest.param("phi3", DType.fp32, DType.bf16, Checkpointing.none, 8192, marks=pytest.mark.nightly),
+        pytest.param("phi3", DType.bf16, DType.bf16, Checkpointing.none, 8192, marks=pytest.mark.nightly),
     ],
 )
 def test_the_peak_of_a_step_that_trains_every_weight_is_on_the_tape(
-    family: str, dtype: DType, checkpointing: Checkpointing, vocabulary: int
+    family: str, held_in: DType, dtype: DType, checkpointing: Checkpointing, vocabulary: int
 ) -> None:
     """Of a tied head, where the vocabulary is large."""
     more = MORE.get(family, {}) | {"vocab_size": vocabulary, "tie_word_embeddings": vocabulary > 512}
-    config = trial(family, FULL, dtype, **more)
+    config = trial(family, replace(FULL, held_in=held_in), dtype, **more)
     config.gradient_checkpointing = checkpointing
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
 
@@ -175,7 +183,7 @@ def test_rows_beyond_a_sliding_window_have_a_mask() -> None:
     assert said_peak(config) > said_peak(trial("phi3", LORA, DType.bf16, sliding_window=None))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("family", some_by_day(["llama", "gemma3_text", "mixtral"], by_day=["llama", "gemma3_text"]))
 def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str) -> None:
     config = of_family(family, LORA)
     config.gradient_checkpointing = Checkpointing.full
@@ -264,8 +272,8 @@ def test_a_raised_stream_costs_wider_activations() -> None:
     [
         ("llama", LORA, False),
         pytest.param("llama", LORA, True, marks=pytest.mark.nightly),  # Gemma 3 is too, and has a norm behind
-        ("gemma3_text", LORA, True),
-        ("llama", replace(NF4, raise_to_fp32=True), True),
+        pytest.param("gemma3_text", LORA, True, marks=pytest.mark.nightly),
+        pytest.param("llama", replace(NF4, raise_to_fp32=True), True, marks=pytest.mark.nightly),
     ],
     ids=["kept", "recomputed", "gemma3", "raised"],
 )

@@ -82,6 +82,7 @@ def test_the_baseline_turns_a_contrast_round(store: str, capsys: pytest.CaptureF
     assert "optimizer" in err
 
 
+@pytest.mark.nightly
 def test_two_chosen_points_are_split(store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ends = [
         "optimizer=adamw,precision=fp16,batch_size=1,seq_len=512",
@@ -164,6 +165,7 @@ def test_where_nothing_can_be_had_or_written(
     assert "there is no store" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_reader_who_leaves_early_is_no_finding(store: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lora_lab.report", "--store", store, "--out", str(tmp_path / "report.html")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

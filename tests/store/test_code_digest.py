@@ -72,6 +72,7 @@ NEITHER = (
 )
 
 
+@pytest.mark.nightly
 def test_another_line_of_code_changes_the_digest_of_what_it_decides(package: Path) -> None:
     before = digests()
     for files in (NEITHER, *((file,) for file in (*FIGURES, *RUNS))):

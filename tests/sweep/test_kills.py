@@ -216,6 +216,7 @@ def test_a_sweep_killed_at_any_instant_is_taken_up_where_it_stopped(
     until(lambda: not round_.processes(), "the end of every process of the round", seconds=60)
 
 
+@pytest.mark.nightly
 def test_a_sweep_killed_after_its_last_trial_is_finished_by_the_next_start(tmp_path: Path, empty_store: Path) -> None:
     give_store(tmp_path, empty_store)
     count = SEEN["a record"][0]

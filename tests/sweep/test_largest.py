@@ -114,6 +114,7 @@ def test_a_search_for_the_longest_rows_goes_in_steps_of_64_and_ends_after_five_t
     assert f"out of memory: {shortest}" in answer
 
 
+@pytest.mark.nightly
 def test_a_preset_can_ask_for_the_largest_which_the_data_may_limit(tmp_path: Path) -> None:
     (tmp_path / "own" / "sweep").mkdir(parents=True)
     grid = "{mode: MULTIRUN, sweeper: {params: {batch_size: max}}}"

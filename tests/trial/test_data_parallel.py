@@ -83,6 +83,7 @@ JOB = (
 )
 
 
+@pytest.mark.nightly
 def test_a_job_of_two_workers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """The second worker is killed behind step 11, which is in the second epoch. Steps 9 to 11 are taken twice."""
     write_rows(tmp_path)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Lab, record_of, with_fakes
+from conftest import Lab, record_of, some_by_day, with_fakes
 
 from lora_lab.composition.once import compose_once
 from lora_lab.config import ModelConfig, TrialConfig
@@ -31,7 +31,11 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {"PYTHONPATH": with_fakes()}
 
 
-@pytest.mark.parametrize(("more", "gib"), [((), "8.00"), (("vram_limit_gib=7",), "7.00")], ids=["card", "emulated"])
+@pytest.mark.parametrize(
+    ("more", "gib"),
+    some_by_day([((), "8.00"), (("vram_limit_gib=7",), "7.00")], by_day=[((), "8.00")]),
+    ids=["card", "emulated"],
+)
 def test_a_single_trial_that_cannot_fit_is_refused_with_what_to_type(
     lab: Lab, tmp_path: Path, faked: dict[str, str], more: tuple[str, ...], gib: str
 ) -> None:
@@ -70,7 +74,7 @@ def test_a_doubtful_one_is_run_with_a_warning(lab: Lab, tmp_path: Path, faked: d
     assert f"{low} to {high} GiB" in record["tags"]["warnings"]
 
 
-@pytest.mark.parametrize(("held", "is_certain"), [(1.0, False), (0.0, True)])
+@pytest.mark.parametrize(("held", "is_certain"), some_by_day([(1.0, False), (0.0, True)], by_day=[(1.0, False)]))
 def test_what_other_programs_hold_of_the_card_makes_it_doubtful(
     lab: Lab, tmp_path: Path, faked: dict[str, str], held: float, is_certain: bool
 ) -> None:

@@ -1,6 +1,5 @@
 """Helper processes that hang, die or see too much: each is given up after its limit, and nothing is waited for ever."""
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -340,12 +339,25 @@ def test_nothing_that_a_launcher_left_behind_reaches_a_trial_in_this_process(
     assert seen[0]["TOKENIZERS_PARALLELISM"] == "no"
 
 
+@pytest.mark.parametrize("dies", ["before", "after"])
 @pytest.mark.usefixtures("after_a_launcher")
 def test_a_worker_of_a_server_that_had_to_be_replaced_sees_none_of_it_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
-    monkeypatch.setattr(process, "main", workers.says_launchers)
+    """A server dies just before it is looked for, when nobody knows yet, or just after it was found."""
+    killed: list[int] = []
+
+    def prepare(once: Any = forkserver.prepare) -> None:
+        if dies == "after":
+            once()
+        if len(killed) < 1:
+            killed.append(server_pid())
+            os.kill(killed[0], signal.SIGKILL)
+        if dies == "before":
+            once()
+
     forkserver.prepare()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(server_pid(), signal.SIGKILL)
+    monkeypatch.setattr(process, "main", workers.says_launchers)
+    monkeypatch.setattr(forkserver, "prepare", prepare)
     assert run_workers(TrialConfig(), {}, tmp_path, lambda _: None).reason == ""
+    assert server_pid() not in killed

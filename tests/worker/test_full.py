@@ -175,6 +175,7 @@ def test_in_bf16_the_weights_stay_in_fp32_and_text_brings_a_tokenizer_and_answer
     assert torch.equal(base.get_input_embeddings().weight, untrained(config).get_input_embeddings().weight)
 
 
+@pytest.mark.nightly
 def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
     config = full_config(train=TrainConfig(max_steps=4, checkpoint_every=2, eval_every=2, warmup=0))
     train(config, tmp_path / "whole")
@@ -199,8 +200,8 @@ def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -
     ("engine", "checkpointing"),
     [
         (EngineConfig(mlp_tile=64), "full"),
-        (EngineConfig(chunked_loss=True), "offloaded"),
-        (EngineConfig(), "selective"),
+        pytest.param(EngineConfig(chunked_loss=True), "offloaded", marks=pytest.mark.nightly),
+        pytest.param(EngineConfig(), "selective", marks=pytest.mark.nightly),
     ],
 )
 def test_ways_to_save_memory_train_the_same_weights(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_by_day
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -222,7 +223,8 @@ def test_the_learning_rate_follows_its_formula(schedule: Schedule, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("method", "killed_at", "goes_on_from"), [("lora", 3, 0), ("lora", 9, 5), ("lora", 12, 9), ("qlora", 12, 9)]
+    ("method", "killed_at", "goes_on_from"),
+    some_by_day([("lora", 3, 0), ("lora", 9, 5), ("lora", 12, 9), ("qlora", 12, 9)], by_day=[("qlora", 12, 9)]),
 )
 def test_a_killed_job_goes_on_to_the_same_curve_bit_for_bit(
     method: str, killed_at: int, goes_on_from: int, unbroken: dict[str, Ran], tmp_path: Path

@@ -103,6 +103,7 @@ def test_nothing_left_is_refused(tmp_path: Path, between: float) -> None:
     assert "0 rows whose perplexity is data.min_perplexity=1e+06 or more" in reason
 
 
+@pytest.mark.nightly
 def test_without_the_setting_nothing_is_screened(tmp_path: Path, between: float) -> None:
     events: list[Event] = []
     run_trial(tiny_config(), tmp_path, events.append)

@@ -11,5 +11,5 @@ from lora_lab.worker.trainables.vera import Vera
 def trainable_of(config: TrialConfig) -> Trainable:
     """Return what the trial's method trains."""
     if config.method.kind is MethodKind.full:
-        return Full()
+        return Full(config.method)
     return Vera(config) if config.method.kind is MethodKind.vera else Lora(config)

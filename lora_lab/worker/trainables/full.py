@@ -1,8 +1,7 @@
 """Train every weight of a model, with nothing wrapped around it.
 
-The weights are held in fp32, and autocast multiplies in the trial's precision. In bf16, whose numbers have 8 bits, an
-update of less than a 256th of its weight would round away, and with the learning rates of full training most updates
-are smaller than that.
+The weights are held in fp32, and autocast multiplies in the trial's precision. Held in bf16, they are updated as
+`rounding` says.
 """
 
 from collections.abc import Sequence
@@ -14,20 +13,23 @@ from safetensors.torch import load_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from lora_lab.base_weights import MODEL
+from lora_lab.config import MethodConfig
 
 _ONE_FILE = "1000000GB"
 """The size from which transformers would split the weights into several files."""
 
 
 class Full:
-    """Trains all weights in fp32, and leaves a model as from_pretrained loads it."""
+    """Trains all weights, and leaves a model as from_pretrained loads it."""
 
     name = MODEL
-    dtype = torch.float32
     files = (SAFE_WEIGHTS_NAME, CONFIG_NAME)
 
+    def __init__(self, method: MethodConfig) -> None:
+        self.dtype: torch.dtype = getattr(torch, method.held_in.value)
+
     def loads_in(self, working: torch.dtype) -> torch.dtype:
-        """Return fp32, whatever products are in."""
+        """Return the format that weights are held in, whatever products are in."""
         return self.dtype
 
     def check(self, skeleton: Any) -> None:

@@ -60,6 +60,7 @@ def test_the_last_product_of_a_compiled_layer_is_not_calculated_again(mode: Chec
     assert products(lambda: kept[0].backward()) == again
 
 
+@pytest.mark.nightly
 @compiles
 @pytest.mark.usefixtures("traced")
 def test_the_last_product_is_calculated_again_where_the_backward_needs_it() -> None:
