@@ -35,7 +35,8 @@ from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeat
 from lora_lab.trial.devices import choose_placement
 from lora_lab.worker.data import TokenCounts, train_collator
 from lora_lab.worker.loading import load_examples
-from lora_lab.worker.models import load_architecture, load_model, load_tokenizer
+from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.tokenizer_files import load_tokenizer
 from lora_lab.worker.training import make_trainer
 from lora_lab.worker.weight_counts import count_model
 

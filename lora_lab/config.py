@@ -13,6 +13,7 @@ from lora_lab.options import (
     Checkpointing,
     DType,
     EngineKind,
+    Init,
     Isolation,
     MethodKind,
     ModelSource,
@@ -74,7 +75,10 @@ class PrecisionConfig:
 class MethodConfig:
     """What is trained, and how the frozen weights are stored."""
 
-    kind: MethodKind = setting(MethodKind.lora, "lora: adapters on frozen weights; full: every weight")
+    kind: MethodKind = setting(
+        MethodKind.lora,
+        "lora: adapters on frozen weights; vera: vectors around frozen random matrices; full: every weight",
+    )
     held_in: DType = setting(
         DType.fp32, "with method=full, how weights are held: fp32, or bf16, which rounds each update at random"
     )
@@ -92,6 +96,22 @@ class MethodConfig:
     )
     use_rslora: bool = setting(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = setting(False, "train each column's norm as well")
+    init: Init = setting(
+        Init.kaiming, "how A and B start: kaiming, gaussian, orthogonal, pissa, olora, eva or, in 4 bit, loftq"
+    )
+    freeze_a: bool = setting(False, "LoRA-FA: train B alone, so that no layer keeps its input for A's gradient")
+    b_learning_rate_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of B is this many times that of A", above=0, most=10**6
+    )
+    rank_pattern: Any = setting(  # dict[str, int] | None, which OmegaConf can't set
+        None, "ranks of the modules that are named, instead of method.rank: {q_proj: 32}"
+    )
+    alpha_pattern: Any = setting(  # dict[str, float] | None
+        None, "alphas of the modules that are named, instead of method.alpha: {q_proj: 64}"
+    )
+    trained_tokens: list[str] = setting(
+        factory=list, help="tokens whose embeddings are trained too: ['<|im_start|>','<|im_end|>']"
+    )
     raise_to_fp32: bool = setting(
         False,
         "raise every non-quantised frozen weight to fp32, as prepare_model_for_kbit_training does",
@@ -270,9 +290,6 @@ class TrainConfig:
     keep_best: bool = setting(True, "what is saved is as it was at the lowest held-out loss, not at the end")
     early_stopping: int | None = setting(
         None, "end after this many evaluations in a row without a lower held-out loss", above=0, most=10**6
-    )
-    lora_plus_ratio: float | None = setting(
-        None, "LoRA+: the learning rate of B is this many times that of A", above=0, most=10**6
     )
     on_spike: OnSpike = setting(OnSpike.stop, "when the loss rises by measure.loss_spike: stop or lower_lr")
 

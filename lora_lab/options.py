@@ -16,8 +16,34 @@ class MethodKind(Enum):
 
     lora = "lora"
     """PEFT's adapters on frozen weights."""
+    vera = "vera"
+    """Two vectors a layer, around a pair of frozen random matrices that all layers share."""
     full = "full"
     """Every weight of the model."""
+
+
+class Init(Enum):
+    """How LoRA's matrices A and B start; s is the factor on their product."""
+
+    kaiming = "kaiming"
+    """A uniform as a new linear layer, B zero."""
+    gaussian = "gaussian"
+    """A normal with a standard deviation of 1 / rank, B zero."""
+    orthogonal = "orthogonal"
+    """Both random, in directions that cancel out in their product."""
+    pissa = "pissa"
+    """The weights' first singular vectors, which are taken out of the frozen weights."""
+    olora = "olora"
+    """The first part of the weights' QR decomposition, which is taken out of the frozen weights."""
+    eva = "eva"
+    """A from the first singular vectors of the layer's inputs over training rows, B zero."""
+    loftq = "loftq"
+    """What 4 bit has lost of the weights, as far as the rank allows."""
+
+    @property
+    def takes(self) -> bool:
+        """Return whether the start is taken out of the frozen weights."""
+        return self in (Init.pissa, Init.olora)
 
 
 class Projection(Enum):

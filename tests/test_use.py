@@ -33,9 +33,10 @@ from lora_lab.worker.answers import Answerer, TimedAnswer
 from lora_lab.worker.chat_template import ChatTemplate
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.merging import Losses, Merger, Written
-from lora_lab.worker.models import load_architecture, load_tokenizer
+from lora_lab.worker.models import load_architecture
 from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
+from lora_lab.worker.tokenizer_files import load_tokenizer
 
 # few rows, so that all held-out ones are evaluated by the trial itself
 TINY = ("model=tiny", "measure=quick", "precision=fp32", "data.rows=20", "seq_len=256", "learning_rate=0.02")

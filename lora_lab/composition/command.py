@@ -22,6 +22,9 @@ from lora_lab.store.record import plain
 _FREE = ("model.architecture", "model.package", "optimizer.args")
 """Dictionaries whose keys a group's option decides."""
 
+_WHOLE = ("method.rank_pattern", "method.alpha_pattern")
+"""Dictionaries that are written as one, because names of modules have dots."""
+
 _WORDS = re.compile("null|true|false|nan|inf", re.IGNORECASE)
 """Texts that Hydra reads as something else."""
 
@@ -98,7 +101,7 @@ def _below(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
+    if isinstance(node, dict) and node and key not in _WHOLE:
         for name, value in node.items():
             yield from _leaves(value, f"{key}.{name}" if key else name)
     else:

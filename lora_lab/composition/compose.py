@@ -55,7 +55,7 @@ def stored_config(path: Path) -> TrialConfig:
 
     Raises: InvalidInput when it cannot be read, or is of another version."""
     try:
-        stored = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+        stored = OmegaConf.create(_as_named_now(yaml.safe_load(path.read_text(encoding="utf-8"))))
         config = load(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrialConfig), stored)))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as fault:
         raise InvalidInput(f"{path} cannot be read, or was edited, or another version wrote it: {fault}") from fault
@@ -65,6 +65,14 @@ def stored_config(path: Path) -> TrialConfig:
             found = next((each / typed for each in path.absolute().parents if (each / typed).exists()), None)
             setattr(group, key, typed if found is None else str(found))
     return config
+
+
+def _as_named_now(stored: Any) -> Any:
+    """Return a config from before method.b_learning_rate_ratio, which was train.lora_plus_ratio, as it would be now."""
+    train = stored.get("train") if isinstance(stored, dict) else None
+    if isinstance(train, dict) and "lora_plus_ratio" in train and isinstance(stored.get("method"), dict):
+        stored["method"].setdefault("b_learning_rate_ratio", train.pop("lora_plus_ratio"))
+    return stored
 
 
 def _paths(config: TrialConfig) -> list[tuple[Any, str]]:

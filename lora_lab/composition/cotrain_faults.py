@@ -1,6 +1,6 @@
 """Find what trials that train together cannot have."""
 
-from lora_lab.config import AUTO, TrialConfig
+from lora_lab.config import AUTO, MethodConfig, TrialConfig
 from lora_lab.cotrain import FACTORS
 from lora_lab.options import (
     Attention,
@@ -13,6 +13,10 @@ from lora_lab.options import (
     PlacementKind,
     Plan,
 )
+
+_PLAIN = MethodConfig()
+_VARIANTS = ("init", "freeze_a", "b_learning_rate_ratio", "rank_pattern", "alpha_pattern", "trained_tokens")
+"""Settings of LoRA's variants."""
 
 
 def cotrain_faults(config: TrialConfig) -> list[str]:
@@ -35,7 +39,14 @@ def _reasons(config: TrialConfig) -> list[tuple[bool, str]]:
     return [
         (
             method.kind is not MethodKind.lora,
-            f"method={method.kind.name} trains the base itself, which the members share. Use method=lora or qlora.",
+            f"method={method.kind.name} trains no A and B of each member's own. Use method=lora or qlora.",
+        ),
+        *(
+            (
+                getattr(method, name) != getattr(_PLAIN, name),
+                f"method.{name} was not tried with several adapters. Leave it out.",
+            )
+            for name in _VARIANTS
         ),
         (
             method.dropout > 0,

@@ -36,11 +36,6 @@ def full_faults(config: TrialConfig) -> list[str]:
             "engine.host_embeddings=true keeps frozen embeddings in host memory, and method=full trains them. Use "
             "engine.host_embeddings=false."
         )
-    if config.train.lora_plus_ratio is not None:
-        found.append(
-            f"train.lora_plus_ratio={config.train.lora_plus_ratio:g} is of LoRA's matrices, and method=full has none. "
-            "Leave it out, or use method=lora."
-        )
     return found
 
 

@@ -11,6 +11,7 @@ from lora_lab.composition.full_training import full_faults
 from lora_lab.composition.limits import number_faults
 from lora_lab.composition.optimizer_faults import optimizer_faults
 from lora_lab.composition.places import cluster_faults, data_parallel_faults, sharding_faults, slot_faults
+from lora_lab.composition.variants import variant_faults
 from lora_lab.config import (
     ALL,
     AUTO,
@@ -60,6 +61,7 @@ def faults(config: TrialConfig) -> list[str]:
         *_engine_faults(config),
         *_method_faults(config.method),
         *full_faults(config),
+        *variant_faults(config),
         *_model_faults(config.model, config.seq_len),
         *_data_faults(config),
         *_train_faults(config),

@@ -11,7 +11,7 @@ from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
-from lora_lab.options import Checkpointing, DType, EngineKind, MethodKind, Quantization
+from lora_lab.options import Checkpointing, DType, EngineKind, Init, MethodKind, Quantization
 
 _IN_FP32 = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 _LEAST_RANK = 8
@@ -206,11 +206,17 @@ def _accumulation(config: TrialConfig) -> Change | None:
 def _four_bit(config: TrialConfig) -> Change | None:
     if config.method.quantization is not Quantization.none or config.method.use_dora:
         return None
+    if config.method.init not in (Init.kaiming, Init.gaussian, Init.eva):
+        return None
     method = replace(config.method, kind=MethodKind.lora, held_in=DType.fp32, quantization=Quantization.nf4)
     method.double_quantization = True
-    override = "method=qlora" + (
-        " method.use_rslora=true" if method.use_rslora else ""
-    )  # it takes method=rslora's place
+    kept = {  # method=qlora takes the place of the option that set them
+        "use_rslora=true": method.use_rslora,
+        "freeze_a=true": method.freeze_a,
+        f"init={method.init.name}": method.init is not Init.kaiming,
+        f"b_learning_rate_ratio={method.b_learning_rate_ratio}": method.b_learning_rate_ratio is not None,
+    }
+    override = " ".join(["method=qlora", *(f"method.{setting}" for setting, is_set in kept.items() if is_set)])
     trains_all = config.method.kind is MethodKind.full
     what = "adapters are trained, on weights" if trains_all else "frozen weights are"
     return Change(override, f"{what} rounded to 4 bit", replace(config, method=method))

@@ -1,9 +1,9 @@
 """Refuse settings that the trial refuses for the model's shapes, and those whose memory is not calculated here."""
 
-from lora_lab.config import TIED, InvalidInput, TrialConfig, too_many_layers
+from lora_lab.config import TIED, InvalidInput, MethodConfig, TrialConfig, too_many_layers
 from lora_lab.fit.shapes import Experts, Shapes
 from lora_lab.fit.weights import adapts_experts, adapts_router, trains_all
-from lora_lab.options import Attention, EngineKind, PlacementKind
+from lora_lab.options import Attention, EngineKind, MethodKind, PlacementKind
 
 _TABLES = ("lm_head", "embed_tokens")
 
@@ -16,6 +16,9 @@ def check(config: TrialConfig, shapes: Shapes) -> None:
             "placement=fsdp: what a card needs for its part of the weights, and for the layers that are gathered, was "
             "not measured, so it is not calculated. Run a short trial instead: measure=quick."
         )
+    unknown = _unknown_variant(config.method, shapes)
+    if unknown:
+        raise InvalidInput(f"the memory of {unknown} is not calculated. Run a short trial instead: measure=quick.")
     found = model_fault(config, shapes)
     if found:
         raise InvalidInput(found)
@@ -40,6 +43,17 @@ def check(config: TrialConfig, shapes: Shapes) -> None:
             f"method.target_modules names {', '.join(missing)}, which the model's layers do not have; they have "
             f"{', '.join(there)}."
         )
+
+
+def _unknown_variant(method: MethodConfig, shapes: Shapes) -> str:
+    """Name the part of a variant of LoRA whose memory is not known; empty where all of it is."""
+    if method.kind is MethodKind.vera:
+        return "method=vera"
+    if method.trained_tokens:
+        return "method.trained_tokens"
+    if method.freeze_a and shapes.experts is not None:
+        return "method.freeze_a=true with a mixture of experts"
+    return "method.rank_pattern" if method.rank_pattern else ""
 
 
 def model_fault(config: TrialConfig, shapes: Shapes) -> str:

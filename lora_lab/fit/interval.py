@@ -8,7 +8,7 @@ from lora_lab.config import TrialConfig
 from lora_lab.fit.optimizer import is_known
 from lora_lab.fit.shapes import Shapes
 from lora_lab.fit.weights import is_quantised, trains_all
-from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind
+from lora_lab.options import Attention, Batching, Checkpointing, DType, EngineKind, Init
 
 _WIDER = 0.05
 """For each way in which a trial is unlike those that were measured. A judgement: nothing was measured there. For a size
@@ -88,6 +88,14 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
         yield "method=full: measured on a CPU alone"
     if method.use_dora and kind not in (EngineKind.eager, EngineKind.liger):
         yield f"DoRA with engine={kind.name}: not measured"
+    if method.freeze_a:
+        yield (
+            "method.freeze_a=true: measured on a CPU alone"
+            if kind is EngineKind.eager
+            else (f"method.freeze_a=true with engine={kind.name}: taken for LoRA, which keeps more")
+        )
+    if method.init not in (Init.kaiming, Init.gaussian):
+        yield f"method.init={method.init.name}: what its start takes for a moment was not measured"
     if (method.dropout or method.target_modules != ["all-linear"]) and kind is not EngineKind.eager:
         yield f"dropout or chosen target modules with engine={kind.name}: not measured"
     if mode is Checkpointing.selective and kind is not EngineKind.eager:

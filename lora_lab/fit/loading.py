@@ -8,6 +8,8 @@ the allocator: where weights are quantised or stacked, what they were made from 
 matters more: all its experts are there in 16 bit, before the first of them goes to 4 bit.
 """
 
+from dataclasses import replace
+
 from lora_lab.fit.optimizer import trained_weights
 from lora_lab.fit.shapes import Linear
 from lora_lab.fit.step import ADAPTERS, GRADIENTS, WEIGHTS, WORKING, Sizes
@@ -31,25 +33,26 @@ def load(tape: Tape, sizes: Sizes, tries_out: bool = False) -> None:
     config, shapes = sizes.config, sizes.shapes
     table = shapes.vocabulary * shapes.hidden
     tables = [tape.new(table * other_bytes(config), WEIGHTS) for _ in range(1 if shapes.is_tied else 2)]
-    held: list[dict[Linear, list[int]]] = []
+    layers: list[dict[Linear, list[int]]] = []
     hosted = config.engine.hosted_layers(shapes.layers)
     experts = []
     feed_forward = (*shapes.gate_up, *shapes.down)
     named = sorted(shapes.linears, key=lambda linear: (linear not in feed_forward, linear.name))
     for number in range(shapes.layers):
         experts += _load_experts(tape, sizes)
-        held.append({linear: _load_linear(tape, sizes, linear, number < hosted) for linear in named})
+        layers.append({linear: _load_linear(tape, sizes, linear, number < hosted) for linear in named})
     tape.new(shapes.small_weights * (4 if config.method.raise_to_fp32 else other_bytes(config)), WEIGHTS)
     _quantise_experts(tape, sizes, experts)
     for _ in range(_THREADS * (2 if tries_out else 1)):
         tape.new(_WORKSPACE, WORKING)
     trained = trained_weights(config.method, shapes)
-    for size in [] if trains_all(config.method) else trained.sizes:  # all weights are there already
+    held = trained_weights(replace(config.method, freeze_a=False), shapes)
+    for size in [] if trains_all(config.method) else held.sizes:  # all weights are there already
         tape.new(4 * size, ADAPTERS)
     if config.engine.hosts_embeddings(shapes.is_tied) and not trains_all(config.method):
         tape.free(tables[-1])
     if config.engine.kind is EngineKind.graph:
-        _stack(tape, sizes, held)
+        _stack(tape, sizes, layers)
         tape.new(4 * trained.elements, GRADIENTS)  # of a micro-batch
     if config.grad_accum_steps > 1:
         each = other_bytes(config) if trains_all(config.method) else 4

@@ -180,17 +180,25 @@ class PlainLayer:
             self.tape.free(*kept.copies)
         return out
 
+    def _saves_input(self, linear: Linear) -> bool:
+        """Return whether the adapter saves its input, for the gradient of A."""
+        return self.sizes.has_adapter(linear) and not self.sizes.config.method.freeze_a
+
     def _keeps_own_input(self, linear: Linear) -> bool:
-        """Return whether the adapter saves a copy of its input, and not the tensor that it is given: PEFT casts it to
-        the adapter's fp32 under LoRA, autocast casts back; and a raised stream is cast for each product. Attention's
-        output is in the products' format in any case."""
+        """Return whether what the adapter saves is a copy, and not the tensor that it is given."""
+        return self._saves_input(linear) and self._casts_input(linear)
+
+    def _casts_input(self, linear: Linear) -> bool:
+        """Return whether the adapter's input is a copy: PEFT casts it to the adapter's fp32 under LoRA, autocast casts
+        back; and a raised stream is cast for each product. Attention's output is in the products' format in any case.
+        """
         s = self.sizes
         casts = self._casts and linear is not s.shapes.output
         return s.has_adapter(linear) and s.cell == 2 and (not s.quantised or casts)
 
     def _kept_input(self, linears: tuple[Linear, ...], x: int) -> int | None:
         """Return the input that layers share where an adapter saves it; end it otherwise."""
-        keeps_shared = (self.sizes.has_adapter(linear) and not self._keeps_own_input(linear) for linear in linears)
+        keeps_shared = (self._saves_input(linear) and not self._keeps_own_input(linear) for linear in linears)
         if any(keeps_shared) and not self.sizes.config.method.dropout:
             return x
         if self.sizes.trains_all and not any(casts_input(self.sizes, linear) for linear in linears):
@@ -218,13 +226,18 @@ class PlainLayer:
             base = clone
         wide = t.new(s.wide(linear.inputs, 4), WORKING) if not s.quantised and s.cell == 2 and not self._casts else None
         merged = merged_weight(t, s, linear) if s.config.method.use_dora else []
-        if s.config.method.dropout or self._keeps_own_input(linear):
-            kept.own_input.append(t.new(s.wide(linear.inputs), ACTIVATIONS))
+        given = None
+        if s.config.method.dropout or self._casts_input(linear):
+            given = t.new(s.wide(linear.inputs), ACTIVATIONS)
         if s.config.method.dropout:  # which numbers were dropped
             kept.own_input.append(t.new(s.wide(linear.inputs, 1), ACTIVATIONS))
         if s.cell == 2:
             kept.copies.append(t.new(2 * s.rank * (linear.inputs + linear.outputs), WORKING))
         kept.low = t.new(s.wide(s.rank), ACTIVATIONS)
+        if self._saves_input(linear):
+            kept.own_input += [] if given is None else [given]
+        else:
+            t.free(given)
         high = t.new(s.wide(linear.outputs), WORKING)
         if s.config.method.use_dora:
             kept.base, kept.high = base, high
@@ -257,7 +270,8 @@ class PlainLayer:
             if s.trains_all and not self.liger:  # what their weights are multiplied with
                 kept.append(t.new(s.wide(shapes.query_width + shapes.key_width), ACTIVATIONS))
         output, *others = attention_bytes(s)
-        if s.config.attention is not Attention.eager or not self._keeps_own_input(shapes.output):
+        is_input = self._saves_input(shapes.output) and not self._keeps_own_input(shapes.output)
+        if s.config.attention is not Attention.eager or is_input or not s.has_adapter(shapes.output):
             others = [output, *others]  # a fused kernel keeps its output, otherwise the next layer's adapter may
         return kept + [t.new(size, ACTIVATIONS) for size in others]
 
@@ -375,7 +389,7 @@ class PlainLayer:
             narrow = t.new(s.wide(s.rank), WORKING)
             t.free(scaled)
             low = t.new(s.wide(linear.inputs), WORKING)
-            if self._keeps_own_input(linear):  # back through both casts of the input
+            if self._casts_input(linear):  # back through both casts of the input
                 wide = t.new(s.wide(linear.inputs, 4), WORKING)
                 t.free(low)
                 low = t.new(s.wide(linear.inputs, s.stream), WORKING)

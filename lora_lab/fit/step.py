@@ -123,7 +123,8 @@ def attention_backward(tape: Tape, sizes: Sizes) -> list[int]:
 def adapter_gradients(tape: Tape, sizes: Sizes, linear: Linear) -> None:
     """Begin the gradients of a layer's adapter, in fp32, which stay until the optimizer has taken them."""
     if sizes.config.grad_accum_steps == 1:
-        tape.new(4 * sizes.rank * (linear.inputs + linear.outputs), GRADIENTS)
+        of_a = 0 if sizes.config.method.freeze_a else linear.inputs
+        tape.new(4 * sizes.rank * (of_a + linear.outputs), GRADIENTS)
 
 
 def weight_gradient(tape: Tape, sizes: Sizes, weights: int, is_whole: bool = True) -> None:

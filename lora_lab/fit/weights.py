@@ -73,7 +73,8 @@ def adapter_sides(method: MethodConfig, shapes: Shapes) -> list[tuple[int, int]]
     sides = []
     for linear in shapes.linears:
         if adapted(method, linear):
-            sides += [(method.rank, linear.inputs), (linear.outputs, method.rank)]
+            sides += [] if method.freeze_a else [(method.rank, linear.inputs)]
+            sides.append((linear.outputs, method.rank))
     experts = shapes.experts
     if experts and adapts_router(method, experts):
         sides += [(method.rank, shapes.hidden), (experts.count, method.rank)]

@@ -14,7 +14,14 @@ from lora_lab.work import MicroBatch
 
 _SETTINGS = ("optimizer.", "precision.", "engine.", "method.", "model.", "attention", "gradient_checkpointing")
 _SIZES = ("batch_size", "grad_accum_steps", "seq_len", "data.batching")
-_WITHOUT_EFFECT = ("optimizer.weight_decay", "method.alpha", "method.use_rslora", "model.trust_remote_code")
+_WITHOUT_EFFECT = (
+    "optimizer.weight_decay",
+    "method.alpha",
+    "method.alpha_pattern",
+    "method.use_rslora",
+    "method.b_learning_rate_ratio",
+    "model.trust_remote_code",
+)
 
 UNKNOWN_CARD = 2.0
 """Assumed: the interval of a card of another kind is this many times as wide as that of the measured ones."""

@@ -10,7 +10,7 @@ import yaml
 
 from lora_lab.base_weights import WEIGHTS, BaseWeights
 from lora_lab.files import write_text
-from lora_lab.options import MethodKind
+from lora_lab.options import Init, MethodKind
 from lora_lab.reading import Damaged, whole
 from lora_lab.secrets import without_secrets
 from lora_lab.store.record import Record
@@ -19,6 +19,8 @@ _SETTINGS = (
     "method",
     "method.rank",
     "method.alpha",
+    "method.init",
+    "method.freeze_a",
     "method.dropout",
     "method.target_modules",
     "method.quantization",
@@ -32,6 +34,10 @@ _SETTINGS = (
     "measure.warmup_steps",
     "measure.steps",
     "seed",
+)
+_LOFTQ = (
+    "- Load the base model in 4 bit by bitsandbytes, with the quantisation below: the adapter makes up for what is "
+    "lost by that."
 )
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "lora_lab")
 
@@ -50,13 +56,14 @@ def card(record: Record, weights: BaseWeights | None = None) -> str:
     """Return the card's text."""
     base, data = _base_model(record), record.params.get("data", "not recorded")
     is_whole = record.params.get("method.kind") == MethodKind.full.name
+    is_vera = record.params.get("method.kind") == MethodKind.vera.name
     head = {
         **({"base_model": base} if base else {}),
         "library_name": "transformers" if is_whole else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora_lab"] if is_whole else ["lora", "lora_lab"],
+        "tags": ["lora_lab"] if is_whole else ["vera" if is_vera else "lora", "lora_lab"],
     }
-    what = "All weights of" if is_whole else "A LoRA adapter for"
+    what = "All weights of" if is_whole else f"A {'VeRA' if is_vera else 'LoRA'} adapter for"
     named = [key for key in _SETTINGS if key in record.params and not (is_whole and key.startswith("method."))]
     settings = [f"| {key} | {record.params[key]} |" for key in named]
     versions = [f"{name} {record.tags[f'version.{name}']}" for name in _VERSIONS if f"version.{name}" in record.tags]
@@ -69,6 +76,7 @@ def card(record: Record, weights: BaseWeights | None = None) -> str:
         f"{what} {base or _unnamed_base(record)}, trained and measured by lora_lab.",
         "",
         *([] if weights is None else [f"- Trained on: {weights.named()}"]),
+        *([_LOFTQ] if record.params.get("method.init") == Init.loftq.name else []),
         f"- Data: {_data(record, data)}",
         f"- Held-out loss: {_loss(record)}",
         f"- Outcome: {record.outcome}",

@@ -21,9 +21,10 @@ from lora_lab.worker.conversation import Conversations
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.evaluation import evaluating
 from lora_lab.worker.examples import pad_id
-from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.prompts import prompt_text
 from lora_lab.worker.shards import shards_of
+from lora_lab.worker.tokenizer_files import load_tokenizer
+from lora_lab.worker.trainables.start import before_training
 from lora_lab.worker.trainables.trainable import base_of
 from lora_lab.worker.trained import be_quiet, load_trained, load_untrained, on_its_weights, this_device
 
@@ -152,7 +153,7 @@ class Writer:
         """Return the model before its training, and the context that makes it so. Where every weight was trained, it is
         loaded once more, next to the trained one."""
         if hasattr(self._model, "disable_adapter"):
-            return self._model, self._model.disable_adapter()
+            return self._model, before_training(self._model)
         if self._untrained is None:
             self._untrained = load_untrained(self._config, self._model.device)
         return self._untrained, contextlib.nullcontext()

@@ -13,8 +13,9 @@ from lora_lab.work import Workload
 from lora_lab.worker.examples import Examples, check_token_ids, pad_id
 from lora_lab.worker.job_plan import plan_job
 from lora_lab.worker.loading import load_examples
-from lora_lab.worker.models import check_model, load_architecture, load_tokenizer
+from lora_lab.worker.models import check_model, load_architecture
 from lora_lab.worker.tokenising import Report, quiet
+from lora_lab.worker.tokenizer_files import load_tokenizer
 from lora_lab.worker.training import check_optimizer
 
 _KEPT = 2

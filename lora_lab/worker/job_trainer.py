@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 
@@ -31,8 +30,8 @@ _SCHEDULES = {
 
 
 class JobTrainer(SharingTrainer):
-    """Trainer with three more documented methods of its own: evaluate, saving, and the optimizer for LoRA+. The loop,
-    the schedule, early stopping and resuming are Trainer's. Of several workers the lead alone writes."""
+    """Trainer with methods of its own to evaluate, to save and to load. The loop, the schedule, early stopping and
+    resuming are Trainer's. Of several workers the lead alone writes."""
 
     control: TrainerControl
 
@@ -91,6 +90,10 @@ class JobTrainer(SharingTrainer):
         """Write what is trained alone."""
         self._trained.write(self.model, Path(str(output_dir)))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read what is trained as it was written."""
+        self._trained.load(self.model, Path(resume_from_checkpoint))
+
     def forget_training(self) -> None:
         """Drop the optimizer and the wrapper on the model's forward; the next training makes them again."""
         self.forget_optimizer()
@@ -142,24 +145,6 @@ class JobTrainer(SharingTrainer):
                 f"the {what} of step {self.state.global_step} was not saved; training goes on and earlier ones are "
                 f"kept. The disk has {free / 1e6:.0f} MB free. The error was: {str(error).splitlines()[0]}"
             )
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Make the optimizer, with PEFT's parameter groups for LoRA+."""
-        ratio = self._config.train.lora_plus_ratio
-        if ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        kind, arguments = made[0], {name: value for name, value in made[1].items() if name != "lr"}
-        self.optimizer = create_loraplus_optimizer(
-            self.model,
-            kind,
-            lr=self._config.learning_rate,
-            loraplus_lr_ratio=ratio,
-            loraplus_weight_decay=self._config.optimizer.weight_decay,
-            loraplus_lr_embedding=self._config.learning_rate,
-            **arguments,
-        )
-        return self.optimizer
 
 
 def job_arguments(config: TrialConfig, plan: JobPlan, evaluates: bool) -> dict[str, Any]:

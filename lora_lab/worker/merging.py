@@ -14,14 +14,22 @@ import torch
 from safetensors import SafetensorError
 
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
-from lora_lab.options import ModelSource, Quantization
+from lora_lab.options import Init, ModelSource, Quantization
 from lora_lab.quality.row_losses import HeldoutRows
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.data import Example
 from lora_lab.worker.evaluation import digest_of, row_losses
 from lora_lab.worker.gguf_file import UnreadableGguf, load_gguf, metadata_faults
-from lora_lab.worker.models import load_architecture, load_model, load_tokenizer, save_tokenizer
-from lora_lab.worker.trained import be_quiet, load_trained, on_its_weights, this_device, without_quantisation
+from lora_lab.worker.models import load_architecture, load_model
+from lora_lab.worker.tokenizer_files import load_tokenizer, save_tokenizer
+from lora_lab.worker.trained import (
+    be_quiet,
+    load_dequantised,
+    load_trained,
+    on_its_weights,
+    this_device,
+    without_quantisation,
+)
 
 MOST_ROWS = 64
 """Held-out rows that losses are compared on."""
@@ -171,7 +179,10 @@ class Merger:
 
     def _write(self, out: Path, more: float) -> None:
         """Merge into weights that are not quantised, and write them under their name at once."""
-        model = load_trained(without_quantisation(self._config), self._trained, self._device)
+        if self._config.method.init is Init.loftq:  # on whole weights its adapter would add what 4 bit has not lost
+            model = load_dequantised(self._config, self._trained, self._device)
+        else:
+            model = load_trained(without_quantisation(self._config), self._trained, self._device)
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
         # on a CPU, fp32 stands in for fp16
@@ -195,8 +206,9 @@ class Merger:
         model = ModelConfig(
             source=ModelSource.local, path=str(folder), trust_remote_code=config.model.trust_remote_code
         )
-        # DoRA's norms would be rounded
-        config = replace(config, model=model, method=replace(config.method, use_dora=False))
+        # DoRA's norms would be rounded, and a start that takes something out of the weights round them again
+        method = replace(config.method, use_dora=False, init=Init.kaiming)
+        config = replace(config, model=model, method=method)
         return load_model(config, load_architecture(model), self._device)
 
     def _loss(self, model: Any) -> tuple[float, int]:

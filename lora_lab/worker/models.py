@@ -1,15 +1,13 @@
-"""Load the model of a trial: tokenizer, frozen weights, and what the method trains."""
+"""Load the model of a trial: frozen weights, and what the method trains."""
 
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_lab.config import ALL, TIED, InvalidInput, MethodConfig, ModelConfig, TrialConfig
 from lora_lab.options import Checkpointing, DType, ModelSource, Quantization, Weights
@@ -19,7 +17,6 @@ from lora_lab.worker.checkpoint import (
     check_not_quantised,
     check_quantized_share,
     check_weights_complete,
-    fetch_file,
     fetch_weights,
     make_skeleton,
 )
@@ -32,35 +29,8 @@ from lora_lab.worker.probe import judge, look_through
 from lora_lab.worker.quantised import quantised_share
 from lora_lab.worker.random_weights import random_state
 from lora_lab.worker.shards import check_shards, share_out
-from lora_lab.worker.tiny_tokenizer import tiny_tokenizer
 from lora_lab.worker.trainables import trainable_of
 from lora_lab.worker.trainables.trainable import Trainable
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """Load the model's own tokenizer, or make the byte-level one for random weights. Padding is on the right."""
-    if model.weights is Weights.random:
-        return tiny_tokenizer()
-    tokenizer = from_pretrained(AutoTokenizer, model, trust_remote_code=model.trust_remote_code)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise InvalidInput(
-            f"the tokenizer of {model_name(model)} names neither a padding token nor an end of text. Set eos_token in "
-            "its tokenizer_config.json to the token that ends an answer."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def save_tokenizer(model: ModelConfig, folder: Path) -> None:
-    """Write the model's tokenizer and chat template to a folder, and tokenizer.model where the model has that. Newer
-    transformers drops it, and llama.cpp's converter makes other tokens of Gemma, Phi-3 and others without it."""
-    load_tokenizer(model).save_pretrained(folder)
-    sentencepiece = fetch_file(model, "tokenizer.model")
-    if sentencepiece is not None:
-        shutil.copyfile(sentencepiece, folder / sentencepiece.name)
-
 
 _NEED_LAYERS = {
     Checkpointing.selective: "is every other layer",

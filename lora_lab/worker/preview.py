@@ -61,8 +61,9 @@ def preview(config: TrialConfig) -> Preview:
     Raises: InvalidInput."""
     from lora_lab.worker.check import checked_examples
     from lora_lab.worker.data import pack
-    from lora_lab.worker.models import load_architecture, load_tokenizer
+    from lora_lab.worker.models import load_architecture
     from lora_lab.worker.stages.data_loading import counted, warnings_of
+    from lora_lab.worker.tokenizer_files import load_tokenizer
 
     unpacked = replace(config, data=replace(config.data, batching=Batching.longest))
     examples, _ = checked_examples(unpacked, load_architecture(config.model))

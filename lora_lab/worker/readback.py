@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_lab.base_weights import ADAPTER
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.options import DType, PlacementKind, Quantization
@@ -19,6 +20,7 @@ from lora_lab.worker.models import working_dtype
 from lora_lab.worker.quantised import is_quantised, quantised_share
 from lora_lab.worker.rounding import Rounded
 from lora_lab.worker.trainables import trainable_of
+from lora_lab.worker.trainables.inspection import adapter_differences, adapter_facts
 from lora_lab.worker.trainables.trainable import trained_parameters
 from lora_lab.worker.training import optimizer_class, space_of
 
@@ -40,7 +42,8 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
     defaults = optimizer.defaults
     state = _state_tensors(optimizer)
     trained = trained_parameters(model)
-    frozen = [p for _, p in model.named_parameters() if not p.requires_grad]
+    # an A that is frozen is an adapter's and no weight of the model's
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and ".lora_" not in name]
     quantised = [m for m in model.modules() if is_quantised(m) and hasattr(m, "compute_dtype")]
     device = trained[0].device
     scaler = trainer.accelerator.scaler
@@ -59,6 +62,7 @@ def read_back(trainer: Any, kernels: frozenset[str] | None) -> dict[str, str]:
         "optimizer_state_paged_elements": f"{_paged(state)} of {sum(t.numel() for t in state)}",
         "adapter_dtypes": _counted(trained),
         "weight_dtypes": _counted(frozen),
+        **adapter_facts(model, optimizer),
         "trainable_parameters": str(sum(p.numel() for p in trained)),
         "quantization": ", ".join(sorted({m.weight.quant_type for m in quantised})) or "none",
         **({"quantized_share": f"{quantised_share(model, trained):.4f}"} if quantised else {}),
@@ -198,6 +202,8 @@ def compare(facts: dict[str, str], config: TrialConfig, device: torch.device) ->
     """Return differences and stand-ins. A stand-in is one of the two replacements that a CPU is allowed."""
     asked = expected(config, device)
     differences = [f"{key}: asked for {value}, got {facts[key]}" for key, value in asked.items() if facts[key] != value]
+    if trainable_of(config).name == ADAPTER:
+        differences += adapter_differences(facts, config.method)
     differences += _dtype_differences(facts, config, device)
     differences += [*_host_layers_difference(facts, config), *_held_difference(facts, config)]
     stand_ins = []

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -97,22 +98,49 @@ class OwnRows(Sampler[int]):
 
 class SharingTrainer(Trainer):
     """Trainer with three documented methods of its own: rows of its own, a step that is shared, and an optimizer that
-    is given what it projects. Alone and with an optimizer of its own it is Trainer itself."""
+    is given what it projects, or groups for LoRA+. Alone and with a usual optimizer it is Trainer itself.
+
+    `b_ratio` is the learning rate of B over that of A; None for one rate."""
 
     optimizer: Any
 
-    def __init__(self, *, shared: SharedStep | None, space: Space | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        shared: SharedStep | None,
+        space: Space | None = None,
+        b_ratio: float | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         self._shared = shared
         self._space = space
+        self._b_ratio = b_ratio
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Make the optimizer, and name the weights whose gradients it projects."""
+        """Make the optimizer, with PEFT's parameter groups for LoRA+, and name the weights whose gradients it
+        projects."""
         is_there = self.optimizer is not None
+        if self._b_ratio is not None and not is_there:
+            return self._with_b_faster(self._b_ratio)
         made = super().create_optimizer(model)
         if self._space is not None and not is_there:
             made.project(self._space, layer_weights(self.model))
         return made
+
+    def _with_b_faster(self, ratio: float) -> Any:
+        made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        kind, arguments = made[0], {name: value for name, value in made[1].items() if name != "lr"}
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            lr=self.args.learning_rate,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=self.args.learning_rate,
+            **arguments,
+        )
+        return self.optimizer
 
     def forget_optimizer(self) -> None:
         """Drop the optimizer; the next training makes it again."""

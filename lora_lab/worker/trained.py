@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 
 from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.options import MethodKind, ModelSource, Quantization, Weights
 from lora_lab.worker.exact_weights import exact_weights, noted_weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.quantised import evaluation_mode
+from lora_lab.worker.trainables.start import as_saved
 
 
 def be_quiet() -> None:
@@ -84,14 +86,26 @@ def load_trained(config: TrialConfig, trained: Path, device: torch.device) -> An
     if config.method.kind is MethodKind.full:
         own = ModelConfig(source=ModelSource.local, path=str(trained), trust_remote_code=config.model.trust_remote_code)
         return ready_to_answer(load_model(replace(config, model=own), load_architecture(own), device))
-    model = load_untrained(config, device)
+    model = load_untrained(replace(config, method=as_saved(config.method)), device)
     try:
         loaded = model.load_adapter(str(trained), "default")
     except (OSError, RuntimeError, ValueError) as fault:
         raise InvalidInput(f"{trained} could not be put on the model: {str(fault).splitlines()[0]}") from fault
-    if loaded.unexpected_keys or any("lora_" in key for key in loaded.missing_keys):
+    if loaded.unexpected_keys or any(_is_adapters(key) for key in loaded.missing_keys):
         raise InvalidInput(f"{trained} is not of this model: its config was edited, or its files are of another trial.")
     return ready_to_answer(model)
+
+
+def load_dequantised(config: TrialConfig, trained: Path, device: torch.device) -> Any:
+    """Load adapters on the base model's weights as 4 bit has left them, but held in the format of the computation.
+
+    Raises: InvalidInput as `load_trained`."""
+    base = load_trained(config, trained, device).unload().dequantize()
+    return ready_to_answer(PeftModel.from_pretrained(base, str(trained)))
+
+
+def _is_adapters(key: str) -> bool:
+    return any(part in key for part in ("lora_", "vera_", "trainable_tokens_delta"))
 
 
 def load_untrained(config: TrialConfig, device: torch.device) -> Any:

@@ -46,6 +46,7 @@ def make_trainer(
     return SharingTrainer(
         shared=shared,
         space=space_of(config),
+        b_ratio=config.method.b_learning_rate_ratio,
         model=model,
         args=arguments,
         data_collator=collator,

@@ -3,9 +3,12 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.vera import VeraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -41,22 +44,20 @@ def count_model(model: Any, is_compiled: bool = False) -> ModelCounted:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise Uncountable("it has no layers of the kind that transformers checkpoints")
-    linears = list(_linears(model))
-    _check_known_layers(model, linears)
+    products = list(_products(model))
+    _check_known_layers(model, products)
     shapes = model.config.get_text_config()
     head_size = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
-    frozen, trained = (
-        [linear for linear in linears if linear.weight.requires_grad is is_trained] for is_trained in (False, True)
-    )
-    repeated = {id(linear) for layer in layers for linear in _repeated(layer, is_compiled)}
+    frozen, trained = ([each for each in products if each.is_trained is is_trained] for is_trained in (False, True))
+    repeated = {each.key for layer in layers for each in _repeated(layer, is_compiled)}
     is_added = has_adapters(model)
-    own = [p for p in model.parameters() if not (is_added and p.requires_grad)]
+    own = [p for name, p in model.named_parameters() if not (is_added and (p.requires_grad or ".lora_" in name))]
     return ModelCounted(
         t=time.monotonic(),
-        frozen=sum(map(_weights, frozen)),
-        frozen_in_layers=sum(_weights(linear) for linear in frozen if id(linear) in repeated),
-        trainable=sum(map(_weights, trained)),
-        trainable_in_layers=sum(_weights(linear) for linear in trained if id(linear) in repeated),
+        frozen=sum(each.weights for each in frozen),
+        frozen_in_layers=sum(each.weights for each in frozen if each.key in repeated),
+        trainable=sum(each.weights for each in trained),
+        trainable_in_layers=sum(each.weights for each in trained if each.key in repeated),
         attention_width=len(layers) * shapes.num_attention_heads * head_size,
         weight_bytes=stored_bytes(own),
         weight_elements=sum(_elements(p) for p in own),
@@ -64,29 +65,60 @@ def count_model(model: Any, is_compiled: bool = False) -> ModelCounted:
     )
 
 
-def _linears(module: Any) -> Iterator[Any]:
-    """Yield linear layers, each once; bitsandbytes' are subclasses of torch's."""
-    return (m for m in module.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A product with a weight."""
+
+    key: tuple[int, str]
+    weights: int
+    is_trained: bool
+    is_adapters: bool
+    is_scaled: bool = False
+    """Whether a trained vector scales its result, which the backward then needs."""
 
 
-def _repeated(layer: Any, is_compiled: bool) -> list[Any]:
-    """List the linear layers that are multiplied with once more when a decoder layer is checkpointed. torch stops that
-    as soon as it has the last tensor that the backward needs (torch.utils.checkpoint, early_stop): a product's inputs
-    are there before the product, and a frozen one at the very end needs nothing. So the last is not repeated. Compiled
-    code leaves out the frozen product next to the last adapter too. Modules stand in the order in which they run."""
-    linears = list(_linears(layer))
+def _products(module: Any) -> Iterator[_Product]:
+    """Yield the products with linear layers, each once, and of VeRA those with its shared matrices."""
+    tables = {id(each.base_layer) for each in module.modules() if isinstance(each, TrainableTokensLayer)}
+    vera = {id(layer.base_layer): layer for layer in module.modules() if isinstance(layer, VeraLayer)}
+    for name, linear in module.named_modules():
+        if not isinstance(linear, torch.nn.Linear | Conv1D):  # bitsandbytes' are subclasses of torch's
+            continue
+        # a head that shares trained tokens is put together in each step, and all of it gets a gradient
+        is_trained = linear.weight.requires_grad or id(linear) in tables
+        yield _Product((id(linear), ""), _weights(linear), is_trained, ".lora_" in name)
+        for rank in vera[id(linear)].r.values() if id(linear) in vera else ():
+            layer = vera[id(linear)]
+            yield _Product((id(linear), "A"), rank * layer.in_features, False, True, is_scaled=True)
+            yield _Product((id(linear), "B"), rank * layer.out_features, False, True, is_scaled=True)
+
+
+def _repeated(layer: Any, is_compiled: bool) -> list[_Product]:
+    """List the products that are calculated once more when a decoder layer is checkpointed. torch stops that as soon as
+    it has the last tensor that the backward needs (torch.utils.checkpoint, early_stop): a product's inputs are there
+    before the product, and a frozen one at the very end needs nothing. So the last is not repeated. Compiled code
+    leaves out the frozen product next to the last adapter too. Modules stand in the order in which they run."""
+    products = list(_products(layer))
     if any(name.startswith(_BEHIND_MLP) for name, _ in layer.named_children()):
-        return linears
-    last = [linears[-1]]
+        return products
+    last = [] if products[-1].is_scaled else [products[-1]]
     if is_compiled:
-        last += [linear for linear in linears if not linear.weight.requires_grad][-1:]
-    return [linear for linear in linears if linear not in last]
+        last += [each for each in products if not each.is_trained and not each.is_adapters][-1:]
+    return [each for each in products if each not in last]
 
 
-def _check_known_layers(model: Any, linears: list[Any]) -> None:
-    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    known = {id(module.weight) for module in [*linears, *embeddings]}
-    others = [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known]
+def _check_known_layers(model: Any, products: list[_Product]) -> None:
+    multiplied = {each.key for each in products}
+    known = {
+        id(module.weight)
+        for module in model.modules()
+        if (id(module), "") in multiplied or isinstance(module, torch.nn.Embedding)
+    }
+    others = [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and id(p) not in known and "trainable_tokens" not in name
+    ]
     if others:
         raise Uncountable(f"how often it multiplies with {others[0]} is not known ({len(others)} such weights)")
 

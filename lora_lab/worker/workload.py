@@ -30,7 +30,7 @@ def workload(config: TrialConfig) -> Workload:
 def general_of(config: TrialConfig, architecture: Any) -> "list[Example]":
     """Return the general text that is evaluated before and after; none where that was not asked for."""
     from lora_lab.worker.general_text import general_examples, general_rows
-    from lora_lab.worker.models import load_tokenizer
+    from lora_lab.worker.tokenizer_files import load_tokenizer
 
     if not general_rows(config):
         return []

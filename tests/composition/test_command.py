@@ -110,6 +110,7 @@ def test_any_settings_come_back(asked: list[tuple[str, object]]) -> None:
         ["optimizer.optim=null", "optimizer.target=torch.optim.SGD", "+optimizer.args.betas=[0.9,0.99]"],
         ["model.weights=random", "model=llama3_2_1b", "~model.architecture.head_dim"],
         ["model.architecture.rope_parameters.rope_theta=2e4", "+model.architecture.kinds={a:1.5,b:default}"],
+        ["method=lora", "method.rank_pattern={q_proj:4,layers.0.k_proj:6}", "method.alpha_pattern={k_proj:0.5}"],
         ["model.architecture=null", "model.package=null", "model=hub", "model.id=a/b"],
         ["data=jsonl", "data.path='my rows, here\\'s one.jsonl'"],
         ["data=chat", "data.sources=[{path: 'my rows, a.jsonl', weight: 0.7}, {path: '~/b', weight: 2, split: test}]"],

@@ -140,12 +140,16 @@ def test_an_optimizer_is_known_to_transformers_and_keeps_its_names_promise(optio
 @pytest.mark.parametrize("option", options("method"))
 def test_methods_differ_from_the_default_lora_as_their_names_say(option: str) -> None:
     method = composed(f"method={option}").method
-    assert (method.quantization.name != "none") == ("qlora" in option)
+    assert (method.quantization.name != "none") == (option in ("qlora", "qlora_fp4", "loftq"))
     assert (method.quantization.name == "fp4") == ("fp4" in option)
     assert method.use_dora == (option == "dora")
     assert method.use_rslora == (option == "rslora")
-    assert method.kind.name == ("full" if option.startswith("full") else "lora")
+    is_full = option.startswith("full")
+    assert method.kind.name == ("full" if is_full else "vera" if option == "vera" else "lora")
     assert method.held_in.name == ("bf16" if option == "full_bf16" else "fp32")
+    assert method.init.name == (option if option in ("pissa", "olora", "eva", "loftq") else "kaiming")
+    assert method.freeze_a == (option == "lora_fa")
+    assert (method.b_learning_rate_ratio is not None) == (option == "lora_plus")
 
 
 @pytest.mark.parametrize("option", options("capacity"))
@@ -178,7 +182,7 @@ def test_a_step_of_memory_beats_a_sweep() -> None:
     assert composed("sweep=engines", "memory=lean").gradient_checkpointing is Checkpointing.offloaded
 
 
-SWEEPS = {"engines": (16, 5), "methods": (32, 3), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}
+SWEEPS = {"engines": (16, 5), "methods": (40, 3), "paper": (3, 5), "paper_factorial": (24, 5), "rank_lr": (9, 5)}
 """Points and repeats, as their first lines promise."""
 
 

@@ -215,6 +215,20 @@ def test_doras_norms_take_the_whole_weight(
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [(LORA, DType.bf16), (LORA, DType.fp32), (NF4, DType.bf16)],
+    ids=["lora", "in fp32", "qlora"],
+)
+def test_with_a_frozen_no_layer_keeps_its_input(
+    autocast_as_on_a_card: None, method: MethodConfig, dtype: DType
+) -> None:
+    both = trial("llama", method, dtype)
+    config = replace(both, method=replace(method, freeze_a=True))
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.02)
+    assert said_peak(config) < 0.9 * said_peak(both)
+
+
 @pytest.mark.parametrize("family", ["llama", *MORE, "phi3"])
 def test_every_weight_of_a_family_is_counted(family: str) -> None:
     config = of_family(family, LORA)

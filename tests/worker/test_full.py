@@ -223,7 +223,7 @@ def test_ways_to_save_memory_train_the_same_weights(
         ({"engine.kind": EngineKind.graph}, "Use engine=compile, engine=liger or engine=eager."),
         ({"engine.host_embeddings": True}, "Use engine.host_embeddings=false."),
         ({"engine.host_layers": 1}, "method.quantization=none"),
-        ({"train.lora_plus_ratio": 4.0, "train.max_steps": 3}, "method=full has none"),
+        ({"method.b_learning_rate_ratio": 4.0}, "method.b_learning_rate_ratio=4.0 has no effect"),
     ],
 )
 def test_what_needs_frozen_weights_is_refused_with_what_to_type(change: dict[str, Any], said: str) -> None:

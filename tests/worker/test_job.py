@@ -568,7 +568,7 @@ def test_an_optimizer_is_saved_and_loaded_whole_also_with_loras_b_faster(
     config = job_config()
     config.optimizer.optim, config.optimizer.target = optim, target
     config.optimizer.args = {"momentum": 0.9} if target else {}
-    config.train.epochs, config.train.max_steps, config.train.lora_plus_ratio = None, 8, 4.0
+    config.train.epochs, config.train.max_steps, config.method.b_learning_rate_ratio = None, 8, 4.0
     config.measure.eval_rows = 0
     rates: list[list[float]] = []
     pre = JobTelemetry.on_pre_optimizer_step

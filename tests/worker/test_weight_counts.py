@@ -163,8 +163,10 @@ LAST = HIDDEN * INNER
         ({}, LAYER, ADAPTED - RANK * HIDDEN),
         ({"target_modules": ["q_proj", "v_proj"]}, LAYER - LAST, RANK * (3 * HIDDEN + KEYS)),
         ({"kind": MethodKind.full}, 0, LAYER - LAST),
+        ({"freeze_a": True}, LAYER + RANK * (5 * HIDDEN + HIDDEN + INNER), RANK * (2 * HIDDEN + 2 * KEYS + 2 * INNER)),
+        ({"kind": MethodKind.vera}, LAYER + ADAPTED, 0),
     ],
-    ids=["of an adapter", "frozen", "trained"],
+    ids=["of an adapter", "frozen", "trained", "with A frozen", "of VeRA"],
 )
 def test_what_checkpointing_repeats_ends_before_the_last_product(
     method: dict[str, Any], frozen: int, trained: int

@@ -10,8 +10,8 @@ from lora_lab.quality.answer_rows import ANSWERS, AnswerRow
 from lora_lab.quality.exact_match import matches
 from lora_lab.quality.rouge import NOT_INSTALLED, rouge_l
 from lora_lab.worker.answers import Answer, Question, Writer, answers_asked, most_tokens, questions, why_no_question
-from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
+from lora_lab.worker.tokenizer_files import load_tokenizer
 
 
 def _is_needed(trial: TrialContext) -> bool:

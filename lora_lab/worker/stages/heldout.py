@@ -8,8 +8,8 @@ from lora_lab.phase import Phase
 from lora_lab.worker.data import Example
 from lora_lab.worker.evaluation import Losses, digest_of, row_losses
 from lora_lab.worker.general_text import general_examples, general_rows
-from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
+from lora_lab.worker.tokenizer_files import load_tokenizer
 
 
 def heldout_rows(trial: TrialContext) -> list[Example]:

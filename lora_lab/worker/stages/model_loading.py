@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from lora_lab.options import PlacementKind
+from lora_lab.options import Init, PlacementKind
 from lora_lab.phase import Phase
 from lora_lab.worker.members import Members, MembersLora
 from lora_lab.worker.models import load_model
 from lora_lab.worker.shards import held_and_whole
 from lora_lab.worker.stages.stage import Stage, TrialContext
+from lora_lab.worker.trainables.eva import start_from_rows
 from lora_lab.worker.weight_counts import Uncountable, count_model
 
 
@@ -17,6 +18,8 @@ def _load(trial: TrialContext) -> None:
     trial.model = load_model(trial.config, trial.architecture, trial.device, trial.warn, sharing, trained)
     if trained is not None:
         trial.together = Members(trial.model, trained.names)
+    if trial.config.method.init is Init.eva:
+        start_from_rows(trial.model, trial.config, trial.examples.train, trial.padding)
 
 
 def _count(trial: TrialContext) -> None:

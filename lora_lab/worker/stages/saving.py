@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from lora_lab.config import TrialConfig
 from lora_lab.options import DataSource
 from lora_lab.phase import Phase
-from lora_lab.worker.models import load_tokenizer
 from lora_lab.worker.stages.stage import Stage, TrialContext
+from lora_lab.worker.tokenizer_files import load_tokenizer
 from lora_lab.worker.trainables import trainable_of
 
 

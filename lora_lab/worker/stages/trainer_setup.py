@@ -107,6 +107,7 @@ def _set_up_job(
     trial.trainer = JobTrainer(
         shared=shared,
         space=space_of(config),
+        b_ratio=config.method.b_learning_rate_ratio,
         is_lead=trial.group.is_lead,
         config=config,
         clock=trial.clock,

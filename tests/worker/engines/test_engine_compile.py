@@ -26,10 +26,11 @@ COMMON = [
 CASES: dict[str, list[str]] = {
     "qlora": ["precision=bf16", "gradient_checkpointing=full", "grad_accum_steps=2"],
     "selective": ["method=lora", "precision=fp32", "gradient_checkpointing=selective", "data.batching=packed"],
+    "lora_fa": ["method=qlora", "method.freeze_a=true", "precision=bf16"],
     "tiles": ["precision=bf16", "gradient_checkpointing=selective", "engine.mlp_tile=64", "batch_size=3"],
 }
-SHAPES = {"qlora": [[2, 128]], "selective": [[2, 128]], "tiles": [[3, 128]]}
-BY_NIGHT = ("selective", "tiles")
+SHAPES = {name: [[3 if name == "tiles" else 2, 128]] for name in CASES}
+BY_NIGHT = ("selective", "lora_fa", "tiles")
 APART = 2e-2
 """Nats a token that a step's loss may differ by."""
 
