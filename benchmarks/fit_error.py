@@ -29,11 +29,12 @@ from benchmarks.fit_memory import said as said_of
 from benchmarks.peers.plan import TUTORIAL
 from benchmarks.reports import RESULTS, markdown, stored, where
 from lora_lab.composition.compose import CONF
-from lora_lab.config import EngineConfig, MethodConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import EngineConfig, ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.files import write_json
 from lora_lab.fit.estimate import GIB, Estimate, estimate
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import Checkpointing, DataSource, DType, EngineKind, Quantization, Weights
 from lora_lab.store.packed_runs import SHIPPED
 

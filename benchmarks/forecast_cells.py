@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_lab.config import EngineConfig, MethodConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import EngineConfig, ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import Batching, Checkpointing, DataSource, DType, EngineKind, Quantization, Weights
 from lora_lab.work import MicroBatch, ModelFacts
 from lora_lab.worker.models import load_architecture

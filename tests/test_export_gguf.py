@@ -15,8 +15,9 @@ from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 from lora_lab import export, gguf_converter
 from lora_lab import export_gguf as writing
 from lora_lab.base_weights import ADAPTER
-from lora_lab.config import InvalidInput, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.export_gguf import gguf_file
+from lora_lab.method_config import PrecisionConfig
 from lora_lab.options import DType, ModelSource, Weights
 from lora_lab.outcome import EXIT_REFUSED
 from lora_lab.store.trained import Trained

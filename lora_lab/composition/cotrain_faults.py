@@ -1,7 +1,8 @@
 """Find what trials that train together cannot have."""
 
-from lora_lab.config import AUTO, MethodConfig, TrialConfig
+from lora_lab.config import AUTO, TrialConfig
 from lora_lab.cotrain import FACTORS
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import (
     Attention,
     Batching,

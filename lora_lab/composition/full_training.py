@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from lora_lab.config import MethodConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import DType, EngineKind, MethodKind, Quantization
 
 _OF_THE_KIND = ("kind", "quantization", "held_in")

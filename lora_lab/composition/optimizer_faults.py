@@ -1,6 +1,7 @@
 """Find optimizers that cannot run as asked, and what they cannot be combined with."""
 
-from lora_lab.config import OptimizerConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import DType, EngineKind, MethodKind
 
 _PRESETS = {"galore": "galore", "apollo": "apollo", "lomo": "lomo", "adalomo": "adalomo"}

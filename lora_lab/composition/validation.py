@@ -17,7 +17,6 @@ from lora_lab.config import (
     AUTO,
     TIED,
     InvalidInput,
-    MethodConfig,
     ModelConfig,
     TrackingConfig,
     TrainConfig,
@@ -27,6 +26,7 @@ from lora_lab.config import (
 from lora_lab.data_config import DataConfig, SourceConfig
 from lora_lab.dataset.layouts import map_fault
 from lora_lab.dataset.shipped import shipped_names
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import (
     Attention,
     Batching,

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lora_lab.config import MethodConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import EngineKind, Init, MethodKind, PlacementKind, Quantization, Weights
 
 _OF_LORA = ("alpha", "use_rslora", "use_dora", "init", "freeze_a", "b_learning_rate_ratio")

@@ -1,8 +1,9 @@
 """Refuse settings that the trial refuses for the model's shapes, and those whose memory is not calculated here."""
 
-from lora_lab.config import TIED, InvalidInput, MethodConfig, TrialConfig, too_many_layers
+from lora_lab.config import TIED, InvalidInput, TrialConfig, too_many_layers
 from lora_lab.fit.shapes import Experts, Shapes
 from lora_lab.fit.weights import adapts_experts, adapts_router, trains_all
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Attention, EngineKind, MethodKind, PlacementKind
 
 _TABLES = ("lm_head", "embed_tokens")

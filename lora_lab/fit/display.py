@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import MethodConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.fit.advice import advise
 from lora_lab.fit.check import model_fault
 from lora_lab.fit.estimate import FITS, GIB, Estimate
 from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import Shapes
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Checkpointing, DType, EngineKind, MethodKind, Quantization
 
 _NAMES = {

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from lora_lab.config import MethodConfig, OptimizerConfig
 from lora_lab.fit.shapes import Shapes, blocks_of
 from lora_lab.fit.weights import SCALES_BLOCK, adapter_sides, adapter_sizes, trains_all
+from lora_lab.method_config import MethodConfig, OptimizerConfig
 from lora_lab.options import DType, Projection
 
 _SMALL_STATE = 4096

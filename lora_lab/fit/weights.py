@@ -1,7 +1,8 @@
 """Calculate the weights that stay on the card for the whole training, and the sizes of adapters."""
 
-from lora_lab.config import MethodConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.fit.shapes import Experts, Linear, Shapes, blocks_of
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import DType, MethodKind, Quantization
 
 BLOCK = 64

@@ -12,7 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Attention, MethodKind, ModelSource, Quantization, Weights
 from lora_lab.packages import converted_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lab.config import MethodConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Quantization
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_lab.config import ALL, TIED, InvalidInput, MethodConfig, ModelConfig, TrialConfig
+from lora_lab.config import ALL, TIED, InvalidInput, ModelConfig, TrialConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Checkpointing, DType, ModelSource, Quantization, Weights
 from lora_lab.outcome import says_out_of_memory
 from lora_lab.worker.checkpoint import (

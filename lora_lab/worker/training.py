@@ -9,7 +9,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lora_lab.config import InvalidInput, OptimizerConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import Checkpointing, DType
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lora_lab.config import OptimizerConfig, TrackingConfig, TrialConfig
+from lora_lab.config import TrackingConfig, TrialConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.work import ModelFacts, Workload
 from lora_lab.worker.examples import Examples
 from lora_lab.worker.models import load_architecture

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from lora_lab.composition.command import shortest_command
 from lora_lab.composition.compose import CONF, load, register_schema
 from lora_lab.composition.keys import GROUPS
-from lora_lab.config import OptimizerConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.store.fingerprint import point_digest
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import some_by_day
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
@@ -201,7 +202,7 @@ def points_of(option: str) -> list[tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("option", options("sweep"))
+@pytest.mark.parametrize("option", some_by_day(options("sweep"), by_day=["methods", "paper"]))
 def test_every_point_of_a_sweep_composes_and_no_two_are_the_same(option: str) -> None:
     configs = [composed(f"sweep={option}", *point) for point in points_of(option)]
     points, repeats = SWEEPS[option]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.composition.validation import faults
-from lora_lab.config import OptimizerConfig, PackageConfig, TrainConfig, TrialConfig
+from lora_lab.config import PackageConfig, TrainConfig, TrialConfig
 from lora_lab.data_config import DataConfig, MapConfig, SourceConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import (
     Attention,
     Batching,

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.fit_error import SETTINGS, config_of
 from benchmarks.reports import stored
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, ModelConfig, OptimizerConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.__main__ import main
 from lora_lab.fit.advice import advise
@@ -25,6 +25,7 @@ from lora_lab.fit.search import Search
 from lora_lab.fit.shapes import read_shapes, shapes_of
 from lora_lab.fit.step import GRADIENTS
 from lora_lab.libraries_cache import note_libraries
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import Attention, Batching, Checkpointing, EngineKind, ModelSource, Quantization
 
 

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.fit.estimate import tape_of
 from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.fit.tiles import tile_tokens
 from lora_lab.fit.weights import adapter_sizes
+from lora_lab.method_config import MethodConfig, PrecisionConfig
 from lora_lab.options import Attention, Checkpointing, DataSource, DType, MethodKind, Quantization, Weights
 from lora_lab.worker.engines import chunked_loss, tiled_mlp
 from lora_lab.worker.models import load_architecture, load_model

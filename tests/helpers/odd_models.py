@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lora_lab.config import MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import ModelConfig, TrialConfig
+from lora_lab.method_config import MethodConfig, PrecisionConfig
 from lora_lab.options import Attention, DType, ModelSource, Quantization
 
 TEXT: dict[str, Any] = {

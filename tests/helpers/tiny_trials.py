@@ -5,9 +5,10 @@ from typing import Any
 import yaml
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import MeasureConfig, MethodConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import MeasureConfig, ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.events import Ended, Event
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import DataSource, DType, ModelSource, Weights
 
 

@@ -15,7 +15,7 @@ from lora_lab.config import TrialConfig
 from lora_lab.placement import Placement
 from lora_lab.store import code_digest, environment, fingerprint
 from lora_lab.store.code_digest import deciding_files, telemetry_digest
-from lora_lab.sweep import sweeper
+from lora_lab.sweep import resuming
 
 
 @pytest.fixture
@@ -109,10 +109,10 @@ def test_other_figures_of_the_same_measurement_are_no_other_trial_and_are_said(
 ) -> None:
     before, facts = fingerprint.conditions(TrialConfig(), Placement()), environment.environment()
     then: Any = SimpleNamespace(read=lambda: SimpleNamespace(record=SimpleNamespace(tags=facts)))
-    sweeper._warn_of_other_figures(then)
+    resuming._warn_of_other_figures(then)
     assert capsys.readouterr().err == ""
-    for module in (fingerprint, sweeper):
+    for module in (fingerprint, resuming):
         monkeypatch.setattr(module, "environment", lambda: {**facts, "code.telemetry": "newer"})
     assert fingerprint.conditions(TrialConfig(), Placement()) == before
-    sweeper._warn_of_other_figures(then)
+    resuming._warn_of_other_figures(then)
     assert "-> newer" in capsys.readouterr().err

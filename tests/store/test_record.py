@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import OptimizerConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import DataCounted, Event, PhaseBegan, Ran, Step
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import DType
 from lora_lab.outcome import End, Outcome
 from lora_lab.phase import Phase

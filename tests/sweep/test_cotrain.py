@@ -15,15 +15,8 @@ from test_side_by_side import FAST, SABOTEUR
 
 from lora_lab.composition.arguments import in_order
 from lora_lab.composition.validation import faults
-from lora_lab.config import (
-    EngineConfig,
-    InvalidInput,
-    MethodConfig,
-    OptimizerConfig,
-    PrecisionConfig,
-    TrainConfig,
-    TrialConfig,
-)
+from lora_lab.config import EngineConfig, InvalidInput, TrainConfig, TrialConfig
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import DType, EngineKind, Isolation, MethodKind, Plan
 from lora_lab.store.fingerprint import point_digest
 from lora_lab.sweep.cotraining import by_job, jobs_of

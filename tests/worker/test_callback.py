@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import MeasureConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import MeasureConfig, TrialConfig
 from lora_lab.events import Ended, Event, PhaseBegan, Profiled, Step, WindowClosed, WindowOpened
+from lora_lab.method_config import OptimizerConfig, PrecisionConfig
 from lora_lab.options import Batching, DataSource, DType, ModelSource, Weights
 from lora_lab.phase import Phase
 from lora_lab.worker.callback import TelemetryCallback

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from tiny_trials import ended, tiny_config
 
-from lora_lab.config import OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.config import TrainConfig, TrialConfig
 from lora_lab.events import Event
 from lora_lab.look import Look
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.work import ModelFacts
 from lora_lab.worker import check, works
 from lora_lab.worker.check import check_trials

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import InvalidInput, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.dataset.row import Conversation
+from lora_lab.method_config import OptimizerConfig, PrecisionConfig
 from lora_lab.options import Attention, Batching, DataSource, DType, ModelSource, Weights
 from lora_lab.worker.data import IGNORED, Example, TokenCounts, pack, train_collator
 from lora_lab.worker.loading import load_examples

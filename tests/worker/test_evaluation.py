@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import DType, ModelSource, Quantization, Weights
 from lora_lab.worker.data import IGNORED, Example
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss

@@ -14,10 +14,11 @@ from tiny_trials import ended, tiny_config
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.compose import CONF
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, OptimizerConfig, TrainConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrainConfig, TrialConfig
 from lora_lab.events import Event, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import DType, EngineKind, MethodKind, PlacementKind, Projection
 from lora_lab.worker import training
 from lora_lab.worker.in_backward import InBackward

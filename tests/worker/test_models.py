@@ -7,7 +7,8 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
 
-from lora_lab.config import InvalidInput, MethodConfig, ModelConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import InvalidInput, ModelConfig, TrialConfig
+from lora_lab.method_config import MethodConfig, PrecisionConfig
 from lora_lab.options import Attention, DType, ModelSource, Quantization, Weights
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.pretrained import from_pretrained

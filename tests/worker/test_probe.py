@@ -8,7 +8,8 @@ import torch
 from odd_models import SHAPES, trial
 from torch import nn
 
-from lora_lab.config import InvalidInput, PrecisionConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.method_config import PrecisionConfig
 from lora_lab.options import Attention, Batching, DType
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.probe import Seen, judge, look_through

@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.device_interface import CpuInterface, CudaInterface
 from torch.utils import _triton
 
-from lora_lab.config import OptimizerConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Ended, Event
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.worker import trial
 from lora_lab.worker.process import forget_hidden_gpus
 from lora_lab.worker.stages.stage import Stage

@@ -16,10 +16,11 @@ from transformers import Adafactor
 
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.validation import faults
-from lora_lab.config import MethodConfig, TrainConfig, TrialConfig
+from lora_lab.config import TrainConfig, TrialConfig
 from lora_lab.events import Event, ModelCounted, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import DType, MethodKind, PlacementKind, Projection
 from lora_lab.worker import rounding
 from lora_lab.worker.in_backward import InBackward

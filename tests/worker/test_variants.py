@@ -15,8 +15,9 @@ from tiny_trials import ended, tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from lora_lab.composition.variants import variant_faults
-from lora_lab.config import MethodConfig, ModelConfig, TrialConfig
+from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.events import Event, Ran, Step
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Init, MethodKind, ModelSource, Quantization
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
 from lora_lab.worker.engines.tiled_mlp import tile_mlps

@@ -14,8 +14,9 @@ from conftest import some_by_day
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import ModelCounted
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import Attention, DType, MethodKind, ModelSource, Quantization, Weights
 from lora_lab.telemetry.flops import PASSES, attention_forward, products, repeated_products, repeated_share
 from lora_lab.worker.models import load_architecture, load_model

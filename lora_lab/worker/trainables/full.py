@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from lora_lab.base_weights import MODEL
-from lora_lab.config import MethodConfig
+from lora_lab.method_config import MethodConfig
 
 _ONE_FILE = "1000000GB"
 """The size from which transformers would split the weights into several files."""

@@ -5,7 +5,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraLayer
 
-from lora_lab.config import MethodConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.worker.trainables.start import lora_layers, start_of
 from lora_lab.worker.trainables.tokens import trained_token_count
 

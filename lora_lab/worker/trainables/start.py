@@ -20,7 +20,7 @@ from peft.utils.other import TrainableTokensWrapper, transpose
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_lab.config import MethodConfig
+from lora_lab.method_config import MethodConfig
 from lora_lab.options import Init
 from lora_lab.worker.quantised import is_quantised
 

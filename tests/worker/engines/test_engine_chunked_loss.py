@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.composition.compose import CONF
-from lora_lab.config import MethodConfig, OptimizerConfig, PrecisionConfig, TrialConfig
+from lora_lab.config import TrialConfig
+from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import DType, ModelSource, Quantization, Weights
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED

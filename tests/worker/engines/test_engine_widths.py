@@ -7,7 +7,8 @@ from engine_models import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.config import EngineConfig, OptimizerConfig, TrialConfig
+from lora_lab.config import EngineConfig, TrialConfig
+from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import Batching, EngineKind
 from lora_lab.worker.data import IGNORED, Collator, Example, row_widths, train_collator
 from lora_lab.worker.engines.engine import shapes, trainer_arguments
