@@ -17,10 +17,10 @@ ON_CPU := $(if $(shell command -v nvidia-smi),,precision=fp32)
 run: $(VENV)/installed
 	$(BIN)/python -m lora_lab $(if $(findstring precision,$(ARGS)),,$(ON_CPU)) $(ARGS)
 
-# A worker takes a whole file, whose tests share what they set up; conftest.py puts the long files first. Three keep two
+# A worker takes a whole file, whose tests share what they set up; conftest.py puts the long files first. Four keep two
 # cores busy: tests of processes and stores wait a third of their time.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

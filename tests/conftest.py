@@ -42,7 +42,17 @@ SERVER = CommandServer()
 
 LONG = (
     "test_trial.py",
+    "test_live_step.py",
     "test_sweep.py",
+    "test_cotrain.py",
+    "test_job.py",
+    "test_data_parallel.py",
+    "test_estimate.py",
+    "test_low_memory_optimizers.py",
+    "test_callback.py",
+    "test_halving_sweep.py",
+    "test_variants.py",
+    "test_cross.py",
     "test_outbox.py",
     "test_engine_compile.py",
     "test_job_kills.py",

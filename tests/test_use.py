@@ -103,6 +103,7 @@ def plain_loss(folder: Path, config: TrialConfig) -> float:
     return total / count
 
 
+@pytest.mark.nightly
 def test_a_merged_lora_has_the_adapters_loss_wherever_it_is_loaded(lora: Trained, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     said = lora.call("export", str(lora.folder), "--merge", str(out))

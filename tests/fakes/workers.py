@@ -20,14 +20,14 @@ def ended(reason: str = "") -> Ended:
     return Ended(t=0.0, outcome="finished", reason=reason, traceback=None, step=None, asked_bytes=None)
 
 
-def of_two(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
+def of_two(connection: Connection, _: object, __: object, ___: object, seat: Seat, *____: object) -> None:
     """Each says its rank, and something that the lead alone may say."""
     warned = Warned(t=0.0, text=f"{seat.rank} of {seat.world_size}")
     began = PhaseBegan(t=0.0, phase=f"of {seat.rank}")
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), warned, began, ended())
 
 
-def second_dies(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
+def second_dies(connection: Connection, _: object, __: object, ___: object, seat: Seat, *____: object) -> None:
     """The lead works on; the other is killed once the lead is there."""
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True), PhaseBegan(t=0.0, phase="start"))
     if seat.rank == 1:
@@ -35,7 +35,7 @@ def second_dies(connection: Connection, _: object, __: object, ___: object, seat
     signal.pause()
 
 
-def second_fails(connection: Connection, _: object, __: object, ___: object, seat: Seat) -> None:
+def second_fails(connection: Connection, _: object, __: object, ___: object, seat: Seat, *____: object) -> None:
     """The lead works on; the other says why it cannot."""
     _say(connection, Ready(t=0.0, pid=os.getpid(), prepared=True))
     if seat.rank == 1:

@@ -192,7 +192,9 @@ def test_the_peak_of_a_recomputed_layer_is_on_the_tape(family: str) -> None:
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04)
 
 
-@pytest.mark.parametrize(("family", "full"), [("mixtral", True), ("qwen3_moe", False)])
+@pytest.mark.parametrize(
+    ("family", "full"), some_by_day([("mixtral", True), ("qwen3_moe", False)], by_day=[("qwen3_moe", False)])
+)
 def test_experts_in_4_bit_are_unpacked_layer_by_layer(autocast_as_on_a_card: None, family: str, full: bool) -> None:
     config = of_family(family, NF4)
     if full:
@@ -251,6 +253,7 @@ def test_every_adapter_of_a_mixture_is_counted(family: str, method: MethodConfig
     assert shapes.layers * sum(adapter_sizes(config.method, shapes)) == trained
 
 
+@pytest.mark.nightly
 def test_the_logits_are_the_peak_of_a_large_vocabulary() -> None:
     config = trial("llama", LORA, DType.bf16, vocab_size=8192)
     config.gradient_checkpointing = Checkpointing.full

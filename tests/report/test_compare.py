@@ -116,6 +116,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert held >= 0.89 * SEEDS
 
 
+@pytest.mark.nightly
 def test_what_could_have_been_seen_is_seen_four_times_in_five() -> None:
     told = against(grid("one", 0), grid("other", 0)).results[0].estimate
     assert told is not None
@@ -371,6 +372,7 @@ def test_one_point_has_the_interval_of_welchs_test() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
 
 
+@pytest.mark.nightly
 def test_intervals_are_no_wider_than_by_blocks_or_trials() -> None:
     """Two sweeps, steady: the wider of an interval over 32 degrees of freedom and of one over about four."""
     reach = []

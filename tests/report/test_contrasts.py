@@ -142,6 +142,7 @@ def test_where_noise_is_equal_settings_of_their_own_noise_cost_little_width():
         assert widths[50] < most * known.high
 
 
+@pytest.mark.nightly
 def test_what_blocks_do_to_the_difference_itself_is_in_the_interval_for_sessions_like_it():
     noise = dict.fromkeys("01234567", 0.004)
     found = unequal_contrasts(noise, dict.fromkeys(noise, 4), blocks=0.03)
@@ -191,6 +192,7 @@ def test_sweeps_are_blocked_by_themselves_in_the_interval_over_blocks():
     assert both.high - both.value == pytest.approx(expected)
 
 
+@pytest.mark.nightly
 def test_where_there_is_no_effect_one_in_twenty_intervals_says_there_is():
     found = [
         optimizer_contrast(factorial(GRID, {"precision=bf16": 0.3}, drift=0.2, random=seed)) for seed in range(200)

@@ -16,6 +16,7 @@ def test_a_small_simulation_agrees_with_what_is_claimed(block_sd: float) -> None
     assert (0.93 if block_sd == 0 else 0.88) < found["this_session"] < (0.97 if block_sd == 0 else 0.94)
 
 
+@pytest.mark.nightly
 def test_over_hosts_the_mean_holds_where_one_session_does_not() -> None:
     found = simulated.hosts(5, host_sd=2.0, draws=250, seed=3)
     assert 0.91 < found["pooled"] < 0.99

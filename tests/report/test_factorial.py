@@ -55,7 +55,7 @@ PLANTED = {
 
 @pytest.mark.parametrize(
     ("lost", "open_pairs"),
-    some_by_day(PLANTED.values(), by_day=[PLANTED["trials missing"], PLANTED["out of memory"]]),
+    some_by_day(PLANTED.values(), by_day=[PLANTED["trials missing"]]),
     ids=PLANTED.keys(),
 )
 def test_planted_effects_lie_in_95_of_100_intervals(lost, open_pairs):
@@ -71,6 +71,7 @@ def test_planted_effects_lie_in_95_of_100_intervals(lost, open_pairs):
     assert 200 - sum(model.lack_of_fit < 0.05 for model in found) in MOSTLY
 
 
+@pytest.mark.nightly
 def test_where_there_is_no_effect_one_in_twenty_intervals_says_there_is():
     found = [fit(planted(GRID, {"shape=2x512": 0.5}, drift=0.2, random=seed)) for seed in range(200)]
     assert 200 - sum(effect(model, "paged_adamw").seen is True for model in found) in MOSTLY

@@ -5,6 +5,7 @@ import io
 import math
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import factorial, trial
@@ -135,6 +136,7 @@ def test_a_stand_in_is_compared_with_nothing_and_the_reason_is_given() -> None:
     assert "2x512 was" in said(findings)
 
 
+@pytest.mark.nightly
 def test_the_report_counts_all_ties_of_best() -> None:
     """Where both name the same point: by blocks another may be ahead of the one with the highest median.
 

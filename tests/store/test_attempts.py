@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import some_by_day
 from synthetic import Constant, SyntheticCard
 from synthetic_job import SyntheticJob
 
@@ -86,7 +87,7 @@ def resumed(folder: Path, t: float) -> tuple[TrialFolder, Record]:
     return there, finish(there, asked, FINISHED, events, samples, HostFacts())[0]
 
 
-@pytest.mark.parametrize("t", [8.0, 5000.0, 3.0])
+@pytest.mark.parametrize("t", some_by_day([8.0, 5000.0, 3.0], by_day=[3.0]))
 def test_attempts_on_other_clocks_make_one_job(tmp_path: Path, t: float) -> None:
     killed(tmp_path)
     there, record = resumed(tmp_path, t)

@@ -77,6 +77,7 @@ KINDS: dict[Any, Any] = {
     str: lambda value: f"{value}x",
     list: lambda value: [*value, "x"],
     dict: lambda value: {**(value or {}), "x": {"y": 1}},
+    Any: lambda value: {**(value or {}), "x": 1},  # patterns, which OmegaConf knows no type for
 }
 
 

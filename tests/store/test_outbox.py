@@ -342,6 +342,7 @@ def test_a_refused_sweep_takes_nothing_away_from_a_folder_of_the_users(tmp_path:
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.nightly
 def test_a_sweep_in_a_folder_of_the_users_choice_is_taken_up_as_any_other(tmp_path: Path, empty_store: Path) -> None:
     give_store(tmp_path, empty_store)
     own = (*SWEEP, "hydra.sweep.dir=elsewhere/mine")
@@ -450,6 +451,7 @@ def _leave_orphans(client: MlflowClient) -> None:
         client.create_run(experiment, tags=owner_tags(owner, Path("/gone")), run_name=name)
 
 
+@pytest.mark.nightly
 def test_the_next_trial_runs_whatever_is_left(left: Left) -> None:
     assert (left.trial.code, "Traceback" in left.trial.text) == (0, False), left.trial.text
 

@@ -484,6 +484,7 @@ def test_a_deleted_run_does_not_get_the_page(here: Path, tmp_path: Path) -> None
         open_store(None).keep(run_id, page)
 
 
+@pytest.mark.nightly
 def test_a_thousand_trials_of_full_size_are_read_in_less_than_six_times_what_parsing_takes(here: Path) -> None:
     above = a_sweep()
     put(here, above)

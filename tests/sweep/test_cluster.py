@@ -159,6 +159,7 @@ def test_no_trial_is_lost_or_doubled_while_nodes_are_killed(
     assert killed.total() > 0
 
 
+@pytest.mark.nightly
 def test_an_attempt_that_slurm_starts_again_or_that_outlives_its_job_counts_once(
     tmp_path: Path, slurm: Cluster
 ) -> None:

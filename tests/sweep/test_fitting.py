@@ -112,6 +112,7 @@ def test_every_point_skipped_is_the_exit_code_of_nothing_finished(tmp_path: Path
     assert record["metrics"]["estimate/low_gib"] > 14, "the weights alone are 8 billion times two bytes"
 
 
+@pytest.mark.nightly
 def test_what_was_measured_before_is_not_left_out_by_an_estimate(tmp_path: Path) -> None:
     points = ("-m", *SMALL, "model=tiny", "vram_limit_gib=0.3,2", "tracking=none")
     run(tmp_path, *points)

@@ -376,6 +376,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Look:
     return look(folder, quick_lab(folder)("--config-dir", "own", "sweep=mine", *FAST, *beaten))
 
 
+@pytest.mark.nightly
 def test_your_own_preset_is_one_more_sweep(preset: Look) -> None:
     assert preset.said.code == 0, preset.said.text
     points = Counter(

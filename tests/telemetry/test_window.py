@@ -50,6 +50,7 @@ def test_the_energies_of_parts_add_up_to_the_windows(card: SyntheticCard, cuts: 
         assert sum(energy.joules or 0.0 for energy in found) == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.nightly
 @given(card=synthetic_cards(CONSTANT | squares(0.01, 0.24)), first=st.integers(0, STEPS - 20))
 def test_five_seconds_of_a_long_steady_run_cost_as_much_a_token_as_all_of_it_within_the_errors(
     card: SyntheticCard, first: int

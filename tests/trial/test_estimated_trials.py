@@ -50,6 +50,7 @@ def test_a_single_trial_that_cannot_fit_is_refused_with_what_to_type(
     assert lab(*QWEN, *more, *changes, **faked).code == 1, "it starts, and its worker finds no card"
 
 
+@pytest.mark.nightly
 def test_with_plan_all_it_runs_and_its_record_keeps_the_estimate(
     lab: Lab, tmp_path: Path, faked: dict[str, str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_what_other_programs_hold_of_the_card_makes_it_doubtful(
     assert ("1.00 are in use" not in record["tags"].get("warnings", "")) is is_certain
 
 
+@pytest.mark.nightly
 def test_a_sweep_runs_what_a_single_trial_would_not(lab: Lab, tmp_path: Path, faked: dict[str, str]) -> None:
     assert lab("-m", *QWEN, "seed=0", **faked).code == 1
     [summary] = tmp_path.rglob("summary.json")

@@ -119,7 +119,7 @@ class Training:
         return [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 2])
+@pytest.mark.parametrize("warmup_steps", some_by_day([0, 2], by_day=[2]))
 def test_the_windows_step_times_add_up_to_its_length(warmup_steps: int) -> None:
     training = Training(config_of(warmup_steps=warmup_steps, steps=4)).run()
     opened, closed = training.edges()
@@ -186,6 +186,7 @@ def test_waiting_for_data_is_told_from_work() -> None:
         assert step.seconds > two_batches
 
 
+@pytest.mark.nightly
 def test_without_a_warm_up_the_first_step_has_waited_since_the_window_opened_and_no_longer() -> None:
     """The callback is made before the held-out loss is taken, which may last minutes."""
     training = Training(config_of(warmup_steps=0))

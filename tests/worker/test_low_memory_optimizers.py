@@ -67,11 +67,13 @@ def only(events: list[Event], kind: type) -> Any:
 @pytest.mark.parametrize(
     ("name", "ran", "maps"),
     [
-        ("galore", ("torch.AdamW", "32", "galore of rank 16", "False"), 0),
+        pytest.param("galore", ("torch.AdamW", "32", "galore of rank 16", "False"), 0, marks=pytest.mark.nightly),
         ("galore_8bit", ("bitsandbytes.AdamW", "8", "galore of rank 16", "False"), 2 * 256 * 4),
         ("apollo", ("torch.AdamW", "32", "apollo of rank 16", "False"), 0),
-        ("apollo_mini", ("torch.AdamW", "32", "apollo_mini of rank 1", "False"), 0),
-        ("lomo", ("torch.SGD", "32", "none", "True"), 0),
+        pytest.param(
+            "apollo_mini", ("torch.AdamW", "32", "apollo_mini of rank 1", "False"), 0, marks=pytest.mark.nightly
+        ),
+        pytest.param("lomo", ("torch.SGD", "32", "none", "True"), 0, marks=pytest.mark.nightly),
         ("adalomo", ("transformers.Adafactor", "32", "none", "True"), 0),
     ],
 )

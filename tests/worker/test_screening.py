@@ -91,6 +91,7 @@ def test_rows_below_the_mark_are_not_trained_on_and_the_held_out_ones_stay(tmp_p
     assert Phase.screening.value in [event.phase for event in events if isinstance(event, PhaseBegan)]
 
 
+@pytest.mark.nightly
 def test_rows_are_packed_after_the_screening(tmp_path: Path, between: float) -> None:
     before, after = counts(screened(tmp_path, between, Batching.packed))
     assert after.rows_low_perplexity is not None

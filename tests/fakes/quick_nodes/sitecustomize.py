@@ -21,7 +21,7 @@ NODES = 50
 
 
 def run_workers(
-    config: Any, environment: dict[str, str], folder: Path, on_event: Callable[[Any], None], world_size: int = 1
+    config: Any, environment: dict[str, str], folder: Path, on_event: Callable[[Any], None], *_: object
 ) -> Any:
     """Stand for lora_lab.trial.worker_process.run_workers."""
     from lora_lab.events import Ended, PhaseBegan, Ready, Step, WindowClosed, WindowOpened

@@ -111,6 +111,7 @@ def test_a_plain_number_is_not_lost_in_a_recorded_step() -> None:
     assert graph_step.tensors({"return_dict": True, "labels": None}) == {}
 
 
+@pytest.mark.nightly
 @compiles
 def test_torch_told_to_compile_nothing_is_no_compiled_trial(tmp_path: Path) -> None:
     said = lab_in(tmp_path)(

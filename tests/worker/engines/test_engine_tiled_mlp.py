@@ -235,7 +235,7 @@ def test_code_that_is_left_elsewhere_is_refused() -> None:
 
 @compiles
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("is_packed", [True, *by_night(False)])
+@pytest.mark.parametrize("is_packed", by_night(True, False))
 def test_a_recordable_step_uses_its_copies_of_the_adapters(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As engine=graph has it, but for the recording: fused products, compiled layers, gradients in fixed memory."""
     torch.compiler.reset()
@@ -319,6 +319,7 @@ def test_a_trial_trains_evaluates_and_reads_back_in_tiles(tmp_path: Path, monkey
     assert tiled[-1] < tiled[0]
 
 
+@pytest.mark.nightly
 def test_a_trial_whose_mlp_is_whole_after_all_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(engine, "tile_mlps", lambda *_: None)
