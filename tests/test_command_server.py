@@ -42,6 +42,7 @@ def both(folder: Path, module: str, *arguments: str) -> tuple[Said, Said]:
     return lab_in(folder, module)(*arguments), lab_in(folder, module, real=True)(*arguments)
 
 
+@pytest.mark.nightly
 def test_it_sees_what_an_interpreter_of_its_own_sees(tmp_path: Path) -> None:
     (tmp_path / "asks.py").write_text(ASKS)
     forked, real = both(tmp_path, "asks", "model=tiny", "a b")

@@ -112,6 +112,7 @@ def test_what_is_no_option_is_said_to_be_none(typed: Type, option: str, means: s
     assert (said.code, option in said.said, means in said.said) == (2, True, True), said.said
 
 
+@pytest.mark.nightly
 def test_several_contrasts_are_one_text_and_no_sweep(typed: Type) -> None:
     grid = ("-m", "model=tiny", "optimizer=adamw,paged_adamw", "precision=fp16,bf16", "repeats=auto")
     for written in ("contrast=optimizer,precision", "contrast='optimizer,precision'"):
@@ -133,7 +134,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=settings().max_examples // 2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mode=st.sampled_from([[], ["-m"]]),
     sign=st.sampled_from(["", "+", "++", "~"]),

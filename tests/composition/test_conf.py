@@ -202,7 +202,7 @@ def points_of(option: str) -> list[tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("option", some_by_day(options("sweep"), by_day=["methods", "paper"]))
+@pytest.mark.parametrize("option", some_by_day(options("sweep"), by_day=["paper"]))
 def test_every_point_of_a_sweep_composes_and_no_two_are_the_same(option: str) -> None:
     configs = [composed(f"sweep={option}", *point) for point in points_of(option)]
     points, repeats = SWEEPS[option]
@@ -243,6 +243,7 @@ def hydra_of(*overrides: str) -> Any:
         return compose("config", overrides=list(overrides), return_hydra_config=True).hydra
 
 
+@pytest.mark.nightly
 def test_the_papers_runs_are_among_the_points_of_the_factorial() -> None:
     factorial = [composed("sweep=paper_factorial", *point) for point in points_of("paper_factorial")]
     for point in points_of("paper"):

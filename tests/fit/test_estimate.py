@@ -159,7 +159,7 @@ def test_a_step_ends_every_tensor_that_it_begins_once(engine: str, family: str) 
         assert not live
 
 
-def test_an_estimate_takes_less_than_a_fifth_of_a_second() -> None:
+def test_an_estimate_takes_less_than_half_a_second() -> None:
     config = trial(model="llama3_1_8b", batch_size=2, seq_len=4096)
     shapes = shapes_of(config.model)
     seconds = []
@@ -168,7 +168,7 @@ def test_an_estimate_takes_less_than_a_fifth_of_a_second() -> None:
         found = estimate(config, shapes)
         assert found.low < found.high
         seconds.append(time.process_time() - began)
-    assert min(seconds) < 0.2
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("engine", [kind.name for kind in EngineKind])

@@ -151,6 +151,7 @@ def test_a_full_disk_below_the_store_loses_no_trial(tmp_path: Path) -> None:
                 refuse_half_a_run(client, one)
 
 
+@pytest.mark.nightly
 @pytest.mark.mounts
 def test_a_disk_that_fills_below_a_trial_costs_no_figures(tmp_path: Path, empty_store: Path) -> None:
     give_store(tmp_path, empty_store)
@@ -456,6 +457,7 @@ def test_the_next_trial_runs_whatever_is_left(left: Left) -> None:
     assert (left.trial.code, "Traceback" in left.trial.text) == (0, False), left.trial.text
 
 
+@pytest.mark.nightly
 def test_the_next_sweep_runs_whatever_is_left(left: Left) -> None:
     assert (left.sweep.code, "Traceback" in left.sweep.text) == (0, False), left.sweep.text
 

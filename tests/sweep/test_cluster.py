@@ -70,6 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.nightly
 def test_each_trial_is_a_job_and_runs_again_when_its_node_is_lost(
     tmp_path: Path, server: Server, slurm: Cluster
 ) -> None:

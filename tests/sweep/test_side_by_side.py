@@ -277,6 +277,7 @@ def test_equal_cards_are_slots_in_their_order_and_fewer_may_be_asked_for(monkeyp
     assert slots_of(TrialConfig()) == []
 
 
+@pytest.mark.nightly
 def test_each_card_has_its_own_trials_and_its_own_idle_draw(tmp_path: Path) -> None:
     (tmp_path / "sabotage.json").write_text(json.dumps({"small card": ["1000000", ""]}))  # the CPU does the work
     command = ("-m", *FAST, "data.rows=16", "batch_size=1,2,4", "measure.idle_seconds=1.5", "tracking=none")

@@ -268,6 +268,7 @@ def write_rows(path: Path, plus: int) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
+@pytest.mark.nightly
 def test_resume_measures_again_what_was_measured_on_other_rows(lab: Lab, tmp_path: Path) -> None:
     command = ("-m", *SMALL, "data=jsonl", "data.path=rows.jsonl", "seq_len=64", "batch_size=1,2", "resume=true")
     write_rows(tmp_path / "rows.jsonl", plus=1)
@@ -389,6 +390,7 @@ def test_your_own_preset_is_one_more_sweep(preset: Look) -> None:
     assert (parent.data.params["sweep"], parent.info.status) == ("mine", "FINISHED")
 
 
+@pytest.mark.nightly
 def test_the_command_line_beats_a_presets_points(preset: Look) -> None:
     assert {(run.data.params["seq_len"], run.data.params["optimizer"]) for run in preset.trials} == {
         ("32", "lion_8bit")
@@ -508,6 +510,7 @@ def at_rest(tmp_path_factory: pytest.TempPathFactory) -> list[Rested]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_idle_draw_is_measured_once_in_each_block(at_rest: list[Rested]) -> None:
     blocks = [[r for r in at_rest if r.repeat == block and r.point in ("1", "2")] for block in (0, 1)]
     for one, other in blocks:

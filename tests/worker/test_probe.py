@@ -72,6 +72,7 @@ def test_no_format_makes_a_sound_model_look_as_if_it_leaked(name: str, dtype: DT
 @pytest.mark.parametrize(("size", "refused"), [(0.0, False), (1e-8, False), (1e-3, True), (1.0, True)])
 def test_a_small_leak_is_seen(name: str, size: float, refused: bool) -> None:
     """A share of every token's state goes to the next one, whichever document it is in."""
+    torch.manual_seed(0)  # how much of a state reaches the losses depends on the weights
     config = packed(name)
     model = load(config).get_base_model()
 

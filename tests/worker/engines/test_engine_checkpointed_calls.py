@@ -76,7 +76,7 @@ def test_the_last_product_is_calculated_again_where_the_backward_needs_it() -> N
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        ("llama", Checkpointing.offloaded),
+        pytest.param("llama", Checkpointing.offloaded, marks=pytest.mark.nightly),
         pytest.param("gemma3_text", Checkpointing.full, marks=pytest.mark.nightly),
     ],
     ids=str,

@@ -37,15 +37,15 @@ APART = 2e-2
 Said = dict[str, list[list[Event]]]
 
 
-NAMES = ["qlora", *(pytest.param(name, marks=pytest.mark.nightly) for name in BY_NIGHT)]
+NAMES = [pytest.param(name, marks=pytest.mark.nightly) for name in ["qlora", *BY_NIGHT]]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Said:
+def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """What eager and compile said in each case."""
     found: Said = {}
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    for name in ["qlora", *(BY_NIGHT if request.config.getoption("--nightly") else [])]:
+    for name in ["qlora", *BY_NIGHT]:
         home = tmp_path_factory.mktemp(name)
         trials = [[*COMMON, *CASES[name], f"engine={kind}"] for kind in ("eager", "compile")]
         said = lab_in(home, "engine_trials")(str(home), json.dumps(trials), PYTHONPATH=path)

@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_pefts(kind: str, packed: bool, width: int) -> No
 @compiles
 @pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("nested", some_by_day([True, False], by_day=[False]))
 @pytest.mark.parametrize("values", [4, 2], ids=["whole blocks of scales", "blocks across layers"])
 def test_packed_weights_lie_in_one_and_stay_what_they_were(nested: bool, values: int) -> None:
     """One kernel then unpacks them; bitsandbytes' own way over the parts is what evaluation takes."""
