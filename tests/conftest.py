@@ -181,7 +181,7 @@ def some_by_day(cases: Iterable[Any], by_day: Sequence[Any]) -> list[Any]:
 @pytest.fixture
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch.compile trace, guard and differentiate as ever, but call the traced operations: machine code for the
-    CPU, which takes g++ a second a kernel, is made by night, and in the whole trials of test_engine_compile.py."""
+    CPU, which takes g++ a second a kernel, is made by night."""
     import functools
 
     import torch
