@@ -462,6 +462,7 @@ def test_the_next_sweep_runs_whatever_is_left(left: Left) -> None:
     assert (left.sweep.code, "Traceback" in left.sweep.text) == (0, False), left.sweep.text
 
 
+@pytest.mark.nightly
 def test_two_next_starts_at_once_deliver_everything_once(left: Left) -> None:
     ids = Counter(run.data.tags.get("record_id") for run in store_of(left.folder)[1])
     assert [number for record, number in ids.items() if record] == [1] * (len(ids) - 1)

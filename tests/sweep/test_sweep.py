@@ -523,6 +523,7 @@ def test_the_idle_draw_is_measured_once_in_each_block(at_rest: list[Rested]) -> 
     assert blocks[0][0].seen["idle"]["end"] < blocks[1][0].seen["idle"]["start"]
 
 
+@pytest.mark.nightly
 def test_a_shared_card_has_no_idle_draw_and_one_that_nobody_asked_for_is_not_taken_from_others(
     at_rest: list[Rested],
 ) -> None:
