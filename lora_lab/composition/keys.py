@@ -43,6 +43,8 @@ _ELSEWHERE = {
     "max_steps": "train.max_steps",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
+    "lora_plus_ratio": "method.b_learning_rate_ratio",
+    "loraplus_lr_ratio": "method.b_learning_rate_ratio",
     "lr_scheduler": "train.schedule",
     "lr_scheduler_type": "train.schedule",
     "warmup_ratio": "train.warmup",
