@@ -16,6 +16,7 @@ from conftest import SERVER
 from benchmarks.peers import plan, processes
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.contender import answered
+from benchmarks.peers.longest import Search
 from benchmarks.peers.material import rows_of
 from benchmarks.peers.order import order
 from benchmarks.peers.plan import Cell, Setup, Turn, applies, missing_packages
@@ -273,3 +274,14 @@ def test_what_ran_out_of_memory_next_to_others_is_shown_alone() -> None:
     text = table({"1x512": {"plain": {**lost, "alone": fits}, "eager": {**lost, "alone": lost}}})
     assert "plain: out_of_memory in round 1, 3 GiB. Alone on the card it ran: 1,234 tokens/s at 70.0 GiB" in text
     assert "eager: out_of_memory in round 1, 3 GiB. Alone on the card: out_of_memory, 3 GiB" in text
+
+
+@pytest.mark.parametrize("most", [100, 2_972, 5_000, 6_144, 9_000, 127_000, 200_000])
+def test_longest_row_is_found_within_a_twentieth(most: int) -> None:
+    looking = Search(8)
+    while (length := looking.next()) is not None:
+        looking.note(length, length <= most)
+    assert looking.attempts <= 6
+    assert looking.fits <= most
+    if 2_972 <= most <= 9_000:
+        assert looking.fits * 1.11 > most

@@ -13,7 +13,6 @@ from benchmarks.peers.plan import (
     LEARNING_RATE,
     LINEAR_LAYERS,
     MAX_GRAD_NORM,
-    RANK,
     SEED,
     SMALLER,
     TILED,
@@ -74,11 +73,11 @@ def overrides(setup: Setup) -> list[str]:
         f"model.path='{setup.material}/model'",
         f"engine={_engine(setup.contender)}",
         f"method={setup.method}",
-        f"method.rank={RANK}",
+        f"method.rank={setup.rank}",
         f"method.alpha={ALPHA}",
         "method.dropout=0",
         f"method.target_modules=[{','.join(LINEAR_LAYERS)}]",
-        "optimizer=adamw_fused",
+        f"optimizer={_OPTIMIZERS[setup.optim]}",
         "precision=bf16",
         "data=random_tokens",
         f"data.batching={'packed' if setup.cell.packed else 'longest'}",
@@ -93,6 +92,7 @@ def overrides(setup: Setup) -> list[str]:
     ]
 
 
+_OPTIMIZERS = {"adamw_torch_fused": "adamw_fused", "adamw_8bit": "adamw_8bit"}
 _HOST = "engine.host_embeddings=auto"
 _FURTHER = {LEAN: (_HOST,), TILED: (_HOST, "engine.mlp_tile=4096")}
 

@@ -104,6 +104,9 @@ class Setup:
     """qlora or lora."""
     material: str
     """Folder with model/ and adapters.safetensors, the same for all."""
+    rank: int = RANK
+    optim: str = "adamw_torch_fused"
+    """In transformers' words."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from benchmarks.peers.plan import (
     LINEAR_LAYERS,
     MAX_GRAD_NORM,
     OTHER_KERNEL,
-    RANK,
     SEED,
     TUTORIAL,
     UNSLOTH,
@@ -91,7 +90,7 @@ def _hugging_face(setup: Setup, device: str) -> Built:
     model = get_peft_model(
         model,
         LoraConfig(
-            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEAR_LAYERS)
+            task_type="CAUSAL_LM", r=setup.rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEAR_LAYERS)
         ),
     )
     further = {
@@ -131,7 +130,7 @@ def _unsloth(setup: Setup) -> Built:
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
-        r=RANK,
+        r=setup.rank,
         target_modules=list(LINEAR_LAYERS),
         lora_alpha=ALPHA,
         lora_dropout=0.0,
@@ -193,7 +192,7 @@ def _trainer(setup: Setup, model: Any, job: Job, device: str, collator: Any = No
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=MAX_GRAD_NORM,
-        optim="adamw_torch_fused",
+        optim=setup.optim,
         bf16=True,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
