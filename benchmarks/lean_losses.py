@@ -2,6 +2,7 @@
 
     python -m benchmarks.lean_losses OUT          20 steps of random tokens, four layers of Llama-3.1-8B's shapes
     python -m benchmarks.lean_losses text OUT     100 steps of real text, SmolLM2's weights, AdamW and SGD
+    python -m benchmarks.lean_losses text OUT PATTERN      those whose names have a match, and what they compare with
 
 Several trials at a time on one card, the same rows in all of them. Writes OUT/lean_losses.json or OUT/lean_text.json.
 SGD sees a gradient that is too large by a factor, which AdamW does not. One trial of the text has such a fault planted.
@@ -9,6 +10,7 @@ SGD sees a gradient that is too large by a factor, which AdamW does not. One tri
 
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -163,10 +165,14 @@ def reference_of(case: str) -> str:
 
 def main() -> None:
     is_text = sys.argv[1] == "text"
-    out = Path(sys.argv[-1])
+    out = Path(sys.argv[2 if is_text else 1])
+    patterns = sys.argv[3:] if is_text else []
     facts = {**environment(), **device_facts(choose_placement("auto"))}
     facts["commit"] = os.environ.get("LORA_LAB_COMMIT", facts["commit"])  # where only the files are
     cases, run = (TEXT_CASES, measure_text) if is_text else (CASES, measure)
+    for pattern in patterns:
+        asked = [case for case in cases if re.search(pattern, case)]
+        cases = tuple(dict.fromkeys([*map(reference_of, asked), *asked]))
     _ADAPTERS.mkdir(exist_ok=True)
     trials: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -182,10 +188,10 @@ def main() -> None:
 
 def text_table() -> str:
     """Return docs/small_cards.md's table of real text, from the stored trials."""
-    content = stored("h200/lean_text")
+    files = [stored(f"h200/{name}") for name in ("lean_text", "lean_text_more")]
     lines = []
-    for case in TEXT_CASES:
-        trial, reference = (content["trials"].get(each) for each in (case, reference_of(case)))
+    for case, trials in [(case, content["trials"]) for content in files for case in TEXT_CASES]:
+        trial, reference = (trials.get(each) for each in (case, reference_of(case)))
         if trial is None or reference is None or case == reference_of(case):
             continue
         apart = [abs(one - other) for one, other in zip(trial["losses"], reference["losses"], strict=True)]
@@ -201,8 +207,9 @@ def text_table() -> str:
             ]
         )
     head = ["settings", "optimizer", "largest difference from eager, nats", "mean of 100 steps", "adapters' distance"]
-    origin = content["origin"]
-    return f"{markdown(head, lines)}\n\nMeasured on an {origin['device']}, commit {origin['commit'][:7]}."
+    origins = [content["origin"] for content in files]
+    commits = " and ".join(origin["commit"][:7] for origin in origins)
+    return f"{markdown(head, lines)}\n\nMeasured on an {origins[0]['device']}, commits {commits}."
 
 
 def table() -> str:
