@@ -1,18 +1,18 @@
 """Find the longest row that Unsloth trains within emulated small cards: 8B shapes, QLoRA of rank 32, 8-bit AdamW.
 
-    python -m benchmarks.peers.longest OUT [--contenders unsloth,unsloth_lean] [--cards 8,12,16,24] [--seconds 330]
+    python -m benchmarks.peers.longest OUT [--contenders unsloth,unsloth_lean] [--cards 8,12] [--attempts 6]
 
-Each contender is a process of its own, alone on the card. lora_lab's rows for the same cards are those of
+Each attempt is a process of its own, alone on the card. lora_lab's rows for the same cards are those of
 `python -m benchmarks.small_cards`. A capacity is emulated as there: torch's allocator is capped. Besides, the process
 sees as much free memory as the small card would have, since Unsloth sizes its pieces by it. Every attempt is one short
 step, after which the optimizer's state is there, and one step of the length. The search begins at lora_lab's length
 and at the one that Unsloth publishes, and ends when it knows the longest row within a twentieth.
 
-Writes OUT/longest.json after every attempt. No attempt begins that would probably end after --seconds.
+Writes OUT/longest.json after every attempt; a later call into OUT adds to it. No attempt begins that would probably end
+after --seconds.
 """
 
 import argparse
-import importlib
 import math
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.peers.contender import answered
 from benchmarks.peers.controller import make_material
-from benchmarks.peers.plan import UNSLOTH, UNSLOTH_LEAN, Cell, Setup, Turn
+from benchmarks.peers.plan import UNSLOTH, Cell, Setup, Turn
 from benchmarks.peers.processes import environment as environment_of
 from benchmarks.reports import markdown, provenance, stored
 from lora_lab.files import read_json, write_json
@@ -39,13 +39,12 @@ PUBLISHED = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}
 """Tokens by card in GiB, as Unsloth states them for this model, rank and batch 1."""
 OURS = {8: 6_144, 12: 32_768, 16: 56_000, 24: 80_000}
 """The rows of benchmarks.small_cards."""
-_LONGEST = 128_000
+_LONGEST = 131_072
+"""The most positions that the model has."""
 _SHORT = 64
 _CLOSE = 1.05
 _GROWTH = 1.25
 """How much longer the next row is while none was too long."""
-_ATTEMPTS = 6
-"""For each card, at most."""
 FINISHED = Outcome.finished.value
 
 
@@ -54,6 +53,8 @@ class Search:
     """Looks for the longest row on one card."""
 
     card: int
+    most: int = 6
+    """Attempts, at most."""
     fits: int = 0
     """The longest row that was trained; 0 before there is one."""
     too_long: int | None = None
@@ -65,7 +66,7 @@ class Search:
 
     def next(self) -> int | None:
         """Return the next row's length; None when the longest is known or enough was tried."""
-        if self.attempts >= _ATTEMPTS:
+        if self.attempts >= self.most:
             return None
         while self._first:
             length = self._first.pop(0)
@@ -118,8 +119,17 @@ class SmallCard:
         return max(0, int(self._bytes) - (total - free)), int(self._bytes)
 
 
-def search(contender: str, material: str, cards: list[int], out: Path, due: float) -> None:
-    """Run one contender's attempts in this process, and add each to `out`."""
+def attempt(contender: str, material: str, card: int, length: int) -> dict[str, Any]:
+    """Train on one row of `length` tokens within a card of `card` GiB, in this process; return what was measured."""
+    small = SmallCard()
+    begun = time.monotonic()
+    found = answered(lambda: _train(contender, material, length, lambda: small.shrink(card)))
+    kept = ("outcome", "reason", "traceback", "peak_reserved_gib", "tokens_per_second")
+    tried = {"contender": contender, "card": card, "length": length, "seconds": time.monotonic() - begun}
+    return tried | {key: found.get(key) for key in kept} | {"used_gib_after": small.used_gib()}
+
+
+def _train(contender: str, material: str, length: int, shrink: Callable[[], None]) -> dict[str, Any]:
     import torch
 
     from benchmarks.peers.material import adapter_key
@@ -127,46 +137,24 @@ def search(contender: str, material: str, cards: list[int], out: Path, due: floa
     from benchmarks.peers.turn import run_turn
     from lora_lab.worker.data import IGNORED, Example
 
-    cell = Cell(1, _LONGEST, checkpointing=True, packed=False)
-    built = build(Setup(contender, cell, "qlora", material, rank=RANK, optim="adamw_8bit"), "cuda")
+    # Unsloth makes buffers for rows of the length that it is loaded with
+    setup = Setup(contender, Cell(1, length, checkpointing=True, packed=False), "qlora", material, RANK, "adamw_8bit")
+    built = build(setup, "cuda")
     first = {
-        str(adapter_key(name)): value.detach().clone()
+        str(adapter_key(name)): value.detach().cpu()
         for name, value in built.model.named_parameters()
         if value.requires_grad
     }
-    small, vocabulary = SmallCard(), int(built.model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(0)
+    generator, vocabulary = torch.Generator().manual_seed(0), int(built.model.config.get_text_config().vocab_size)
 
-    def row(length: int) -> Example:
-        ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+    def row(tokens: int) -> Example:
+        ids = torch.randint(vocabulary, (tokens,), generator=generator).tolist()
         return Example(ids, [IGNORED, *ids[1:]])
 
-    took = 0.0
-    for card in cards:
-        looking = Search(card)
-        while (length := looking.next()) is not None and time.time() + 2 * took < due:
-            rows = [row(_SHORT), row(length)]
-            turn = Turn(warmup=1, least=1, seconds=0.0, compared=1, profiled=0)
-            torch.cuda.empty_cache()
-            small.shrink(card)
-            _forget_free_memory()
-            begun = time.monotonic()
-            found = answered(lambda turn=turn, rows=rows: run_turn(built, turn, rows, 1, first))  # type: ignore[misc]
-            took = time.monotonic() - begun
-            looking.note(length, found["outcome"] == FINISHED)
-            kept = {key: found.get(key) for key in ("outcome", "reason", "traceback", "peak_reserved_gib")}
-            kept["tokens_per_second"] = found.get("tokens_per_second")
-            tried = {"contender": contender, "card": card, "length": length, "seconds": took, **kept}
-            _add(out, {**tried, "used_gib_after": small.used_gib()})
-            print(contender, card, length, found["outcome"], kept["peak_reserved_gib"], f"{took:.0f} s", flush=True)
-
-
-def _forget_free_memory() -> None:
-    """Let Unsloth's loss look again at how much memory is free: it does so once in a process."""
-    if "unsloth_zoo" not in sys.modules:
-        return
-    loss: Any = importlib.import_module("unsloth_zoo.fused_losses.cross_entropy_loss")
-    loss._get_chunk_multiplier.cache_clear()
+    torch.cuda.empty_cache()
+    shrink()
+    turn = Turn(warmup=1, least=1, seconds=0.0, compared=1, profiled=0)
+    return run_turn(built, turn, [row(_SHORT), row(length)], 1, first)
 
 
 def _add(out: Path, attempt: dict[str, Any]) -> None:
@@ -222,19 +210,18 @@ def quoted() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--contenders", default=f"{UNSLOTH},{UNSLOTH_LEAN}")
+    parser.add_argument("--contenders", default=UNSLOTH)
     parser.add_argument("--cards", default=",".join(map(str, PUBLISHED)))
+    parser.add_argument("--attempts", type=int, default=6, help="for each contender and card, at most")
     parser.add_argument("--seconds", type=float, default=330.0)
     parser.add_argument("--material", type=Path, help="folder that keeps the weights from call to call")
-    parser.add_argument("--own", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--due", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    cards = [int(card) for card in asked.cards.split(",")]
-    if asked.own:
-        search(asked.own, str(asked.material), cards, asked.out, asked.due)
-        return
-    due = time.time() + asked.seconds
     out = asked.out.resolve()
+    if asked.length:
+        _add(out, attempt(asked.contenders, str(asked.material), int(asked.cards), asked.length))
+        return
+    due = time.monotonic() + asked.seconds
     out.mkdir(parents=True, exist_ok=True)
     placement = choose_placement("auto")
     shown = worker_environment(placement)
@@ -245,12 +232,22 @@ def main() -> None:
         scratch = Path(folder)
         material = (asked.material or scratch).resolve() / f"material_{MODEL}"
         make_material(material, MODEL, scratch, shown)
-        contenders = asked.contenders.split(",")
-        for place, contender in enumerate(contenders):
-            share = time.time() + (due - time.time()) / (len(contenders) - place)
-            command = [sys.executable, "-m", "benchmarks.peers.longest", str(out), "--cards", asked.cards]
-            command += ["--own", contender, "--material", str(material), "--due", str(share)]
-            subprocess.run(command, env=environment_of(scratch, shown), cwd=scratch, check=False)
+        for contender in asked.contenders.split(","):
+            for card in map(int, asked.cards.split(",")):
+                looking = Search(card, most=asked.attempts)
+                took = 0.0
+                while (length := looking.next()) is not None and time.monotonic() + 1.5 * took < due:
+                    begun = time.monotonic()
+                    command = [sys.executable, "-m", "benchmarks.peers.longest", str(out), "--material", str(material)]
+                    command += ["--contenders", contender, "--cards", str(card), "--length", str(length)]
+                    subprocess.run(command, env=environment_of(scratch, shown), cwd=scratch, check=True)
+                    took = time.monotonic() - begun
+                    tried = read_json(out / "longest.json")["attempts"][-1]
+                    if tried["outcome"] not in (FINISHED, Outcome.out_of_memory.value):
+                        raise SystemExit(f"{contender} with {length} tokens: {tried['reason']}\n{tried['traceback']}")
+                    looking.note(length, tried["outcome"] == FINISHED)
+                    figures = [tried["peak_reserved_gib"], tried["tokens_per_second"], f"{took:.0f} s"]
+                    print("tried", contender, card, length, tried["outcome"], *figures, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lora_lab.dataset.row import Role, Turn
 from lora_lab.events import Answered, Evaluated, Event, ModelCounted, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
+from lora_lab.method_config import PrecisionConfig
 from lora_lab.options import DataSource, DType, EngineKind, MethodKind, Quantization
 from lora_lab.worker.answers import Answerer
 from lora_lab.worker.check import checked_examples
@@ -106,6 +107,18 @@ def test_the_steps_are_those_of_plain_pytorch(trained: tuple[TrialConfig, Path, 
     assert set(own) - set(saved) == {"lm_head.weight"}, "which is the embeddings"
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, own[name], rtol=0, atol=2e-6)
+
+
+def test_chunks_of_the_loss_are_seen_below_trainers_autocast(tmp_path: Path) -> None:
+    """accelerate wraps the forward of what it trains: here of the causal language model itself."""
+    found = {}
+    for chunked in (False, True):
+        config = full_config(precision=PrecisionConfig(dtype=DType.bf16), engine=EngineConfig(chunked_loss=chunked))
+        config.measure = replace(config.measure, eval_rows=2)
+        events = train(config, tmp_path / str(chunked))
+        assert only(events, Ran).facts["chunked_loss"] == str(chunked)
+        found[chunked] = [event.loss for event in events if isinstance(event, Evaluated | Step)]
+    assert found[True] == pytest.approx(found[False], abs=0.02)
 
 
 def test_every_weight_is_counted_and_read_back(trained: tuple[TrialConfig, Path, list[Event]]) -> None:

@@ -272,11 +272,13 @@ def test_a_job_goes_on_from_its_checkpoint(case: str, tmp_path: Path, monkeypatc
     assert torch.allclose(logits(loaded), logits(again.model), atol=2e-5)
 
 
-@pytest.mark.parametrize("rank", [2, 16, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "width"), [(2, 256), (16, 256), (200, 256), (16, 576), (16, 896), (8, 1000)])
 @pytest.mark.parametrize("init", [Init.kaiming, Init.gaussian, Init.orthogonal, Init.olora, Init.pissa])
-def test_a_start_is_seen_at_any_rank(init: Init, rank: int) -> None:
+def test_a_start_is_seen_at_any_rank_width_and_format(init: Init, rank: int, width: int, dtype: torch.dtype) -> None:
+    """PEFT makes A and B in the frozen weights' format, which may round the largest numbers up."""
     torch.manual_seed(rank)
     asked = LoraConfig(r=rank, target_modules=["0"], init_lora_weights=lora._STARTS.get(init, init.value))
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(256, 320)), asked)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width, 320, dtype=dtype)), asked)
     note_start(model, init.takes)
     assert start_of(model).seen == init.name

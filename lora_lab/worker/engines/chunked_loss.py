@@ -146,7 +146,16 @@ def chunked_cross_entropy(
 
 def is_in_chunks(causal: Any) -> bool:
     """Return whether `use_chunked_loss` has changed this model."""
-    return getattr(causal.__dict__.get("forward"), "__module__", "") == __name__
+    return getattr(own_forward(causal), "__module__", "") == __name__
+
+
+def own_forward(causal: Any) -> Any:
+    """Return the forward that was put on this model, below Trainer's autocast; None where it has its class's.
+
+    accelerate wraps the forward of the model that it trains, which is the causal language model itself where every
+    weight is trained, and keeps the former one.
+    """
+    return causal.__dict__.get("_original_forward") or causal.__dict__.get("forward")
 
 
 def chunked_row_losses(causal: Any, labels: Tensor, **inputs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from lora_lab.options import EngineKind
 from lora_lab.outcome import Unsupported
+from lora_lab.worker.engines.chunked_loss import own_forward
 from lora_lab.worker.engines.compiled import compilations, decoder_layers, is_compiled
 from lora_lab.worker.engines.graph_step import GraphStep
 from lora_lab.worker.trainables.trainable import base_of
@@ -27,8 +28,7 @@ def engine_of(model: Any, step: GraphStep | None) -> EngineKind:
 
 def loss_is_chunked(model: Any) -> bool:
     """Return True where the causal language model's forward is ours or liger's, and not its class's."""
-    causal = base_of(model)
-    forward = causal.__dict__.get("forward")
+    forward = own_forward(base_of(model))
     return getattr(forward, "__module__", "").startswith(("lora_lab.worker.engines.chunked_loss", "liger_kernel."))
 
 

@@ -27,6 +27,8 @@ from lora_lab.worker.quantised import is_quantised
 _ADAPTER = "default"
 _NEAR = 1e-2
 """By which products of orthogonal matrices may be off, next to their largest number."""
+_ROUNDED = 2**-8
+"""The most by which bf16 rounds a number up, as a share of it."""
 
 
 @dataclass(slots=True)
@@ -67,7 +69,9 @@ def _seen(a: Tensor, b: Tensor, takes: bool) -> str:
         if _is_orthonormal(a.t()):
             return Init.eva.name
         bound = 1 / math.sqrt(a.shape[1])
-        is_uniform = float(a.abs().max()) <= bound < 1.9 * float(a.std())  # a uniform's bound is 1.73 of these
+        # PEFT makes A in the format of the frozen weights, and bf16 may round the largest up; a uniform's bound is
+        # 1.73 standard deviations
+        is_uniform = float(a.abs().max()) <= bound * (1 + _ROUNDED) and bound < 1.9 * float(a.std())
         return Init.kaiming.name if is_uniform else Init.gaussian.name
     if takes:
         return Init.olora.name if _is_orthonormal(b) else Init.pissa.name
