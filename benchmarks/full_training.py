@@ -1,6 +1,7 @@
 """Compare ways to train every weight with fused AdamW on fp32 weights: memory, tokens/s, loss after equal tokens.
 
-    python -m benchmarks.full_training OUT [--rounds 2] [--seconds 330] [--only WORD] [--have FILE] [--rehearse]
+    python -m benchmarks.full_training OUT [--rounds 2] [--seconds 330] [--only WORD] [--names PATTERN] [--have FILE]
+        [--rehearse]
 
 Each trial is a command of its own, alone on the card. In every round each cell's contenders run in turns, and the order
 changes from round to round. Writes OUT/full_training.json after every trial; no trial begins that would probably end
@@ -14,6 +15,7 @@ its loss.
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -105,7 +107,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=330.0)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="cells whose names have this")
+    parser.add_argument("--names", default="", help="a regular expression: contenders whose names have a match")
     parser.add_argument("--have", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     asked = parser.parse_args()
@@ -117,7 +120,7 @@ def main() -> None:
         for cell, contenders in (_TINY if asked.rehearse else CELLS).items():
             if asked.only not in cell:
                 continue
-            names = list(contenders)
+            names = [name for name in contenders if re.search(asked.names, name)]
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 longest = max((turn["seconds"] for turn in turns if turn["cell"] == cell), default=0.0)
                 if (cell, name, number) in done or time.monotonic() + longest > due:

@@ -9,8 +9,14 @@ from lora_lab.options import DType, Projection
 
 _SMALL_STATE = 4096
 """bitsandbytes and torchao keep the state of a parameter with fewer elements in fp32."""
-_ROUNDED_AT_ONCE = 1 << 24
-"""Elements that worker/rounding.py rounds together, with a random number and a truth value each."""
+_PIECE = 1 << 24
+"""Elements that worker/pieces.py gives an optimizer together, and that worker/rounding.py rounds together, with a
+random number and a truth value each."""
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers that get such pieces where weights are held in bf16; torchao's always do."""
+_TORCHAO_WORKING = {8: 12, 4: 26}
+"""Bytes that their compiled kernels take in addition for each of these elements, by the bits of the state, as seen on
+an H200 with weights in one piece."""
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of a parameter with at least as many elements."""
 
@@ -72,7 +78,9 @@ def optimizer_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     if not trained.is_rounded or optimizer.optim in _TORCHAO:
         return state
     largest = max(trained.sizes)
-    return replace(state, working=state.working + 8 * largest + 5 * min(largest, _ROUNDED_AT_ONCE))
+    together = min(largest, _PIECE)
+    copied = together if optimizer.projection is None and optimizer.optim in _BY_ELEMENT else largest
+    return replace(state, working=state.working + 8 * copied + 5 * together)
 
 
 def _projected_state(optimizer: OptimizerConfig, trained: Trained) -> State:
@@ -124,7 +132,7 @@ def _of_torchao(bits: int, trained: Trained) -> State:
             total += 8 * size
         else:
             total += 2 * (size * bits // 8 + 4 * size // SCALES_BLOCK + 4 * 2**bits)
-    return State(total, 0, 4 * 3 * max(trained.sizes, default=0))
+    return State(total, 0, _TORCHAO_WORKING[bits] * min(_PIECE, max(trained.sizes, default=0)))
 
 
 def _of_bitsandbytes(moments: int, bits: int, is_paged: bool, trained: Trained) -> State:

@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_lab.worker.pieces import InPieces
+
 
 class InBackward:
     """Mixed into an optimizer's class, before it."""
 
     def __init__(self: Any, params: Any, **arguments: Any) -> None:
         super().__init__(params, **arguments)  # type: ignore[call-arg]
-        weights = [weight for group in self.param_groups for weight in group["params"]]
+        known = [weight for group in self.param_groups for weight in group["params"]]
+        weights = list(self.pieces) if isinstance(self, InPieces) else known
         self._hooks = [weight.register_post_accumulate_grad_hook(self._update) for weight in weights]
 
     def _update(self: Any, weight: Tensor) -> None:

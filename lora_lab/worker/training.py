@@ -11,16 +11,19 @@ from transformers.training_args import OptimizerNames
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.method_config import OptimizerConfig
-from lora_lab.options import Checkpointing, DType
+from lora_lab.options import Checkpointing, DType, MethodKind
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected, Space
+from lora_lab.worker.pieces import InPieces
 from lora_lab.worker.rounding import Rounded
 from lora_lab.worker.shared_step import SharedStep, SharingTrainer
 
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 """transformers' names of torchao's optimizers."""
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers that treat each element by itself. bitsandbytes' do not: they know the embeddings by their weight."""
 
 
 def make_trainer(
@@ -106,12 +109,13 @@ def own_optimizer(
         arguments: the trial's TrainingArguments.
         groups: its parameter groups, where they are not Trainer's own."""
     asked, rounds = config.optimizer, config.method.held_in is DType.bf16
+    in_pieces = _in_pieces(config)
     if groups is not None:
         kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return kind, {**given, "params": groups}
     if asked.target is not None:
         kind, given = optimizer_class(asked.target), {"lr": config.learning_rate, **asked.args}
-    elif asked.projection is not None or asked.in_backward or rounds:
+    elif asked.projection is not None or asked.in_backward or rounds or in_pieces:
         kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
     else:
         return None
@@ -120,10 +124,19 @@ def own_optimizer(
         given = {**given, "bf16_stochastic_round": True}  # within the kernel that it compiles
     elif rounds:
         mixed.append(Rounded)
+    mixed += [InPieces] if in_pieces else []
     mixed += [InBackward] if asked.in_backward else []
     for part in mixed:  # under its own name, by which transformers and the read-back know it
         kind = type(kind.__name__, (part, kind), {"__module__": kind.__module__})
     return kind, given
+
+
+def _in_pieces(config: TrialConfig) -> bool:
+    """Return whether a step would hold copies in fp32 of the largest weight: to round it, and in torchao's kernels."""
+    asked, rounds = config.optimizer, config.method.held_in is DType.bf16
+    if config.method.kind is not MethodKind.full or asked.projection is not None:
+        return False
+    return asked.optim in TORCHAO or (rounds and asked.optim in _BY_ELEMENT)
 
 
 def space_of(config: TrialConfig) -> Space | None:

@@ -191,13 +191,17 @@ def test_a_job_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_within_the_backward_one_weight_at_a_time_is_in_fp32() -> None:
-    class Ours(InBackward, Rounded, torch.optim.SGD):
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.append(sum(p.dtype is torch.float32 for p in layers.parameters()))
+            return super().step(closure)
+
+    class Ours(InBackward, Rounded, Watched):
         pass
 
     layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(3)))
     seen: list[int] = []
-    optimizer = Ours(layers.parameters(), lr=0.1)
-    optimizer.register_step_pre_hook(lambda *_: seen.append(sum(p.dtype is torch.float32 for p in layers.parameters())))
+    Ours(layers.parameters(), lr=0.1)
     before = [weight.clone() for weight in layers.parameters()]
     layers(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     assert max(seen) <= 1
