@@ -121,7 +121,8 @@ def main() -> None:
             if asked.only not in cell:
                 continue
             names = [name for name in contenders if re.search(asked.names, name)]
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+            turn = number % max(1, len(names))
+            for name in names[turn:] + names[:turn]:
                 longest = max((turn["seconds"] for turn in turns if turn["cell"] == cell), default=0.0)
                 if (cell, name, number) in done or time.monotonic() + longest > due:
                     continue
