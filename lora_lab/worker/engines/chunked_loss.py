@@ -32,6 +32,13 @@ _PARTS = 4
 
 _ALIGNED = 64
 
+_SUMMED_IN_BF16 = 64
+"""As many chunks add up a trained head's gradient in bf16, where its weights are in bf16. Each product is added with an
+fp32 sum inside and rounded once. From about 250 on what a chunk adds would be less than the sum's last digit."""
+
+_PIECE = 2**24
+"""Elements of a gradient that are scaled together, in fp32."""
+
 _HEADROOM = 1024.0
 """In fp16 the gradients of single logits underflow; they are scaled by this until the backward."""
 
@@ -56,10 +63,10 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
 def chunk_loss_of_trained(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, ...]:
     """Calculate the same for a trained head.
 
-    Returns: what `chunk_loss` does, and the gradient of `weight`, in its format, times `headroom`.
+    Returns: what `chunk_loss` does, and the gradient of the logits, in the format of `hidden`, times `headroom`.
     """
     loss, grad_logits = _of_logits(hidden, weight, labels, headroom)
-    return loss, torch.mm(grad_logits, weight), torch.mm(grad_logits.t(), hidden)
+    return loss, torch.mm(grad_logits, weight), grad_logits
 
 
 def _of_logits(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) -> tuple[Tensor, Tensor]:
@@ -82,17 +89,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0, mlp_tile)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        in_bf16 = weight.dtype is torch.bfloat16 and hidden.shape[0] <= _SUMMED_IN_BF16 * size
+        format_ = torch.bfloat16 if in_bf16 else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=format_) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             if not ctx.needs_input_grad[0]:
                 logits = torch.mm(hidden[rows], weight.t()).float()
                 total += torch.nn.functional.cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="sum")
                 continue
-            loss, grad_hidden[rows], *of_weight = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
+            loss, grad_hidden[rows], *of_logits = chunk(hidden[rows], weight, labels[rows], ctx.headroom)
             total += loss
-            if grad_weight is not None:
-                grad_weight.add_(of_weight[0])
+            if grad_weight is not None and in_bf16:
+                grad_weight.addmm_(of_logits[0].t(), hidden[rows])
+            elif grad_weight is not None:
+                grad_weight.add_(torch.mm(of_logits[0].t(), hidden[rows]))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_format = weight.dtype
         return total
@@ -102,8 +113,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
         share = grads[0] / ctx.headroom
-        of_weight = None if grad_weight is None else (grad_weight * share).to(ctx.weight_format)
+        of_weight = None if grad_weight is None else _scaled(grad_weight, share).to(ctx.weight_format)
         return (grad_hidden.float() * share).to(grad_hidden.dtype), of_weight, None, None, None
+
+
+def _scaled(gradient: Tensor, share: Tensor) -> Tensor:
+    """Multiply in place, a piece at a time in fp32: the gradient of a head is among the largest tensors."""
+    for piece in gradient.view(-1).split(_PIECE):
+        piece.copy_(piece.float().mul_(share))
+    return gradient
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int, mlp_tile: int | None = None) -> int:
