@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_parallel import COMMON, run
-from benchmarks.reports import provenance
+from benchmarks.reports import markdown, provenance, stored
 from lora_lab.files import write_json
 
 _SHAPES = [*COMMON, "data.rows=256", "batch_size=1", "seq_len=2048", "measure.warmup_steps=4", "measure.steps=12"]
@@ -78,6 +78,7 @@ _FIGURES = (
     "vram/peak_allocated_gib",
     "vram/peak_reserved_gib",
     "vram/peak_device_gib",
+    "vram/peak_process_gib",
     "energy/joules_per_token",
 )
 _LOSS = "loss/eval"
@@ -100,6 +101,25 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
         for own in cell.values():
             own["of the first one's speed"] = own[_FIGURES[0]] / first if first and _FIGURES[0] in own else None
     return found
+
+
+def table() -> str:
+    """Return docs/methods.md's table, from the stored trials."""
+    content = stored("h200/full_training")
+    lines = []
+    for cell, contenders in content["summary"].items():
+        for name, own in contenders.items():
+            outcomes = ", ".join(sorted(set(own["outcomes"])))
+            speed, share = own.get(_FIGURES[0]), own.get("of the first one's speed")
+            memory = " / ".join(_figure(own.get(f"vram/peak_{kind}_gib"), ".2f") for kind in ("allocated", "process"))
+            lines.append([cell, name, outcomes, _figure(speed, ",.0f"), _figure(share, ".2f"), memory])
+    head = ["cell", "contender", "outcome", "tokens/s", "of the first one's", "live / process GiB"]
+    origin = content["origin"]
+    return f"{markdown(head, lines)}\n\nMeasured on an {origin['device']}, commit {origin['commit'][:7]}."
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def main() -> None:

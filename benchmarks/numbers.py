@@ -22,6 +22,7 @@ from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
 from benchmarks.forecast_jobs import table as forecast_jobs
 from benchmarks.forecast_table import forecast_errors
+from benchmarks.full_training import table as full_training
 from benchmarks.jobs_table import killed, lab_chat, maths, quality
 from benchmarks.lean_losses import table as lean_losses
 from benchmarks.lean_losses import text_table as lean_text
@@ -30,9 +31,11 @@ from benchmarks.memory_owners import table as memory_owners
 from benchmarks.one_factor_table import one_factor
 from benchmarks.outside_torch import table as outside_torch
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
+from benchmarks.peers import longest
 from benchmarks.peers import stored as peers
 from benchmarks.raise_table import raising
 from benchmarks.sharded import table as sharded
+from benchmarks.side_by_side import table as side_by_side
 from benchmarks.small_cards import said_table as small_cards_said
 from benchmarks.small_cards import table as small_cards
 from benchmarks.square_table import square_wave
@@ -86,6 +89,9 @@ MADE: dict[str, Callable[[], str]] = {
     "memory-owners": memory_owners,
     "data-parallel": data_parallel,
     "sharded": sharded,
+    "side-by-side": side_by_side,
+    "full-training": full_training,
+    "longest": longest.quoted,
     "queued-trials": queued_trials.quoted,
     "outside-torch": outside_torch,
     "peers-8b-lean": partial(peers.page, "h200/peers_qlora_llama3_1_8b_lean"),

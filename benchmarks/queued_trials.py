@@ -329,7 +329,8 @@ def table(runs: Mapping[str, dict[str, Any]]) -> str:
 def quoted() -> str:
     """Return the stored table, and where it was made."""
     found = stored("cpu/queued_trials")
-    return f"{table(found['runs'])}\n\nSimulated on {where(found['origin'])}."
+    places = dict.fromkeys(where(run.get("origin", found["origin"])) for run in found["runs"].values())
+    return f"{table(found['runs'])}\n\nSimulated on {'; '.join(places)}."
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:

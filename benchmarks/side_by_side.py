@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import finished_trials, markdown, provenance, write_report
+from benchmarks.reports import finished_trials, markdown, provenance, stored, where, write_report
 
 _SWEEP = (
     *("model=qwen2_5_1_5b", "model.weights=random", "data=random_tokens", "data.rows=160", "measure.eval_rows=0"),
@@ -25,6 +25,7 @@ _SWEEP = (
 _NOTE = """{points} points that differ in the learning rate alone, {repeats} repeats. Seconds are from the start of the
 first trial to the end of the last. The noise is the standard deviation of a slot's trials over their mean."""
 FIGURES = {"tokens/s": "throughput/tokens_per_second", "J/token": "energy/joules_per_token"}
+_HEADS = ["placement", "slot", "trials", "seconds", *(f"{name} (noise)" for name in FIGURES)]
 
 
 def run(folder: Path, *overrides: str) -> None:
@@ -80,6 +81,14 @@ def rows(of: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float]) -
     return made
 
 
+def table() -> str:
+    """Return docs/scale.md's table, from the stored trials."""
+    content = stored("h200/side_by_side")
+    seconds = content["seconds"]
+    share = f"Side by side takes {seconds['each_gpu'] / seconds['one']:.2f} of the time."
+    return f"{markdown(_HEADS, rows(content['trials'], seconds))}\n\n{share} Measured on {where(content['origin'])}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -94,9 +103,8 @@ def main() -> None:
     run(out / "each_gpu", *overrides, "placement=each_gpu", f"repeats={asked.repeats}")
     seconds = {placement: seconds_of(out / placement) for placement in ("one", "each_gpu")}
     of = {placement: trials(out / placement) for placement in seconds}
-    heads = ["placement", "slot", "trials", "seconds", *(f"{name} (noise)" for name in FIGURES)]
     share = seconds["each_gpu"] / seconds["one"]
-    text = f"{markdown(heads, rows(of, seconds))}\n\nSide by side takes {share:.2f} of the time.\n\n{_NOTE}"
+    text = f"{markdown(_HEADS, rows(of, seconds))}\n\nSide by side takes {share:.2f} of the time.\n\n{_NOTE}"
     text = text.format(points=asked.points, repeats=asked.repeats)
     tags = next(record for _, record in finished_trials(out / "each_gpu")).tags
     origin = provenance(tags, " ".join(["python -m benchmarks.side_by_side OUT", *sys.argv[2:]]))

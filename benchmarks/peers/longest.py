@@ -187,8 +187,9 @@ def table(content: dict[str, Any], ours: dict[int, int]) -> str:
 
 def _ends(ends: tuple[int, int | None]) -> str:
     fits, too_long = ends
-    trained = f"{fits:,}" if fits else "none"
-    return trained if too_long is None else f"{trained}; not {too_long:,}"
+    found = [f"{fits:,} trained"] if fits else []
+    found += [f"out of memory at {too_long:,}"] if too_long is not None else []
+    return ", ".join(found) or "-"
 
 
 def quoted() -> str:
