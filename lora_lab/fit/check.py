@@ -81,17 +81,15 @@ def model_fault(config: TrialConfig, shapes: Shapes) -> str:
 def _unknown_of_full(config: TrialConfig, shapes: Shapes) -> str:
     """Return why the memory of training every weight is not calculated; empty where it is."""
     engine, what = config.engine, ""
-    if engine.kind in (EngineKind.compile, EngineKind.graph):
-        what = f"engine={engine.kind.name}"
-    elif engine.chunked_loss:
-        what = "engine.chunked_loss=true"
+    if engine.kind is EngineKind.liger and engine.chunked_loss:
+        what = "engine=liger"
     elif engine.mlp_tile is not None:
         what = f"engine.mlp_tile={engine.mlp_tile}"
     elif shapes.experts is not None:
         what = "a mixture of experts"
     elif shapes.layer_norms == 4:
         what = f"model_type={shapes.family}"
-    instead = "Use engine=eager, or run a short trial instead: measure=quick."
+    instead = "Run a short trial instead: measure=quick."
     return what and f"the memory of method=full is not calculated here for {what}. {instead}"
 
 

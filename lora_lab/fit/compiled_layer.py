@@ -8,9 +8,19 @@ worker/engines/fused_lora.py, and layers with the same input are unpacked togeth
 from dataclasses import dataclass, field
 
 from lora_lab.fit.shapes import Linear
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, adapter_gradients, attention_backward, attention_bytes
+from lora_lab.fit.step import (
+    ACTIVATIONS,
+    GRADIENTS,
+    WORKING,
+    Sizes,
+    adapter_gradients,
+    attention_backward,
+    attention_bytes,
+    gradient_ends,
+)
 from lora_lab.fit.tape import Tape
 from lora_lab.fit.tiles import mlp_sums, over_tiles, tile_of
+from lora_lab.fit.weights import other_bytes
 
 
 @dataclass(slots=True)
@@ -54,6 +64,8 @@ class CompiledLayer:
         self.tape, self.sizes, self.is_graph = tape, sizes, is_graph
         self.gradients: list[int] = []
         """Of the adapters, under graph: the caller ends them."""
+        self._of_weights: list[int] = []
+        """Of weights that are trained, where they end with the layer's backward."""
         tile = None if is_tile else tile_of(sizes)
         self._tile = None if tile is None else CompiledLayer(tape, tile, is_graph, is_tile=True)
 
@@ -188,6 +200,8 @@ class CompiledLayer:
         ranks = s.rank * sum(s.has_adapter(linear) for linear in linears)
         is_wide = self.is_graph and _widens(s.tokens, inputs, outputs, ranks)
         copied = [t.new(s.wide(inputs + ranks), WORKING)] if is_wide else []
+        if s.trains_all and other_bytes(s.config) != s.cell:  # autocast
+            copied.append(t.new(max(each), WORKING))
         if s.quantised or is_wide:
             copied.append(t.new(sum(each) if self.is_graph else max(each), WORKING))
         return copied
@@ -211,7 +225,8 @@ class CompiledLayer:
         grad_x = self._products_backward(shapes.qkv)
         t.free(*grads, saved.attention_input, *saved.low)
         gradient = self._norm_backward(grad_x, gradient)
-        t.free(saved.layer_input, *held)
+        t.free(saved.layer_input, *held, *self._of_weights)
+        self._of_weights.clear()
         return gradient
 
     def mlp_backward(self, kept: CompiledMlp) -> int:
@@ -262,11 +277,24 @@ class CompiledLayer:
             else:
                 adapter_gradients(t, s, linear)
                 scaled.append(t.new(s.wide(linear.outputs), WORKING))
+        self._weight_gradients(linears)
         inputs = linears[0].inputs
         working = self._working(linears, sum(linear.outputs for linear in linears), inputs)
         found = t.new(s.wide(inputs), WORKING)
         t.free(*working, *scaled)
         return found
+
+    def _weight_gradients(self, linears: tuple[Linear, ...]) -> None:
+        """Begin the gradients of trained weights. The layer's backward is one call, which returns them all at once."""
+        t, s = self.tape, self.sizes
+        held = other_bytes(s.config)
+        for linear in linears if s.trains_all else ():
+            narrow = t.new(s.cell * linear.weights, WORKING) if s.cell != held else None
+            if gradient_ends(s, is_whole=True):
+                self._of_weights.append(t.new(held * linear.weights, WORKING))
+            else:
+                t.new(held * linear.weights, GRADIENTS)
+            t.free(narrow)
 
     def _norm_backward(self, grad_x: int, gradient: int, ends: bool = True) -> int:
         t, s = self.tape, self.sizes

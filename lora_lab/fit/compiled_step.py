@@ -2,7 +2,7 @@
 
 from lora_lab.fit.compiled_layer import CompiledLayer, CompiledSaved
 from lora_lab.fit.loss import chunked_loss, whole_loss
-from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, mask_bytes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, embeddings_gradient, mask_bytes
 from lora_lab.fit.tape import Tape
 from lora_lab.options import Checkpointing, EngineKind
 
@@ -48,6 +48,8 @@ def compiled_step(tape: Tape, sizes: Sizes) -> None:
             gradient = layer.backward(again, gradient)
         else:
             gradient = layer.backward(once, gradient)
+    if sizes.trains_all:
+        embeddings_gradient(tape, sizes)
     tape.free(gradient, mask, *layer.gradients)
 
 

@@ -85,7 +85,7 @@ def _unlike(config: TrialConfig, shapes: Shapes) -> Iterator[str]:
     if not is_known(config.optimizer):
         yield f"optimizer {config.optimizer.optim or config.optimizer.target}: taken for AdamW in fp32"
     if trains_all(method):
-        yield "method=full: measured on a CPU alone"
+        yield "method=full: measured on a CPU, and at one shape on a card"
     if method.use_dora and kind not in (EngineKind.eager, EngineKind.liger):
         yield f"DoRA with engine={kind.name}: not measured"
     if method.freeze_a:

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Sequence
 
-from lora_lab.fit.step import ACTIVATIONS, LOSS, WORKING, Sizes, weight_gradient
+from lora_lab.fit.step import ACTIVATIONS, GRADIENTS, LOSS, WORKING, Sizes, gradient_ends, weight_gradient
 from lora_lab.fit.tape import Tape
+from lora_lab.fit.weights import other_bytes
+from lora_lab.options import DType
 
 CHUNK_ELEMENTS = 2**26
 """As worker/engines/chunked_loss.py has it, which cannot be imported without torch; a test compares the two."""
 _WIDER, _PARTS, _ALIGNED = 8, 4, 64
+_SUMMED_IN_BF16, _PIECE = 64, 2**24
+"""Chunks up to which a trained head's gradient is summed in bf16, and elements of it that are scaled together."""
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: int, mlp_tile: int | None = None) -> int:
@@ -78,19 +82,47 @@ def chunked_loss(tape: Tape, sizes: Sizes, hidden: int, compiled: bool, liger: b
     gradient = tape.new(sizes.wide(width), ACTIVATIONS)
     if liger:
         rows = min(sizes.tokens, liger_chunk_rows(sizes.tokens, vocabulary, width))
-        chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS)]  # its kernel writes the gradient over the logits
-    elif compiled:
-        rows = chunk_rows(sizes.tokens, vocabulary, width, sizes.config.engine.mlp_tile)
-        chunk = [tape.new(rows * vocabulary * sizes.cell, LOSS) for _ in range(2)]
-    else:
-        rows = chunk_rows(sizes.tokens, vocabulary, 0)
-        chunk = [tape.new(rows * vocabulary * 4, LOSS) for _ in range(4)]
-    tape.free(*chunk, head, hidden)
-    if liger:
+        # its kernel writes the gradient over the logits
+        tape.free(tape.new(rows * vocabulary * sizes.cell, LOSS), head, hidden)
         return gradient
+    rows = chunk_rows(sizes.tokens, vocabulary, width if compiled else 0, sizes.config.engine.mlp_tile)
+    summed = _summed(tape, sizes, vocabulary * width, -(-sizes.tokens // rows)) if sizes.trains_all else None
+    count, each = (2, sizes.cell) if compiled else (4, 4)
+    *chunk, of_logits = [tape.new(rows * vocabulary * each, LOSS) for _ in range(count)]
+    tape.free(*chunk)
+    if summed is not None and tape.sizes[summed] == 4 * vocabulary * width:  # a chunk's share is added to it
+        tape.free(tape.new(vocabulary * width * sizes.cell, WORKING))
+    tape.free(of_logits, head, hidden)
+    if summed is not None:
+        _scaled(tape, sizes, vocabulary * width, summed)
     wide = tape.new(sizes.wide(width, 4), WORKING)
     product = tape.new(sizes.wide(width, 4), WORKING)
     tape.free(wide)
     out = tape.new(sizes.wide(width, sizes.stream), WORKING)
     tape.free(gradient, product)
     return out
+
+
+def _summed(tape: Tape, sizes: Sizes, weights: int, chunks: int) -> int:
+    """Begin the sum of a trained head's gradient."""
+    each = 2 if sizes.config.precision.dtype is DType.bf16 and chunks <= _SUMMED_IN_BF16 else 4
+    is_last = each == sizes.cell == other_bytes(sizes.config)
+    return tape.new(each * weights, _part(sizes) if is_last else WORKING)
+
+
+def _scaled(tape: Tape, sizes: Sizes, weights: int, summed: int) -> None:
+    """Scale that sum, and bring it into the products' format and then into the weights'."""
+    tape.free(tape.new(4 * min(_PIECE, weights), WORKING))
+    held, each = other_bytes(sizes.config), tape.sizes[summed] // weights
+    formats = [each, *([sizes.cell] if each != sizes.cell else []), *([held] if held != sizes.cell else [])]
+    for place, size in enumerate(formats[1:], 2):
+        other = tape.new(size * weights, _part(sizes) if place == len(formats) else WORKING)
+        tape.free(summed)
+        summed = other
+    if _part(sizes) == WORKING:
+        tape.free(summed)
+
+
+def _part(sizes: Sizes) -> str:
+    """Return what the head's gradient belongs to: it stays until the optimizer has taken it, or ends at once."""
+    return WORKING if gradient_ends(sizes, is_whole=not sizes.shapes.is_tied) else GRADIENTS

@@ -3,9 +3,8 @@
 from lora_lab.fit.loss import chunked_loss, whole_loss
 from lora_lab.fit.plain_layer import PlainLayer
 from lora_lab.fit.saved import Saved
-from lora_lab.fit.step import ACTIVATIONS, GRADIENTS, WORKING, Sizes, checkpoints, mask_bytes
+from lora_lab.fit.step import ACTIVATIONS, WORKING, Sizes, checkpoints, embeddings_gradient, mask_bytes
 from lora_lab.fit.tape import Tape
-from lora_lab.fit.weights import other_bytes
 from lora_lab.options import Checkpointing, EngineKind
 
 
@@ -45,16 +44,8 @@ def plain_step(tape: Tape, sizes: Sizes) -> None:
         if once is None:
             tape.free(saved.output)
     if sizes.trains_all:
-        _embeddings_gradient(tape, sizes)
+        embeddings_gradient(tape, sizes)
     tape.free(gradient, *shared)
-
-
-def _embeddings_gradient(tape: Tape, sizes: Sizes) -> None:
-    """Begin the gradient of trained input embeddings, which is added to the head's where they are one."""
-    shapes, config = sizes.shapes, sizes.config
-    ends = config.grad_accum_steps > 1 or shapes.is_tied or config.optimizer.in_backward
-    found = tape.new(other_bytes(config) * shapes.vocabulary * shapes.hidden, WORKING if ends else GRADIENTS)
-    tape.free(found if ends else None)
 
 
 def _again(tape: Tape, sizes: Sizes, layer: PlainLayer, held: int | None) -> Saved:

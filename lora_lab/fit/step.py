@@ -135,9 +135,22 @@ def weight_gradient(tape: Tape, sizes: Sizes, weights: int, is_whole: bool = Tru
     Args:
         is_whole: False where more is added to it later in the backward.
     """
-    config = sizes.config
-    ends = config.grad_accum_steps > 1 or (config.optimizer.in_backward and is_whole)
-    held = other_bytes(config)
+    ends = gradient_ends(sizes, is_whole)
+    held = other_bytes(sizes.config)
     narrow = tape.new(sizes.cell * weights, WORKING) if sizes.cell != held else None
     wide = tape.new(held * weights, WORKING if ends else GRADIENTS)
     tape.free(narrow, wide if ends else None)
+
+
+def gradient_ends(sizes: Sizes, is_whole: bool) -> bool:
+    """Return whether the gradient of a trained weight ends as soon as it is there, see `weight_gradient`."""
+    config = sizes.config
+    return config.grad_accum_steps > 1 or (config.optimizer.in_backward and is_whole)
+
+
+def embeddings_gradient(tape: Tape, sizes: Sizes) -> None:
+    """Begin the gradient of trained input embeddings, which is added to the head's where they are one."""
+    ends = sizes.shapes.is_tied or gradient_ends(sizes, is_whole=True)
+    size = other_bytes(sizes.config) * sizes.shapes.vocabulary * sizes.shapes.hidden
+    found = tape.new(size, WORKING if ends else GRADIENTS)
+    tape.free(found if ends else None)

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
+from lora_lab.fit import estimate, loss
 from lora_lab.fit.estimate import tape_of
 from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
+from lora_lab.fit.optimizer import State
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.fit.tiles import tile_tokens
 from lora_lab.fit.weights import adapter_sizes
@@ -176,6 +178,32 @@ def test_the_peak_of_a_step_that_trains_every_weight_is_on_the_tape(
     config = trial(family, replace(FULL, held_in=held_in), dtype, **more)
     config.gradient_checkpointing = checkpointing
     assert said_peak(config) == pytest.approx(live_peak(config), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("held_in", "dtype", "is_tied", "small"),
+    [
+        (DType.fp32, DType.bf16, True, False),
+        (DType.fp32, DType.bf16, False, True),
+        (DType.bf16, DType.bf16, True, False),
+        (DType.bf16, DType.bf16, False, False),
+        (DType.bf16, DType.bf16, True, True),
+        (DType.fp32, DType.fp32, False, False),
+    ],
+)
+def test_the_gradient_of_a_trained_head_in_chunks_is_on_the_tape(
+    held_in: DType, dtype: DType, is_tied: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is most of the model, in three chunks. With small ones there are more than are summed in bf16. What
+    the optimizer takes, which may be more, is left out."""
+    monkeypatch.setattr(estimate, "optimizer_state", lambda *_: State(0, 0, 0))
+    for module in (chunked_loss, loss):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8192 * (6 if small else 200))
+        monkeypatch.setattr(module, "_PIECE", 2**20)
+    config = trial("llama", replace(FULL, held_in=held_in), dtype, vocab_size=8192, tie_word_embeddings=is_tied)
+    config.gradient_checkpointing = Checkpointing.full
+    config.engine.chunked_loss = True
+    assert said_peak(config) == pytest.approx(live_peak(config), rel=0.04 if small else 0.02)
 
 
 def test_rows_beyond_a_sliding_window_have_a_mask() -> None:

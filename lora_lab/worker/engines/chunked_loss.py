@@ -104,6 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(of_logits[0].t(), hidden[rows])
             elif grad_weight is not None:
                 grad_weight.add_(torch.mm(of_logits[0].t(), hidden[rows]))
+            of_logits.clear()  # not to be held during the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_format = weight.dtype
         return total
