@@ -149,7 +149,13 @@ def gradient_ends(sizes: Sizes, is_whole: bool) -> bool:
 
 
 def embeddings_gradient(tape: Tape, sizes: Sizes) -> None:
-    """Begin the gradient of trained input embeddings, which is added to the head's where they are one."""
+    """Begin the gradient of trained input embeddings, which is added to the head's where they are one: with chunks of
+    the loss in its memory, row by row (worker/engines/tied_gradient.py)."""
+    engine = sizes.config.engine
+    in_chunks = engine.chunked_loss and engine.kind is not EngineKind.liger
+    if in_chunks and sizes.shapes.is_tied and other_bytes(sizes.config) == sizes.cell:
+        tape.free(*[tape.new(sizes.wide(sizes.shapes.hidden, 4), WORKING) for _ in range(3)])
+        return
     ends = sizes.shapes.is_tied or gradient_ends(sizes, is_whole=True)
     size = other_bytes(sizes.config) * sizes.shapes.vocabulary * sizes.shapes.hidden
     found = tape.new(size, WORKING if ends else GRADIENTS)

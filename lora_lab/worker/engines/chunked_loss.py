@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.data import IGNORED
+from lora_lab.worker.engines.tied_gradient import Aside, tie
 from lora_lab.worker.quantised import evaluation_mode
 from lora_lab.worker.shards import gathered
 from lora_lab.worker.trainables.trainable import base_of, has_adapters
@@ -83,7 +84,17 @@ def _of_logits(hidden: Tensor, weight: Tensor, labels: Tensor, headroom: float) 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk, mlp_tile: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: Chunk,
+        mlp_tile: int | None,
+        aside: Aside | None,
+    ) -> Tensor:
+        if aside is not None:
+            aside.take()  # of a backward that did not come to its end
         ctx.headroom = _HEADROOM if hidden.dtype is torch.float16 else 1.0
         compiled = chunk not in (chunk_loss, chunk_loss_of_trained) and ctx.needs_input_grad[0]
         size = chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1] if compiled else 0, mlp_tile)
@@ -106,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.add_(torch.mm(of_logits[0].t(), hidden[rows]))
             of_logits.clear()  # not to be held during the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_format = weight.dtype
+        ctx.weight_format, ctx.aside = weight.dtype, aside
         return total
 
     @staticmethod
@@ -115,7 +126,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # in fp32: bf16 would round the micro-batch's share by up to 0.4 %, and every gradient with it
         share = grads[0] / ctx.headroom
         of_weight = None if grad_weight is None else _scaled(grad_weight, share).to(ctx.weight_format)
-        return (grad_hidden.float() * share).to(grad_hidden.dtype), of_weight, None, None, None
+        if ctx.aside is not None and of_weight is not None:
+            ctx.aside.put(of_weight)
+            of_weight = None
+        return (grad_hidden.float() * share).to(grad_hidden.dtype), of_weight, None, None, None, None
 
 
 def _scaled(gradient: Tensor, share: Tensor) -> Tensor:
@@ -143,7 +157,12 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, mlp_tile: int | Non
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk = chunk_loss, mlp_tile: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: Chunk = chunk_loss,
+    mlp_tile: int | None = None,
+    aside: Aside | None = None,
 ) -> Tensor:
     """Sum the loss in nats over the labels that are not IGNORED, in fp32.
 
@@ -153,13 +172,15 @@ def chunked_cross_entropy(
         labels: (rows,), already shifted.
         chunk: `chunk_loss`, or for a trained head `chunk_loss_of_trained`; or one of them compiled.
         mlp_tile: see `chunk_rows`.
+        aside: takes the gradient of a head in the format of the products, for the embeddings that it is tied with.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # the format that a linear layer would use
         dtype = torch.get_autocast_dtype(kind)
+        aside = aside if weight.dtype is dtype else None
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(kind, enabled=False):
-        total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, mlp_tile)
+        total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, mlp_tile, aside)
         return total
 
 
@@ -204,9 +225,14 @@ def use_chunked_loss(model: Any, compiled: bool = False, mlp_tile: int | None = 
             f"engine.chunked_loss needs a head that is one matrix, and a frozen one next to adapters; that of "
             f"{type(causal).__name__} is not. Use engine.chunked_loss=false."
         )
+    _check_default_loss(causal, head)
     chunk: Chunk = chunk_loss_of_trained if head.weight.requires_grad else chunk_loss
     if compiled:
         chunk = torch.compile(chunk, dynamic=False)
+    embeddings = causal.get_input_embeddings()
+    is_tied = head.weight.requires_grad and embeddings.weight is head.weight
+    # a class of its own does more in its forward, as Gemma's
+    aside = tie(embeddings) if is_tied and type(embeddings) is torch.nn.Embedding else None
 
     def forward(labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **inputs: Any) -> Any:
         if labels is None:
@@ -215,11 +241,11 @@ def use_chunked_loss(model: Any, compiled: bool = False, mlp_tile: int | None = 
         hidden = decoder(**inputs).last_hidden_state
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
         with gathered(head):  # here alone: the backward has its gradient already
-            total = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted, chunk, mlp_tile)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            total = chunked_cross_entropy(rows, head.weight, shifted, chunk, mlp_tile, aside)
         count = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
-    _check_default_loss(causal, head)
     causal.forward = forward
 
 
