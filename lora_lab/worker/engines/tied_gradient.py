@@ -79,5 +79,5 @@ def tie(embeddings: torch.nn.Embedding) -> Aside:
         found: Tensor = _Embedded.apply(input, embeddings.weight, aside, embeddings.padding_idx)
         return found
 
-    embeddings.forward = forward  # type: ignore[method-assign,assignment]
+    embeddings.forward = forward  # type: ignore[method-assign]
     return aside
