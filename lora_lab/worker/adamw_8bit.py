@@ -42,7 +42,7 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"betas={tuple(betas)} have to be from 0 to below 1, and lr, eps and weight_decay from 0")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         every = [weight for group in self.param_groups for weight in group["params"]]
-        self._places = {weight: place for place, weight in enumerate(every)}
+        self._numbers = {weight: number for number, weight in enumerate(every)}
         self._maps: dict[torch.device, Maps] = {}
         self._scalars: dict[tuple[Any, ...], Tensor] = {}
 
@@ -57,11 +57,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 if weight.numel() < SMALL or weight.numel() % BLOCK:
                     small.append(weight)
                 else:
-                    self._update(weight, group)
+                    self._step_coded(weight, group)
             if small:
-                self._update_together(small, group)
+                self._step_small(small, group)
 
-    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _step_coded(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight] or self._begin(weight)
         state["step"] += 1
         call = _compiled if weight.device.type == "cuda" else update
@@ -82,7 +82,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Make the state of zeros. `key` is what makes its random numbers differ from those of other weights."""
         shape, device = (weight.numel() // BLOCK, BLOCK), weight.device
         zero = int((self._maps_on(device).numbers[0] == 0).nonzero())
-        key = (torch.initial_seed() + self._places[weight]) % 2**31
+        key = (torch.initial_seed() + self._numbers[weight]) % 2**31
         self.state[weight] = {
             "step": 0,
             "codes_1": torch.full(shape, zero, dtype=torch.uint8, device=device),
@@ -112,7 +112,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._scalars[known] = torch.cat([torch.full((1,), float(each), device=device) for each in every])
         return self._scalars[known]
 
-    def _update_together(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_small(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         """Update small weights by torch's fused AdamW, then round those in bf16."""
         for weight in weights:
             if not self.state[weight]:
