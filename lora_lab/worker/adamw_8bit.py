@@ -1,11 +1,11 @@
 """AdamW with its state in 8 bit, for weights in fp32 or bf16: what each weight needs is one compiled kernel.
 
-The state is as bitsandbytes keeps it: codes by its dynamic maps with a scale for each 256 elements. All arithmetic is in
-fp32, and weights in bf16 are rounded at random within the kernel. It reads weight, gradient and state once and writes
-weight and state once; in addition it holds two numbers for each 256 elements.
+The state is as bitsandbytes keeps it: codes by its dynamic maps with a scale for each 256 elements. All arithmetic is
+in fp32, and weights in bf16 are rounded at random within the kernel. It reads weight, gradient and state, writes weight
+and state, and holds nothing else but two numbers for each 256 elements.
 
-Neither a step nor a learning rate compiles it again, nor does a shape: weights are rows of 256, and their number is
-symbolic from the second on. Nothing waits for the card.
+Neither a step nor a learning rate compiles it again, nor does a shape: weights are rows of 256, and how many rows is
+symbolic from the second shape on. Nothing waits for the card.
 """
 
 import math
@@ -47,7 +47,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._scalars: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update every weight that has a gradient; the small ones of a group together."""
         for group in self.param_groups:
             small = []

@@ -2,9 +2,10 @@
 
 A map has 256 numbers between -1 (or 0) and 1, closer to each other near 0. A number becomes the code of the nearest.
 
-Which that is takes two look-ups instead of a search in eight steps. The upper 16 bits of a number give the lowest code of
-all numbers that begin so. None of these intervals has more than one midpoint of two codes in it, so one comparison says
-whether the code is the next one. All of it is by element, and a compiler puts it into the kernel that has the number.
+Which that is takes two look-ups instead of a search in eight steps. The upper 16 bits of a number give the lowest code
+of all numbers that begin so. None of these intervals has more than one midpoint of two codes in it, so one comparison
+says whether the code is the next one. All of it is by element, and a compiler puts it into the kernel that has the
+number; torch.bucketize would be one of its own on a CPU.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Update each weight inside the backward, as soon as its gradient is there, so that no two gradients are held at once.
 
-Any optimizer serves: while it steps, its groups have this one weight, so that it need not look through all others. Small
-weights, biases and norms, wait for the end of the backward, because their updates cost time for each and their gradients
-hardly take memory. What needs all gradients together is not possible: to clip them by their norm, to add up those of
-several micro-batches, to exchange them between workers, or to look for an overflow before the first update.
+Any optimizer serves: while it steps, its groups have this one weight, so that it need not look through all others.
+Small weights, biases and norms, wait for the end of the backward: each update costs time, and their gradients hardly
+take memory. What needs all gradients together is not possible: to clip them by their norm, to add up those of several
+micro-batches, to exchange them between workers, or to look for an overflow before the first update.
 """
 
 from typing import Any

@@ -126,12 +126,11 @@ def _parts(tensor: Any) -> list[Any]:
 
 
 def _bits(optimizer: Any) -> str:
-    """Return the bits of the narrowest state: those that bitsandbytes was made with, or those of the live tensors."""
-    every = [each for state in optimizer.state.values() for each in state.values()]
-    kinds = {type(each).__name__ for each in every}
+    """Return the bits of the narrowest state: those that bitsandbytes and ours are made with, or torchao's tensors."""
+    if isinstance(optimizer, AdamW8bit):
+        return "8"
+    kinds = {type(t).__name__ for state in optimizer.state.values() for t in state.values()}
     stored = [bits for bits in ("4", "8") if f"OptimState{bits}bit" in kinds]
-    if isinstance(optimizer, AdamW8bit) and any(torch.is_tensor(each) and each.dtype is torch.uint8 for each in every):
-        stored = ["8"]
     return stored[0] if stored else str(getattr(getattr(optimizer, "args", None), "optim_bits", 32))
 
 

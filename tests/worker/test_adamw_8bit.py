@@ -1,6 +1,6 @@
 """AdamW with its state in 8 bit: what a code is, what is learnt, what is kept, and what a trial says of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,6 @@ def trained(net: Any, optimizer: Any, steps: range) -> list[float]:
     return losses
 
 
-
-
 @pytest.mark.parametrize(("dtype", "loss", "apart"), [(torch.float32, 2e-4, 0.02), (torch.bfloat16, 6e-4, 0.04)])
 def test_it_learns_as_adamw_in_fp32_does(dtype: torch.dtype, loss: float, apart: float) -> None:
     """The bounds are about twice what was seen. bf16 itself cannot be nearer to most weights than a 256th."""
@@ -336,9 +334,8 @@ def compare_compiled(device: torch.device) -> None:
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    yield
 
 
 def full_config(held_in: DType = DType.bf16, **optimizer: Any) -> TrialConfig:

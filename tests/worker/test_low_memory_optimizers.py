@@ -93,8 +93,8 @@ def test_what_was_asked_for_runs_learns_and_holds_the_state_that_was_said(
 
 @pytest.mark.parametrize("name", some_by_day(["adamw", "adamw_8bit", "galore", "adafactor"], by_day=["adamw_8bit"]))
 def test_updates_within_the_backward_are_those_after_it(tmp_path: Path, name: str) -> None:
-    for folder, in_backward in (("after", False), ("within", True)):
-        config = full_config(replace(preset(name), in_backward=in_backward))
+    for folder, is_within in (("after", False), ("within", True)):
+        config = full_config(replace(preset(name), in_backward=is_within))
         train(config, tmp_path / folder)
     after, within = (load_file(tmp_path / folder / MODEL / "model.safetensors") for folder in ("after", "within"))
     for weight, tensor in after.items():
