@@ -1,5 +1,6 @@
 """AdamW with its state in 8 bit: what a code is, what is learnt, what is kept, and what a trial says of it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_trials import ended, tiny_config
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.validation import faults
@@ -289,45 +292,67 @@ def test_arguments_that_do_not_fit_are_refused(args: dict[str, Any]) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("default")  # torch.compile warns of much that is not ours
 def test_what_is_compiled_is_the_function_itself_and_two_compilations_serve_all_shapes() -> None:
-    """On a CPU by inductor's C++. It may contract products and sums, so a last bit may differ, and a code by one."""
-    torch._dynamo.reset()
+    """On a CPU by inductor's C++."""
     compare_compiled(torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_on_a_card_it_is_what_it_is_on_a_cpu() -> None:
-    compare_compiled(torch.device("cuda"))
+@pytest.mark.filterwarnings("default")
+def test_on_a_card_it_is_what_it_is_on_a_cpu_and_holds_no_copy() -> None:
+    device = torch.device("cuda")
+    compare_compiled(device)
+    with torch.no_grad():
+        given = [each.to(device) for each in start_of(1 << 16)]
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            adamw_8bit._compiled(*given)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * (1 << 16) + 4096
+
+
+def start_of(blocks: int) -> list[torch.Tensor]:
+    """The arguments of a first step."""
+    generator = torch.Generator().manual_seed(blocks)
+    weight, gradient = (torch.randn(blocks, 256, generator=generator).bfloat16() for _ in range(2))
+    codes = torch.full((blocks, 256), 127, dtype=torch.uint8), torch.zeros(blocks, 256, dtype=torch.uint8)
+    state = [codes[0], torch.zeros(blocks), codes[1], torch.zeros(blocks)]
+    scalars = torch.tensor([0.99, 1e-1, 10.0, 1e-8, 0.1, 0.01, 1.0])
+    key = torch.tensor(blocks, dtype=torch.int32)
+    return [weight, gradient, *state, key, *dynamic_maps(torch.device("cpu")), scalars]
 
 
 def compare_compiled(device: torch.device) -> None:
-    counters = torch._dynamo.utils.counters["stats"]
-    before = counters["unique_graphs"]
+    with inductor_config.patch(force_disable_caches=True):
+        _, sources = run_and_get_code(steps_of_many_shapes, torch.compile(adamw_8bit.update, fullgraph=True), device)
+    assert len(sources) == 2, "one with the first shape's number of blocks, one with any"
+    for source in sources:
+        kernels = re.findall(r"async_compile\.(?:cpp_pybinding|triton)\(", source)
+        assert len(kernels) == 1, "weight and state are read more often, or intermediate results written"
+
+
+@torch.no_grad()
+def steps_of_many_shapes(compiled: Callable[..., None], device: torch.device) -> None:
+    """Compare with the function itself on the CPU. A compiler may contract products and sums, so a last bit may differ,
+    and where it decides, a code by one and a weight by one step of bf16."""
     for blocks in (16, 48, 300, 1001):
-        generator = torch.Generator().manual_seed(blocks)
-        weight = torch.randn(blocks, 256, generator=generator).bfloat16()
-        maps, key = dynamic_maps(torch.device("cpu")), torch.tensor(blocks, dtype=torch.int32)
-        zeros = torch.full((blocks, 256), 127, dtype=torch.uint8), torch.zeros(blocks)
-        state = [*zeros, torch.zeros(blocks, 256, dtype=torch.uint8), torch.zeros(blocks)]
-        ours, theirs = ([each.clone() for each in (weight, *state)] for _ in range(2))
-        theirs = [each.to(device) for each in theirs]
+        ours = start_of(blocks)
+        theirs = [each.to(device, copy=True) for each in ours]
         for step in range(1, 5):
-            gradient = torch.randn(blocks, 256, generator=generator).bfloat16()
-            scalars = torch.tensor([0.99, 1e-2 / (1 - 0.9**step), (1 - 0.99**step) ** -0.5, 1e-8, 0.1, 0.01, step])
-            rest = [key, *maps, scalars]
-            with torch.no_grad():
-                adamw_8bit.update(ours[0], gradient, *ours[1:], *rest)
-                given = [each.to(device) for each in (gradient, *rest)]
-                adamw_8bit._compiled(theirs[0], given[0], *theirs[1:], *given[1:])
+            ours[1] = torch.randn(blocks, 256).bfloat16()
+            ours[-1] = torch.tensor([0.99, 1e-2 / (1 - 0.9**step), (1 - 0.99**step) ** -0.5, 1e-8, 0.1, 0.01, step])
+            theirs[1], theirs[-1] = ours[1].to(device), ours[-1].to(device)
+            adamw_8bit.update(*ours)
+            compiled(*theirs)
         here = [each.cpu() for each in theirs]
-        apart = (here[0].float() - ours[0].float()).abs() / ours[0].float().abs().clamp(min=1e-3)
+        apart = (here[0].float() - ours[0].float()).abs()
         assert (apart > 0).double().mean() < 0.01
-        assert apart.max() < 0.05
-        for codes in (1, 3):
+        assert (apart <= ours[0].float().abs() / 64 + 1e-2).all()
+        for codes in (2, 4):
             assert (here[codes].int() - ours[codes].int()).abs().max() <= 1
             assert (here[codes] != ours[codes]).double().mean() < 0.001
             torch.testing.assert_close(here[codes + 1], ours[codes + 1], rtol=1e-3, atol=0)
-    assert counters["unique_graphs"] - before <= 2
 
 
 # what a trial says
