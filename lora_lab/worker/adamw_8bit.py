@@ -38,8 +38,11 @@ class AdamW8bit(torch.optim.Optimizer):
         """Take parameters or groups of them, as torch.optim.AdamW.
 
         Raises: ValueError."""
-        if not all(0 <= beta < 1 for beta in betas) or min(lr, eps, weight_decay) < 0:
-            raise ValueError(f"betas={tuple(betas)} have to be from 0 to below 1, and lr, eps and weight_decay from 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or min(lr, eps, weight_decay) < 0:
+            raise ValueError(
+                f"betas={tuple(betas)} have to be two numbers from 0 to below 1, and lr={lr:g}, eps={eps:g} and "
+                f"weight_decay={weight_decay:g} may not be negative"
+            )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         every = [weight for group in self.param_groups for weight in group["params"]]
         self._numbers = {weight: number for number, weight in enumerate(every)}
@@ -82,7 +85,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """Make the state of zeros. `key` is what makes its random numbers differ from those of other weights."""
         shape, device = (weight.numel() // BLOCK, BLOCK), weight.device
         zero = int((self._maps_on(device).numbers[0] == 0).nonzero())
-        key = (torch.initial_seed() + self._numbers[weight]) % 2**31
+        number = self._numbers.setdefault(weight, len(self._numbers))
+        key = (torch.initial_seed() + number) % 2**31
         self.state[weight] = {
             "step": 0,
             "codes_1": torch.full(shape, zero, dtype=torch.uint8, device=device),

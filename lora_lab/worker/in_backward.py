@@ -46,8 +46,10 @@ class InBackward:
         group = groups[number]
         every = group["params"]
         group["params"], self.param_groups = own, [group]
-        super().step()  # type: ignore[misc]
-        group["params"], self.param_groups = every, groups
+        try:
+            super().step()  # type: ignore[misc]
+        finally:
+            group["params"], self.param_groups = every, groups
 
     def step(self: Any, closure: Any = None) -> None:
         """Update the small weights. By the end of the backward all others have their update."""

@@ -282,7 +282,7 @@ def test_within_the_backward_no_weight_looks_through_the_others(monkeypatch: pyt
     assert calls[3:] == ["small"]
 
 
-@pytest.mark.parametrize("args", [{"betas": [0.9, 1.0]}, {"eps": -1.0}, {"beta": 0.9}])
+@pytest.mark.parametrize("args", [{"betas": [0.9, 1.0]}, {"betas": [0.9]}, {"eps": -1.0}, {"beta": 0.9}])
 def test_arguments_that_do_not_fit_are_refused(args: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match=r"optimizer\.args"):
         check_optimizer(OptimizerConfig(target=TARGET, args=args))
