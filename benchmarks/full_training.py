@@ -41,6 +41,7 @@ _REAL = [
 _MEMORY = {
     "adamw": ["method=full", "optimizer=adamw_fused"],
     "adamw, in 8 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_8bit", *_WITHIN],
+    "adamw, 8 bit of our own within the backward": ["method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN],
     "adamw, in 4 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_4bit", *_WITHIN],
     "apollo_mini within the backward": ["method=full_bf16", "optimizer=apollo_mini", *_WITHIN],
     "adalomo": ["method=full_bf16", "optimizer=adalomo", "max_grad_norm=0"],
@@ -50,6 +51,7 @@ _LOSSES = {
     "adamw": ["method=full", "optimizer=adamw_fused"],
     "adamw on bf16": ["method=full_bf16", "optimizer=adamw_fused"],
     "adamw on bf16, in 8 bit": ["method=full_bf16", "optimizer=adamw_torchao_8bit"],
+    "adamw on bf16, 8 bit of our own": ["method=full_bf16", "optimizer=adamw_8bit_compiled"],
     "adamw on bf16, in 4 bit": ["method=full_bf16", "optimizer=adamw_torchao_4bit"],
 }
 CELLS: dict[str, dict[str, list[str]]] = {
@@ -70,7 +72,7 @@ _TINY = {
             *own,
         ]
         for name, own in _MEMORY.items()
-        if "bit" not in name  # torchao is an extra
+        if "in 8 bit" not in name and "in 4 bit" not in name  # torchao is an extra
     }
 }
 _FIGURES = (

@@ -12,6 +12,7 @@ OPTIMIZERS = {  # class, bits, paged, fused
     "adafactor": ("transformers.Adafactor", "32", "False", "False"),
     "adamw": ("torch.AdamW", "32", "False", "False"),
     "adamw_8bit": ("bitsandbytes.AdamW", "8", "False", "False"),
+    "adamw_8bit_compiled": ("lora_lab.AdamW8bit", "8", "False", "False"),
     "adamw_fused": ("torch.AdamW", "32", "False", "True"),
     "lion_8bit": ("bitsandbytes.Lion", "8", "False", "False"),
     "paged_adamw": ("bitsandbytes.AdamW", "8", "True", "False"),

@@ -8,7 +8,7 @@ from lora_lab.method_config import MethodConfig, OptimizerConfig
 from lora_lab.options import DType, Projection
 
 _SMALL_STATE = 4096
-"""bitsandbytes and torchao keep the state of a parameter with fewer elements in fp32."""
+"""bitsandbytes, torchao and our AdamW in 8 bit keep the state of a parameter with fewer elements in fp32."""
 _PIECE = 1 << 24
 """Elements that worker/pieces.py gives an optimizer together, and that worker/rounding.py rounds together, with a
 random number and a truth value each."""
@@ -17,6 +17,8 @@ _BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd")
 _TORCHAO_WORKING = {8: 12, 4: 26}
 """Bytes that their compiled kernels take in addition for each of these elements, by the bits of the state, as seen on
 an H200 with weights in one piece."""
+_OURS = "lora_lab.worker.adamw_8bit.AdamW8bit"
+"""AdamW in 8 bit whose kernel takes two numbers for each block in addition. It rounds weights in bf16 within it."""
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of a parameter with at least as many elements."""
 
@@ -75,7 +77,7 @@ def trained_weights(method: MethodConfig, shapes: Shapes) -> Trained:
 def optimizer_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     """Calculate an optimizer's state, by the optimizer's own rule."""
     state = _projected_state(optimizer, trained)
-    if not trained.is_rounded or optimizer.optim in _TORCHAO:
+    if not trained.is_rounded or optimizer.optim in _TORCHAO or optimizer.target == _OURS:
         return state
     largest = max(trained.sizes)
     together = min(largest, _PIECE)
@@ -115,6 +117,8 @@ def _of(optimizer: OptimizerConfig, trained: Trained) -> State:
         return _of_bitsandbytes(*_STATES[name], pages(optimizer), trained)
     if name in _TORCHAO:
         return _of_torchao(_TORCHAO[name], trained)
+    if name == _OURS:
+        return _of_ours(trained)
     if name == "adafactor" or name.endswith(".Adafactor"):
         factored = sum(rows + columns for rows, columns in trained.sides)
         whole = elements - sum(rows * columns for rows, columns in trained.sides)
@@ -122,6 +126,16 @@ def _of(optimizer: OptimizerConfig, trained: Trained) -> State:
     if name.endswith(".SGD") or name == "sgd":
         return State(4 * elements if optimizer.args.get("momentum") else 0, 0, 0)
     return State(8 * elements, 0, 4 * at_once)
+
+
+def _of_ours(trained: Trained) -> State:
+    """Calculate the state of worker/adamw_8bit.py: codes and a scale for each block. Small weights keep fp32, and where
+    they are in bf16 a step takes copies of them, of their gradients, and what rounding them needs."""
+    coded = [size for size in trained.sizes if size >= _SMALL_STATE and size % SCALES_BLOCK == 0]
+    small = trained.elements - sum(coded)
+    largest = min(_PIECE, max(coded, default=0))
+    total = sum(2 * (size + 4 * size // SCALES_BLOCK) for size in coded) + 8 * small
+    return State(total, 0, 8 * largest // SCALES_BLOCK + (19 * small if trained.is_rounded else 0))
 
 
 def _of_torchao(bits: int, trained: Trained) -> State:
@@ -156,7 +170,7 @@ def pages(optimizer: OptimizerConfig) -> bool:
 def is_known(optimizer: OptimizerConfig) -> bool:
     """Return whether the optimizer's rule is known here; otherwise it is taken for AdamW."""
     name = optimizer.optim or optimizer.target or ""
-    known = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adafactor", "sgd", *_STATES, *_TORCHAO)
+    known = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adafactor", "sgd", _OURS, *_STATES, *_TORCHAO)
     return name in known or name.endswith((".SGD", ".Adafactor"))
 
 

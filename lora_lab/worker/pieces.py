@@ -25,18 +25,18 @@ class InPieces:
             for weight in group["params"]:
                 self.pieces[weight] = _pieces_of(weight)
             groups.append({**group, "params": [each for weight in group["params"] for each in self.pieces[weight]]})
+        self._split = [(weight, own) for weight, own in self.pieces.items() if len(own) > 1]
         super().__init__(groups, **arguments)  # type: ignore[call-arg]
 
     @torch.no_grad()
     def step(self: Any, closure: Any = None) -> None:
         """Update every weight that has a gradient, piece by piece."""
-        split = [(weight, pieces) for weight, pieces in self.pieces.items() if len(pieces) > 1]
-        for weight, pieces in split:
+        for weight, pieces in self._split:
             if weight.grad is not None:
                 for piece, gradient in zip(pieces, weight.grad.reshape(-1).split(PIECE), strict=True):
                     piece.grad = gradient
         super().step()  # type: ignore[misc]
-        for _, pieces in split:
+        for _, pieces in self._split:
             for piece in pieces:
                 piece.grad = None
 

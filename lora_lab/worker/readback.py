@@ -10,6 +10,7 @@ from lora_lab.base_weights import ADAPTER
 from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.options import DType, PlacementKind, Quantization
+from lora_lab.worker.adamw_8bit import AdamW8bit
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
@@ -125,7 +126,9 @@ def _parts(tensor: Any) -> list[Any]:
 
 
 def _bits(optimizer: Any) -> str:
-    """Return the bits of the narrowest state: those that bitsandbytes was made with, or those of torchao's tensors."""
+    """Return the bits of the narrowest state: those that bitsandbytes and ours are made with, or torchao's tensors."""
+    if isinstance(optimizer, AdamW8bit):
+        return "8"
     kinds = {type(t).__name__ for state in optimizer.state.values() for t in state.values()}
     stored = [bits for bits in ("4", "8") if f"OptimState{bits}bit" in kinds]
     return stored[0] if stored else str(getattr(getattr(optimizer, "args", None), "optim_bits", 32))
@@ -139,7 +142,10 @@ def _projection(optimizer: Any) -> str:
 def _rounding(optimizer: Any) -> str:
     """Return how updates are rounded to the weights' format: at random, by us or by torchao, or to the nearest."""
     is_torchaos = getattr(optimizer, "bf16_stochastic_round", False)
-    return "random" if is_torchaos or isinstance(optimizer, Rounded) else "nearest"
+    is_within = isinstance(optimizer, AdamW8bit) and any(
+        weight.dtype is torch.bfloat16 for group in optimizer.param_groups for weight in group["params"]
+    )
+    return "random" if is_torchaos or is_within or isinstance(optimizer, Rounded) else "nearest"
 
 
 def _paged(tensors: list[Any]) -> int:

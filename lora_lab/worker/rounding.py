@@ -16,6 +16,9 @@ from torch import Tensor
 _CUT = 1 << 16
 """The numbers that the cut bits of an fp32 number can be: bf16 is its upper half."""
 
+_EXPONENT = 0x7F800000
+"""Its bits in an fp32 number; all are set in infinities and in what is no number."""
+
 _AT_ONCE = 1 << 24
 """Elements that are rounded together, which need a random number of 4 bytes each."""
 
@@ -85,3 +88,30 @@ def round_into(held: Tensor, exact: Tensor) -> None:
         noise = torch.randint(_CUT, bits.shape, dtype=torch.int32, device=bits.device)
         bits.add_(noise.mul_(numbers.isfinite()))
         into.copy_(bits.bitwise_and_(-_CUT).view(torch.float32))
+
+
+def rounded_by_place(exact: Tensor, key: Tensor, step: Tensor) -> Tensor:
+    """Round at random to what bf16 can hold, by random numbers that are calculated from each element's place.
+
+    So it is a part of any kernel, needs no generator, and gives the same wherever and whenever a weight is updated.
+
+    Args:
+        exact: in fp32, of at most 2**31 elements.
+        key: () int32, another for each weight.
+        step: a scalar, another at each call with this key.
+
+    Returns: fp32, whose lower 16 bits are 0.
+    """
+    places = torch.arange(exact.numel(), dtype=torch.int32, device=exact.device).view(exact.shape)
+    noise = _mixed(places + _mixed(key + _mixed(step.to(torch.int32)))) & (_CUT - 1)
+    bits = exact.view(torch.int32)
+    is_finite = (bits & _EXPONENT) != _EXPONENT
+    return (torch.where(is_finite, bits + noise, bits) & -_CUT).view(torch.float32)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Return a hash of 32 bits ("lowbias32" of Wellons' hash-prospector). int32 multiplies modulo 2**32, and its shifts
+    bring down the sign, which is masked off."""
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return bits ^ ((bits >> 16) & 0xFFFF)

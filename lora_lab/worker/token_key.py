@@ -14,7 +14,7 @@ from lora_lab.dataset.sources import content_files
 from lora_lab.options import DataSource
 
 LEAST_BYTES = 2**19
-"""Smaller data is not cached: its tokens take about a second. 0.75 MB took 3.6 s of each trial on a host with a card."""
+"""Smaller data is not cached: its tokens take about a second. 0.75 MB took 3.6 s of each trial on a card's host."""
 
 LEAST_ROWS = 2000
 """With a smaller `data.rows` nothing is cached either."""

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import Checkpointing, DType, MethodKind
+from lora_lab.worker.adamw_8bit import AdamW8bit
 from lora_lab.worker.data import Collator, Example
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 from lora_lab.worker.in_backward import InBackward
@@ -122,7 +123,7 @@ def own_optimizer(
     mixed: list[type] = [Projected] if asked.projection is not None else []
     if rounds and asked.optim in TORCHAO:
         given = {**given, "bf16_stochastic_round": True}  # within the kernel that it compiles
-    elif rounds:
+    elif rounds and (asked.projection is not None or not issubclass(kind, AdamW8bit)):
         mixed.append(Rounded)
     mixed += [InPieces] if in_pieces else []
     mixed += [InBackward] if asked.in_backward else []
@@ -132,10 +133,13 @@ def own_optimizer(
 
 
 def _in_pieces(config: TrialConfig) -> bool:
-    """Return whether a step would hold copies in fp32 of the largest weight: to round it, and in torchao's kernels."""
+    """Return whether a step would hold much for the largest weight: copies in fp32 to round it, and what torchao's
+    kernels and ours take."""
     asked, rounds = config.optimizer, config.method.held_in is DType.bf16
     if config.method.kind is not MethodKind.full or asked.projection is not None:
         return False
+    if asked.target is not None:
+        return issubclass(optimizer_class(asked.target), AdamW8bit)
     return asked.optim in TORCHAO or (rounds and asked.optim in _BY_ELEMENT)
 
 

@@ -20,7 +20,7 @@ from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import DType, EngineKind, MethodKind, PlacementKind, Projection
-from lora_lab.worker import training
+from lora_lab.worker import in_backward, training
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.training import check_optimizer
 from lora_lab.worker.trial import run_trial
@@ -93,8 +93,8 @@ def test_what_was_asked_for_runs_learns_and_holds_the_state_that_was_said(
 
 @pytest.mark.parametrize("name", some_by_day(["adamw", "adamw_8bit", "galore", "adafactor"], by_day=["adamw_8bit"]))
 def test_updates_within_the_backward_are_those_after_it(tmp_path: Path, name: str) -> None:
-    for folder, in_backward in (("after", False), ("within", True)):
-        config = full_config(replace(preset(name), in_backward=in_backward))
+    for folder, is_within in (("after", False), ("within", True)):
+        config = full_config(replace(preset(name), in_backward=is_within))
         train(config, tmp_path / folder)
     after, within = (load_file(tmp_path / folder / MODEL / "model.safetensors") for folder in ("after", "within"))
     for weight, tensor in after.items():
@@ -119,7 +119,9 @@ def test_a_job_goes_on_with_the_state_of_its_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_no_two_gradients_are_held_at_once() -> None:
+def test_no_two_gradients_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_backward, "SMALL", 0)
+
     class Watched(InBackward, torch.optim.SGD):
         pass
 
@@ -137,6 +139,29 @@ def test_no_two_gradients_are_held_at_once() -> None:
     optimizer.release()
     layers(torch.ones(2, 4)).sum().backward()
     assert all(weight.grad is not None for weight in layers.parameters())
+
+
+def test_a_step_within_the_backward_looks_at_one_weight_and_small_ones_wait_for_its_end() -> None:
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.append(sum(len(group["params"]) for group in self.param_groups))
+            super().step(closure)
+
+    class Ours(InBackward, Watched):
+        pass
+
+    seen: list[int] = []
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    biases = [each.bias for each in layers]
+    optimizer = Ours([{"params": [each.weight for each in layers]}, {"params": biases}], lr=0.1)
+    before = [weight.clone() for weight in layers.parameters()]
+    layers(torch.ones(2, 64)).sum().backward()
+    assert seen == [1, 1, 1]
+    assert all(bias.grad is not None for bias in biases)
+    optimizer.step()
+    assert seen == [1, 1, 1, 6]
+    assert all(not torch.equal(old, new) for old, new in zip(before, layers.parameters(), strict=True))
+    assert all(weight.grad is None for weight in layers.parameters())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.method_config import MethodConfig
 from lora_lab.options import DType, MethodKind, PlacementKind, Projection
-from lora_lab.worker import rounding
+from lora_lab.worker import in_backward, rounding
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected, Space
 from lora_lab.worker.rounding import Rounded, round_into
@@ -190,7 +190,9 @@ def test_a_job_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_within_the_backward_one_weight_at_a_time_is_in_fp32() -> None:
+def test_within_the_backward_one_weight_at_a_time_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_backward, "SMALL", 0)
+
     class Watched(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             seen.append(sum(p.dtype is torch.float32 for p in layers.parameters()))
