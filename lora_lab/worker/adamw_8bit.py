@@ -197,4 +197,7 @@ def update(
     weight.copy_(rounded_by_place(exact, key, step) if weight.dtype is torch.bfloat16 else exact)
 
 
-_compiled = torch.compile(update, fullgraph=True)
+_compiled = torch.compile(
+    update, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+)
+"""The constants and functions that it uses never change; to look at them again would be a quarter of a call's time."""
