@@ -28,7 +28,6 @@ class InPieces:
         self._split = [(weight, own) for weight, own in self.pieces.items() if len(own) > 1]
         super().__init__(groups, **arguments)  # type: ignore[call-arg]
 
-    @torch.no_grad()
     def step(self: Any, closure: Any = None) -> None:
         """Update every weight that has a gradient, piece by piece."""
         for weight, pieces in self._split:
