@@ -53,6 +53,7 @@ TRAINED = ("plain", "plain_tutorial", "eager")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="Unsloth is installed")
+@pytest.mark.nightly
 def test_a_missing_package_is_named(stored: dict[str, Any]) -> None:
     unsloth = stored["cells"]["2x32p"]["unsloth"]
     assert unsloth["outcome"] == "missing_package"
@@ -60,6 +61,7 @@ def test_a_missing_package_is_named(stored: dict[str, Any]) -> None:
     assert unsloth["turns"] == []
 
 
+@pytest.mark.nightly
 def test_every_round_has_a_turn_of_each_and_padding_is_not_counted(stored: dict[str, Any]) -> None:
     for name in TRAINED:
         result = stored["cells"]["2x32p"][name]
@@ -74,6 +76,7 @@ def test_every_round_has_a_turn_of_each_and_padding_is_not_counted(stored: dict[
     assert places["plain"][0] != places["plain"][1]
 
 
+@pytest.mark.nightly
 def test_plain_is_what_the_eager_engine_is_and_only_the_tutorial_raises(stored: dict[str, Any]) -> None:
     results = stored["cells"]["2x32p"]
     turns = [turn for name in TRAINED for turn in results[name]["turns"]]
@@ -92,6 +95,7 @@ def test_plain_is_what_the_eager_engine_is_and_only_the_tutorial_raises(stored: 
     assert {results[name]["facts"]["adapters"] for name in TRAINED} == {"torch.float32"}
 
 
+@pytest.mark.nightly
 def test_a_contender_that_fails_is_recorded_and_the_others_go_on(stored: dict[str, Any]) -> None:
     graph = stored["cells"]["2x32p"]["graph"]
     assert graph["outcome"] == "failed"
@@ -99,6 +103,7 @@ def test_a_contender_that_fails_is_recorded_and_the_others_go_on(stored: dict[st
     assert "graph: failed" in (stored["folder"] / "peers_qlora_tiny.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_the_page_is_made_again_from_the_file(stored: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     page = stored["folder"] / "peers_qlora_tiny.md"
     before = page.read_text(encoding="utf-8")
@@ -109,6 +114,7 @@ def test_the_page_is_made_again_from_the_file(stored: dict[str, Any], capsys: py
     assert "| 2x32p | eager |" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_cells_that_are_done_can_be_left_out_and_late_ones_do_not_begin(
     stored: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +125,7 @@ def test_cells_that_are_done_can_be_left_out_and_late_ones_do_not_begin(
     assert "1x32 is left out" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_files_of_several_calls_are_joined(stored: dict[str, Any], tmp_path: Path) -> None:
     first = read(stored["folder"] / "peers_qlora_tiny.json")
     second = {**first, "cells": {"1x32": first["cells"]["2x32p"]}, "origins": {"1x32": first["origins"]["2x32p"]}}

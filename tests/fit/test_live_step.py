@@ -163,7 +163,7 @@ def test_the_peak_of_a_step_is_on_the_tape(family: str) -> None:
     [
         ("llama", DType.fp32, DType.bf16, Checkpointing.none, 512),
         ("qwen3", DType.fp32, DType.fp32, Checkpointing.none, 512),
-        ("qwen3", DType.fp32, DType.bf16, Checkpointing.full, 8192),
+        pytest.param("qwen3", DType.fp32, DType.bf16, Checkpointing.full, 8192, marks=pytest.mark.nightly),
         ("llama", DType.bf16, DType.bf16, Checkpointing.none, 512),
         ("qwen3", DType.bf16, DType.bf16, Checkpointing.full, 8192),
         pytest.param("phi3", DType.fp32, DType.bf16, Checkpointing.none, 8192, marks=pytest.mark.nightly),
@@ -184,11 +184,11 @@ def test_the_peak_of_a_step_that_trains_every_weight_is_on_the_tape(
     ("held_in", "dtype", "is_tied", "small"),
     [
         (DType.fp32, DType.bf16, True, False),
-        (DType.fp32, DType.bf16, False, True),
+        pytest.param(DType.fp32, DType.bf16, False, True, marks=pytest.mark.nightly),
         (DType.bf16, DType.bf16, True, False),
-        (DType.bf16, DType.bf16, False, False),
+        pytest.param(DType.bf16, DType.bf16, False, False, marks=pytest.mark.nightly),
         (DType.bf16, DType.bf16, True, True),
-        (DType.fp32, DType.fp32, False, False),
+        pytest.param(DType.fp32, DType.fp32, False, False, marks=pytest.mark.nightly),
     ],
 )
 def test_the_gradient_of_a_trained_head_in_chunks_is_on_the_tape(

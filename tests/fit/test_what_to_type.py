@@ -12,7 +12,10 @@ from lora_lab.fit.shapes import shapes_of
 @pytest.mark.parametrize(
     ("typed", "gib", "among"),
     [
-        (("model=llama3_1_8b", "method=rslora", "batch_size=2", "seq_len=512"), 12, "method=qlora"),
+        pytest.param(
+            *(("model=llama3_1_8b", "method=rslora", "batch_size=2", "seq_len=512"), 12, "method=qlora"),
+            marks=pytest.mark.nightly,
+        ),
         (("model=smollm2_135m", "engine=graph", "engine.chunked_loss=false", "seq_len=2048"), 2.4, "engine=liger"),
     ],
     ids=["rslora", "whole logits"],

@@ -297,6 +297,7 @@ def test_a_store_out_of_reach_is_asked_once_a_start_however_many_records_wait(
 # --- several starts, and kills, while the store is made
 
 
+@pytest.mark.nightly
 def test_two_sweeps_and_two_trials_started_at_once_in_an_empty_folder(tmp_path: Path) -> None:
     commands = [TINY, ("-m", *TINY, "learning_rate=1e-4,2e-4"), (*TINY, "seed=2"), ("-m", *TINY, "batch_size=1,2")]
     with contextlib.ExitStack() as stack:

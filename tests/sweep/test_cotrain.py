@@ -120,6 +120,7 @@ def harmed(folder: Path, act: str) -> dict[str, str]:
     return {"PYTHONPATH": path, "SABOTAGE": str(plan)}
 
 
+@pytest.mark.nightly
 def test_a_worker_that_is_killed_ends_all_of_its_trials_and_resume_runs_them_again(tmp_path: Path) -> None:
     killed = lab_in(tmp_path)(*PAIR, **harmed(tmp_path, "kill"))
     assert killed.code == 1, killed.text

@@ -99,6 +99,7 @@ def test_a_search_for_each_card_ends_at_the_largest_batch_that_finishes(tmp_path
     assert parents == [sweep.info.run_id] * len(records)
 
 
+@pytest.mark.nightly
 def test_a_search_for_the_longest_rows_goes_in_steps_of_64_and_ends_after_five_trials(tmp_path: Path) -> None:
     limit = ("vram_limit_gib=1.2", "tracking=none")
     said = run(tmp_path, 900, "-m", "seq_len=max", "batch_size=1", *QUICK, *limit)

@@ -346,6 +346,7 @@ def test_a_refusal_takes_nothing_away_from_a_folder_of_yours(lab: Lab, tmp_path:
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.nightly
 def test_a_point_that_is_named_twice_is_run_once(lab: Lab, tmp_path: Path) -> None:
     said = lab("-m", *FAST, "batch_size=1,1", "learning_rate=1e-3,0.001", "tracking=none")
     assert said.code == 0, said.text
@@ -397,6 +398,7 @@ def test_the_command_line_beats_a_presets_points(preset: Look) -> None:
     }
 
 
+@pytest.mark.nightly
 def test_a_presets_assumptions_are_shown_and_kept(preset: Look) -> None:
     [parent] = preset.parents
     for assumption in MINE["hydra"]["sweeper"]["assumptions"]:  # type: ignore[index]
@@ -404,6 +406,7 @@ def test_a_presets_assumptions_are_shown_and_kept(preset: Look) -> None:
         assert assumption in parent.data.tags["assumptions"]
 
 
+@pytest.mark.nightly
 def test_points_that_differ_have_names_that_differ(preset: Look) -> None:
     """Two of the preset's points differ in a setting that only one of them says."""
     assert len({run.info.run_name for run in preset.trials}) == 5
@@ -445,7 +448,8 @@ JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 """Each of its two processes imports everything, and so does the server of each one's workers: 20 s of a core."""
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(JOBLIB, marks=pytest.mark.nightly)], ids=["alone", "joblib"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", [(), JOBLIB], ids=["alone", "joblib"])
 def test_what_is_started_at_once_queues_for_the_device_and_loses_nothing(
     tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_trial_learns_as_in_fp32_and_says_how_its_weights_were_held(tmp_path: 
     assert losses[DType.bf16][-1] == pytest.approx(losses[DType.fp32][-1], abs=0.05 * learnt)
 
 
+@pytest.mark.nightly
 def test_a_job_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     config = full_config(train=TrainConfig(max_steps=4, checkpoint_every=2, eval_every=2, warmup=0))
     train(config, tmp_path / "whole")

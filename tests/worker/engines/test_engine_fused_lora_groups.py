@@ -108,6 +108,7 @@ def test_packed_weights_lie_in_one_and_stay_what_they_were(nested: bool, values:
         assert furthest(loss_and_gradients(few, batch)[1], expected) < 1e-4
 
 
+@pytest.mark.nightly
 @compiles
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.usefixtures("ways", "traced")
