@@ -10,14 +10,13 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from killed_jobs import assert_it_goes_on_to_the_same_weights
 from tiny_trials import ended, tiny_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from lora_lab.base_weights import MODEL
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, TrainConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import Event, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import is_known, optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
@@ -397,17 +396,4 @@ def test_a_trial_says_what_ran_and_holds_the_state_that_was_calculated(
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_job_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    config = full_config(in_backward=True)
-    config.train = TrainConfig(max_steps=4, checkpoint_every=2, eval_every=2, warmup=0)
-    train(config, tmp_path / "whole")
-
-    def killed(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_trial(config, tmp_path / "cut", killed)
-    config.resume = True
-    train(config, tmp_path / "cut")
-    whole, again = (load_file(tmp_path / name / MODEL / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_it_goes_on_to_the_same_weights(full_config(in_backward=True), tmp_path)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import yaml
 from conftest import some_by_day
+from killed_jobs import assert_it_goes_on_to_the_same_weights
 from safetensors.torch import load_file
 from tiny_trials import ended, tiny_config
 
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.compose import CONF
 from lora_lab.composition.validation import faults
-from lora_lab.config import InvalidInput, TrainConfig, TrialConfig
+from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import Event, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
@@ -104,19 +105,7 @@ def test_updates_within_the_backward_are_those_after_it(tmp_path: Path, name: st
 @pytest.mark.nightly
 def test_a_job_goes_on_with_the_state_of_its_checkpoint(tmp_path: Path) -> None:
     optimizer = replace(preset("galore"), in_backward=True, projection_steps=3)
-    job = TrainConfig(max_steps=4, checkpoint_every=2, eval_every=2, warmup=0)
-    config = full_config(optimizer, train=job)
-    train(config, tmp_path / "whole")
-
-    def killed(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_trial(config, tmp_path / "cut", killed)
-    train(replace(config, resume=True), tmp_path / "cut")
-    whole, again = (load_file(tmp_path / name / MODEL / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_it_goes_on_to_the_same_weights(full_config(optimizer), tmp_path)
 
 
 def test_no_two_gradients_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killed_jobs import assert_it_goes_on_to_the_same_weights
 from safetensors.torch import load_file
 from tiny_trials import ended, tiny_config
 from transformers import Adafactor
 
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.validation import faults
-from lora_lab.config import TrainConfig, TrialConfig
+from lora_lab.config import TrialConfig
 from lora_lab.events import Event, ModelCounted, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
@@ -177,18 +178,7 @@ def test_a_trial_learns_as_in_fp32_and_says_how_its_weights_were_held(tmp_path: 
 
 @pytest.mark.nightly
 def test_a_job_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    config = full_config(train=TrainConfig(max_steps=4, checkpoint_every=2, eval_every=2, warmup=0))
-    train(config, tmp_path / "whole")
-
-    def killed(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_trial(config, tmp_path / "cut", killed)
-    train(replace(config, resume=True), tmp_path / "cut")
-    whole, again = (load_file(tmp_path / name / MODEL / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_it_goes_on_to_the_same_weights(full_config(), tmp_path)
 
 
 def test_within_the_backward_one_weight_at_a_time_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
