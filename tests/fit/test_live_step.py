@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_lab.config import ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
-from lora_lab.fit import estimate, loss
+from lora_lab.fit import estimate, loss, optimizer
 from lora_lab.fit.estimate import tape_of
 from lora_lab.fit.loss import CHUNK_ELEMENTS, chunk_rows
 from lora_lab.fit.optimizer import State
@@ -24,6 +24,7 @@ from lora_lab.fit.tiles import tile_tokens
 from lora_lab.fit.weights import adapter_sizes
 from lora_lab.method_config import MethodConfig, PrecisionConfig
 from lora_lab.options import Attention, Checkpointing, DataSource, DType, MethodKind, Quantization, Weights
+from lora_lab.worker import pieces, rounding
 from lora_lab.worker.engines import chunked_loss, tiled_mlp
 from lora_lab.worker.models import load_architecture, load_model
 
@@ -333,6 +334,8 @@ def test_tiles_are_those_of_the_engine() -> None:
 
 def test_chunks_of_the_loss_are_those_of_the_engine() -> None:
     assert chunked_loss.CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    assert (chunked_loss._SUMMED_IN_BF16, chunked_loss._PIECE) == (loss._SUMMED_IN_BF16, loss._PIECE)
+    assert optimizer._PIECE == pieces.PIECE == rounding._AT_ONCE
     for rows, vocabulary, hidden in ((512, 151936, 1536), (16384, 151936, 1536), (8192, 128256, 4096), (100, 272, 0)):
         for tile in (None, 4096):
             assert chunk_rows(rows, vocabulary, hidden, tile) == chunked_loss.chunk_rows(rows, vocabulary, hidden, tile)

@@ -48,15 +48,28 @@ def apart(one: Any, other: Any) -> float:
     )
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("padding", [None, 0])
-def test_the_gradient_is_that_of_the_plain_model(dtype: torch.dtype, bound: float, padding: int | None) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "bound"),
+    [(torch.float32, False, 1e-4), (torch.bfloat16, False, 0.02), (torch.float32, True, 0.02)],
+)
+@pytest.mark.parametrize("is_padding", [False, True])
+def test_the_gradient_is_that_of_the_plain_model(
+    dtype: torch.dtype, autocast: bool, bound: float, is_padding: bool
+) -> None:
+    """Rows of a padding token get nothing from the embeddings, wherever it stands: here it is a word of the text. Under
+    autocast the head's gradient has another format, and both are added as ever."""
     plain, ours = models(dtype)
+    batches = padded([40, 13, 64], 64), padded([9, 64], 64)  # the second one is added to the first
+    word = int(batches[0]["input_ids"][0, 3])
     for model in (plain, ours):
-        model.get_input_embeddings().padding_idx = padding
-        for batch in (padded([40, 13, 64], 64), padded([9, 64], 64)):  # the second one is added to the first
-            model(**batch).loss.backward()
+        model.get_input_embeddings().padding_idx = word if is_padding else None
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
     assert apart(ours, plain) < bound
+    row, whole = (each.get_input_embeddings().weight.grad[word].double() for each in (ours, plain))
+    assert float((row - whole).norm() / whole.norm()) < bound
 
 
 def test_two_losses_in_one_backward_and_one_that_was_given_up() -> None:
