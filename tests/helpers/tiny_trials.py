@@ -1,15 +1,18 @@
 """A trial of the tiny model that takes a few steps in this process."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_lab.composition.compose import CONF
+from lora_lab.composition.validation import faults
 from lora_lab.config import MeasureConfig, ModelConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.events import Ended, Event
 from lora_lab.method_config import MethodConfig, OptimizerConfig, PrecisionConfig
 from lora_lab.options import DataSource, DType, ModelSource, Weights
+from lora_lab.worker.trial import run_trial
 
 
 def tiny_config(eval_rows: int = 2, **method: Any) -> TrialConfig:
@@ -29,6 +32,15 @@ def tiny_config(eval_rows: int = 2, **method: Any) -> TrialConfig:
         learning_rate=0.01,
         share_device=True,
     )
+
+
+def train(config: TrialConfig, folder: Path) -> list[Event]:
+    """Run a trial in this process to its end; return its events."""
+    assert faults(config) == []
+    events: list[Event] = []
+    run_trial(config, folder, events.append)
+    assert ended(events) == ("finished", "")
+    return events
 
 
 def ended(events: list[Event]) -> tuple[str, str]:

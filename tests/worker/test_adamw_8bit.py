@@ -11,13 +11,12 @@ from bitsandbytes.functional import create_dynamic_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed_jobs import assert_it_goes_on_to_the_same_weights
-from tiny_trials import ended, tiny_config
+from tiny_trials import tiny_config, train
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from lora_lab.composition.validation import faults
 from lora_lab.config import InvalidInput, TrialConfig
-from lora_lab.events import Event, OptimizerMemory, Ran, Step
+from lora_lab.events import OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import is_known, optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.method_config import OptimizerConfig
@@ -29,7 +28,6 @@ from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.pieces import InPieces
 from lora_lab.worker.rounding import rounded_by_place
 from lora_lab.worker.training import check_optimizer
-from lora_lab.worker.trial import run_trial
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -367,14 +365,6 @@ def full_config(held_in: DType = DType.bf16, **optimizer: Any) -> TrialConfig:
     config.precision.dtype, config.batch_size, config.learning_rate, config.max_grad_norm = DType.bf16, 2, 1e-3, 0.0
     config.optimizer = OptimizerConfig(target=TARGET, **optimizer)
     return config
-
-
-def train(config: TrialConfig, folder: Path) -> list[Event]:
-    assert faults(config) == []
-    events: list[Event] = []
-    run_trial(config, folder, events.append)
-    assert ended(events) == ("finished", "")
-    return events
 
 
 @pytest.mark.usefixtures("on_the_cpu")

@@ -10,7 +10,7 @@ import yaml
 from conftest import some_by_day
 from killed_jobs import assert_it_goes_on_to_the_same_weights
 from safetensors.torch import load_file
-from tiny_trials import ended, tiny_config
+from tiny_trials import tiny_config, train
 
 from lora_lab.base_weights import MODEL
 from lora_lab.composition.compose import CONF
@@ -24,7 +24,6 @@ from lora_lab.options import DType, EngineKind, MethodKind, PlacementKind, Proje
 from lora_lab.worker import in_backward, training
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.training import check_optimizer
-from lora_lab.worker.trial import run_trial
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -50,14 +49,6 @@ def full_config(optimizer: OptimizerConfig, **more: Any) -> TrialConfig:
     if optimizer.projection is not None and optimizer.projection_rank > 16:
         optimizer.projection_rank = 16
     return replace(config, **more)
-
-
-def train(config: TrialConfig, folder: Path) -> list[Event]:
-    assert faults(config) == []
-    events: list[Event] = []
-    run_trial(config, folder, events.append)
-    assert ended(events) == ("finished", "")
-    return events
 
 
 def only(events: list[Event], kind: type) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killed_jobs import assert_it_goes_on_to_the_same_weights
 from safetensors.torch import load_file
-from tiny_trials import ended, tiny_config
+from tiny_trials import tiny_config, train
 from transformers import Adafactor
 
 from lora_lab.base_weights import MODEL
@@ -27,7 +27,6 @@ from lora_lab.worker import in_backward, rounding
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected, Space
 from lora_lab.worker.rounding import Rounded, round_into
-from lora_lab.worker.trial import run_trial
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -141,14 +140,6 @@ def full_config(held_in: DType = DType.bf16, **more: Any) -> TrialConfig:
     config = tiny_config(kind=MethodKind.full, held_in=held_in)
     config.precision.dtype, config.batch_size, config.learning_rate = DType.bf16, 2, 1e-3
     return replace(config, **more)
-
-
-def train(config: TrialConfig, folder: Path) -> list[Event]:
-    assert faults(config) == []
-    events: list[Event] = []
-    run_trial(config, folder, events.append)
-    assert ended(events) == ("finished", "")
-    return events
 
 
 def only(events: list[Event], kind: type) -> Any:
