@@ -42,6 +42,10 @@ _MEMORY = {
     "adamw": ["method=full", "optimizer=adamw_fused"],
     "adamw, in 8 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_8bit", *_WITHIN],
     "adamw, 8 bit of our own within the backward": ["method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN],
+    "the same, checkpoints in host memory": [
+        *("method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN),
+        "gradient_checkpointing=offloaded",
+    ],
     "adamw, in 4 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_4bit", *_WITHIN],
     "apollo_mini within the backward": ["method=full_bf16", "optimizer=apollo_mini", *_WITHIN],
     "adalomo": ["method=full_bf16", "optimizer=adalomo", "max_grad_norm=0"],

@@ -12,13 +12,13 @@ _SMALL_STATE = 4096
 _PIECE = 1 << 24
 """Elements that worker/pieces.py gives an optimizer together, and that worker/rounding.py rounds together, with a
 random number and a truth value each."""
-_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd")
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused")
 """Optimizers that get such pieces where weights are held in bf16; torchao's always do."""
 _TORCHAO_WORKING = {8: 12, 4: 26}
 """Bytes that their compiled kernels take in addition for each of these elements, by the bits of the state, as seen on
 an H200 with weights in one piece."""
 _OURS = "lora_lab.worker.adamw_8bit.AdamW8bit"
-"""AdamW in 8 bit whose kernel takes two numbers for each block in addition. It rounds weights in bf16 within it."""
+"""AdamW in 8 bit whose kernel rounds weights in bf16, as that of plain gradient descent does."""
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of a parameter with at least as many elements."""
 
@@ -77,7 +77,8 @@ def trained_weights(method: MethodConfig, shapes: Shapes) -> Trained:
 def optimizer_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     """Calculate an optimizer's state, by the optimizer's own rule."""
     state = _projected_state(optimizer, trained)
-    if not trained.is_rounded or optimizer.optim in _TORCHAO or optimizer.target == _OURS:
+    is_descent = optimizer.optim == "sgd" and optimizer.projection is None
+    if not trained.is_rounded or is_descent or optimizer.optim in _TORCHAO or optimizer.target == _OURS:
         return state
     largest = max(trained.sizes)
     together = min(largest, _PIECE)
@@ -133,9 +134,8 @@ def _of_ours(trained: Trained) -> State:
     they are in bf16 a step takes copies of them, of their gradients, and what rounding them needs."""
     coded = [size for size in trained.sizes if size >= _SMALL_STATE and size % SCALES_BLOCK == 0]
     small = trained.elements - sum(coded)
-    largest = min(_PIECE, max(coded, default=0))
     total = sum(2 * (size + 4 * size // SCALES_BLOCK) for size in coded) + 8 * small
-    return State(total, 0, 8 * largest // SCALES_BLOCK + (19 * small if trained.is_rounded else 0))
+    return State(total, 0, 19 * small if trained.is_rounded else 0)
 
 
 def _of_torchao(bits: int, trained: Trained) -> State:

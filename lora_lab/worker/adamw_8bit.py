@@ -1,14 +1,10 @@
-"""AdamW with its state in 8 bit, for weights in fp32 or bf16: what each weight needs is one compiled kernel.
+"""AdamW with its state in 8 bit, for weights in fp32 or bf16: what each weight needs is one kernel.
 
 The state is as bitsandbytes keeps it: codes by its dynamic maps with a scale for each 256 elements. All arithmetic is
 in fp32, and weights in bf16 are rounded at random within the kernel. It reads weight, gradient and state, writes weight
-and state, and holds nothing else but two numbers for each 256 elements.
-
-Neither a step nor a learning rate compiles it again, nor does a shape: weights are rows of 256, and how many rows is
-symbolic from the second shape on. Nothing waits for the card.
+and state, and holds nothing else. Nothing waits for the card. A CPU has the same arithmetic in PyTorch.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +18,10 @@ from lora_lab.worker.rounding import round_into, rounded_by_place
 
 SMALL = 4096
 """Weights with fewer elements keep their state in fp32, as do those that are no whole number of blocks."""
+_TOGETHER = 4
+"""Blocks that a program of the kernel updates."""
+_AT_ONCE = 1 << 16
+"""Blocks that a CPU updates at once, since it holds each intermediate result."""
 _MOST_SCALARS = 8
 """Steps and learning rates whose scalars are kept; a step has as many as there are groups that differ."""
 
@@ -69,19 +69,12 @@ class AdamW8bit(torch.optim.Optimizer):
     def _step_coded(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight] or self._begin(weight)
         state["step"] += 1
-        call = _compiled() if weight.device.type == "cuda" else update
         assert weight.grad is not None
-        call(
-            weight.detach().view(-1, BLOCK),
-            weight.grad.reshape(-1, BLOCK),
-            state["codes_1"],
-            state["scales_1"],
-            state["codes_2"],
-            state["scales_2"],
-            state["key"],
-            *self._maps_on(weight.device),
-            self._scalars_of(group, state["step"], weight.device),
-        )
+        held, slope = weight.detach().view(-1, BLOCK), weight.grad.reshape(-1, BLOCK)
+        coded = [state[name] for name in ("codes_1", "scales_1", "codes_2", "scales_2")]
+        maps, scalars = self._maps_on(weight.device), self._scalars_of(group, state["step"], weight.device)
+        call: Callable[..., None] = update_by_kernel if weight.device.type == "cuda" else update
+        call(held, slope, *coded, state["key"], *maps, scalars)
 
     def _begin(self, weight: Tensor) -> dict[str, Any]:
         """Make the state of zeros. `key` is what makes its random numbers differ from those of other weights."""
@@ -188,20 +181,25 @@ def update(
             of the second, epsilon, what is new of each moment, and the step.
     """
     decay, size, root, eps, new_1, new_2, step = scalars.unbind()
-    slope = gradient.float()
-    first = decoded(codes_1, scales_1, numbers[0])
-    second = decoded(codes_2, scales_2, numbers[1])
-    first = first + new_1 * (slope - first)
-    second = second + new_2 * (slope * slope - second)
-    exact = decay * weight.float() - size * first / (second.sqrt() * root + eps)
-    encode_into(codes_1, scales_1, first, lowest[0], midpoints[0])
-    encode_into(codes_2, scales_2, second, lowest[1], midpoints[1])
-    weight.copy_(rounded_by_place(exact, key, step) if weight.dtype is torch.bfloat16 else exact)
+    by_block = (weight, gradient, codes_1, scales_1, codes_2, scales_2)
+    for number, part in enumerate(zip(*(each.split(_AT_ONCE) for each in by_block), strict=True)):
+        held, slope, *coded = part
+        slope = slope.float()
+        first = decoded(coded[0], coded[1], numbers[0])
+        second = decoded(coded[2], coded[3], numbers[1])
+        first = first + new_1 * (slope - first)
+        second = second + new_2 * (slope * slope - second)
+        exact = decay * held.float() - size * first / (second.sqrt() * root + eps)
+        encode_into(coded[0], coded[1], first, lowest[0], midpoints[0])
+        encode_into(coded[2], coded[3], second, lowest[1], midpoints[1])
+        if weight.dtype is torch.bfloat16:
+            exact = rounded_by_place(exact, key, step, number * _AT_ONCE * BLOCK)
+        held.copy_(exact)
 
 
-@functools.cache
-def _compiled() -> Callable[..., None]:
-    """Compile it once in a process; that imports a lot. The constants and functions that it uses never change: to look
-    at them again would be a quarter of a call's time."""
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
-    return torch.compile(update, fullgraph=True, options=options)
+def update_by_kernel(*given: Tensor) -> None:
+    """Do the same on a card."""
+    from lora_lab.worker import optimizer_triton
+
+    blocks, is_narrow = len(given[0]), given[0].dtype is torch.bfloat16
+    optimizer_triton.adamw_8bit[(-(-blocks // _TOGETHER),)](*given, blocks, is_narrow, _TOGETHER, BLOCK)

@@ -11,6 +11,7 @@ from lora_lab.config import AUTO, TrialConfig
 from lora_lab.events import OptimizerMemory
 from lora_lab.options import DType, PlacementKind, Quantization
 from lora_lab.worker.adamw_8bit import AdamW8bit
+from lora_lab.worker.descent import RoundedDescent
 from lora_lab.worker.engines.attention_masks import attention_of
 from lora_lab.worker.engines.compiled import checkpointing_of
 from lora_lab.worker.engines.host_embeddings import place_of_embeddings
@@ -145,7 +146,7 @@ def _rounding(optimizer: Any) -> str:
     is_within = isinstance(optimizer, AdamW8bit) and any(
         weight.dtype is torch.bfloat16 for group in optimizer.param_groups for weight in group["params"]
     )
-    return "random" if is_torchaos or is_within or isinstance(optimizer, Rounded) else "nearest"
+    return "random" if is_torchaos or is_within or isinstance(optimizer, Rounded | RoundedDescent) else "nearest"
 
 
 def _paged(tensors: list[Any]) -> int:

@@ -90,19 +90,20 @@ def round_into(held: Tensor, exact: Tensor) -> None:
         into.copy_(bits.bitwise_and_(-_CUT).view(torch.float32))
 
 
-def rounded_by_place(exact: Tensor, key: Tensor, step: Tensor) -> Tensor:
+def rounded_by_place(exact: Tensor, key: Tensor | int, step: Tensor, start: int = 0) -> Tensor:
     """Round at random to what bf16 can hold, by random numbers that are calculated from each element's place.
 
     So it is a part of any kernel, needs no generator, and gives the same wherever and whenever a weight is updated.
 
     Args:
-        exact: in fp32, of at most 2**31 elements.
-        key: () int32, another for each weight.
+        exact: in fp32, a weight of at most 2**31 elements or a part of it.
+        key: another for each weight, of 31 bits; as a tensor () int32.
         step: a scalar, another at each call with this key.
+        start: the place of its first element.
 
     Returns: fp32, whose lower 16 bits are 0.
     """
-    places = torch.arange(exact.numel(), dtype=torch.int32, device=exact.device).view(exact.shape)
+    places = torch.arange(start, start + exact.numel(), dtype=torch.int32, device=exact.device).view(exact.shape)
     noise = _mixed(places + _mixed(key + _mixed(step.to(torch.int32)))) & (_CUT - 1)
     bits = exact.view(torch.int32)
     is_finite = (bits & _EXPONENT) != _EXPONENT

@@ -14,6 +14,7 @@ from lora_lab.method_config import OptimizerConfig
 from lora_lab.options import Checkpointing, DType, MethodKind
 from lora_lab.worker.adamw_8bit import AdamW8bit
 from lora_lab.worker.data import Collator, Example
+from lora_lab.worker.descent import RoundedDescent
 from lora_lab.worker.engines.engine import checkpoints_by_trainer, trainer_arguments
 from lora_lab.worker.in_backward import InBackward
 from lora_lab.worker.low_rank import Projected, Space
@@ -23,7 +24,7 @@ from lora_lab.worker.shared_step import SharedStep, SharingTrainer
 
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 """transformers' names of torchao's optimizers."""
-_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd")
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused")
 """Optimizers that treat each element by itself. bitsandbytes' do not: they know the embeddings by their weight."""
 
 
@@ -123,6 +124,8 @@ def own_optimizer(
     mixed: list[type] = [Projected] if asked.projection is not None else []
     if rounds and asked.optim in TORCHAO:
         given = {**given, "bf16_stochastic_round": True}  # within the kernel that it compiles
+    elif rounds and asked.optim == "sgd" and asked.projection is None:
+        mixed.append(RoundedDescent)
     elif rounds and (asked.projection is not None or not issubclass(kind, AdamW8bit)):
         mixed.append(Rounded)
     mixed += [InPieces] if in_pieces else []
@@ -133,13 +136,11 @@ def own_optimizer(
 
 
 def _in_pieces(config: TrialConfig) -> bool:
-    """Return whether a step would hold much for the largest weight: copies in fp32 to round it, and what torchao's
-    kernels and ours take."""
+    """Return whether a step would hold much for the largest weight: copies in fp32 to round it, or what torchao's
+    kernels take."""
     asked, rounds = config.optimizer, config.method.held_in is DType.bf16
     if config.method.kind is not MethodKind.full or asked.projection is not None:
         return False
-    if asked.target is not None:
-        return issubclass(optimizer_class(asked.target), AdamW8bit)
     return asked.optim in TORCHAO or (rounds and asked.optim in _BY_ELEMENT)
 
 

@@ -1,6 +1,6 @@
 """AdamW with its state in 8 bit: what a code is, what is learnt, what is kept, and what a trial says of it."""
 
-import re
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed_jobs import assert_it_goes_on_to_the_same_weights
 from tiny_trials import tiny_config, train
-from torch._inductor import config as inductor_config
-from torch._inductor.utils import run_and_get_code
 
 from lora_lab.config import InvalidInput, TrialConfig
 from lora_lab.events import OptimizerMemory, Ran, Step
@@ -25,7 +23,6 @@ from lora_lab.worker import adamw_8bit
 from lora_lab.worker.adamw_8bit import AdamW8bit
 from lora_lab.worker.dynamic_codes import Maps, decoded, dynamic_maps, encode_into
 from lora_lab.worker.in_backward import InBackward
-from lora_lab.worker.pieces import InPieces
 from lora_lab.worker.rounding import rounded_by_place
 from lora_lab.worker.training import check_optimizer
 
@@ -244,15 +241,15 @@ def test_a_saved_state_goes_on_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_within_the_backward_and_in_pieces_it_is_what_it_is_behind(
+def test_within_the_backward_and_by_parts_it_is_what_it_is_behind_and_whole(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_lab.worker.pieces.PIECE", 4096)
+    """A part of 5 blocks: weights have 32, so that the last one is shorter."""
     found = []
-    for kind in (type("Ours", (InPieces, AdamW8bit), {}), type("Ours", (InBackward, InPieces, AdamW8bit), {})):
+    for kind, at_once in ((AdamW8bit, 1 << 16), (type("Ours", (InBackward, AdamW8bit), {}), 5)):
+        monkeypatch.setattr(adamw_8bit, "_AT_ONCE", at_once)
         net = net_of(dtype, last=33)
         optimizer = kind(groups_of(net), **GIVEN)
-        assert len(optimizer.pieces[net[0].weight]) == 2
         trained(net, optimizer, range(4))
         found.append((net, optimizer))
     assert_same(*found)
@@ -272,7 +269,7 @@ def test_within_the_backward_no_weight_looks_through_the_others(monkeypatch: pyt
     monkeypatch.setattr(adamw_8bit, "update", counted("coded", adamw_8bit.update))
     monkeypatch.setattr(adamw_8bit, "adamw", counted("small", adamw_8bit.adamw))
     net = net_of()
-    optimizer: Any = type("Ours", (InBackward, InPieces, AdamW8bit), {})(groups_of(net), **GIVEN)
+    optimizer: Any = type("Ours", (InBackward, AdamW8bit), {})(groups_of(net), **GIVEN)
     backward(net, 0)
     assert calls == ["small", "coded", "coded"]  # the first is of 4,160 elements, which are no whole blocks
     optimizer.step()
@@ -285,34 +282,27 @@ def test_arguments_that_do_not_fit_are_refused(args: dict[str, Any]) -> None:
         check_optimizer(OptimizerConfig(target=TARGET, args=args))
 
 
-# what is compiled
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("default")  # torch.compile warns of much that is not ours
-def test_what_is_compiled_is_the_function_itself_and_two_compilations_serve_all_shapes() -> None:
-    """On a CPU by inductor's C++."""
-    compare_compiled(torch.device("cpu"))
+# what a card runs
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
-def test_on_a_card_it_is_what_it_is_on_a_cpu_and_holds_no_copy() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_does_what_a_cpu_does_and_holds_nothing(dtype: torch.dtype) -> None:
     device = torch.device("cuda")
-    compare_compiled(device)
-    with torch.no_grad():
-        given = [each.to(device) for each in start_of(1 << 16)]
-        for _ in range(2):
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            adamw_8bit._compiled()(*given)
-    assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * (1 << 16) + 4096
+    for blocks in (1, 16, 300, 1001):
+        compare_steps(blocks, dtype, device)
+    given = [each.to(device) for each in start_of(1 << 12, dtype)]
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        adamw_8bit.update_by_kernel(*given)
+    assert torch.cuda.max_memory_allocated() == before
 
 
-def start_of(blocks: int) -> list[torch.Tensor]:
+def start_of(blocks: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """The arguments of a first step."""
     generator = torch.Generator().manual_seed(blocks)
-    weight, gradient = (torch.randn(blocks, 256, generator=generator).bfloat16() for _ in range(2))
+    weight, gradient = (torch.randn(blocks, 256, generator=generator).to(dtype) for _ in range(2))
     codes = torch.full((blocks, 256), 127, dtype=torch.uint8), torch.zeros(blocks, 256, dtype=torch.uint8)
     state = [codes[0], torch.zeros(blocks), codes[1], torch.zeros(blocks)]
     scalars = torch.tensor([0.99, 1e-1, 10.0, 1e-8, 0.1, 0.01, 1.0])
@@ -320,36 +310,29 @@ def start_of(blocks: int) -> list[torch.Tensor]:
     return [weight, gradient, *state, key, *dynamic_maps(torch.device("cpu")), scalars]
 
 
-def compare_compiled(device: torch.device) -> None:
-    with inductor_config.patch(force_disable_caches=True):
-        _, sources = run_and_get_code(steps_of_many_shapes, device)
-    assert len(sources) == 2, "one with the first shape's number of blocks, one with any"
-    for source in sources:
-        kernels = re.findall(r"async_compile\.(?:cpp_pybinding|triton)\(", source)
-        assert len(kernels) == 1, "weight and state are read more often, or intermediate results written"
-
-
 @torch.no_grad()
-def steps_of_many_shapes(device: torch.device) -> None:
-    """Compare with the function itself on the CPU. A compiler may contract products and sums, so a last bit may differ,
+def compare_steps(blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Take four steps, each from the CPU's state. A compiler may contract products and sums, so a last bit may differ,
     and where it decides, a code by one and a weight by one step of bf16."""
-    for blocks in (16, 48, 300, 1001):
-        ours = start_of(blocks)
+    ours = start_of(blocks, dtype)
+    for step in range(1, 5):
+        ours[1] = torch.randn(blocks, 256).to(dtype)
+        ours[1][0, 7] = math.nan if step == 4 else 0.0
+        ours[-1] = torch.tensor([0.99, 1e-2 / (1 - 0.9**step), (1 - 0.99**step) ** -0.5, 1e-8, 0.1, 0.01, step])
         theirs = [each.to(device, copy=True) for each in ours]
-        for step in range(1, 5):
-            ours[1] = torch.randn(blocks, 256).bfloat16()
-            ours[-1] = torch.tensor([0.99, 1e-2 / (1 - 0.9**step), (1 - 0.99**step) ** -0.5, 1e-8, 0.1, 0.01, step])
-            theirs[1], theirs[-1] = ours[1].to(device), ours[-1].to(device)
-            adamw_8bit.update(*ours)
-            adamw_8bit._compiled()(*theirs)
+        adamw_8bit.update(*ours)
+        adamw_8bit.update_by_kernel(*theirs)
         here = [each.cpu() for each in theirs]
         apart = (here[0].float() - ours[0].float()).abs()
-        assert (apart > 0).double().mean() < 0.01
-        assert (apart <= ours[0].float().abs() / 64 + 1e-2).all()
+        assert torch.equal(apart.isnan(), ours[0].isnan())
+        assert apart.isnan().any() == (step == 4)
+        of_one_bit = 2.0**-7 if dtype is torch.bfloat16 else 1e-5
+        assert (apart.nan_to_num() <= ours[0].nan_to_num().float().abs() * of_one_bit + 1e-6).all()
+        assert (apart > 0).double().mean() < (0.001 if dtype is torch.bfloat16 else 0.5)
         for codes in (2, 4):
             assert (here[codes].int() - ours[codes].int()).abs().max() <= 1
             assert (here[codes] != ours[codes]).double().mean() < 0.001
-            torch.testing.assert_close(here[codes + 1], ours[codes + 1], rtol=1e-3, atol=0)
+            torch.testing.assert_close(here[codes + 1], ours[codes + 1], rtol=1e-6, atol=0, equal_nan=True)
 
 
 # what a trial says
