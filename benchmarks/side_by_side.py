@@ -3,9 +3,9 @@ their neighbours.
 
     python -m benchmarks.side_by_side OUT [--points 4] [--repeats 3] [override ...]
 
-A first sweep, on all cards, is not counted: rates and tokens that are kept from then on are measured there. On a CPU
-add `device=cpu placement.workers=2`. A trial of placement=one then has all cores, so its speed says nothing there.
-OUT/side_by_side.json has every trial.
+A first sweep, of one trial a card, is not counted: rates and tokens that are kept from then on are measured there.
+On a CPU add `device=cpu placement.workers=2`. A trial of placement=one then has all cores, so its speed says nothing
+there. OUT/side_by_side.json has every trial.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.reports import finished_trials, markdown, provenance, stored, where, write_report
 
@@ -95,10 +97,11 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     asked, more = parser.parse_known_args()
-    out = asked.out.resolve()
-    overrides = [*more, f"learning_rate={','.join(f'{1 + point}e-4' for point in range(asked.points))}"]
+    out, cards = asked.out.resolve(), max(1, torch.cuda.device_count())
+    rates = [f"{1 + point}e-4" for point in range(max(asked.points, cards))]
+    overrides = [*more, f"learning_rate={','.join(rates[: asked.points])}"]
     one = [each for each in overrides if not each.startswith("placement.")]
-    run(out / "first", *overrides, "placement=each_gpu")
+    run(out / "first", *more, f"learning_rate={','.join(rates[:cards])}", "placement=each_gpu")
     run(out / "one", *one, f"repeats={asked.repeats}")
     run(out / "each_gpu", *overrides, "placement=each_gpu", f"repeats={asked.repeats}")
     seconds = {placement: seconds_of(out / placement) for placement in ("one", "each_gpu")}
