@@ -1,5 +1,5 @@
-"""What docs/answers holds, from the stored records alone: the reports of the H100 factorial and of the engines as pages
-and as a terminal shows them, and the picture that README begins with.
+"""What docs/answers holds, from the stored records alone: the reports of the H100 factorial, of the engines and of
+sweep=methods as pages and as a terminal shows them, and the picture that README begins with.
 
     python -m benchmarks.answers [DOCS]
 """
@@ -31,7 +31,7 @@ from lora_lab.report.writing.terminal import show_full
 from lora_lab.store.packed_runs import PackedRuns
 from lora_lab.store.stored_runs import StoredRuns
 
-RESULTS = Path(__file__).parent / "results/h100"
+RESULTS = Path(__file__).parent / "results"
 BASELINE = {"optimizer": "adamw", "precision": "fp16"}
 CLAIMED = (("optimizer", "paged_adamw", "adamw", "1", "2"), ("precision", "bf16", "fp16", "2", "3"))
 """Factor, level, baseline, and the study's runs between which it changed, with others."""
@@ -56,12 +56,13 @@ def main() -> None:
     docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs") / "answers"
     docs.mkdir(parents=True, exist_ok=True)
     [study] = shipped()
-    factorial = _report("factorial", BASELINE, study, docs / "report")
+    factorial = _report("h100/factorial", BASELINE, study, docs / "report")
     (docs / "answer.svg").write_text(picture(factorial, study), encoding="utf-8")
-    _report("engines", BASELINE | {"engine": "eager"}, study, docs / "engines")
+    _report("h100/engines", BASELINE | {"engine": "eager"}, study, docs / "engines")
+    _report("h200/methods", None, study, docs / "methods")
 
 
-def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> Findings:
+def _report(records: str, baseline: dict[str, str] | None, study: Study, out: Path) -> Findings:
     """Write OUT.html and OUT.txt about a file of records."""
     store = StoredRuns(PackedRuns(RESULTS / f"{records}.jsonl.gz"))
     findings = findings_of(store, baseline, study)
@@ -72,18 +73,18 @@ def _report(records: str, baseline: dict[str, str], study: Study, out: Path) -> 
     return findings
 
 
-def findings_of(store: StoredRuns, baseline: dict[str, str], study: Study) -> Findings:
+def findings_of(store: StoredRuns, baseline: dict[str, str] | None, study: Study) -> Findings:
     """Return what a file of records shows."""
     trials, sweeps = store.runs()
     question = Question(baseline=baseline, studies=(study,), command="python -m benchmarks.answers")
-    return find(trials, sweeps, question, __version__)
+    return find(trials, sweeps, question, __version__, {trial.run_id: store.series(trial.run_id) for trial in trials})
 
 
 @functools.cache
 def factorial() -> tuple[Findings, Study]:
     """Return what the H100 factorial shows, and the study whose claims it tests."""
     [study] = shipped()
-    return findings_of(StoredRuns(PackedRuns(RESULTS / "factorial.jsonl.gz")), BASELINE, study), study
+    return findings_of(StoredRuns(PackedRuns(RESULTS / "h100/factorial.jsonl.gz")), BASELINE, study), study
 
 
 def picture(findings: Findings, study: Study) -> str:

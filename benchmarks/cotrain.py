@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import finished_trials, markdown, provenance, write_report
+from benchmarks.reports import finished_trials, markdown, provenance, stored, where, write_report
 
 _COMMON = (
     *(
@@ -44,6 +44,7 @@ WAYS = {
     "eager in turn": ("engine=eager",),
     "graph in turn": ("engine=graph",),
 }
+_HEADS = ["rows", "way", "trials", "seconds", "tokens/s", "GiB", "J/token", "times faster", "times shorter", "memory"]
 _NOTE = """{members} adapters that differ in the learning rate. Tokens/s are of all adapters: together their sum, in
 turn the tokens of all trials over the seconds of their windows. Seconds are from the first start to the last end,
 loading included, for {members} adapters; in turn they are scaled from the trials that ran. VRAM is torch's peak, of the
@@ -99,6 +100,13 @@ def _text(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def table() -> str:
+    """Return docs/methods.md's table, from the stored ways."""
+    content = stored("h200/cotrain")
+    text = markdown([*_HEADS, "energy"], _rows(content["cells"]))
+    return f"{text}\n\n{_NOTE.format(members=8)} Measured on {where(content['origin'])}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -127,9 +135,7 @@ def main() -> None:
             subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True)
             found.setdefault(cell, {})[way] = measured(folder, asked.members)
             tags = found[cell][way].pop("tags")
-            heads = ["rows", "way", "trials", "seconds", "tokens/s", "GiB", "J/token"]
-            text = markdown([*heads, "times faster", "times shorter", "memory", "energy"], _rows(found))
-            text = f"{text}\n\n{_NOTE.format(members=asked.members)}"
+            text = f"{markdown([*_HEADS, 'energy'], _rows(found))}\n\n{_NOTE.format(members=asked.members)}"
             origin = provenance(tags, " ".join(["python -m benchmarks.cotrain OUT", *sys.argv[2:]]))
             write_report(out, "cotrain", "Adapters together", origin, text, {"cells": found})
             print(text, flush=True)

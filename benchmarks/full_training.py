@@ -42,7 +42,7 @@ _MEMORY = {
     "adamw": ["method=full", "optimizer=adamw_fused"],
     "adamw, in 8 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_8bit", *_WITHIN],
     "adamw, 8 bit of our own within the backward": ["method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN],
-    "the same, checkpoints in host memory": [
+    "adamw, 8 bit of our own, checkpoints in host memory": [
         *("method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN),
         "gradient_checkpointing=offloaded",
     ],
@@ -91,7 +91,7 @@ _LOSS = "loss/eval"
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return for each cell and contender the medians of what was measured, and the speed next to the first one's."""
+    """Return for each cell and contender the medians of what was measured, and the speed next to fused AdamW's."""
     found: dict[str, Any] = {}
     for turn in turns:
         own = found.setdefault(turn["cell"], {}).setdefault(turn["name"], {"turns": 0, "outcomes": []})
@@ -103,9 +103,9 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     for cell in found.values():
         for own in cell.values():
             own |= {figure: statistics.median(own[figure]) for figure in (*_FIGURES, _LOSS) if figure in own}
-        first = next(iter(cell.values())).get(_FIGURES[0])
+        first = cell.get("adamw", {}).get(_FIGURES[0])
         for own in cell.values():
-            own["of the first one's speed"] = own[_FIGURES[0]] / first if first and _FIGURES[0] in own else None
+            own["of adamw's speed"] = own[_FIGURES[0]] / first if first and _FIGURES[0] in own else None
     return found
 
 
@@ -116,12 +116,14 @@ def table() -> str:
     for cell, contenders in content["summary"].items():
         for name, own in contenders.items():
             outcomes = ", ".join(sorted(set(own["outcomes"])))
-            speed, share = own.get(_FIGURES[0]), own.get("of the first one's speed")
+            speed, share = own.get(_FIGURES[0]), own.get("of adamw's speed")
             memory = " / ".join(_figure(own.get(f"vram/peak_{kind}_gib"), ".2f") for kind in ("allocated", "process"))
-            lines.append([cell, name, outcomes, _figure(speed, ",.0f"), _figure(share, ".2f"), memory])
-    head = ["cell", "contender", "outcome", "tokens/s", "of the first one's", "live / process GiB"]
-    origin = content["origin"]
-    return f"{markdown(head, lines)}\n\nMeasured on an {origin['device']}, commit {origin['commit'][:7]}."
+            lines.append(
+                [cell, name, str(own["turns"]), outcomes, _figure(speed, ",.0f"), _figure(share, ".2f"), memory]
+            )
+    head = ["cell", "contender", "trials", "outcome", "tokens/s", "of adamw's", "live / process GiB"]
+    commits = ", ".join(sorted({turn["commit"][:7] for turn in content["turns"]}))
+    return f"{markdown(head, lines)}\n\nMeasured on an {content['origin']['device']}, commits {commits}."
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -157,6 +159,7 @@ def main() -> None:
                 kept = {key: text for key, text in tags.items() if key.startswith("ran.") or key == "reason"}
                 origin = provenance(tags, "python -m benchmarks.full_training") if tags else {}
                 turns.append({"cell": cell, "name": name, "round": number, **found, "ran": kept})
+                turns[-1]["commit"] = origin.get("commit", "")
                 write_json(
                     asked.out / "full_training.json", {"origin": origin, "summary": summary(turns), "turns": turns}
                 )

@@ -22,7 +22,7 @@ _LOSSES = ("step/loss", "heldout/loss")
 
 def maths() -> str:
     """Return the exact match of each seed, and of another seed of the same kind."""
-    trials = sorted(_stored("maths").runs()[0], key=_seed)
+    trials = sorted(stored_runs("maths").runs()[0], key=_seed)
     head = [
         "seed",
         "exact match, base",
@@ -55,7 +55,7 @@ def maths() -> str:
 
 def lab_chat() -> str:
     """Return the losses by each engine and seed, and how far two engines are apart."""
-    store = _stored("lab_chat")
+    store = stored_runs("lab_chat")
     trials = sorted(store.runs()[0], key=lambda trial: (_seed(trial), trial.params["engine"]))
     head = [
         "engine",
@@ -88,7 +88,7 @@ def lab_chat() -> str:
 
 def quality() -> str:
     """Return what each point of a sweep learnt, and what it took; and how many points were not reached."""
-    trials, [sweep] = _stored("quality").runs()
+    trials, [sweep] = stored_runs("quality").runs()
     done = sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.metrics["loss/eval"])
     head = ["rank", "learning rate", "held-out loss", "its change", "minutes", "kWh"]
     rows = [
@@ -111,7 +111,8 @@ def killed() -> str:
     return f"{table(found['jobs'])}\n\nMeasured on {where(found['origin'])}."
 
 
-def _stored(name: str) -> StoredRuns:
+def stored_runs(name: str) -> StoredRuns:
+    """Return the records of results/h200/NAME.jsonl.gz."""
     return StoredRuns(PackedRuns(RESULTS / f"{name}.jsonl.gz"))
 
 

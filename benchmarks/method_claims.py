@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compose import compose
+from benchmarks.reports import markdown, stored
 from lora_lab.config import TrialConfig
 from lora_lab.events import Event, OptimizerMemory, PhaseMemory
 from lora_lab.files import write_json
@@ -103,6 +104,20 @@ CLAIMS = {
         paper="arXiv 2306.09782", says="memory of inference, times", published=1.0, at_least=False, unit="times"
     ),
 }
+
+
+def table() -> str:
+    """Return docs/methods.md's table, from the stored trials."""
+    content = stored("h200/method_claims")
+    forms = {"share": "{:.1%}", "GB": "{:.1f} GB", "times": "{:.3f}"}
+    lines = []
+    for own in content["claims"].values():
+        values = [forms[own["unit"]].format(own[name]) for name in ("published", "measured", "whole")]
+        lines.append([own["paper"], own["says"], *values, f"{own['rule_off_by']:.1%}", own["verdict"]])
+    head = ["paper", "says", "published", f"measured, {content['layers']} layers", "all 32 layers, by the rules"]
+    origin = content["origin"]
+    made = f"Measured on an {origin['device']}, commit {origin['commit'][:7]}."
+    return f"{markdown([*head, 'rules off by', 'verdict'], lines)}\n\n{made}"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from benchmarks import coverage, queued_trials, stopping
 from benchmarks.auto_table import gpu_bound, host_bound
 from benchmarks.cards import cards
 from benchmarks.checks_table import flop_check, looking, matmul_rate, overhead, paged
+from benchmarks.cotrain import table as cotrain
 from benchmarks.data_parallel import table as data_parallel
 from benchmarks.eight_gib_table import eight_gib
 from benchmarks.engines_table import ladder, losses, optimizers
@@ -28,6 +29,8 @@ from benchmarks.lean_losses import table as lean_losses
 from benchmarks.lean_losses import text_table as lean_text
 from benchmarks.mask_check import table as mask_check
 from benchmarks.memory_owners import table as memory_owners
+from benchmarks.method_claims import table as method_claims
+from benchmarks.methods_table import table as methods
 from benchmarks.one_factor_table import one_factor
 from benchmarks.outside_torch import table as outside_torch
 from benchmarks.paper_table import covered, energy_agreement, paper, shape
@@ -91,6 +94,9 @@ MADE: dict[str, Callable[[], str]] = {
     "sharded": sharded,
     "side-by-side": side_by_side,
     "full-training": full_training,
+    "cotrain": cotrain,
+    "method-claims": method_claims,
+    "methods": methods,
     "longest": longest.quoted,
     "queued-trials": queued_trials.quoted,
     "outside-torch": outside_torch,

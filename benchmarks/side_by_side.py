@@ -87,7 +87,7 @@ def table() -> str:
     """Return docs/scale.md's table, from the stored trials."""
     content = stored("h200/side_by_side")
     seconds = content["seconds"]
-    share = f"Side by side takes {seconds['each_gpu'] / seconds['one']:.2f} of the time."
+    share = f"Side by side takes {seconds['each_gpu'] / seconds['one']:.3f} of the time."
     return f"{markdown(_HEADS, rows(content['trials'], seconds))}\n\n{share} Measured on {where(content['origin'])}."
 
 
