@@ -1,20 +1,21 @@
 """Check what GaLore's and LOMO's papers say of memory, by live tensors of trials with method=full.
 
-    python -m benchmarks.method_claims OUT              a 7B model's shapes with 4 of its 32 layers, batch 1 x 256
-    python -m benchmarks.method_claims OUT LAYERS       with more layers; AdamW with all 32 takes 104 GiB
+    python -m benchmarks.method_claims OUT                    a 7B model's shapes with 4 of its 32 layers, batch 1 x 256
+    python -m benchmarks.method_claims OUT --layers 8         with more layers; AdamW with all 32 takes 104 GiB
+    python -m benchmarks.method_claims OUT --held-in bf16     method=full_bf16
 
-Writes OUT/method_claims.json. Optimizer state and peaks are measured with LAYERS layers. What the whole model takes is
+Writes OUT/method_claims.json. Optimizer state and peaks are measured with these layers. What the whole model takes is
 calculated by the rules of lora_lab.fit, and how far these are off is measured with LAYERS layers, too. Few layers
 suffice: GaLore decomposes every matrix in its first step, for seconds each.
 
 Without a card it is a dry run with the tiny model: state is measured, peaks are not, and no verdict is given.
 
-The papers hold weights, gradients and moments in bf16. lora_lab holds them in fp32 and keeps a bf16 copy of each weight
-for its products (autocast), so every verdict says that it is one for fp32.
+The papers hold weights, gradients and moments in bf16. With fp32 lora_lab keeps a bf16 copy of each weight for its
+products (autocast). With bf16 it keeps moments in fp32 and rounds weights at random. Every verdict says which it is of.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from lora_lab.trial.devices import choose_placement, worker_environment
 
 _LAYERS, _ALL_LAYERS = 4, 32
 _BASE = (
-    *("method=full", "data=random_tokens", "data.rows=8", "batch_size=1", "model.weights=random", "tracking=none"),
+    *("data=random_tokens", "data.rows=8", "batch_size=1", "model.weights=random", "tracking=none"),
     *("measure.warmup_steps=1", "measure.steps=2", "measure.eval_rows=1", "measure.profile_steps=0"),
     *("measure.idle_seconds=0", "learning_rate=1e-5"),
 )
@@ -45,6 +46,7 @@ _SEVEN_B = (
 )
 """The shapes of LLaMA-7B, and GaLore's 256 tokens."""
 _TINY = ("model=tiny", "seq_len=64")
+_METHODS = {"fp32": "method=full", "bf16": "method=full_bf16"}
 _IN_BACKWARD = ("optimizer.in_backward=true", "max_grad_norm=0")
 
 CASES = {
@@ -62,6 +64,8 @@ _CLOSE = 0.02
 """A published figure is rounded, and of shapes that are not stated to the last one."""
 _RULE_IS_OFF = 0.05
 """From here on what a rule says of the whole model is no evidence."""
+_RTX_4090 = 24564 * 2**20 / 1e9
+"""The memory of the card that GaLore's paper names, in GB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ CLAIMS = {
         paper="arXiv 2403.03507", says="8-bit total memory down by up to", published=0.633, at_least=True, unit="share"
     ),
     "galore_on_24_gb": Claim(
-        paper="arXiv 2403.03507", says="7B trains on a card of 24 GB", published=24.0, at_least=False, unit="GB"
+        paper="arXiv 2403.03507", says="7B trains on a card of 24 GB", published=_RTX_4090, at_least=False, unit="GB"
     ),
     "lomo_of_standard": Claim(
         paper="arXiv 2306.09782",
@@ -111,7 +115,7 @@ def table() -> str:
     content = stored("h200/method_claims")
     forms = {"share": "{:.1%}", "GB": "{:.1f} GB", "times": "{:.3f}"}
     lines = []
-    for own in content["claims"].values():
+    for own in claims_of(content["trials"], content["dry_run"], content.get("held_in", "fp32")).values():
         values = [forms[own["unit"]].format(own[name]) for name in ("published", "measured", "whole")]
         lines.append([own["paper"], own["says"], *values, f"{own['rule_off_by']:.1%}", own["verdict"]])
     head = ["paper", "says", "published", f"measured, {content['layers']} layers", "all 32 layers, by the rules"]
@@ -121,27 +125,38 @@ def table() -> str:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=_LAYERS)
+    parser.add_argument("--held-in", choices=_METHODS, default="fp32")
+    asked = parser.parse_args()
+    out, layers, held_in = asked.out, asked.layers, asked.held_in
     out.mkdir(parents=True, exist_ok=True)
     placement = choose_placement("auto")
     is_dry = not placement.cards
-    layers = int(sys.argv[2]) if len(sys.argv) > 2 else _LAYERS
     facts = {**environment(), **device_facts(placement)}
     facts["commit"] = os.environ.get("LORA_LAB_COMMIT", facts["commit"])  # where only the files are
     trials: dict[str, dict[str, Any]] = {}
     for case in CASES:
-        trials[case] = _run(words_of(case, is_dry, layers))
+        trials[case] = _run(words_of(case, is_dry, layers, held_in))
         print(case, trials[case]["outcome"], trials[case]["reason"], flush=True)
-        verdicts = claims_of(trials, is_dry)
-        content = {"origin": facts, "dry_run": is_dry, "layers": layers, "trials": trials, "claims": verdicts}
+        verdicts = claims_of(trials, is_dry, held_in)
+        content = {
+            "origin": facts,
+            "dry_run": is_dry,
+            "layers": layers,
+            "held_in": held_in,
+            "trials": trials,
+            "claims": verdicts,
+        }
         write_json(out / "method_claims.json", content)
 
 
-def words_of(case: str, is_dry: bool, layers: int) -> list[str]:
+def words_of(case: str, is_dry: bool, layers: int, held_in: str) -> list[str]:
     """Return the overrides of a trial."""
     model = _TINY if is_dry else (*_SEVEN_B, f"model.architecture.num_hidden_layers={layers}")
     rank = 64 if is_dry else 1024
-    return [*_BASE, *model, *(word.format(rank=rank) for word in CASES[case])]
+    return [_METHODS[held_in], *_BASE, *model, *(word.format(rank=rank) for word in CASES[case])]
 
 
 def _run(words: list[str]) -> dict[str, Any]:
@@ -178,7 +193,7 @@ def _by_rule(config: TrialConfig) -> dict[str, int]:
     return {"state": state, "peak": said.allocated, "card": said.card}
 
 
-def claims_of(trials: dict[str, dict[str, Any]], is_dry: bool) -> dict[str, dict[str, Any]]:
+def claims_of(trials: dict[str, dict[str, Any]], is_dry: bool, held_in: str = "fp32") -> dict[str, dict[str, Any]]:
     """Return for each claim what was published, what is seen, and whether that supports it."""
     found = {}
     for name, claim in CLAIMS.items():
@@ -191,12 +206,12 @@ def claims_of(trials: dict[str, dict[str, Any]], is_dry: bool) -> dict[str, dict
             "measured": measured,
             "whole": whole,
             "rule_off_by": off,
-            "verdict": verdict(claim, whole, off, is_dry),
+            "verdict": verdict(claim, whole, off, is_dry, held_in),
         }
     return found
 
 
-def verdict(claim: Claim, whole: float | None, off: float | None, is_dry: bool) -> str:
+def verdict(claim: Claim, whole: float | None, off: float | None, is_dry: bool, held_in: str) -> str:
     """Judge a claim by what is seen of the whole model.
 
     Args:
@@ -208,7 +223,7 @@ def verdict(claim: Claim, whole: float | None, off: float | None, is_dry: bool) 
     if off > _RULE_IS_OFF:
         return f"not testable here: what was measured is {off:.0%} off the rule"
     holds = whole >= claim.published - _CLOSE if claim.at_least else whole <= claim.published * (1 + _CLOSE)
-    return "supported, with weights in fp32" if holds else "not reached with weights in fp32"
+    return f"supported, with weights in {held_in}" if holds else f"not reached with weights in {held_in}"
 
 
 def _seen(name: str, trials: dict[str, dict[str, Any]]) -> tuple[float | None, float | None, float | None]:
