@@ -87,7 +87,7 @@ def _reasons(config: TrialConfig) -> list[tuple[bool, str]]:
         ),
         (
             config.plan is Plan.fits,
-            "the memory of adapters that train together is not estimated. Leave plan=fits out.",
+            "plan=fits chooses single trials. Leave it out; a warning says where a job may not fit.",
         ),
         (
             config.attention is Attention.flash_attention_2 and config.data.batching is Batching.packed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_lab.cotrain import Member, Together
 from lora_lab.events import Ended, Event, OfMember, Ready, decode
+from lora_lab.fit.together import as_one
 from lora_lab.outcome import End, Outcome, end_said
 from lora_lab.store.heartbeat import Heartbeat
 from lora_lab.store.outbox import Outbox, absolute
@@ -16,6 +17,7 @@ from lora_lab.telemetry.sampler import Sample, Sampler
 from lora_lab.telemetry.sensors import reader
 from lora_lab.trial.data_parallel import placement_of
 from lora_lab.trial.display import Display
+from lora_lab.trial.estimated import doubt_of_job
 from lora_lab.trial.inputs import check_inputs
 from lora_lab.trial.session import INTERRUPTED, Request, TrialState, begin, finish_trial, measure, seen_so_far
 
@@ -73,13 +75,17 @@ def run_together(requests: Sequence[Request]) -> list[Outcome]:
     placement = placement_of(first.config)
     together = Together(members=len(requests), job=first.folder.name)
     store = Outbox(absolute(first.config.tracking))
+    whole = as_one([request.config for request in requests])
+    seen = seen_so_far(whole, placement, len(requests))
     with ExitStack() as beats:
         states = []
         for request in requests:
             beats.enter_context(Heartbeat(request.folder))
-            seen = seen_so_far(request.config, placement, len(requests))
-            states.append(begin(replace(request, together=together), placement, seen, asked_t))
-        return _run(_job_of(states), store)
+            states.append(begin(replace(request, together=together), placement, copy.deepcopy(seen), asked_t))
+        job = _job_of(states)
+        if doubt := doubt_of_job(whole, seen):
+            job.warn(doubt)
+        return _run(job, store)
 
 
 def _job_of(states: list[TrialState]) -> _Job:

@@ -16,7 +16,8 @@ from lora_lab.trial.devices import check_capable
 
 
 def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
-    """Keep what lora_lab.fit says of the trial on its card, or why it says nothing. No failure of it is raised."""
+    """Keep what lora_lab.fit says of the trial on its card, or why it says nothing. No failure of it is raised. Of
+    members that train together `config` is all of them as one; what they record is a member's own rows."""
     if seen.card_bytes is None:
         seen.no_estimate = seen.no_sensor
         return
@@ -31,7 +32,7 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
                 low=answer.estimate.low,
                 enough=answer.estimate.enough,
                 high=answer.estimate.high,
-                slots=config.rows_per_step * config.seq_len,
+                slots=config.rows_per_step * config.seq_len // seen.members,
                 verdict=verdict_of(answer.estimate, capacity(config, seen.card_bytes)),
             )
     except Exception as fault:  # an estimate is worth less than a trial
@@ -71,6 +72,21 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
         if changes
         else "No change known here makes it fit. Choose a smaller model.",
         "If all rows are shorter than seq_len, lower seq_len to the longest. plan=all runs it all the same.",
+    )
+
+
+def doubt_of_job(config: TrialConfig, seen: HostFacts) -> str:
+    """Return a warning where it is not certain that members fit their card together; otherwise nothing.
+
+    Args:
+        config: all members as one."""
+    said = seen.estimate
+    if said is None or seen.card_bytes is None or said.verdict == FITS:
+        return ""
+    return (
+        f"it is not certain that these {seen.members} adapters fit together: they need {_gib(said.low)} to "
+        f"{_gib(said.enough)} GiB, and there are {_gib(capacity(config, seen.card_bytes))} GiB. If they run out of "
+        "memory, use gradient_checkpointing=full, or fewer values of what cotrain names"
     )
 
 

@@ -271,6 +271,7 @@ def seen_so_far(config: TrialConfig, placement: Placement, members: int = 1) -> 
     """Return what is known before any measurement.
 
     Args:
+        config: of members that train together all of them as one.
         members: how many trials train together."""
     measure = config.measure
     seen = HostFacts(
@@ -284,10 +285,7 @@ def seen_so_far(config: TrialConfig, placement: Placement, members: int = 1) -> 
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
-    if members == 1:
-        note_estimate(seen, settled(config, placement))
-    else:
-        seen.no_estimate = "the memory of adapters that train together is not estimated"
+    note_estimate(seen, settled(config, placement))
     return seen
 
 
