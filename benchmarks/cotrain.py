@@ -44,7 +44,10 @@ WAYS = {
     "eager in turn": ("engine=eager",),
     "graph in turn": ("engine=graph",),
 }
-_HEADS = ["rows", "way", "trials", "seconds", "tokens/s", "GiB", "J/token", "times faster", "times shorter", "memory"]
+_HEADS = [
+    *("rows", "way", "trials", "seconds", "tokens/s", "GiB", "J/token"),
+    *("best together: times faster", "times shorter", "its memory", "its energy"),
+]
 _NOTE = """{members} adapters that differ in the learning rate. Tokens/s are of all adapters: together their sum, in
 turn the tokens of all trials over the seconds of their windows. Seconds are from the first start to the last end,
 loading included, for {members} adapters; in turn they are scaled from the trials that ran. VRAM is torch's peak, of the
@@ -103,7 +106,7 @@ def _text(value: float | None, form: str) -> str:
 def table() -> str:
     """Return docs/methods.md's table, from the stored ways."""
     content = stored("h200/cotrain")
-    text = markdown([*_HEADS, "energy"], _rows(content["cells"]))
+    text = markdown(_HEADS, _rows(content["cells"]))
     return f"{text}\n\n{_NOTE.format(members=8)} Measured on {where(content['origin'])}."
 
 
@@ -135,7 +138,7 @@ def main() -> None:
             subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True)
             found.setdefault(cell, {})[way] = measured(folder, asked.members)
             tags = found[cell][way].pop("tags")
-            text = f"{markdown([*_HEADS, 'energy'], _rows(found))}\n\n{_NOTE.format(members=asked.members)}"
+            text = f"{markdown(_HEADS, _rows(found))}\n\n{_NOTE.format(members=asked.members)}"
             origin = provenance(tags, " ".join(["python -m benchmarks.cotrain OUT", *sys.argv[2:]]))
             write_report(out, "cotrain", "Adapters together", origin, text, {"cells": found})
             print(text, flush=True)

@@ -159,7 +159,7 @@ def main() -> None:
                 kept = {key: text for key, text in tags.items() if key.startswith("ran.") or key == "reason"}
                 origin = provenance(tags, "python -m benchmarks.full_training") if tags else {}
                 turns.append({"cell": cell, "name": name, "round": number, **found, "ran": kept})
-                turns[-1]["commit"] = origin.get("commit", "")
+                turns[-1] |= {name: origin.get(name, "") for name in ("commit", "date", "device.uuid")}
                 write_json(
                     asked.out / "full_training.json", {"origin": origin, "summary": summary(turns), "turns": turns}
                 )

@@ -14,7 +14,8 @@ from conftest import FAKES, Lab, Said, with_fakes
 from filelock import FileLock
 
 from lora_lab.config import EngineConfig, InvalidInput, TrialConfig
-from lora_lab.options import EngineKind
+from lora_lab.method_config import MethodConfig, OptimizerConfig
+from lora_lab.options import DType, EngineKind, MethodKind
 from lora_lab.outcome import Unsupported
 from lora_lab.placement import Placement
 from lora_lab.telemetry import nvml
@@ -546,6 +547,26 @@ def test_the_cpu_needs_a_cpp_compiler(bare: Path, monkeypatch: pytest.MonkeyPatc
         check_capable(config, Placement())
     give_compiler(bare, "clang++")
     monkeypatch.setenv("CXX", "clang++")
+    check_capable(config, Placement())
+
+
+@pytest.mark.usefixtures("bare", "two_cards")
+@pytest.mark.parametrize(
+    ("optimizer", "held_in", "is_built"),
+    [
+        (OptimizerConfig(target="lora_lab.worker.adamw_8bit.AdamW8bit"), DType.fp32, True),
+        (OptimizerConfig(optim="sgd", in_backward=True), DType.bf16, True),
+        (OptimizerConfig(optim="sgd", in_backward=True), DType.fp32, False),
+        (OptimizerConfig(), DType.bf16, False),
+    ],
+)
+def test_an_optimizers_own_kernel_needs_a_c_compiler(
+    optimizer: OptimizerConfig, held_in: DType, is_built: bool
+) -> None:
+    method = MethodConfig(kind=MethodKind.full, held_in=held_in)
+    config, placement = TrialConfig(method=method, optimizer=optimizer), choose_placement("auto")
+    with pytest.raises(Unsupported, match="no C compiler") if is_built else contextlib.nullcontext():
+        check_capable(config, placement)
     check_capable(config, Placement())
 
 

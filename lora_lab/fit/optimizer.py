@@ -17,7 +17,7 @@ _BY_ELEMENT = ("adamw_torch", "adamw_torch_fused")
 _TORCHAO_WORKING = {8: 12, 4: 26}
 """Bytes that their compiled kernels take in addition for each of these elements, by the bits of the state, as seen on
 an H200 with weights in one piece."""
-_OURS = "lora_lab.worker.adamw_8bit.AdamW8bit"
+OURS = "lora_lab.worker.adamw_8bit.AdamW8bit"
 """AdamW in 8 bit whose kernel rounds weights in bf16, as that of plain gradient descent does."""
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of a parameter with at least as many elements."""
@@ -77,13 +77,17 @@ def trained_weights(method: MethodConfig, shapes: Shapes) -> Trained:
 def optimizer_state(optimizer: OptimizerConfig, trained: Trained) -> State:
     """Calculate an optimizer's state, by the optimizer's own rule."""
     state = _projected_state(optimizer, trained)
-    is_descent = optimizer.optim == "sgd" and optimizer.projection is None
-    if not trained.is_rounded or is_descent or optimizer.optim in _TORCHAO or optimizer.target == _OURS:
+    if not trained.is_rounded or optimizer.optim in _TORCHAO or rounds_in_our_kernel(optimizer):
         return state
     largest = max(trained.sizes)
     together = min(largest, _PIECE)
     copied = together if optimizer.projection is None and optimizer.optim in _BY_ELEMENT else largest
     return replace(state, working=state.working + 8 * copied + 5 * together)
+
+
+def rounds_in_our_kernel(optimizer: OptimizerConfig) -> bool:
+    """Return whether weights in bf16 are updated and rounded by one kernel of our own."""
+    return optimizer.projection is None and (optimizer.optim == "sgd" or optimizer.target == OURS)
 
 
 def _projected_state(optimizer: OptimizerConfig, trained: Trained) -> State:
@@ -118,7 +122,7 @@ def _of(optimizer: OptimizerConfig, trained: Trained) -> State:
         return _of_bitsandbytes(*_STATES[name], pages(optimizer), trained)
     if name in _TORCHAO:
         return _of_torchao(_TORCHAO[name], trained)
-    if name == _OURS:
+    if name == OURS:
         return _of_ours(trained)
     if name == "adafactor" or name.endswith(".Adafactor"):
         factored = sum(rows + columns for rows, columns in trained.sides)
@@ -170,7 +174,7 @@ def pages(optimizer: OptimizerConfig) -> bool:
 def is_known(optimizer: OptimizerConfig) -> bool:
     """Return whether the optimizer's rule is known here; otherwise it is taken for AdamW."""
     name = optimizer.optim or optimizer.target or ""
-    known = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adafactor", "sgd", _OURS, *_STATES, *_TORCHAO)
+    known = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adafactor", "sgd", OURS, *_STATES, *_TORCHAO)
     return name in known or name.endswith((".SGD", ".Adafactor"))
 
 

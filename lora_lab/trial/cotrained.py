@@ -75,8 +75,9 @@ def run_together(requests: Sequence[Request]) -> list[Outcome]:
     placement = placement_of(first.config)
     together = Together(members=len(requests), job=first.folder.name)
     store = Outbox(absolute(first.config.tracking))
-    whole = as_one([request.config for request in requests])
-    seen = seen_so_far(whole, placement, len(requests))
+    members = [request.config for request in requests]
+    whole = as_one(members)
+    seen = seen_so_far(whole, placement, members)
     with ExitStack() as beats:
         states = []
         for request in requests:

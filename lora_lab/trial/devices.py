@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from lora_lab.config import InvalidInput, TrialConfig
+from lora_lab.fit.optimizer import OURS, rounds_in_our_kernel
 from lora_lab.machine import CORES
 from lora_lab.options import Checkpointing, DType, EngineKind
 from lora_lab.outcome import Unsupported
@@ -77,6 +78,8 @@ def check_capable(config: TrialConfig, placement: Placement) -> None:
     """Raise Unsupported when the trial cannot run here. A card may not calculate in the trial's precision or may have
     less memory than vram_limit_gib, or the machine may lack what the trial's engine needs."""
     _check_engine(config.engine.kind, bool(placement.cards))
+    if placement.cards:
+        _check_kernels(config)
     if not placement.cards:
         _check_cpu(config)
     for card in placement.cards:
@@ -149,6 +152,18 @@ def _check_engine(kind: EngineKind, on_card: bool) -> None:
             )
 
 
+def _check_kernels(config: TrialConfig) -> None:
+    """Raise Unsupported where an optimizer's own kernel cannot be built."""
+    rounds = config.method.held_in is DType.bf16 and rounds_in_our_kernel(config.optimizer)
+    missing = missing_to_compile(on_card=True) if rounds or config.optimizer.target == OURS else []
+    if missing:
+        raise Unsupported(
+            f"the optimizer's kernel is built on this machine, and there is no {' and no '.join(missing)}. Install "
+            "what is missing (on Debian and Ubuntu: apt install build-essential python3-dev), or use "
+            "optimizer=adamw_8bit."
+        )
+
+
 def folder_with_a_space() -> str | None:
     """Return a path with a space among those that torch passes to g++; None when none has one."""
     torch = importlib.util.find_spec("torch")
@@ -157,8 +172,8 @@ def folder_with_a_space() -> str | None:
 
 
 def missing_to_compile(on_card: bool) -> list[str]:
-    """Return what torch.compile lacks here, in words for the user. Triton builds its launchers in C; kernels for a CPU
-    are C++."""
+    """Return what torch.compile and Triton lack here, in words for the user. Triton builds its launchers in C; kernels
+    for a CPU are C++."""
     variable, language, known = ("CC", "C", ("gcc", "clang")) if on_card else ("CXX", "C++", ("g++",))
     named = os.environ.get(variable)
     missing = []

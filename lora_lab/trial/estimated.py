@@ -7,7 +7,8 @@ from lora_lab.fit.advice import advise
 from lora_lab.fit.beforehand import beforehand, capacity, verdict_of
 from lora_lab.fit.estimate import DOUBTFUL, FITS, TOO_LARGE
 from lora_lab.fit.shapes import shapes_of
-from lora_lab.options import Plan
+from lora_lab.fit.together import filled
+from lora_lab.options import Checkpointing, Plan
 from lora_lab.outcome import Unsupported
 from lora_lab.placement import Placement
 from lora_lab.telemetry.figures import GIB
@@ -15,9 +16,12 @@ from lora_lab.telemetry.host_facts import HostFacts, MemoryEstimate
 from lora_lab.trial.devices import check_capable
 
 
-def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
-    """Keep what lora_lab.fit says of the trial on its card, or why it says nothing. No failure of it is raised. Of
-    members that train together `config` is all of them as one; what they record is a member's own rows."""
+def note_estimate(seen: HostFacts, config: TrialConfig, members: Sequence[TrialConfig] = ()) -> None:
+    """Keep what lora_lab.fit says of the trial on its card, or why it says nothing. No failure of it is raised.
+
+    Args:
+        config: of members that train together all of them as one.
+        members: each of them; none for a trial alone."""
     if seen.card_bytes is None:
         seen.no_estimate = seen.no_sensor
         return
@@ -25,15 +29,16 @@ def note_estimate(seen: HostFacts, config: TrialConfig) -> None:
         answer = beforehand(config)
         seen.no_estimate = answer.reason
         if answer.estimate is not None:
+            more = filled(members) if members else 0
             seen.estimate = MemoryEstimate(
-                allocated=answer.estimate.allocated,
-                reserved=answer.estimate.reserved,
-                card=answer.estimate.card,
-                low=answer.estimate.low,
-                enough=answer.estimate.enough,
-                high=answer.estimate.high,
-                slots=config.rows_per_step * config.seq_len // seen.members,
-                verdict=verdict_of(answer.estimate, capacity(config, seen.card_bytes)),
+                allocated=answer.estimate.allocated + more,
+                reserved=answer.estimate.reserved + more,
+                card=answer.estimate.card + more,
+                low=answer.estimate.low + more,
+                enough=answer.estimate.enough + more,
+                high=answer.estimate.high + more,
+                slots=config.rows_per_step * config.seq_len // seen.members,  # those of a member's own steps
+                verdict=verdict_of(answer.estimate, capacity(config, seen.card_bytes) - more),
             )
     except Exception as fault:  # an estimate is worth less than a trial
         seen.no_estimate = f"the estimate failed ({type(fault).__name__}: {fault})"
@@ -76,17 +81,23 @@ def check_fits(config: TrialConfig, placement: Placement, seen: HostFacts) -> st
 
 
 def doubt_of_job(config: TrialConfig, seen: HostFacts) -> str:
-    """Return a warning where it is not certain that members fit their card together; otherwise nothing.
+    """Return a warning where members may not fit their card together; otherwise, and with plan=all, nothing.
 
     Args:
         config: all members as one."""
     said = seen.estimate
-    if said is None or seen.card_bytes is None or said.verdict == FITS:
+    if said is None or seen.card_bytes is None or said.verdict == FITS or config.plan is Plan.all:
         return ""
+    room = capacity(config, seen.card_bytes)
+    if said.low > room:
+        how = f"do not fit together: with rows of seq_len={config.seq_len} they need at least {_gib(said.low)} GiB"
+    else:
+        how = f"may not fit together: they need {_gib(said.low)} to {_gib(said.enough)} GiB"
+    is_repeated = config.gradient_checkpointing is not Checkpointing.none
+    other = "" if is_repeated else "gradient_checkpointing=full, or "
     return (
-        f"it is not certain that these {seen.members} adapters fit together: they need {_gib(said.low)} to "
-        f"{_gib(said.enough)} GiB, and there are {_gib(capacity(config, seen.card_bytes))} GiB. If they run out of "
-        "memory, use gradient_checkpointing=full, or fewer values of what cotrain names"
+        f"these {seen.members} adapters {how}, and there are {_gib(room)} GiB. If they run out of memory, use "
+        f"{other}fewer values of what cotrain names"
     )
 
 

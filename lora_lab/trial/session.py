@@ -267,25 +267,25 @@ def _claimed(request: Request) -> Iterator[None]:
         yield
 
 
-def seen_so_far(config: TrialConfig, placement: Placement, members: int = 1) -> HostFacts:
+def seen_so_far(config: TrialConfig, placement: Placement, members: Sequence[TrialConfig] = ()) -> HostFacts:
     """Return what is known before any measurement.
 
     Args:
         config: of members that train together all of them as one.
-        members: how many trials train together."""
+        members: each of them; none for a trial alone."""
     measure = config.measure
     seen = HostFacts(
         no_sensor="" if placement.cards else "no NVIDIA card was used",
         card_bytes=min((card.total_bytes for card in placement.cards), default=None),
         parent_pid=os.getpid(),
-        members=members,
+        members=max(1, len(members)),
         stated=Stated(
             board_power_watts=measure.board_power_watts,
             price_per_kwh=measure.price_per_kwh,
             co2_grams_per_kwh=measure.co2_grams_per_kwh,
         ),
     )
-    note_estimate(seen, settled(config, placement))
+    note_estimate(seen, settled(config, placement), members)
     return seen
 
 

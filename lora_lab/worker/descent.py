@@ -20,7 +20,8 @@ _AT_ONCE = 1 << 24
 
 
 class RoundedDescent:
-    """Mixed into torch.optim.SGD, before it. Momentum and what else SGD can do is not for it."""
+    """Mixed into torch.optim.SGD, before it. Momentum and what else SGD can do is not for it. Weights that a model
+    keeps in fp32 are updated without rounding."""
 
     param_groups: list[dict[str, Any]]
 
@@ -38,7 +39,10 @@ class RoundedDescent:
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                if weight.numel() < _SMALL:
+                if weight.dtype is not torch.bfloat16:
+                    rate = float(group["lr"])
+                    weight.mul_(1 - rate * group["weight_decay"]).sub_(weight.grad, alpha=rate)
+                elif weight.numel() < _SMALL:
                     small.append(weight)
                 else:
                     self._step_one(weight.detach().view(-1), weight.grad.reshape(-1), weight, group)
@@ -53,7 +57,8 @@ class RoundedDescent:
         """Update `held` with the random numbers of a weight."""
         state = self.state[weight]
         if not state:
-            state |= {"step": 0, "key": (torch.initial_seed() + self._numbers[weight]) % 2**31}
+            number = self._numbers.setdefault(weight, len(self._numbers))
+            state |= {"step": 0, "key": (torch.initial_seed() + number) % 2**31}
         state["step"] += 1
         call = update_by_kernel if held.device.type == "cuda" else update
         call(held, slope, state["key"], self._scalars_of(group, state["step"], held.device))

@@ -64,6 +64,8 @@ def groups_of(net: Any) -> list[dict[str, Any]]:
 
 def trained(net: Any, optimizer: Any, steps: range) -> Any:
     for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (1 - step / 10)
         x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
         net(x).square().mean().backward()
         optimizer.step()
@@ -75,21 +77,40 @@ def assert_same(one: Any, other: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_a_step_is_that_of_fp32_rounded_to_one_of_two_neighbours() -> None:
+def test_each_step_is_that_of_fp32_rounded_to_one_of_two_neighbours() -> None:
+    """At another learning rate each."""
     net, exact = net_of(), net_of().float()
-    before = [weight.detach().clone() for weight in net.parameters()]
     optimizer, theirs = Ours(groups_of(net), lr=0.5), torch.optim.SGD(groups_of(exact), lr=0.5)
     torch.manual_seed(1)
-    for weight, other in zip(net.parameters(), exact.parameters(), strict=True):
-        weight.grad = torch.randn(weight.shape).bfloat16()
-        other.grad = weight.grad.float()
+    for rate in (0.5, 0.05, 1.0):
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = rate
+        before = [weight.detach().clone() for weight in net.parameters()]
+        for weight, other in zip(net.parameters(), exact.parameters(), strict=True):
+            other.data = weight.detach().float()
+            weight.grad = torch.randn(weight.shape).bfloat16()
+            other.grad = weight.grad.float()
+        optimizer.step()
+        theirs.step()
+        for weight, other, old in zip(net.parameters(), exact.parameters(), before, strict=True):
+            assert not torch.equal(weight, old)
+            apart = (weight.float() - other).abs()
+            assert (apart <= other.abs() * 2**-7 + 1e-6).all()
+            assert (apart > 0).double().mean() > 0.4
+
+
+def test_a_weight_in_fp32_is_not_rounded_and_one_without_a_gradient_stays() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(size) for size in (5000, 9)]
+    weights = [torch.nn.Parameter(each.clone()) for each in given]
+    still = torch.nn.Parameter(torch.ones(9, dtype=torch.bfloat16))
+    optimizer = Ours([*weights, still], lr=0.1, weight_decay=0.5)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.3)
     optimizer.step()
-    theirs.step()
-    for weight, other, old in zip(net.parameters(), exact.parameters(), before, strict=True):
-        assert not torch.equal(weight, old)
-        apart = (weight.float() - other).abs()
-        assert (apart <= other.abs() * 2**-7 + 1e-6).all()
-        assert (apart > 0).double().mean() > 0.5
+    for weight, start in zip(weights, given, strict=True):
+        torch.testing.assert_close(weight.detach(), start - 0.1 * (0.3 + 0.5 * start))
+    assert (still == 1).all()
 
 
 def test_within_the_backward_and_by_parts_it_is_what_it_is_behind_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +158,7 @@ def test_weights_and_steps_have_random_numbers_of_their_own() -> None:
 @pytest.mark.parametrize("elements", [1, 1000, 100_001])
 def test_the_kernel_does_what_a_cpu_does_and_holds_nothing(elements: int) -> None:
     """A compiler may contract products and sums, so a last bit may differ, and where it decides, one step of bf16."""
+    torch.manual_seed(0)
     weight, gradient = torch.randn(2, elements).bfloat16()
     scalars = torch.tensor([0.99, 0.1, 3.0])
     theirs = [each.cuda() for each in (weight, gradient, scalars)]
@@ -147,7 +169,7 @@ def test_the_kernel_does_what_a_cpu_does_and_holds_nothing(elements: int) -> Non
     descent.update(weight, gradient, 2**31 - 5, scalars)
     apart = (theirs[0].cpu().float() - weight.float()).abs()
     assert (apart <= weight.float().abs() * 2**-7 + 1e-6).all()
-    assert (apart > 0).double().mean() < 0.001
+    assert (apart > 0).sum() <= 1 + elements / 1000
 
 
 def full_config() -> TrialConfig:
