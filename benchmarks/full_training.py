@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_parallel import COMMON, run
-from benchmarks.reports import markdown, provenance, stored
+from benchmarks.reports import markdown, provenance, stored, where
 from lora_lab.files import write_json
 
 _SHAPES = [*COMMON, "data.rows=256", "batch_size=1", "seq_len=2048", "measure.warmup_steps=4", "measure.steps=12"]
@@ -38,6 +38,7 @@ _REAL = [
     "seq_len=512",
     "learning_rate=2e-5",
 ]
+_SMALL = ["batch_size=2", "seq_len=256", "measure.eval_rows=32", "measure.warmup_steps=1"]
 _MEMORY = {
     "adamw": ["method=full", "optimizer=adamw_fused"],
     "adamw, in 8 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_8bit", *_WITHIN],
@@ -62,6 +63,13 @@ CELLS: dict[str, dict[str, list[str]]] = {
     "1.5B 1x2048": {name: [*_SHAPES, "model=qwen2_5_1_5b", *_LEAN, *own] for name, own in _MEMORY.items()},
     "8B 1x2048": {name: [*_SHAPES, "model=llama3_1_8b", *_LEAN, *own] for name, own in _MEMORY.items()},
     "loss 135M 8x512": {name: [*_REAL, *own] for name, own in _LOSSES.items()},
+    "loss 135M 2x256, fp32 on a CPU": {
+        name: [*_REAL, "device=cpu", "precision=fp32", "method=full", "measure.steps=60", *_SMALL, optimizer]
+        for name, optimizer in (
+            ("adamw", "optimizer=adamw_fused"),
+            ("adamw, 8 bit of our own, weights in fp32", "optimizer=adamw_8bit_compiled"),
+        )
+    },
 }
 _TINY = {
     "tiny 2x64": {
@@ -124,6 +132,13 @@ def table() -> str:
     head = ["cell", "contender", "trials", "outcome", "tokens/s", "of adamw's", "live / process GiB"]
     commits = ", ".join(sorted({turn["commit"][:7] for turn in content["turns"]}))
     return f"{markdown(head, lines)}\n\nMeasured on an {content['origin']['device']}, commits {commits}."
+
+
+def loss_table() -> str:
+    """Return docs/methods.md's table of losses after equal tokens on a CPU, from the stored trials."""
+    content = stored("cpu/full_training")
+    lines = [[turn["name"], str(turn["round"]), f"{turn['metrics'][_LOSS]:.4f}"] for turn in content["turns"]]
+    return f"{markdown(['contender', 'seed', 'held-out loss'], lines)}\n\nMeasured on {where(content['origin'])}."
 
 
 def _figure(value: float | None, form: str) -> str:

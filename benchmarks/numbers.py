@@ -23,6 +23,7 @@ from benchmarks.fit_error import trials_table as fit_trials
 from benchmarks.fit_others import table as fit_others
 from benchmarks.forecast_jobs import table as forecast_jobs
 from benchmarks.forecast_table import forecast_errors
+from benchmarks.full_training import loss_table as full_training_loss
 from benchmarks.full_training import table as full_training
 from benchmarks.jobs_table import killed, lab_chat, maths, quality
 from benchmarks.lean_losses import table as lean_losses
@@ -94,6 +95,7 @@ MADE: dict[str, Callable[[], str]] = {
     "sharded": sharded,
     "side-by-side": side_by_side,
     "full-training": full_training,
+    "full-training-loss": full_training_loss,
     "cotrain": cotrain,
     "method-claims": method_claims,
     "methods": methods,
