@@ -80,7 +80,7 @@ def check_capable(config: TrialConfig, placement: Placement) -> None:
     _check_engine(config.engine.kind, bool(placement.cards))
     if placement.cards:
         _check_kernels(config)
-    if not placement.cards:
+    else:
         _check_cpu(config)
     for card in placement.cards:
         _check_card(config, card)

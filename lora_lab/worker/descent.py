@@ -48,7 +48,7 @@ class RoundedDescent:
                     self._step_one(weight.detach().view(-1), weight.grad.reshape(-1), weight, group)
             if small:
                 held = torch.cat([weight.detach().view(-1) for weight in small])
-                self._step_one(held, torch.cat([weight.grad.view(-1) for weight in small]), small[0], group)
+                self._step_one(held, torch.cat([weight.grad.reshape(-1) for weight in small]), small[0], group)
                 parts = held.split([weight.numel() for weight in small])
                 views = [part.view_as(weight) for part, weight in zip(parts, small, strict=True)]
                 torch._foreach_copy_([weight.detach() for weight in small], views)

@@ -95,6 +95,23 @@ def test_a_sweep_runs_what_a_single_trial_would_not(lab: Lab, tmp_path: Path, fa
     assert json.loads(summary.read_text())["tags"]["estimate_verdict"] == "too large"
 
 
+def test_adapters_that_do_not_fit_together_are_run_with_a_warning_and_each_record_has_it(
+    lab: Lab, tmp_path: Path, faked: dict[str, str]
+) -> None:
+    pair = ("method=lora", "batch_size=2", "seq_len=512", "method.rank=8,256", "cotrain=rank")
+    assert lab("-m", *QWEN, *pair, **faked).code == 1
+    summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    assert len(summaries) == 2
+    one, other = ({key: value for key, value in each["metrics"].items() if "estimate/" in key} for each in summaries)
+    assert one == other
+    assert one["estimate/low_gib"] > 8
+    least = f"2 adapters do not fit together: with rows of seq_len=512 they need at least {one['estimate/low_gib']:.2f}"
+    for path in tmp_path.rglob("record.json"):
+        tags = json.loads(path.read_text())["tags"]
+        assert tags["estimate_verdict"] == "too large"
+        assert least in tags["warnings"]
+
+
 def test_a_trial_on_the_cpu_has_no_estimate(lab: Lab, tmp_path: Path) -> None:
     assert lab("model=tiny", "measure=quick", "seq_len=64", "tracking=none", "plan=fits").code == 0
     record = record_of(tmp_path)
