@@ -32,8 +32,9 @@ from lora_lab.events import (
     WindowClosed,
     WindowOpened,
 )
+from lora_lab.events import Ran as RanFacts
 from lora_lab.job_events import Checkpointed, JobPlanned, Resumed, Spiked
-from lora_lab.options import DataSource, DType, EngineKind, OnSpike, Quantization, Schedule
+from lora_lab.options import Checkpointing, DataSource, DType, EngineKind, OnSpike, Quantization, Schedule
 from lora_lab.phase import Phase
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.checkpoints import Checkpoints, is_disk_fault
@@ -602,6 +603,42 @@ def test_on_a_card_a_killed_job_goes_on_with_the_same_kind_of_state(
     before, after = (ran.of(OptimizerMemory)[0] for ran in (first, second))
     assert before.paged_bytes == after.paged_bytes > 0
     assert [(done.unrecorded, done.compilations) for done in second.of(EngineDone)] in ([], [(0, 0)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [DType.bf16, DType.fp16])
+@pytest.mark.parametrize("engine", [EngineKind.eager, EngineKind.graph])
+def test_on_a_card_a_killed_lean_job_goes_on_with_the_losses_of_one_that_was_not(
+    engine: EngineKind, dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to save memory at once, with accumulation; fp16 has the scaler's state, too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    def lean() -> TrialConfig:
+        config = job_config(quantization=Quantization.nf4)
+        config.model.architecture["tie_word_embeddings"] = False
+        config.engine.kind, config.engine.mlp_tile, config.engine.chunked_loss = engine, 16, True
+        config.engine.host_embeddings, config.engine.host_layers = True, "all"
+        config.gradient_checkpointing, config.grad_accum_steps = Checkpointing.offloaded, 2
+        config.precision.dtype, config.optimizer.optim = dtype, "adamw_bnb_8bit"
+        config.learning_rate, config.train.checkpoint_every = 1e-3, 3
+        return config
+
+    whole = run(lean(), tmp_path / "whole")
+    assert ended(whole.events) == ("finished", "")
+    run(lean(), tmp_path / "killed", at_step(5))
+    second = resume(lean(), tmp_path / "killed")
+    [resumed] = second.of(Resumed)
+    assert resumed.step == 3
+    later = [step for step in whole.curve if step > resumed.step]
+    assert len(later) > 3
+    for step in later:
+        assert second.curve[step] == pytest.approx(whole.curve[step], abs=0.01), step
+    assert whole.curve[later[0]][0] - whole.curve[later[-1]][0] > 0.05  # it learns, so that what is lost shows
+    for ran in (whole, second):
+        facts = ran.of(RanFacts)[0].facts
+        assert (facts["embeddings"], facts["gradient_checkpointing"]) == ("host", "offloaded")
+        assert facts["host_layers"].split(" of ")[0] == facts["host_layers"].split(" of ")[1]
 
 
 def test_a_spike_that_began_before_all_kept_checkpoints_goes_back_to_the_start(tmp_path: Path) -> None:
