@@ -47,6 +47,10 @@ _MEMORY = {
         *("method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN),
         "gradient_checkpointing=offloaded",
     ],
+    "adamw, 8 bit of our own, checkpoints in host memory, on 7.5 GiB": [
+        *("method=full_bf16", "optimizer=adamw_8bit_compiled", *_WITHIN),
+        *("gradient_checkpointing=offloaded", "vram_limit_gib=7.5"),
+    ],
     "adamw, in 4 bit within the backward": ["method=full_bf16", "optimizer=adamw_torchao_4bit", *_WITHIN],
     "apollo_mini within the backward": ["method=full_bf16", "optimizer=apollo_mini", *_WITHIN],
     "adalomo": ["method=full_bf16", "optimizer=adalomo", "max_grad_norm=0"],
