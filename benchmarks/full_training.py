@@ -88,7 +88,8 @@ _TINY = {
             *own,
         ]
         for name, own in _MEMORY.items()
-        if "in 8 bit" not in name and "in 4 bit" not in name  # torchao is an extra
+        # torchao is an extra, and there is no card to limit
+        if not any(word in name for word in ("in 8 bit", "in 4 bit", "GiB"))
     }
 }
 _FIGURES = (

@@ -272,8 +272,8 @@ class _InOne:
         """Map (..., inputs) to (..., outputs); the first rows are the first member's."""
         base = self.base_layer(rows)
         highest = max(self.r[name] for name in self.members)
-        a = torch.stack([_filled(self.lora_A[name].weight, (0, 0, 0, highest - self.r[name])) for name in self.members])
-        b = torch.stack([_filled(self.lora_B[name].weight, (0, highest - self.r[name])) for name in self.members])
+        a = _stacked([_filled(self.lora_A[name].weight, (0, 0, 0, highest - self.r[name])) for name in self.members])
+        b = _stacked([_filled(self.lora_B[name].weight, (0, highest - self.r[name])) for name in self.members])
         b = (b * self.member_scales).mT
         if not torch.is_autocast_enabled(rows.device.type):  # else it would be a copy of all rows, to no avail
             rows = self._cast_input_dtype(rows, a.dtype)
@@ -281,6 +281,25 @@ class _InOne:
         own = base.reshape(len(self.members), -1, base.shape[-1])
         found: Tensor = torch.baddbmm(own.to(inner.dtype), inner, b.to(inner.dtype)).to(base.dtype).view_as(base)
         return found
+
+
+class _LaidOut(torch.autograd.Function):
+    """Hands on a gradient in the layout of what it is of. The products make it transposed, and copies into gradients
+    laid out otherwise would be a kernel for each adapter."""
+
+    @staticmethod
+    def forward(_: Any, stacked: Tensor) -> Tensor:
+        return stacked.view_as(stacked)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    """Stack the members' weights, (members, *shape)."""
+    found: Tensor = _LaidOut.apply(torch.stack(weights))
+    return found
 
 
 def _filled(weight: Tensor, zeros: tuple[int, ...]) -> Tensor:

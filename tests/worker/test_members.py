@@ -16,6 +16,7 @@ from lora_lab.config import TrialConfig
 from lora_lab.outcome import Unsupported
 from lora_lab.worker.engines import compiled
 from lora_lab.worker.engines.chunked_loss import use_chunked_loss
+from lora_lab.worker.engines.compiled import compile_layers
 from lora_lab.worker.engines.graph_step import GraphStep, use_graph_step
 from lora_lab.worker.members import Members, MembersLora
 from lora_lab.worker.models import load_architecture, load_model
@@ -121,6 +122,18 @@ def test_one_product_for_all_gives_the_same_gradients_up_to_rounding() -> None:
     for exact, quick in zip(*gradients, strict=True):
         torch.testing.assert_close(quick, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
         assert exact.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own code, while it compiles
+@pytest.mark.parametrize("compiles", [False, True])
+def test_gradients_lie_as_their_weights_do_so_that_they_are_copied_together(compiles: bool) -> None:
+    model, members = together(configs(), False)
+    if compiles:
+        torch.compiler.reset()
+        compile_layers(model)
+    trained = [weight for own in members.parameters for weight in own]
+    for weight, gradient in zip(trained, torch.autograd.grad(model(**batch(0)).loss, trained), strict=True):
+        assert gradient.stride() == weight.stride()
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "in one product"])

@@ -190,7 +190,9 @@ class Engine(TrainerCallback):
             self._step.record(batch, self._watch)
             return
         batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        parameters = trained_parameters(self._model)
+        # the backward of all layers is run for those of the first, and no other gradient is held: all of them together
+        # can be more than training ever holds, where weights are updated within the backward
+        parameters = trained_parameters(decoder_layers(self._model)[0]) or trained_parameters(self._model)
         once = torch.ones((), device=self._model.device)
         run = functools.partial(forward_and_backward, self._forward, self._autocast, batch, parameters, once)
         run()
