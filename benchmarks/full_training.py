@@ -140,10 +140,15 @@ def table() -> str:
 
 
 def loss_table() -> str:
-    """Return docs/methods.md's table of losses after equal tokens on a CPU, from the stored trials."""
-    content = stored("cpu/full_training")
-    lines = [[turn["name"], str(turn["round"]), f"{turn['metrics'][_LOSS]:.4f}"] for turn in content["turns"]]
-    return f"{markdown(['contender', 'seed', 'held-out loss'], lines)}\n\nMeasured on {where(content['origin'])}."
+    """Return docs/methods.md's tables of losses after equal tokens, on a CPU and on a card, from the stored trials."""
+    found = []
+    for name in ("cpu/full_training", "h200/full_training_loss"):
+        content = stored(name)
+        turns = sorted(content["turns"], key=lambda turn: (turn["name"], turn["round"]))
+        lines = [[turn["name"], str(turn["round"]), f"{turn['metrics'][_LOSS]:.4f}"] for turn in turns]
+        text = markdown(["contender", "seed", "held-out loss"], lines)
+        found.append(f"{text}\n\nMeasured on {where(content['origin'])}.")
+    return "\n\n".join(found)
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -188,7 +188,7 @@ def main() -> None:
 
 def text_table() -> str:
     """Return docs/small_cards.md's table of real text, from the stored trials."""
-    files = [stored(f"h200/{name}") for name in ("lean_text", "lean_text_more")]
+    files = [stored(f"h200/{name}") for name in ("lean_text", "lean_text_more", "lean_text_accumulation")]
     lines = []
     for case, trials in [(case, content["trials"]) for content in files for case in TEXT_CASES]:
         trial, reference = (trials.get(each) for each in (case, reference_of(case)))
@@ -208,7 +208,7 @@ def text_table() -> str:
         )
     head = ["settings", "optimizer", "largest difference from eager, nats", "mean of 100 steps", "adapters' distance"]
     origins = [content["origin"] for content in files]
-    commits = " and ".join(origin["commit"][:7] for origin in origins)
+    commits = ", ".join(origin["commit"][:7] for origin in origins)
     return f"{markdown(head, lines)}\n\nMeasured on an {origins[0]['device']}, commits {commits}."
 
 

@@ -115,8 +115,11 @@ CLAIMS = {
 
 
 def table() -> str:
-    """Return docs/methods.md's table, from the stored trials."""
-    content = stored("h200/method_claims")
+    """Return docs/methods.md's tables, from the stored trials."""
+    return "\n\n".join(_table(stored(f"h200/{name}")) for name in ("method_claims", "method_claims_bf16"))
+
+
+def _table(content: dict[str, Any]) -> str:
     forms = {"share": "{:.1%}", "GB": "{:.1f} GB", "times": "{:.3f}"}
     lines = []
     for own in claims_of(content["trials"], content["dry_run"], content.get("held_in", "fp32")).values():

@@ -606,7 +606,7 @@ def test_on_a_card_a_killed_job_goes_on_with_the_same_kind_of_state(
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own code, while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own compiler and profiler
 @pytest.mark.parametrize("dtype", [DType.bf16, DType.fp16])
 @pytest.mark.parametrize("engine", [EngineKind.eager, EngineKind.graph])
 def test_on_a_card_a_killed_lean_job_goes_on_with_the_losses_of_one_that_was_not(
