@@ -17,7 +17,7 @@ from lora_lab.composition.validation import faults
 from lora_lab.config import EngineConfig, InvalidInput, TrainConfig, TrialConfig
 from lora_lab.data_config import DataConfig
 from lora_lab.dataset.row import Role, Turn
-from lora_lab.events import Answered, Evaluated, Event, ModelCounted, OptimizerMemory, Ran, Step
+from lora_lab.events import Answered, EngineDone, Evaluated, Event, ModelCounted, OptimizerMemory, Ran, Step
 from lora_lab.fit.optimizer import optimizer_state, trained_weights
 from lora_lab.fit.shapes import shapes_of
 from lora_lab.method_config import PrecisionConfig
@@ -26,6 +26,8 @@ from lora_lab.worker.answers import Answerer
 from lora_lab.worker.check import checked_examples
 from lora_lab.worker.checkpoint import check_not_quantised
 from lora_lab.worker.data import Collator
+from lora_lab.worker.engines import engine
+from lora_lab.worker.engines.graph_step import forward_and_backward
 from lora_lab.worker.merging import Merger
 from lora_lab.worker.models import load_architecture, load_model
 from lora_lab.worker.trial import run_trial
@@ -225,6 +227,28 @@ def test_ways_to_save_memory_train_the_same_weights(
     one, other = (load_file(folder / MODEL / "model.safetensors") for folder in (trained[1], tmp_path))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own code, while it compiles
+def test_compiling_holds_the_gradients_of_one_layer_and_leaves_nothing_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once can be more than training ever holds, with an optimizer within the backward."""
+    held = []
+
+    def noting(*arguments: Any) -> Any:
+        loss, gradients = forward_and_backward(*arguments)
+        held.append(sum(gradient.numel() for gradient in gradients))
+        return loss, gradients
+
+    monkeypatch.setattr(engine, "forward_and_backward", noting)
+    config = full_config(engine=EngineConfig(kind=EngineKind.compile))
+    events = train(config, tmp_path)
+    layers = (config.model.architecture or {})["num_hidden_layers"]
+    assert layers > 1
+    assert held
+    assert 0 < max(held) <= only(events, ModelCounted).trainable / layers
+    assert only(events, EngineDone).compilations == 0
 
 
 @pytest.mark.parametrize(
