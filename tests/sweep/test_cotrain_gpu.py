@@ -44,8 +44,8 @@ def test_curves_together_are_those_alone(tmp_path: Path, method: str) -> None:
             )
             for point, losses in alone.items():
                 apart = [abs(one - other) for one, other in zip(together[point], losses, strict=True)]
-                # at the higher rate what is rounded otherwise grows from step to step: 0.039 after 25 steps on an H200
-                assert max(apart[:15]) < 0.03, (engine, loss, point)
-                assert max(apart) < 0.1, (engine, loss, point)
-                assert sum(apart) / len(apart) < 0.02, (engine, loss, point)
+                # at a rate of 1e-2 what is rounded otherwise grows from step to step: 0.039 after 25 steps on an H200
+                grown = apart[15:] if point[1] == "0.01" else []
+                assert max(apart[: len(apart) - len(grown)]) <= 0.03, (engine, loss, point)
+                assert max(grown, default=0.0) < 0.06, (engine, loss, point)
     assert max(abs(a - b) for a, b in zip(alone["8", "0.001"], alone["16", "0.01"], strict=True)) > 0.1
