@@ -285,7 +285,7 @@ class _InOne:
 
 class _LaidOut(torch.autograd.Function):
     """Hands on a gradient in the layout of its weights. The products give it transposed, and a recorded step would
-    copy such a gradient by a kernel for each weight: 6.6 of 85 ms with eight adapters of a 1.5B model."""
+    copy such gradients by a kernel for each weight of each adapter."""
 
     @staticmethod
     def forward(_: Any, stacked: Tensor) -> Tensor:
